@@ -1,0 +1,69 @@
+"""All nine OpenAI CLIP models for transformers. Importing this registers them with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from .configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+from .image_processing_hf_clip import HfClipImageProcessor
+from .modeling_hf_clip import (
+    HfClipForImageClassification,
+    HfClipModel,
+    HfClipOutput,
+    HfClipPreTrainedModel,
+    HfClipResNetModel,
+    HfClipTextModel,
+    HfClipTextModelOutput,
+    HfClipTextModelWithProjection,
+    HfClipVisionModelOutput,
+    HfClipVisionModelWithProjection,
+    HfClipViTModel,
+)
+from .processing_hf_clip import HfClipProcessor
+from .tokenization_hf_clip import HfClipTokenizer
+from .variants import VARIANTS, Variant
+
+__version__ = "0.1.0.dev0"
+
+_TOWERS = {HfClipTextConfig: HfClipTextModel, HfClipViTConfig: HfClipViTModel, HfClipResNetConfig: HfClipResNetModel}
+
+for _config, _model in ({HfClipConfig: HfClipModel} | _TOWERS).items():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(HfClipConfig, HfClipModel, exist_ok=True)
+AutoModelForImageClassification.register(HfClipConfig, HfClipForImageClassification, exist_ok=True)
+for _config in (HfClipConfig, HfClipTextConfig):
+    AutoTokenizer.register(_config, fast_tokenizer_class=HfClipTokenizer, exist_ok=True)
+for _config in (HfClipConfig, HfClipViTConfig, HfClipResNetConfig):
+    AutoImageProcessor.register(_config, image_processor_classes={"pil": HfClipImageProcessor}, exist_ok=True)
+AutoProcessor.register(HfClipConfig, HfClipProcessor, exist_ok=True)
+
+__all__ = [
+    "VARIANTS",
+    "HfClipConfig",
+    "HfClipForImageClassification",
+    "HfClipImageProcessor",
+    "HfClipModel",
+    "HfClipOutput",
+    "HfClipPreTrainedModel",
+    "HfClipProcessor",
+    "HfClipResNetConfig",
+    "HfClipResNetModel",
+    "HfClipTextConfig",
+    "HfClipTextModel",
+    "HfClipTextModelOutput",
+    "HfClipTextModelWithProjection",
+    "HfClipTokenizer",
+    "HfClipViTConfig",
+    "HfClipViTModel",
+    "HfClipVisionModelOutput",
+    "HfClipVisionModelWithProjection",
+    "Variant",
+    "__version__",
+]

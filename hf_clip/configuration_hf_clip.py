@@ -1,0 +1,251 @@
+"""Configurations of the CLIP models. Plain data, validated when built; imports no torch.
+
+Field names and meanings are those of transformers' `CLIPConfig` family, so a stock CLIP configuration read
+here describes the same model. One composite `HfClipConfig` holds a text tower and either of two image
+towers: the dictionary's `model_type`, or for lack of one the presence of `depths`, says which.
+"""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .variants import get_variant
+
+LEGACY_END_OF_TEXT_ID = 2
+"""Stock CLIP repositories from before transformers 4.31 say `eos_token_id: 2`, which is no token of theirs."""
+
+
+def _require_positive(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is None or value <= 0:
+            raise ValueError(f"{type(config).__name__}: {name} is {value!r}, but it must be a positive number.")
+
+
+def _require_divisible(config: PreTrainedConfig, whole: str, part: str, reason: str) -> None:
+    dividend, divisor = getattr(config, whole), getattr(config, part)
+    if dividend % divisor:
+        raise ValueError(
+            f"{type(config).__name__}: {whole} is {dividend} and {part} is {divisor}, but {whole} must be a "
+            f"multiple of {part} ({reason})."
+        )
+
+
+@strict
+class HfClipTextConfig(PreTrainedConfig):
+    """The causal text transformer (Radford et al. 2021, section 2.4).
+
+    vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as everywhere
+    projection_dim:           width of the space shared with images
+    max_position_embeddings:  longest text in tokens, start and end included
+    hidden_act:               `quick_gelu` for OpenAI's weights
+    initializer_range:        standard deviation of token embeddings; position embeddings take half of it
+    eos_token_id:             the id whose first occurrence gives the text feature
+    """
+
+    model_type = "hf_clip_text"
+    base_config_key = "text_config"
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int | None = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: int | float = 0.0
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+    pad_token_id: int | None = 49407
+    bos_token_id: int | None = 49406
+    eos_token_id: int | None = 49407
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.eos_token_id == LEGACY_END_OF_TEXT_ID and self.vocab_size == 49408:
+            self.bos_token_id, self.eos_token_id, self.pad_token_id = 49406, 49407, 49407
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        _require_positive(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"
+        )
+        _require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
+        if self.eos_token_id is None or not 0 <= self.eos_token_id < self.vocab_size:
+            raise ValueError(
+                f"HfClipTextConfig: eos_token_id is {self.eos_token_id}, but the text feature is taken at that id, so "
+                f"it must be one of the {self.vocab_size} ids of the vocabulary."
+            )
+
+
+@strict
+class HfClipViTConfig(PreTrainedConfig):
+    """The Vision Transformer image tower (section 2.4: a LayerNorm stands before the first layer too)."""
+
+    model_type = "hf_clip_vit"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int | None = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: int | float = 0.0
+    initializer_factor: float = 1.0
+
+    def validate_architecture(self) -> None:
+        _require_positive(
+            self, "hidden_size", "intermediate_size", "num_attention_heads", "num_channels", "image_size", "patch_size"
+        )
+        _require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
+        if self.patch_size > self.image_size:
+            raise ValueError(f"HfClipViTConfig: patch_size {self.patch_size} exceeds image_size {self.image_size}.")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a picture of `image_size` pixels."""
+        return self.image_size // self.patch_size
+
+
+@strict
+class HfClipResNetConfig(PreTrainedConfig):
+    """The modified ResNet image tower (section 2.4; names and sizes: table 19).
+
+    depths:               bottleneck blocks in each of the four stages
+    stem_width:           channels after the stem; the stages have 4, 8, 16 and 32 times as many
+    num_attention_heads:  heads of the attention pool
+    """
+
+    model_type = "hf_clip_resnet"
+    base_config_key = "vision_config"
+
+    depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
+    stem_width: int = 64
+    num_attention_heads: int = 32
+    projection_dim: int | None = 1024
+    num_channels: int = 3
+    image_size: int = 224
+    attention_dropout: int | float = 0.0
+    initializer_factor: float = 1.0
+
+    total_stride: ClassVar[int] = 32
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.depths = list(self.depths)
+        kwargs.pop("hidden_size", None)  # derived below; written to config.json for those who read it there
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        _require_positive(self, "stem_width", "num_attention_heads", "num_channels", "image_size")
+        if len(self.depths) != 4 or min(self.depths) < 1:
+            raise ValueError(f"HfClipResNetConfig: depths is {self.depths}, but a CLIP ResNet has four stages of blocks.")
+        if self.stem_width % 2:
+            raise ValueError(f"HfClipResNetConfig: stem_width is {self.stem_width}, but the stem starts with half of it.")
+        _require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
+        if self.image_size < self.total_stride:
+            raise ValueError(
+                f"HfClipResNetConfig: image_size is {self.image_size}, but the tower divides it by {self.total_stride}."
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last stage, and width of the attention pool."""
+        return self.stem_width * 32
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Stages: what `output_hidden_states` counts."""
+        return len(self.depths)
+
+    @property
+    def grid_size(self) -> int:
+        """Feature-map side for a picture of `image_size` pixels."""
+        return self.image_size // self.total_stride
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"hidden_size": self.hidden_size}
+
+
+VISION_CONFIGS = {config.model_type: config for config in (HfClipViTConfig, HfClipResNetConfig)}
+
+
+def _build_vision_config(values: dict[str, Any]) -> "HfClipViTConfig | HfClipResNetConfig":
+    is_resnet = values.get("model_type") == HfClipResNetConfig.model_type or "depths" in values
+    kind = HfClipResNetConfig if is_resnet else HfClipViTConfig
+    return kind(**{name: value for name, value in values.items() if name != "model_type"})
+
+
+@strict
+class HfClipConfig(PreTrainedConfig):
+    """A whole CLIP model: text tower, image tower, and the space they share.
+
+    text_config:             dict or HfClipTextConfig
+    vision_config:           dict, HfClipViTConfig or HfClipResNetConfig
+    projection_dim:          width of the shared space; the towers' own `projection_dim` follows it
+    logit_scale_init_value:  ln(1 / 0.07), section 2.5
+    """
+
+    model_type = "hf_clip"
+    sub_configs: ClassVar[dict[str, type]] = {"text_config": HfClipTextConfig, "vision_config": PreTrainedConfig}
+
+    text_config: dict | HfClipTextConfig | None = None
+    vision_config: dict | HfClipViTConfig | HfClipResNetConfig | None = None
+    projection_dim: int = 512
+    logit_scale_init_value: float | int = 2.6592
+    initializer_factor: float = 1.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        text = kwargs.pop("text_config_dict", None)  # repositories of 2022 nest the real values under these names
+        vision = kwargs.pop("vision_config_dict", None)
+        if not isinstance(self.text_config, PreTrainedConfig):
+            values = (self.text_config or {}) | (text or {})
+            self.text_config = HfClipTextConfig(**{k: v for k, v in values.items() if k != "model_type"})
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = _build_vision_config((self.vision_config or {}) | (vision or {}))
+        self.text_config.projection_dim = self.projection_dim
+        self.vision_config.projection_dim = self.projection_dim
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        _require_positive(self, "projection_dim")
+
+    @classmethod
+    def from_variant(cls, name: str, **overrides: Any) -> "HfClipConfig":
+        """The configuration of one of OpenAI's nine models, by its exact name: `from_variant("ViT-L/14@336px")`.
+
+        overrides: further HfClipConfig fields. Raises ValueError for a name that is none of the nine.
+        """
+        variant = get_variant(name)
+        text = HfClipTextConfig(
+            hidden_size=variant.text_width,
+            intermediate_size=4 * variant.text_width,
+            num_attention_heads=variant.text_heads,
+        )
+        vision: HfClipViTConfig | HfClipResNetConfig
+        if isinstance(variant.vision_layers, tuple):
+            vision = HfClipResNetConfig(
+                depths=list(variant.vision_layers),
+                stem_width=variant.vision_width,
+                num_attention_heads=variant.vision_heads,
+                image_size=variant.image_size,
+            )
+        else:
+            vision = HfClipViTConfig(
+                hidden_size=variant.vision_width,
+                intermediate_size=4 * variant.vision_width,
+                num_hidden_layers=variant.vision_layers,
+                num_attention_heads=variant.vision_heads,
+                image_size=variant.image_size,
+                patch_size=variant.patch_size,
+            )
+        return cls(**{"text_config": text, "vision_config": vision, "projection_dim": variant.embed_dim} | overrides)
+
+
+__all__ = ["HfClipConfig", "HfClipResNetConfig", "HfClipTextConfig", "HfClipViTConfig"]

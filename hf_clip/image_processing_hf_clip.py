@@ -1,0 +1,144 @@
+"""Pictures to CLIP's input: resize the shorter side, crop the centre, RGB, scale, normalise.
+
+Invariant: for a Pillow picture the result is bit-identical to OpenAI's torchvision transform: the same
+Pillow resize in the picture's own mode, the same rounding of sizes and offsets, and the same float32
+operations, (x / 255 − mean) / std, in that order.
+
+Dimensions: H × W pixels, C = 3 channels.
+"""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import SizeDict
+
+OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
+OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
+
+
+def resize_shorter_side(image: Image.Image, side: int, resample: int) -> Image.Image:
+    """Scale a picture so that its shorter side has `side` pixels; the longer one is rounded down."""
+    width, height = image.size
+    if min(width, height) == side:
+        return image
+    if width <= height:
+        return image.resize((side, int(side * height / width)), resample)
+    return image.resize((int(side * width / height), side), resample)
+
+
+def crop_centre(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Cut the middle out, rounding half offsets to even; a picture that is too small gets a black margin."""
+    if image.width < width or image.height < height:
+        padded = Image.new(image.mode, (max(image.width, width), max(image.height, height)))
+        padded.paste(image, (max(width - image.width, 0) // 2, max(height - image.height, 0) // 2))
+        image = padded
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_picture(image: Any, index: int) -> Image.Image:
+    """Accept what users have: a Pillow picture, or a uint8 array of shape (H, W), (H, W, C) or (C, H, W)."""
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"images[{index}] has {image.width}x{image.height} pixels; a picture needs at least one.")
+        return image
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise ValueError(
+            f"images[{index}] is an array of {array.dtype}, but pictures are needed: pass Pillow pictures or arrays of "
+            f"uint8 from 0 to 255."
+        )
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
+        array = array.transpose(1, 2, 0)  # (H, W, C)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 3)):
+        raise ValueError(
+            f"images[{index}] is an array of shape {np.shape(image)}, but (H, W), (H, W, 3) or (3, H, W) is needed."
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+class HfClipImageProcessor(BaseImageProcessor):
+    """OpenAI's preprocessing as an image processor: pictures → `pixel_values` (B, 3, H, W), float32.
+
+    size:      {"shortest_edge": n} keeps the aspect ratio, {"height": h, "width": w} doesn't
+    crop_size: {"height": h, "width": w}
+    resample:  Pillow's number; 3 is bicubic
+    Each step can be switched off with its `do_...`, when constructing or in a call.
+    """
+
+    model_input_names = ["pixel_values"]
+    default_to_square = False
+    do_convert_rgb = True
+    do_resize = True
+    size = {"shortest_edge": 224}
+    resample = 3
+    do_center_crop = True
+    crop_size = {"height": 224, "width": 224}
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = OPENAI_MEAN
+    image_std = OPENAI_STD
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._set_attributes(**kwargs)
+
+    @classmethod
+    def for_image_size(cls, image_size: int, **kwargs: Any) -> "HfClipImageProcessor":
+        """The processor of a model that takes square pictures of `image_size` pixels."""
+        square = {"height": image_size, "width": image_size}
+        return cls(**({"size": {"shortest_edge": image_size}, "crop_size": square} | kwargs))
+
+    def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        pictures = self._prepare_images_structure(images)
+        if len(pictures) == 0:
+            raise ValueError("HfClipImageProcessor got an empty list of images; pass at least one.")
+        return_tensors = kwargs.pop("return_tensors", None)
+        arrays = [self._process(to_picture(picture, index), **kwargs) for index, picture in enumerate(pictures)]
+        if len({array.shape for array in arrays}) == 1:
+            return BatchFeature({"pixel_values": np.stack(arrays)}, tensor_type=return_tensors)
+        return BatchFeature({"pixel_values": arrays}, tensor_type=return_tensors)
+
+    @staticmethod
+    def _process(
+        picture: Image.Image,
+        do_convert_rgb: bool,
+        do_resize: bool,
+        size: SizeDict,
+        resample: int,
+        do_center_crop: bool,
+        crop_size: SizeDict,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """One picture → (C, H, W) float32."""
+        if do_resize and size.shortest_edge:
+            picture = resize_shorter_side(picture, size.shortest_edge, int(resample))
+        elif do_resize:
+            picture = picture.resize((size.width, size.height), int(resample))
+        if do_center_crop:
+            picture = crop_centre(picture, crop_size.height, crop_size.width)
+        if do_convert_rgb:
+            picture = picture.convert("RGB")
+        array = np.array(picture, dtype=np.float32)
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        if do_rescale:
+            # Dividing by 255 and multiplying by its inverse differ in the last bit; the original divides.
+            array = array / np.float32(1 / rescale_factor)
+        if do_normalize:
+            mean, std = (np.asarray(values, dtype=np.float32).reshape(-1, 1, 1) for values in (image_mean, image_std))
+            array = (array - mean) / std
+        return np.ascontiguousarray(array)
+
+
+__all__ = ["HfClipImageProcessor"]

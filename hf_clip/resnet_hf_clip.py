@@ -1,0 +1,148 @@
+"""The modified ResNet image tower and its attention pool (Radford et al. 2021, section 2.4).
+
+It differs from the familiar ResNet in three ways: the stem has three 3×3 convolutions and an average pool;
+wherever a convolution would have a stride, an average pool precedes a convolution without one; and the
+final average pool is one attention step whose only query is the mean of the feature map.
+
+Dimensions: B batch, C channels, Y × X pixels or feature-map cells, D = 32 × stem width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_hf_clip import HfClipResNetConfig
+from .transformer_hf_clip import attend, init_linear_bias_, resize_position_table
+
+EXPANSION = 4
+"""A bottleneck's output has four times the channels of its 3×3 convolution."""
+
+
+@contextmanager
+def frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """Within this context BatchNorm normalises as in training and leaves its running statistics alone."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    tracked = [norm.track_running_stats for norm in norms]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm, track in zip(norms, tracked, strict=True):
+            norm.track_running_stats = track
+
+
+class HfClipBottleneck(GradientCheckpointingLayer):
+    """1×1, 3×3, 1×1 convolutions around a shortcut: (B, C, Y, X) → (B, 4 × width, Y / stride, X / stride)."""
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width * EXPANSION, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width * EXPANSION)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.downsample = None
+        if stride > 1 or channels != width * EXPANSION:
+            shortcut = nn.Conv2d(channels, width * EXPANSION, 1, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(width * EXPANSION))
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        branch = self.bn1(self.conv1(feature_map)).relu_()
+        branch = self.bn2(self.conv2(branch)).relu_()
+        branch = self.bn3(self.conv3(self.pool(branch)))
+        shortcut = feature_map if self.downsample is None else self.downsample(self.pool(feature_map))
+        return branch.add_(shortcut).relu_()
+
+    # Gradient checkpointing runs a block twice. BatchNorm must count the batch in the first run only, or
+    # its running statistics would depend on whether memory was saved. transformers stores its checkpoint
+    # function in this attribute of every layer, so the rule is put around it here.
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable:
+        return partial(self._checkpoint_counting_once, self.__dict__["checkpoint_function"])
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable) -> None:
+        self.__dict__["checkpoint_function"] = function
+
+    def _checkpoint_counting_once(self, checkpoint: Callable, forward: Callable, *inputs: Tensor) -> Tensor:
+        replay = False
+
+        def run(*inputs: Tensor) -> Tensor:
+            nonlocal replay
+            if replay:
+                with frozen_statistics(self):
+                    return forward(*inputs)
+            replay = True
+            return forward(*inputs)
+
+        return checkpoint(run, *inputs)
+
+
+class HfClipResNetStage(nn.Sequential):
+    """Blocks of one resolution; the first one changes channels and, by its stride, the resolution."""
+
+    def __init__(self, channels: int, width: int, blocks: int, stride: int):
+        first = HfClipBottleneck(channels, width, stride)
+        super().__init__(first, *(HfClipBottleneck(width * EXPANSION, width, 1) for _ in range(blocks - 1)))
+
+
+class HfClipAttentionPool(nn.Module):
+    """One attention step that gathers the feature map into a vector: (B, D, Y, X) → (B, D).
+
+    Tokens are the map's cells preceded by their mean; the mean's attention output is the result. The
+    original's output projection is not here: it is the model's `visual_projection`.
+    """
+
+    def __init__(self, config: HfClipResNetConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.is_causal = False
+        self.grid_size = config.grid_size
+        self.positional_embedding = nn.Parameter(torch.empty(1 + config.grid_size**2, config.hidden_size))
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, feature_map: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Returns the pooled vector (B, D) and the attention weights (B, H, 1, 1 + Y * X), if there are any."""
+        height, width = feature_map.shape[-2:]
+        cells = feature_map.flatten(2).transpose(1, 2)  # (B, Y * X, D)
+        tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1)  # (B, 1 + Y * X, D)
+        positions = self.positional_embedding
+        if (height, width) != (self.grid_size, self.grid_size):
+            positions = resize_position_table(positions, self.grid_size, height, width)
+        tokens = tokens + positions.to(tokens.dtype)
+        query, key, value = self.q_proj(tokens[:, :1]), self.k_proj(tokens), self.v_proj(tokens)
+        mixed, weights = attend(self, query, key, value, **kwargs)
+        return mixed[:, 0], weights
+
+
+def init_attention_pool_(pool: HfClipAttentionPool, factor: float) -> None:
+    """The original's initialisation: normal with deviation 1/√D for weights and positions."""
+    std = pool.config.hidden_size**-0.5 * factor
+    init.normal_(pool.positional_embedding, std=std)
+    for projection in (pool.q_proj, pool.k_proj, pool.v_proj):
+        init.normal_(projection.weight, std=std)
+        init_linear_bias_(projection)
+
+
+def init_convolution_(convolution: nn.Conv2d) -> None:
+    """PyTorch's default, which the original leaves in place."""
+    init.kaiming_uniform_(convolution.weight, a=5**0.5)
+
+
+def init_last_norm_(block: HfClipBottleneck) -> None:
+    """Zero the last gain, so that every residual block starts as its shortcut."""
+    init.zeros_(block.bn3.weight)

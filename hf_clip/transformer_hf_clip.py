@@ -1,0 +1,182 @@
+"""The residual attention stack that the text tower and the Vision Transformer share, and its attention.
+
+Each layer adds two branches to the residual stream: x + attention(norm(x)), then x + mlp(norm(x)). The
+module paths are those of transformers' CLIP, so adapters, hooks and device maps written for it fit.
+
+Dimensions: B batch, L positions (text tokens, or class token + patches), D width, H heads, E = D / H.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_hf_clip import HfClipTextConfig, HfClipViTConfig
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention spelled out, for `attn_implementation="eager"`: the one that can return its weights.
+
+    query (B, H, Lq, E), key and value (B, H, L, E), attention_mask additive and broadcast to (B, H, Lq, L).
+    Returns the mixed values (B, Lq, H, E) and the weights (B, H, Lq, L).
+    """
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Run the attention that `module.config` asks for (eager, sdpa, flash or flex).
+
+    query (B, Lq, D), key and value (B, L, D); `module` carries num_heads, dropout and is_causal.
+    Returns (B, Lq, D) and the weights (B, H, Lq, L), which only `eager` has.
+    """
+    batch, query_length, width = query.shape
+    heads = (batch, -1, module.num_heads, width // module.num_heads)
+    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
+    mixed, weights = attention(
+        module,
+        query.view(heads).transpose(1, 2),  # (B, H, Lq, E)
+        key.view(heads).transpose(1, 2),
+        value.view(heads).transpose(1, 2),
+        attention_mask,
+        scaling=(width // module.num_heads) ** -0.5,
+        dropout=module.dropout if module.training else 0.0,
+        **kwargs,
+    )
+    return mixed.reshape(batch, query_length, width), weights
+
+
+class HfClipAttention(nn.Module):
+    """Multi-head self-attention with biases on all four projections."""
+
+    def __init__(self, config: HfClipTextConfig | HfClipViTConfig, is_causal: bool):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.is_causal = is_causal
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        mixed, weights = attend(self, query, key, value, attention_mask, **kwargs)
+        return self.out_proj(mixed), weights
+
+
+class HfClipMLP(nn.Module):
+    """Two linear maps around the tower's activation."""
+
+    def __init__(self, config: HfClipTextConfig | HfClipViTConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class HfClipEncoderLayer(GradientCheckpointingLayer):
+    """One pre-norm residual attention layer: (B, L, D) → (B, L, D)."""
+
+    def __init__(self, config: HfClipTextConfig | HfClipViTConfig, is_causal: bool):
+        super().__init__()
+        self.self_attn = HfClipAttention(config, is_causal)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = HfClipMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class HfClipEncoder(nn.Module):
+    """The stack of layers: (B, L, D) → (B, L, D)."""
+
+    def __init__(self, config: HfClipTextConfig | HfClipViTConfig, is_causal: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(HfClipEncoderLayer(config, is_causal) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return hidden_states
+
+
+def resize_position_table(table: Tensor, old_grid: int, new_height: int, new_width: int) -> Tensor:
+    """Resample a learned table of positions on a square grid to another grid, bicubically.
+
+    table:   (1 + old_grid², D)  the first row (class token, or mean token) has no place on the grid and stays
+    returns: (1 + new_height * new_width, D)
+    """
+    first, grid = table[:1], table[1:]
+    grid = grid.T.reshape(1, -1, old_grid, old_grid).float()  # (1, D, old, old); half precision has no bicubic
+    grid = nn.functional.interpolate(grid, size=(new_height, new_width), mode="bicubic", align_corners=False)
+    return torch.cat([first, grid[0].flatten(1).T.to(table.dtype)])
+
+
+def init_linear_bias_(linear: nn.Linear) -> None:
+    """PyTorch's default for a linear layer's bias, which the original leaves in place: U(±1/√inputs)."""
+    bound = linear.in_features**-0.5
+    init.uniform_(linear.bias, -bound, bound)
+
+
+def init_text_layer_(layer: HfClipEncoderLayer, num_layers: int, factor: float) -> None:
+    """The original's initialisation of a text layer: smaller where the residual stream is written, as in GPT-2."""
+    attention, mlp = layer.self_attn, layer.mlp
+    width = attention.q_proj.in_features
+    write_std = width**-0.5 * (2 * num_layers) ** -0.5 * factor
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        init.normal_(projection.weight, std=width**-0.5 * factor)
+        init.zeros_(projection.bias)
+    init.normal_(attention.out_proj.weight, std=write_std)
+    init.zeros_(attention.out_proj.bias)
+    init.normal_(mlp.fc1.weight, std=(2 * width) ** -0.5 * factor)
+    init.normal_(mlp.fc2.weight, std=write_std)
+    init_linear_bias_(mlp.fc1)
+    init_linear_bias_(mlp.fc2)
+
+
+def init_vit_layer_(layer: HfClipEncoderLayer) -> None:
+    """The original's initialisation of a ViT layer, which is PyTorch's default for each part.
+
+    `nn.MultiheadAttention` draws q, k and v as one (3D, D) matrix with Xavier's bound √(6 / (D + 3D)).
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    width = attention.q_proj.in_features
+    bound = (6 / (width + 3 * width)) ** 0.5
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        init.uniform_(projection.weight, -bound, bound)
+        init.zeros_(projection.bias)
+    for linear in (attention.out_proj, mlp.fc1, mlp.fc2):
+        init.kaiming_uniform_(linear.weight, a=5**0.5)
+    init.zeros_(attention.out_proj.bias)
+    init_linear_bias_(mlp.fc1)
+    init_linear_bias_(mlp.fc2)
