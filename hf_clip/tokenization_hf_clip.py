@@ -29,8 +29,11 @@ START_OF_TEXT = "<|startoftext|>"
 END_OF_TEXT = "<|endoftext|>"
 END_OF_WORD = "</w>"
 
-OPENAI_MERGES = 49408 - 2 * 256 - 2
-"""The published vocabulary file lists more merges than the models have ids for; the rest is ignored."""
+FIXED_IDS = 2 * 256 + 2
+"""Every byte, every byte that ends a word, and the two special tokens."""
+
+OPENAI_VOCAB_SIZE = 49408
+"""The published vocabulary file lists more merges than there are ids for; the rest is ignored."""
 
 # Contractions, letters, single digits, everything else but spaces. The original matches in any case; texts
 # arrive lower-cased, and the one other letter that folds to these is the long s.
@@ -102,9 +105,18 @@ def build_backend(merges: list[tuple[str, str]]) -> Tokenizer:
     return backend
 
 
-def read_merges(path: str | Path) -> list[tuple[str, str]]:
-    """Read the merges of a `bpe_simple_vocab_16e6.txt.gz` (or its unpacked text): a header, then a pair a line."""
-    path = Path(path)
+def check_vocab_size(vocab_size: int) -> None:
+    if vocab_size < FIXED_IDS:
+        raise ValueError(f"vocab_size is {vocab_size}, but bytes and special tokens alone take {FIXED_IDS} ids.")
+
+
+def read_merges(path: str | Path, vocab_size: int = OPENAI_VOCAB_SIZE) -> list[tuple[str, str]]:
+    """Read as many merges as make up `vocab_size` ids from a `bpe_simple_vocab_16e6.txt.gz` or a `merges.txt`.
+
+    Both hold a header line and then a pair of symbols a line; the file may be compressed.
+    """
+    check_vocab_size(vocab_size)
+    path, count = Path(path), vocab_size - FIXED_IDS
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no vocabulary file {path}. Needed is OpenAI's bpe_simple_vocab_16e6.txt.gz; "
@@ -113,13 +125,13 @@ def read_merges(path: str | Path) -> list[tuple[str, str]]:
     try:
         data = path.read_bytes()
         lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").split("\n")
-        pairs = [tuple(line.split()) for line in lines[1 : OPENAI_MERGES + 1]]
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no readable vocabulary file ({error}); take a fresh copy of it.") from error
-    if len(pairs) < OPENAI_MERGES or any(len(pair) != 2 for pair in pairs):
+    pairs = [tuple(line.split()) for line in lines[1 : count + 1]]
+    if len(pairs) < count or any(len(pair) != 2 for pair in pairs):
         raise ValueError(
-            f"{path} is no CLIP vocabulary: a header and at least {OPENAI_MERGES} lines with two symbols each are "
-            f"needed, but it has {len(lines)} lines."
+            f"{path} doesn't fit {vocab_size} ids: a header and at least {count} lines with two symbols each are "
+            f"needed, but it has {len(lines)} lines. Take OpenAI's bpe_simple_vocab_16e6.txt.gz."
         )
     return [(left, right) for left, right in pairs]
 
@@ -150,21 +162,21 @@ class HfClipTokenizer(TokenizersBackend):
         )
 
     @classmethod
-    def from_vocabulary_file(cls, path: str | Path, model_max_length: int = 77) -> "HfClipTokenizer":
+    def from_vocabulary_file(
+        cls, path: str | Path, vocab_size: int = OPENAI_VOCAB_SIZE, model_max_length: int = 77
+    ) -> "HfClipTokenizer":
         """Build OpenAI's tokenizer from its published vocabulary file, `bpe_simple_vocab_16e6.txt.gz`.
 
         Raises FileNotFoundError or ValueError when the file is missing or is something else.
         """
-        return cls.from_merges(read_merges(path), model_max_length)
+        return cls.from_merges(read_merges(path, vocab_size), model_max_length)
 
     @classmethod
     def train_from_iterator(
         cls, texts: Iterable[str], vocab_size: int, model_max_length: int = 77
     ) -> "HfClipTokenizer":
-        """Learn a vocabulary of at most `vocab_size` ids (two times 256 bytes and two special ones included)."""
-        fixed = 2 * 256 + 2
-        if vocab_size < fixed:
-            raise ValueError(f"vocab_size is {vocab_size}, but bytes and special tokens alone take {fixed} ids.")
+        """Learn a vocabulary of at most `vocab_size` ids, of which bytes and special tokens take 514."""
+        check_vocab_size(vocab_size)
         backend = build_backend([])
         alphabet = byte_alphabet()
         trainer = trainers.BpeTrainer(
@@ -176,7 +188,7 @@ class HfClipTokenizer(TokenizersBackend):
         backend.train_from_iterator((_repair_where_needed(text) for text in texts), trainer)
         learned = json.loads(backend.to_str())["model"]["merges"]
         merges = [(left, right) for left, right in learned]
-        return cls.from_merges(merges[: vocab_size - fixed], model_max_length)
+        return cls.from_merges(merges[: vocab_size - FIXED_IDS], model_max_length)
 
     def __call__(self, text: Any = None, *args: Any, padding: Any = True, **kwargs: Any) -> BatchEncoding:
         return super().__call__(text, *args, padding=padding, **kwargs)

@@ -1,0 +1,1 @@
+"""Programs around the package, run from a checkout: convert and check checkpoints."""

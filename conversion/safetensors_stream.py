@@ -1,0 +1,51 @@
+"""Write a safetensors file tensor by tensor.
+
+`safetensors.torch.save_file` wants all tensors at once. Here each one is made contiguous, written and
+forgotten before the next is read, so that converting a checkpoint needs memory for its largest tensor only.
+
+Format: an 8-byte little-endian length, a JSON header with dtype, shape and byte range of every tensor, the bytes.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], after_each: Callable[[int], None]) -> None:
+    """Write `tensors` to `path`; they may be views and may lie in a mapped file.
+
+    after_each: called with the number of bytes of every tensor once it is written
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    # Larger elements first, then by name, as the library lays files out: every tensor is aligned to its dtype.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = DTYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name in order:
+            data = tensors[name].contiguous().reshape(-1)
+            file.write(memoryview(data.view(torch.uint8).numpy()) if data.numel() else b"")
+            after_each(data.nbytes)

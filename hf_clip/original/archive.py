@@ -1,0 +1,261 @@
+"""Read the tensors of a checkpoint without running any of its code.
+
+OpenAI published TorchScript archives: zip files whose `data.pkl` is a pickled tree of script objects, their
+tensors' bytes lying uncompressed in `data/0`, `data/1`, ... `torch.save` writes a flat dictionary in the same
+container. One reader takes both:
+
+1. Every pickle in the archive, used or not, goes through an unpickler that knows only tensors, storages and
+   plain containers. Script classes become inert records; any other name is refused.
+2. Storages are mapped from the file, wherever they were saved from; nothing is read before it is used.
+3. Tensors found among the records' attributes are named by their path, as `state_dict()` names them.
+
+Invariant: no function or class named by the file is ever called, only the few of this module.
+"""
+
+import io
+import mmap
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+STORAGE_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+LOCAL_FILE_HEADER = struct.Struct("<4s5H3L2H")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or that is refused; the message says which and what to do."""
+
+
+@dataclass
+class Checkpoint:
+    """Tensors by name, mapped from the file at `path`.
+
+    container: "torchscript", "state dict" or "safetensors"
+    """
+
+    path: Path
+    container: str
+    tensors: dict[str, Tensor]
+    _mapping: mmap.mmap | None = field(default=None, repr=False)
+
+    def forget_read_pages(self) -> None:
+        """Give back the memory of what was read so far; tensors stay valid and are read from the file again.
+
+        Changes made to the tensors in place are lost.
+        """
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
+
+class ScriptObject:
+    """An inert record of a pickled script module: its attributes and nothing else."""
+
+    attributes: dict[str, Any]
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes = state if isinstance(state, dict) else {}
+
+
+@dataclass(frozen=True)
+class StorageType:
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A run of `numel` elements lying in the archive's entry `data/<key>`."""
+
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+def _identity(value: Any, *_: Any) -> Any:
+    return value
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """An unpickler that can build tensors, script records and plain containers, and nothing else.
+
+    rebuild: makes a tensor of (storage, offset, size, stride); a pickle that is only inspected passes a stand-in
+    """
+
+    def __init__(self, data: bytes, entry: str, rebuild: Callable[..., Any]):
+        super().__init__(io.BytesIO(data))
+        self.entry = entry
+        # Made anew for every pickle: whatever a file attaches to a class stays within that file.
+        self.script_class = type("ScriptObject", (ScriptObject,), {})
+        self.allowed: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch", "Size"): tuple,
+            ("torch._utils", "_rebuild_tensor"): lambda *args: rebuild(*args[:4]),
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *args: rebuild(*args[:4]),
+            ("torch._utils", "_rebuild_parameter"): lambda *args: args[0],
+            **{
+                ("torch.jit._pickle", name): lambda *args: args[0]
+                for name in ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
+            },
+            **{("torch", name): StorageType(dtype) for name, dtype in STORAGE_DTYPES.items()},
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return self.script_class
+        if (module, name) in self.allowed:
+            return self.allowed[module, name]
+        raise CheckpointError(
+            f"refused: its {self.entry} asks for {module}.{name}, which is neither a tensor nor a plain container and "
+            f"could run code. Take the checkpoint from a source you trust, or save its state dict anew."
+        )
+
+    def persistent_load(self, reference: Any) -> Storage:
+        kind, storage_type, key, _location, numel = reference
+        if kind != "storage" or not isinstance(storage_type, StorageType):
+            raise pickle.UnpicklingError(f"unknown kind of stored object {reference!r}")
+        return Storage(str(key), storage_type.dtype, int(numel))
+
+
+class ZipStorages:
+    """The storages of one archive, mapped from the file; a compressed one is unpacked into memory instead."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile, root: str):
+        self.archive = archive
+        self.root = root
+        with path.open("rb") as file:
+            self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.loaded: dict[str, Tensor] = {}
+
+    def _bytes_at(self, entry: zipfile.ZipInfo) -> tuple[Any, int]:
+        """A buffer and the offset in it at which the entry's bytes start."""
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return bytearray(self.archive.read(entry)), 0
+        header = LOCAL_FILE_HEADER.unpack_from(self.mapping, entry.header_offset)
+        name_length, extra_length = header[-2:]
+        return self.mapping, entry.header_offset + LOCAL_FILE_HEADER.size + name_length + extra_length
+
+    def rebuild(self, storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+        """A view of the stored bytes as a tensor of `size`, strided; bounds are checked."""
+        if storage.key not in self.loaded:
+            name = f"{self.root}data/{storage.key}"
+            entry = self.archive.getinfo(name)
+            needed = storage.numel * storage.dtype.itemsize
+            if entry.file_size < needed:
+                raise CheckpointError(f"is damaged: {name} has {entry.file_size} bytes, but {needed} are needed.")
+            if storage.numel == 0:
+                self.loaded[storage.key] = torch.empty(0, dtype=storage.dtype)
+            else:
+                buffer, start = self._bytes_at(entry)
+                self.loaded[storage.key] = torch.frombuffer(
+                    buffer, dtype=storage.dtype, count=storage.numel, offset=start
+                )
+        return self.loaded[storage.key].as_strided(tuple(size), tuple(stride), offset)
+
+
+def _tensors_of(record: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Name every tensor in a tree of script records by its path; other attributes are passed over."""
+    attributes = record.attributes if isinstance(record, ScriptObject) else {}
+    found: dict[str, Tensor] = {}
+    for name, value in attributes.items():
+        if isinstance(value, Tensor):
+            found[f"{prefix}{name}"] = value
+        elif isinstance(value, ScriptObject):
+            found |= _tensors_of(value, f"{prefix}{name}.")
+    return found
+
+
+def _tensors_of_state_dict(state: Any) -> dict[str, Tensor]:
+    if not isinstance(state, dict):
+        raise CheckpointError(f"holds a {type(state).__name__}, but a dictionary of tensors is needed.")
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        names = ", ".join(map(str, list(state)[:5])) or "nothing"
+        raise CheckpointError(f"holds no tensors at its top level, only: {names}. Save the state dict by itself.")
+    return tensors
+
+
+def _read_zip(path: Path) -> Checkpoint:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        roots = sorted((name.removesuffix("data.pkl") for name in names if name.endswith("data.pkl")), key=len)
+        if not roots:
+            raise CheckpointError("is a zip file, but no PyTorch archive: it has no data.pkl.")
+        root = roots[0]
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise CheckpointError("was saved on a big-endian machine; save it anew on a little-endian one.")
+        for name in names:
+            if name.endswith("pkl") and name != f"{root}data.pkl":
+                RestrictedUnpickler(archive.read(name), name, rebuild=_identity).load()
+        storages = ZipStorages(path, archive, root)
+        data = archive.read(f"{root}data.pkl")
+        loaded = RestrictedUnpickler(data, f"{root}data.pkl", storages.rebuild).load()
+    if isinstance(loaded, ScriptObject):
+        return Checkpoint(path, "torchscript", _tensors_of(loaded), storages.mapping)
+    return Checkpoint(path, "state dict", _tensors_of_state_dict(loaded), storages.mapping)
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    with safe_open(path, "pt") as file:
+        return Checkpoint(path, "safetensors", {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def _read_legacy(path: Path) -> Checkpoint:
+    """A `torch.save` file from before PyTorch 1.6, which is no zip; PyTorch's own restricted unpickler reads it."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return Checkpoint(path, "state dict", _tensors_of_state_dict(state))
+
+
+def _reader_for(start: bytes) -> Callable[[Path], Checkpoint]:
+    if start[:4] == b"PK\x03\x04":
+        return _read_zip
+    if start[8:9] == b"{":
+        return _read_safetensors
+    if start[:1] == b"\x80":  # the pickle protocol's first byte
+        return _read_legacy
+    raise CheckpointError("is neither a PyTorch checkpoint nor a safetensors file.")
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a TorchScript archive, a state-dict `.pt` or a safetensors file; which one is seen from its bytes.
+
+    No code of the file is run. Tensors keep their dtypes and are mapped from the file.
+
+    Raises FileNotFoundError, IsADirectoryError, or CheckpointError for a file that is empty, truncated, something
+    else, or that asks for more than tensors and plain containers.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; a checkpoint file is needed, such as ViT-B-32.pt.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint file {path}; check the path.")
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start:
+        raise CheckpointError(f"{path} is empty; copy or download it again.")
+    try:
+        return _reader_for(start)(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from None
+    except (zipfile.BadZipFile, SafetensorError, KeyError, EOFError, struct.error, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); copy or download it again.") from error
+    except (pickle.UnpicklingError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds a pickle that is no checkpoint's ({error}).") from error
