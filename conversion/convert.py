@@ -3,15 +3,13 @@
     python -m conversion.convert ViT-L-14-336px.pt clip-vit-l14-336/
 
 Reads OpenAI's TorchScript archives, state dicts and safetensors with OpenAI's names. Tensors keep their dtypes.
-The folder appears only when it is whole: it is written beside its place and then renamed.
+The folder appears only when it is whole.
 """
 
 import argparse
 import hashlib
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +17,7 @@ from tqdm import tqdm
 from hf_clip import VARIANTS, HfClipConfig, HfClipImageProcessor, HfClipProcessor, HfClipTokenizer
 from hf_clip.original import CheckpointError, config_from_shapes, convert_names, identify_variant, read_checkpoint
 from hf_clip.original.vocabulary import find_vocabulary
+from hf_clip.whole_folder import check_destination, whole_folder
 
 from .safetensors_stream import write_safetensors
 
@@ -46,28 +45,6 @@ def verify_published(path: Path) -> None:
         )
 
 
-def check_destination(out: Path, overwrite: bool) -> None:
-    """Refuse a destination that would lose something, before any work is done."""
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(f"{out} exists and is not empty; pass --overwrite to replace the model's files in it.")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} exists and is a file; name a folder.")
-
-
-def publish_folder(whole: Path, out: Path) -> None:
-    """Put a finished folder in its place: by one rename, or file by file where the place is taken.
-
-    Files of an existing folder that the model doesn't have are left alone.
-    """
-    if out.is_dir() and any(out.iterdir()):
-        for file in whole.iterdir():
-            os.replace(file, out / file.name)
-        return
-    if out.is_dir():
-        out.rmdir()
-    os.replace(whole, out)
-
-
 def read_original(path: str | Path, verify: bool = True) -> tuple:
     """An original checkpoint, its configuration, and its tensors under our names (views of the mapped file)."""
     if verify:
@@ -93,8 +70,7 @@ def convert(
 
     Raises FileNotFoundError, FileExistsError, CheckpointError or ValueError, and then nothing is written.
     """
-    out = Path(out)
-    check_destination(out, overwrite)
+    out = check_destination(out, overwrite)
     checkpoint, config, tensors = read_original(checkpoint_path, verify)
     text = config.text_config
     tokenizer = HfClipTokenizer.from_vocabulary_file(
@@ -103,23 +79,16 @@ def convert(
     image_processor = HfClipImageProcessor.for_image_size(config.vision_config.image_size)
     config.architectures = ["HfClipModel"]
     config.dtype = "float32"  # what to compute in; the file keeps what the original stored
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-unfinished-", dir=out.parent))
-    try:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        with progress(f"Writing {out.name}", size) as bar:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with whole_folder(out) as folder, progress(f"Writing {out.name}", size) as bar:
 
-            def after_each(written: int) -> None:
-                bar.update(written)
-                checkpoint.forget_read_pages()
+        def after_each(written: int) -> None:
+            bar.update(written)
+            checkpoint.forget_read_pages()
 
-            write_safetensors(unfinished / "model.safetensors", tensors, after_each)
-        config.save_pretrained(unfinished)
-        HfClipProcessor(image_processor, tokenizer).save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        publish_folder(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        write_safetensors(folder / "model.safetensors", tensors, after_each)
+        config.save_pretrained(folder)
+        HfClipProcessor(image_processor, tokenizer).save_pretrained(folder)
     return config
 
 

@@ -1,0 +1,96 @@
+"""Contrastive training of a CLIP on pictures with captions.
+
+    accelerate launch finetune.py --model clip-vit-b32/ --dataset my/pairs --output_dir fine-tuned/
+
+This version trains in one process. The output folder holds the model, its processor and metrics.jsonl.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers import AutoModel, AutoProcessor, HfArgumentParser, get_scheduler
+
+import hf_clip  # noqa: F401  (registers the classes)
+from hf_clip.training.config import TrainingConfig
+from hf_clip.training.data import build_loader, load_pairs, repeat
+from hf_clip.training.optim import MAX_LOGIT_SCALE, build_optimizer
+from hf_clip.whole_folder import check_destination, whole_folder
+
+
+def train(config: TrainingConfig) -> None:
+    """Train one model as `config` says and save it. Raises OSError or ValueError for what cannot be done."""
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"{accelerator.num_processes} processes were launched, but the loss compares the pairs of one process only: "
+            f"use `accelerate launch --num_processes 1`."
+        )
+    output = check_destination(config.output_dir, config.overwrite)
+    pairs = load_pairs(config)
+    model = AutoModel.from_pretrained(config.model)
+    processor = AutoProcessor.from_pretrained(config.model)
+    set_seed(config.seed)
+
+    optimizer = build_optimizer(model, config)
+    scheduler = get_scheduler("cosine", optimizer, config.warmup_steps, config.max_steps)
+    loader = build_loader(pairs, processor, config)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    logit_scale = accelerator.unwrap_model(model).logit_scale
+
+    output.mkdir(parents=True, exist_ok=True)
+    model.train()
+    started, losses = time.perf_counter(), []
+    with (output / "metrics.jsonl").open("w") as metrics, tqdm(total=config.max_steps, desc="Training") as bar:
+        for step, batch in enumerate(repeat(loader, config.max_steps), start=1):
+            loss = model(**batch, return_loss=True).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+            losses.append(loss.item())
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"The loss became {loss.item()} at step {step} (logit scale {logit_scale.exp().item():.1f}); "
+                    f"nothing was saved. Lower --learning_rate, or raise --warmup_steps."
+                )
+            bar.update()
+            if step % config.logging_steps == 0 or step == config.max_steps:
+                record = {
+                    "step": step,
+                    "loss": sum(losses) / len(losses),
+                    "learning_rate": scheduler.get_last_lr()[0],
+                    "logit_scale": logit_scale.exp().item(),
+                    "images_per_second": step * config.batch_size / (time.perf_counter() - started),
+                }
+                losses.clear()
+                metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
+                bar.set_postfix(loss=f"{record['loss']:.3f}", images_per_s=f"{record['images_per_second']:.0f}")
+
+    with whole_folder(output) as folder:
+        accelerator.unwrap_model(model).save_pretrained(folder)
+        processor.save_pretrained(folder)
+    print(f"Saved to {Path(config.output_dir)}")
+
+
+def main() -> int:
+    try:
+        (config,) = HfArgumentParser(TrainingConfig, description=__doc__).parse_args_into_dataclasses()
+        train(config)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The parts of contrastive training. `finetune.py` at the root of the repository puts them together."""
