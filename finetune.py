@@ -28,8 +28,8 @@ def train(config: TrainingConfig) -> None:
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise ValueError(
-            f"{accelerator.num_processes} processes were launched, but the loss compares the pairs of one process only: "
-            f"use `accelerate launch --num_processes 1`."
+            f"{accelerator.num_processes} processes were launched, but the loss compares the pairs of one process "
+            f"only: use `accelerate launch --num_processes 1`."
         )
     output = check_destination(config.output_dir, config.overwrite)
     pairs = load_pairs(config)

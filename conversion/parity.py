@@ -14,13 +14,15 @@ import argparse
 import platform
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel
 
 from hf_clip import VARIANTS, HfClipModel, Variant
@@ -64,11 +66,11 @@ def random_texts(lengths: tuple[int, ...], vocab_size: int, context_length: int)
 
 
 @torch.no_grad()
-def compare(ours: HfClipModel, theirs: nn.Module, pixel_values: Tensor, input_ids: Tensor) -> Errors:
+def compare(ours: HfClipModel, theirs: Any, pixel_values: Tensor, input_ids: Tensor) -> Errors:
     """Run both models on pixel_values (I, 3, Y, X) and input_ids (T, L) and compare each stage."""
     stages: dict[str, Tensor] = {}
 
-    def keep(name: str) -> object:
+    def keep(name: str) -> Callable:
         return lambda module, inputs, output: stages.__setitem__(name, output)
 
     is_resnet = hasattr(theirs.visual, "layer4")

@@ -59,9 +59,9 @@ def build_reference(dimensions: dict[str, object], seed: int) -> nn.Module:
             module.weight.uniform_(0.5, 1.5)
             module.bias.normal_(std=0.1)
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            module.num_batches_tracked.fill_(1000)
+            module.get_buffer("running_mean").normal_(std=0.1)
+            module.get_buffer("running_var").uniform_(0.5, 1.5)
+            module.get_buffer("num_batches_tracked").fill_(1000)
         if isinstance(module, nn.MultiheadAttention):
             module.in_proj_bias.normal_(std=0.1)
             module.out_proj.bias.normal_(std=0.1)

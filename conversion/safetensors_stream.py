@@ -47,5 +47,5 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], after_each: Cal
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in order:
             data = tensors[name].contiguous().reshape(-1)
-            file.write(memoryview(data.view(torch.uint8).numpy()) if data.numel() else b"")
+            file.write(data.view(torch.uint8).numpy().data if data.numel() else b"")
             after_each(data.nbytes)

@@ -142,5 +142,7 @@ def make_dataset(image_size: int, train_size: int, seed: int = 0) -> DatasetDict
     return DatasetDict(
         train=make_split(train, trained, train_size, image_size, seed + 1, PHRASES),
         held_out_images=make_split(test, trained, 2 * len(test[1]), image_size, seed + 2, first),
-        unseen_combinations=make_split(test, sorted(untrained, key=COMBINATIONS.index), 2 * len(test[1]), image_size, seed + 3, first),
+        unseen_combinations=make_split(
+            test, sorted(untrained, key=COMBINATIONS.index), 2 * len(test[1]), image_size, seed + 3, first
+        ),
     )

@@ -17,7 +17,7 @@ from hf_clip import (
 )
 
 VOCAB_SIZE = 640
-TOWERS = {
+TOWERS: dict[str, HfClipViTConfig | HfClipResNetConfig] = {
     "vit": HfClipViTConfig(
         image_size=16,
         patch_size=4,

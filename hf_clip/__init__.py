@@ -8,6 +8,8 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from .configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
@@ -31,9 +33,14 @@ from .variants import VARIANTS, Variant
 
 __version__ = "0.1.0.dev0"
 
-_TOWERS = {HfClipTextConfig: HfClipTextModel, HfClipViTConfig: HfClipViTModel, HfClipResNetConfig: HfClipResNetModel}
+_MODELS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
+    HfClipConfig: HfClipModel,
+    HfClipTextConfig: HfClipTextModel,
+    HfClipViTConfig: HfClipViTModel,
+    HfClipResNetConfig: HfClipResNetModel,
+}
 
-for _config, _model in ({HfClipConfig: HfClipModel} | _TOWERS).items():
+for _config, _model in _MODELS.items():
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(HfClipConfig, HfClipModel, exist_ok=True)

@@ -50,7 +50,7 @@ class HfClipTextConfig(PreTrainedConfig):
     vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
-    projection_dim: int | None = 512
+    projection_dim: int = 512
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
@@ -89,7 +89,7 @@ class HfClipViTConfig(PreTrainedConfig):
 
     hidden_size: int = 768
     intermediate_size: int = 3072
-    projection_dim: int | None = 512
+    projection_dim: int = 512
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     num_channels: int = 3
@@ -129,7 +129,7 @@ class HfClipResNetConfig(PreTrainedConfig):
     depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
     stem_width: int = 64
     num_attention_heads: int = 32
-    projection_dim: int | None = 1024
+    projection_dim: int = 1024
     num_channels: int = 3
     image_size: int = 224
     attention_dropout: int | float = 0.0
@@ -145,9 +145,13 @@ class HfClipResNetConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         _require_positive(self, "stem_width", "num_attention_heads", "num_channels", "image_size")
         if len(self.depths) != 4 or min(self.depths) < 1:
-            raise ValueError(f"HfClipResNetConfig: depths is {self.depths}, but a CLIP ResNet has four stages of blocks.")
+            raise ValueError(
+                f"HfClipResNetConfig: depths is {self.depths}, but a CLIP ResNet has four stages of blocks."
+            )
         if self.stem_width % 2:
-            raise ValueError(f"HfClipResNetConfig: stem_width is {self.stem_width}, but the stem starts with half of it.")
+            raise ValueError(
+                f"HfClipResNetConfig: stem_width is {self.stem_width}, but the stem starts with half of it."
+            )
         _require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
         if self.image_size < self.total_stride:
             raise ValueError(
@@ -176,6 +180,23 @@ class HfClipResNetConfig(PreTrainedConfig):
 VISION_CONFIGS = {config.model_type: config for config in (HfClipViTConfig, HfClipResNetConfig)}
 
 
+def _values_of(name: str, given: Any) -> dict[str, Any]:
+    """A tower's fields, whichever way they were given; a stock CLIP configuration is one of them."""
+    if given is None:
+        return {}
+    if isinstance(given, PreTrainedConfig):
+        return given.to_dict()
+    if isinstance(given, dict):
+        return given
+    raise ValueError(
+        f"HfClipConfig: {name} is a {type(given).__name__}, but a dictionary or a configuration is needed."
+    )
+
+
+def _build_text_config(values: dict[str, Any]) -> HfClipTextConfig:
+    return HfClipTextConfig(**{name: value for name, value in values.items() if name != "model_type"})
+
+
 def _build_vision_config(values: dict[str, Any]) -> "HfClipViTConfig | HfClipResNetConfig":
     is_resnet = values.get("model_type") == HfClipResNetConfig.model_type or "depths" in values
     kind = HfClipResNetConfig if is_resnet else HfClipViTConfig
@@ -186,8 +207,8 @@ def _build_vision_config(values: dict[str, Any]) -> "HfClipViTConfig | HfClipRes
 class HfClipConfig(PreTrainedConfig):
     """A whole CLIP model: text tower, image tower, and the space they share.
 
-    text_config:             dict or HfClipTextConfig
-    vision_config:           dict, HfClipViTConfig or HfClipResNetConfig
+    text_config:             given as a dictionary or a configuration; once built, an HfClipTextConfig
+    vision_config:           the same; once built, an HfClipViTConfig or an HfClipResNetConfig
     projection_dim:          width of the shared space; the towers' own `projection_dim` follows it
     logit_scale_init_value:  ln(1 / 0.07), section 2.5
     """
@@ -195,8 +216,8 @@ class HfClipConfig(PreTrainedConfig):
     model_type = "hf_clip"
     sub_configs: ClassVar[dict[str, type]] = {"text_config": HfClipTextConfig, "vision_config": PreTrainedConfig}
 
-    text_config: dict | HfClipTextConfig | None = None
-    vision_config: dict | HfClipViTConfig | HfClipResNetConfig | None = None
+    text_config: Any = None
+    vision_config: Any = None
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592
     initializer_factor: float = 1.0
@@ -204,11 +225,10 @@ class HfClipConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         text = kwargs.pop("text_config_dict", None)  # repositories of 2022 nest the real values under these names
         vision = kwargs.pop("vision_config_dict", None)
-        if not isinstance(self.text_config, PreTrainedConfig):
-            values = (self.text_config or {}) | (text or {})
-            self.text_config = HfClipTextConfig(**{k: v for k, v in values.items() if k != "model_type"})
-        if not isinstance(self.vision_config, PreTrainedConfig):
-            self.vision_config = _build_vision_config((self.vision_config or {}) | (vision or {}))
+        if not isinstance(self.text_config, HfClipTextConfig):
+            self.text_config = _build_text_config(_values_of("text_config", self.text_config) | (text or {}))
+        if not isinstance(self.vision_config, (HfClipViTConfig, HfClipResNetConfig)):
+            self.vision_config = _build_vision_config(_values_of("vision_config", self.vision_config) | (vision or {}))
         self.text_config.projection_dim = self.projection_dim
         self.vision_config.projection_dim = self.projection_dim
         super().__post_init__(**kwargs)

@@ -95,7 +95,7 @@ class HfClipPreTrainedModel(PreTrainedModel):
 
     config_class = HfClipConfig
     base_model_prefix = "hf_clip"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = [
         "HfClipTextEmbeddings",
@@ -108,6 +108,14 @@ class HfClipPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Initialise a module, unless its tensors have been loaded.
+
+        For classes outside of transformers, modules without tensors of their own count as loaded: layers and whole
+        models would be passed over. The guard is for code that writes to tensors directly, which ours does not.
+        """
+        super()._initialize_weights(module)
 
 
 def pool_at_end_of_text(hidden: Tensor, input_ids: Tensor, end_of_text_id: int) -> Tensor:
@@ -168,16 +176,16 @@ class HfClipTextModel(HfClipPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.token_embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings.token_embedding = value
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode texts.
@@ -203,14 +211,14 @@ class HfClipTextModel(HfClipPreTrainedModel):
 
 def check_image_size(
     pixel_values: Tensor | None, config: HfClipViTConfig | HfClipResNetConfig, interpolate: bool, smallest: int
-) -> None:
-    """Refuse pictures that the tower's position table doesn't fit, before any work is done on them."""
+) -> Tensor:
+    """Return the pictures, or refuse those that the tower's position table doesn't fit."""
     if pixel_values is None:
         raise ValueError("An image tower needs pixel_values: pass what HfClipImageProcessor returns.")
     if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
         raise ValueError(
-            f"pixel_values have shape {tuple(pixel_values.shape)}, but (batch, {config.num_channels}, height, width) is "
-            f"needed. Preprocess with HfClipImageProcessor."
+            f"pixel_values have shape {tuple(pixel_values.shape)}, but (batch, {config.num_channels}, height, width) "
+            f"is needed. Preprocess with HfClipImageProcessor."
         )
     if not pixel_values.is_floating_point():
         raise ValueError(
@@ -228,6 +236,7 @@ def check_image_size(
         raise ValueError(
             f"pixel_values are {height}x{width}, but this image tower needs at least {smallest} pixels each way."
         )
+    return pixel_values
 
 
 class HfClipViTEmbeddings(nn.Module):
@@ -287,7 +296,7 @@ class HfClipViTModel(HfClipPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: torch.FloatTensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Encode pictures.
 
@@ -295,8 +304,10 @@ class HfClipViTModel(HfClipPreTrainedModel):
         interpolate_pos_encoding: ... the position table is to be resampled to the pictures' own size
         returns: last_hidden_state (B, P, W) and pooler_output (B, W), the class token after the last LayerNorm
         """
-        check_image_size(pixel_values, self.config, interpolate_pos_encoding, smallest=self.config.patch_size)
-        hidden_states = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)), **kwargs)
+        pictures = check_image_size(
+            pixel_values, self.config, interpolate_pos_encoding, smallest=self.config.patch_size
+        )
+        hidden_states = self.encoder(self.pre_layrnorm(self.embeddings(pictures)), **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.post_layernorm(hidden_states[:, 0])
         )
@@ -352,7 +363,7 @@ class HfClipResNetModel(HfClipPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: torch.FloatTensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Encode pictures.
 
@@ -361,8 +372,10 @@ class HfClipResNetModel(HfClipPreTrainedModel):
         returns: last_hidden_state (B, W, Y / 32, X / 32) and pooler_output (B, W); hidden states are the stem's
             and the four stages' feature maps, attentions the attention pool's (B, heads, 1, 1 + cells)
         """
-        check_image_size(pixel_values, self.config, interpolate_pos_encoding, smallest=self.config.total_stride)
-        hidden_states = pixel_values.to(self.conv1.weight.dtype)
+        pictures = check_image_size(
+            pixel_values, self.config, interpolate_pos_encoding, smallest=self.config.total_stride
+        )
+        hidden_states = pictures.to(self.conv1.weight.dtype)
         hidden_states = self.bn1(self.conv1(hidden_states)).relu_()
         hidden_states = self.bn2(self.conv2(hidden_states)).relu_()
         hidden_states = self.pool(self.bn3(self.conv3(hidden_states)).relu_())  # (B, stem_width, Y / 4, X / 4)
@@ -417,15 +430,15 @@ class HfClipModel(HfClipPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.text_model.set_input_embeddings(value)
 
-    def encode_image(self, pixel_values: torch.FloatTensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    def encode_image(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Image features as the original returns them: (B, C, Y, X) → (B, D), not normalised."""
         outputs = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True)
         return self.visual_projection(outputs.pooler_output)
 
-    def encode_text(self, input_ids: torch.LongTensor, attention_mask: Tensor | None = None) -> Tensor:
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Text features as the original returns them: (B, L) → (B, D), not normalised."""
         outputs = self.text_model(input_ids, attention_mask=attention_mask, return_dict=True)
         return self.text_projection(outputs.pooler_output)
@@ -433,9 +446,9 @@ class HfClipModel(HfClipPreTrainedModel):
     @can_return_tuple
     def get_text_features(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """The text tower's output with `pooler_output` projected to (B, D), as in transformers 5."""
@@ -447,7 +460,7 @@ class HfClipModel(HfClipPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """The image tower's output with `pooler_output` projected to (B, D), as in transformers 5."""
         outputs = self.vision_model(
@@ -459,10 +472,10 @@ class HfClipModel(HfClipPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Any,
@@ -480,13 +493,13 @@ class HfClipModel(HfClipPreTrainedModel):
                 f"return_loss=True needs as many texts as images, pair by pair, but got {texts or 'no'} texts and "
                 f"{images or 'no'} images."
             )
-        outputs = HfClipOutput()
+        image_embeds = text_embeds = logits_per_image = logits_per_text = loss = None
+        vision = text = None
         if pixel_values is not None:
             vision = self.get_image_features(
                 pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **(kwargs | {"return_dict": True})
             )
-            outputs.image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
-            outputs.vision_model_output = vision
+            image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
         if input_ids is not None:
             text = self.get_text_features(
                 input_ids,
@@ -494,17 +507,21 @@ class HfClipModel(HfClipPreTrainedModel):
                 position_ids=position_ids,
                 **(kwargs | {"return_dict": True}),
             )
-            outputs.text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)
-            outputs.text_model_output = text
-        if input_ids is not None and pixel_values is not None:
-            scale = self.logit_scale.exp().to(outputs.text_embeds.device)
-            image_embeds = outputs.image_embeds.to(outputs.text_embeds.device)
-            outputs.logits_per_text = outputs.text_embeds @ image_embeds.T * scale  # (T, I)
-            outputs.logits_per_image = outputs.logits_per_text.T
-        if return_loss:
-            outputs.loss = contrastive_loss(outputs.logits_per_text)
-        # A ModelOutput keeps the order in which fields were filled; its tuple form must not depend on that.
-        return HfClipOutput(**{name: outputs.get(name) for name in HfClipOutput.__dataclass_fields__})
+            text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)
+        if image_embeds is not None and text_embeds is not None:
+            scale = self.logit_scale.exp().to(text_embeds.device)
+            logits_per_text = text_embeds @ image_embeds.to(text_embeds.device).T * scale  # (T, I)
+            logits_per_image = logits_per_text.T
+            loss = contrastive_loss(logits_per_text) if return_loss else None
+        return HfClipOutput(
+            loss=loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text,
+            vision_model_output=vision,
+        )
 
 
 class HfClipTextModelWithProjection(HfClipPreTrainedModel):
@@ -528,15 +545,15 @@ class HfClipTextModelWithProjection(HfClipPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> HfClipTextModelOutput:
         """input_ids (B, L) → text_embeds (B, D) and the tower's own outputs."""
@@ -577,7 +594,7 @@ class HfClipVisionModelWithProjection(HfClipPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.FloatTensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> HfClipVisionModelOutput:
         """pixel_values (B, C, Y, X) → image_embeds (B, D) and the tower's own outputs."""
         outputs = self.vision_model(
@@ -623,7 +640,7 @@ class HfClipForImageClassification(HfClipPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Any,

@@ -26,16 +26,21 @@ EXPANSION = 4
 
 @contextmanager
 def frozen_statistics(block: nn.Module) -> Iterator[None]:
-    """Within this context BatchNorm normalises as in training and leaves its running statistics alone."""
+    """Within this context BatchNorm normalises as in training, and counts the batch in copies that are thrown away.
+
+    The number of tensors that autograd saves must be the same as without, so the statistics cannot just be switched off.
+    """
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    tracked = [norm.track_running_stats for norm in norms]
+    kept = [dict(norm.named_buffers()) for norm in norms]
     try:
-        for norm in norms:
-            norm.track_running_stats = False
+        for norm, buffers in zip(norms, kept, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer.clone())
         yield
     finally:
-        for norm, track in zip(norms, tracked, strict=True):
-            norm.track_running_stats = track
+        for norm, buffers in zip(norms, kept, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer)
 
 
 class HfClipBottleneck(GradientCheckpointingLayer):
@@ -120,7 +125,7 @@ class HfClipAttentionPool(nn.Module):
         height, width = feature_map.shape[-2:]
         cells = feature_map.flatten(2).transpose(1, 2)  # (B, Y * X, D)
         tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1)  # (B, 1 + Y * X, D)
-        positions = self.positional_embedding
+        positions: Tensor = self.positional_embedding
         if (height, width) != (self.grid_size, self.grid_size):
             positions = resize_position_table(positions, self.grid_size, height, width)
         tokens = tokens + positions.to(tokens.dtype)

@@ -97,7 +97,9 @@ def build_backend(merges: list[tuple[str, str]]) -> Tokenizer:
     backend.decoder = decoders.Sequence(
         [decoders.ByteLevel(), decoders.Replace(END_OF_WORD, " "), decoders.Strip(" ", 0, 1)]
     )
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START_OF_TEXT, END_OF_TEXT)])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (START_OF_TEXT, END_OF_TEXT)]
+    )
     backend.post_processor = processors.TemplateProcessing(
         single=f"{START_OF_TEXT} $A {END_OF_TEXT}",
         special_tokens=[(token, vocab[token]) for token in (START_OF_TEXT, END_OF_TEXT)],

@@ -66,7 +66,9 @@ def get_variant(name: str) -> Variant:
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    by_other_name = {row.slug: row.name for row in _ROWS} | {row.checkpoint.removesuffix(".pt"): row.name for row in _ROWS}
+    by_other_name = {row.slug: row.name for row in _ROWS} | {
+        row.checkpoint.removesuffix(".pt"): row.name for row in _ROWS
+    }
     candidates = {known.lower(): known for known in [*VARIANTS, *by_other_name]}
     near = get_close_matches(str(name).lower(), candidates, n=1, cutoff=0.6)
     match = candidates[near[0]] if near else None

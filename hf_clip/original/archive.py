@@ -113,7 +113,13 @@ class RestrictedUnpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_parameter"): lambda *args: args[0],
             **{
                 ("torch.jit._pickle", name): lambda *args: args[0]
-                for name in ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
+                for name in (
+                    "build_intlist",
+                    "build_tensorlist",
+                    "build_doublelist",
+                    "build_boollist",
+                    "restore_type_tag",
+                )
             },
             **{("torch", name): StorageType(dtype) for name, dtype in STORAGE_DTYPES.items()},
         }

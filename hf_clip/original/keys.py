@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from ..configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
@@ -265,18 +266,17 @@ def config_from_shapes(state: Mapping[str, Any]) -> HfClipConfig:
             pad_token_id=vocab_size - 1,
         )
         vision = _resnet_config(state) if "visual.layer1.0.conv1.weight" in state else _vit_config(state)
-        return HfClipConfig(
-            text_config=text, vision_config=vision, projection_dim=state["text_projection"].shape[1]
-        )
+        return HfClipConfig(text_config=text, vision_config=vision, projection_dim=state["text_projection"].shape[1])
     except KeyError as error:
         names = _list_names(state, most=3) or "none at all"
         raise CheckpointError(
             f"is the checkpoint of another model: OpenAI's CLIP has a tensor {error}, this file has {names}."
         ) from None
-    except (IndexError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"has tensors of shapes that no CLIP has ({error}).") from error
+    except CheckpointError:
+        raise
+    except (IndexError, ValueError, StrictDataclassError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"has tensors of shapes that no CLIP has ({reason}).") from error
 
 
 def identify_variant(config: HfClipConfig) -> Variant | None:

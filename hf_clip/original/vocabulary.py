@@ -34,7 +34,9 @@ def find_vocabulary(path: str | Path | None = None, offline: bool = False) -> Pa
         return installed
     advice = f"Install it with `pip install 'hf-clip[convert]'`, or pass the path of {FILE_NAME}."
     if offline:
-        raise FileNotFoundError(f"OpenAI's vocabulary file is not installed, and the Hub is not asked offline. {advice}")
+        raise FileNotFoundError(
+            f"OpenAI's vocabulary file is not installed, and the Hub is not asked offline. {advice}"
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -42,4 +44,6 @@ def find_vocabulary(path: str | Path | None = None, offline: bool = False) -> Pa
         return Path(hf_hub_download(HUB_REPOSITORY, HUB_FILE_NAME))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileNotFoundError(f"OpenAI's vocabulary file is not installed or on the Hub ({reason}). {advice}") from error
+        raise FileNotFoundError(
+            f"OpenAI's vocabulary file is not installed or on the Hub ({reason}). {advice}"
+        ) from error

@@ -33,4 +33,6 @@ class TrainingConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be positive.")
         if not 0 <= self.warmup_steps <= self.max_steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, but must be between 0 and max_steps, {self.max_steps}.")
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, but must be between 0 and max_steps, {self.max_steps}."
+            )

@@ -1,0 +1,50 @@
+# Every target works alone, from an empty clone, with nothing but Python 3.11: the environment is made first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TOWER ?= vit
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check format parity bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no python3.11 found; install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras, made again when the pins change.
+$(VENV)/.demo-installed $(VENV)/.dev-installed: $(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing the pinned versions into $(VENV) (a minute or two) ..."
+	$(INSTALL) --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.demo-installed  ## train a small CLIP on digits and look at it (TOWER=vit or resnet; 4 minutes)
+	$(BIN)/python -m demo --tower $(TOWER)
+
+test: $(VENV)/.dev-installed  ## run the tests (below 15 minutes on two cores)
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.dev-installed  ## run the tests, the long ones too
+	$(BIN)/python -m pytest -m ""
+
+check: $(VENV)/.dev-installed  ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev-installed  ## put the sources into the format that `check` asks for
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+parity: $(VENV)/.dev-installed  ## compare all nine models with the reference at full size (2 minutes, 12 GB)
+	$(BIN)/python -m conversion.parity --all
+
+bench: $(VENV)/.dev-installed  ## measure us and the peers in turn, and print ratios
+	$(BIN)/python -m benchmarks.encode
+
+clean:  ## remove the environment and what the demo wrote
+	rm -rf $(VENV) demo-output

@@ -1,0 +1,118 @@
+"""Configurations: field names and meanings of stock CLIP, validation when built, saving and loading."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+
+from hf_clip import VARIANTS, HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_configuration_has_the_dimensions_of_the_table(name: str):
+    row, config = VARIANTS[name], HfClipConfig.from_variant(name)
+    vision, text = config.vision_config, config.text_config
+    assert config.projection_dim == vision.projection_dim == text.projection_dim == row.embed_dim
+    assert (vision.image_size, vision.num_attention_heads) == (row.image_size, row.vision_heads)
+    assert (text.hidden_size, text.num_attention_heads) == (row.text_width, row.text_heads)
+    assert (text.vocab_size, text.max_position_embeddings, text.eos_token_id) == (49408, 77, 49407)
+    if row.patch_size is None:
+        assert (tuple(vision.depths), vision.stem_width) == (row.vision_layers, row.vision_width)
+        assert vision.hidden_size == 32 * row.vision_width
+    else:
+        assert (vision.num_hidden_layers, vision.hidden_size) == (row.vision_layers, row.vision_width)
+        assert vision.patch_size == row.patch_size
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B/32"])
+def test_saved_configuration_loads_equal_through_autoconfig(name: str, tmp_path: Path):
+    config = HfClipConfig.from_variant(name, logit_scale_init_value=4.0)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is HfClipConfig
+    assert type(loaded.vision_config) is type(config.vision_config)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.logit_scale_init_value == 4.0
+
+
+@pytest.mark.parametrize("kind", [HfClipTextConfig, HfClipViTConfig, HfClipResNetConfig])
+def test_tower_configuration_is_read_from_a_whole_models_file(kind: type, tmp_path: Path):
+    HfClipConfig.from_variant("RN50x4" if kind is HfClipResNetConfig else "ViT-B/16").save_pretrained(tmp_path)
+    tower = kind.from_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())[kind.base_config_key]
+    assert tower.hidden_size == saved["hidden_size"]
+    assert tower.num_attention_heads == saved["num_attention_heads"]
+
+
+def test_stock_clip_configuration_describes_the_same_model():
+    stock = CLIPConfig(
+        text_config={"hidden_size": 384, "num_attention_heads": 6, "eos_token_id": 49407},
+        vision_config={"patch_size": 16, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 999},
+        projection_dim=320,
+    )
+    ours = HfClipConfig(**stock.to_dict())
+    assert type(ours.vision_config) is HfClipViTConfig
+    for part in ("text_config", "vision_config"):
+        theirs = getattr(stock, part).to_dict()
+        mine = getattr(ours, part).to_dict()
+        shared = (mine.keys() & theirs.keys()) - {"model_type", "projection_dim", "bos_token_id", "pad_token_id"}
+        assert len(shared) > 8
+        assert {name: mine[name] for name in shared} == {name: theirs[name] for name in shared}
+    assert ours.projection_dim == 320
+    assert ours.logit_scale_init_value == stock.logit_scale_init_value
+
+
+def test_stock_tower_objects_are_taken_over():
+    ours = HfClipConfig(text_config=CLIPTextConfig(hidden_size=256), vision_config=CLIPVisionConfig(patch_size=8))
+    assert type(ours.text_config) is HfClipTextConfig
+    assert ours.text_config.hidden_size == 256
+    assert ours.vision_config.patch_size == 8
+
+
+def test_defaults_are_those_of_stock_clip():
+    for ours, stock in [(HfClipTextConfig(), CLIPTextConfig()), (HfClipViTConfig(), CLIPVisionConfig())]:
+        named = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"}
+        named |= {"layer_norm_eps", "attention_dropout", "projection_dim", "initializer_factor"}
+        assert {name: getattr(ours, name) for name in named} == {name: getattr(stock, name) for name in named}
+
+
+def test_end_of_text_id_of_old_stock_repositories_is_repaired():
+    old = {"eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1, "vocab_size": 49408}
+    text = HfClipConfig(text_config=old).text_config
+    assert (text.bos_token_id, text.eos_token_id, text.pad_token_id) == (49406, 49407, 49407)
+
+
+def test_end_of_text_id_two_is_kept_where_the_vocabulary_is_another():
+    assert HfClipTextConfig(vocab_size=600, bos_token_id=1, eos_token_id=2, pad_token_id=2).eos_token_id == 2
+
+
+def test_nested_dictionaries_of_2022_repositories_are_read():
+    config = HfClipConfig(text_config_dict={"hidden_size": 768, "num_attention_heads": 12}, vision_config_dict=None)
+    assert config.text_config.hidden_size == 768
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (HfClipTextConfig, {"hidden_size": 100, "num_attention_heads": 3}, "hidden_size is 100 and num_attention_heads is 3"),
+        (HfClipTextConfig, {"eos_token_id": 60000}, "eos_token_id is 60000"),
+        (HfClipTextConfig, {"eos_token_id": None}, "the text feature is taken at that id"),
+        (HfClipTextConfig, {"vocab_size": 0}, "vocab_size is 0, but it must be a positive number"),
+        (HfClipTextConfig, {"vocab_size": "many"}, "'vocab_size' expected int, got str"),
+        (HfClipViTConfig, {"image_size": 16}, "patch_size 32 exceeds image_size 16"),
+        (HfClipResNetConfig, {"depths": [3, 4]}, r"depths is \[3, 4\], but a CLIP ResNet has four stages"),
+        (HfClipResNetConfig, {"stem_width": 63}, "stem_width is 63, but the stem starts with half of it"),
+        (HfClipResNetConfig, {"image_size": 16}, "image_size is 16, but the tower divides it by 32"),
+        (HfClipConfig, {"projection_dim": -1}, "projection_dim is -1"),
+    ],
+)
+def test_impossible_configuration_says_what_is_wrong(kind: type, fields: dict, message: str):
+    with pytest.raises(StrictDataclassError, match=message):
+        kind(**fields)
+
+
+def test_tower_of_a_wrong_type_is_refused():
+    with pytest.raises(ValueError, match="text_config is a list, but a dictionary or a configuration is needed"):
+        HfClipConfig(text_config=[])
