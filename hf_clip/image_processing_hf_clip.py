@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import SizeDict
+from transformers.image_utils import SizeDict, load_image
 
 OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -39,6 +39,21 @@ def crop_centre(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+def flatten_pictures(images: Any) -> list[Any]:
+    """One picture, a batch array (B, ...), a path or URL, or any nesting of lists of these → a list of pictures."""
+    if isinstance(images, (list, tuple)):
+        return [picture for item in images for picture in flatten_pictures(item)]
+    if isinstance(images, str):
+        return [load_image(images)]
+    if getattr(images, "ndim", 0) == 4:
+        return list(images)
+    return [images]
+
+
+def _describe(image: Any, array: np.ndarray) -> str:
+    return f"an array of {array.dtype}" if hasattr(image, "ndim") else f"of type {type(image).__name__}"
+
+
 def to_picture(image: Any, index: int) -> Image.Image:
     """Accept what users have: a Pillow picture, or a uint8 array of shape (H, W), (H, W, C) or (C, H, W)."""
     if isinstance(image, Image.Image):
@@ -48,8 +63,8 @@ def to_picture(image: Any, index: int) -> Image.Image:
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise ValueError(
-            f"images[{index}] is an array of {array.dtype}, but pictures are needed: pass Pillow pictures or arrays of "
-            f"uint8 from 0 to 255."
+            f"images[{index}] is {_describe(image, array)}, but pictures are needed: pass Pillow pictures or arrays "
+            f"of uint8 from 0 to 255."
         )
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
         array = array.transpose(1, 2, 0)  # (H, W, C)
@@ -96,7 +111,7 @@ class HfClipImageProcessor(BaseImageProcessor):
         return cls(**({"size": {"shortest_edge": image_size}, "crop_size": square} | kwargs))
 
     def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        pictures = self._prepare_images_structure(images)
+        pictures = flatten_pictures(images)
         if len(pictures) == 0:
             raise ValueError("HfClipImageProcessor got an empty list of images; pass at least one.")
         return_tensors = kwargs.pop("return_tensors", None)

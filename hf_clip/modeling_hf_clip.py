@@ -254,7 +254,9 @@ class HfClipViTEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (B, W, Y / S, X / S)
         height, width = patches.shape[-2:]
-        positions = self.position_embedding.weight
+        # Called, not read: where weights are offloaded, a module's call is what brings them back.
+        cells = torch.arange(1 + self.grid_size**2, device=patches.device)
+        positions = self.position_embedding(cells)
         if (height, width) != (self.grid_size, self.grid_size):
             positions = resize_position_table(positions, self.grid_size, height, width)
         class_token = self.class_embedding.expand(patches.shape[0], 1, -1)

@@ -20,7 +20,8 @@ TEXT = {
 }
 DIMENSIONS = {
     "vit": TEXT | {"image_resolution": 48, "vision_layers": 3, "vision_width": 128, "vision_patch_size": 16},
-    "resnet": TEXT | {"image_resolution": 96, "vision_layers": (1, 2, 1, 1), "vision_width": 8, "vision_patch_size": None},
+    "resnet": TEXT
+    | {"image_resolution": 96, "vision_layers": (1, 2, 1, 1), "vision_width": 8, "vision_patch_size": None},
 }
 IMAGE_SIZES = {tower: dimensions["image_resolution"] for tower, dimensions in DIMENSIONS.items()}
 

@@ -96,7 +96,11 @@ def test_nested_dictionaries_of_2022_repositories_are_read():
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        (HfClipTextConfig, {"hidden_size": 100, "num_attention_heads": 3}, "hidden_size is 100 and num_attention_heads is 3"),
+        (
+            HfClipTextConfig,
+            {"hidden_size": 100, "num_attention_heads": 3},
+            "hidden_size is 100 and num_attention_heads is 3",
+        ),
         (HfClipTextConfig, {"eos_token_id": 60000}, "eos_token_id is 60000"),
         (HfClipTextConfig, {"eos_token_id": None}, "the text feature is taken at that id"),
         (HfClipTextConfig, {"vocab_size": 0}, "vocab_size is 0, but it must be a positive number"),

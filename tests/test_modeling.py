@@ -157,9 +157,7 @@ def test_text_feature_does_not_depend_on_padding_or_mask(model: HfClipModel):
 @torch.no_grad()
 def test_hidden_states_and_attentions_of_both_towers(model: HfClipModel, tower: str):
     model.set_attn_implementation("eager")
-    outputs = model(
-        input_ids=texts(), pixel_values=pictures(tower), output_hidden_states=True, output_attentions=True
-    )
+    outputs = model(input_ids=texts(), pixel_values=pictures(tower), output_hidden_states=True, output_attentions=True)
     text, vision = outputs.text_model_output, outputs.vision_model_output
     assert [tuple(state.shape) for state in text.hidden_states] == [(4, 20, 128)] * 4
     assert [tuple(weights.shape) for weights in text.attentions] == [(4, 2, 20, 20)] * 3
@@ -283,15 +281,27 @@ def test_input_embeddings_are_the_token_table(model: HfClipModel):
     ("inputs", "message"),
     [
         ({}, "neither input_ids nor pixel_values"),
-        ({"input_ids": texts(), "return_loss": True}, "needs as many texts as images, pair by pair, but got 4 texts and no"),
+        (
+            {"input_ids": texts(), "return_loss": True},
+            "needs as many texts as images, pair by pair, but got 4 texts and no",
+        ),
         (
             {"input_ids": texts(), "pixel_values": pictures("vit", 3), "return_loss": True},
             "got 4 texts and 3 images",
         ),
-        ({"input_ids": torch.zeros(1, 21, dtype=torch.long)}, "21 tokens per text, but this model's position table has 20"),
-        ({"pixel_values": torch.zeros(1, 3, 48, 64)}, "pixel_values are 48x64, but .* fits only 48x48.*interpolate_pos"),
+        (
+            {"input_ids": torch.zeros(1, 21, dtype=torch.long)},
+            "21 tokens per text, but this model's position table has 20",
+        ),
+        (
+            {"pixel_values": torch.zeros(1, 3, 48, 64)},
+            "pixel_values are 48x64, but .* fits only 48x48.*interpolate_pos",
+        ),
         ({"pixel_values": torch.zeros(1, 3, 48, 48, dtype=torch.uint8)}, "torch.uint8, but the tower takes normalised"),
-        ({"pixel_values": torch.zeros(3, 48, 48)}, r"have shape \(3, 48, 48\), but \(batch, 3, height, width\) is needed"),
+        (
+            {"pixel_values": torch.zeros(3, 48, 48)},
+            r"have shape \(3, 48, 48\), but \(batch, 3, height, width\) is needed",
+        ),
         ({"pixel_values": torch.zeros(1, 1, 48, 48)}, r"have shape \(1, 1, 48, 48\)"),
     ],
 )

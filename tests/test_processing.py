@@ -1,0 +1,36 @@
+"""Tokenizer and image processor as one object."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from hf_clip import HfClipImageProcessor, HfClipProcessor, HfClipTokenizer
+
+
+def test_converted_folder_has_a_processor_that_fits_its_model(repository: Path, photographs: dict):
+    processor = AutoProcessor.from_pretrained(repository)
+    assert type(processor) is HfClipProcessor
+    assert type(processor.tokenizer) is HfClipTokenizer
+    assert type(processor.image_processor) is HfClipImageProcessor
+    model = AutoModel.from_pretrained(repository)
+    pictures = [photographs["astronaut"], photographs["chelsea"]]
+    inputs = processor(text=["an astronaut", "a cat", "a cup"], images=pictures, return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+    assert model(**inputs).logits_per_image.shape == (2, 3)
+
+
+def test_either_kind_of_input_alone(tokenizer: HfClipTokenizer, photographs: dict):
+    processor = HfClipProcessor(HfClipImageProcessor(), tokenizer)
+    assert set(processor(text="a cat", return_tensors="pt")) == {"input_ids", "attention_mask"}
+    assert set(processor(images=photographs["chelsea"], return_tensors="pt")) == {"pixel_values"}
+
+
+def test_saved_processor_loads_equal(tokenizer: HfClipTokenizer, photographs: dict, tmp_path: Path):
+    processor = HfClipProcessor(HfClipImageProcessor.for_image_size(288), tokenizer)
+    processor.save_pretrained(tmp_path)
+    loaded = HfClipProcessor.from_pretrained(tmp_path)
+    inputs = {"text": ["It’s a cat", "two"], "images": photographs["chelsea"], "return_tensors": "pt"}
+    found, expected = loaded(**inputs), processor(**inputs)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)

@@ -1,0 +1,181 @@
+"""The tokenizer against the reference implementation's, and what surrounds it: padding, errors, files."""
+
+import gzip
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from conversion.reference import load_reference_module
+from demo.digits import COMBINATIONS, PHRASES
+from hf_clip import HfClipConfig, HfClipTokenizer
+from hf_clip.tokenization_hf_clip import byte_alphabet, read_merges
+
+CAPTIONS = [
+    "a photo of a cat",
+    "A photo of a CAT.",
+    "two dogs playing in the snow, one of them jumping over the other",
+    "a diagram",
+    "it's the photographer's dog; they're happy, we've seen it, I'm sure you'll agree he'd bark",
+    "  leading,   inner\tand\ntrailing white space  ",
+    "a 1950's black-and-white photo of 42 people",
+    "price: $19.99 (50% off!!!)",
+    "an image of a pokémon",
+    "café in Zürich, naïve façade",
+    "東京タワーの写真",
+    "фотография кошки",
+    "a photo of 🐱🐶 and 👩‍👩‍👧",
+    "it’s a “curly” quote – and a dash — and an ellipsis…",
+    "AT&amp;T &lt;b&gt; &amp;amp; Marks &amp; Spencer",
+    "x^2 + y_1 = z~ `code` {a} [b] \\ / | @#",
+    "",
+    " ",
+    "<|startoftext|> quoted <|endoftext|>",
+    "supercalifragilisticexpialidocious antidisestablishmentarianism",
+    "ﬁne ligatures, ｆｕｌｌ　ｗｉｄｔｈ, soft­hyphen, zero​width",
+    "mojibake: schÃ¶n âœ”",
+    "İstanbul ſtraße ẞ",
+]
+
+
+@pytest.fixture(scope="module")
+def reference_encode():
+    return load_reference_module("simple_tokenizer").SimpleTokenizer().encode
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_ids_equal_the_reference_tokenizers(tokenizer: HfClipTokenizer, reference_encode, caption: str):
+    assert tokenizer(caption, truncation=True).input_ids == [49406, *reference_encode(caption)[:75], 49407]
+
+
+def test_ids_equal_on_every_caption_of_the_demo(tokenizer: HfClipTokenizer, reference_encode):
+    captions = [combination.caption(phrase) for combination in COMBINATIONS for phrase in PHRASES]
+    found = tokenizer(captions, padding=False).input_ids
+    assert found == [[49406, *reference_encode(caption), 49407] for caption in captions]
+
+
+def test_ids_equal_on_the_documentation_of_a_large_package(tokenizer: HfClipTokenizer, reference_encode):
+    """Real English prose in quantity: every docstring line of torch.nn.functional."""
+    lines = {
+        line.strip()
+        for name in dir(torch.nn.functional)
+        for line in (getattr(torch.nn.functional, name).__doc__ or "").splitlines()
+    }
+    lines = sorted(line for line in lines if line)
+    assert len(lines) > 500
+    found = tokenizer(lines, padding=False, truncation=True).input_ids
+    assert found == [[49406, *reference_encode(line)[:75], 49407] for line in lines]
+
+
+def test_batch_is_padded_to_its_longest_text_with_the_end_of_text(tokenizer: HfClipTokenizer):
+    batch = tokenizer(["a cat", "a photo of a cat"], return_tensors="pt")
+    assert batch.input_ids.tolist() == [
+        [49406, 320, 2368, 49407, 49407, 49407, 49407],
+        [49406, 320, 1125, 539, 320, 2368, 49407],
+    ]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0, 0, 0], [1] * 7]
+
+
+def test_padding_can_be_chosen(tokenizer: HfClipTokenizer):
+    assert tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids.shape == (1, 77)
+    assert [len(ids) for ids in tokenizer(["a", "a cat"], padding=False).input_ids] == [3, 4]
+
+
+def test_text_that_is_too_long_is_an_error_unless_truncated(tokenizer: HfClipTokenizer):
+    texts = ["short", "word " * 76]
+    with pytest.raises(
+        ValueError, match="Text 1 has 78 tokens, start and end included, but the model takes 77"
+    ) as caught:
+        tokenizer(texts)
+    assert "truncation=True" in str(caught.value)
+    batch = tokenizer(texts, truncation=True, return_tensors="pt")
+    assert batch.input_ids.shape == (2, 77)
+    assert batch.input_ids[1, -1] == 49407
+    assert tokenizer("word " * 75, return_tensors="pt").input_ids.shape == (1, 77)
+
+
+def test_empty_list_is_an_error(tokenizer: HfClipTokenizer):
+    with pytest.raises(ValueError, match="empty list of texts"):
+        tokenizer([])
+
+
+def test_decoding_gives_the_words_back(tokenizer: HfClipTokenizer):
+    ids = tokenizer("A photo of a naïve café, 東京!").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a photo of a naïve café , 東京 !"
+
+
+@pytest.mark.parametrize("way", ["saved", "pickled", "auto"])
+def test_tokenizer_survives_being_stored(tokenizer: HfClipTokenizer, way: str, tmp_path: Path):
+    if way == "pickled":
+        other = pickle.loads(pickle.dumps(tokenizer))
+    else:
+        tokenizer.save_pretrained(tmp_path)
+        HfClipConfig().save_pretrained(tmp_path)
+        other = (HfClipTokenizer if way == "saved" else AutoTokenizer).from_pretrained(tmp_path)
+    assert type(other) is HfClipTokenizer
+    assert len(other) == 49408
+    assert (other.bos_token_id, other.eos_token_id, other.pad_token_id) == (49406, 49407, 49407)
+    assert other.model_max_length == 77
+    assert other(CAPTIONS, truncation=True).input_ids == tokenizer(CAPTIONS, truncation=True).input_ids
+    ids = tokenizer("A photo of a cat.").input_ids
+    assert other.decode(ids) == tokenizer.decode(ids)
+
+
+def test_byte_alphabet_is_the_references():
+    assert byte_alphabet() == list(load_reference_module("simple_tokenizer").bytes_to_unicode().values())
+
+
+# --- vocabularies of one's own -------------------------------------------------------------------------------------
+
+
+def test_trained_vocabulary_covers_what_it_never_saw():
+    tokenizer = HfClipTokenizer.train_from_iterator(["a red seven", "a green seven on red paper"] * 5, 560)
+    assert len(tokenizer) <= 560
+    assert len(tokenizer("a red seven").input_ids) == 5  # whole words became tokens
+    for text in ("blue Äpfel", "七"):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text.lower()
+
+
+def test_trained_vocabulary_has_no_more_ids_than_asked_for():
+    tokenizer = HfClipTokenizer.train_from_iterator(["some words to learn from, many of them"] * 3, 520)
+    assert len(tokenizer) == 520
+    assert tokenizer.eos_token_id == 519
+
+
+def test_vocabulary_too_small_for_bytes_is_an_error():
+    with pytest.raises(ValueError, match="vocab_size is 500, but bytes and special tokens alone take 514 ids"):
+        HfClipTokenizer.train_from_iterator(["a"], 500)
+
+
+def test_missing_vocabulary_file_says_what_brings_it(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"no vocabulary file .*nowhere\.gz.*pip install openai-clip"):
+        HfClipTokenizer.from_vocabulary_file(tmp_path / "nowhere.gz")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has 1 lines"),
+        (b"#version\na b\n", "at least 48894 lines with two symbols each"),
+        (gzip.compress(b"#version\n" + b"a b c\n" * 50000), "doesn't fit 49408 ids"),
+        (gzip.compress(b"#version\n" + b"a b\n" * 50000)[:-200], "no readable vocabulary file"),
+        (b"\xff\xfe\x00", "no readable vocabulary file"),
+    ],
+)
+def test_file_that_is_no_vocabulary_is_refused(tmp_path: Path, content: bytes, message: str):
+    path = tmp_path / "vocabulary.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        HfClipTokenizer.from_vocabulary_file(path)
+
+
+def test_merges_are_read_compressed_or_plain(vocabulary: Path, tmp_path: Path):
+    plain = tmp_path / "merges.txt"
+    plain.write_bytes(gzip.decompress(vocabulary.read_bytes()))
+    merges = read_merges(plain)
+    assert merges == read_merges(vocabulary)
+    assert len(merges) == 49408 - 514
+    assert merges[0] == ("i", "n")
