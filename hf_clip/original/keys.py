@@ -29,6 +29,9 @@ DESCRIPTIVE_SCALARS = ("input_resolution", "context_length", "vocab_size")
 """Original archives store these three beside the weights; shapes say the same."""
 
 
+BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "transformers_version")
+
+
 @dataclass(frozen=True)
 class Row:
     """original: the pattern of an original name. ours: the patterns of the tensors that it becomes."""
@@ -279,9 +282,19 @@ def config_from_shapes(state: Mapping[str, Any]) -> HfClipConfig:
         raise CheckpointError(f"has tensors of shapes that no CLIP has ({reason}).") from error
 
 
+def _architecture(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's dictionary without what it says about a file or a class."""
+    return {
+        name: _architecture(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in BOOKKEEPING
+    }
+
+
 def identify_variant(config: HfClipConfig) -> Variant | None:
     """Which of the nine published models has this architecture; None for a custom one."""
+    architecture = _architecture(config.to_dict())
     for variant in VARIANTS.values():
-        if HfClipConfig.from_variant(variant.name).to_dict() == config.to_dict():
+        if _architecture(HfClipConfig.from_variant(variant.name).to_dict()) == architecture:
             return variant
     return None

@@ -1,0 +1,314 @@
+"""Conversion: what is read, what is written, and that nothing is written otherwise."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, AutoProcessor
+
+from conversion import convert as program
+from conversion.convert import convert, main
+from conversion.reference import build_reference, halve, reference_dimensions, write_archive
+from conversion.safetensors_stream import write_safetensors
+from hf_clip import VARIANTS, HfClipModel
+from hf_clip.original import CheckpointError
+
+from ..small import DIMENSIONS, IMAGE_SIZES, pictures, texts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def file_sums(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_folder_is_complete_and_loads(repository: Path, tower: str, reference: nn.Module):
+    names = {path.name for path in repository.iterdir()}
+    expected = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert expected <= names
+    config = json.loads((repository / "config.json").read_text())
+    assert config["model_type"] == "hf_clip"
+    assert config["architectures"] == ["HfClipModel"]
+    assert config["dtype"] == "float32"
+    model, processor = AutoModel.from_pretrained(repository).eval(), AutoProcessor.from_pretrained(repository)
+    assert model.dtype == torch.float32
+    assert processor.image_processor.crop_size["height"] == IMAGE_SIZES[tower]
+    assert processor.tokenizer.model_max_length == 20
+    assert len(processor.tokenizer) == 1000
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.encode_image(pictures(tower)), reference.encode_image(pictures(tower)), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_every_kind_of_file_converts_to_the_same_weights(
+    archives: dict[str, Path], tower: str, reference: nn.Module, tmp_path: Path
+):
+    state = reference.state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    torch.save(state, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    save_file({k: v.contiguous().clone() for k, v in state.items()}, tmp_path / "state.safetensors")
+    sums = set()
+    for path in (archives[tower], *(tmp_path / name for name in ("state.pt", "legacy.pt", "state.safetensors"))):
+        out = tmp_path / f"out-{path.name}"
+        convert(path, out)
+        sums.add(file_sums(out)["model.safetensors"])
+    assert len(sums) == 1
+
+
+def test_original_dtypes_are_kept_and_computed_in_float32(tower: str, tmp_path: Path):
+    reference = build_reference(DIMENSIONS[tower], seed=5)
+    halve(reference)
+    write_archive(reference, tmp_path / "mixed.pt", IMAGE_SIZES[tower])
+    convert(tmp_path / "mixed.pt", tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} >= {torch.float16, torch.float32}
+    assert stored["text_model.encoder.layers.0.self_attn.q_proj.weight"].dtype == torch.float16
+    assert stored["text_model.final_layer_norm.weight"].dtype == torch.float32
+    model = AutoModel.from_pretrained(tmp_path / "out").eval()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        expected = reference.float().encode_text(texts())
+        assert (model.encode_text(texts()) - expected).norm() / expected.norm() < 1e-5
+
+
+def test_published_variant_is_recognised(tmp_path: Path, capsys: pytest.CaptureFixture):
+    reference = build_reference(reference_dimensions(VARIANTS["RN50"]), seed=0)
+    halve(reference)
+    write_archive(reference, tmp_path / "some-name.pt", 224)
+    assert main([str(tmp_path / "some-name.pt"), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.strip() == f"{tmp_path / 'out'}: RN50"
+
+
+def test_converting_twice_gives_the_same_bytes(archives: dict[str, Path], tower: str, tmp_path: Path):
+    for name in ("first", "second"):
+        convert(archives[tower], tmp_path / name)
+    assert file_sums(tmp_path / "first") == file_sums(tmp_path / "second")
+
+
+def test_custom_shape_is_described(
+    archives: dict[str, Path], tower: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert main([str(archives[tower]), str(tmp_path / "out")]) == 0
+    kind, size = {"vit": ("ViT", 48), "resnet": ("ResNet", 96)}[tower]
+    assert f"a custom {kind} CLIP of {size} pixels" in capsys.readouterr().out
+
+
+# --- refusals: nothing is written ----------------------------------------------------------------------------------
+
+
+def test_existing_folder_is_refused_before_anything_is_read(archives: dict[str, Path], tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty; .*--overwrite"):
+        convert(archives["vit"], tmp_path / "out")
+    assert file_sums(tmp_path / "out").keys() == {"notes.txt"}
+
+
+def test_overwrite_replaces_the_model_and_keeps_the_rest(archives: dict[str, Path], tmp_path: Path):
+    out = tmp_path / "out"
+    convert(archives["vit"], out)
+    (out / "README.md").write_text("mine")
+    before = file_sums(out)
+    convert(archives["resnet"], out, overwrite=True)
+    after = file_sums(out)
+    assert after["README.md"] == before["README.md"]
+    assert after["model.safetensors"] != before["model.safetensors"]
+    assert type(AutoModel.from_pretrained(out).vision_model).__name__ == "HfClipResNetModel"
+
+
+def test_empty_folder_is_filled(archives: dict[str, Path], tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    convert(archives["vit"], tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("stage", ["weights", "config", "processor"])
+def test_failure_halfway_leaves_nothing(
+    archives: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    target = {
+        "weights": (program, "write_safetensors"),
+        "config": (program.HfClipConfig, "save_pretrained"),
+        "processor": (program.HfClipProcessor, "save_pretrained"),
+    }[stage]
+    monkeypatch.setattr(*target, fail)
+    with pytest.raises(OSError, match="No space left"):
+        convert(archives["vit"], tmp_path / "deep" / "out")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_failure_while_overwriting_leaves_the_old_model(
+    archives: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    convert(archives["vit"], tmp_path / "out")
+    before = file_sums(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(program.HfClipProcessor, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        convert(archives["resnet"], tmp_path / "out", overwrite=True)
+    assert file_sums(tmp_path) == before
+
+
+def test_published_name_with_other_content_is_refused(archives: dict[str, Path], tmp_path: Path):
+    path = tmp_path / "ViT-B-32.pt"
+    path.write_bytes(archives["vit"].read_bytes())
+    with pytest.raises(CheckpointError, match=f"published ViT-B-32.pt has {VARIANTS['ViT-B/32'].sha256}.*--no-verify"):
+        convert(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert(path, tmp_path / "out", verify=False)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_published_name_with_the_published_content_is_accepted(
+    archives: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "RN101.pt"
+    path.write_bytes(archives["resnet"].read_bytes())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(VARIANTS, "RN101", replace(VARIANTS["RN101"], sha256=digest))
+    convert(path, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def bad_inputs(folder: Path, archive: Path) -> dict[str, tuple[Path, str]]:
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "cut.pt").write_bytes(archive.read_bytes()[:5000])
+    with zipfile.ZipFile(folder / "other.zip", "w") as other:
+        other.writestr("a.txt", "a")
+    torch.save({"bert.weight": torch.ones(2)}, folder / "bert.pt")
+    return {
+        "missing": (folder / "missing.pt", "There is no checkpoint file"),
+        "folder": (folder, "is a folder"),
+        "empty": (folder / "empty.pt", "is empty"),
+        "truncated": (folder / "cut.pt", "is truncated or damaged"),
+        "zip": (folder / "other.zip", "is a zip file, but no PyTorch archive"),
+        "other model": (folder / "bert.pt", "is the checkpoint of another model"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "truncated", "zip", "other model"])
+def test_command_line_says_one_line_and_writes_nothing(
+    archives: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, kind: str
+):
+    path, message = bad_inputs(tmp_path, archives["vit"])[kind]
+    before = file_sums(tmp_path)
+    assert main([str(path), str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert str(path) in line
+    assert message in line
+    assert captured.out == ""
+    assert file_sums(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_vocabulary_is_refused_before_anything_is_written(archives: dict[str, Path], tmp_path: Path):
+    (tmp_path / "words.txt").write_text("a b\n")
+    with pytest.raises(ValueError, match=r"words.txt doesn't fit 1000 ids"):
+        convert(archives["vit"], tmp_path / "out", vocabulary=tmp_path / "words.txt")
+    with pytest.raises(FileNotFoundError, match="no vocabulary file"):
+        convert(archives["vit"], tmp_path / "out", vocabulary=tmp_path / "nowhere.gz")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_runs_as_a_program(archives: dict[str, Path], tmp_path: Path):
+    """From another folder, in a process of its own, with the installed package alone on its path."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "conversion.convert", str(archives["vit"]), "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import resource, sys
+from conversion.convert import convert
+import torch
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert(sys.argv[1], sys.argv[2])
+print(base, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_growth(archive: Path, out: Path) -> int:
+    """Bytes by which converting raises a fresh process's peak of resident memory."""
+    command = [sys.executable, "-c", MEASURE, str(archive), str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    base, peak = map(int, done.stdout.split())
+    return (peak - base) * 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is counted in KiB on Linux")
+def test_conversion_needs_less_memory_than_the_file(tmp_path: Path):
+    reference = build_reference(reference_dimensions(VARIANTS["ViT-B/32"]), seed=0)
+    halve(reference)
+    write_archive(reference, tmp_path / "file.pt", 224)
+    size = (tmp_path / "file.pt").stat().st_size
+    assert size > 300e6
+    assert peak_growth(tmp_path / "file.pt", tmp_path / "out") < size
+
+
+@pytest.mark.slow
+def test_converting_the_largest_model_peaks_below_1_3_times_its_file(tmp_path: Path):
+    """The whole process, PyTorch included, as the design promises it for RN50x64."""
+    reference = build_reference(reference_dimensions(VARIANTS["RN50x64"]), seed=0)
+    halve(reference)
+    write_archive(reference, tmp_path / "file.pt", 448)
+    del reference
+    size = (tmp_path / "file.pt").stat().st_size
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "file.pt"), str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    peak = int(done.stdout.split()[1]) * 1024
+    print(f"file {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, ratio {peak / size:.2f}")
+    assert peak < 1.3 * size
+
+
+# --- the writer ----------------------------------------------------------------------------------------------------
+
+
+def test_streamed_file_equals_what_the_library_reads(tmp_path: Path):
+    tensors = {
+        "half": torch.randn(3, 5).half(),
+        "view": torch.randn(4, 6).T[1:, ::2],
+        "scalar": torch.tensor(4.6),
+        "integer": torch.tensor(3),
+        "empty": torch.empty(0, 2),
+        "brain": torch.randn(7).bfloat16(),
+    }
+    written: list[int] = []
+    write_safetensors(tmp_path / "file.safetensors", tensors, written.append)
+    found = load_file(tmp_path / "file.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    assert sum(written) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_converted_weights_load_into_a_model_strictly(repository: Path, model: HfClipModel):
+    model.load_state_dict(load_file(repository / "model.safetensors"), strict=True)
