@@ -6,6 +6,8 @@ This version trains in one process. The output folder holds the model, its proce
 """
 
 import json
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -30,6 +32,12 @@ def train(config: TrainingConfig) -> None:
         raise ValueError(
             f"{accelerator.num_processes} processes were launched, but the loss compares the pairs of one process "
             f"only: use `accelerate launch --num_processes 1`."
+        )
+    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
+        print(
+            f"note: `accelerate launch` gives a process one CPU thread unless told otherwise; this machine has "
+            f"{os.cpu_count()}: pass --num_cpu_threads_per_process before the program's name.",
+            file=sys.stderr,
         )
     output = check_destination(config.output_dir, config.overwrite)
     pairs = load_pairs(config)
@@ -57,9 +65,9 @@ def train(config: TrainingConfig) -> None:
                 logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
             losses.append(loss.item())
-            if not torch.isfinite(loss):
+            if not math.isfinite(losses[-1]):
                 raise ValueError(
-                    f"The loss became {loss.item()} at step {step} (logit scale {logit_scale.exp().item():.1f}); "
+                    f"The loss became {losses[-1]} at step {step} (logit scale {logit_scale.exp().item():.1f}); "
                     f"nothing was saved. Lower --learning_rate, or raise --warmup_steps."
                 )
             bar.update()

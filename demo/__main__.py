@@ -10,6 +10,7 @@ pipeline, measure top-1 on held-out images and on colour combinations that were 
 import argparse
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -26,10 +27,10 @@ from .model import TOWERS, write_fresh_model
 from .report import CAPTIONS, report
 
 TRAINING = {
-    "vit": {"max_steps": 1100, "learning_rate": 2e-3},
-    "resnet": {"max_steps": 600, "learning_rate": 1e-3},
+    "vit": {"max_steps": 800, "learning_rate": 2e-3},
+    "resnet": {"max_steps": 1000, "learning_rate": 1e-3},
 }
-TRAIN_SIZE = {"vit": 60_000, "resnet": 40_000}
+TRAIN_SIZE = {"vit": 60_000, "resnet": 60_000}
 
 
 def launch_training(fresh: Path, data: Path, trained: Path, tower: str) -> None:
@@ -38,6 +39,7 @@ def launch_training(fresh: Path, data: Path, trained: Path, tower: str) -> None:
     program = Path(__file__).resolve().parent.parent / "finetune.py"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--num_cpu_threads_per_process", str(min(os.cpu_count() or 1, 8))]
     command = [*launcher, str(program), *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
     print("$ accelerate launch finetune.py", *command[command.index(str(program)) + 1 :], flush=True)
     subprocess.run(command, check=True)

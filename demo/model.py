@@ -25,6 +25,7 @@ TOWERS: dict[str, HfClipViTConfig | HfClipResNetConfig] = {
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=3,
+        hidden_act="gelu",
     ),
     "resnet": HfClipResNetConfig(image_size=32, stem_width=16, depths=[1, 1, 1, 1], num_attention_heads=8),
 }
@@ -40,6 +41,7 @@ def write_fresh_model(folder: Path, tower: str, captions: Iterable[str], seed: i
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=24,
+        hidden_act="gelu",
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

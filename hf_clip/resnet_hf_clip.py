@@ -28,7 +28,7 @@ EXPANSION = 4
 def frozen_statistics(block: nn.Module) -> Iterator[None]:
     """Within this context BatchNorm normalises as in training, and counts the batch in copies that are thrown away.
 
-    The number of tensors that autograd saves must be the same as without, so the statistics cannot just be switched off.
+    Autograd must save as many tensors as without, so the statistics cannot just be switched off.
     """
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     kept = [dict(norm.named_buffers()) for norm in norms]

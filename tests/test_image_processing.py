@@ -23,7 +23,7 @@ def openai_transform(picture: Image.Image, size: int) -> torch.Tensor:
         new_long = int(size * long / short)
         shape = (size, new_long) if width <= height else (new_long, size)
         picture = picture.resize(shape, Image.Resampling.BICUBIC)
-    top, left = int(round((picture.height - size) / 2.0)), int(round((picture.width - size) / 2.0))
+    top, left = round((picture.height - size) / 2.0), round((picture.width - size) / 2.0)
     picture = picture.crop((left, top, left + size, top + size)).convert("RGB")
     values = torch.from_numpy(np.array(picture, np.uint8, copy=True)).permute(2, 0, 1).contiguous()
     values = values.to(torch.float32).div(255)

@@ -86,10 +86,10 @@ def test_gradients_of_every_parameter_equal_the_references(
 
     config = config_from_shapes(reference.state_dict())
     # Buffers pass through the same table, so that running statistics are compared as well.
-    theirs = {name: tensor for name, tensor in reference.state_dict().items()}
+    theirs = dict(reference.state_dict())
     theirs |= {name: parameter.grad for name, parameter in reference.named_parameters()}
     theirs = convert_names(theirs, config)
-    ours = {name: tensor for name, tensor in model.state_dict().items()}
+    ours = dict(model.state_dict())
     ours |= {name: parameter.grad for name, parameter in model.named_parameters()}
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():

@@ -1,0 +1,188 @@
+"""The architecture: exported names, import weight, what travels to the Hub, and which way imports point."""
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_clip
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hf_clip"
+
+TRAVELLING = {
+    "configuration_hf_clip",
+    "image_processing_hf_clip",
+    "modeling_hf_clip",
+    "processing_hf_clip",
+    "resnet_hf_clip",
+    "tokenization_hf_clip",
+    "transformer_hf_clip",
+    "variants",
+}
+"""The flat files that a Hub repository gets as remote code."""
+
+THIRD_PARTY = {"PIL", "ftfy", "huggingface_hub", "numpy", "tokenizers", "torch", "transformers"}
+"""What they may import; a file that asks for more could not be loaded where only these are installed."""
+
+
+def imports_of(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+def modules_of(node: ast.Import | ast.ImportFrom) -> list[str]:
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+
+
+def test_exported_names_are_sorted_and_exist():
+    names = hf_clip.__all__
+    assert names == sorted(names)
+    assert all(hasattr(hf_clip, name) for name in names)
+    public = {name for name, value in vars(hf_clip).items() if isinstance(value, type) and name.startswith("HfClip")}
+    assert public <= set(names)
+
+
+def test_version_is_the_packages():
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", hf_clip.__version__)
+    assert (
+        hf_clip.__version__ in (ROOT / "CHANGELOG.md").read_text()
+        or "Unreleased" in (ROOT / "CHANGELOG.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("name", sorted(TRAVELLING))
+def test_travelling_file_imports_flat_files_and_declared_packages_only(name: str):
+    for node in imports_of(PACKAGE / f"{name}.py"):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, ast.unparse(node)
+            assert node.module in TRAVELLING, ast.unparse(node)
+        else:
+            for module in modules_of(node):
+                top = module.split(".")[0]
+                assert top in THIRD_PARTY or top in sys.stdlib_module_names, ast.unparse(node)
+
+
+def test_import_statements_do_not_stand_in_the_text_of_travelling_files():
+    """The Hub's loader reads imports by regular expression, in docstrings too."""
+    for name in TRAVELLING:
+        source = (PACKAGE / f"{name}.py").read_text()
+        found = re.findall(r"^\s*from\s+\.(\S+)\s+import", source, flags=re.MULTILINE)
+        statements = [n.module for n in imports_of(PACKAGE / f"{name}.py") if isinstance(n, ast.ImportFrom) and n.level]
+        assert sorted(found) == sorted(map(str, statements))
+
+
+def test_configuration_imports_no_torch():
+    for name in ("configuration_hf_clip", "variants"):
+        for node in imports_of(PACKAGE / f"{name}.py"):
+            assert not any(module.split(".")[0] == "torch" for module in modules_of(node))
+
+
+ALLOWED = {
+    "original": {"configuration_hf_clip", "modeling_hf_clip", "variants", "original"},
+    "training": {"training"},
+    "whole_folder": set(),
+}
+"""Which of the package's own modules each part that doesn't travel may import. Imports point one way."""
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_imports_point_one_way(part: str):
+    files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").is_file() else sorted((PACKAGE / part).rglob("*.py"))
+    assert files
+    for path in files:
+        folder = path.relative_to(PACKAGE).parent.parts
+        for node in imports_of(path):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                above = folder[: len(folder) - node.level + 1]
+                target = [*above, *(node.module or "").split(".")][0]
+                assert target in ALLOWED[part], f"{path.name}: {ast.unparse(node)}"
+
+
+def test_package_never_imports_the_programs_around_it():
+    for path in PACKAGE.rglob("*.py"):
+        for node in imports_of(path):
+            for module in modules_of(node):
+                assert module.split(".")[0] not in {"benchmarks", "conversion", "demo", "finetune", "tests"}, path
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light():
+    code = (
+        "import sys, json\n"
+        "from transformers import PreTrainedModel, ProcessorMixin\n"
+        "before = set(sys.modules)\n"
+        "import hf_clip\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    added = {name.split(".")[0] for name in json.loads(run_python(code))}
+    assert "hf_clip" in added
+    assert not added & {"accelerate", "datasets", "sklearn", "matplotlib", "torchvision", "clip", "scipy", "pandas"}
+
+
+def test_import_works_where_no_optional_package_is_installed():
+    code = (
+        "import sys, importlib.abc\n"
+        "class Absent(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in {'accelerate', 'datasets', 'clip', 'sklearn', 'matplotlib', 'torchvision'}:\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import importlib.util\n"
+        "real = importlib.util.find_spec\n"
+        "def find_spec(name, package=None):\n"
+        "    try: return real(name, package)\n"
+        "    except ModuleNotFoundError: return None\n"
+        "importlib.util.find_spec = find_spec\n"
+        "import hf_clip, hf_clip.original, hf_clip.training.config\n"
+        "model = hf_clip.HfClipModel(hf_clip.HfClipConfig(text_config={'num_hidden_layers': 1, 'vocab_size': 600,"
+        " 'eos_token_id': 599, 'bos_token_id': 1, 'pad_token_id': 1}, vision_config={'num_hidden_layers': 1}))\n"
+        "print('accelerate' in sys.modules, 'datasets' in sys.modules)"
+    )
+    assert run_python(code).split() == ["False", "False"]
+
+
+def test_registration_can_run_twice():
+    importlib.reload(hf_clip)
+
+
+PROGRAMS = ["conversion.convert", "conversion.parity", "demo", "finetune", "benchmarks.encode"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_program_explains_itself(program: str):
+    done = subprocess.run(
+        [sys.executable, "-m", program, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    assert len(done.stdout.splitlines()) > 5
+
+
+def test_no_flag_is_of_type_bool():
+    """`--flag False` would be true: flags are switches, or dataclass fields that transformers' parser understands."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "conversion").glob("*.py"), *(ROOT / "demo").glob("*.py")]:
+        assert "type=bool" not in path.read_text()
+
+
+def test_readme_table_names_the_nine_models():
+    text = (ROOT / "README.md").read_text()
+    for variant in hf_clip.VARIANTS.values():
+        assert f"| {variant.name} |" in text
