@@ -55,7 +55,7 @@ def draw_picture(path: Path, folder: Path, splits: dict[str, Dataset], results: 
     values = similarities(folder, split)
     matrix.suptitle("cosine similarity of twelve pictures of unseen combinations with their captions")
     axes = matrix.subplots()
-    shown = axes.imshow(values, cmap="viridis")
+    shown = axes.imshow(values.numpy(), cmap="viridis")
     labels = [CAPTIONS[target].removeprefix("a photo of ") for target in split["target"]]
     axes.set_xticks(range(12), labels, rotation=45, ha="right", fontsize=9)
     axes.set_yticks(range(12), labels, fontsize=9)
