@@ -175,7 +175,8 @@ def test_demo_runs_from_data_to_picture(tower: str, tmp_path: Path, monkeypatch:
     scores = demo.run(tower, tmp_path, seed=0)
     assert scores.keys() == {"held_out_images", "unseen_combinations"}
     assert scores["held_out_images"] > 10 / 560
-    assert Image.open(tmp_path / f"demo-{tower}.png").size[0] > 1000
+    with Image.open(tmp_path / f"demo-{tower}.png") as picture:
+        assert picture.size[0] > 1000
     assert json.loads((tmp_path / f"demo-{tower}.json").read_text()) == scores
     out = capfd.readouterr().out
     assert "held out images" in out
