@@ -3,6 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from huggingface_hub import constants
+
 PACKAGES = ("clip", "open_clip")
 """Import names of openai-clip and open_clip_torch, which ship the file."""
 
@@ -33,7 +35,7 @@ def find_vocabulary(path: str | Path | None = None, offline: bool = False) -> Pa
     if installed := installed_vocabulary():
         return installed
     advice = f"Install it with `pip install 'hf-clip[convert]'`, or pass the path of {FILE_NAME}."
-    if offline:
+    if offline or constants.HF_HUB_OFFLINE:
         raise FileNotFoundError(
             f"OpenAI's vocabulary file is not installed, and the Hub is not asked offline. {advice}"
         )
