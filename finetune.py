@@ -16,13 +16,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, get_scheduler
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    HfArgumentParser,
+    PreTrainedModel,
+    ProcessorMixin,
+    get_scheduler,
+)
 
 import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.training.config import TrainingConfig
 from hf_clip.training.data import build_loader, load_pairs, repeat
 from hf_clip.training.optim import MAX_LOGIT_SCALE, build_optimizer
 from hf_clip.whole_folder import check_destination, whole_folder
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A model and its processor, from a folder or the Hub. Raises FileNotFoundError for a folder that isn't there."""
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"There is no model folder {name}; check the path.")
+    return AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
 
 
 def train(config: TrainingConfig) -> None:
@@ -40,9 +54,8 @@ def train(config: TrainingConfig) -> None:
             file=sys.stderr,
         )
     output = check_destination(config.output_dir, config.overwrite)
+    model, processor = load_model(config.model)
     pairs = load_pairs(config)
-    model = AutoModel.from_pretrained(config.model)
-    processor = AutoProcessor.from_pretrained(config.model)
     set_seed(config.seed)
 
     optimizer = build_optimizer(model, config)
@@ -51,11 +64,15 @@ def train(config: TrainingConfig) -> None:
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     logit_scale = accelerator.unwrap_model(model).logit_scale
 
-    output.mkdir(parents=True, exist_ok=True)
     model.train()
     started, losses = time.perf_counter(), []
-    with (output / "metrics.jsonl").open("w") as metrics, tqdm(total=config.max_steps, desc="Training") as bar:
+    with (
+        whole_folder(output) as folder,
+        (folder / "metrics.jsonl").open("w") as metrics,
+        tqdm(total=config.max_steps, desc="Training") as bar,
+    ):
         for step, batch in enumerate(repeat(loader, config.max_steps), start=1):
+            learning_rate = scheduler.get_last_lr()[0]
             loss = model(**batch, return_loss=True).loss
             accelerator.backward(loss)
             optimizer.step()
@@ -75,28 +92,30 @@ def train(config: TrainingConfig) -> None:
                 record = {
                     "step": step,
                     "loss": sum(losses) / len(losses),
-                    "learning_rate": scheduler.get_last_lr()[0],
+                    "learning_rate": learning_rate,
                     "logit_scale": logit_scale.exp().item(),
                     "images_per_second": step * config.batch_size / (time.perf_counter() - started),
                 }
                 losses.clear()
                 metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", images_per_s=f"{record['images_per_second']:.0f}")
-
-    with whole_folder(output) as folder:
         accelerator.unwrap_model(model).save_pretrained(folder)
         processor.save_pretrained(folder)
-    print(f"Saved to {Path(config.output_dir)}")
+    print(f"Saved to {config.output_dir}")
 
 
 def main() -> int:
     try:
-        (config,) = HfArgumentParser(TrainingConfig, description=__doc__).parse_args_into_dataclasses()
+        (config,) = HfArgumentParser(
+            TrainingConfig, description="Contrastive training of a CLIP on pictures with captions."
+        ).parse_args_into_dataclasses()
         train(config)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was saved", file=sys.stderr)
+        return 130
     return 0
 
 

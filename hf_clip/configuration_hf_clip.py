@@ -5,6 +5,7 @@ here describes the same model. One composite `HfClipConfig` holds a text tower a
 towers: the dictionary's `model_type`, or for lack of one the presence of `depths`, says which.
 """
 
+import copy
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -29,6 +30,15 @@ def _require_divisible(config: PreTrainedConfig, whole: str, part: str, reason: 
         raise ValueError(
             f"{type(config).__name__}: {whole} is {dividend} and {part} is {divisor}, but {whole} must be a "
             f"multiple of {part} ({reason})."
+        )
+
+
+def _check_kind(config: PreTrainedConfig, given: str | None, stock: str = "") -> None:
+    """Refuse the configuration of another kind of tower, which would silently leave the weights unread."""
+    if given not in (None, config.model_type, stock):
+        raise ValueError(
+            f"This is the configuration of a {given!r}, but {type(config).__name__} describes a "
+            f"{config.model_type!r}. Load it with AutoConfig or AutoModel, which take the right class."
         )
 
 
@@ -64,6 +74,7 @@ class HfClipTextConfig(PreTrainedConfig):
     eos_token_id: int | None = 49407
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_kind(self, kwargs.pop("model_type", None), stock="clip_text_model")
         if self.eos_token_id == LEGACY_END_OF_TEXT_ID and self.vocab_size == 49408:
             self.bos_token_id, self.eos_token_id, self.pad_token_id = 49406, 49407, 49407
         super().__post_init__(**kwargs)
@@ -99,6 +110,10 @@ class HfClipViTConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     attention_dropout: int | float = 0.0
     initializer_factor: float = 1.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _check_kind(self, kwargs.pop("model_type", None), stock="clip_vision_model")
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         _require_positive(
@@ -138,8 +153,14 @@ class HfClipResNetConfig(PreTrainedConfig):
     total_stride: ClassVar[int] = 32
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_kind(self, kwargs.pop("model_type", None))
         self.depths = list(self.depths)
-        kwargs.pop("hidden_size", None)  # derived below; written to config.json for those who read it there
+        for name in ("hidden_size", "num_hidden_layers"):  # derived below
+            if (given := kwargs.pop(name, None)) not in (None, getattr(self, name)):
+                raise ValueError(
+                    f"HfClipResNetConfig: {name} is {given}, but stem_width {self.stem_width} and depths {self.depths} "
+                    f"make it {getattr(self, name)}; leave it out."
+                )
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -229,6 +250,8 @@ class HfClipConfig(PreTrainedConfig):
             self.text_config = _build_text_config(_values_of("text_config", self.text_config) | (text or {}))
         if not isinstance(self.vision_config, (HfClipViTConfig, HfClipResNetConfig)):
             self.vision_config = _build_vision_config(_values_of("vision_config", self.vision_config) | (vision or {}))
+        # Copies: a tower's configuration may be shared with another model, whose space is another.
+        self.text_config, self.vision_config = copy.deepcopy(self.text_config), copy.deepcopy(self.vision_config)
         self.text_config.projection_dim = self.projection_dim
         self.vision_config.projection_dim = self.projection_dim
         super().__post_init__(**kwargs)

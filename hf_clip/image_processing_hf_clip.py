@@ -30,9 +30,11 @@ def resize_shorter_side(image: Image.Image, side: int, resample: int) -> Image.I
 
 
 def crop_centre(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Cut the middle out, rounding half offsets to even; a picture that is too small gets a black margin."""
+    """Cut the middle out, rounding half offsets to even; a picture that is too small gets a margin of zeros."""
     if image.width < width or image.height < height:
         padded = Image.new(image.mode, (max(image.width, width), max(image.height, height)))
+        if image.mode == "P":
+            padded.putpalette(image.getpalette() or [])
         padded.paste(image, (max(width - image.width, 0) // 2, max(height - image.height, 0) // 2))
         image = padded
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
@@ -115,10 +117,37 @@ class HfClipImageProcessor(BaseImageProcessor):
         if len(pictures) == 0:
             raise ValueError("HfClipImageProcessor got an empty list of images; pass at least one.")
         return_tensors = kwargs.pop("return_tensors", None)
+        self._check_steps(**kwargs)
         arrays = [self._process(to_picture(picture, index), **kwargs) for index, picture in enumerate(pictures)]
         if len({array.shape for array in arrays}) == 1:
             return BatchFeature({"pixel_values": np.stack(arrays)}, tensor_type=return_tensors)
         return BatchFeature({"pixel_values": arrays}, tensor_type=return_tensors)
+
+    @staticmethod
+    def _check_steps(
+        do_resize: bool,
+        size: SizeDict,
+        resample: Any,
+        do_center_crop: bool,
+        crop_size: SizeDict,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse settings that no step knows, before any picture is touched."""
+        if do_resize and not (size.shortest_edge or (size.height and size.width)):
+            raise ValueError(
+                f'size is {dict(size)}, but {{"shortest_edge": n}} or {{"height": h, "width": w}} is needed.'
+            )
+        if do_resize and (isinstance(resample, str) or resample not in set(Image.Resampling)):
+            raise ValueError(f"resample is {resample!r}, but one of PIL.Image.Resampling is needed; 3 is bicubic.")
+        if do_center_crop and not (crop_size.height and crop_size.width):
+            raise ValueError(f'crop_size is {dict(crop_size)}, but {{"height": h, "width": w}} is needed.')
+        if do_normalize and len({len(np.atleast_1d(values)) for values in (image_mean, image_std)} - {1, 3}):
+            raise ValueError(
+                f"image_mean {image_mean} and image_std {image_std} need one number, or one per channel: three."
+            )
 
     @staticmethod
     def _process(

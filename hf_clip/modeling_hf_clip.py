@@ -97,6 +97,7 @@ class HfClipPreTrainedModel(PreTrainedModel):
     base_model_prefix = "hf_clip"
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # else Trainer leaves the division by its accumulation steps to the model
     _no_split_modules = [
         "HfClipTextEmbeddings",
         "HfClipViTEmbeddings",
@@ -136,7 +137,7 @@ class HfClipTextEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        length, limit = input_ids.shape[-1], self.position_embedding.weight.shape[0]
+        length, limit = input_ids.shape[-1], self.position_embedding.num_embeddings
         if length > limit:
             raise ValueError(
                 f"input_ids hold {length} tokens per text, but this model's position table has {limit}. Tokenize with "
@@ -144,7 +145,35 @@ class HfClipTextEmbeddings(nn.Module):
             )
         if position_ids is None:
             position_ids = torch.arange(length, device=input_ids.device)
-        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
+        try:
+            tokens = self.token_embedding(input_ids)
+        except IndexError:  # a GPU cannot say so; there the embedding's own assertion stops the program
+            raise ValueError(
+                f"input_ids hold an id outside of this model's vocabulary of {self.token_embedding.num_embeddings}. "
+                f"Tokenize with the tokenizer that was saved with the model."
+            ) from None
+        return tokens + self.position_embedding(position_ids)
+
+
+def check_input_ids(input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """Return the ids as (B, L), or refuse what is no batch of token ids."""
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(
+            f"The text tower needs input_ids as a tensor of token ids, but got {type(input_ids).__name__}: pass what "
+            f'HfClipTokenizer returns with return_tensors="pt".'
+        )
+    if input_ids.is_floating_point() or input_ids.ndim == 0 or input_ids.shape[-1] == 0:
+        raise ValueError(
+            f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}, but integers of shape (batch, length) "
+            f'are needed: pass what HfClipTokenizer returns with return_tensors="pt".'
+        )
+    input_ids = input_ids.view(-1, input_ids.shape[-1])
+    if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids have {tuple(input_ids.shape)}; "
+            f"pass both as the tokenizer returned them."
+        )
+    return input_ids
 
 
 class HfClipTextModel(HfClipPreTrainedModel):
@@ -195,9 +224,7 @@ class HfClipTextModel(HfClipPreTrainedModel):
         position_ids:   (B, L)  optional
         returns: last_hidden_state (B, L, W) and pooler_output (B, W), both after the final LayerNorm
         """
-        if input_ids is None:
-            raise ValueError("HfClipTextModel needs input_ids: pass what HfClipTokenizer returns.")
-        input_ids = input_ids.view(-1, input_ids.shape[-1])
+        input_ids = check_input_ids(input_ids, attention_mask)
         hidden_states = self.embeddings(input_ids, position_ids)
         causal_mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
@@ -213,8 +240,11 @@ def check_image_size(
     pixel_values: Tensor | None, config: HfClipViTConfig | HfClipResNetConfig, interpolate: bool, smallest: int
 ) -> Tensor:
     """Return the pictures, or refuse those that the tower's position table doesn't fit."""
-    if pixel_values is None:
-        raise ValueError("An image tower needs pixel_values: pass what HfClipImageProcessor returns.")
+    if not isinstance(pixel_values, Tensor):
+        raise ValueError(
+            f"The image tower needs pixel_values as a tensor, but got {type(pixel_values).__name__}: pass what "
+            f'HfClipImageProcessor returns with return_tensors="pt".'
+        )
     if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
         raise ValueError(
             f"pixel_values have shape {tuple(pixel_values.shape)}, but (batch, {config.num_channels}, height, width) "

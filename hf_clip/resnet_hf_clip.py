@@ -73,6 +73,8 @@ class HfClipBottleneck(GradientCheckpointingLayer):
 
     @property
     def _gradient_checkpointing_func(self) -> Callable:
+        if "checkpoint_function" not in self.__dict__:
+            raise AttributeError("Gradient checkpointing has not been enabled.")
         return partial(self._checkpoint_counting_once, self.__dict__["checkpoint_function"])
 
     @_gradient_checkpointing_func.setter

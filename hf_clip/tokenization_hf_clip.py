@@ -135,7 +135,21 @@ def read_merges(path: str | Path, vocab_size: int = OPENAI_VOCAB_SIZE) -> list[t
             f"{path} doesn't fit {vocab_size} ids: a header and at least {count} lines with two symbols each are "
             f"needed, but it has {len(lines)} lines. Take OpenAI's bpe_simple_vocab_16e6.txt.gz."
         )
-    return [(left, right) for left, right in pairs]
+    merges = [(left, right) for left, right in pairs]
+    known = set(byte_alphabet()) | {byte + END_OF_WORD for byte in byte_alphabet()}
+    for number, (left, right) in enumerate(merges, start=2):
+        if left not in known or right not in known or left + right in known:
+            raise ValueError(
+                f"{path}, line {number}: {left!r} and {right!r} don't make a new token of CLIP's, whose symbols are "
+                f"bytes, the last of a word marked {END_OF_WORD}. Take OpenAI's bpe_simple_vocab_16e6.txt.gz."
+            )
+        known.add(left + right)
+    if merges and not any(right.endswith(END_OF_WORD) for _, right in merges):
+        raise ValueError(
+            f"{path} marks no end of a word with {END_OF_WORD}, as CLIP's vocabulary does; it is another model's. Take "
+            f"OpenAI's bpe_simple_vocab_16e6.txt.gz."
+        )
+    return merges
 
 
 class HfClipTokenizer(TokenizersBackend):

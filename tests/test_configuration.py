@@ -117,6 +117,29 @@ def test_impossible_configuration_says_what_is_wrong(kind: type, fields: dict, m
         kind(**fields)
 
 
+@pytest.mark.parametrize("name", ["RN50", "ViT-B/32"])
+def test_tower_of_the_other_kind_is_refused(name: str, tmp_path: Path):
+    """Its weights would be left unread, and the model would be random."""
+    HfClipConfig.from_variant(name).save_pretrained(tmp_path)
+    wrong, right = (HfClipResNetConfig, "hf_clip_vit") if "ViT" in name else (HfClipViTConfig, "hf_clip_resnet")
+    with pytest.raises(ValueError, match=f"This is the configuration of a '{right}', but {wrong.__name__} describes"):
+        wrong.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"hidden_size": 99}, {"num_hidden_layers": 9}])
+def test_derived_field_of_a_resnet_cannot_be_chosen(fields: dict):
+    (name,) = fields
+    with pytest.raises(ValueError, match=f"{name} is {fields[name]}, but stem_width 64 and depths .* make it"):
+        HfClipResNetConfig(**fields)
+    assert HfClipResNetConfig(hidden_size=2048, num_hidden_layers=4).hidden_size == 2048
+
+
+def test_given_tower_configuration_is_left_as_it_was():
+    text = HfClipTextConfig(projection_dim=96)
+    first, second = HfClipConfig(text_config=text, projection_dim=64), HfClipConfig(text_config=text, projection_dim=32)
+    assert (text.projection_dim, first.text_config.projection_dim, second.text_config.projection_dim) == (96, 64, 32)
+
+
 def test_tower_of_a_wrong_type_is_refused():
     with pytest.raises(ValueError, match="text_config is a list, but a dictionary or a configuration is needed"):
         HfClipConfig(text_config=[])

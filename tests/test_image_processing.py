@@ -124,3 +124,26 @@ def test_saved_processor_loads_through_the_auto_class(size: int, tmp_path: Path,
 def test_what_is_no_picture_is_refused(given: object, message: str):
     with pytest.raises(ValueError, match=message):
         HfClipImageProcessor()(given, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": {"longest_edge": 100}}, r'size is .*longest_edge.*, but {"shortest_edge": n} or'),
+        ({"crop_size": {"shortest_edge": 100}}, "crop_size is .*shortest_edge"),
+        ({"image_mean": [0.5, 0.5]}, "need one number, or one per channel"),
+        ({"resample": "bicubic"}, "resample is 'bicubic', but one of PIL.Image.Resampling is needed"),
+        ({"resample": 9}, "resample is 9"),
+    ],
+)
+def test_settings_that_no_step_knows_are_refused(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        HfClipImageProcessor()(Image.new("RGB", (50, 40)), return_tensors="pt", **settings)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "L"])
+def test_margin_of_a_small_picture_keeps_its_colours(photographs: dict[str, Image.Image], mode: str):
+    small = photographs["chelsea"].resize((100, 60)).convert(mode)
+    found = HfClipImageProcessor()(small, do_resize=False, do_normalize=False, return_tensors="pt").pixel_values[0]
+    inner = found[:, 82:142, 62:162].permute(1, 2, 0).numpy()
+    assert np.array_equal(np.round(inner * 255).astype(np.uint8), np.asarray(small.convert("RGB")))

@@ -234,6 +234,40 @@ def test_classifier_learns_saves_and_classifies(repository: Path, tower: str, tm
     assert {entry["label"] for entry in answer} == {"left", "right"}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_accumulates_gradients_as_one_batch_would_have_them(repository: Path, tower: str, tmp_path: Path):
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    rows = Dataset.from_dict({"pixel_values": pictures(tower, 8).tolist(), "labels": [0, 1] * 4}).with_format("torch")
+    norms = []
+    for batch, steps in [(8, 1), (2, 4)]:
+        torch.manual_seed(0)
+        model = classifier(repository, num_labels=2)
+        for module in model.modules():  # whose training mode would make the batch's size matter
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+                module.eval = module.train = lambda mode=True, module=module: module
+                module.training = False
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / str(batch)),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            learning_rate=0.0,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            max_grad_norm=1e9,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
 def test_loading_draws_no_random_weights(repository: Path):
     """Every tensor comes from the file, so nothing needs initialising; a random draw would be wasted work."""
     state = torch.random.get_rng_state()

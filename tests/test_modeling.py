@@ -1,5 +1,6 @@
 """The models: sizes, initialisation, outputs, features, attention kinds, checkpointing, compilation."""
 
+import copy
 import typing
 from pathlib import Path
 
@@ -298,6 +299,15 @@ def test_input_embeddings_are_the_token_table(model: HfClipModel):
             "pixel_values are 48x64, but .* fits only 48x48.*interpolate_pos",
         ),
         ({"pixel_values": torch.zeros(1, 3, 48, 48, dtype=torch.uint8)}, "torch.uint8, but the tower takes normalised"),
+        ({"input_ids": torch.tensor([[998, 5000, 999]])}, "outside of this model's vocabulary of 1000"),
+        ({"input_ids": torch.zeros(1, 3)}, r"input_ids are torch.float32 of shape \(1, 3\), but integers"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"of shape \(1, 0\)"),
+        ({"input_ids": [[998, 999]]}, "as a tensor of token ids, but got list"),
+        (
+            {"input_ids": texts(), "attention_mask": torch.ones(4, 9)},
+            r"attention_mask has shape \(4, 9\), but input_ids",
+        ),
+        ({"pixel_values": [[1.0]]}, "pixel_values as a tensor, but got list"),
         (
             {"pixel_values": torch.zeros(3, 48, 48)},
             r"have shape \(3, 48, 48\), but \(batch, 3, height, width\) is needed",
@@ -309,6 +319,23 @@ def test_wrong_input_says_what_is_needed(repositories: dict[str, Path], inputs: 
     model = AutoModel.from_pretrained(repositories["vit"])
     with pytest.raises(ValueError, match=message):
         model(**inputs)
+
+
+def test_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="hidden_act is 'quickgelu', but must be one of .*quick_gelu"):
+        HfClipModel(HfClipConfig(text_config={"hidden_act": "quickgelu"}))
+
+
+def test_fresh_model_is_copied_and_traced(model: HfClipModel, tower: str):
+    """Neither copying nor tracing may stumble over what gradient checkpointing adds to layers."""
+    twin = copy.deepcopy(model)
+    enable_checkpointing(twin.train(), use_reentrant=False)
+    copy.deepcopy(twin)
+    blocks = [module for module in model.modules() if type(module).__name__ == "HfClipBottleneck"]
+    assert not any(hasattr(block, "_gradient_checkpointing_func") for block in blocks)
+    exported = torch.export.export(model.vision_model, (pictures(tower),), strict=False).module()
+    expected = model.vision_model(pictures(tower)).pooler_output
+    torch.testing.assert_close(exported(pictures(tower)).pooler_output, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_reference_models_are_random_in_every_tensor():

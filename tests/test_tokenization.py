@@ -163,6 +163,8 @@ def test_missing_vocabulary_file_says_what_brings_it(tmp_path: Path):
         (gzip.compress(b"#version\n" + b"a b c\n" * 50000), "doesn't fit 49408 ids"),
         (gzip.compress(b"#version\n" + b"a b\n" * 50000)[:-200], "no readable vocabulary file"),
         (b"\xff\xfe\x00", "no readable vocabulary file"),
+        (b"#version\n" + b"a b\n" * 50000, "line 3: 'a' and 'b' don't make a new token"),
+        (b"#version\nzzqq a\n" + b"a b\n" * 50000, "line 2: 'zzqq' and 'a' don't make a new token"),
     ],
 )
 def test_file_that_is_no_vocabulary_is_refused(tmp_path: Path, content: bytes, message: str):
@@ -170,6 +172,12 @@ def test_file_that_is_no_vocabulary_is_refused(tmp_path: Path, content: bytes, m
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         HfClipTokenizer.from_vocabulary_file(path)
+
+
+def test_vocabulary_without_word_ends_is_another_models(tmp_path: Path):
+    (tmp_path / "merges.txt").write_text("#version\nt h\ni n\nth e\n")
+    with pytest.raises(ValueError, match="marks no end of a word with </w>.*another model's"):
+        HfClipTokenizer.from_vocabulary_file(tmp_path / "merges.txt", vocab_size=517)
 
 
 def test_merges_are_read_compressed_or_plain(vocabulary: Path, tmp_path: Path):

@@ -6,15 +6,19 @@ container. One reader takes both:
 
 1. Every pickle in the archive, used or not, goes through an unpickler that knows only tensors, storages and
    plain containers. Script classes become inert records; any other name is refused.
-2. Storages are mapped from the file, wherever they were saved from; nothing is read before it is used.
+2. Storages are mapped from the file, wherever they were saved from; nothing is read before it is used. (Those of
+   compressed entries, and of files older than PyTorch 1.6, are unpacked into memory.)
 3. Tensors found among the records' attributes are named by their path, as `state_dict()` names them.
 
 Invariant: no function or class named by the file is ever called, only the few of this module.
 """
 
 import io
+import json
+import math
 import mmap
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
@@ -40,6 +44,28 @@ STORAGE_DTYPES = {
     "BoolStorage": torch.bool,
 }
 LOCAL_FILE_HEADER = struct.Struct("<4s5H3L2H")
+MOST_PICKLED_BYTES = 1 << 26
+MOST_RECORDS = 100_000
+"""Bounds that no checkpoint of a CLIP comes near: its pickle has some hundred kilobytes and a few thousand records."""
+
+UNSAFE = (
+    "which is neither a tensor nor a plain container and could run code. Take the checkpoint from a source you trust, "
+    "or save its state dict anew."
+)
+
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class CheckpointError(ValueError):
@@ -90,6 +116,21 @@ class Storage:
     numel: int
 
 
+def printable(name: str) -> str:
+    """A name from a file as it may be shown: without line breaks or control characters."""
+    return name if name.isprintable() else ascii(name)
+
+
+def load_pickle(data: bytes, entry: str, rebuild: Callable[..., Any]) -> Any:
+    """Unpickle `data`, after a look at its opcodes: a memo index beyond its length only serves to fill the memory."""
+    if len(data) > MOST_PICKLED_BYTES:
+        raise CheckpointError(f"is refused: its {entry} has {len(data)} bytes, far more than a checkpoint needs.")
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
+            raise pickle.UnpicklingError(f"a memo index of {argument}")
+    return RestrictedUnpickler(data, entry, rebuild).load()
+
+
 def _identity(value: Any, *_: Any) -> Any:
     return value
 
@@ -129,15 +170,14 @@ class RestrictedUnpickler(pickle.Unpickler):
             return self.script_class
         if (module, name) in self.allowed:
             return self.allowed[module, name]
-        raise CheckpointError(
-            f"refused: its {self.entry} asks for {module}.{name}, which is neither a tensor nor a plain container and "
-            f"could run code. Take the checkpoint from a source you trust, or save its state dict anew."
-        )
+        raise CheckpointError(f"refused: its {self.entry} asks for {printable(f'{module}.{name}')}, {UNSAFE}")
 
     def persistent_load(self, reference: Any) -> Storage:
         kind, storage_type, key, _location, numel = reference
         if kind != "storage" or not isinstance(storage_type, StorageType):
             raise pickle.UnpicklingError(f"unknown kind of stored object {reference!r}")
+        if numel < 0:
+            raise pickle.UnpicklingError(f"a storage of {numel} elements")
         return Storage(str(key), storage_type.dtype, int(numel))
 
 
@@ -157,15 +197,20 @@ class ZipStorages:
             return bytearray(self.archive.read(entry)), 0
         header = LOCAL_FILE_HEADER.unpack_from(self.mapping, entry.header_offset)
         name_length, extra_length = header[-2:]
-        return self.mapping, entry.header_offset + LOCAL_FILE_HEADER.size + name_length + extra_length
+        start = entry.header_offset + LOCAL_FILE_HEADER.size + name_length + extra_length
+        if header[0] != b"PK\x03\x04" or start + entry.compress_size > len(self.mapping):
+            raise zipfile.BadZipFile(f"the entry {printable(entry.filename)} lies outside of the file")
+        return self.mapping, start
 
     def rebuild(self, storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
         """A view of the stored bytes as a tensor of `size`, strided; bounds are checked."""
+        if math.prod(size) > storage.numel:
+            raise CheckpointError(f"has a tensor of shape {tuple(size)} made of {storage.numel} stored elements.")
         if storage.key not in self.loaded:
             name = f"{self.root}data/{storage.key}"
             entry = self.archive.getinfo(name)
             needed = storage.numel * storage.dtype.itemsize
-            if entry.file_size < needed:
+            if entry.file_size != needed:
                 raise CheckpointError(f"is damaged: {name} has {entry.file_size} bytes, but {needed} are needed.")
             if storage.numel == 0:
                 self.loaded[storage.key] = torch.empty(0, dtype=storage.dtype)
@@ -177,15 +222,20 @@ class ZipStorages:
         return self.loaded[storage.key].as_strided(tuple(size), tuple(stride), offset)
 
 
-def _tensors_of(record: Any, prefix: str = "") -> dict[str, Tensor]:
+def _tensors_of(root: ScriptObject) -> dict[str, Tensor]:
     """Name every tensor in a tree of script records by its path; other attributes are passed over."""
-    attributes = record.attributes if isinstance(record, ScriptObject) else {}
     found: dict[str, Tensor] = {}
-    for name, value in attributes.items():
-        if isinstance(value, Tensor):
-            found[f"{prefix}{name}"] = value
-        elif isinstance(value, ScriptObject):
-            found |= _tensors_of(value, f"{prefix}{name}.")
+    records, visited = [("", root)], 0
+    while records:
+        prefix, record = records.pop()
+        visited += 1
+        if visited > MOST_RECORDS:  # records may share children, so a small file can describe an endless tree
+            raise CheckpointError(f"is refused: it describes more than {MOST_RECORDS} modules.")
+        for name, value in getattr(record, "attributes", {}).items():
+            if isinstance(value, Tensor):
+                found[f"{prefix}{name}"] = value
+            elif isinstance(value, ScriptObject):
+                records.append((f"{prefix}{name}.", value))
     return found
 
 
@@ -194,14 +244,24 @@ def _tensors_of_state_dict(state: Any) -> dict[str, Tensor]:
         raise CheckpointError(f"holds a {type(state).__name__}, but a dictionary of tensors is needed.")
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        names = ", ".join(map(str, list(state)[:5])) or "nothing"
+        names = ", ".join(printable(str(name)) for name in list(state)[:5]) or "nothing"
         raise CheckpointError(f"holds no tensors at its top level, only: {names}. Save the state dict by itself.")
     return tensors
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
+    if (size := archive.getinfo(name).file_size) > MOST_PICKLED_BYTES:
+        raise CheckpointError(f"is refused: its {printable(name)} has {size} bytes, far more than a checkpoint needs.")
+    return archive.read(name)
 
 
 def _read_zip(path: Path) -> Checkpoint:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
+        if len(set(names)) < len(names):
+            raise CheckpointError(
+                "is refused: it has two entries of the same name, and readers differ in which they see."
+            )
         roots = sorted((name.removesuffix("data.pkl") for name in names if name.endswith("data.pkl")), key=len)
         if not roots:
             raise CheckpointError("is a zip file, but no PyTorch archive: it has no data.pkl.")
@@ -210,24 +270,54 @@ def _read_zip(path: Path) -> Checkpoint:
             raise CheckpointError("was saved on a big-endian machine; save it anew on a little-endian one.")
         for name in names:
             if name.endswith("pkl") and name != f"{root}data.pkl":
-                RestrictedUnpickler(archive.read(name), name, rebuild=_identity).load()
+                load_pickle(_read_entry(archive, name), name, rebuild=_identity)
         storages = ZipStorages(path, archive, root)
-        data = archive.read(f"{root}data.pkl")
-        loaded = RestrictedUnpickler(data, f"{root}data.pkl", storages.rebuild).load()
+        loaded = load_pickle(_read_entry(archive, f"{root}data.pkl"), f"{root}data.pkl", storages.rebuild)
     if isinstance(loaded, ScriptObject):
         return Checkpoint(path, "torchscript", _tensors_of(loaded), storages.mapping)
     return Checkpoint(path, "state dict", _tensors_of_state_dict(loaded), storages.mapping)
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
-    with safe_open(path, "pt") as file:
-        return Checkpoint(path, "safetensors", {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    with safe_open(path, "pt"):  # checks the header: names, dtypes, and that ranges fill the file
+        pass
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    (length,) = struct.unpack_from("<Q", mapping)
+    header = json.loads(mapping[8 : 8 + length])
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if (dtype := SAFETENSORS_DTYPES.get(entry["dtype"])) is None:
+            raise CheckpointError(f"has {printable(name)} of dtype {entry['dtype']}, which no CLIP has.")
+        count, start = math.prod(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        flat = (
+            torch.frombuffer(mapping, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
+        )
+        tensors[name] = flat.view(entry["shape"])
+    return Checkpoint(path, "safetensors", tensors, mapping)
 
 
 def _read_legacy(path: Path) -> Checkpoint:
     """A `torch.save` file from before PyTorch 1.6, which is no zip; PyTorch's own restricted unpickler reads it."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
+            raise
+        raise CheckpointError(f"refused: its pickle asks for something {UNSAFE}") from None
     return Checkpoint(path, "state dict", _tensors_of_state_dict(state))
+
+
+def _check_tensors(tensors: dict[str, Tensor]) -> None:
+    """Refuse what no checkpoint of a CLIP holds, before anything is done with it."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"names a tensor {name!r}, but names are texts.")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in SAFETENSORS_DTYPES.values():
+            kind = "meta" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
+            raise CheckpointError(f"has {printable(name)} as a {kind} tensor; plain tensors of numbers are needed.")
 
 
 def _reader_for(start: bytes) -> Callable[[Path], Checkpoint]:
@@ -237,7 +327,7 @@ def _reader_for(start: bytes) -> Callable[[Path], Checkpoint]:
         return _read_safetensors
     if start[:1] == b"\x80":  # the pickle protocol's first byte
         return _read_legacy
-    raise CheckpointError("is neither a PyTorch checkpoint nor a safetensors file.")
+    raise CheckpointError("is neither a PyTorch checkpoint nor a safetensors file; name a file such as ViT-B-32.pt.")
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -258,10 +348,22 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not start:
         raise CheckpointError(f"{path} is empty; copy or download it again.")
     try:
-        return _reader_for(start)(path)
+        checkpoint = _reader_for(start)(path)
+        _check_tensors(checkpoint.tensors)
+        return checkpoint
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from None
     except (zipfile.BadZipFile, SafetensorError, KeyError, EOFError, struct.error, RuntimeError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); copy or download it again.") from error
-    except (pickle.UnpicklingError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds a pickle that is no checkpoint's ({error}).") from error
+    except (
+        pickle.UnpicklingError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        reason = printable(str(error).split("\n")[0]) or type(error).__name__
+        raise CheckpointError(f"{path} holds a pickle that is no checkpoint's ({reason}).") from error

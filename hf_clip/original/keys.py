@@ -8,6 +8,7 @@ The configuration is derived from tensor shapes alone, as OpenAI's own `build_mo
 compared with the table of the nine published models.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
 from ..modeling_hf_clip import HfClipModel
 from ..variants import VARIANTS, Variant
-from .archive import CheckpointError
+from .archive import CheckpointError, printable
 
 HEAD_WIDTH = 64
 """All of OpenAI's towers, and the attention pools, have heads of this width; no tensor tells it."""
@@ -39,6 +40,12 @@ class Row:
     original: str
     ours: tuple[str, ...]
     transposed: bool = False
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether a tensor of this shape can be transposed or split as the row says."""
+        if self.transposed:
+            return tensor.ndim == 2
+        return len(self.ours) == 1 or (tensor.ndim > 0 and len(tensor) > 0 and len(tensor) % len(self.ours) == 0)
 
     def forward(self, tensor: Tensor) -> tuple[Tensor, ...]:
         if self.transposed:
@@ -130,7 +137,7 @@ def _lookup(names: Iterable[str], rows: list[Row], templates_of: Callable[[Row],
 
 
 def _list_names(names: Iterable[str], most: int = 6) -> str:
-    names = sorted(names)
+    names = sorted(map(printable, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -153,6 +160,8 @@ def convert_names(state: Mapping[str, Tensor], config: HfClipConfig) -> dict[str
     converted: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         row, values = rows[name]
+        if not row.fits(tensor):
+            raise CheckpointError(f"has {name} of shape {tuple(tensor.shape)}, which no CLIP has.")
         converted |= zip((ours.format(**values) for ours in row.ours), row.forward(tensor), strict=True)
     expected = expected_shapes(config)
     if unknown := converted.keys() - expected.keys():
@@ -216,8 +225,8 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _square_root(cells: int, name: str) -> int:
-    side = round(cells**0.5)
-    if side**2 != cells:
+    side = math.isqrt(max(cells, 0))
+    if side**2 != cells or side == 0:
         raise CheckpointError(f"has {cells} positions in {name}, but a square grid is needed.")
     return side
 
@@ -254,6 +263,10 @@ def config_from_shapes(state: Mapping[str, Any]) -> HfClipConfig:
 
     Raises CheckpointError when these are not the tensors of a CLIP.
     """
+    if "text_model.final_layer_norm.weight" in state:
+        raise CheckpointError(
+            "has been converted already: its tensors have transformers' names. Load its folder with AutoModel."
+        )
     try:
         width = state["ln_final.weight"].shape[0]
         vocab_size = state["token_embedding.weight"].shape[0]

@@ -8,7 +8,12 @@ class TrainingConfig:
     """The flags of finetune.py. Defaults of the optimizer are the paper's for ViTs (table 18)."""
 
     model: str = field(metadata={"help": "Folder or Hub repository of the model to start from"})
-    dataset: str = field(metadata={"help": "Folder written by `Dataset.save_to_disk`, or a `datasets` repository"})
+    dataset: str = field(
+        metadata={
+            "help": "Repository on the Hub, folder of pictures with metadata.csv or .jsonl (file_name, caption), "
+            "or folder written by Dataset.save_to_disk"
+        }
+    )
     output_dir: str = field(metadata={"help": "Folder for the trained model and metrics.jsonl"})
     split: str = field(default="train", metadata={"help": "Split of the data set to train on"})
     image_column: str = field(default="image", metadata={"help": "Column with pictures"})
@@ -27,6 +32,8 @@ class TrainingConfig:
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that stands in output_dir"})
 
     def __post_init__(self) -> None:
+        if self.image_column == self.caption_column:
+            raise ValueError(f"image_column and caption_column are both {self.image_column!r}; name one for each.")
         if self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size}, but a pair is learned against others: take at least 2.")
         for name in ("max_steps", "learning_rate", "logging_steps"):

@@ -42,18 +42,36 @@ def load_pairs(config: TrainingConfig) -> Any:
                 f"Name the right one with --{flag}."
             )
     if len(loaded) < config.batch_size:
-        raise ValueError(f"{config.dataset} has {len(loaded)} rows, fewer than one batch of {config.batch_size}.")
+        raise ValueError(
+            f"{config.dataset} has {len(loaded)} rows, fewer than one batch of {config.batch_size}. Pass --batch_size "
+            f"{len(loaded)} or less."
+        )
     pairs = loaded.select_columns([config.image_column, config.caption_column])
-    return pairs.cast_column(config.image_column, datasets.Image(decode=False))
+    captions = pairs.features[config.caption_column]
+    if getattr(captions, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"The column {config.caption_column!r} holds {captions}, but one text for each row is needed.")
+    if missing := pairs.data.column(config.caption_column).null_count:
+        row = next(row for row, caption in enumerate(pairs[config.caption_column]) if caption is None)
+        raise ValueError(
+            f"{missing} rows of {config.dataset} have no {config.caption_column}, the first of them row {row}; give "
+            f"them texts, or remove them."
+        )
+    pictures = pairs.features[config.image_column]
+    try:
+        return pairs.cast_column(config.image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"The column {config.image_column!r} holds {pictures}, but pictures are needed.") from error
 
 
-def open_picture(stored: dict[str, Any], row: str) -> Image.Image:
+def open_picture(stored: dict[str, Any] | None, row: str) -> Image.Image:
     """Open a picture as `datasets` stores it (bytes or a path), turned as its EXIF orientation says."""
+    if stored is None:
+        raise ValueError(f"There is no picture in {row}; remove that row.")
     try:
         picture = Image.open(BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
         return ImageOps.exif_transpose(picture)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"The picture of {row} cannot be opened ({error}).") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"The picture of {row} cannot be opened ({error}); replace it, or remove that row.") from error
 
 
 class PairCollator:
@@ -63,7 +81,14 @@ class PairCollator:
         self.processor = processor
         self.image_column, self.caption_column = config.image_column, config.caption_column
 
-    def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
+    def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature | ValueError:
+        """An error is returned, for `repeat` to raise: a worker process would wrap its text into tracebacks."""
+        try:
+            return self.collate(rows)
+        except ValueError as error:
+            return error
+
+    def collate(self, rows: list[dict[str, Any]]) -> BatchFeature:
         captions = [row[self.caption_column] for row in rows]
         pictures = [
             open_picture(row[self.image_column], f"the pair captioned {caption!r}")
@@ -93,5 +118,7 @@ def repeat(loader: DataLoader, steps: int) -> Iterator[BatchFeature]:
         for batch in loader:
             if done == steps:
                 return
+            if isinstance(batch, ValueError):
+                raise batch
             done += 1
             yield batch

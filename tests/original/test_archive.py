@@ -189,8 +189,11 @@ def test_planted_code_beside_tensors_is_refused(tmp_path: Path):
     for zipped in (True, False):
         target, path = tmp_path / f"executed-{zipped}", tmp_path / f"{zipped}.pt"
         torch.save(STATE | {"extra": Planted(target)}, path, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(CheckpointError):
+        with pytest.raises(
+            CheckpointError, match="refused: its .*could run code. Take the checkpoint from a source"
+        ) as caught:
             read_checkpoint(path)
+        assert "weights_only" not in str(caught.value)
         assert not target.exists()
 
 
@@ -206,9 +209,6 @@ def test_only_named_functions_are_known(name: str, tmp_path: Path):
 
 def test_dotted_names_do_not_reach_through_an_allowed_module(tmp_path: Path):
     """Protocol 4 lets a pickle name attributes of attributes: `torch.jit._pickle` → `torch.os.system`."""
-    out = io.BytesIO()
-    pickler = pickle.Pickler(out, protocol=4)
-    pickler.dump(0)
     call = b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93\x8c\x04true\x85R."
     with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
         archive.writestr("archive/data.pkl", call)
@@ -223,6 +223,124 @@ def test_script_class_is_inert(tmp_path: Path):
         archive.writestr("archive/data.pkl", out)
     checkpoint = read_checkpoint(tmp_path / "file.pt")
     assert checkpoint.tensors == {}
+
+
+def archive_of(path: Path, pickled: bytes, storages: dict[str, bytes] | None = None) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        for name, data in (storages or {}).items():
+            archive.writestr(f"archive/data/{name}", data)
+    return path
+
+
+def pickled_tensor(numel: int, size: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+    """A state dict {"a": tensor} as torch.save pickles it, with numbers of one's choice."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: object) -> object:
+            return ("storage", torch.FloatStorage, "0", "cpu", numel) if isinstance(value, Marker) else None
+
+    class Marker:
+        pass
+
+    class Tensor:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (Marker(), 0, size, stride, False, OrderedDict())
+
+    out = io.BytesIO()
+    Pickler(out, protocol=2).dump({"a": Tensor()})
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("numel", "size", "stride", "message"),
+    [
+        (4, (2**45,), (0,), r"a tensor of shape \(35184372088832,\) made of 4 stored elements"),
+        (-1, (4,), (1,), "a storage of -1 elements"),
+        (4, (4,), (2,), "truncated or damaged"),
+        (4, (-4,), (1,), "truncated or damaged"),
+        (4, (4,), (-1,), "truncated or damaged"),
+        (2, (2,), (1,), "has 16 bytes, but 8 are needed"),
+        (2**62, (4,), (1,), "bytes are needed|are needed"),
+    ],
+)
+def test_tensor_that_does_not_fit_its_storage_is_refused(
+    tmp_path: Path, numel: int, size: tuple[int, ...], stride: tuple[int, ...], message: str
+):
+    path = archive_of(tmp_path / "file.pt", pickled_tensor(numel, size, stride), {"0": b"\0" * 16})
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(path)
+
+
+def test_hand_made_tensor_that_fits_is_read(tmp_path: Path):
+    path = archive_of(tmp_path / "file.pt", pickled_tensor(4, (2, 2), (1, 2)), {"0": b"\0" * 16})
+    assert torch.equal(read_checkpoint(path).tensors["a"], torch.zeros(2, 2))
+
+
+def test_endless_tree_of_modules_is_refused(tmp_path: Path):
+    """Thirty records, each the parent of the next one twice, describe a billion modules."""
+    record = b"c__torch__.x\nY\n)\x81"
+    pickled = b"\x80\x02" + record + b"q\x00"
+    for index in range(30):
+        pickled += b"0" + record + b"}(X\x01\x00\x00\x00ah" + bytes([index]) + b"X\x01\x00\x00\x00bh" + bytes([index])
+        pickled += b"ubq" + bytes([index + 1])
+    with pytest.raises(CheckpointError, match="describes more than 100000 modules"):
+        read_checkpoint(archive_of(tmp_path / "file.pt", pickled + b"."))
+
+
+@pytest.mark.parametrize(
+    "pickled", [b"\x80\x02Nr\xff\xff\xff\x0f.", b"\x80\x04\x8e" + b"\xff" * 8 + b".", b"\x80\x02(((((."]
+)
+def test_pickle_that_asks_for_too_much_is_refused(tmp_path: Path, pickled: bytes):
+    with pytest.raises(CheckpointError, match="file.pt (holds a pickle that is no checkpoint's|is truncated)"):
+        read_checkpoint(archive_of(tmp_path / "file.pt", pickled))
+
+
+def test_compressed_entry_larger_than_its_tensor_is_not_unpacked(tmp_path: Path):
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickled_tensor(4, (4,), (1,)))
+        archive.writestr("archive/data/0", b"\0" * 10_000_000)
+        archive.writestr("archive/extra.pkl", b"\0" * 70_000_000)
+    with pytest.raises(CheckpointError, match="extra.pkl has 70000000 bytes, far more than a checkpoint needs"):
+        read_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_entries_of_the_same_name_are_refused(tmp_path: Path, state_dict_file: Path):
+    with zipfile.ZipFile(state_dict_file, "a") as archive:
+        archive.writestr(archive.namelist()[0], b"N.")
+    with pytest.raises(CheckpointError, match="two entries of the same name"):
+        read_checkpoint(state_dict_file)
+
+
+def test_names_from_a_file_cannot_write_to_the_terminal(tmp_path: Path):
+    torch.save({"evil\nerror: fine\x1b[2J": 1}, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path / "file.pt")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({0: torch.ones(2)}, "names a tensor 0, but names are texts"),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, "no checkpoint's|asks for torch.ComplexFloatStorage"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(tmp_path: Path, state: dict, message: str):
+    torch.save(state, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "file.pt")
+    torch.save(state, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="names are texts|plain tensors of numbers are needed"):
+        read_checkpoint(tmp_path / "legacy.pt")
+
+
+def test_float8_safetensors_are_refused(tmp_path: Path):
+    save_file({"a": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "file.safetensors")
+    with pytest.raises(CheckpointError, match="has a of dtype F8_E4M3, which no CLIP has"):
+        read_checkpoint(tmp_path / "file.safetensors")
 
 
 def test_size_beyond_the_storage_is_refused(tmp_path: Path, state_dict_file: Path):

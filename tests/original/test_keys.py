@@ -139,6 +139,18 @@ def test_checkpoint_of_another_model_is_recognised(state: dict[str, Tensor], mes
         config_from_shapes(state)
 
 
+def test_converted_checkpoint_is_recognised(model):
+    with pytest.raises(CheckpointError, match="has been converted already"):
+        config_from_shapes(model.state_dict())
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor(1.0), torch.zeros(1), torch.zeros(0)])
+def test_tensor_that_cannot_be_split_is_named(state: dict[str, Tensor], tensor: Tensor):
+    config, name = config_from_shapes(state), "transformer.resblocks.0.attn.in_proj_bias"
+    with pytest.raises(CheckpointError, match=f"has {name} of shape"):
+        convert_names(state | {name: tensor}, config)
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
@@ -156,3 +168,5 @@ def test_positions_must_form_a_square(state: dict[str, Tensor], tower: str):
     name = {"vit": "visual.positional_embedding", "resnet": "visual.attnpool.positional_embedding"}[tower]
     with pytest.raises(CheckpointError, match="7 positions in .*, but a square grid is needed"):
         config_from_shapes(state | {name: torch.zeros(8, 128)})
+    with pytest.raises(CheckpointError, match="but a square grid is needed"):
+        config_from_shapes(state | {name: torch.zeros(0, 128)})

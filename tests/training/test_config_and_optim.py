@@ -21,6 +21,7 @@ def config(**fields: object) -> TrainingConfig:
         ({"max_steps": 0}, "max_steps is 0, but it must be positive"),
         ({"learning_rate": -1e-4}, "learning_rate is -0.0001"),
         ({"logging_steps": 0}, "logging_steps is 0"),
+        ({"image_column": "caption"}, "image_column and caption_column are both 'caption'"),
         ({"max_steps": 10, "warmup_steps": 11}, "warmup_steps is 11, but must be between 0 and max_steps, 10"),
     ],
 )

@@ -106,8 +106,51 @@ def test_exif_orientation_is_applied():
 def test_picture_that_cannot_be_opened_names_its_row(folder: Path, repositories: dict[str, Path]):
     settings = config(folder)
     row = {"image": {"bytes": b"no picture", "path": None}, "caption": "a broken one"}
-    with pytest.raises(ValueError, match="The picture of the pair captioned 'a broken one' cannot be opened"):
-        PairCollator(AutoProcessor.from_pretrained(repositories["vit"]), settings)([row])
+    collator = PairCollator(AutoProcessor.from_pretrained(repositories["vit"]), settings)
+    error = collator([row])
+    assert isinstance(error, ValueError)
+    assert "The picture of the pair captioned 'a broken one' cannot be opened" in str(error)
+    with pytest.raises(ValueError, match="'a broken one' cannot be opened"):
+        next(repeat([error], 1))
+    assert "There is no picture in the pair captioned 'a'" in str(collator([{"image": None, "caption": "a"}]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_from_a_worker_is_one_line(folder: Path, repositories: dict[str, Path], workers: int):
+    settings = config(folder, num_workers=workers)
+    pairs = load_pairs(settings).select_columns(["image", "caption"])
+    broken = pairs.map(lambda row: {"image": {"bytes": b"no picture", "path": None}, "caption": row["caption"]})
+    loader = build_loader(broken, AutoProcessor.from_pretrained(repositories["vit"]), settings)
+    with pytest.raises(ValueError, match="cannot be opened") as caught:
+        list(repeat(loader, 2))
+    assert "Traceback" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"caption": [["a", "b"], ["c"]]}, "The column 'caption' holds .*, but one text for each row is needed"),
+        ({"caption": [1, 2]}, "The column 'caption' holds .*int64.*, but one text for each row is needed"),
+        ({"caption": ["a", None]}, "1 rows of .* have no caption, the first of them row 1"),
+        ({"image": [1, 2]}, "The column 'image' holds .*int64.*, but pictures are needed"),
+    ],
+)
+def test_columns_of_another_kind_are_refused(tmp_path: Path, column: dict, message: str):
+    rows = {"image": ["a.png", "b.png"], "caption": ["a", "b"]} | column
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        load_pairs(config(tmp_path / "data"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # `datasets` leaves the table open
+def test_folder_of_pictures_with_a_table_of_captions(tmp_path: Path, photographs: dict[str, Image.Image]):
+    for name in ("astronaut", "coffee"):
+        photographs[name].save(tmp_path / f"{name}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\nastronaut.png,an astronaut\ncoffee.png,a cup\n")
+    pairs = load_pairs(config(tmp_path))
+    assert pairs["caption"][:] == ["an astronaut", "a cup"]
+    assert open_picture(pairs[1]["image"], "row 1").size == photographs["coffee"].size
 
 
 def test_loader_is_repeated_as_often_as_steps_need():
@@ -125,7 +168,7 @@ def test_loader_is_repeated_as_often_as_steps_need():
             "no column 'text'; its columns are image, caption, number.*--caption_column",
         ),
         ({"image_column": "picture"}, ValueError, "no column 'picture'.*--image_column"),
-        ({"batch_size": 7}, ValueError, "has 6 rows, fewer than one batch of 7"),
+        ({"batch_size": 7}, ValueError, "has 6 rows, fewer than one batch of 7. Pass --batch_size 6 or less"),
     ],
 )
 def test_wrong_data_set_says_what_is_there(folder: Path, fields: dict, error: type, message: str):
