@@ -1,23 +1,43 @@
-"""CLIP's byte-level BPE tokenizer on the `tokenizers` library.
+"""CLIP's byte-level BPE tokenizer on the `tokenizers` library, exact for every string.
 
-OpenAI's tokenizer repairs a text (ftfy, then html entities), folds white space, lower-cases, cuts words with
-one regular expression and merges bytes within each word. Cutting and merging happen in Rust for every text.
-The repair and Python's own lower-casing are done first for texts that may need them; a text of printable
-ASCII without an ampersand can't need them, and never leaves Rust.
+OpenAI's tokenizer does this to a text:
 
-The backend is wholly described by tokenizer.json, which this class therefore reads as it stands.
+1. repair: ftfy, html entities unescaped twice, white space folded, lower case;
+2. cut into words by one regular expression, which never crosses white space;
+3. encode each word as bytes and merge them by rank.
+
+Steps 1 and 2 are done with the very same libraries, ftfy and regex; step 3 is Rust's. What makes it fast: a text of
+printable ASCII without an ampersand needs no repair but lower case (`is_plain`); and since no word crosses white
+space, the ids of a text are those of its chunks between white space, one after the other, so every distinct chunk is
+cut and merged once and then remembered.
+
+tokenizer.json describes all three steps too, as closely as Rust can, for those who load it without this class.
 """
 
 import gzip
 import html
 import json
-import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+import numpy as np
+import regex
+from tokenizers import (
+    AddedToken,
+    Encoding,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import BatchEncoding
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 try:
@@ -39,24 +59,37 @@ OPENAI_VOCAB_SIZE = 49408
 # arrive lower-cased, and the one other letter that folds to these is the long s.
 WORD_PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"""
 
-_MAY_NEED_REPAIR = re.compile(r"[^\t\n\r\x20-\x7e]|&")
+WORDS = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
+"""The published expression."""
+
+_UNUSUAL_ASCII = bytes([*range(9), 11, 12, *range(14, 32), 127]) + b"&"
+"""What repair may change in ASCII: control characters, but for tab and line ends, and entities."""
+
+_BOUNDARY = "\0end_of_a_text\0"
+"""A chunk that no text has: ftfy removes the character zero, and no entity gives it."""
+
+MOST_CHUNKS = 1 << 18
+"""Chunks that a tokenizer remembers: some 60 MB at most."""
+
+
+def is_plain(text: str) -> bool:
+    """Whether repair_text would do nothing to a text but fold white space and lower its case."""
+    return text.isascii() and len(text.encode().translate(None, _UNUSUAL_ASCII)) == len(text)
 
 
 def repair_text(text: str) -> str:
     """What OpenAI's tokenizer does to a text before it cuts words: ftfy, html entities twice, spaces, lower case."""
     if ftfy is None:
         raise ImportError(f"Tokenizing {text[:40]!r} needs ftfy, which repairs Unicode text: pip install ftfy")
-    repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", repaired.strip()).strip().lower()
+    repaired = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return regex.sub(r"\s+", " ", repaired).strip().lower()
 
 
-def _repair_where_needed(text: Any) -> Any:
-    """Apply repair_text within a text, or a (nested) list of texts, and leave everything else alone."""
-    if isinstance(text, str):
-        return repair_text(text) if _MAY_NEED_REPAIR.search(text) else text
-    if isinstance(text, (list, tuple)):
-        return type(text)(_repair_where_needed(item) for item in text)
-    return text
+def prepare_text(text: str) -> str:
+    """The text that is cut into words. A plain one keeps its white space, and so the places of its characters."""
+    return text.lower() if is_plain(text) else repair_text(text)
 
 
 def byte_alphabet() -> list[str]:
@@ -152,17 +185,84 @@ def read_merges(path: str | Path, vocab_size: int = OPENAI_VOCAB_SIZE) -> list[t
     return merges
 
 
+def merging_backend(backend: Tokenizer) -> Tokenizer:
+    """The part of a backend that merges: for words that were cut before."""
+    merging = Tokenizer.from_str(backend.to_str())
+    merging.normalizer = None
+    merging.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    merging.no_truncation()
+    merging.no_padding()
+    return merging
+
+
+def check_texts(text: Any) -> list[str]:
+    """A text, or a list or tuple of texts, as a list; anything else is refused with its place."""
+    if isinstance(text, str):
+        return [text]
+    if not isinstance(text, (list, tuple)):
+        raise ValueError(f"HfClipTokenizer got {type(text).__name__}, but a text or a list of texts is needed.")
+    if len(text) == 0:
+        raise ValueError("HfClipTokenizer got an empty list of texts; pass at least one text.")
+    for index, item in enumerate(text):
+        if not isinstance(item, str):
+            raise ValueError(f"Text {index} is a {type(item).__name__}, but a list of texts is needed: {item!r:.60}.")
+    return list(text)
+
+
+def offsets_in_text(encoding: Encoding, words: list[tuple[str, int]]) -> list[tuple[int, int]]:
+    """Where each token stands in its prepared text; special tokens stand nowhere, at (0, 0)."""
+    return [
+        (0, 0) if word is None else (words[word][1] + start, words[word][1] + end)
+        for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True)
+    ]
+
+
+def as_lists(rows: dict[str, np.ndarray], padded: bool) -> dict[str, list[list[int]]]:
+    """Rows of ids and masks (B, L) as lists; without padding, if there shall be none."""
+    lists = {name: values.tolist() for name, values in rows.items()}
+    if padded:
+        return lists
+    lengths = rows["attention_mask"].sum(axis=1).tolist()
+    return {name: [row[:length] for row, length in zip(values, lengths, strict=True)] for name, values in lists.items()}
+
+
+class EncodedTexts(BatchEncoding):
+    """Ids and masks at once; `tokenizers`' encodings, which few ask for and which take long, when first asked for."""
+
+    def __init__(self, data: dict[str, Any], encodings: Any, tensor_type: Any = None):
+        super().__init__(data, tensor_type=tensor_type, n_sequences=1)
+        self._encodings = encodings
+
+    @property
+    def _encodings(self) -> list[Encoding]:
+        if callable(self.__dict__["made_encodings"]):
+            self.__dict__["made_encodings"] = self.__dict__["made_encodings"]()
+        return self.__dict__["made_encodings"]
+
+    @_encodings.setter
+    def _encodings(self, encodings: Any) -> None:
+        self.__dict__["made_encodings"] = encodings
+
+    @property
+    def is_fast(self) -> bool:
+        return True
+
+
 class HfClipTokenizer(TokenizersBackend):
     """CLIP's tokenizer: ids equal OpenAI's, in batches, padded to the longest text by default.
 
-    Calling it returns `input_ids` and `attention_mask`, each (B, L) with `return_tensors`, else lists. Padding
-    stands on the right and repeats the end of text. A text longer than `model_max_length` (77) is an error
-    unless `truncation=True`, which keeps the end-of-text token. Offsets refer to the repaired text.
+    Calling it returns `input_ids` and `attention_mask`, each (B, L) with `return_tensors`, else lists together with
+    `tokenizers`' encodings. Padding stands on the right and repeats the end of text. A text longer than
+    `model_max_length` (77) is an error unless `truncation=True`, which keeps the end-of-text token. Offsets refer to
+    the text as it is cut: a plain one as it was given, any other as it was repaired (`prepare_text`).
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
+    _word_tokenizer: tuple[Any, TokenizersBackend] | None = None
+    _merger: Tokenizer | None = None
+    _chunks: dict[str, tuple[int, ...]] | None = None
 
     @classmethod
     def from_merges(cls, merges: list[tuple[str, str]], model_max_length: int = 77) -> "HfClipTokenizer":
@@ -194,14 +294,13 @@ class HfClipTokenizer(TokenizersBackend):
         """Learn a vocabulary of at most `vocab_size` ids, of which bytes and special tokens take 514."""
         check_vocab_size(vocab_size)
         backend = build_backend([])
-        alphabet = byte_alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 2,
-            initial_alphabet=alphabet,
+            initial_alphabet=byte_alphabet(),
             end_of_word_suffix=END_OF_WORD,
             show_progress=False,
         )
-        backend.train_from_iterator((_repair_where_needed(text) for text in texts), trainer)
+        backend.train_from_iterator((prepare_text(text) for text in texts), trainer)
         learned = json.loads(backend.to_str())["model"]["merges"]
         merges = [(left, right) for left, right in learned]
         return cls.from_merges(merges[: vocab_size - FIXED_IDS], model_max_length)
@@ -209,25 +308,203 @@ class HfClipTokenizer(TokenizersBackend):
     def __call__(self, text: Any = None, *args: Any, padding: Any = True, **kwargs: Any) -> BatchEncoding:
         return super().__call__(text, *args, padding=padding, **kwargs)
 
-    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
-        if isinstance(text, (list, tuple)) and len(text) == 0:
-            raise ValueError("HfClipTokenizer got an empty list of texts; pass at least one text.")
-        encoded = super()._encode_plus(_repair_where_needed(text), _repair_where_needed(text_pair), **kwargs)
-        if getattr(kwargs.get("truncation_strategy"), "value", "do_not_truncate") == "do_not_truncate":
-            self._refuse_too_long(encoded)
+    def _encode_plus(
+        self,
+        text: Any,
+        text_pair: Any = None,
+        add_special_tokens: bool = True,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        max_length: int | None = None,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: Any = None,
+        return_attention_mask: bool | None = None,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        """What every call of a tokenizer comes down to in transformers."""
+        if text_pair is not None:
+            raise ValueError(
+                "HfClipTokenizer got a pair of texts, but CLIP reads single ones; join them, or pass a list."
+            )
+        if is_split_into_words:
+            raise ValueError("HfClipTokenizer cuts words itself; pass whole texts, without is_split_into_words=True.")
+        texts = check_texts(text)
+        padded = padding_strategy != PaddingStrategy.DO_NOT_PAD
+        truncated = truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE
+
+        def encode_by_words(**more: Any) -> BatchEncoding:
+            return self._encode_by_words(
+                texts,
+                truncated=truncated,
+                add_special_tokens=add_special_tokens,
+                padding_strategy=padding_strategy,
+                truncation_strategy=truncation_strategy,
+                max_length=max_length,
+                pad_to_multiple_of=pad_to_multiple_of,
+                padding_side=padding_side or self.padding_side,
+                return_attention_mask=return_attention_mask,
+                **more,
+            )
+
+        asks_for_more = any(value for name, value in kwargs.items() if name not in ("verbose", "stride"))
+        if asks_for_more or self._added_tokens() or (return_tensors is not None and not padded):
+            encoded = encode_by_words(**kwargs)
+            data, encodings = encoded.data, encoded.encodings or []
+        else:
+            ids, lengths = self._ids_of(texts)
+            self._refuse_too_long(lengths, truncated, add_special_tokens)
+            special = 2 if add_special_tokens else 0
+            limit = (max_length or self.model_max_length) if truncated else None
+            to_length = (max_length or self.model_max_length) if padding_strategy == PaddingStrategy.MAX_LENGTH else 0
+            on_left = (padding_side or self.padding_side) == "left"
+            data = self._arrange(ids, lengths, special, limit, to_length, pad_to_multiple_of or 1, on_left)
+            if return_tensors is None:
+                data = as_lists(data, padded)
+            if return_attention_mask is False:
+                del data["attention_mask"]
+            encodings = lambda: encode_by_words().encodings  # noqa: E731
+        if isinstance(text, str) and return_tensors is None and "overflow_to_sample_mapping" not in data:
+            data = {name: value[0] for name, value in data.items()}
+        return EncodedTexts(data, encodings, tensor_type=return_tensors)
+
+    def _encode_by_words(
+        self, texts: list[str], truncated: bool, add_special_tokens: bool, **kwargs: Any
+    ) -> BatchEncoding:
+        """Lists and encodings, as a stock tokenizer makes them of words; slower, and for everything it can be asked."""
+        words = [self._words_of(item) for item in texts]
+        encoded = self._by_words()._encode_plus(
+            [[word for word, _ in row] for row in words],
+            add_special_tokens=add_special_tokens,
+            is_split_into_words=True,
+            **kwargs,
+        )
+        lengths = np.array([sum(encoding.attention_mask) for encoding in encoded.encodings or []])
+        self._refuse_too_long(lengths - 2 * add_special_tokens, truncated, add_special_tokens)
+        if "offset_mapping" in encoded:
+            texts_of_rows = encoded.get("overflow_to_sample_mapping", range(len(texts)))
+            encoded["offset_mapping"] = [
+                offsets_in_text(encoding, words[row])
+                for row, encoding in zip(texts_of_rows, encoded.encodings or [], strict=True)
+            ]
         return encoded
 
-    def _eventual_warn_about_too_long_sequence(self, *args: Any, **kwargs: Any) -> None:
-        """Too long a text is an error here, below; stock tokenizers warn and let the model fail."""
+    def _added_tokens(self) -> list[str]:
+        """Tokens that were added to the published ones, longest first."""
+        added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        return sorted(added - {START_OF_TEXT, END_OF_TEXT}, key=len, reverse=True)
 
-    def _refuse_too_long(self, encoded: BatchEncoding) -> None:
-        for index, encoding in enumerate(encoded.encodings or []):
-            if len(encoding) > self.model_max_length and sum(encoding.attention_mask) > self.model_max_length:
-                raise ValueError(
-                    f"Text {index} has {sum(encoding.attention_mask)} tokens, start and end included, but the model "
-                    f"takes {self.model_max_length}. Shorten it, or pass truncation=True, which keeps the end of the "
-                    f"text marked."
-                )
+    def _words_of(self, text: str) -> list[tuple[str, int]]:
+        """The words of a text and where each begins in the prepared text; added tokens are words of their own."""
+        if not (added := self._added_tokens()):
+            return [(match[0], match.start()) for match in WORDS.finditer(prepare_text(text))]
+        words: list[tuple[str, int]] = []
+        place = 0
+        for part in regex.split(f"({'|'.join(map(regex.escape, added))})", text):
+            if part in added:
+                words.append((part, place))
+            else:
+                part = prepare_text(part)
+                words += [(match[0], place + match.start()) for match in WORDS.finditer(part)]
+            place += len(part)
+        return words
+
+    def _by_words(self) -> TokenizersBackend:
+        """A stock tokenizer for texts that have been cut into words: it merges, truncates, pads and converts."""
+        state = (self._tokenizer.get_vocab_size(), self.pad_token, self.truncation_side, self.model_max_length)
+        if self._word_tokenizer is None or self._word_tokenizer[0] != state:
+            inner = TokenizersBackend(
+                tokenizer_object=merging_backend(self._tokenizer),
+                pad_token=self.pad_token,
+                truncation_side=self.truncation_side,
+                model_input_names=self.model_input_names,
+            )
+            self._word_tokenizer = (state, inner)
+        return self._word_tokenizer[1]
+
+    def _ids_of(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, one after the other and without special tokens (N,), and how many each has (B,)."""
+        if is_plain("".join(texts)):
+            chunks = f" {_BOUNDARY} ".join(texts).lower().split()
+        else:
+            prepared = (" ".join(text.lower().split()) if is_plain(text) else repair_text(text) for text in texts)
+            chunks = f" {_BOUNDARY} ".join(prepared).split(" ")
+        if self._chunks is None:
+            self._chunks = {}
+        remembered = self._chunks
+        try:
+            ids = np.fromiter(chain.from_iterable(map(remembered.__getitem__, chunks)), np.int64)
+        except KeyError:
+            self._remember(set(chunks))
+            ids = np.fromiter(chain.from_iterable(map(remembered.__getitem__, chunks)), np.int64)
+        ends = np.append(np.flatnonzero(ids < 0), len(ids))
+        lengths = np.diff(ends, prepend=-1) - 1
+        return ids[ids >= 0], lengths
+
+    def _remember(self, chunks: set[str]) -> None:
+        """Cut and merge those chunks that are not known yet."""
+        remembered = self._chunks
+        assert remembered is not None
+        if len(remembered) + len(chunks) > MOST_CHUNKS:
+            remembered.clear()
+        new = list(chunks - remembered.keys() - {_BOUNDARY})
+        if self._merger is None:
+            self._merger = merging_backend(self._tokenizer)
+        encodings = self._merger.encode_batch_fast(
+            [WORDS.findall(chunk) for chunk in new], is_pretokenized=True, add_special_tokens=False
+        )
+        remembered.update(zip(new, (tuple(encoding.ids) for encoding in encodings), strict=True))
+        remembered[_BOUNDARY] = (-1,)
+
+    def _arrange(
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        special: int,
+        limit: int | None,
+        to_length: int,
+        multiple: int,
+        on_left: bool,
+    ) -> dict[str, np.ndarray]:
+        """Lay texts out in rows: ids (N,) and lengths (B,) → input_ids and attention_mask, (B, L).
+
+        special: 2 with start and end of text, else 0.   limit: tokens to keep of each, those included
+        """
+        kept = lengths if limit is None else np.minimum(lengths, max(limit - special, 0))
+        if (kept < lengths).any():
+            place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # within its text
+            first = lengths - kept if self.truncation_side == "left" else np.zeros_like(lengths)
+            ids = ids[(place >= np.repeat(first, lengths)) & (place < np.repeat(first + kept, lengths))]
+        whole = kept + special
+        width = max(int(whole.max()), to_length)
+        width = -(-width // multiple) * multiple
+        start = (width - whole if on_left else np.zeros_like(whole))[:, None]  # (B, 1)
+        columns = np.arange(width)
+        mask = (columns >= start) & (columns < start + whole[:, None])  # (B, L)
+        rows = np.full((len(lengths), width), self.pad_token_id, dtype=np.int64)
+        body = mask
+        if special:
+            ends = start + whole[:, None] - 1
+            body = mask & (columns > start) & (columns < ends)
+            np.put_along_axis(rows, start, self.bos_token_id, axis=1)
+            np.put_along_axis(rows, ends, self.eos_token_id, axis=1)
+        rows[body] = ids
+        return {"input_ids": rows, "attention_mask": mask.astype(np.int64)}
+
+    def _refuse_too_long(self, lengths: np.ndarray, truncated: bool, add_special_tokens: bool) -> None:
+        """Stock tokenizers warn here, and the model fails. Without special tokens, texts are being measured."""
+        if not truncated and add_special_tokens and (longest := int(lengths.max()) + 2) > self.model_max_length:
+            raise ValueError(
+                f"Text {int(lengths.argmax())} has {longest} tokens, start and end included, but the model takes "
+                f"{self.model_max_length}. Shorten it, or pass truncation=True, which keeps the end of the text marked."
+            )
+
+    def _eventual_warn_about_too_long_sequence(self, *args: Any, **kwargs: Any) -> None:
+        """Too long a text is an error here, above."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_word_tokenizer": None, "_merger": None, "_chunks": None}
 
 
 __all__ = ["HfClipTokenizer"]

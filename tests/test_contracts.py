@@ -28,7 +28,7 @@ TRAVELLING = {
 }
 """The flat files that a Hub repository gets as remote code."""
 
-THIRD_PARTY = {"PIL", "ftfy", "huggingface_hub", "numpy", "tokenizers", "torch", "transformers"}
+THIRD_PARTY = {"PIL", "ftfy", "huggingface_hub", "numpy", "regex", "tokenizers", "torch", "transformers"}
 """What they may import; a file that asks for more could not be loaded where only these are installed."""
 
 

@@ -33,4 +33,5 @@ def test_saved_processor_loads_equal(tokenizer: HfClipTokenizer, photographs: di
     inputs = {"text": ["It’s a cat", "two"], "images": photographs["chelsea"], "return_tensors": "pt"}
     found, expected = loaded(**inputs), processor(**inputs)
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    for name in found:
+        assert torch.equal(found[name], expected[name]), name

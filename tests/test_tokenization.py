@@ -187,3 +187,113 @@ def test_merges_are_read_compressed_or_plain(vocabulary: Path, tmp_path: Path):
     assert merges == read_merges(vocabulary)
     assert len(merges) == 49408 - 514
     assert merges[0] == ("i", "n")
+
+
+# --- the surface of a stock tokenizer ------------------------------------------------------------------------------
+
+MIXED = ["a cat", "It’s a café!", "", "two DOGS\tand a cat", "<b>&rsquo;s</b>", "<|ENDOFTEXT|> in <|startoftext|> text"]
+
+
+@pytest.mark.parametrize("padding", [True, "max_length"])
+@pytest.mark.parametrize(("truncation", "multiple"), [(None, None), (6, None), (3, None), (None, 8), (8, 4)])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("special", [True, False])
+def test_remembered_chunks_give_what_the_stock_machinery_gives(
+    tokenizer: HfClipTokenizer, padding: object, truncation: int | None, side: str, special: bool, multiple: int | None
+):
+    """The quick way, by chunks, against the thorough one, by `tokenizers`' encodings."""
+    settings = {"padding": padding, "add_special_tokens": special, "padding_side": side, "pad_to_multiple_of": multiple}
+    settings |= {"truncation": True, "max_length": truncation} if truncation else {}
+    tokenizer.truncation_side = side
+    try:
+        quick = tokenizer(MIXED, return_tensors="np", **settings)
+        thorough = tokenizer(MIXED, return_tensors="np", return_special_tokens_mask=True, **settings)
+    finally:
+        tokenizer.truncation_side = "right"
+    assert quick.input_ids.tolist() == thorough.input_ids.tolist()
+    assert quick.attention_mask.tolist() == thorough.attention_mask.tolist()
+
+
+def test_lists_tensors_and_encodings_agree(tokenizer: HfClipTokenizer):
+    lists = tokenizer(MIXED, padding=False)
+    tensors = tokenizer(MIXED, return_tensors="pt")
+    for row, ids in enumerate(lists.input_ids):
+        assert tensors.input_ids[row, : len(ids)].tolist() == ids
+        assert lists.attention_mask[row] == [1] * len(ids)
+        assert lists.encodings[row].ids == ids
+        assert lists.tokens(row)[0] == "<|startoftext|>"
+        assert lists.word_ids(row)[-1] is None
+    assert tensors.encodings[1].ids == tensors.input_ids[1].tolist()
+    assert pickle.loads(pickle.dumps(lists)).input_ids == lists.input_ids
+    # Padding that one call asks for must not reach what another one remembers.
+    fresh = pickle.loads(pickle.dumps(tokenizer))
+    assert len(fresh(["unheard words", "of"], padding=True).encodings) == 2
+    assert fresh(["of", "unheard"], padding=False).input_ids == tokenizer(["of", "unheard"], padding=False).input_ids
+
+
+def test_one_text_gives_one_row(tokenizer: HfClipTokenizer):
+    assert tokenizer("a cat").input_ids == [49406, 320, 2368, 49407]
+    assert tokenizer("a cat").tokens() == ["<|startoftext|>", "a</w>", "cat</w>", "<|endoftext|>"]
+    assert tokenizer("a cat", return_tensors="pt").input_ids.shape == (1, 4)
+    assert tokenizer.encode("a cat") == [49406, 320, 2368, 49407]
+    assert tokenizer.tokenize("a cat") == ["a</w>", "cat</w>"]
+
+
+def test_offsets_point_into_the_text_as_it_is_cut(tokenizer: HfClipTokenizer):
+    text = "Two  DOGS,\nit's"
+    found = tokenizer(text, return_offsets_mapping=True)
+    words = [text[start:end] for start, end in found.offset_mapping]
+    assert words == ["", "Two", "DOGS", ",", "it", "'s", ""]
+    repaired = tokenizer("ｆｕｌｌ  ｗｉｄｔｈ", return_offsets_mapping=True, return_special_tokens_mask=True)
+    assert repaired.offset_mapping == [(0, 0), (0, 4), (5, 10), (0, 0)]
+    assert repaired.special_tokens_mask == [1, 0, 0, 1]
+
+
+def test_long_texts_can_be_measured(tokenizer: HfClipTokenizer):
+    assert len(tokenizer.tokenize("word " * 100)) == 100
+    assert len(tokenizer("word " * 100, add_special_tokens=False).input_ids) == 100
+
+
+def test_added_tokens_are_kept_whole(vocabulary: Path):
+    tokenizer = HfClipTokenizer.from_vocabulary_file(vocabulary)
+    before = tokenizer("a photo of <my-Toy>", return_tensors="pt").input_ids
+    assert tokenizer.add_tokens(["<my-Toy>", "two words"]) == 2
+    for settings in ({}, {"return_tensors": "pt"}):
+        ids = (
+            torch.as_tensor(tokenizer("A photo of <my-Toy> – with two words", **settings).input_ids).flatten().tolist()
+        )
+        assert ids.count(49408) == ids.count(49409) == 1
+        assert ids[1:4] == [320, 1125, 539]
+    assert before.max() < 49408
+    # `tokenizers` shows an added token as its normalizer would, in lower case.
+    assert tokenizer.decode(tokenizer("<my-Toy>").input_ids, skip_special_tokens=True).strip() == "<my-toy>"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (("a cat", "a dog"), "a pair of texts, but CLIP reads single ones"),
+        (([["a cat", "a dog"]],), "Text 0 is a list, but a list of texts is needed"),
+        ((["a cat", None],), "Text 1 is a NoneType"),
+    ],
+)
+def test_what_is_no_text_is_refused(tokenizer: HfClipTokenizer, call: tuple, message: str):
+    with pytest.raises(ValueError, match=message):
+        tokenizer(*call)
+
+
+def test_words_cut_elsewhere_are_refused(tokenizer: HfClipTokenizer):
+    with pytest.raises(ValueError, match="cuts words itself"):
+        tokenizer([["a", "cat"]], is_split_into_words=True)
+
+
+def test_memory_of_chunks_is_bounded(vocabulary: Path, monkeypatch: pytest.MonkeyPatch):
+    from hf_clip import tokenization_hf_clip as module
+
+    monkeypatch.setattr(module, "MOST_CHUNKS", 50)
+    tokenizer = HfClipTokenizer.from_vocabulary_file(vocabulary)
+    for start in range(0, 400, 40):
+        texts = [f"number {number}" for number in range(start, start + 40)]
+        found = tokenizer(texts, padding=False).input_ids
+        assert len(tokenizer._chunks) <= 60
+        assert found == [tokenizer(text).input_ids for text in texts]
