@@ -44,6 +44,7 @@ parity: $(VENV)/.dev-installed  ## compare all nine models with the reference at
 	$(BIN)/python -m conversion.parity --all
 
 bench: $(VENV)/.dev-installed  ## measure us and the peers in turn, and print ratios
+	$(BIN)/python -m benchmarks.tokenizer
 	$(BIN)/python -m benchmarks.encode
 
 clean:  ## remove the environment and what the demo wrote

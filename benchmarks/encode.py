@@ -12,8 +12,8 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import transformers
@@ -26,7 +26,8 @@ from hf_clip import HfClipConfig, HfClipModel, Variant
 from hf_clip.original import convert_names
 from hf_clip.variants import get_variant
 
-OURS = "hf_clip"
+from .in_turn import OURS, print_rates, rates_in_turn
+
 CAPTION_TOKENS = 10
 IMPORT = """
 import time
@@ -76,20 +77,8 @@ def check_equal(encoders: dict[str, tuple[Encoder, Encoder]], kind: int, inputs:
 def measure(encoders: dict[str, tuple[Encoder, Encoder]], kind: int, inputs: dict[str, Tensor], rounds: int) -> dict:
     """Median rows per second of each implementation; `kind` is 0 for images and 1 for texts."""
     check_equal(encoders, kind, inputs)
-    seconds: dict[str, list[float]] = {name: [] for name in encoders}
-    for _ in range(rounds):
-        for name, pair in encoders.items():
-            start = time.perf_counter()
-            pair[kind](inputs[name])
-            seconds[name].append(time.perf_counter() - start)
-    return {name: len(inputs[name]) / statistics.median(times) for name, times in seconds.items()}
-
-
-def print_rates(title: str, rates: dict[str, float]) -> None:
-    print(f"\n{title}\n{'':16}{'per second':>12}{'hf_clip is':>14}")
-    for name, rate in rates.items():
-        ratio = "" if name == OURS else f"{rates[OURS] / rate:.2f} times"
-        print(f"{name:16}{rate:>12.1f}{ratio:>14}")
+    works = {name: partial(pair[kind], inputs[name]) for name, pair in encoders.items()}
+    return rates_in_turn(works, {name: len(rows) for name, rows in inputs.items()}, rounds)
 
 
 def import_seconds(repeats: int = 5) -> float:

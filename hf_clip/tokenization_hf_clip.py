@@ -67,7 +67,7 @@ WORDS = regex.compile(
 _UNUSUAL_ASCII = bytes([*range(9), 11, 12, *range(14, 32), 127]) + b"&"
 """What repair may change in ASCII: control characters, but for tab and line ends, and entities."""
 
-_BOUNDARY = "\0end_of_a_text\0"
+BOUNDARY = "\0end_of_a_text\0"
 """A chunk that no text has: ftfy removes the character zero, and no entity gives it."""
 
 MOST_CHUNKS = 1 << 18
@@ -127,8 +127,9 @@ def build_backend(merges: list[tuple[str, str]]) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    # Not `decoders.Strip`, which ends the program where there is nothing to strip.
     backend.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace(END_OF_WORD, " "), decoders.Strip(" ", 0, 1)]
+        [decoders.ByteLevel(), decoders.Replace(Regex(END_OF_WORD + r"\z"), ""), decoders.Replace(END_OF_WORD, " ")]
     )
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in (START_OF_TEXT, END_OF_TEXT)]
@@ -193,6 +194,52 @@ def merging_backend(backend: Tokenizer) -> Tokenizer:
     merging.no_truncation()
     merging.no_padding()
     return merging
+
+
+class ChunkMemory:
+    """The ids of every chunk between white space that was met so far.
+
+    numbers: chunk → its number, the boundary between texts being 0
+    ids (N,), starts (C,), lengths (C,): all ids one after the other, and where each chunk's stand among them
+    """
+
+    def __init__(self, merger: Tokenizer):
+        self.merger = merger
+        self.forget()
+
+    def forget(self) -> None:
+        self.numbers = {BOUNDARY: 0}
+        self.ids = np.zeros(0, dtype=np.int64)
+        self.starts = self.lengths = np.zeros(1, dtype=np.int64)
+
+    def look_up(self, chunks: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of texts given as chunks with boundaries between them (N,), and how many each text has (B,)."""
+        try:
+            numbers = np.fromiter(map(self.numbers.__getitem__, chunks), np.int64, len(chunks))
+        except KeyError:
+            self.learn(set(chunks))
+            numbers = np.fromiter(map(self.numbers.__getitem__, chunks), np.int64, len(chunks))
+        counts = self.lengths[numbers]  # ids of each chunk; none of a boundary
+        ends = np.cumsum(counts)
+        total = int(ends[-1]) if len(ends) else 0
+        ids = self.ids[np.repeat(self.starts[numbers] - (ends - counts), counts) + np.arange(total)]
+        texts_end = np.append(ends[numbers == 0], total)
+        return ids, np.diff(texts_end, prepend=0)
+
+    def learn(self, chunks: set[str]) -> None:
+        """Cut and merge the chunks that are not known yet; when there are too many, the old ones are forgotten."""
+        if len(self.numbers) + len(chunks) > MOST_CHUNKS:
+            self.forget()
+        new = list(chunks - self.numbers.keys())
+        encodings = self.merger.encode_batch_fast(
+            [WORDS.findall(chunk) for chunk in new], is_pretokenized=True, add_special_tokens=False
+        )
+        found = [encoding.ids for encoding in encodings]
+        lengths = np.fromiter(map(len, found), np.int64, len(found))
+        self.starts = np.append(self.starts, len(self.ids) + np.cumsum(lengths) - lengths)
+        self.lengths = np.append(self.lengths, lengths)
+        self.ids = np.append(self.ids, np.fromiter(chain.from_iterable(found), np.int64))
+        self.numbers.update(zip(new, range(len(self.numbers), len(self.starts)), strict=True))
 
 
 def check_texts(text: Any) -> list[str]:
@@ -261,8 +308,7 @@ class HfClipTokenizer(TokenizersBackend):
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
     _word_tokenizer: tuple[Any, TokenizersBackend] | None = None
-    _merger: Tokenizer | None = None
-    _chunks: dict[str, tuple[int, ...]] | None = None
+    _memory: ChunkMemory | None = None
 
     @classmethod
     def from_merges(cls, merges: list[tuple[str, str]], model_max_length: int = 77) -> "HfClipTokenizer":
@@ -362,6 +408,10 @@ class HfClipTokenizer(TokenizersBackend):
             data = self._arrange(ids, lengths, special, limit, to_length, pad_to_multiple_of or 1, on_left)
             if return_tensors is None:
                 data = as_lists(data, padded)
+            elif return_tensors == "pt":
+                import torch
+
+                data = {name: torch.from_numpy(values) for name, values in data.items()}  # which copies nothing
             if return_attention_mask is False:
                 del data["attention_mask"]
             encodings = lambda: encode_by_words().encodings  # noqa: E731
@@ -426,36 +476,13 @@ class HfClipTokenizer(TokenizersBackend):
     def _ids_of(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts, one after the other and without special tokens (N,), and how many each has (B,)."""
         if is_plain("".join(texts)):
-            chunks = f" {_BOUNDARY} ".join(texts).lower().split()
+            chunks = f" {BOUNDARY} ".join(texts).lower().split()
         else:
             prepared = (" ".join(text.lower().split()) if is_plain(text) else repair_text(text) for text in texts)
-            chunks = f" {_BOUNDARY} ".join(prepared).split(" ")
-        if self._chunks is None:
-            self._chunks = {}
-        remembered = self._chunks
-        try:
-            ids = np.fromiter(chain.from_iterable(map(remembered.__getitem__, chunks)), np.int64)
-        except KeyError:
-            self._remember(set(chunks))
-            ids = np.fromiter(chain.from_iterable(map(remembered.__getitem__, chunks)), np.int64)
-        ends = np.append(np.flatnonzero(ids < 0), len(ids))
-        lengths = np.diff(ends, prepend=-1) - 1
-        return ids[ids >= 0], lengths
-
-    def _remember(self, chunks: set[str]) -> None:
-        """Cut and merge those chunks that are not known yet."""
-        remembered = self._chunks
-        assert remembered is not None
-        if len(remembered) + len(chunks) > MOST_CHUNKS:
-            remembered.clear()
-        new = list(chunks - remembered.keys() - {_BOUNDARY})
-        if self._merger is None:
-            self._merger = merging_backend(self._tokenizer)
-        encodings = self._merger.encode_batch_fast(
-            [WORDS.findall(chunk) for chunk in new], is_pretokenized=True, add_special_tokens=False
-        )
-        remembered.update(zip(new, (tuple(encoding.ids) for encoding in encodings), strict=True))
-        remembered[_BOUNDARY] = (-1,)
+            chunks = f" {BOUNDARY} ".join(prepared).split(" ")
+        if self._memory is None:
+            self._memory = ChunkMemory(merging_backend(self._tokenizer))
+        return self._memory.look_up(chunks)
 
     def _arrange(
         self,
@@ -504,7 +531,7 @@ class HfClipTokenizer(TokenizersBackend):
         """Too long a text is an error here, above."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_word_tokenizer": None, "_merger": None, "_chunks": None}
+        return self.__dict__ | {"_word_tokenizer": None, "_memory": None}
 
 
 __all__ = ["HfClipTokenizer"]

@@ -163,7 +163,7 @@ def test_registration_can_run_twice():
     importlib.reload(hf_clip)
 
 
-PROGRAMS = ["conversion.convert", "conversion.parity", "demo", "finetune", "benchmarks.encode"]
+PROGRAMS = ["conversion.convert", "conversion.parity", "demo", "finetune", "benchmarks.encode", "benchmarks.tokenizer"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
