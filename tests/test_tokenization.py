@@ -1,12 +1,16 @@
 """The tokenizer against the reference implementation's, and what surrounds it: padding, errors, files."""
 
 import gzip
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conversion.reference import load_reference_module
 from demo.digits import COMBINATIONS, PHRASES
@@ -299,3 +303,63 @@ def test_memory_of_chunks_is_bounded(vocabulary: Path, monkeypatch: pytest.Monke
         found = tokenizer(texts, padding=False).input_ids
         assert len(tokenizer._memory.numbers) <= 91
         assert found == [tokenizer(text).input_ids for text in texts]
+
+
+# --- tokenizer.json without this class -----------------------------------------------------------------------------
+
+REPAIRED_IN_RUST = [
+    "it’s a “quoted” ‘word’ ʼtis",
+    "ﬁne ﬄuﬀy ĳs Ǆ ŉ",
+    "ｆｕｌｌ　ｗｉｄｔｈ！ ￥５",
+    "zero\x00 bell\x07 del\x7f bom\ufeff deprecated\u206a",
+    "\x1b[31mred\x1b[0m",
+    "tabs\tand\nlines\r\n and\u2003wide\xa0space\u3000",
+    "e\u0301 composed, ñ too",
+    "A Photo Of A CAT, İstanbul, ſtraße",
+    "👩‍👩‍👧 東京 кошка قطة",
+]
+LEFT_TO_THE_CLASS = ["AT&amp;T", "schÃ¶n", "ΑΣ", "a <|ENDOFTEXT|> b", "ﾊﾝｶｸ"]
+
+
+def test_file_alone_gives_the_same_ids_for_typographic_text(tokenizer: HfClipTokenizer, tmp_path: Path):
+    tokenizer.save_pretrained(tmp_path)
+    alone = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in REPAIRED_IN_RUST:
+        assert alone.encode(text).ids == tokenizer(text).input_ids, ascii(text)
+    # What the documentation lists as different is different; a text that has become equal leaves that list.
+    for text in LEFT_TO_THE_CLASS:
+        assert alone.encode(text).ids != tokenizer(text).input_ids, ascii(text)
+    ids = tokenizer("a photo of a naïve café!").input_ids
+    assert alone.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_stock_class_reads_the_file(tokenizer: HfClipTokenizer, tmp_path: Path):
+    tokenizer.save_pretrained(tmp_path)
+    stock = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert not isinstance(stock, HfClipTokenizer)
+    batch = stock(["it’s a cat", "a"], padding=True, return_tensors="pt")
+    assert torch.equal(batch.input_ids, tokenizer(["it’s a cat", "a"], return_tensors="pt").input_ids)
+    assert stock.model_max_length == 77
+
+
+FORKING = """
+import os, sys
+from hf_clip import HfClipTokenizer
+tokenizer = HfClipTokenizer.from_vocabulary_file(sys.argv[1])
+texts = [f"text {number} it’s" for number in range(3000)]
+expected = tokenizer(texts, return_tensors="pt").input_ids
+child = os.fork()
+if child == 0:
+    again = tokenizer([*texts, "a new word"], return_tensors="pt").input_ids[:-1]
+    os._exit(0 if (again == expected).all() and tokenizer(["lists"]).encodings else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forked_process_tokenizes_without_a_warning(vocabulary: Path):
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    command = [sys.executable, "-c", FORKING, str(vocabulary)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "fork" not in done.stderr
