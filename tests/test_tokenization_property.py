@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from conversion.reference import load_reference_module
 from hf_clip import HfClipTokenizer
-from hf_clip.tokenization_hf_clip import is_plain, repair_text
+from hf_clip.tokenization_hf_clip import is_plain, repair_text, repair_where_needed
 
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
@@ -116,6 +116,23 @@ def test_plain_text_needs_no_repair(text: str):
     """`is_plain` may err on one side only: it never lets pass what repair would change."""
     if is_plain(text):
         assert repair_text(text) == " ".join(text.split()).lower()
+
+
+@settings(max_examples=3000, deadline=None, suppress_health_check=QUIET, derandomize=True)
+@given(text=st.text(st.sampled_from("‘’“”–—…\"'s tLÀà\t\u00c3Ãâ€&;<")) | st.text(st.characters(max_codepoint=127)))
+def test_quick_repair_gives_what_repair_gives(text: str):
+    """Quotes, dashes and ellipses among letters of which mojibake is made: the short way never differs."""
+    assert " ".join(repair_where_needed(text).lower().split()) == repair_text(text)
+
+
+def test_quick_repair_is_taken_and_right_for_every_pair_of_its_characters():
+    special = "‘’“”–—…"
+    for first in special:
+        for second in special:
+            for text in (f"{first}{second}", f"a{first} {second}b", f"x{first}{second}{first}y", f"{first}\t{second}"):
+                straight = text.translate({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'})
+                assert repair_where_needed(text) == straight
+                assert repair_text(text) == " ".join(straight.split())
 
 
 @settings(max_examples=500, deadline=None, suppress_health_check=QUIET, derandomize=True)
