@@ -49,6 +49,31 @@ def test_any_size_of_picture_is_bit_identical(shape: tuple[int, int]):
     assert torch.equal(found, openai_transform(picture, 224))
 
 
+def in_mode(picture: Image.Image, mode: str) -> Image.Image:
+    """The picture in a Pillow mode, those included to which Pillow doesn't convert from RGB by itself."""
+    if mode == "P with transparency":
+        palette = picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
+        palette.info["transparency"] = 3
+        return palette
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 200)
+    return picture.convert("RGBA").convert(mode) if mode == "RGBa" else picture.convert(mode)
+
+
+MODES = ["1", "L", "LA", "P", "P with transparency", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"]
+MODES += ["I", "I;16", "F"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [(300, 451), (100, 60), (224, 224)])
+def test_every_mode_of_picture_is_bit_identical(photographs: dict[str, Image.Image], mode: str, size: tuple[int, int]):
+    """Resized in its own mode and made RGB at the end, as the original does it."""
+    picture = in_mode(photographs["coffee"].resize(size), mode)
+    assert picture.mode == mode.split(" ")[0]
+    expected = openai_transform(picture, 224)
+    assert torch.equal(HfClipImageProcessor()(picture, return_tensors="pt").pixel_values[0], expected)
+
+
 def test_transform_spelled_out_here_has_the_original_steps(photographs: dict[str, Image.Image]):
     """A guard on the yardstick: constants as published, and values in the range that they imply."""
     values = openai_transform(photographs["astronaut"], 224)
