@@ -235,15 +235,23 @@ def merging_backend(backend: Tokenizer) -> Tokenizer:
     return merging
 
 
+WORDS_AT_ONCE = 512
+
+
 class ChunkMemory:
     """The ids of every chunk between white space that was met so far.
 
     numbers: chunk → its number, the boundary between texts being 0
     ids (N,), starts (C,), lengths (C,): all ids one after the other, and where each chunk's stand among them
+    ends_word (V,): whether a token is the last of its word, which its name tells
     """
 
     def __init__(self, merger: Tokenizer):
         self.merger = merger
+        vocab = merger.get_vocab()
+        self.ends_word = np.zeros(max(vocab.values()) + 1, dtype=bool)
+        for token, number in vocab.items():
+            self.ends_word[number] = token.endswith(END_OF_WORD) or token in (START_OF_TEXT, END_OF_TEXT)
         self.forget()
 
     def forget(self) -> None:
@@ -270,15 +278,30 @@ class ChunkMemory:
         if len(self.numbers) + len(chunks) > MOST_CHUNKS:
             self.forget()
         new = list(chunks - self.numbers.keys())
-        encodings = self.merger.encode_batch_fast(
-            [WORDS.findall(chunk) for chunk in new], is_pretokenized=True, add_special_tokens=False
-        )
-        found = [encoding.ids for encoding in encodings]
-        lengths = np.fromiter(map(len, found), np.int64, len(found))
+        words = [WORDS.findall(chunk) for chunk in new]
+        ids, counts = self.merge(list(chain.from_iterable(words)))
+        chunk_of_word = np.repeat(np.arange(len(new)), np.fromiter(map(len, words), np.int64, len(new)))
+        lengths = np.bincount(chunk_of_word, weights=counts, minlength=len(new)).astype(np.int64)
         self.starts = np.append(self.starts, len(self.ids) + np.cumsum(lengths) - lengths)
         self.lengths = np.append(self.lengths, lengths)
-        self.ids = np.append(self.ids, np.fromiter(chain.from_iterable(found), np.int64))
+        self.ids = np.append(self.ids, ids)
         self.numbers.update(zip(new, range(len(self.numbers), len(self.starts)), strict=True))
+
+    def merge(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of words one after the other (N,), and how many each word has (W,).
+
+        Many words go to Rust as one text: what a text costs there beyond its words is more than a word does.
+        """
+        texts = [words[start : start + WORDS_AT_ONCE] for start in range(0, len(words), WORDS_AT_ONCE)]
+        encodings = self.merger.encode_batch_fast(texts, is_pretokenized=True, add_special_tokens=False)
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64)
+        counts = np.diff(np.flatnonzero(self.ends_word[ids]), prepend=-1)
+        if len(counts) != len(words):  # a vocabulary learned from texts that spell the mark out
+            encodings = self.merger.encode_batch_fast(
+                [[word] for word in words], is_pretokenized=True, add_special_tokens=False
+            )
+            counts = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
+        return ids, counts
 
 
 def check_texts(text: Any) -> list[str]:

@@ -151,6 +151,15 @@ def test_trained_vocabulary_has_no_more_ids_than_asked_for():
     assert tokenizer.eos_token_id == 519
 
 
+def test_vocabulary_learned_from_the_mark_of_word_ends_itself():
+    """Tokens that look like ends of words and are none must not confuse which ids belong to which chunk."""
+    texts = ["</w> a</w>b x</w>y </w></w>"] * 20 + ["</ w> /w> a b"] * 5
+    tokenizer = HfClipTokenizer.train_from_iterator(texts, 540)
+    for text in [*texts[-1:], texts[0], "a </w> b </w>x a</w> y", "</w></w></w> z"]:
+        quick = tokenizer(text, return_tensors="np").input_ids[0].tolist()
+        assert quick == tokenizer(text, return_tensors="np", return_special_tokens_mask=True).input_ids[0].tolist()
+
+
 def test_vocabulary_too_small_for_bytes_is_an_error():
     with pytest.raises(ValueError, match="vocab_size is 500, but bytes and special tokens alone take 514 ids"):
         HfClipTokenizer.train_from_iterator(["a"], 500)
