@@ -26,7 +26,7 @@ from hf_clip import HfClipConfig, HfClipModel, Variant
 from hf_clip.original import convert_names
 from hf_clip.variants import get_variant
 
-from .in_turn import OURS, print_rates, rates_in_turn
+from .in_turn import OURS, at_least_one, print_rates, rates_in_turn
 
 CAPTION_TOKENS = 10
 IMPORT = """
@@ -91,9 +91,11 @@ def import_seconds(repeats: int = 5) -> float:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encode", description=__doc__.splitlines()[0])
     parser.add_argument("--variant", default="ViT-B/32", help="one of the nine (default ViT-B/32)")
-    parser.add_argument("--images", type=int, default=16, help="pictures per batch (default 16)")
-    parser.add_argument("--texts", type=int, default=64, help="texts per batch, of about ten tokens (default 64)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds over all implementations (default 7)")
+    parser.add_argument("--images", type=at_least_one, default=16, help="pictures per batch (default 16)")
+    parser.add_argument(
+        "--texts", type=at_least_one, default=64, help="texts per batch, of about ten tokens (default 64)"
+    )
+    parser.add_argument("--rounds", type=at_least_one, default=7, help="rounds over all implementations (default 7)")
     options = parser.parse_args(arguments)
     try:
         variant = get_variant(options.variant)

@@ -2,9 +2,17 @@
 
 import statistics
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
 
 OURS = "hf_clip"
+
+
+def at_least_one(text: str) -> int:
+    """The type of a count on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def rates_in_turn(

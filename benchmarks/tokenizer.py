@@ -20,10 +20,10 @@ from transformers import CLIPTokenizer
 
 from conversion.reference import load_reference_module
 from hf_clip import HfClipTokenizer
+from hf_clip.bpe_hf_clip import read_merges
 from hf_clip.original.vocabulary import find_vocabulary
-from hf_clip.tokenization_hf_clip import read_merges
 
-from .in_turn import OURS, print_rates, rates_in_turn
+from .in_turn import OURS, at_least_one, print_rates, rates_in_turn
 
 
 def prose() -> list[str]:
@@ -85,8 +85,8 @@ def build_works(texts: list[str]) -> dict[str, Callable[[], object]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenizer", description=__doc__.splitlines()[0])
-    parser.add_argument("--captions", type=int, default=20_000, help="captions in the batch (default 20,000)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds over all implementations (default 5)")
+    parser.add_argument("--captions", type=at_least_one, default=20_000, help="captions in the batch (default 20,000)")
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds over all implementations (default 5)")
     options = parser.parse_args(arguments)
     print(f"transformers {transformers.__version__}, medians of {options.rounds} rounds, {options.captions:,} captions")
     for title, every in (("plain captions", None), ("a typographic apostrophe in every tenth caption", 10)):

@@ -74,12 +74,12 @@ def run(tower: str, output: Path, seed: int) -> dict[str, float]:
     return scores
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.splitlines()[0])
     parser.add_argument("--tower", choices=sorted(TOWERS), default="vit")
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -88,6 +88,14 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"error: training ended with status {error.returncode}; its message stands above.", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(
+            f"error: the demo writes into {options.output}, but {error}; name another with --output.", file=sys.stderr
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     return 0
 
 

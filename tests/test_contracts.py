@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_clip"
 
 TRAVELLING = {
+    "bpe_hf_clip",
     "configuration_hf_clip",
     "image_processing_hf_clip",
     "modeling_hf_clip",
@@ -174,6 +175,19 @@ def test_program_explains_itself(program: str):
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
     assert len(done.stdout.splitlines()) > 5
+
+
+@pytest.mark.parametrize("flag", ["--captions", "--rounds"])
+def test_benchmark_refuses_a_count_of_nothing(flag: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        importlib.import_module("benchmarks.tokenizer").main([flag, "0"])
+    assert f"argument {flag}: '0' is no whole number of at least 1" in capsys.readouterr().err
+
+
+def test_demo_that_cannot_write_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("")
+    assert importlib.import_module("demo.__main__").main(["--output", str(tmp_path / "file")]) == 1
+    assert "error: the demo writes into" in capsys.readouterr().err
 
 
 def test_no_flag_is_of_type_bool():

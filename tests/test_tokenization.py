@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from conversion.reference import load_reference_module
 from demo.digits import COMBINATIONS, PHRASES
 from hf_clip import HfClipConfig, HfClipTokenizer
-from hf_clip.tokenization_hf_clip import byte_alphabet, read_merges
+from hf_clip.bpe_hf_clip import byte_alphabet, read_merges
 
 CAPTIONS = [
     "a photo of a cat",
