@@ -1,94 +1,253 @@
 """Pictures to CLIP's input: resize the shorter side, crop the centre, RGB, scale, normalise.
 
-Invariant: for a Pillow picture the result is bit-identical to OpenAI's torchvision transform: the same
-Pillow resize in the picture's own mode, the same rounding of sizes and offsets, and the same float32
-operations, (x / 255 − mean) / std, in that order.
+Invariant: with the default backend the result is bit-identical to OpenAI's torchvision transform: the same Pillow
+resize in the picture's own mode, the same rounding of sizes and offsets, and the same float32 operations,
+(x / 255 − mean) / std, in that order. With `backend="torch"` every grey level is within one of that.
 
-Dimensions: H × W pixels, C = 3 channels.
+Dimensions: B batch, H × W pixels, C = 3 channels.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import SizeDict, load_image
+from transformers.image_utils import SizeDict
+from transformers.processing_utils import ImagesKwargs
+
+from .pictures_hf_clip import UNREADABLE, channel_axis, check_unit_range, flatten_pictures, is_to_be_opened, to_picture
+from .resizing_hf_clip import Layout, cut_centre, fit_inside, scale_and_cut, scale_and_cut_tensor, shorter_side_to
 
 OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
 
-
-def resize_shorter_side(image: Image.Image, side: int, resample: int) -> Image.Image:
-    """Scale a picture so that its shorter side has `side` pixels; the longer one is rounded down."""
-    width, height = image.size
-    if min(width, height) == side:
-        return image
-    if width <= height:
-        return image.resize((side, int(side * height / width)), resample)
-    return image.resize((int(side * width / height), side), resample)
+FITS = ("crop", "pad", "squash")
+BACKENDS = ("pil", "torch")
+TORCH_FILTERS = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 
 
-def crop_centre(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Cut the middle out, rounding half offsets to even; a picture that is too small gets a margin of zeros."""
-    if image.width < width or image.height < height:
-        padded = Image.new(image.mode, (max(image.width, width), max(image.height, height)))
-        if image.mode == "P":
-            padded.putpalette(image.getpalette() or [])
-        padded.paste(image, (max(width - image.width, 0) // 2, max(height - image.height, 0) // 2))
-        image = padded
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
+class HfClipImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """What a call takes beyond transformers' own arguments; see HfClipImageProcessor."""
+
+    fit: str | None
+    backend: str | None
+    num_threads: int | None
+    draft: bool | None
 
 
-def flatten_pictures(images: Any) -> list[Any]:
-    """One picture, a batch array (B, ...), a path or URL, or any nesting of lists of these → a list of pictures."""
-    if isinstance(images, (list, tuple)):
-        return [picture for item in images for picture in flatten_pictures(item)]
-    if isinstance(images, str):
-        return [load_image(images)]
-    if getattr(images, "ndim", 0) == 4:
-        return list(images)
-    return [images]
+@dataclass(frozen=True)
+class Steps:
+    """The settings of one call, checked before any picture is touched."""
 
+    do_convert_rgb: bool
+    do_resize: bool
+    size: SizeDict
+    resample: Any
+    do_center_crop: bool
+    crop_size: SizeDict
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: Any
+    image_std: Any
+    fit: str
 
-def _describe(image: Any, array: np.ndarray) -> str:
-    return f"an array of {array.dtype}" if hasattr(image, "ndim") else f"of type {type(image).__name__}"
+    def __post_init__(self) -> None:
+        size, crop = self.size, self.crop_size
+        if self.fit not in FITS:
+            raise ValueError(f"fit is {self.fit!r}, but must be one of {', '.join(map(repr, FITS))}.")
+        if self.fit != "crop" and not (self.do_resize and self.do_center_crop):
+            raise ValueError(f"fit={self.fit!r} needs do_resize=True and do_center_crop=True.")
+        if self.do_resize and not (size.shortest_edge or (size.height and size.width)):
+            raise ValueError(
+                f'size is {dict(size)}, but {{"shortest_edge": n}} or {{"height": h, "width": w}} is needed.'
+            )
+        if self.do_resize and (isinstance(self.resample, str) or self.resample not in set(Image.Resampling)):
+            raise ValueError(f"resample is {self.resample!r}, but one of PIL.Image.Resampling is needed; 3 is bicubic.")
+        if self.do_center_crop and not (crop.height and crop.width):
+            raise ValueError(f'crop_size is {dict(crop)}, but {{"height": h, "width": w}} is needed.')
+        colours = (self.image_mean, self.image_std)
+        if self.do_normalize and len({len(np.atleast_1d(values)) for values in colours} - {1, 3}):
+            raise ValueError(
+                f"image_mean {self.image_mean} and image_std {self.image_std} need one number, or one per channel: "
+                f"three."
+            )
 
+    def layout(self, size: tuple[int, int]) -> Layout:
+        """What a picture of this width and height is scaled to, and what is cut out of that."""
+        new_size = size
+        frame: tuple[int, int] | None = (self.crop_size.width, self.crop_size.height) if self.do_center_crop else None
+        if frame is not None and self.fit == "pad":
+            new_size = fit_inside(size, frame)
+        elif frame is not None and self.fit == "squash":
+            new_size = frame
+        elif self.do_resize and self.size.shortest_edge:
+            new_size = shorter_side_to(size, self.size.shortest_edge)
+        elif self.do_resize:
+            new_size = (self.size.width, self.size.height)
+        if frame is None or self.fit == "pad":
+            return Layout(new_size, (0, 0, *new_size))
+        return Layout(new_size, cut_centre(new_size, frame))
 
-def to_picture(image: Any, index: int) -> Image.Image:
-    """Accept what users have: a Pillow picture, or a uint8 array of shape (H, W), (H, W, C) or (C, H, W)."""
-    if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise ValueError(f"images[{index}] has {image.width}x{image.height} pixels; a picture needs at least one.")
-        return image
-    array = np.asarray(image)
-    if array.dtype != np.uint8:
-        raise ValueError(
-            f"images[{index}] is {_describe(image, array)}, but pictures are needed: pass Pillow pictures or arrays "
-            f"of uint8 from 0 to 255."
+    def margins(self, height: int, width: int) -> tuple[int, int, int, int] | None:
+        """Columns at the left and right and rows above and below that `fit="pad"` adds."""
+        if self.fit != "pad":
+            return None
+        left, top = (self.crop_size.width - width) // 2, (self.crop_size.height - height) // 2
+        return left, self.crop_size.width - width - left, top, self.crop_size.height - height - top
+
+    def margin_colour(self) -> np.ndarray:
+        """The mean colour as grey levels, so that margins are nearly zero once normalised."""
+        return np.round(np.asarray(self.image_mean, dtype=np.float64) * 255)
+
+    def draft_side(self) -> int | None:
+        """The least shorter side at which a JPEG may be decoded, or None where its size is kept."""
+        if not self.do_resize:
+            return None
+        sizes = [self.size.shortest_edge, self.size.height, self.size.width]
+        if self.do_center_crop:
+            sizes += [self.crop_size.height, self.crop_size.width]
+        return max(side for side in sizes if side)
+
+    def divisor(self, is_scaled: bool) -> float | None:
+        """What grey levels are divided by; a picture that came as floats from 0 to 1 stays on that scale."""
+        if self.do_rescale:
+            # Dividing by 255 and multiplying by its inverse differ in the last bit; the original divides.
+            return 1 / self.rescale_factor
+        return 255.0 if is_scaled else None
+
+    def run(self, picture: Image.Image, is_scaled: bool) -> Callable[[np.ndarray | None], np.ndarray]:
+        """Scale and cut one picture; returns what writes it into (C, h, w) float32, or makes that if there is none."""
+        picture = scale_and_cut(picture, self.layout(picture.size), int(self.resample or 0))
+        if self.do_convert_rgb and picture.mode != "RGB":
+            picture = picture.convert("RGB")
+        levels = np.asarray(picture)
+        levels = levels[..., None] if levels.ndim == 2 else levels  # (h, w, C)
+        if margins := self.margins(*levels.shape[:2]):
+            left, right, top, bottom = margins
+            framed = np.empty((self.crop_size.height, self.crop_size.width, levels.shape[2]), levels.dtype)
+            framed[:] = self.margin_colour()
+            framed[top : len(framed) - bottom, left : framed.shape[1] - right] = levels
+            levels = framed
+        return partial(self._normalise, levels.transpose(2, 0, 1), self.divisor(is_scaled))
+
+    def _normalise(self, levels: np.ndarray, divisor: float | None, out: np.ndarray | None) -> np.ndarray:
+        """(C, h, w) grey levels → float32, divided and normalised."""
+        if out is None:
+            out = np.empty(levels.shape, dtype=np.float32)
+        np.divide(levels, np.float32(1 if divisor is None else divisor), out=out, casting="unsafe")
+        if self.do_normalize:
+            mean, std = (
+                np.asarray(values, dtype=np.float32).reshape(-1, 1, 1) for values in (self.image_mean, self.image_std)
+            )
+            np.subtract(out, mean, out=out)
+            np.divide(out, std, out=out)
+        return out
+
+    def run_tensor(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W), uint8 or floats from 0 to 1 → (B, C, h, w) float32 on the same device."""
+        is_levels = pixels.dtype == torch.uint8
+        layout = self.layout((pixels.shape[3], pixels.shape[2]))
+        if pixels.shape[1] == 1 and self.do_convert_rgb:
+            pixels = pixels.expand(-1, 3, -1, -1)
+        pixels = scale_and_cut_tensor(pixels, layout, TORCH_FILTERS.get(self.resample, "bicubic"))
+        divisor = self.divisor(is_scaled=not is_levels)
+        scale = (1.0 if divisor is None else 1 / divisor) * (1 if is_levels else 255.0)
+        if margins := self.margins(pixels.shape[2], pixels.shape[3]):
+            colour = torch.as_tensor(self.margin_colour() / (1 if is_levels else 255), device=pixels.device)
+            frame = torch.empty(*pixels.shape[:2], self.crop_size.height, self.crop_size.width, device=pixels.device)
+            frame[:] = colour.reshape(-1, 1, 1)
+            left, right, top, bottom = margins
+            frame[..., top : frame.shape[2] - bottom, left : frame.shape[3] - right] = pixels
+            pixels = frame
+        if not self.do_normalize:
+            return pixels.float() * scale
+        mean, std = (
+            torch.tensor(np.atleast_1d(values), dtype=torch.float32, device=pixels.device).reshape(-1, 1, 1)
+            for values in (self.image_mean, self.image_std)
         )
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
-        array = array.transpose(1, 2, 0)  # (H, W, C)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 3)):
+        if is_levels:  # nothing is differentiated, and fresh memory costs more than the arithmetic
+            return pixels.float().mul_(scale / std).sub_(mean / std)
+        return torch.addcmul(-mean / std, pixels, scale / std)
+
+
+def _as_tensor(item: Any, name: str, steps: Steps, data_format: str | None, device: Any, draft: int | None) -> Tensor:
+    """One picture as (C, H, W), uint8 or float."""
+    if is_to_be_opened(item):
+        item = to_picture(item, name, draft=draft)
+    if isinstance(item, Image.Image):
+        picture = to_picture(item, name)
+        item = np.array(picture.convert("RGB") if steps.do_convert_rgb else picture)
+        data_format = None if item.ndim == 2 else "channels_last"
+    if not hasattr(item, "ndim") or item.ndim not in (2, 3):
+        to_picture(item, name)  # which says what is wrong with it
+    if isinstance(item, np.ndarray):
+        item = np.require(item, requirements="W")  # torch warns of arrays that cannot be written to
+    pixels = torch.as_tensor(item, device=device)
+    if pixels.ndim == 2:
+        pixels, data_format = pixels[None], "channels_first"
+    return pixels.movedim(channel_axis(tuple(pixels.shape), data_format, name), 0)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """(C, H, W) each → (B, C, H, W). Channels that lie side by side in memory stay so: that is resized faster."""
+    if len(tensors) == 1:
+        return tensors[0][None]
+    if tensors[0].stride(0) == 1:
+        return torch.stack([tensor.movedim(0, -1) for tensor in tensors]).movedim(-1, 1)
+    return torch.stack(tensors)
+
+
+def _check_values(pixels: Tensor, first: int) -> None:
+    """Refuse a batch (B, C, H, W) that is neither uint8 nor floats from 0 to 1, naming the picture."""
+    if pixels.dtype == torch.uint8:
+        return
+    if not pixels.is_floating_point():
         raise ValueError(
-            f"images[{index}] is an array of shape {np.shape(image)}, but (H, W), (H, W, 3) or (3, H, W) is needed."
+            f"images[{first}] is a tensor of {pixels.dtype}, but uint8 from 0 to 255 or floats from 0 to 1 are needed."
         )
-    return Image.fromarray(np.ascontiguousarray(array))
+    with torch.no_grad():
+        flat = pixels.flatten(1)
+        low, high = flat.amin(1), flat.amax(1)  # NaN wins both
+        for index, (least, most) in enumerate(zip(low.tolist(), high.tolist(), strict=True), start=first):
+            if not np.isfinite((least, most)).all():
+                raise ValueError(
+                    f"images[{index}] has values that are not finite (NaN or infinity); repair it, or leave it out."
+                )
+            check_unit_range(least, most, f"images[{index}]")
 
 
 class HfClipImageProcessor(BaseImageProcessor):
     """OpenAI's preprocessing as an image processor: pictures → `pixel_values` (B, 3, H, W), float32.
 
+    Pictures are Pillow pictures, arrays or tensors (uint8, or floats from 0 to 1; one or a batch), or what is opened
+    first, and then turned as its EXIF orientation says: paths, URLs, bytes, undecoded rows of `datasets`. A picture
+    that is given is never turned.
+
     size:      {"shortest_edge": n} keeps the aspect ratio, {"height": h, "width": w} doesn't
     crop_size: {"height": h, "width": w}
     resample:  Pillow's number; 3 is bicubic
+    fit:       what becomes of a picture that isn't square. "crop" cuts its sides off, as the original does; "pad"
+               scales all of it into `crop_size`, with margins in the mean colour; "squash" does so without margins,
+               distorted. Saved with the processor, as all of the above
+    backend:   "pil" is exact; "torch" works on tensors, on `device` and in batches, within one grey level, and passes
+               gradients to float tensors
+    num_threads: how many pictures of a list "pil" works on at once (default: as many as torch uses); the result is the
+               same
+    draft:     decode a JPEG that is more than twice as large as needed at a half, a quarter or an eighth of its size:
+               faster, not exact
     Each step can be switched off with its `do_...`, when constructing or in a call.
     """
 
     model_input_names = ["pixel_values"]
+    valid_kwargs = HfClipImagesKwargs
     default_to_square = False
     do_convert_rgb = True
     do_resize = True
@@ -101,6 +260,10 @@ class HfClipImageProcessor(BaseImageProcessor):
     do_normalize = True
     image_mean = OPENAI_MEAN
     image_std = OPENAI_STD
+    fit = "crop"
+    backend = "pil"
+    num_threads = None
+    draft = False
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -112,77 +275,122 @@ class HfClipImageProcessor(BaseImageProcessor):
         square = {"height": image_size, "width": image_size}
         return cls(**({"size": {"shortest_edge": image_size}, "crop_size": square} | kwargs))
 
-    def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        pictures = flatten_pictures(images)
-        if len(pictures) == 0:
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: how the model wants its pictures, not how this machine makes them."""
+        return {k: v for k, v in super().to_dict().items() if k not in ("backend", "num_threads", "draft", "device")}
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Pictures → `pixel_values`; the arguments are those of the class, for this call alone."""
+        if args or kwargs.keys() - {"return_tensors"}:
+            return super().preprocess(images, *args, **kwargs)
+        # With nothing to check, transformers' checks of arguments would take longer than normalising the picture.
+        settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        return self._preprocess_image_like_inputs(images, **(self._standardize_kwargs(**settings) | kwargs))
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: Any,
+        *,
+        backend: str = "pil",
+        num_threads: int | None = None,
+        draft: bool = False,
+        device: Any = None,
+        return_tensors: Any = None,
+        data_format: Any = None,
+        input_data_format: Any = None,
+        do_pad: bool | None = None,
+        **settings: Any,
+    ) -> BatchFeature:
+        steps = Steps(**{name: settings[name] for name in Steps.__dataclass_fields__})
+        if do_pad:
+            raise ValueError('do_pad=True is not known here; fit="pad" scales the whole picture and adds margins.')
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}, but must be one of {', '.join(map(repr, BACKENDS))}.")
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}, but must be at least 1.")
+        formats = (getattr(data_format, "value", data_format), getattr(input_data_format, "value", input_data_format))
+        if not set(formats) <= {None, "channels_first", "channels_last"}:
+            raise ValueError(
+                f"data_format and input_data_format are {formats[0]!r} and {formats[1]!r}, but 'channels_first' or "
+                f"'channels_last' is needed."
+            )
+        side = steps.draft_side() if draft else None
+        if backend == "torch":
+            pixels: Any = self._with_torch(images, steps, input_data_format, device, side)
+        elif device is not None and torch.device(device).type != "cpu":
+            raise ValueError(f'device={str(device)!r} needs backend="torch"; Pillow works on the CPU.')
+        else:
+            pixels = self._with_pillow(images, steps, input_data_format, num_threads, side)
+        if formats[0] == "channels_last":
+            last = (lambda x: x.movedim(-3, -1)) if backend == "torch" else (lambda x: np.moveaxis(x, -3, -1))
+            pixels = [last(picture) for picture in pixels] if isinstance(pixels, list) else last(pixels)
+        if backend == "torch" and return_tensors == "np":
+            pixels = [p.numpy(force=True) for p in pixels] if isinstance(pixels, list) else pixels.numpy(force=True)
+        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+    @staticmethod
+    def _with_pillow(
+        images: Any, steps: Steps, data_format: str | None, num_threads: int | None, draft: int | None
+    ) -> np.ndarray | list[np.ndarray]:
+        """(B, C, h, w), or a list of (C, h, w) where sizes differ."""
+        items = flatten_pictures(images)
+        if len(items) == 0:
             raise ValueError("HfClipImageProcessor got an empty list of images; pass at least one.")
-        return_tensors = kwargs.pop("return_tensors", None)
-        self._check_steps(**kwargs)
-        arrays = [self._process(to_picture(picture, index), **kwargs) for index, picture in enumerate(pictures)]
-        if len({array.shape for array in arrays}) == 1:
-            return BatchFeature({"pixel_values": np.stack(arrays)}, tensor_type=return_tensors)
-        return BatchFeature({"pixel_values": arrays}, tensor_type=return_tensors)
+        is_one_size = steps.do_center_crop and steps.do_convert_rgb
+        shape = (len(items), 3, steps.crop_size.height, steps.crop_size.width) if is_one_size else None
+        batch = np.empty(shape, dtype=np.float32) if shape else None
+
+        def process(index: int) -> np.ndarray:
+            item, name = items[index], f"images[{index}]"
+            is_scaled = hasattr(item, "dtype") and "float" in str(item.dtype)
+            picture = to_picture(item, name, data_format=data_format, draft=draft)
+            try:
+                write = steps.run(picture, is_scaled)
+            except UNREADABLE as error:
+                raise ValueError(
+                    f"{name} (mode {picture.mode}, {picture.width}x{picture.height}) cannot be processed: {error}"
+                ) from error
+            return write(None if batch is None else batch[index])
+
+        workers = min(num_threads or torch.get_num_threads(), len(items))
+        if workers == 1:
+            arrays = [process(index) for index in range(len(items))]
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                arrays = list(pool.map(process, range(len(items))))
+        if batch is not None:
+            return batch
+        return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
 
     @staticmethod
-    def _check_steps(
-        do_resize: bool,
-        size: SizeDict,
-        resample: Any,
-        do_center_crop: bool,
-        crop_size: SizeDict,
-        do_normalize: bool,
-        image_mean: Any,
-        image_std: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Refuse settings that no step knows, before any picture is touched."""
-        if do_resize and not (size.shortest_edge or (size.height and size.width)):
-            raise ValueError(
-                f'size is {dict(size)}, but {{"shortest_edge": n}} or {{"height": h, "width": w}} is needed.'
-            )
-        if do_resize and (isinstance(resample, str) or resample not in set(Image.Resampling)):
-            raise ValueError(f"resample is {resample!r}, but one of PIL.Image.Resampling is needed; 3 is bicubic.")
-        if do_center_crop and not (crop_size.height and crop_size.width):
-            raise ValueError(f'crop_size is {dict(crop_size)}, but {{"height": h, "width": w}} is needed.')
-        if do_normalize and len({len(np.atleast_1d(values)) for values in (image_mean, image_std)} - {1, 3}):
-            raise ValueError(
-                f"image_mean {image_mean} and image_std {image_std} need one number, or one per channel: three."
-            )
-
-    @staticmethod
-    def _process(
-        picture: Image.Image,
-        do_convert_rgb: bool,
-        do_resize: bool,
-        size: SizeDict,
-        resample: int,
-        do_center_crop: bool,
-        crop_size: SizeDict,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: tuple[float, ...],
-        image_std: tuple[float, ...],
-        **kwargs: Any,
-    ) -> np.ndarray:
-        """One picture → (C, H, W) float32."""
-        if do_resize and size.shortest_edge:
-            picture = resize_shorter_side(picture, size.shortest_edge, int(resample))
-        elif do_resize:
-            picture = picture.resize((size.width, size.height), int(resample))
-        if do_center_crop:
-            picture = crop_centre(picture, crop_size.height, crop_size.width)
-        if do_convert_rgb:
-            picture = picture.convert("RGB")
-        array = np.array(picture, dtype=np.float32)
-        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        if do_rescale:
-            # Dividing by 255 and multiplying by its inverse differ in the last bit; the original divides.
-            array = array / np.float32(1 / rescale_factor)
-        if do_normalize:
-            mean, std = (np.asarray(values, dtype=np.float32).reshape(-1, 1, 1) for values in (image_mean, image_std))
-            array = (array - mean) / std
-        return np.ascontiguousarray(array)
+    def _with_torch(
+        images: Any, steps: Steps, data_format: str | None, device: Any, draft: int | None
+    ) -> Tensor | list[Tensor]:
+        """(B, C, h, w), or a list of (C, h, w) where sizes differ. Pictures of equal size are worked on together."""
+        if steps.do_resize and steps.resample not in TORCH_FILTERS:
+            raise ValueError(f'backend="torch" resizes with resample 3 (bicubic) or 2, not {int(steps.resample)}.')
+        if getattr(images, "ndim", 0) == 4:
+            images = np.require(images, requirements="W") if isinstance(images, np.ndarray) else images
+            batch = torch.as_tensor(images, device=device)
+            axis = channel_axis(tuple(batch.shape[1:]), data_format, "images[0]") if len(batch) else 0
+            groups = [batch.movedim(axis + 1, 1)]
+        else:
+            tensors = [
+                _as_tensor(item, f"images[{index}]", steps, data_format, device, draft)
+                for index, item in enumerate(flatten_pictures(images))
+            ]
+            kinds = {(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors}
+            groups = [_stack(tensors)] if len(kinds) == 1 else [tensor[None] for tensor in tensors]
+        if sum(map(len, groups)) == 0:
+            raise ValueError("HfClipImageProcessor got an empty list of images; pass at least one.")
+        for index, group in enumerate(groups):
+            _check_values(group, first=index)
+        done = [steps.run_tensor(group) for group in groups]
+        if len(done) == 1:
+            return done[0]
+        if len({picture.shape for picture in done}) == 1:
+            return torch.cat(done)
+        return [picture[0] for picture in done]
 
 
 __all__ = ["HfClipImageProcessor"]

@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from hf_clip import HfClipConfig, HfClipImageProcessor
+from hf_clip import HfClipConfig, HfClipImageProcessor, resizing_hf_clip
+from hf_clip.resizing_hf_clip import Layout, cut_centre, scale_and_cut, scale_and_cut_tensor, shorter_side_to
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -86,15 +89,15 @@ def test_arrays_are_taken_as_pictures(photographs: dict[str, Image.Image]):
     picture = photographs["chelsea"]
     expected = HfClipImageProcessor()(picture, return_tensors="pt").pixel_values
     array = np.asarray(picture)
-    for given in (array, array.transpose(2, 0, 1), torch.from_numpy(array.transpose(2, 0, 1).copy())):
-        assert torch.equal(HfClipImageProcessor()(given, return_tensors="pt").pixel_values, expected)
+    for images in (array, array.transpose(2, 0, 1), torch.from_numpy(array.transpose(2, 0, 1).copy())):
+        assert torch.equal(HfClipImageProcessor()(images, return_tensors="pt").pixel_values, expected)
 
 
 def test_grey_arrays_are_taken_as_pictures(photographs: dict[str, Image.Image]):
     grey = np.asarray(photographs["camera"])
     expected = HfClipImageProcessor()(photographs["camera"], return_tensors="pt").pixel_values
-    for given in (grey, grey[None], grey[..., None]):
-        assert torch.equal(HfClipImageProcessor()([given], return_tensors="pt").pixel_values, expected)
+    for images in (grey, grey[None], grey[..., None]):
+        assert torch.equal(HfClipImageProcessor()([images], return_tensors="pt").pixel_values, expected)
 
 
 def test_batches_nestings_and_files_are_taken(photographs: dict[str, Image.Image], tmp_path: Path):
@@ -102,8 +105,8 @@ def test_batches_nestings_and_files_are_taken(photographs: dict[str, Image.Image
     picture.save(tmp_path / "chelsea.png")
     expected = HfClipImageProcessor()([picture, picture], return_tensors="pt").pixel_values
     array, path = np.asarray(picture), str(tmp_path / "chelsea.png")
-    for given in (np.stack([array, array]), [[picture], [array]], (path, path)):
-        assert torch.equal(HfClipImageProcessor()(given, return_tensors="pt").pixel_values, expected)
+    for images in (np.stack([array, array]), [[picture], [array]], (path, path)):
+        assert torch.equal(HfClipImageProcessor()(images, return_tensors="pt").pixel_values, expected)
 
 
 def test_steps_can_be_switched_off_in_a_call(photographs: dict[str, Image.Image]):
@@ -137,23 +140,34 @@ def test_saved_processor_loads_through_the_auto_class(size: int, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("images", "message"),
     [
-        (np.zeros((20, 20, 3), np.float32), r"images\[0\] is an array of float32, but pictures are needed"),
+        (np.zeros((20, 20, 3), np.int64), r"images\[0\] is an array of int64, but pictures are needed"),
+        (np.full((20, 20, 3), 200.0), r"images\[0\] holds floats from 0 to 200, but from 0 to 1 is needed"),
+        (np.full((20, 20, 3), -1.5), r"images\[0\] holds floats from -1.5 to 0, .* normalised already"),
+        ([np.zeros((9, 9)), np.full((9, 9), np.nan)], r"images\[1\] has values that are not finite"),
         (np.zeros((20, 20, 4), np.uint8), r"images\[0\] is an array of shape \(20, 20, 4\)"),
         (np.zeros((0, 20, 3), np.uint8), r"images\[0\] is an array of shape \(0, 20, 3\)"),
         ([], "empty list of images"),
         ([None], r"images\[0\] is of type NoneType, but pictures are needed"),
     ],
 )
-def test_what_is_no_picture_is_refused(given: object, message: str):
+def test_what_is_no_picture_is_refused(images: object, message: str):
     with pytest.raises(ValueError, match=message):
-        HfClipImageProcessor()(given, return_tensors="pt")
+        HfClipImageProcessor()(images, return_tensors="pt")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"fit": "stretch"}, "fit is 'stretch', but must be one of 'crop', 'pad', 'squash'"),
+        ({"fit": "pad", "do_center_crop": False}, "fit='pad' needs do_resize=True and do_center_crop=True"),
+        ({"backend": "torchvision"}, "backend is 'torchvision', but must be one of 'pil', 'torch'"),
+        ({"backend": "torch", "resample": 1}, "resizes with resample 3 .bicubic. or 2, not 1"),
+        ({"num_threads": 0}, "num_threads is 0"),
+        ({"device": "cuda"}, "device='cuda' needs backend=\"torch\""),
+        ({"do_pad": True, "pad_size": {"height": 9, "width": 9}}, "do_pad=True is not known here"),
+        ({"input_data_format": "HWC"}, "input_data_format are None and 'HWC'"),
         ({"size": {"longest_edge": 100}}, r'size is .*longest_edge.*, but {"shortest_edge": n} or'),
         ({"crop_size": {"shortest_edge": 100}}, "crop_size is .*shortest_edge"),
         ({"image_mean": [0.5, 0.5]}, "need one number, or one per channel"),
@@ -172,3 +186,194 @@ def test_margin_of_a_small_picture_keeps_its_colours(photographs: dict[str, Imag
     found = HfClipImageProcessor()(small, do_resize=False, do_normalize=False, return_tensors="pt").pixel_values[0]
     inner = found[:, 82:142, 62:162].permute(1, 2, 0).numpy()
     assert np.array_equal(np.round(inner * 255).astype(np.uint8), np.asarray(small.convert("RGB")))
+
+
+SHAPES = [(1, 1), (1, 1000), (1000, 1), (3, 3000), (2500, 3), (7, 300), (5000, 40), (90, 4500), (641, 479), (224, 9000)]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "CMYK", "P", "1", "F", "I;16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_extreme_shapes_are_bit_identical(mode: str, shape: tuple[int, int]):
+    """Parts of very long lines are computed here, with Pillow's arithmetic, where Pillow would compute them all."""
+    pixels = np.random.default_rng(0).integers(0, 256, (shape[1], shape[0], 4), dtype=np.uint8)
+    base = Image.fromarray(pixels)
+    picture = in_mode(base.convert("RGB") if mode in ("CMYK", "P") else base, mode)
+    found = HfClipImageProcessor()(picture, return_tensors="pt").pixel_values[0]
+    assert torch.equal(found, openai_transform(picture, 224))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 700), st.integers(1, 700)) | st.tuples(st.integers(1, 30), st.integers(1, 4000)),
+    is_turned=st.booleans(),
+    side=st.sampled_from([7, 16, 50, 224]),
+    cut=st.tuples(st.integers(1, 260), st.integers(1, 260)),
+    resample=st.sampled_from(list(Image.Resampling)),
+    mode=st.sampled_from(["L", "RGB", "RGBA", "LA", "I", "F", "HSV", "P"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_scaling_a_part_gives_the_bits_of_scaling_everything(size, is_turned, side, cut, resample, mode, seed):
+    width, height = size[::-1] if is_turned else size
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    picture = Image.fromarray(noise).convert("RGB").convert(mode) if mode in ("HSV", "P") else Image.fromarray(noise)
+    picture = picture if picture.mode == mode else picture.convert(mode)
+    new_size = shorter_side_to(picture.size, side)
+    layout = Layout(new_size, cut_centre(new_size, cut))
+    found, expected = scale_and_cut(picture, layout, resample), picture.resize(new_size, resample).crop(layout.box)
+    assert (found.mode, found.size) == (expected.mode, expected.size)
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_unknown_release_of_pillow_scales_everything(monkeypatch: pytest.MonkeyPatch, photographs: dict):
+    """The order of Pillow's passes, on which bits depend, has changed before."""
+    monkeypatch.setattr(resizing_hf_clip, "PILLOW_MAJOR", 99)
+    monkeypatch.setattr(resizing_hf_clip, "_scale_along", None)
+    found = HfClipImageProcessor()(photographs["chelsea"], return_tensors="pt").pixel_values[0]
+    assert torch.equal(found, openai_transform(photographs["chelsea"], 224))
+
+
+def test_very_long_picture_takes_little_memory():
+    """Scaled as a whole, this one would have 224 × 448,000 pixels."""
+    import tracemalloc
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 120_000, 3), dtype=np.uint8))
+    tracemalloc.start()
+    found = HfClipImageProcessor()(picture, return_tensors="pt").pixel_values
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.shape == (1, 3, 224, 224)
+    assert peak < 20e6
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(photographs: dict[str, Image.Image], threads: int):
+    pictures = list(photographs.values()) * 2
+    found = HfClipImageProcessor()(pictures, num_threads=threads, return_tensors="pt").pixel_values
+    for row, picture in zip(found, pictures, strict=True):
+        assert torch.equal(row, openai_transform(picture, 224))
+
+
+def test_float_arrays_are_pictures_from_0_to_1(photographs: dict[str, Image.Image]):
+    picture = photographs["chelsea"]
+    expected = HfClipImageProcessor()(picture, return_tensors="pt").pixel_values
+    floats = np.asarray(picture).astype(np.float32) / 255
+    for given_floats in (floats, floats.astype(np.float64), floats.transpose(2, 0, 1), torch.from_numpy(floats)):
+        assert torch.equal(HfClipImageProcessor()(given_floats, return_tensors="pt").pixel_values, expected)
+        unscaled = HfClipImageProcessor()(given_floats, do_rescale=False, return_tensors="pt").pixel_values
+        assert torch.equal(unscaled, expected)
+
+
+def test_layout_of_channels_can_be_said(photographs: dict[str, Image.Image]):
+    array = np.asarray(photographs["chelsea"].resize((3, 50)))  # (50, 3, 3) reads both ways
+    last = HfClipImageProcessor()(array, input_data_format="channels_last", return_tensors="pt").pixel_values
+    first = array.transpose(2, 0, 1)
+    assert torch.equal(
+        HfClipImageProcessor()(first, input_data_format="channels_first", return_tensors="pt").pixel_values, last
+    )
+    for backend in ("pil", "torch"):
+        out = HfClipImageProcessor()(array, backend=backend, data_format="channels_last", return_tensors="np")
+        assert out.pixel_values.shape == (1, 224, 224, 3)
+
+
+def grey_levels(processor: HfClipImageProcessor, images: object, **settings: object) -> torch.Tensor:
+    found = processor(images, do_normalize=False, return_tensors="pt", **settings).pixel_values
+    return found * 255
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("name", ["chelsea", "astronaut", "rocket", "portrait", "camera"])
+def test_torch_is_within_one_grey_level(photographs: dict[str, Image.Image], name: str, fit: str):
+    processor, picture = HfClipImageProcessor(fit=fit), photographs[name]
+    expected = grey_levels(processor, picture)
+    tensor = torch.from_numpy(np.array(picture))
+    tensor = tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
+    for images in (picture, tensor, tensor[None], tensor.contiguous(), [tensor, tensor]):
+        error = (grey_levels(processor, images, backend="torch") - expected).abs()
+        assert error.max() < 1.001
+        assert (error > 0.5).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("filter_name", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(640, 480), (300, 900), (50, 40), (3, 700), (224, 300)])
+def test_other_devices_give_the_bits_of_pillow(
+    filter_name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+):
+    """Where torch has no kernel for uint8, as on a GPU, Pillow's sums are done as whole numbers in float64."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    new_size = shorter_side_to(size, 224)
+    layout = Layout(new_size, cut_centre(new_size, (224, 224)))
+
+    monkeypatch.setattr(resizing_hf_clip, "CLEARLY_SMALLER", float("inf"))
+    levels = torch.from_numpy(noise).permute(2, 0, 1)[None]
+    found = scale_and_cut_tensor(levels, layout, filter_name)
+    resample = {"bicubic": 3, "bilinear": 2}[filter_name]
+    expected = torch.from_numpy(np.array(scale_and_cut(Image.fromarray(noise), layout, resample))).permute(2, 0, 1)
+    assert torch.equal(found[0], expected.float())
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 4000), (3, 4000, 40), (1, 30, 50)])
+def test_torch_on_long_and_grey_pictures(shape: tuple[int, int, int]):
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    expected = grey_levels(HfClipImageProcessor(), pixels)
+    assert (grey_levels(HfClipImageProcessor(), pixels, backend="torch") - expected).abs().max() < 1.001
+
+
+def test_gradients_reach_float_tensors(photographs: dict[str, Image.Image]):
+    picture = torch.from_numpy(np.array(photographs["chelsea"])).permute(2, 0, 1).float() / 255
+    processor = HfClipImageProcessor(backend="torch")
+    found = processor(picture, return_tensors="pt").pixel_values
+    expected = HfClipImageProcessor()(picture, return_tensors="pt").pixel_values
+    assert (found - expected).abs().max() < 1.6 / 255 / 0.26  # not rounded, so up to half a level more
+    leaf = (picture * 0.6 + 0.2)[None].repeat(2, 1, 1, 1).requires_grad_()  # far from where levels are clipped
+    found = processor(leaf, return_tensors="pt").pixel_values
+    weights = torch.randn_like(found)
+    (found * weights).sum().backward()
+    assert leaf.grad is not None
+    direction = leaf.grad / leaf.grad.norm()
+    with torch.no_grad():
+        ahead, behind = (processor(leaf + step * direction).pixel_values for step in (0.5, -0.5))
+        change = ((ahead - behind).double() * weights).sum()
+    assert torch.isclose(leaf.grad.norm().double(), change, rtol=1e-3)
+
+
+def test_torch_refuses_what_is_no_picture():
+    processor = HfClipImageProcessor(backend="torch")
+    good, bad = torch.zeros(3, 9, 9), torch.full((3, 9, 9), float("nan"))
+    with pytest.raises(ValueError, match=r"images\[1\] has values that are not finite"):
+        processor([good, bad])
+    with pytest.raises(ValueError, match=r"images\[1\] holds floats from 7 to 7"):
+        processor(torch.stack([good, good + 7]))
+    with pytest.raises(ValueError, match=r"images\[0\] is a tensor of torch.int64"):
+        processor(torch.zeros(3, 9, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"images\[1\] is an array of shape \(4, 9, 9\)"):
+        processor([good, torch.zeros(4, 9, 9)])
+    with pytest.raises(ValueError, match="empty list"):
+        processor([])
+
+
+def test_pad_shows_the_whole_picture_in_its_shape(photographs: dict[str, Image.Image]):
+    processor = HfClipImageProcessor(fit="pad")
+    wide = photographs["chelsea"].resize((448, 100))
+    found = processor(wide, return_tensors="pt").pixel_values[0]
+    inner = torch.from_numpy(np.array(wide.resize((224, 50), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    raw = processor(wide, do_normalize=False, do_rescale=False, return_tensors="pt").pixel_values[0]
+    assert torch.equal(raw[:, 87:137], inner.float())
+    assert found[:, :87].abs().max() < 0.01  # the mean colour
+    assert found[:, 137:].abs().max() < 0.01
+    tall = processor(wide.transpose(Image.Transpose.ROTATE_90), return_tensors="pt").pixel_values[0]
+    assert tall[:, :, :87].abs().max() < 0.01
+    assert processor(Image.new("RGB", (5000, 1)), return_tensors="pt").pixel_values.shape == (1, 3, 224, 224)
+
+
+def test_squash_takes_the_whole_picture(photographs: dict[str, Image.Image]):
+    wide = photographs["chelsea"].resize((448, 100))
+    raw = HfClipImageProcessor(fit="squash")(wide, do_normalize=False, do_rescale=False, return_tensors="pt")
+    expected = torch.from_numpy(np.array(wide.resize((224, 224), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    assert torch.equal(raw.pixel_values[0], expected.float())
+
+
+def test_fit_is_saved_and_how_to_compute_is_not(tmp_path: Path):
+    HfClipImageProcessor(fit="pad", backend="torch", num_threads=3, draft=True).save_pretrained(tmp_path)
+    loaded = HfClipImageProcessor.from_pretrained(tmp_path)
+    assert (loaded.fit, loaded.backend, loaded.num_threads, loaded.draft) == ("pad", "pil", None, False)
+    assert HfClipImageProcessor.from_pretrained(tmp_path, backend="torch").backend == "torch"

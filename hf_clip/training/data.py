@@ -4,15 +4,15 @@ Pictures are taken undecoded and opened here, so that orientation is applied and
 """
 
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import BatchFeature, ProcessorMixin
 
+from ..pictures_hf_clip import open_picture
 from .config import TrainingConfig
 
 
@@ -63,15 +63,11 @@ def load_pairs(config: TrainingConfig) -> Any:
         raise ValueError(f"The column {config.image_column!r} holds {pictures}, but pictures are needed.") from error
 
 
-def open_picture(stored: dict[str, Any] | None, row: str) -> Image.Image:
+def open_stored(stored: dict[str, Any] | None, name: str) -> Image.Image:
     """Open a picture as `datasets` stores it (bytes or a path), turned as its EXIF orientation says."""
     if stored is None:
-        raise ValueError(f"There is no picture in {row}; remove that row.")
-    try:
-        picture = Image.open(BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
-        return ImageOps.exif_transpose(picture)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"The picture of {row} cannot be opened ({error}); replace it, or remove that row.") from error
+        raise ValueError(f"{name} is missing; remove that row.")
+    return open_picture(stored, name)
 
 
 class PairCollator:
@@ -91,7 +87,7 @@ class PairCollator:
     def collate(self, rows: list[dict[str, Any]]) -> BatchFeature:
         captions = [row[self.caption_column] for row in rows]
         pictures = [
-            open_picture(row[self.image_column], f"the pair captioned {caption!r}")
+            open_stored(row[self.image_column], f"The picture of the pair captioned {caption!r}")
             for row, caption in zip(rows, captions, strict=True)
         ]
         return self.processor(text=captions, images=pictures, truncation=True, return_tensors="pt")

@@ -112,7 +112,7 @@ def test_picture_that_cannot_be_opened_names_its_row(folder: Path, repositories:
     assert "The picture of the pair captioned 'a broken one' cannot be opened" in str(error)
     with pytest.raises(ValueError, match="'a broken one' cannot be opened"):
         next(repeat([error], 1))
-    assert "There is no picture in the pair captioned 'a'" in str(collator([{"image": None, "caption": "a"}]))
+    assert "The picture of the pair captioned 'a' is missing" in str(collator([{"image": None, "caption": "a"}]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,0 +1,191 @@
+"""Whatever a user has → a Pillow picture, or one clear error that says which of the batch it was.
+
+Invariant: what is opened here (a path, a URL, bytes, a file, a row of `datasets`) is turned as its EXIF orientation
+says; what is a picture already is never turned. Of an animation the first frame is taken. A picture keeps its mode:
+the original resizes a picture in its own mode and makes it RGB at the end.
+
+Dimensions: H × W pixels, C channels.
+"""
+
+import base64
+import binascii
+import os
+import warnings
+from io import BytesIO
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+GREY_LEVEL = 1 / 255
+"""How far beyond 0 and 1 a float may lie: rounding in somebody's resize, not another scale."""
+
+SMALLEST_PICTURE = 30
+"""Bytes; a text that is base64 of fewer is a path that was mistyped."""
+
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+"""What Pillow raises where a file is no picture, or only part of one."""
+
+
+def is_to_be_opened(item: Any) -> bool:
+    """Whether an item is a picture's address or content, and not a picture yet."""
+    return isinstance(item, (str, bytes, bytearray, os.PathLike, dict)) or hasattr(item, "read")
+
+
+def flatten_pictures(images: Any) -> list[Any]:
+    """One picture or its address, a batch array (B, ...), or any nesting of lists of these → a list of them."""
+    if isinstance(images, (list, tuple)):
+        return [picture for item in images for picture in flatten_pictures(item)]
+    if getattr(images, "ndim", 0) == 4:
+        return list(images)
+    return [images]
+
+
+def _content(source: Any, timeout: float | None) -> Any:
+    """What Pillow can open: a file's path, or a file."""
+    if isinstance(source, dict):  # as `datasets` stores a picture that it hasn't decoded
+        if source.get("bytes"):
+            return BytesIO(source["bytes"])
+        if source.get("path"):
+            return source["path"]
+        raise ValueError("a picture's row needs `bytes` or a `path`, and has neither")
+    if isinstance(source, (bytes, bytearray)):
+        return BytesIO(source)
+    if not isinstance(source, str):
+        return source
+    if source.startswith(("http://", "https://")):
+        request = Request(source, headers={"User-Agent": "hf_clip"})  # some servers refuse Python's own name
+        with urlopen(request, timeout=timeout) as response:
+            return BytesIO(response.read())
+    if source.startswith("data:image/"):
+        return BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
+    if os.path.exists(source):
+        return source
+    try:
+        content = base64.b64decode("".join(source.split()), validate=True)
+    except binascii.Error:
+        content = b""
+    if len(content) < SMALLEST_PICTURE:
+        raise FileNotFoundError(source)
+    return BytesIO(content)
+
+
+def draft_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
+    """The least size at which a JPEG may be decoded when its shorter side is to become `shorter_side` pixels.
+
+    Twice as large as needed, so that most of the scaling is still done by the exact filter.
+    """
+    ratio = 2 * shorter_side / min(size)
+    return round(size[0] * ratio), round(size[1] * ratio)
+
+
+def turn_upright(picture: Image.Image) -> Image.Image:
+    """Turn and mirror a picture as its EXIF orientation says; one that says nothing legible stays as it is."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF data that is damaged
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) not in (None, 1)
+            return ImageOps.exif_transpose(picture) if turned else picture
+    except Exception:  # whatever a damaged block makes Pillow's parser do
+        return picture
+
+
+def open_picture(
+    source: Any, name: str = "the picture", *, timeout: float | None = None, draft: int | None = None
+) -> Image.Image:
+    """Open a picture, turned as its EXIF orientation says, in its own mode.
+
+    source:  a path, a URL, a data URI, base64, bytes, an open file, or the {"bytes", "path"} of `datasets`
+    name:    what to call it in an error, e.g. "images[3]"
+    timeout: seconds to wait for a server
+    draft:   the shorter side that is wanted; a JPEG of more than four times that is decoded at a half, a quarter
+             or an eighth of its size, which is faster and not exact
+
+    Raises ValueError that names the picture and what is wrong with it.
+    """
+    try:
+        with Image.open(_content(source, timeout)) as picture:
+            if draft is not None and picture.format in ("JPEG", "MPO"):
+                picture.draft(None, draft_size(picture.size, draft))
+            picture.load()
+            return turn_upright(picture)
+    except FileNotFoundError:
+        raise ValueError(f"{name}: there is no file {str(source)[:200]!r}; check the path.") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name} is too large: {error} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS, or scale it down."
+        ) from error
+    except (*UNREADABLE, URLError, binascii.Error) as error:
+        described = f"{str(source)[:80]!r}, " if isinstance(source, (str, os.PathLike)) else ""
+        raise ValueError(f"{name} cannot be opened ({described}{error}); replace it, or leave it out.") from error
+
+
+def _as_levels(array: np.ndarray, name: str) -> np.ndarray:
+    """Grey levels of uint8 from what an array holds: uint8 as it is, floats from 0 to 1, booleans."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * np.uint8(255)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(
+            f"{name} is an array of {array.dtype}, but pictures are needed: pass Pillow pictures, arrays of uint8 from "
+            f"0 to 255, or of floats from 0 to 1."
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} has values that are not finite (NaN or infinity); repair it, or leave it out.")
+    low, high = float(array.min(initial=0)), float(array.max(initial=0))
+    check_unit_range(low, high, name)
+    return np.round(array.clip(0, 1) * 255).astype(np.uint8)
+
+
+def check_unit_range(low: float, high: float, name: str) -> None:
+    """Refuse float pictures that are not on the scale from 0 to 1."""
+    if low < -GREY_LEVEL or high > 1 + GREY_LEVEL:
+        raise ValueError(
+            f"{name} holds floats from {low:.4g} to {high:.4g}, but from 0 to 1 is needed. Divide pictures of 0 to 255 "
+            f"by 255 or pass them as uint8; pictures that are normalised already need no image processor."
+        )
+
+
+def channel_axis(shape: tuple[int, ...], data_format: str | None, name: str) -> int:
+    """Where the channels of a picture of three dimensions are: 0 for (C, H, W), 2 for (H, W, C)."""
+    given = getattr(data_format, "value", data_format)
+    likely = 0 if shape[0] in (1, 3) and shape[-1] not in (1, 3) else 2
+    axis = likely if given is None else (0 if given == "channels_first" else 2)
+    if shape[axis] not in (1, 3) or 0 in shape:
+        raise ValueError(
+            f"{name} is an array of shape {tuple(shape)}, but (H, W), (H, W, 3) or (3, H, W) is needed. Of four "
+            f"channels, leave the transparency out."
+        )
+    return axis
+
+
+def to_picture(
+    item: Any, name: str, *, data_format: str | None = None, timeout: float | None = None, draft: int | None = None
+) -> Image.Image:
+    """A Pillow picture of what users have: a picture, its address or content, or an array.
+
+    item: as above; arrays of shape (H, W), (H, W, C) or (C, H, W), C being 1 or 3, uint8 or floats from 0 to 1
+    """
+    if is_to_be_opened(item):
+        item = open_picture(item, name, timeout=timeout, draft=draft)
+    if isinstance(item, Image.Image):
+        if 0 in item.size:
+            raise ValueError(f"{name} has {item.width}x{item.height} pixels; a picture needs at least one.")
+        return item
+    if not hasattr(item, "ndim"):
+        raise ValueError(
+            f"{name} is of type {type(item).__name__}, but pictures are needed: Pillow pictures, paths, or arrays."
+        )
+    array = np.asarray(item.detach().cpu() if hasattr(item, "detach") else item)
+    if array.ndim == 3:
+        axis = channel_axis(array.shape, data_format, name)
+        array = array.transpose(1, 2, 0) if axis == 0 else array
+        array = array[..., 0] if array.shape[-1] == 1 else array
+    elif array.ndim != 2 or array.size == 0:
+        raise ValueError(
+            f"{name} is an array of shape {tuple(array.shape)}, but (H, W), (H, W, 3) or (3, H, W) is needed."
+        )
+    return Image.fromarray(np.ascontiguousarray(_as_levels(array, name)))
