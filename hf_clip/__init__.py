@@ -27,9 +27,11 @@ from .modeling_hf_clip import (
     HfClipVisionModelWithProjection,
     HfClipViTModel,
 )
+from .pipeline import register_pipeline as _register_pipeline
 from .processing_hf_clip import HfClipProcessor
 from .tokenization_hf_clip import HfClipTokenizer
 from .variants import VARIANTS, Variant
+from .zero_shot import ZeroShotClassifier
 
 __version__ = "0.1.0.dev0"
 
@@ -50,6 +52,7 @@ for _config in (HfClipConfig, HfClipTextConfig):
 for _config in (HfClipConfig, HfClipViTConfig, HfClipResNetConfig):
     AutoImageProcessor.register(_config, image_processor_classes={"pil": HfClipImageProcessor}, exist_ok=True)
 AutoProcessor.register(HfClipConfig, HfClipProcessor, exist_ok=True)
+_register_pipeline()
 
 __all__ = [
     "VARIANTS",
@@ -72,5 +75,6 @@ __all__ = [
     "HfClipVisionModelOutput",
     "HfClipVisionModelWithProjection",
     "Variant",
+    "ZeroShotClassifier",
     "__version__",
 ]

@@ -232,6 +232,9 @@ class HfClipConfig(PreTrainedConfig):
     vision_config:           the same; once built, an HfClipViTConfig or an HfClipResNetConfig
     projection_dim:          width of the shared space; the towers' own `projection_dim` follows it
     logit_scale_init_value:  ln(1 / 0.07), section 2.5
+    contrastive_loss:        what the model was trained by, which says how its logits become scores: "softmax" over a
+                             batch, as CLIP, or "sigmoid" of every pair, as SigLIP (Zhai et al. 2023), with a bias
+    logit_bias_init_value:   the sigmoid loss's bias at the start (section 3.1 there)
     """
 
     model_type = "hf_clip"
@@ -241,6 +244,8 @@ class HfClipConfig(PreTrainedConfig):
     vision_config: Any = None
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592
+    contrastive_loss: str = "softmax"
+    logit_bias_init_value: float | int = -10.0
     initializer_factor: float = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -258,6 +263,10 @@ class HfClipConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         _require_positive(self, "projection_dim")
+        if self.contrastive_loss not in ("softmax", "sigmoid"):
+            raise ValueError(
+                f"HfClipConfig: contrastive_loss is {self.contrastive_loss!r}, but must be 'softmax' or 'sigmoid'."
+            )
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> "HfClipConfig":

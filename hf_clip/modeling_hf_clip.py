@@ -48,8 +48,8 @@ from .transformer_hf_clip import (
 class HfClipOutput(ModelOutput):
     """What `HfClipModel` returns, field for field what transformers' `CLIPModel` returns.
 
-    loss:               ()      symmetric cross-entropy, if `return_loss`
-    logits_per_image:   (I, T)  cosine similarities times the logit scale
+    loss:               ()      symmetric cross-entropy or the sigmoid loss, if `return_loss`
+    logits_per_image:   (I, T)  cosine similarities times the logit scale, plus the logit bias where there is one
     logits_per_text:    (T, I)  the same, transposed
     text_embeds:        (T, D)  of length one
     image_embeds:       (I, D)  of length one
@@ -440,8 +440,14 @@ def contrastive_loss(logits: Tensor) -> Tensor:
     return (nn.functional.cross_entropy(logits, targets) + nn.functional.cross_entropy(logits.T, targets)) / 2
 
 
+def sigmoid_loss(logits: Tensor) -> Tensor:
+    """Every pair of a square matrix by itself, true ones on the diagonal (Zhai et al. 2023, algorithm 1)."""
+    signs = 2 * torch.eye(logits.shape[0], device=logits.device, dtype=logits.dtype) - 1
+    return -nn.functional.logsigmoid(signs * logits).sum() / logits.shape[0]
+
+
 class HfClipModel(HfClipPreTrainedModel):
-    """A whole CLIP: both towers, their projections and the logit scale."""
+    """A whole CLIP: both towers, their projections and the logit scale; a bias too where the loss was the sigmoid's."""
 
     def __init__(self, config: HfClipConfig):
         super().__init__(config)
@@ -450,12 +456,16 @@ class HfClipModel(HfClipPreTrainedModel):
         self.visual_projection = build_visual_projection(config.vision_config, config.projection_dim)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        has_bias = config.contrastive_loss == "sigmoid"
+        self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias_init_value))) if has_bias else None
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if module is self:
             init.constant_(self.logit_scale, self.config.logit_scale_init_value)
+            if self.logit_bias is not None:
+                init.constant_(self.logit_bias, self.config.logit_bias_init_value)
             init_projection_(self.text_projection, self.config.initializer_factor)
             init_projection_(self.visual_projection, self.config.initializer_factor)
 
@@ -543,8 +553,11 @@ class HfClipModel(HfClipPreTrainedModel):
         if image_embeds is not None and text_embeds is not None:
             scale = self.logit_scale.exp().to(text_embeds.device)
             logits_per_text = text_embeds @ image_embeds.to(text_embeds.device).T * scale  # (T, I)
+            if self.logit_bias is not None:
+                logits_per_text = logits_per_text + self.logit_bias.to(text_embeds.device)
             logits_per_image = logits_per_text.T
-            loss = contrastive_loss(logits_per_text) if return_loss else None
+            loss_of = contrastive_loss if self.logit_bias is None else sigmoid_loss
+            loss = loss_of(logits_per_text) if return_loss else None
         return HfClipOutput(
             loss=loss,
             logits_per_image=logits_per_image,
@@ -561,7 +574,7 @@ class HfClipTextModelWithProjection(HfClipPreTrainedModel):
 
     config_class = HfClipTextConfig
     input_modalities = ("text",)
-    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$"]
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^logit_(scale|bias)$"]
 
     def __init__(self, config: HfClipTextConfig):
         super().__init__(config)
@@ -608,7 +621,7 @@ class HfClipVisionModelWithProjection(HfClipPreTrainedModel):
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_(scale|bias)$"]
 
     def __init__(self, config: HfClipConfig):
         super().__init__(config)
@@ -649,7 +662,7 @@ class HfClipForImageClassification(HfClipPreTrainedModel):
         r"^text_model\.",
         r"^text_projection\.",
         r"^visual_projection\.",
-        r"^logit_scale$",
+        r"^logit_(scale|bias)$",
     ]
 
     def __init__(self, config: HfClipConfig):

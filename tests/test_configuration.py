@@ -104,6 +104,7 @@ def test_nested_dictionaries_of_2022_repositories_are_read():
         (HfClipTextConfig, {"eos_token_id": 60000}, "eos_token_id is 60000"),
         (HfClipTextConfig, {"eos_token_id": None}, "the text feature is taken at that id"),
         (HfClipTextConfig, {"vocab_size": 0}, "vocab_size is 0, but it must be a positive number"),
+        (HfClipConfig, {"contrastive_loss": "triplet"}, "contrastive_loss is 'triplet', but must be 'softmax' or"),
         (HfClipTextConfig, {"vocab_size": "many"}, "'vocab_size' expected int, got str"),
         (HfClipViTConfig, {"image_size": 16}, "patch_size 32 exceeds image_size 16"),
         (HfClipResNetConfig, {"depths": [3, 4]}, r"depths is \[3, 4\], but a CLIP ResNet has four stages"),

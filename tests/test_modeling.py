@@ -1,6 +1,7 @@
 """The models: sizes, initialisation, outputs, features, attention kinds, checkpointing, compilation."""
 
 import copy
+import math
 import typing
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from hf_clip import (
     HfClipVisionModelWithProjection,
     HfClipViTModel,
 )
-from hf_clip.modeling_hf_clip import contrastive_loss, pool_at_end_of_text
+from hf_clip.modeling_hf_clip import contrastive_loss, pool_at_end_of_text, sigmoid_loss
 from hf_clip.original import convert_names
 
 from .small import DIMENSIONS, pictures, texts
@@ -125,6 +126,31 @@ def test_tuple_form_has_the_same_order_whatever_was_computed(model: HfClipModel,
     assert isinstance(values, tuple)
     for mine, other in zip(outputs.to_tuple()[:5], values[:5], strict=True):
         assert torch.equal(mine, other)
+
+
+def test_sigmoid_loss_of_a_matrix_checked_by_hand():
+    logits = torch.tensor([[2.0, -1.0], [0.0, 3.0]])
+    expected = sum(math.log(1 + math.exp(x)) for x in (-2.0, -1.0, 0.0, -3.0)) / 2
+    assert sigmoid_loss(logits).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_softmax_checkpoint_becomes_a_sigmoid_model(repository: Path, tower: str, tmp_path: Path):
+    """The bias begins where SigLIP's does, everything else stays, and the folder says how its logits are to be read."""
+    model = HfClipModel.from_pretrained(repository, contrastive_loss="sigmoid").eval()
+    plain = HfClipModel.from_pretrained(repository).eval()
+    assert plain.logit_bias is None
+    assert "logit_bias" not in plain.state_dict()
+    inputs = {"input_ids": texts(), "pixel_values": pictures(tower), "return_loss": True}
+    with torch.no_grad():
+        found, before = model(**inputs), plain(**inputs)
+    assert torch.allclose(found.logits_per_image, before.logits_per_image - 10)
+    assert torch.allclose(found.loss, sigmoid_loss(before.logits_per_text - 10))
+    with torch.no_grad():
+        model.logit_bias.fill_(-3)
+    model.save_pretrained(tmp_path)
+    loaded = HfClipModel.from_pretrained(tmp_path)
+    assert loaded.config.contrastive_loss == "sigmoid"
+    assert loaded.logit_bias.item() == -3
 
 
 def test_contrastive_loss_of_a_matrix_checked_by_hand():

@@ -1,0 +1,107 @@
+"""Texts and pictures → features of length one, in batches.
+
+Texts are sorted by length first, so that no batch is padded far; the features come back in the order of the texts.
+Padding stands behind the end of a text, where the causal tower's feature cannot see it, so no mask is needed.
+
+Dimensions: N texts or pictures, D embedding.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+
+def image_processor_of(processor: Any) -> Any:
+    """The image processor within a processor, or the one given."""
+    return getattr(processor, "image_processor", processor)
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer within a processor, or the one given."""
+    return getattr(processor, "tokenizer", processor)
+
+
+@torch.no_grad()
+def encode_texts(
+    model: Any,
+    processor: Any,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+    **settings: Any,
+) -> Tensor:
+    """Texts → (N, D) float32 of length one, on the model's device.
+
+    model:     HfClipModel or HfClipTextModelWithProjection, compiled or not; it is put into no other mode
+    processor: HfClipProcessor or HfClipTokenizer
+    progress:  show a progress bar
+    settings:  for the tokenizer, e.g. truncation=True
+
+    Raises ValueError for a text that is longer than the model takes.
+    """
+    settings = {"padding_side": "right", "return_tensors": "pt"} | settings
+    tokens = tokenizer_of(processor)(list(texts), **settings)
+    lengths = tokens["attention_mask"].sum(dim=1)
+    order = lengths.argsort(stable=True)
+    features: list[Tensor] = []
+    with tqdm(total=len(order), desc="Encoding texts", unit="text", disable=not progress, leave=False) as bar:
+        for rows in order.split(batch_size):
+            input_ids = tokens["input_ids"][rows, : int(lengths[rows].max())].to(model.device)
+            features.append(normalize(model(input_ids=input_ids).text_embeds.float(), dim=-1))
+            bar.update(len(rows))
+    return torch.cat(features)[order.argsort().to(features[0].device)]
+
+
+def is_single_picture(images: Any) -> bool:
+    """Whether this is one picture, or a way to one, and not several."""
+    if isinstance(images, (str, bytes, bytearray, dict, os.PathLike, Image.Image)) or hasattr(images, "read"):
+        return True
+    return getattr(images, "ndim", 4) < 4
+
+
+def _in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+@torch.no_grad()
+def encode_images(
+    model: Any, processor: Any, images: Any, *, batch_size: int = 16, progress: bool = False, **settings: Any
+) -> Tensor:
+    """Pictures → (N, D) float32 of length one, on the model's device.
+
+    model:     HfClipModel or HfClipVisionModelWithProjection, compiled or not; it is put into no other mode
+    processor: HfClipProcessor or HfClipImageProcessor
+    images:    a picture or any iterable of pictures: Pillow pictures, paths, URLs, bytes, arrays, rows of `datasets`
+    progress:  show a progress bar
+    settings:  for the image processor, e.g. fit="pad" or backend="torch"
+
+    Raises ValueError that names a picture which cannot be read by its place among all of them.
+    """
+    items = [images] if is_single_picture(images) else images
+    image_processor, features, done = image_processor_of(processor), [], 0
+    total = len(items) if hasattr(items, "__len__") else None
+    with tqdm(total=total, desc="Encoding pictures", unit="picture", disable=not progress, leave=False) as bar:
+        for batch in _in_batches(items, batch_size):
+            try:
+                pixels = image_processor(batch, return_tensors="pt", **settings)["pixel_values"]
+            except ValueError as error:
+                renumbered = re.sub(r"^images\[(\d+)\]", lambda match: f"images[{int(match[1]) + done}]", str(error))  # noqa: B023
+                raise ValueError(renumbered) from error
+            embeds = model(pixel_values=pixels.to(model.device, model.dtype)).image_embeds
+            features.append(normalize(embeds.float(), dim=-1))
+            done += len(batch)
+            bar.update(len(batch))
+    if not features:
+        raise ValueError("There are no pictures to encode; pass at least one.")
+    return torch.cat(features)

@@ -1,0 +1,143 @@
+"""Labels and templates → prompts: what the text tower reads in place of a class name (section 3.1.4).
+
+A template is a text with one `{}`, or a function from a name to a prompt. Several of them make an ensemble; so do
+several names of one label.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Template = Callable[[str], str]
+
+_CIFAR_ADJECTIVES = ["", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good "]
+
+TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
+    "simple": ("a photo of a {}.",),
+    # The subset that OpenAI found by forward selection among 80, in its notebook on prompts for ImageNet.
+    "imagenet_7": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+    # OpenAI's eighteen for CIFAR-10 and CIFAR-100: small pictures in many states.
+    "cifar_18": (
+        *(f"a {adjective}photo of {article} {{}}." for article in ("a", "the") for adjective in _CIFAR_ADJECTIVES),
+        *(f"a photo of {article} {size} {{}}." for article in ("a", "the") for size in ("small", "big")),
+    ),
+}
+"""Sets that are taken by name."""
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+MARK = "\0label\0"
+"""Stands for a label where a template is tried out."""
+
+
+def format_template(template: str) -> Template:
+    """A text with one `{}` as a function from a name to a prompt.
+
+    Raises ValueError when the text has no placeholder, or another one.
+    """
+    try:
+        filled = template.format(MARK)
+    except (IndexError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"The template {template!r} cannot be filled in ({type(error).__name__}: {error}); write {{}} once where "
+            f"the label belongs, and other braces twice."
+        ) from None
+    if MARK not in filled:
+        raise ValueError(
+            f'The template {template!r} has no placeholder {{}} for the label, e.g. "a photo of a {{}}."; nor is it '
+            f"the name of a set ({', '.join(TEMPLATE_SETS)}) or a file."
+        )
+    return template.format
+
+
+def read_template_file(path: str | os.PathLike) -> list[str]:
+    """A file with one template per line; empty lines and lines that begin with # are left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The templates {str(path)!r} cannot be read ({error}).") from error
+    templates = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
+    if not templates:
+        raise ValueError(f"{path} has no templates; write one per line, each with {{}} where the label belongs.")
+    return templates
+
+
+def read_templates(templates: Any) -> tuple[list[Template], list[str] | None]:
+    """The functions from name to prompt, and their texts where all of them have one.
+
+    templates: a template, a list of them, the name of a set in TEMPLATE_SETS, or the path of a file
+    """
+    if isinstance(templates, str) and "{" not in templates and templates in TEMPLATE_SETS:
+        templates = TEMPLATE_SETS[templates]
+    elif isinstance(templates, os.PathLike) or (
+        isinstance(templates, str) and "{" not in templates and Path(templates).is_file()
+    ):
+        templates = read_template_file(templates)
+    elif isinstance(templates, str) or callable(templates):
+        templates = [templates]
+    if not isinstance(templates, Iterable):
+        raise ValueError(f"templates is a {type(templates).__name__}, but texts with {{}} or functions are needed.")
+    given = list(templates)
+    if not given:
+        raise ValueError('There are no templates; pass at least one, e.g. "a photo of a {}.".')
+    for template in given:
+        if not (isinstance(template, str) or callable(template)):
+            raise ValueError(f"The template {template!r} is no text and no function.")
+    functions = [format_template(template) if isinstance(template, str) else template for template in given]
+    return functions, given if all(isinstance(template, str) for template in given) else None
+
+
+def make_prompts(names: Iterable[str], templates: list[Template]) -> list[str]:
+    """Every name in every template: the templates of the first name, then those of the second, and so on."""
+    prompts = [template(name) for name in names for template in templates]
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ValueError(f"A template made {prompt!r} of a label, but a text is needed.")
+    return prompts
+
+
+def read_labels(labels: Any) -> dict[str, list[str]]:
+    """Every label with its names.
+
+    labels: a list of labels, each a text or a list of names of which the first is the label; a mapping from label to
+        name or names; or a `datasets.ClassLabel`
+
+    Raises ValueError for no labels, empty ones, and names that stand for two labels.
+    """
+    if isinstance(labels, str) or not (isinstance(labels, Iterable) or hasattr(labels, "names")):
+        raise ValueError(
+            f"labels is {labels!r:.60}, but a list of labels is needed, or a mapping from labels to names."
+        )
+    if hasattr(labels, "names") and not isinstance(labels, Mapping):
+        labels = labels.names
+    pairs = labels.items() if isinstance(labels, Mapping) else [(None, item) for item in labels]
+    found: dict[str, list[str]] = {}
+    owner: dict[str, str] = {}
+    for place, (label, given) in enumerate(pairs):
+        names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+        for name in [*names, *([] if label is None else [label])]:
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(f"Label {place} is {given!r:.60}, but a text with at least one letter is needed.")
+        if not names:
+            raise ValueError(f"Label {place} ({label!r}) has no names; give it at least one.")
+        label = names[0] if label is None else label
+        if label in found:
+            raise ValueError(f"The label {label!r} appears twice; leave one out, or tell them apart by their names.")
+        for name in names:
+            if name in owner:
+                twice = f"for both {owner[name]!r} and {label!r}" if owner[name] != label else f"twice for {label!r}"
+                raise ValueError(f"The name {name!r} stands {twice}; a picture could not be told by it.")
+            owner[name] = label
+        found[label] = names
+    if not found:
+        raise ValueError("There are no labels; pass at least one.")
+    return found

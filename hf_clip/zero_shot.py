@@ -1,0 +1,273 @@
+"""Zero-shot classification: labels × templates → a matrix of text features, made once; pictures × matrix → scores.
+
+1. Every name of a label is put into every template and encoded; each feature is brought to length one.
+2. The features of a label are averaged, and the average is brought to length one again (section 3.1.4): a column.
+3. A picture's logits are its cosine similarities with the columns, times the logit scale.
+
+Dimensions: B pictures, D embedding, L labels, K background labels, C = L + K columns.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .calibration import fit_sigmoid, fit_softmax_scale, fit_thresholds
+from .classifier_matrix import SCORES, ClassifierMatrix
+from .features import encode_images, encode_texts, is_single_picture
+from .prompts import DEFAULT_TEMPLATE, make_prompts, read_labels, read_templates
+
+
+def default_scores(model: Any) -> str:
+    """What the model was trained by."""
+    return getattr(model.config, "contrastive_loss", "softmax")
+
+
+def build_matrix(
+    model: Any,
+    processor: Any,
+    labels: Any,
+    templates: Any = DEFAULT_TEMPLATE,
+    *,
+    background: Any = (),
+    scores: str | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+    tokenizer_settings: dict[str, Any] | None = None,
+) -> ClassifierMatrix:
+    """Encode every name of every label in every template; the arguments are ZeroShotClassifier's."""
+    scores = scores or default_scores(model)
+    if scores not in SCORES:
+        raise ValueError(f"scores is {scores!r}, but must be one of {', '.join(map(repr, SCORES))}.")
+    functions, texts = read_templates(templates)
+    names = read_labels(labels)
+    if isinstance(background, str):
+        raise ValueError(f"background is a single text, {background!r}; pass a list of background labels.")
+    others = read_labels(background) if len(background) else {}
+    if both := names.keys() & others.keys():
+        raise ValueError(f"{min(both)!r} is both a label and a background label; leave one out.")
+    columns = [*names.values(), *others.values()]
+    prompts = [prompt for column in columns for prompt in make_prompts(column, functions)]
+    features = encode_texts(
+        model, processor, prompts, batch_size=batch_size, progress=progress, **(tokenizer_settings or {})
+    )
+    counts = torch.tensor([len(column) * len(functions) for column in columns])
+    owner = torch.arange(len(columns)).repeat_interleave(counts).to(features.device)
+    sums = features.new_zeros(len(columns), features.shape[1]).index_add_(0, owner, features)
+    bias = getattr(model, "logit_bias", None)
+    return ClassifierMatrix(
+        weights=normalize(sums, dim=-1).T.contiguous(),
+        labels=list(names),
+        scores=scores,
+        logit_scale=float(model.logit_scale.detach().float().exp()),
+        logit_bias=0.0 if bias is None else float(bias.detach()),
+        templates=texts,
+    )
+
+
+class ZeroShotClassifier:
+    """Classify pictures by labels that are given as texts; the labels are encoded once, here.
+
+        classifier = ZeroShotClassifier(model, processor, ["cat", "dog"], templates="imagenet_7")
+        classifier.classify("cat.jpg")   # [{"label": "cat", "score": 0.98}, {"label": "dog", "score": 0.02}]
+
+    model:      HfClipModel; to load a saved classifier, HfClipVisionModelWithProjection is enough
+    processor:  HfClipProcessor
+    labels:     a list of texts, a list of lists of names of which the first is the label, a mapping from label to
+                names, or the ClassLabel of a data set
+    templates:  a template such as "a photo of a {}.", a list of them, functions from name to prompt, the name of a set
+                in `hf_clip.prompts.TEMPLATE_SETS`, or a file with one template per line
+    background: labels that take part and come back as None, "none of these"
+    scores:     "softmax" over the labels at the model's own logit scale; "sigmoid" of each by itself, which needs a
+                model that was trained that way, or `calibrate`; or "cosine". None: as the model was trained
+    batch_size: prompts encoded at once
+    progress:   show a progress bar while they are
+
+    Raises ValueError for labels that are empty or appear twice and for templates without a placeholder.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        labels: Any,
+        templates: Any = DEFAULT_TEMPLATE,
+        *,
+        background: Any = (),
+        scores: str | None = None,
+        batch_size: int = 64,
+        progress: bool = True,
+    ):
+        self.model, self.processor = model, processor
+        self.matrix = build_matrix(
+            model,
+            processor,
+            labels,
+            templates,
+            background=background,
+            scores=scores,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        if self.matrix.scores == "sigmoid" and default_scores(model) != "sigmoid":
+            warnings.warn(
+                "This model was trained with a softmax: until `calibrate` has found a bias, its sigmoid scores are all "
+                "near one.",
+                stacklevel=2,
+            )
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels, in the order of the columns."""
+        return self.matrix.labels
+
+    @property
+    def weights(self) -> Tensor:
+        """The classifier matrix (D, C): a column of length one for every label, then for every background label."""
+        return self.matrix.weights
+
+    def _features(self, images: Any, batch_size: int, progress: bool, settings: dict[str, Any]) -> Tensor:
+        return encode_images(self.model, self.processor, images, batch_size=batch_size, progress=progress, **settings)
+
+    def logits(self, images: Any, *, batch_size: int = 16, progress: bool = False, **settings: Any) -> Tensor:
+        """Pictures → (B, C) float32: cosine similarities times the logit scale (plus the bias, where there is one).
+
+        images:   a picture or any iterable of pictures: Pillow pictures, paths, URLs, bytes, arrays, rows of `datasets`
+        settings: for the image processor, e.g. fit="pad"
+        """
+        return self.matrix.logits(self._features(images, batch_size, progress, settings))
+
+    def classify(
+        self,
+        images: Any,
+        top_k: int | None = None,
+        *,
+        thresholds: bool = False,
+        batch_size: int = 16,
+        progress: bool = False,
+        **settings: Any,
+    ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
+        """Labels and scores of each picture, best first: one list for one picture, a list of lists for several.
+
+        images:     as in `logits`
+        top_k:      how many to return (default: all)
+        thresholds: only labels whose score reaches the threshold that `calibrate` found; there may be none
+
+        Each entry is {"label": ..., "score": ...}; background labels are one entry, whose label is None.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all labels.")
+        if thresholds and self.matrix.thresholds is None:
+            raise ValueError("This classifier has no thresholds yet; `calibrate` finds them on pictures with labels.")
+        scores = self.matrix.score(self._features(images, batch_size, progress, settings)).cpu()
+        names: list[str | None] = [*self.labels, *([None] if scores.shape[1] > len(self.labels) else [])]
+        least = torch.full((len(names),), -torch.inf)
+        if thresholds and self.matrix.thresholds is not None:
+            least[: len(self.labels)] = self.matrix.thresholds
+            least[len(self.labels) :] = torch.inf
+        ordered, places = scores.sort(dim=1, descending=True, stable=True)
+        results = [
+            [
+                {"label": names[place], "score": score}
+                for place, score in zip(row_places, row, strict=True)
+                if score >= least[place]
+            ][:top_k]
+            for row_places, row in zip(places.tolist(), ordered.tolist(), strict=True)
+        ]
+        return results[0] if is_single_picture(images) else results
+
+    def calibrate(
+        self, images: Any, labels: Any, *, batch_size: int = 16, progress: bool = True, **settings: Any
+    ) -> dict[str, float]:
+        """Fit the logit scale, and a threshold for each label, on pictures whose labels are known.
+
+        images: as in `logits`
+        labels: for each picture its label, or None for a picture of none of them; or the labels that it has, a list or
+            set of texts; or a bool tensor (B, L)
+
+        With "softmax" scores a picture has one label, and the scale at which that is likeliest is found (temperature
+        scaling); with "sigmoid" a scale and a bias (Platt scaling); "cosine" scores have neither. The thresholds are
+        those at which each label's F1 is highest. All of it is kept, saved, and used from now on.
+
+        Returns the logit scale and bias, and F1 over all pictures and labels at the thresholds.
+        """
+        matrix = self.matrix
+        is_right = self._read_truth(labels)  # (B, L)
+        features = self._features(images, batch_size, progress, settings)
+        if len(features) != len(is_right):
+            raise ValueError(
+                f"There are {len(features)} pictures and the labels of {len(is_right)}; one each is needed."
+            )
+        is_right = is_right.to(features.device)
+        cosines = matrix.cosines(features)
+        if matrix.scores == "softmax":
+            if (several := is_right.sum(-1) > 1).any():
+                raise ValueError(
+                    f"Picture {int(several.int().argmax())} has several labels, but a softmax shares one out among "
+                    f'them; build the classifier with scores="sigmoid".'
+                )
+            is_none = ~is_right.any(-1, keepdim=True)
+            count = cosines.shape[1] - is_right.shape[1]
+            if is_none.any() and count == 0:
+                raise ValueError(
+                    f"Picture {int(is_none.int().argmax())} has none of the labels, but there are no background labels "
+                    f"for it; pass some to ZeroShotClassifier, or leave the picture out."
+                )
+            matrix.logit_scale = fit_softmax_scale(cosines, torch.cat([is_right, is_none.expand(-1, count)], dim=1))
+        elif matrix.scores == "sigmoid":
+            matrix.logit_scale, matrix.logit_bias = fit_sigmoid(cosines[:, : len(self.labels)], is_right)
+        scores = matrix.score(features)[:, : len(self.labels)]
+        matrix.thresholds = fit_thresholds(scores, is_right).cpu()
+        given = scores >= matrix.thresholds.to(scores.device)
+        f1 = 2 * (given & is_right).sum() / (given.sum() + is_right.sum()).clamp(min=1)
+        return {"logit_scale": matrix.logit_scale, "logit_bias": matrix.logit_bias, "f1": float(f1)}
+
+    def _read_truth(self, labels: Any) -> Tensor:
+        """Known labels as a bool tensor (B, L)."""
+        if isinstance(labels, Tensor) and labels.dtype == torch.bool:
+            if labels.ndim != 2 or labels.shape[1] != len(self.labels):
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)}, but (pictures, {len(self.labels)}) is needed."
+                )
+            return labels
+        if isinstance(labels, (str, Tensor)) or not isinstance(labels, Sequence):
+            raise ValueError(
+                f"labels is a {type(labels).__name__}, but for each picture its label is needed, in a list."
+            )
+        place = {label: index for index, label in enumerate(self.labels)}
+        is_right = torch.zeros(len(labels), len(self.labels), dtype=torch.bool)
+        for row, given in enumerate(labels):
+            for label in [] if given is None else [given] if isinstance(given, (str, int)) else given:
+                index = place.get(label) if isinstance(label, str) else label
+                if not isinstance(index, int) or not 0 <= index < len(self.labels):
+                    raise ValueError(f"Picture {row} has the label {label!r}, which is none of this classifier's.")
+                is_right[row, index] = True
+        return is_right
+
+    def save(self, path: str | Path) -> None:
+        """Write the matrix with its labels, scale and thresholds to one safetensors file; the model is not in it."""
+        self.matrix.save(path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any, processor: Any) -> "ZeroShotClassifier":
+        """A saved classifier with the model whose pictures it classifies; the text tower is not needed.
+
+        model:     HfClipModel or HfClipVisionModelWithProjection
+        processor: HfClipProcessor or HfClipImageProcessor
+
+        Raises FileNotFoundError, or ValueError for another file or a model of another width.
+        """
+        matrix = ClassifierMatrix.load(path)
+        if (width := model.config.projection_dim) != matrix.weights.shape[0]:
+            raise ValueError(
+                f"{path} was made by a model with features of {matrix.weights.shape[0]}, but this one has {width}; "
+                f"take the model whose text tower made it."
+            )
+        matrix.weights = matrix.weights.to(model.device)
+        classifier = cls.__new__(cls)
+        classifier.model, classifier.processor, classifier.matrix = model, processor, matrix
+        return classifier

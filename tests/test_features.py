@@ -1,0 +1,95 @@
+"""Features of texts and pictures: order, batches, and independence from who else is in the batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+from hf_clip import HfClipModel
+from hf_clip.features import encode_images, encode_texts
+
+TEXTS = ["a cat", "the man on the moon", "coffee", "it’s a rocket", "a", "two dogs"]
+
+
+@pytest.fixture
+def processor(repository: Path):
+    return AutoProcessor.from_pretrained(repository)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
+def test_texts_come_back_in_their_order(model: HfClipModel, processor, batch_size: int):
+    found = encode_texts(model, processor, TEXTS, batch_size=batch_size)
+    for row, text in zip(found, TEXTS, strict=True):
+        alone = model(**processor(text=[text], return_tensors="pt")).text_embeds
+        assert relative(row[None], alone) < 5e-6
+    assert torch.allclose(found.norm(dim=-1), torch.ones(len(TEXTS)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_pictures_come_back_in_their_order(model: HfClipModel, processor, photographs: dict, batch_size: int):
+    pictures = list(photographs.values())
+    found = encode_images(model, processor, iter(pictures), batch_size=batch_size)
+    for row, picture in zip(found, pictures, strict=True):
+        assert relative(row[None], encode_images(model, processor, picture)) < 5e-6
+
+
+def test_bad_picture_is_named_by_its_place_among_all(model: HfClipModel, processor, photographs: dict):
+    pictures = [*list(photographs.values())[:5], "nowhere.jpg"]
+    with pytest.raises(ValueError, match=r"^images\[5\]: there is no file 'nowhere.jpg'"):
+        encode_images(model, processor, pictures, batch_size=2)
+    with pytest.raises(ValueError, match="no pictures"):
+        encode_images(model, processor, [])
+
+
+def test_text_features_do_not_depend_on_padding(model: HfClipModel, processor):
+    ids = processor(text=TEXTS, return_tensors="pt").input_ids
+    with torch.no_grad():
+        narrow = model.encode_text(ids)
+        wide = torch.full((len(ids), 20), processor.tokenizer.pad_token_id)
+        wide[:, : ids.shape[1]] = ids
+        assert relative(model.encode_text(wide), narrow) < 5e-6
+        mask = processor(text=TEXTS, return_tensors="pt").attention_mask
+        assert relative(model.encode_text(ids, mask), narrow) < 5e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["RN50", "ViT-B/32"])
+def test_features_do_not_depend_on_company_at_full_size(variant: str, tokenizer):
+    """Alone, in a batch of 16, and beside a text of 77 tokens."""
+    from conversion.parity import random_texts
+    from conversion.reference import build_reference, reference_dimensions
+    from hf_clip import VARIANTS, HfClipConfig
+    from hf_clip.original import convert_names
+
+    row = VARIANTS[variant]
+    reference = build_reference(reference_dimensions(row), seed=0)
+    model = HfClipModel(HfClipConfig.from_variant(variant)).eval()
+    model.load_state_dict(convert_names(reference.state_dict(), model.config))
+    images = torch.randn(16, 3, row.image_size, row.image_size, generator=torch.Generator().manual_seed(0))
+    ids = random_texts((*range(3, 18), 77), 49408, 77)
+    with torch.no_grad():
+        together, texts = model.encode_image(images), model.encode_text(ids)
+        for place in (0, 7, 15):
+            alone = model.encode_image(images[place : place + 1])
+            assert relative(alone, together[place : place + 1]) < 5e-6
+        for place in (0, 7, 14):
+            alone = model.encode_text(ids[place : place + 1, : 3 + place])
+            assert relative(alone, texts[place : place + 1]) < 5e-6
+
+
+def test_other_dtypes_give_features_in_float32(repository: Path, photographs: dict[str, Image.Image]):
+    model = AutoModel.from_pretrained(repository, dtype=torch.bfloat16).eval()
+    exact = AutoModel.from_pretrained(repository).eval()
+    processor = AutoProcessor.from_pretrained(repository)
+    pictures = list(photographs.values())
+    found, expected = (encode_images(m, processor, pictures) for m in (model, exact))
+    assert found.dtype == torch.float32
+    assert (found * expected).sum(-1).min() > 0.995
+    found, expected = (encode_texts(m, processor, TEXTS) for m in (model, exact))
+    assert (found * expected).sum(-1).min() > 0.995

@@ -1,0 +1,94 @@
+"""Labels and templates: what is taken, what they become, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel
+
+from hf_clip.prompts import TEMPLATE_SETS, make_prompts, read_labels, read_templates
+
+
+def prompts_of(templates: object, name: str = "cat") -> list[str]:
+    return make_prompts([name], read_templates(templates)[0])
+
+
+def test_templates_in_every_form(tmp_path: Path):
+    (tmp_path / "templates.txt").write_text("# drawings\na sketch of a {}\n\n  a cartoon {}  \n", encoding="utf-8")
+    assert prompts_of("a photo of a {}.") == ["a photo of a cat."]
+    assert prompts_of(["{}", "two {}s"]) == ["cat", "two cats"]
+    assert prompts_of(lambda name: name.upper()) == ["CAT"]
+    assert prompts_of([str.title, "{}"]) == ["Cat", "cat"]
+    for path in (tmp_path / "templates.txt", str(tmp_path / "templates.txt")):
+        assert prompts_of(path) == ["a sketch of a cat", "a cartoon cat"]
+    assert prompts_of("imagenet_7")[0] == "itap of a cat."
+    assert prompts_of("a {{}} of {}", "set {1}") == ["a {} of set {1}"]
+
+
+def test_sets_have_what_was_published():
+    assert len(TEMPLATE_SETS["imagenet_7"]) == 7
+    cifar = TEMPLATE_SETS["cifar_18"]
+    assert len(set(cifar)) == 18
+    assert {"a photo of a {}.", "a black and white photo of the {}.", "a photo of the big {}."} <= set(cifar)
+    for templates in TEMPLATE_SETS.values():
+        for template in templates:
+            assert template.count("{}") == 1
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ("a photo of", r"'a photo of' has no placeholder \{\} for the label"),
+        (["{}", "a photo of a cat"], "'a photo of a cat' has no placeholder"),
+        ("imagenet_80", r"has no placeholder .* nor is it the name of a set \(simple, imagenet_7, cifar_18\)"),
+        ("a photo of a {label}", r"cannot be filled in \(KeyError: 'label'\)"),
+        ("{} and {}", "cannot be filled in"),
+        ("a { of {}", "cannot be filled in"),
+        ([], "There are no templates"),
+        (3, "templates is a int"),
+        ([3], "The template 3 is no text and no function"),
+        (Path("no such file"), "The templates 'no such file' cannot be read"),
+    ],
+)
+def test_bad_templates_are_refused(templates: object, message: str):
+    with pytest.raises(ValueError, match=message):
+        read_templates(templates)
+
+
+def test_file_without_templates_is_refused(tmp_path: Path):
+    (tmp_path / "empty.txt").write_text("\n# nothing\n")
+    with pytest.raises(ValueError, match="has no templates; write one per line"):
+        read_templates(tmp_path / "empty.txt")
+
+
+def test_template_that_makes_no_text_is_refused():
+    with pytest.raises(ValueError, match="A template made 3 of a label"):
+        make_prompts(["cat"], read_templates(lambda name: len(name))[0])
+
+
+def test_labels_in_every_form():
+    assert read_labels(["cat", "dog"]) == {"cat": ["cat"], "dog": ["dog"]}
+    assert read_labels((["cat", "kitten"], "dog")) == {"cat": ["cat", "kitten"], "dog": ["dog"]}
+    assert read_labels({"n01": ["cat", "kitten"], "n02": "dog"}) == {"n01": ["cat", "kitten"], "n02": ["dog"]}
+    assert read_labels(ClassLabel(names=["cat", "dog"])) == {"cat": ["cat"], "dog": ["dog"]}
+    assert read_labels(name for name in "ab") == {"a": ["a"], "b": ["b"]}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("cat", "labels is 'cat', but a list of labels is needed"),
+        (7, "labels is 7, but a list"),
+        ([], "There are no labels"),
+        (["cat", ""], "Label 1 is '', but a text with at least one letter"),
+        (["cat", "  "], "Label 1 is '  '"),
+        (["cat", None], "Label 1 is None"),
+        ([["cat"], []], r"Label 1 .* has no names|Label 1 \(None\) has no names"),
+        (["cat", "dog", "cat"], "The label 'cat' appears twice"),
+        ([["cat", "pet"], ["dog", "pet"]], "The name 'pet' stands for both 'cat' and 'dog'"),
+        ([["cat", "cat"]], "The name 'cat' stands twice for 'cat'"),
+        ({"": "cat"}, "Label 0 is 'cat'"),
+    ],
+)
+def test_bad_labels_are_refused(labels: object, message: str):
+    with pytest.raises(ValueError, match=message):
+        read_labels(labels)

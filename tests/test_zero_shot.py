@@ -1,0 +1,281 @@
+"""The zero-shot classifier against the paper's recipe, run on the reference implementation."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import ClassLabel
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModel, AutoProcessor
+
+from hf_clip import HfClipModel, HfClipVisionModelWithProjection, ZeroShotClassifier
+
+LABELS = ["cat", "man", "cup", "moon"]
+TEMPLATES = ["a {}.", "the {}", "art of {}"]
+
+
+@pytest.fixture
+def processor(repository: Path):
+    return AutoProcessor.from_pretrained(repository)
+
+
+@pytest.fixture
+def classifier(model: HfClipModel, processor) -> ZeroShotClassifier:
+    return ZeroShotClassifier(model, processor, LABELS, TEMPLATES, progress=False)
+
+
+@pytest.fixture
+def pictures(photographs: dict[str, Image.Image]) -> list[Image.Image]:
+    return list(photographs.values())
+
+
+def published_recipe(reference: nn.Module, processor, names: list[list[str]], templates: list[str]) -> Tensor:
+    """Label by label: every prompt padded to the context length, normalised, averaged, normalised."""
+    length = reference.context_length
+    columns = []
+    with torch.no_grad():
+        for label in names:
+            prompts = [template.format(name) for name in label for template in templates]
+            tokens = processor.tokenizer(prompts, padding=False).input_ids
+            ids = torch.tensor([row + [0] * (length - len(row)) for row in tokens])
+            features = reference.encode_text(ids)
+            features = features / features.norm(dim=-1, keepdim=True)
+            mean = features.mean(dim=0)
+            columns.append(mean / mean.norm())
+    return torch.stack(columns, dim=1)
+
+
+def test_matrix_is_that_of_the_published_recipe(reference: nn.Module, classifier: ZeroShotClassifier, processor):
+    expected = published_recipe(reference, processor, [[label] for label in LABELS], TEMPLATES)
+    assert classifier.weights.shape == expected.shape == (48, 4)
+    assert (classifier.weights - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_several_names_are_averaged_too(reference: nn.Module, model: HfClipModel, processor, batch_size: int):
+    names = [["cat", "a small kitten"], ["moon"], ["cup", "mug", "glass"]]
+    found = ZeroShotClassifier(model, processor, names, TEMPLATES, batch_size=batch_size, progress=False)
+    assert found.labels == ["cat", "moon", "cup"]
+    assert (found.weights - published_recipe(reference, processor, names, TEMPLATES)).abs().max() < 1e-6
+
+
+def test_logits_and_scores_are_those_of_the_reference(
+    reference: nn.Module, classifier: ZeroShotClassifier, processor, pictures: list[Image.Image]
+):
+    pixels = processor(images=pictures, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        features = reference.encode_image(pixels)
+        features = features / features.norm(dim=-1, keepdim=True)
+        weights = published_recipe(reference, processor, [[label] for label in LABELS], TEMPLATES)
+        expected = reference.logit_scale.exp() * features @ weights
+    logits = classifier.logits(pictures, batch_size=4)
+    assert (logits - expected).norm() / expected.norm() < 1e-5
+    probabilities = expected.softmax(-1)
+    for row, entries in zip(probabilities, classifier.classify(pictures), strict=True):
+        assert [entry["score"] for entry in entries] == pytest.approx(row.sort(descending=True)[0].tolist(), abs=1e-5)
+        assert entries[0]["label"] == LABELS[row.argmax()]
+
+
+def test_one_picture_gives_one_list(classifier: ZeroShotClassifier, pictures: list[Image.Image], tmp_path: Path):
+    pictures[0].save(tmp_path / "picture.png")
+    several = classifier.classify(pictures[:1], top_k=2)
+    assert len(several) == 1
+    assert len(several[0]) == 2
+    for single in (pictures[0], tmp_path / "picture.png", (tmp_path / "picture.png").read_bytes()):
+        found = classifier.classify(single, top_k=2)
+        assert [entry["label"] for entry in found] == [entry["label"] for entry in several[0]]
+        assert [e["score"] for e in found] == pytest.approx([e["score"] for e in several[0]], abs=1e-6)
+
+
+def test_names_of_a_data_set(model: HfClipModel, processor):
+    found = ZeroShotClassifier(model, processor, ClassLabel(names=LABELS), progress=False)
+    assert found.labels == LABELS
+
+
+def test_background_takes_part_and_comes_back_as_none(model: HfClipModel, processor, pictures: list[Image.Image]):
+    others = ["a wall", "the sky"]
+    plain = ZeroShotClassifier(model, processor, LABELS + others, progress=False)
+    found = ZeroShotClassifier(model, processor, LABELS, background=others, progress=False)
+    assert torch.allclose(found.logits(pictures), plain.logits(pictures), atol=1e-5)
+    for entries, expected in zip(found.classify(pictures), plain.classify(pictures), strict=True):
+        scores = {entry["label"]: entry["score"] for entry in expected}
+        assert len(entries) == 5
+        none = next(entry["score"] for entry in entries if entry["label"] is None)
+        assert none == pytest.approx(scores["a wall"] + scores["the sky"], abs=1e-6)
+        assert sum(entry["score"] for entry in entries) == pytest.approx(1, abs=1e-5)
+
+
+def test_cosine_and_sigmoid_scores(model: HfClipModel, processor, pictures: list[Image.Image]):
+    cosine = ZeroShotClassifier(model, processor, LABELS, scores="cosine", progress=False)
+    logits = ZeroShotClassifier(model, processor, LABELS, progress=False).logits(pictures)
+    expected = logits / model.logit_scale.exp().item()
+    for row, entries in zip(expected, cosine.classify(pictures), strict=True):
+        assert [entry["score"] for entry in entries] == pytest.approx(row.sort(descending=True)[0].tolist(), abs=1e-6)
+    with pytest.warns(UserWarning, match="trained with a softmax: until `calibrate`"):
+        sigmoid = ZeroShotClassifier(model, processor, LABELS, scores="sigmoid", progress=False)
+    for row, entries in zip(logits.sigmoid(), sigmoid.classify(pictures), strict=True):
+        assert [entry["score"] for entry in entries] == pytest.approx(row.sort(descending=True)[0].tolist(), abs=1e-6)
+
+
+def test_model_trained_by_the_sigmoid_loss_scores_so(repository: Path, processor, pictures: list[Image.Image]):
+    model = HfClipModel.from_pretrained(repository, contrastive_loss="sigmoid").eval()
+    classifier = ZeroShotClassifier(model, processor, LABELS, "a {}", progress=False)
+    inputs = processor(text=[f"a {label}" for label in LABELS], images=pictures, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image
+    assert torch.allclose(classifier.logits(pictures), expected, atol=1e-4)
+    best = [entries[0]["score"] for entries in classifier.classify(pictures)]
+    assert best == pytest.approx(expected.sigmoid().amax(-1).tolist(), abs=1e-6)
+
+
+def test_saved_classifier_needs_no_text_tower(
+    classifier: ZeroShotClassifier, repository: Path, processor, pictures: list[Image.Image], tmp_path: Path
+):
+    classifier.calibrate(pictures, [LABELS[i % 4] for i in range(len(pictures))], progress=False)
+    classifier.save(tmp_path / "new folder" / "classifier.safetensors")
+    assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["classifier.safetensors"]
+    tower = HfClipVisionModelWithProjection.from_pretrained(repository).eval()
+    loaded = ZeroShotClassifier.load(
+        tmp_path / "new folder" / "classifier.safetensors", tower, processor.image_processor
+    )
+    assert loaded.labels == LABELS
+    assert loaded.matrix.templates == TEMPLATES
+    assert torch.equal(loaded.logits(pictures), classifier.logits(pictures))
+    assert loaded.classify(pictures, thresholds=True) == classifier.classify(pictures, thresholds=True)
+
+
+def test_what_is_no_classifier_is_not_loaded(
+    classifier: ZeroShotClassifier, repository: Path, model: HfClipModel, processor, tmp_path: Path
+):
+    with pytest.raises(FileNotFoundError, match="There is no classifier .*none"):
+        ZeroShotClassifier.load(tmp_path / "none", model, processor)
+    with pytest.raises(ValueError, match="is no zero-shot classifier of hf_clip's"):
+        ZeroShotClassifier.load(repository / "model.safetensors", model, processor)
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="is no readable safetensors file"):
+        ZeroShotClassifier.load(tmp_path / "text", model, processor)
+    with pytest.raises(IsADirectoryError, match="name a file"):
+        classifier.save(tmp_path)
+    classifier.save(tmp_path / "classifier")
+    model.config.projection_dim = 7
+    with pytest.raises(ValueError, match="made by a model with features of 48, but this one has 7"):
+        ZeroShotClassifier.load(tmp_path / "classifier", model, processor)
+
+
+def picture_of(classifier: ZeroShotClassifier, column: int, seed: int) -> Tensor:
+    """Features that lie near a column of the matrix."""
+    noise = torch.randn(48, generator=torch.Generator().manual_seed(seed))
+    return classifier.weights[:, column] + 0.05 * noise
+
+
+class NearColumns(nn.Module):
+    """Stands for an image tower whose pictures' colour says what is in them; the columns are set far apart."""
+
+    def __init__(self, classifier: ZeroShotClassifier):
+        super().__init__()
+        columns = torch.randn(classifier.weights.shape, generator=torch.Generator().manual_seed(0))
+        classifier.matrix.weights = torch.linalg.qr(columns)[0]
+        self.classifier, self.device, self.dtype = classifier, torch.device("cpu"), torch.float32
+        self.config = classifier.model.config
+
+    def forward(self, pixel_values: Tensor):
+        columns = (pixel_values[:, 0, 0, 0] * 255).round().int().tolist()
+        rows = [picture_of(self.classifier, c % 10, seed) for seed, c in enumerate(columns)]
+        return type("Output", (), {"image_embeds": torch.stack(rows)})
+
+
+def coloured(columns: list[int], size: int) -> list[Image.Image]:
+    return [Image.new("RGB", (size, size), (column, 0, 0)) for column in columns]
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid", "cosine"])
+@pytest.mark.filterwarnings("ignore:This model was trained with a softmax")
+def test_calibration_makes_scores_that_tell_labels_apart(model: HfClipModel, processor, scores: str, tmp_path: Path):
+    classifier = ZeroShotClassifier(model, processor, LABELS, scores=scores, progress=False)
+    classifier.model = NearColumns(classifier)
+    columns = [0, 1, 2, 3] * 6
+    pictures = coloured(columns, processor.image_processor.crop_size.height)
+    settings = {"do_normalize": False}
+    before = classifier.matrix.logit_scale
+    report = classifier.calibrate(pictures, [LABELS[c] for c in columns], progress=False, **settings)
+    assert report["f1"] == 1
+    assert math.isfinite(report["logit_scale"])
+    assert (report["logit_scale"] == before) == (scores == "cosine")
+    for column, entries in zip(columns, classifier.classify(pictures, thresholds=True, **settings), strict=True):
+        assert [entry["label"] for entry in entries] == [LABELS[column]]
+    best = [entries[0]["score"] for entries in classifier.classify(pictures, top_k=1, **settings)]
+    if scores != "cosine":
+        assert min(best) > 0.6
+    classifier.save(tmp_path / "classifier")
+    loaded = ZeroShotClassifier.load(tmp_path / "classifier", classifier.model, processor)
+    assert loaded.matrix.logit_scale == report["logit_scale"]
+    assert loaded.matrix.logit_bias == report["logit_bias"]
+
+
+@pytest.mark.filterwarnings("ignore:This model was trained with a softmax")
+def test_calibration_with_several_labels_and_with_none(model: HfClipModel, processor):
+    size, settings = processor.image_processor.crop_size.height, {"do_normalize": False, "progress": False}
+    classifier = ZeroShotClassifier(model, processor, LABELS, scores="sigmoid", progress=False)
+    classifier.model = NearColumns(classifier)
+    pictures = coloured([0, 1, 2, 3], size)
+    classifier.calibrate(pictures, [["cat"], {"man"}, "cup", None], **settings)
+    assert classifier.matrix.thresholds is not None
+    as_tensor = torch.eye(4).bool() & torch.tensor([True, True, True, False])[:, None]
+    first = classifier.matrix.thresholds
+    classifier.calibrate(pictures, as_tensor, **settings)
+    assert torch.equal(classifier.matrix.thresholds, first)
+    softmax = ZeroShotClassifier(model, processor, LABELS, background=["the sky"], progress=False)
+    softmax.model = NearColumns(softmax)
+    softmax.calibrate(coloured([0, 1, 2, 3, 4], size), [*LABELS, None], **settings)
+    assert [e["label"] for e in softmax.classify(coloured([4], size), top_k=1, do_normalize=False)[0]] == [None]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["cat", "dog"], "Picture 1 has the label 'dog', which is none of this classifier's"),
+        (["cat", 4], "Picture 1 has the label 4"),
+        (["cat"], "There are 2 pictures and the labels of 1"),
+        ("cat", "labels is a str, but for each picture its label is needed"),
+        (["cat", None], "Picture 1 has none of the labels, but there are no background labels"),
+        (["cat", ["cat", "man"]], "Picture 1 has several labels, but a softmax"),
+        (torch.zeros(2, 3, dtype=torch.bool), r"labels have shape \(2, 3\), but \(pictures, 4\)"),
+    ],
+)
+def test_bad_truth_is_refused(
+    classifier: ZeroShotClassifier, pictures: list[Image.Image], labels: object, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        classifier.calibrate(pictures[:2], labels, progress=False)
+
+
+def test_bad_calls_are_refused(classifier: ZeroShotClassifier, model: HfClipModel, processor, pictures: list):
+    with pytest.raises(ValueError, match="top_k is 0"):
+        classifier.classify(pictures, top_k=0)
+    with pytest.raises(ValueError, match="no thresholds yet; `calibrate` finds them"):
+        classifier.classify(pictures, thresholds=True)
+    with pytest.raises(ValueError, match="scores is 'argmax', but must be one of"):
+        ZeroShotClassifier(model, processor, LABELS, scores="argmax")
+    with pytest.raises(ValueError, match="background is a single text"):
+        ZeroShotClassifier(model, processor, LABELS, background="sky")
+    with pytest.raises(ValueError, match="'cat' is both a label and a background label"):
+        ZeroShotClassifier(model, processor, LABELS, background=["cat"])
+
+
+def test_progress_is_shown_while_prompts_are_encoded(
+    model: HfClipModel, processor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    ZeroShotClassifier(model, processor, LABELS, progress=True)
+    ZeroShotClassifier(model, processor, LABELS, progress=False)
+    assert capsys.readouterr().err.count("Encoding texts:   0%") == 1
+
+
+def test_compiled_model_classifies_the_same(
+    classifier: ZeroShotClassifier, repository: Path, processor, pictures: list[Image.Image]
+):
+    compiled = torch.compile(AutoModel.from_pretrained(repository).eval(), backend="eager")
+    found = ZeroShotClassifier(compiled, processor, LABELS, TEMPLATES, progress=False).logits(pictures)
+    assert torch.allclose(found, classifier.logits(pictures), atol=1e-4)
