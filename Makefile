@@ -46,6 +46,7 @@ parity: $(VENV)/.dev-installed  ## compare all nine models with the reference at
 bench: $(VENV)/.dev-installed  ## measure us and the peers in turn, and print ratios
 	$(BIN)/python -m benchmarks.tokenizer
 	$(BIN)/python -m benchmarks.image_processor
+	$(BIN)/python -m benchmarks.zero_shot
 	$(BIN)/python -m benchmarks.encode
 
 clean:  ## remove the environment and what the demo wrote

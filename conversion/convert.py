@@ -12,24 +12,12 @@ import sys
 from pathlib import Path
 
 from hf_clip import HfClipConfig, HfClipImageProcessor, HfClipProcessor, HfClipTokenizer
-from hf_clip.original import CheckpointError, config_from_shapes, convert_names, identify_variant, read_checkpoint
-from hf_clip.original.download import byte_progress, find_original, verify_published
+from hf_clip.original import identify_variant, read_original
+from hf_clip.original.download import byte_progress, find_original
 from hf_clip.original.vocabulary import find_vocabulary
 from hf_clip.whole_folder import check_destination, whole_folder
 
 from .safetensors_stream import write_safetensors
-
-
-def read_original(path: Path, verify: bool = True) -> tuple:
-    """An original checkpoint, its configuration, and its tensors under our names (views of the mapped file)."""
-    if verify:
-        verify_published(path)
-    checkpoint = read_checkpoint(path)
-    try:
-        config = config_from_shapes(checkpoint.tensors)
-        return checkpoint, config, convert_names(checkpoint.tensors, config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} {error}") from None
 
 
 def convert(

@@ -1,4 +1,7 @@
-"""All nine OpenAI CLIP models for transformers. Importing this registers them with the Auto classes."""
+"""All nine OpenAI CLIP models for transformers. Importing this registers them with the Auto classes and pipelines.
+
+`import hf_clip as clip` gives the original module's `available_models`, `load` and `tokenize`.
+"""
 
 from transformers import (
     AutoConfig,
@@ -27,6 +30,7 @@ from .modeling_hf_clip import (
     HfClipVisionModelWithProjection,
     HfClipViTModel,
 )
+from .openai import available_models, load, tokenize
 from .pipeline import register_pipeline as _register_pipeline
 from .processing_hf_clip import HfClipProcessor
 from .tokenization_hf_clip import HfClipTokenizer
@@ -77,4 +81,7 @@ __all__ = [
     "Variant",
     "ZeroShotClassifier",
     "__version__",
+    "available_models",
+    "load",
+    "tokenize",
 ]

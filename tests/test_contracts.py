@@ -90,6 +90,13 @@ ALLOWED = {
     "pipeline": {"classifier_matrix", "configuration_hf_clip", "pictures_hf_clip", "zero_shot"},
     "prompts": set(),
     "zero_shot": {"calibration", "classifier_matrix", "features", "prompts"},
+    "openai": {
+        "image_processing_hf_clip",
+        "modeling_hf_clip",
+        "original",
+        "tokenization_hf_clip",
+        "variants",
+    },
     "original": {"configuration_hf_clip", "modeling_hf_clip", "variants", "original"},
     "training": {"pictures_hf_clip", "training"},
     "whole_folder": set(),
@@ -173,7 +180,7 @@ def test_registration_can_run_twice():
 
 
 PROGRAMS = ["conversion.convert", "conversion.parity", "demo", "finetune"]
-PROGRAMS += [f"benchmarks.{name}" for name in ("encode", "image_processor", "tokenizer")]
+PROGRAMS += [f"benchmarks.{name}" for name in ("encode", "image_processor", "tokenizer", "zero_shot")]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -2,6 +2,7 @@
 
 from .archive import Checkpoint, CheckpointError, read_checkpoint
 from .keys import config_from_shapes, convert_names, identify_variant, original_names
+from .reading import read_original
 
 __all__ = [
     "Checkpoint",
@@ -11,4 +12,5 @@ __all__ = [
     "identify_variant",
     "original_names",
     "read_checkpoint",
+    "read_original",
 ]

@@ -88,15 +88,16 @@ def _download(url: str, unfinished: Path) -> None:
             raise ConnectionError(f"the connection ended after {unfinished.stat().st_size} of {total} bytes")
 
 
-def fetch_original(variant: Variant, offline: bool = False) -> Path:
-    """The published checkpoint of a variant: from the cache folder, else downloaded into it. Its sha256 is checked.
+def fetch_original(variant: Variant, offline: bool = False, folder: str | Path | None = None) -> Path:
+    """The published checkpoint of a variant: from its folder, else downloaded into it. Its sha256 is checked.
 
     offline: never download; HF_HUB_OFFLINE=1 means the same
+    folder:  where checkpoints are kept, if not in the Hugging Face cache
 
     Raises FileNotFoundError offline, ConnectionError when the download fails (it can be continued by the same
     call), CheckpointError when what arrived is not the published file.
     """
-    target = originals_folder() / variant.checkpoint
+    target = Path(folder or originals_folder()).expanduser() / variant.checkpoint
     address = os.environ.get(ADDRESS_VARIABLE, PUBLISHED_AT).rstrip("/")
     url = f"{address}/{variant.sha256}/{variant.checkpoint}"
     if target.is_file():

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from PIL import Image
 
 from conversion.convert import convert, main
-from hf_clip import VARIANTS
+from hf_clip import VARIANTS, load
 from hf_clip.original import CheckpointError
 from hf_clip.original.download import fetch_original, find_original, originals_folder
 
@@ -81,6 +82,16 @@ def test_name_is_downloaded_once_into_the_cache(server: Server, published: bytes
     assert find_original("RN50") == path
     assert len(server.requests) == 1
     assert not list(path.parent.glob("*.part"))
+
+
+def test_name_is_loaded_from_the_server(server: Server, published: bytes, tmp_path: Path):
+    """`clip.load("RN50")` as the original has it, with its folder for downloads."""
+    model, preprocess = load("RN50", device="cpu", download_root=tmp_path / "downloads")
+    assert (tmp_path / "downloads" / "RN50.pt").read_bytes() == published
+    image = preprocess(Image.new("RGB", (300, 200))).unsqueeze(0)
+    assert model.encode_image(image).shape == (1, 48)
+    load("RN50", device="cpu", download_root=tmp_path / "downloads")
+    assert len(server.requests) == 1
 
 
 def test_interrupted_download_goes_on_where_it_stopped(server: Server, published: bytes):

@@ -1,0 +1,185 @@
+"""The original `clip` module's three functions: `import hf_clip as clip` runs code that was written for it.
+
+    model, preprocess = clip.load("ViT-B/32", device="cpu")
+    image = preprocess(Image.open("cat.jpg")).unsqueeze(0)
+    text = clip.tokenize(["a cat", "a dog"])
+    logits_per_image, logits_per_text = model(image, text)
+
+What differs: weights are float32 on every device (`model.half()` for the original's precision on a GPU), texts are
+computed as far as they go, not as far as the context length, and TorchScript is never run.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .image_processing_hf_clip import HfClipImageProcessor
+from .modeling_hf_clip import HfClipModel
+from .original.download import fetch_original
+from .original.reading import read_original
+from .original.vocabulary import find_vocabulary
+from .tokenization_hf_clip import HfClipTokenizer
+from .variants import VARIANTS, get_variant
+
+UNLIMITED = 1 << 30
+
+
+def available_models() -> list[str]:
+    """The names of OpenAI's nine models."""
+    return list(VARIANTS)
+
+
+class Preprocess:
+    """A picture → (3, H, W) float32, as the model of this size wants it. To be used as a data set's transform."""
+
+    def __init__(self, image_processor: HfClipImageProcessor):
+        self.image_processor = image_processor
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        return self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+
+    def __repr__(self) -> str:
+        return f"Preprocess({dict(self.image_processor.crop_size)})"
+
+
+class Visual:
+    """What code for the original asks `model.visual`."""
+
+    def __init__(self, input_resolution: int, output_dim: int):
+        self.input_resolution, self.output_dim = input_resolution, output_dim
+
+
+class OriginalCLIP(nn.Module):
+    """HfClipModel, called as the original model is; the model itself is `hf_model`."""
+
+    def __init__(self, hf_model: HfClipModel):
+        super().__init__()
+        self.hf_model = hf_model
+        config = hf_model.config
+        self.context_length: int = config.text_config.max_position_embeddings
+        self.vocab_size: int = config.text_config.vocab_size
+        self.visual = Visual(config.vision_config.image_size, config.projection_dim)
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        return self.hf_model.logit_scale
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf_model.dtype
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, D), not normalised."""
+        return self.hf_model.encode_image(image.to(self.dtype))
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Ids (B, L), padded with zeros → (B, D), not normalised."""
+        length = int(text.ne(0).any(dim=0).nonzero().max()) + 1  # a column of padding changes no feature
+        return self.hf_model.encode_text(text[:, :length])
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures and ids → logits_per_image (I, T) and logits_per_text (T, I)."""
+        image_features = nn.functional.normalize(self.encode_image(image), dim=-1)
+        text_features = nn.functional.normalize(self.encode_text(text), dim=-1)
+        logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
+        if self.hf_model.logit_bias is not None:
+            logits_per_image = logits_per_image + self.hf_model.logit_bias
+        return logits_per_image, logits_per_image.T
+
+
+def _model_of_checkpoint(path: Path, verify: bool) -> HfClipModel:
+    """An original checkpoint, converted in memory to float32."""
+    _, config, tensors = read_original(path, verify)
+    with torch.device("meta"):
+        model = HfClipModel(config)
+    own = {name: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for name, t in tensors.items()}
+    model.load_state_dict(own, assign=True)
+    return model
+
+
+def load(
+    name: str | Path,
+    device: str | torch.device | None = None,
+    jit: bool = False,
+    download_root: str | Path | None = None,
+) -> tuple[OriginalCLIP, Preprocess]:
+    """A model in evaluation mode, and the function that prepares pictures for it.
+
+    name:          one of `available_models()`, the path of an original checkpoint, the folder of a converted one, or a
+                   repository on the Hub
+    device:        where the model goes (default: the GPU, if there is one)
+    download_root: folder of the checkpoints, where the file of a name is looked for and downloaded to (default: within
+                   the Hugging Face cache)
+
+    Raises FileNotFoundError, CheckpointError, ConnectionError or ValueError that says what to do; offline
+    (HF_HUB_OFFLINE=1) the first says where to put the file.
+    """
+    if jit:
+        raise ValueError("jit=True would run a program out of the checkpoint, which hf_clip never does; leave it out.")
+    path, known = Path(name), str(name)
+    if known in VARIANTS and not path.exists():
+        model = _model_of_checkpoint(fetch_original(VARIANTS[known], folder=download_root), verify=False)
+    elif path.is_file():
+        model = _model_of_checkpoint(path, verify=True)
+    elif path.is_dir() or (known.count("/") == 1 and not path.suffix):
+        try:
+            model = HfClipModel.from_pretrained(name, dtype=torch.float32)
+        except OSError as error:
+            if path.is_dir():
+                raise
+            raise FileNotFoundError(
+                f"{known!r} is no name of OpenAI's ({', '.join(VARIANTS)}), no file and no folder here, and no "
+                f"repository that could be read: {str(error).splitlines()[0]}"
+            ) from error
+    elif path.suffix:
+        raise FileNotFoundError(
+            f"There is no checkpoint {known}; check the path, or name one of {', '.join(VARIANTS)}."
+        )
+    else:
+        get_variant(known)  # raises, with the nearest name
+        raise AssertionError
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processor = (
+        HfClipImageProcessor.from_pretrained(name)
+        if path.is_dir() or not (path.is_file() or known in VARIANTS)
+        else HfClipImageProcessor.for_image_size(model.config.vision_config.image_size)
+    )
+    return OriginalCLIP(model.to(device)).eval(), Preprocess(processor)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> HfClipTokenizer:
+    return HfClipTokenizer.from_vocabulary_file(find_vocabulary(), model_max_length=UNLIMITED)
+
+
+def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = False) -> Tensor:
+    """Texts → ids (N, context_length), int32, padded with zeros.
+
+    truncate: cut a text that is too long, keeping the end of text; otherwise it is a RuntimeError, as in the original
+
+    The vocabulary comes from an installed openai-clip or open_clip_torch, else from the Hub.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    ids = torch.zeros(len(texts), context_length, dtype=torch.int32)
+    if not texts:
+        return ids
+    tokenizer = _tokenizer()
+    encoded = tokenizer(texts, return_tensors="pt")
+    lengths = encoded["attention_mask"].sum(dim=1)
+    if not truncate and (longest := int(lengths.max())) > context_length:
+        text = texts[int(lengths.argmax())]
+        raise RuntimeError(
+            f"The text {text[:80]!r} has {longest} tokens, start and end included, but the context length is "
+            f"{context_length}. Shorten it, or pass truncate=True."
+        )
+    kept = (encoded["input_ids"] * encoded["attention_mask"])[:, :context_length]
+    ids[:, : kept.shape[1]] = kept
+    ids[lengths > context_length, -1] = tokenizer.eos_token_id
+    return ids
+
+
+__all__ = ["available_models", "load", "tokenize"]
