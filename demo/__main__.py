@@ -3,8 +3,8 @@
     make demo                    (ViT tower)
     make demo TOWER=resnet
 
-Steps: make the data set, write a fresh model, `accelerate launch finetune.py`, load the result with the stock
-pipeline, measure top-1 on held-out images and on colour combinations that were never trained, draw a picture.
+Steps: make the data set, write a fresh model, `accelerate launch finetune.py`, load the result with
+`pipeline`, measure top-1 on held-out images and on colour combinations that were never trained, draw a picture.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def run(tower: str, output: Path, seed: int) -> dict[str, float]:
     write_fresh_model(fresh, tower, pairs["train"]["caption"][:], seed)
     launch_training(fresh, data, trained, tower)
 
-    print("Classifying with the stock pipeline ...", flush=True)
+    print("Classifying with the zero-shot pipeline ...", flush=True)
     picture = output / f"demo-{tower}.png"
     splits = {name: pairs[name] for name in ("held_out_images", "unseen_combinations")}
     scores = report(trained, splits, picture)

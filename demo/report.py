@@ -1,4 +1,4 @@
-"""What the demo's model has learned: top-1 by the stock pipeline, and a picture to look at."""
+"""What the demo's model has learned: top-1 by the zero-shot pipeline, and a picture to look at."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ CAPTIONS = [combination.caption() for combination in COMBINATIONS]
 
 
 def classify(classifier: Any, split: Dataset) -> list[list[dict[str, Any]]]:
-    """The stock zero-shot pipeline over a split, all 560 captions as candidates; scores from high to low."""
+    """The zero-shot pipeline over a split, all 560 captions as candidates; scores from high to low."""
     return classifier(split["image"][:], candidate_labels=CAPTIONS, hypothesis_template="{}", batch_size=120)
 
 
