@@ -12,24 +12,10 @@ from pathlib import Path
 import pytest
 
 import hf_clip
+from hf_clip.remote_code import TRAVELLING
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_clip"
-
-TRAVELLING = {
-    "bpe_hf_clip",
-    "configuration_hf_clip",
-    "image_processing_hf_clip",
-    "modeling_hf_clip",
-    "pictures_hf_clip",
-    "processing_hf_clip",
-    "resizing_hf_clip",
-    "resnet_hf_clip",
-    "tokenization_hf_clip",
-    "transformer_hf_clip",
-    "variants",
-}
-"""The flat files that a Hub repository gets as remote code."""
 
 THIRD_PARTY = {"PIL", "ftfy", "huggingface_hub", "numpy", "regex", "tokenizers", "torch", "transformers"}
 """What they may import; a file that asks for more could not be loaded where only these are installed."""
@@ -68,6 +54,18 @@ def test_travelling_file_imports_flat_files_and_declared_packages_only(name: str
                 assert top in THIRD_PARTY or top in sys.stdlib_module_names, ast.unparse(node)
 
 
+def test_what_travels_is_every_file_that_is_named_so_and_all_that_they_import():
+    named = {path.stem for path in PACKAGE.glob("*_hf_clip.py")}
+    reached, waiting = set(), {"modeling_hf_clip", "processing_hf_clip", "tokenization_hf_clip"}
+    waiting |= {"configuration_hf_clip", "image_processing_hf_clip"}  # those are the ones that `auto_map` names
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        nodes = imports_of(PACKAGE / f"{name}.py")
+        waiting |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level} - reached
+    assert reached == set(TRAVELLING) == named | {"variants"}
+
+
 def test_import_statements_do_not_stand_in_the_text_of_travelling_files():
     """The Hub's loader reads imports by regular expression, in docstrings too."""
     for name in TRAVELLING:
@@ -89,6 +87,7 @@ ALLOWED = {
     "features": set(),
     "pipeline": {"classifier_matrix", "configuration_hf_clip", "pictures_hf_clip", "zero_shot"},
     "prompts": set(),
+    "remote_code": set(),
     "zero_shot": {"calibration", "classifier_matrix", "features", "prompts"},
     "openai": {
         "image_processing_hf_clip",
