@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,8 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+FINGERPRINT = 8
+"""Rows and columns of the visual projection that are kept."""
+
 SCORES = ("softmax", "sigmoid", "cosine")
 FILE_FORMAT = "hf_clip.zero_shot.1"
+
+
+def fingerprint_of(model: Any) -> Tensor:
+    """A corner of the visual projection: (8, 8) at most, float32."""
+    return model.visual_projection.weight.detach()[:FINGERPRINT, :FINGERPRINT].float().cpu().clone()
 
 
 @dataclass
@@ -28,6 +37,7 @@ class ClassifierMatrix:
     logit_scale: one over the temperature; logit_bias is added after it
     thresholds:  (L,) scores from which on a label is given, once calibrated
     templates:   the templates' texts, where they were texts
+    fingerprint: some numbers of the model's visual projection, to know it by
     """
 
     weights: Tensor
@@ -37,6 +47,7 @@ class ClassifierMatrix:
     logit_bias: float = 0.0
     thresholds: Tensor | None = None
     templates: list[str] | None = None
+    fingerprint: Tensor | None = None
 
     def cosines(self, features: Tensor) -> Tensor:
         """(B, D) of any length → (B, C)."""
@@ -77,6 +88,8 @@ class ClassifierMatrix:
         }
         if self.thresholds is not None:
             tensors["thresholds"] = self.thresholds.cpu()
+        if self.fingerprint is not None:
+            tensors["fingerprint"] = self.fingerprint.cpu()
         metadata = {"format": FILE_FORMAT, "labels": json.dumps(self.labels), "scores": self.scores}
         if self.templates is not None:
             metadata["templates"] = json.dumps(self.templates)
@@ -89,6 +102,13 @@ class ClassifierMatrix:
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+    def is_of(self, model: Any) -> bool:
+        """Whether a model, in whatever dtype, has the projection of the one that made this."""
+        if self.fingerprint is None:
+            return True
+        found = fingerprint_of(model)
+        return found.shape == self.fingerprint.shape and bool((found - self.fingerprint).norm() < 0.05 * found.norm())
 
     @classmethod
     def load(cls, path: str | Path) -> "ClassifierMatrix":
@@ -112,6 +132,7 @@ class ClassifierMatrix:
             logit_scale=tensors["logit_scale"].item(),
             logit_bias=tensors["logit_bias"].item(),
             thresholds=tensors.get("thresholds"),
+            fingerprint=tensors.get("fingerprint"),
             templates=json.loads(metadata["templates"]) if "templates" in metadata else None,
         )
         if matrix.weights.ndim != 2 or matrix.weights.shape[1] < len(matrix.labels) or matrix.scores not in SCORES:

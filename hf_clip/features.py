@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from .image_processing_hf_clip import HfClipImagesKwargs
+
 
 def image_processor_of(processor: Any) -> Any:
     """The image processor within a processor, or the one given."""
@@ -27,6 +29,11 @@ def image_processor_of(processor: Any) -> Any:
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer within a processor, or the one given."""
     return getattr(processor, "tokenizer", processor)
+
+
+def _progress_bar(title: str, unit: str, total: int | None, is_shown: bool) -> tqdm:
+    hidden = {} if is_shown else {"disable": True}  # not False, which would overrule TQDM_DISABLE
+    return tqdm(desc=title, unit=unit, total=total, leave=False, **hidden)
 
 
 @torch.no_grad()
@@ -53,7 +60,7 @@ def encode_texts(
     lengths = tokens["attention_mask"].sum(dim=1)
     order = lengths.argsort(stable=True)
     features: list[Tensor] = []
-    with tqdm(total=len(order), desc="Encoding texts", unit="text", disable=not progress, leave=False) as bar:
+    with _progress_bar("Encoding texts", "text", len(order), progress) as bar:
         for rows in order.split(batch_size):
             input_ids = tokens["input_ids"][rows, : int(lengths[rows].max())].to(model.device)
             features.append(normalize(model(input_ids=input_ids).text_embeds.float(), dim=-1))
@@ -88,10 +95,15 @@ def encode_images(
 
     Raises ValueError that names a picture which cannot be read by its place among all of them.
     """
+    if unknown := settings.keys() - HfClipImagesKwargs.__annotations__.keys():
+        raise TypeError(
+            f"{min(unknown)!r} is neither an argument here nor a setting of the image processor, such as fit or "
+            f"backend."
+        )
     items = [images] if is_single_picture(images) else images
     image_processor, features, done = image_processor_of(processor), [], 0
     total = len(items) if hasattr(items, "__len__") else None
-    with tqdm(total=total, desc="Encoding pictures", unit="picture", disable=not progress, leave=False) as bar:
+    with _progress_bar("Encoding pictures", "picture", total, progress) as bar:
         for batch in _in_batches(items, batch_size):
             try:
                 pixels = image_processor(batch, return_tensors="pt", **settings)["pixel_values"]

@@ -42,6 +42,11 @@ class HfClipImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     draft: bool | None
 
 
+def check_fit(fit: Any) -> None:
+    if fit not in FITS:
+        raise ValueError(f"fit is {fit!r}, but must be one of {', '.join(map(repr, FITS))}.")
+
+
 @dataclass(frozen=True)
 class Steps:
     """The settings of one call, checked before any picture is touched."""
@@ -61,8 +66,7 @@ class Steps:
 
     def __post_init__(self) -> None:
         size, crop = self.size, self.crop_size
-        if self.fit not in FITS:
-            raise ValueError(f"fit is {self.fit!r}, but must be one of {', '.join(map(repr, FITS))}.")
+        check_fit(self.fit)
         if self.fit != "crop" and not (self.do_resize and self.do_center_crop):
             raise ValueError(f"fit={self.fit!r} needs do_resize=True and do_center_crop=True.")
         if self.do_resize and not (size.shortest_edge or (size.height and size.width)):
@@ -235,14 +239,14 @@ class HfClipImageProcessor(BaseImageProcessor):
     crop_size: {"height": h, "width": w}
     resample:  Pillow's number; 3 is bicubic
     fit:       what becomes of a picture that isn't square. "crop" cuts its sides off, as the original does; "pad"
-               scales all of it into `crop_size`, with margins in the mean colour; "squash" does so without margins,
-               distorted. Saved with the processor, as all of the above
+               scales all of it into `crop_size`, with margins in the colour `image_mean`; "squash" does so without
+               margins, distorted. Saved with the processor, as all of the above
     backend:   "pil" is exact; "torch" works on tensors, on `device` and in batches, within one grey level, and passes
                gradients to float tensors
     num_threads: how many pictures of a list "pil" works on at once (default: as many as torch uses); the result is the
                same
-    draft:     decode a JPEG that is more than twice as large as needed at a half, a quarter or an eighth of its size:
-               faster, not exact
+    draft:     for what is opened here: decode a JPEG that is at least four times as large as needed at a half, a quarter
+               or an eighth of its size: faster, not exact
     Each step can be switched off with its `do_...`, when constructing or in a call.
     """
 
@@ -268,6 +272,7 @@ class HfClipImageProcessor(BaseImageProcessor):
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self._set_attributes(**kwargs)
+        check_fit(self.fit)
 
     @classmethod
     def for_image_size(cls, image_size: int, **kwargs: Any) -> "HfClipImageProcessor":

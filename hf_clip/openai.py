@@ -9,6 +9,7 @@ What differs: weights are float32 on every device (`model.half()` for the origin
 computed as far as they go, not as far as the context length, and TorchScript is never run.
 """
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from .tokenization_hf_clip import HfClipTokenizer
 from .variants import VARIANTS, get_variant
 
 UNLIMITED = 1 << 30
+LIKE_A_VARIANT = re.compile(r"(vit-[a-z]+[/-]|rn)\d+(x\d+)?(@\d+px)?$", re.IGNORECASE)
 
 
 def available_models() -> list[str]:
@@ -47,14 +49,22 @@ class Preprocess:
 
 
 class Visual:
-    """What code for the original asks `model.visual`."""
+    """What code for the original asks `model.visual`: sizes, and pictures to be encoded."""
 
-    def __init__(self, input_resolution: int, output_dim: int):
-        self.input_resolution, self.output_dim = input_resolution, output_dim
+    def __init__(self, hf_model: HfClipModel):
+        self.input_resolution: int = hf_model.config.vision_config.image_size
+        self.output_dim: int = hf_model.config.projection_dim
+        self._encode = hf_model.encode_image
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self._encode(image)
 
 
 class OriginalCLIP(nn.Module):
-    """HfClipModel, called as the original model is; the model itself is `hf_model`."""
+    """HfClipModel, called as the original model is.
+
+    The model itself, with its layers and `save_pretrained`, is `hf_model`; the original's own layers are not here.
+    """
 
     def __init__(self, hf_model: HfClipModel):
         super().__init__()
@@ -62,7 +72,7 @@ class OriginalCLIP(nn.Module):
         config = hf_model.config
         self.context_length: int = config.text_config.max_position_embeddings
         self.vocab_size: int = config.text_config.vocab_size
-        self.visual = Visual(config.vision_config.image_size, config.projection_dim)
+        self.visual = Visual(hf_model)
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -121,6 +131,8 @@ def load(
     if jit:
         raise ValueError("jit=True would run a program out of the checkpoint, which hf_clip never does; leave it out.")
     path, known = Path(name), str(name)
+    if LIKE_A_VARIANT.match(known) and not path.exists():
+        get_variant(known)  # raises with the nearest name, before the Hub is asked for what cannot be there
     if known in VARIANTS and not path.exists():
         model = _model_of_checkpoint(fetch_original(VARIANTS[known], folder=download_root), verify=False)
     elif path.is_file():

@@ -68,6 +68,11 @@ def read_template_file(path: str | os.PathLike) -> list[str]:
     templates = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
     if not templates:
         raise ValueError(f"{path} has no templates; write one per line, each with {{}} where the label belongs.")
+    for template in templates:
+        try:
+            format_template(template)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return templates
 
 

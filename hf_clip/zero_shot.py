@@ -7,6 +7,7 @@
 Dimensions: B pictures, D embedding, L labels, K background labels, C = L + K columns.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +18,30 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .calibration import fit_sigmoid, fit_softmax_scale, fit_thresholds
-from .classifier_matrix import SCORES, ClassifierMatrix
-from .features import encode_images, encode_texts, is_single_picture
+from .classifier_matrix import SCORES, ClassifierMatrix, fingerprint_of
+from .features import encode_images, encode_texts, is_single_picture, tokenizer_of
 from .prompts import DEFAULT_TEMPLATE, make_prompts, read_labels, read_templates
 
 
 def default_scores(model: Any) -> str:
     """What the model was trained by."""
     return getattr(model.config, "contrastive_loss", "softmax")
+
+
+def check_parts(model: Any, processor: Any) -> None:
+    """Refuse what has no text tower or no tokenizer."""
+    if isinstance(model, (str, Path)):
+        raise ValueError(f"model is {str(model)!r}; load it first, with AutoModel.from_pretrained.")
+    if not hasattr(model, "text_model") or not hasattr(model, "logit_scale"):
+        raise ValueError(
+            f"Labels are encoded by the text tower, which {type(model).__name__} doesn't have; pass an HfClipModel, or "
+            f"take a saved classifier with ZeroShotClassifier.load."
+        )
+    if not callable(tokenizer_of(processor)) or tokenizer_of(processor) is getattr(processor, "image_processor", None):
+        raise ValueError(
+            f"processor is of type {type(processor).__name__}, but the model's HfClipProcessor is needed: "
+            f"AutoProcessor.from_pretrained."
+        )
 
 
 def build_matrix(
@@ -40,6 +57,7 @@ def build_matrix(
     tokenizer_settings: dict[str, Any] | None = None,
 ) -> ClassifierMatrix:
     """Encode every name of every label in every template; the arguments are ZeroShotClassifier's."""
+    check_parts(model, processor)
     scores = scores or default_scores(model)
     if scores not in SCORES:
         raise ValueError(f"scores is {scores!r}, but must be one of {', '.join(map(repr, SCORES))}.")
@@ -52,9 +70,18 @@ def build_matrix(
         raise ValueError(f"{min(both)!r} is both a label and a background label; leave one out.")
     columns = [*names.values(), *others.values()]
     prompts = [prompt for column in columns for prompt in make_prompts(column, functions)]
-    features = encode_texts(
-        model, processor, prompts, batch_size=batch_size, progress=progress, **(tokenizer_settings or {})
-    )
+    try:
+        features = encode_texts(
+            model, processor, prompts, batch_size=batch_size, progress=progress, **(tokenizer_settings or {})
+        )
+    except ValueError as error:
+        if not (found := re.match(r"Text (\d+) has (\d+) tokens.* takes (\d+)\.", str(error))):
+            raise
+        place, length, limit = map(int, found.groups())
+        raise ValueError(
+            f"The prompt {prompts[place]!r:.200} has {length} tokens, start and end included, but the model takes "
+            f"{limit}. Shorten the label or the template."
+        ) from None
     counts = torch.tensor([len(column) * len(functions) for column in columns])
     owner = torch.arange(len(columns)).repeat_interleave(counts).to(features.device)
     sums = features.new_zeros(len(columns), features.shape[1]).index_add_(0, owner, features)
@@ -66,6 +93,7 @@ def build_matrix(
         logit_scale=float(model.logit_scale.detach().float().exp()),
         logit_bias=0.0 if bias is None else float(bias.detach()),
         templates=texts,
+        fingerprint=fingerprint_of(model),
     )
 
 
@@ -130,6 +158,12 @@ class ZeroShotClassifier:
         """The classifier matrix (D, C): a column of length one for every label, then for every background label."""
         return self.matrix.weights
 
+    @property
+    def thresholds(self) -> dict[str, float] | None:
+        """The score from which on `classify(..., thresholds=True)` gives each label; None before `calibrate`."""
+        found = self.matrix.thresholds
+        return None if found is None else dict(zip(self.labels, found.tolist(), strict=True))
+
     def _features(self, images: Any, batch_size: int, progress: bool, settings: dict[str, Any]) -> Tensor:
         return encode_images(self.model, self.processor, images, batch_size=batch_size, progress=progress, **settings)
 
@@ -161,6 +195,11 @@ class ZeroShotClassifier:
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all labels.")
+        if not isinstance(thresholds, bool):
+            raise ValueError(
+                f"thresholds is {thresholds!r:.40}, but True or False is needed: the thresholds are those that "
+                f"`calibrate` found. To cut elsewhere, compare the scores."
+            )
         if thresholds and self.matrix.thresholds is None:
             raise ValueError("This classifier has no thresholds yet; `calibrate` finds them on pictures with labels.")
         scores = self.matrix.score(self._features(images, batch_size, progress, settings)).cpu()
@@ -193,7 +232,7 @@ class ZeroShotClassifier:
         scaling); with "sigmoid" a scale and a bias (Platt scaling); "cosine" scores have neither. The thresholds are
         those at which each label's F1 is highest. All of it is kept, saved, and used from now on.
 
-        Returns the logit scale and bias, and F1 over all pictures and labels at the thresholds.
+        Returns the logit scale and bias, and F1 over these pictures and all labels at the thresholds.
         """
         matrix = self.matrix
         is_right = self._read_truth(labels)  # (B, L)
@@ -244,7 +283,10 @@ class ZeroShotClassifier:
             for label in [] if given is None else [given] if isinstance(given, (str, int)) else given:
                 index = place.get(label) if isinstance(label, str) else label
                 if not isinstance(index, int) or not 0 <= index < len(self.labels):
-                    raise ValueError(f"Picture {row} has the label {label!r}, which is none of this classifier's.")
+                    raise ValueError(
+                        f"Picture {row} has the label {label!r}, which is none of this classifier's; None stands for "
+                        f"none of them."
+                    )
                 is_right[row, index] = True
         return is_right
 
@@ -266,6 +308,12 @@ class ZeroShotClassifier:
             raise ValueError(
                 f"{path} was made by a model with features of {matrix.weights.shape[0]}, but this one has {width}; "
                 f"take the model whose text tower made it."
+            )
+        if not matrix.is_of(model):
+            warnings.warn(
+                f"{path} was made by a model with another visual projection than this one's: unless the two have the "
+                f"same text tower, its scores mean nothing.",
+                stacklevel=2,
             )
         matrix.weights = matrix.weights.to(model.device)
         classifier = cls.__new__(cls)

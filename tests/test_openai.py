@@ -42,6 +42,7 @@ def test_loaded_model_computes_what_the_original_does(
             assert found.shape == expected.shape
             assert (found - expected).norm() / expected.norm() < 1e-5
     assert model.visual.input_resolution == image.shape[-1]
+    assert torch.equal(model.visual(image), model.encode_image(image))
     assert (model.context_length, model.vocab_size) == (reference.context_length, reference.vocab_size)
     assert model.logit_scale.item() == pytest.approx(reference.logit_scale.item())
 
@@ -127,7 +128,9 @@ def test_published_file_is_found_where_it_was_put(
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("ViT-B/31", FileNotFoundError, "'ViT-B/31' is no name of OpenAI's .*, no file and no folder here"),
+        ("ViT-B/31", ValueError, "Unknown CLIP variant 'ViT-B/31'; .* Did you mean"),
+        ("vit-b/32", ValueError, "Unknown CLIP variant 'vit-b/32'; .* Did you mean 'ViT-B/32'"),
+        ("somebody/clip", FileNotFoundError, "'somebody/clip' is no name of OpenAI's .*, no file and no folder here"),
         ("ViT-B-32", ValueError, "Unknown CLIP variant 'ViT-B-32'; .* Did you mean 'ViT-B/32'"),
         ("nowhere.pt", FileNotFoundError, "There is no checkpoint nowhere.pt"),
         ("a/b/c.pt", FileNotFoundError, "There is no checkpoint a/b/c.pt"),

@@ -58,6 +58,9 @@ def test_file_without_templates_is_refused(tmp_path: Path):
     (tmp_path / "empty.txt").write_text("\n# nothing\n")
     with pytest.raises(ValueError, match="has no templates; write one per line"):
         read_templates(tmp_path / "empty.txt")
+    (tmp_path / "bad.txt").write_text("a {}\na photo\n")
+    with pytest.raises(ValueError, match="bad.txt: The template 'a photo' has no placeholder"):
+        read_templates(tmp_path / "bad.txt")
 
 
 def test_template_that_makes_no_text_is_refused():

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor
 
-from hf_clip import HfClipModel, HfClipVisionModelWithProjection, ZeroShotClassifier
+from hf_clip import HfClipModel, HfClipVisionModelWithProjection, ZeroShotClassifier, features
 
 LABELS = ["cat", "man", "cup", "moon"]
 TEMPLATES = ["a {}.", "the {}", "art of {}"]
@@ -177,6 +177,7 @@ class NearColumns(nn.Module):
         super().__init__()
         columns = torch.randn(classifier.weights.shape, generator=torch.Generator().manual_seed(0))
         classifier.matrix.weights = torch.linalg.qr(columns)[0]
+        self.visual_projection = classifier.model.visual_projection
         self.classifier, self.device, self.dtype = classifier, torch.device("cpu"), torch.float32
         self.config = classifier.model.config
 
@@ -221,7 +222,8 @@ def test_calibration_with_several_labels_and_with_none(model: HfClipModel, proce
     classifier.model = NearColumns(classifier)
     pictures = coloured([0, 1, 2, 3], size)
     classifier.calibrate(pictures, [["cat"], {"man"}, "cup", None], **settings)
-    assert classifier.matrix.thresholds is not None
+    assert classifier.thresholds is not None
+    assert list(classifier.thresholds) == LABELS
     as_tensor = torch.eye(4).bool() & torch.tensor([True, True, True, False])[:, None]
     first = classifier.matrix.thresholds
     classifier.calibrate(pictures, as_tensor, **settings)
@@ -254,6 +256,10 @@ def test_bad_truth_is_refused(
 def test_bad_calls_are_refused(classifier: ZeroShotClassifier, model: HfClipModel, processor, pictures: list):
     with pytest.raises(ValueError, match="top_k is 0"):
         classifier.classify(pictures, top_k=0)
+    with pytest.raises(ValueError, match="thresholds is 0.5, but True or False is needed"):
+        classifier.classify(pictures, thresholds=0.5)
+    with pytest.raises(TypeError, match="'threshold' is neither an argument here nor a setting of the image processor"):
+        classifier.classify(pictures, threshold=0.5)
     with pytest.raises(ValueError, match="no thresholds yet; `calibrate` finds them"):
         classifier.classify(pictures, thresholds=True)
     with pytest.raises(ValueError, match="scores is 'argmax', but must be one of"):
@@ -264,13 +270,39 @@ def test_bad_calls_are_refused(classifier: ZeroShotClassifier, model: HfClipMode
         ZeroShotClassifier(model, processor, LABELS, background=["cat"])
 
 
-def test_progress_is_shown_while_prompts_are_encoded(
-    model: HfClipModel, processor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+def test_progress_is_shown_while_prompts_are_encoded(model: HfClipModel, processor, monkeypatch: pytest.MonkeyPatch):
+    bars = []
+    real = features.tqdm
+    monkeypatch.setattr(features, "tqdm", lambda **settings: bars.append(settings) or real(**settings))
     ZeroShotClassifier(model, processor, LABELS, progress=True)
     ZeroShotClassifier(model, processor, LABELS, progress=False)
-    assert capsys.readouterr().err.count("Encoding texts:   0%") == 1
+    assert [bar.get("disable", "as TQDM_DISABLE says") for bar in bars] == ["as TQDM_DISABLE says", True]
+    assert bars[0]["total"] == len(LABELS)
+
+
+def test_parts_that_do_not_fit_are_refused(repository: Path, model: HfClipModel, processor):
+    tower = HfClipVisionModelWithProjection.from_pretrained(repository)
+    with pytest.raises(ValueError, match="which HfClipVisionModelWithProjection doesn't have; pass an HfClipModel, or"):
+        ZeroShotClassifier(tower, processor, LABELS)
+    with pytest.raises(ValueError, match="load it first, with AutoModel.from_pretrained"):
+        ZeroShotClassifier(str(repository), processor, LABELS)
+    with pytest.raises(ValueError, match="processor is of type NoneType, but the model's HfClipProcessor"):
+        ZeroShotClassifier(model, None, LABELS)
+    with pytest.raises(
+        ValueError, match=r"The prompt 'a photo of a cat cat .* has \d+ tokens, .* takes 20. Shorten the"
+    ):
+        ZeroShotClassifier(model, processor, ["dog", "cat " * 30])
+
+
+def test_classifier_of_another_model_is_noticed(
+    classifier: ZeroShotClassifier, repository: Path, processor, pictures: list[Image.Image], tmp_path: Path
+):
+    classifier.save(tmp_path / "classifier")
+    half = AutoModel.from_pretrained(repository, dtype=torch.bfloat16)
+    ZeroShotClassifier.load(tmp_path / "classifier", half, processor)  # the same, rounded
+    other = HfClipModel(half.config)
+    with pytest.warns(UserWarning, match="made by a model with another visual projection"):
+        ZeroShotClassifier.load(tmp_path / "classifier", other, processor)
 
 
 def test_compiled_model_classifies_the_same(

@@ -58,7 +58,7 @@ def verify_published(path: Path) -> None:
     if (found := sha256_of(path)) != expected:
         raise CheckpointError(
             f"{path} has sha256 {found}, but the published {path.name} has {expected}. Download it again; if it is a "
-            f"model of your own, rename it or pass --no-verify."
+            f"model of your own, rename it (the convert program also takes --no-verify)."
         )
 
 

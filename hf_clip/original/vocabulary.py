@@ -34,7 +34,7 @@ def find_vocabulary(path: str | Path | None = None, offline: bool = False) -> Pa
         return Path(path)
     if installed := installed_vocabulary():
         return installed
-    advice = f"Install it with `pip install openai-clip`, or pass the path of {FILE_NAME}."
+    advice = f"Install it with `pip install openai-clip`; conversion also takes the path of {FILE_NAME}, as --vocab."
     if offline or constants.HF_HUB_OFFLINE:
         raise FileNotFoundError(
             f"OpenAI's vocabulary file is not installed, and the Hub is not asked offline. {advice}"
