@@ -245,8 +245,8 @@ class HfClipImageProcessor(BaseImageProcessor):
                gradients to float tensors
     num_threads: how many pictures of a list "pil" works on at once (default: as many as torch uses); the result is the
                same
-    draft:     for what is opened here: decode a JPEG that is at least four times as large as needed at a half, a quarter
-               or an eighth of its size: faster, not exact
+    draft:     for what is opened here: decode a JPEG that is at least four times as large as needed at a half, a
+               quarter or an eighth of its size: faster, not exact
     Each step can be switched off with its `do_...`, when constructing or in a call.
     """
 
