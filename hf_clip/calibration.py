@@ -93,6 +93,7 @@ def fit_thresholds(scores: Tensor, is_right: Tensor) -> Tensor:
     last = f1.where(is_last_of_equals, -1.0).argmax(dim=0)  # (L,)
     above = ordered.gather(0, last[None])[0]
     below = ordered.gather(0, (last + 1).clamp(max=len(scores) - 1)[None])[0]
-    thresholds = (above + below) / 2
+    middle = ((above + below) / 2).float()
+    thresholds = torch.where(middle > below.float(), middle, above.float())  # neighbours have nothing between them
     beyond = torch.nextafter(ordered[0].float(), torch.tensor(torch.inf, device=scores.device))
-    return torch.where(is_right.any(0), thresholds.float(), beyond)
+    return torch.where(is_right.any(0), thresholds, beyond)

@@ -55,7 +55,8 @@ def encode_texts(
 
     Raises ValueError for a text that is longer than the model takes.
     """
-    settings = {"padding_side": "right", "return_tensors": "pt"} | settings
+    check_batch_size(batch_size)
+    settings = settings | {"padding": True, "padding_side": "right", "return_tensors": "pt"}
     tokens = tokenizer_of(processor)(list(texts), **settings)
     lengths = tokens["attention_mask"].sum(dim=1)
     order = lengths.argsort(stable=True)
@@ -66,6 +67,11 @@ def encode_texts(
             features.append(normalize(model(input_ids=input_ids).text_embeds.float(), dim=-1))
             bar.update(len(rows))
     return torch.cat(features)[order.argsort().to(features[0].device)]
+
+
+def check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but must be at least 1.")
 
 
 def is_single_picture(images: Any) -> bool:
@@ -100,11 +106,15 @@ def encode_images(
             f"{min(unknown)!r} is neither an argument here nor a setting of the image processor, such as fit or "
             f"backend."
         )
+    check_batch_size(batch_size)
     items = [images] if is_single_picture(images) else images
     image_processor, features, done = image_processor_of(processor), [], 0
     total = len(items) if hasattr(items, "__len__") else None
     with _progress_bar("Encoding pictures", "picture", total, progress) as bar:
         for batch in _in_batches(items, batch_size):
+            for place, item in enumerate(batch, start=done):
+                if isinstance(item, (list, tuple)) or getattr(item, "ndim", 0) > 3:
+                    raise ValueError(f"images[{place}] holds several pictures; pass a flat list of single ones.")
             try:
                 pixels = image_processor(batch, return_tensors="pt", **settings)["pixel_values"]
             except ValueError as error:

@@ -2,7 +2,7 @@
 
 Invariant: with the default backend the result is bit-identical to OpenAI's torchvision transform: the same Pillow
 resize in the picture's own mode, the same rounding of sizes and offsets, and the same float32 operations,
-(x / 255 − mean) / std, in that order. With `backend="torch"` every grey level is within one of that.
+(x / 255 − mean) / std, in that order. With `backend="torch"` grey levels are within one of that; see the class.
 
 Dimensions: B batch, H × W pixels, C = 3 channels.
 """
@@ -109,7 +109,8 @@ class Steps:
 
     def margin_colour(self) -> np.ndarray:
         """The mean colour as grey levels, so that margins are nearly zero once normalised."""
-        return np.round(np.asarray(self.image_mean, dtype=np.float64) * 255)
+        mean = np.asarray([0.0] if self.image_mean is None else self.image_mean, dtype=np.float64)
+        return np.round(mean * (1 / self.rescale_factor if self.do_rescale else 1)).clip(0, 255)
 
     def draft_side(self) -> int | None:
         """The least shorter side at which a JPEG may be decoded, or None where its size is kept."""
@@ -193,7 +194,7 @@ def _as_tensor(item: Any, name: str, steps: Steps, data_format: str | None, devi
     if not hasattr(item, "ndim") or item.ndim not in (2, 3):
         to_picture(item, name)  # which says what is wrong with it
     if isinstance(item, np.ndarray):
-        item = np.require(item, requirements="W")  # torch warns of arrays that cannot be written to
+        item = np.require(item, requirements=["C", "W"])  # torch takes no others without a warning or an error
     pixels = torch.as_tensor(item, device=device)
     if pixels.ndim == 2:
         pixels, data_format = pixels[None], "channels_first"
@@ -241,8 +242,9 @@ class HfClipImageProcessor(BaseImageProcessor):
     fit:       what becomes of a picture that isn't square. "crop" cuts its sides off, as the original does; "pad"
                scales all of it into `crop_size`, with margins in the colour `image_mean`; "squash" does so without
                margins, distorted. Saved with the processor, as all of the above
-    backend:   "pil" is exact; "torch" works on tensors, on `device` and in batches, within one grey level, and passes
-               gradients to float tensors
+    backend:   "pil" is exact; "torch" works on tensors, on `device` and in batches, and passes gradients to float
+               tensors; grey and RGB pictures come within one grey level (of drawings with hard edges one value in some
+               millions within two), others are made RGB before they are resized, and not after it
     num_threads: how many pictures of a list "pil" works on at once (default: as many as torch uses); the result is the
                same
     draft:     for what is opened here: decode a JPEG that is at least four times as large as needed at a half, a
@@ -283,6 +285,10 @@ class HfClipImageProcessor(BaseImageProcessor):
     def to_dict(self) -> dict[str, Any]:
         """What is saved: how the model wants its pictures, not how this machine makes them."""
         return {k: v for k, v in super().to_dict().items() if k not in ("backend", "num_threads", "draft", "device")}
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Leave addresses to us; transformers' loader would make every picture RGB before it is resized."""
+        return image_url_or_urls
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
         """Pictures → `pixel_values`; the arguments are those of the class, for this call alone."""
@@ -375,7 +381,7 @@ class HfClipImageProcessor(BaseImageProcessor):
         if steps.do_resize and steps.resample not in TORCH_FILTERS:
             raise ValueError(f'backend="torch" resizes with resample 3 (bicubic) or 2, not {int(steps.resample)}.')
         if getattr(images, "ndim", 0) == 4:
-            images = np.require(images, requirements="W") if isinstance(images, np.ndarray) else images
+            images = np.require(images, requirements=["C", "W"]) if isinstance(images, np.ndarray) else images
             batch = torch.as_tensor(images, device=device)
             axis = channel_axis(tuple(batch.shape[1:]), data_format, "images[0]") if len(batch) else 0
             groups = [batch.movedim(axis + 1, 1)]

@@ -525,7 +525,7 @@ class HfClipModel(HfClipPreTrainedModel):
         """Compare every image with every text; either may be left out, and then only the other is embedded.
 
         input_ids:    (T, L)        pixel_values: (I, C, Y, X)
-        return_loss:  the symmetric contrastive loss too, for which image i belongs to text i
+        return_loss:  the contrastive loss that the configuration names too, for which image i belongs to text i
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("HfClipModel got neither input_ids nor pixel_values; pass at least one of them.")

@@ -27,6 +27,7 @@ from .tokenization_hf_clip import HfClipTokenizer
 from .variants import VARIANTS, get_variant
 
 UNLIMITED = 1 << 30
+FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 LIKE_A_VARIANT = re.compile(r"(vit-[a-z]+[/-]|rn)\d+(x\d+)?(@\d+px)?$", re.IGNORECASE)
 
 
@@ -88,7 +89,8 @@ class OriginalCLIP(nn.Module):
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Ids (B, L), padded with zeros → (B, D), not normalised."""
-        length = int(text.ne(0).any(dim=0).nonzero().max()) + 1  # a column of padding changes no feature
+        used = text.ne(0).any(dim=0).nonzero()  # a column of padding changes no feature
+        length = int(used.max()) + 1 if len(used) else text.shape[1]
         return self.hf_model.encode_text(text[:, :length])
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +139,7 @@ def load(
         model = _model_of_checkpoint(fetch_original(VARIANTS[known], folder=download_root), verify=False)
     elif path.is_file():
         model = _model_of_checkpoint(path, verify=True)
-    elif path.is_dir() or (known.count("/") == 1 and not path.suffix):
+    elif path.is_dir() or (known.count("/") == 1 and path.suffix not in FILE_SUFFIXES):
         try:
             model = HfClipModel.from_pretrained(name, dtype=torch.float32)
         except OSError as error:
@@ -147,7 +149,7 @@ def load(
                 f"{known!r} is no name of OpenAI's ({', '.join(VARIANTS)}), no file and no folder here, and no "
                 f"repository that could be read: {str(error).splitlines()[0]}"
             ) from error
-    elif path.suffix:
+    elif path.suffix or "/" in known:
         raise FileNotFoundError(
             f"There is no checkpoint {known}; check the path, or name one of {', '.join(VARIANTS)}."
         )

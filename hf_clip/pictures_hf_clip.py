@@ -10,7 +10,7 @@ Dimensions: H × W pixels, C channels.
 import base64
 import binascii
 import os
-import warnings
+from http.client import HTTPException
 from io import BytesIO
 from typing import Any
 from urllib.error import URLError
@@ -84,10 +84,8 @@ def draft_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
 def turn_upright(picture: Image.Image) -> Image.Image:
     """Turn and mirror a picture as its EXIF orientation says; one that says nothing legible stays as it is."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of EXIF data that is damaged
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) not in (None, 1)
-            return ImageOps.exif_transpose(picture) if turned else picture
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) not in (None, 1)
+        return ImageOps.exif_transpose(picture) if turned else picture
     except Exception:  # whatever a damaged block makes Pillow's parser do
         return picture
 
@@ -117,7 +115,7 @@ def open_picture(
         raise ValueError(
             f"{name} is too large: {error} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS, or scale it down."
         ) from error
-    except (*UNREADABLE, URLError, binascii.Error) as error:
+    except (*UNREADABLE, URLError, HTTPException, TypeError) as error:
         described = f"{str(source)[:80]!r}, " if isinstance(source, (str, os.PathLike)) else ""
         raise ValueError(f"{name} cannot be opened ({described}{error}); replace it, or leave it out.") from error
 
@@ -179,7 +177,10 @@ def to_picture(
         raise ValueError(
             f"{name} is of type {type(item).__name__}, but pictures are needed: Pillow pictures, paths, or arrays."
         )
-    array = np.asarray(item.detach().cpu() if hasattr(item, "detach") else item)
+    if hasattr(item, "detach"):
+        item = item.detach().cpu()
+        item = item.float() if item.is_floating_point() else item  # numpy has no bfloat16
+    array = np.asarray(item)
     if array.ndim == 3:
         axis = channel_axis(array.shape, data_format, name)
         array = array.transpose(1, 2, 0) if axis == 0 else array

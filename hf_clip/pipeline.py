@@ -18,7 +18,9 @@ from transformers.pipelines import PIPELINE_REGISTRY, ZeroShotImageClassificatio
 
 from .classifier_matrix import ClassifierMatrix
 from .configuration_hf_clip import HfClipConfig
+from .features import is_single_picture
 from .pictures_hf_clip import is_to_be_opened, open_picture, turn_upright
+from .prompts import read_labels
 from .zero_shot import build_matrix
 
 TASK = "zero-shot-image-classification"
@@ -31,15 +33,16 @@ PICTURES_AT_ONCE = 16
 
 
 def weights_state(model: Any) -> int:
-    """A number that changes when a weight is moved, cast or written to, so that no matrix outlives its weights."""
+    """A number that changes when a weight is moved, cast, trained or loaded, so that no matrix outlives its weights.
+
+    What is written past autograd's sight, to a weight's `.data`, is not seen.
+    """
     # Weights made in inference mode have no version, and can't be trained.
     return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()))
 
 
 def as_key(value: Any) -> Any:
-    """Labels, templates or settings as a key of a dictionary; functions stand for themselves."""
-    if hasattr(value, "names") and not isinstance(value, Mapping):  # a ClassLabel of `datasets`
-        value = value.names
+    """Labels with their names, templates or settings as a key of a dictionary; functions stand for themselves."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         return value
     if isinstance(value, Mapping):
@@ -87,10 +90,12 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
 
     def _matrix(self, labels: Any, template: Any, tokenizer_kwargs: dict[str, Any]) -> ClassifierMatrix:
         """The classifier matrix of these labels and templates, from memory where it is."""
+        labels = read_labels(labels)
+        template = template if isinstance(template, str) or not isinstance(template, Iterable) else list(template)
         key = (as_key(labels), as_key(template), as_key(tokenizer_kwargs), weights_state(self.model))
-        if key in self._matrices:
-            self._matrices.move_to_end(key)
-            return self._matrices[key]
+        if (known := self._matrices.pop(key, None)) is not None:
+            self._matrices[key] = known  # the last one used is the last one forgotten
+            return known
         matrix = build_matrix(self.model, self.tokenizer, labels, template, tokenizer_settings=tokenizer_kwargs)
         self._matrices[key] = matrix
         if len(self._matrices) > MOST_MATRICES:
@@ -124,7 +129,14 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
             image = open_picture(image, timeout=timeout)
         elif isinstance(image, Image.Image):
             image = turn_upright(image)
-        return self.image_processor([image], return_tensors="pt").to(self.dtype)
+        elif not is_single_picture(image) or isinstance(image, (list, tuple)):
+            raise ValueError(
+                "The zero-shot pipeline takes one picture or a flat list of pictures, and this holds several."
+            )
+        try:
+            return self.image_processor([image], return_tensors="pt").to(self.dtype)
+        except ValueError as error:
+            raise ValueError(str(error).replace("images[0]", "the picture", 1)) from error
 
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"features": self.model(pixel_values=model_inputs["pixel_values"]).image_embeds}

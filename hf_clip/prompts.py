@@ -46,7 +46,7 @@ def format_template(template: str) -> Template:
     """
     try:
         filled = template.format(MARK)
-    except (IndexError, KeyError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
         raise ValueError(
             f"The template {template!r} cannot be filled in ({type(error).__name__}: {error}); write {{}} once where "
             f"the label belongs, and other braces twice."
@@ -62,7 +62,7 @@ def format_template(template: str) -> Template:
 def read_template_file(path: str | os.PathLike) -> list[str]:
     """A file with one template per line; empty lines and lines that begin with # are left out."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The templates {str(path)!r} cannot be read ({error}).") from error
     templates = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
@@ -84,7 +84,7 @@ def read_templates(templates: Any) -> tuple[list[Template], list[str] | None]:
     if isinstance(templates, str) and "{" not in templates and templates in TEMPLATE_SETS:
         templates = TEMPLATE_SETS[templates]
     elif isinstance(templates, os.PathLike) or (
-        isinstance(templates, str) and "{" not in templates and Path(templates).is_file()
+        isinstance(templates, str) and "{" not in templates and os.path.isfile(templates)
     ):
         templates = read_template_file(templates)
     elif isinstance(templates, str) or callable(templates):
@@ -131,7 +131,8 @@ def read_labels(labels: Any) -> dict[str, list[str]]:
         names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
         for name in [*names, *([] if label is None else [label])]:
             if not isinstance(name, str) or not name.strip():
-                raise ValueError(f"Label {place} is {given!r:.60}, but a text with at least one letter is needed.")
+                shown = given if label is None else {label: given}
+                raise ValueError(f"Label {place} is {shown!r:.60}, but a text with at least one letter is needed.")
         if not names:
             raise ValueError(f"Label {place} ({label!r}) has no names; give it at least one.")
         label = names[0] if label is None else label

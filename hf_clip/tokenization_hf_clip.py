@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from itertools import accumulate, chain
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ class ChunkMemory:
 
     def __init__(self, merger: Tokenizer):
         self.merger = merger
+        self.lock = Lock()
         vocab = merger.get_vocab()
         self.ends_word = np.zeros(max(vocab.values()) + 1, dtype=bool)
         for token, number in vocab.items():
@@ -67,15 +69,17 @@ class ChunkMemory:
 
     def look_up(self, chunks: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of texts given as chunks with boundaries between them (N,), and how many each text has (B,)."""
-        try:
-            numbers = np.fromiter(map(self.numbers.__getitem__, chunks), np.int64, len(chunks))
-        except KeyError:
-            self.learn(set(chunks))
-            numbers = np.fromiter(map(self.numbers.__getitem__, chunks), np.int64, len(chunks))
-        counts = self.lengths[numbers]  # ids of each chunk; none of a boundary
+        with self.lock:  # another thread may learn, or forget
+            try:
+                numbers = np.fromiter(map(self.numbers.__getitem__, chunks), np.int64, len(chunks))
+            except KeyError:
+                self.learn(set(chunks))
+                numbers = np.fromiter(map(self.numbers.__getitem__, chunks), np.int64, len(chunks))
+            known_ids, starts, lengths = self.ids, self.starts, self.lengths
+        counts = lengths[numbers]  # ids of each chunk; none of a boundary
         ends = np.cumsum(counts)
         total = int(ends[-1]) if len(ends) else 0
-        ids = self.ids[np.repeat(self.starts[numbers] - (ends - counts), counts) + np.arange(total)]
+        ids = known_ids[np.repeat(starts[numbers] - (ends - counts), counts) + np.arange(total)]
         texts_end = np.append(ends[numbers == 0], total)
         return ids, np.diff(texts_end, prepend=0)
 
@@ -352,9 +356,10 @@ class HfClipTokenizer(TokenizersBackend):
             texts = list(map(repair_where_needed, texts))
         # Lower case stays as it is when lowered again, and repaired text has no white space but single spaces.
         chunks = f" {BOUNDARY} ".join(texts).lower().split()
-        if self._memory is None:
-            self._memory = ChunkMemory(merging_backend(self._tokenizer))
-        return self._memory.look_up(chunks)
+        memory = self._memory
+        if memory is None:
+            memory = self._memory = ChunkMemory(merging_backend(self._tokenizer))
+        return memory.look_up(chunks)
 
     def _arrange(
         self,

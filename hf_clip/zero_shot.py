@@ -7,9 +7,11 @@
 Dimensions: B pictures, D embedding, L labels, K background labels, C = L + K columns.
 """
 
+import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def check_parts(model: Any, processor: Any) -> None:
             f"Labels are encoded by the text tower, which {type(model).__name__} doesn't have; pass an HfClipModel, or "
             f"take a saved classifier with ZeroShotClassifier.load."
         )
-    if not callable(tokenizer_of(processor)) or tokenizer_of(processor) is getattr(processor, "image_processor", None):
+    if not hasattr(tokenizer_of(processor), "decode"):
         raise ValueError(
             f"processor is of type {type(processor).__name__}, but the model's HfClipProcessor is needed: "
             f"AutoProcessor.from_pretrained."
@@ -65,7 +67,9 @@ def build_matrix(
     names = read_labels(labels)
     if isinstance(background, str):
         raise ValueError(f"background is a single text, {background!r}; pass a list of background labels.")
-    others = read_labels(background) if len(background) else {}
+    if isinstance(background, Iterable):
+        background = background if isinstance(background, Mapping) else list(background)
+    others = read_labels(background) if background else {}
     if both := names.keys() & others.keys():
         raise ValueError(f"{min(both)!r} is both a label and a background label; leave one out.")
     columns = [*names.values(), *others.values()]
@@ -204,11 +208,12 @@ class ZeroShotClassifier:
             raise ValueError("This classifier has no thresholds yet; `calibrate` finds them on pictures with labels.")
         scores = self.matrix.score(self._features(images, batch_size, progress, settings)).cpu()
         names: list[str | None] = [*self.labels, *([None] if scores.shape[1] > len(self.labels) else [])]
-        least = torch.full((len(names),), -torch.inf)
-        if thresholds and self.matrix.thresholds is not None:
-            least[: len(self.labels)] = self.matrix.thresholds
-            least[len(self.labels) :] = torch.inf
+        least = [-math.inf] * len(names)
         ordered, places = scores.sort(dim=1, descending=True, stable=True)
+        if thresholds and self.matrix.thresholds is not None:
+            least = [*self.matrix.thresholds.tolist(), math.inf]
+        else:
+            ordered, places = ordered[:, :top_k], places[:, :top_k]
         results = [
             [
                 {"label": names[place], "score": score}
@@ -225,8 +230,8 @@ class ZeroShotClassifier:
         """Fit the logit scale, and a threshold for each label, on pictures whose labels are known.
 
         images: as in `logits`
-        labels: for each picture its label, or None for a picture of none of them; or the labels that it has, a list or
-            set of texts; or a bool tensor (B, L)
+        labels: for each picture its label or its number, or None for a picture of none of them; or the labels that it
+            has, a list or set of them; or a bool tensor (B, L)
 
         With "softmax" scores a picture has one label, and the scale at which that is likeliest is found (temperature
         scaling); with "sigmoid" a scale and a bias (Platt scaling); "cosine" scores have neither. The thresholds are
@@ -258,6 +263,11 @@ class ZeroShotClassifier:
                 )
             matrix.logit_scale = fit_softmax_scale(cosines, torch.cat([is_right, is_none.expand(-1, count)], dim=1))
         elif matrix.scores == "sigmoid":
+            if is_right.all() or not is_right.any():
+                raise ValueError(
+                    f"All {is_right.numel()} pairs of picture and label are {'right' if is_right.any() else 'wrong'}; "
+                    f"to calibrate, pictures with and without a label are needed."
+                )
             matrix.logit_scale, matrix.logit_bias = fit_sigmoid(cosines[:, : len(self.labels)], is_right)
         scores = matrix.score(features)[:, : len(self.labels)]
         matrix.thresholds = fit_thresholds(scores, is_right).cpu()
@@ -280,9 +290,11 @@ class ZeroShotClassifier:
         place = {label: index for index, label in enumerate(self.labels)}
         is_right = torch.zeros(len(labels), len(self.labels), dtype=torch.bool)
         for row, given in enumerate(labels):
-            for label in [] if given is None else [given] if isinstance(given, (str, int)) else given:
-                index = place.get(label) if isinstance(label, str) else label
-                if not isinstance(index, int) or not 0 <= index < len(self.labels):
+            several = [given] if isinstance(given, str) or not isinstance(given, Iterable) else given
+            for label in [] if given is None else several:
+                is_number = isinstance(label, Integral) and not isinstance(label, bool)
+                index = place.get(label, -1) if isinstance(label, str) else int(label) if is_number else -1
+                if not 0 <= index < len(self.labels):
                     raise ValueError(
                         f"Picture {row} has the label {label!r}, which is none of this classifier's; None stands for "
                         f"none of them."
@@ -303,6 +315,8 @@ class ZeroShotClassifier:
 
         Raises FileNotFoundError, or ValueError for another file or a model of another width.
         """
+        if not hasattr(model, "visual_projection"):
+            raise ValueError(f"model is a {type(model).__name__}, but one with an image tower is needed.")
         matrix = ClassifierMatrix.load(path)
         if (width := model.config.projection_dim) != matrix.weights.shape[0]:
             raise ValueError(

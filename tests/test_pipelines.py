@@ -229,3 +229,17 @@ def test_bad_calls_are_refused(classify, photographs: dict, images: object, sett
 
 def test_no_pictures_no_results(classify: HfClipZeroShotPipeline):
     assert classify([], candidate_labels=LABELS) == []
+
+
+def test_labels_with_names_are_told_from_lists_of_names(classify: HfClipZeroShotPipeline, photographs: dict):
+    picture, template = photographs["chelsea"], "{}"
+    first = classify(picture, candidate_labels={"cat": "man", "dog": "cup"}, hypothesis_template=template)
+    second = classify(picture, candidate_labels=[["cat", "man"], ["dog", "cup"]], hypothesis_template=template)
+    assert first != second
+    again = classify(
+        picture, candidate_labels=(x for x in ("cat", "dog")), hypothesis_template=iter(["a {}", "the {}"])
+    )
+    expected = classify(picture, candidate_labels=["cat", "dog"], hypothesis_template=["a {}", "the {}"])
+    assert again == expected
+    with pytest.raises(ValueError, match="takes one picture or a flat list"):
+        classify(np.zeros((2, 9, 9, 3), np.uint8), candidate_labels=["cat", "dog"])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
@@ -35,3 +36,16 @@ def test_saved_processor_loads_equal(tokenizer: HfClipTokenizer, photographs: di
     assert found.keys() == expected.keys()
     for name in found:
         assert torch.equal(found[name], expected[name]), name
+
+
+def test_files_are_opened_as_by_the_image_processor(tokenizer: HfClipTokenizer, photographs: dict, tmp_path: Path):
+    """In their own mode, turned, named by their place: not by transformers' loader."""
+    processor = HfClipProcessor(HfClipImageProcessor(), tokenizer)
+    path = tmp_path / "picture.png"
+    for mode in ("RGBA", "P", "1", "L"):
+        photographs["chelsea"].convert(mode).save(path)
+        expected = processor.image_processor(photographs["chelsea"].convert(mode), return_tensors="pt").pixel_values
+        for given in (str(path), path, path.read_bytes(), [{"bytes": path.read_bytes(), "path": None}]):
+            assert torch.equal(processor(images=given, return_tensors="pt").pixel_values, expected)
+    with pytest.raises(ValueError, match=r"images\[1\]: there is no file"):
+        processor(images=[str(path), "nowhere.jpg"])

@@ -43,6 +43,8 @@ def test_sets_have_what_was_published():
         ("a photo of a {label}", r"cannot be filled in \(KeyError: 'label'\)"),
         ("{} and {}", "cannot be filled in"),
         ("a { of {}", "cannot be filled in"),
+        ("a {.name}", "cannot be filled in"),
+        ("long " * 100, "has no placeholder"),
         ([], "There are no templates"),
         (3, "templates is a int"),
         ([3], "The template 3 is no text and no function"),
@@ -89,7 +91,8 @@ def test_labels_in_every_form():
         (["cat", "dog", "cat"], "The label 'cat' appears twice"),
         ([["cat", "pet"], ["dog", "pet"]], "The name 'pet' stands for both 'cat' and 'dog'"),
         ([["cat", "cat"]], "The name 'cat' stands twice for 'cat'"),
-        ({"": "cat"}, "Label 0 is 'cat'"),
+        ({"": "cat"}, r"Label 0 is \{'': 'cat'\}"),
+        ({0: "cat"}, r"Label 0 is \{0: 'cat'\}, but a text"),
     ],
 )
 def test_bad_labels_are_refused(labels: object, message: str):

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -372,3 +373,15 @@ def test_forked_process_tokenizes_without_a_warning(vocabulary: Path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "fork" not in done.stderr
+
+
+def test_threads_share_one_tokenizer(vocabulary: Path, monkeypatch: pytest.MonkeyPatch):
+    from hf_clip import tokenization_hf_clip as module
+
+    monkeypatch.setattr(module, "MOST_CHUNKS", 300)
+    tokenizer = HfClipTokenizer.from_vocabulary_file(vocabulary)
+    batches = [[f"word {a} and thing {b}" for b in range(40)] for a in range(60)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda texts: tokenizer(texts, padding=False).input_ids, batches))
+    fresh = HfClipTokenizer.from_vocabulary_file(vocabulary)
+    assert found == [fresh(texts, padding=False).input_ids for texts in batches]

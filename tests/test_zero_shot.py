@@ -239,6 +239,8 @@ def test_calibration_with_several_labels_and_with_none(model: HfClipModel, proce
     [
         (["cat", "dog"], "Picture 1 has the label 'dog', which is none of this classifier's"),
         (["cat", 4], "Picture 1 has the label 4"),
+        (["cat", 1.5], "Picture 1 has the label 1.5"),
+        ([[True, False], [False, True]], "Picture 0 has the label True"),
         (["cat"], "There are 2 pictures and the labels of 1"),
         ("cat", "labels is a str, but for each picture its label is needed"),
         (["cat", None], "Picture 1 has none of the labels, but there are no background labels"),
@@ -251,6 +253,18 @@ def test_bad_truth_is_refused(
 ):
     with pytest.raises(ValueError, match=message):
         classifier.calibrate(pictures[:2], labels, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:This model was trained with a softmax")
+def test_sigmoid_cannot_be_calibrated_on_one_kind(model: HfClipModel, processor, pictures: list[Image.Image]):
+    classifier = ZeroShotClassifier(model, processor, ["cat"], scores="sigmoid", progress=False)
+    with pytest.raises(ValueError, match="All 1 pairs of picture and label are right; to calibrate"):
+        classifier.calibrate(pictures[0], ["cat"], progress=False)
+    assert math.isfinite(classifier.matrix.logit_scale)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        classifier.classify(pictures, batch_size=0)
+    with pytest.raises(ValueError, match=r"images\[1\] holds several pictures"):
+        classifier.classify([pictures[0], pictures[:2]])
 
 
 def test_bad_calls_are_refused(classifier: ZeroShotClassifier, model: HfClipModel, processor, pictures: list):
@@ -286,6 +300,8 @@ def test_parts_that_do_not_fit_are_refused(repository: Path, model: HfClipModel,
         ZeroShotClassifier(tower, processor, LABELS)
     with pytest.raises(ValueError, match="load it first, with AutoModel.from_pretrained"):
         ZeroShotClassifier(str(repository), processor, LABELS)
+    with pytest.raises(ValueError, match="processor is of type HfClipImageProcessor, but the model's HfClipProcessor"):
+        ZeroShotClassifier(model, processor.image_processor, LABELS)
     with pytest.raises(ValueError, match="processor is of type NoneType, but the model's HfClipProcessor"):
         ZeroShotClassifier(model, None, LABELS)
     with pytest.raises(
