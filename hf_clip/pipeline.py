@@ -125,8 +125,8 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
 
     def preprocess(self, image: Any, timeout: float | None = None, **made_with: Any) -> dict[str, Tensor]:
         """A picture → pixel_values (1, 3, H, W). Files and opened files are turned as their EXIF orientation says."""
-        if is_to_be_opened(image):
-            image = open_picture(image, timeout=timeout)
+        if is_to_be_opened(image):  # by the image processor, which knows about drafts, unless there is a time limit
+            image = image if timeout is None else open_picture(image, timeout=timeout)
         elif isinstance(image, Image.Image):
             image = turn_upright(image)
         elif not is_single_picture(image) or isinstance(image, (list, tuple)):
