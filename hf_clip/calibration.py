@@ -3,6 +3,7 @@
 Dimensions: N pictures, C columns (labels, then background labels), L labels.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -44,12 +45,11 @@ def fit_softmax_scale(cosines: Tensor, is_right: Tensor) -> float:
     right = torch.where(is_right, 0.0, -torch.inf)
 
     def loss(log_scale: float) -> float:
-        log_probabilities = (cosines * torch.tensor(log_scale).exp()).log_softmax(-1)
+        log_probabilities = (cosines * math.exp(log_scale)).log_softmax(-1)
         likely = (log_probabilities + right).logsumexp(-1)
         return -((1 - doubt) * likely + doubt * log_probabilities.mean(-1)).mean().item()
 
-    low, high = torch.tensor([SMALLEST_SCALE, LARGEST_SCALE]).log().tolist()
-    return float(torch.tensor(_minimise(loss, low, high)).exp())
+    return math.exp(_minimise(loss, math.log(SMALLEST_SCALE), math.log(LARGEST_SCALE)))
 
 
 def fit_sigmoid(cosines: Tensor, is_right: Tensor) -> tuple[float, float]:

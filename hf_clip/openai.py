@@ -132,7 +132,7 @@ def load(
     """
     if jit:
         raise ValueError("jit=True would run a program out of the checkpoint, which hf_clip never does; leave it out.")
-    path, known = Path(name), str(name)
+    path, known, processor = Path(name), str(name), None
     if LIKE_A_VARIANT.match(known) and not path.exists():
         get_variant(known)  # raises with the nearest name, before the Hub is asked for what cannot be there
     if known in VARIANTS and not path.exists():
@@ -142,6 +142,7 @@ def load(
     elif path.is_dir() or (known.count("/") == 1 and path.suffix not in FILE_SUFFIXES):
         try:
             model = HfClipModel.from_pretrained(name, dtype=torch.float32)
+            processor = HfClipImageProcessor.from_pretrained(name)
         except OSError as error:
             if path.is_dir():
                 raise
@@ -157,11 +158,7 @@ def load(
         get_variant(known)  # raises, with the nearest name
         raise AssertionError
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processor = (
-        HfClipImageProcessor.from_pretrained(name)
-        if path.is_dir() or not (path.is_file() or known in VARIANTS)
-        else HfClipImageProcessor.for_image_size(model.config.vision_config.image_size)
-    )
+    processor = processor or HfClipImageProcessor.for_image_size(model.config.vision_config.image_size)
     return OriginalCLIP(model.to(device)).eval(), Preprocess(processor)
 
 
