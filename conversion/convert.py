@@ -1,62 +1,74 @@
-"""Turn an original CLIP checkpoint into a folder that transformers loads.
+"""Turn a CLIP into a folder that transformers loads, or into another library's layout.
 
     python -m conversion.convert ViT-L-14-336px.pt clip-vit-l14-336/
     python -m conversion.convert ViT-L/14@336px clip-vit-l14-336/       # downloads it
+    python -m conversion.convert clip-vit-l14-336/ stock/ --format transformers
 
-Reads OpenAI's TorchScript archives, state dicts and safetensors with OpenAI's names. Tensors keep their dtypes.
-The folder appears only when it is whole.
+Reads OpenAI's TorchScript archives, state dicts and safetensors with OpenAI's names, open_clip's training checkpoints,
+and folders or repositories of hf_clip, stock CLIP and open_clip. Tensors keep their dtypes and their bits. The folder
+appears only when it is whole.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from hf_clip import HfClipConfig, HfClipImageProcessor, HfClipProcessor, HfClipTokenizer
-from hf_clip.original import identify_variant, read_original
-from hf_clip.original.download import byte_progress, find_original
-from hf_clip.original.vocabulary import find_vocabulary
+from hf_clip import HfClipConfig
+from hf_clip.formats.reading import read_model
+from hf_clip.formats.writing import FORMATS, write_model
+from hf_clip.original import identify_variant
+from hf_clip.original.download import byte_progress
+from hf_clip.remote_code import add_remote_code
 from hf_clip.whole_folder import check_destination, whole_folder
-
-from .safetensors_stream import write_safetensors
 
 
 def convert(
-    checkpoint_path: str | Path,
+    source: str | Path,
     out: str | Path,
     *,
+    format_name: str = "hf_clip",
+    config: str | Path | None = None,
+    activation: str | None = None,
+    weights: str | None = None,
     vocabulary: str | Path | None = None,
     overwrite: bool = False,
     verify: bool = True,
     offline: bool = False,
+    remote_code: bool = False,
 ) -> HfClipConfig:
-    """Convert one checkpoint into the folder `out`; see the module. Returns the model's configuration.
+    """Convert one model into the folder `out`; see the module. Returns the model's configuration.
 
-    checkpoint_path: a file, or one of OpenAI's nine names, which is downloaded unless it is in the cache
+    source:      a checkpoint file, one of OpenAI's nine names, a folder, or a repository on the Hub
+    format_name: one of `hf_clip.formats.writing.FORMATS`
+    config, activation, weights, vocabulary, verify, offline: see `hf_clip.formats.reading.read_model`
+    remote_code: put the code beside the model that loads it where this package isn't installed
 
     Raises FileNotFoundError, FileExistsError, ConnectionError, CheckpointError or ValueError, and then nothing is
     written to `out`.
     """
+    if remote_code and format_name != "hf_clip":
+        raise ValueError(f"--remote-code is for this package's own layout; --format {format_name} needs no code.")
     out = check_destination(out, overwrite)
-    vocabulary = find_vocabulary(vocabulary, offline)
-    checkpoint, config, tensors = read_original(find_original(checkpoint_path, offline), verify)
-    text = config.text_config
-    tokenizer = HfClipTokenizer.from_vocabulary_file(
-        vocabulary, vocab_size=text.vocab_size, model_max_length=text.max_position_embeddings
+    model = read_model(
+        source,
+        config=config,
+        activation=activation,
+        weights=weights,
+        vocabulary=vocabulary,
+        verify=verify,
+        offline=offline,
+        progress=lambda message: print(message, file=sys.stderr),
     )
-    image_processor = HfClipImageProcessor.for_image_size(config.vision_config.image_size)
-    config.architectures = ["HfClipModel"]
-    config.dtype = "float32"  # what to compute in; the file keeps what the original stored
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    with whole_folder(out) as folder, byte_progress(f"Writing {out.name}", size) as bar:
+    with whole_folder(out) as folder, byte_progress(f"Writing {out.name}", model.nbytes) as bar:
 
         def after_each(written: int) -> None:
             bar.update(written)
-            checkpoint.forget_read_pages()
+            model.forget_read_pages()
 
-        write_safetensors(folder / "model.safetensors", tensors, after_each)
-        config.save_pretrained(folder)
-        HfClipProcessor(image_processor, tokenizer).save_pretrained(folder)
-    return config
+        write_model(folder, model, format_name, after_each)
+        if remote_code:
+            add_remote_code(folder)
+    return model.config
 
 
 def describe(config: HfClipConfig) -> str:
@@ -69,10 +81,22 @@ def describe(config: HfClipConfig) -> str:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m conversion.convert",
-        description="Turn an original CLIP checkpoint into a folder that transformers loads.",
+        description="Turn a CLIP into a folder that transformers loads, or into another library's layout.",
     )
-    parser.add_argument("checkpoint", help="TorchScript archive, state-dict .pt, safetensors, or one of the nine names")
+    parser.add_argument(
+        "source",
+        help="checkpoint file, one of OpenAI's nine names, or a folder or repository (hf_clip, stock, open_clip)",
+    )
     parser.add_argument("out", help="folder to write")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="hf_clip", help="layout of the folder (default: %(default)s)"
+    )
+    parser.add_argument("--remote-code", action="store_true", help="add the code that loads it without this package")
+    parser.add_argument("--config", help="open_clip_config.json or config.json of a checkpoint file that needs one")
+    parser.add_argument(
+        "--activation", choices=["quick_gelu", "gelu"], help="of a training checkpoint that comes without --config"
+    )
+    parser.add_argument("--weights", choices=["model", "ema"], help="of a training checkpoint that has both")
     parser.add_argument("--vocab", help="bpe_simple_vocab_16e6.txt.gz, if neither installed nor on the Hub")
     parser.add_argument("--overwrite", action="store_true", help="replace the model's files in an existing folder")
     parser.add_argument("--no-verify", action="store_true", help="don't compare a published file's sha256")
@@ -84,12 +108,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         config = convert(
-            options.checkpoint,
+            options.source,
             options.out,
+            format_name=options.format,
+            config=options.config,
+            activation=options.activation,
+            weights=options.weights,
             vocabulary=options.vocab,
             overwrite=options.overwrite,
             verify=not options.no_verify,
             offline=options.offline,
+            remote_code=options.remote_code,
         )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+from .configuration_hf_clip import (
+    FOREIGN_LAYOUTS as _FOREIGN_LAYOUTS,
+)
+from .configuration_hf_clip import (
+    HfClipConfig,
+    HfClipResNetConfig,
+    HfClipTextConfig,
+    HfClipViTConfig,
+)
+from .formats.open_clip import find_open_clip as _find_open_clip
 from .image_processing_hf_clip import HfClipImageProcessor
 from .modeling_hf_clip import (
     HfClipForImageClassification,
@@ -57,6 +66,7 @@ for _config in (HfClipConfig, HfClipViTConfig, HfClipResNetConfig):
     AutoImageProcessor.register(_config, image_processor_classes={"pil": HfClipImageProcessor}, exist_ok=True)
 AutoProcessor.register(HfClipConfig, HfClipProcessor, exist_ok=True)
 _register_pipeline()
+_FOREIGN_LAYOUTS.append(_find_open_clip)
 
 __all__ = [
     "VARIANTS",

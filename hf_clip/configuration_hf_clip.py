@@ -6,15 +6,64 @@ towers: the dictionary's `model_type`, or for lack of one the presence of `depth
 """
 
 import copy
+import json
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import cached_file
 
 from .variants import get_variant
 
 LEGACY_END_OF_TEXT_ID = 2
 """Stock CLIP repositories from before transformers 4.31 say `eos_token_id: 2`, which is no token of theirs."""
+
+STOCK_TYPES = {"clip": "hf_clip", "clip_text_model": "hf_clip_text", "clip_vision_model": "hf_clip_vit"}
+"""Stock CLIP's model types and those that read them."""
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+FOREIGN_LAYOUTS: list[Callable[..., Any]] = []
+"""Readers of other libraries' repositories, which the package adds; remote code has none.
+
+Each takes (folder or repository, arguments of the Hub) and returns None, or an object with `config`, `tensors()`,
+`image_processor_values()` and `tokenizer()`.
+"""
+
+
+def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
+    """The reader of a repository in another library's layout, or None for one that describes itself to transformers.
+
+    arguments: those of `from_pretrained`, of which the Hub's are used
+    """
+    if source is None or not FOREIGN_LAYOUTS:
+        return None
+    hub = {name: arguments[name] for name in HUB_ARGUMENTS if arguments.get(name) is not None}
+    try:
+        path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    except OSError:
+        return None  # what asked will say it better
+    if path is not None:
+        with open(path, encoding="utf-8") as file:
+            if "model_type" in json.load(file):
+                return None
+    return next((found for layout in FOREIGN_LAYOUTS if (found := layout(source, hub)) is not None), None)
+
+
+class HfClipPreTrainedConfig(PreTrainedConfig):
+    """What all configurations here have in common: stock CLIP's and open_clip's are read as well."""
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        if (foreign := find_foreign(pretrained_model_name_or_path, kwargs)) is not None:
+            return foreign.config.to_dict(), kwargs
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") in STOCK_TYPES:  # else transformers warns of another model's configuration
+            values = values | {"model_type": STOCK_TYPES[values["model_type"]]}
+        return values, kwargs
 
 
 def _require_positive(config: PreTrainedConfig, *names: str) -> None:
@@ -43,7 +92,7 @@ def _check_kind(config: PreTrainedConfig, given: str | None, stock: str = "") ->
 
 
 @strict
-class HfClipTextConfig(PreTrainedConfig):
+class HfClipTextConfig(HfClipPreTrainedConfig):
     """The causal text transformer (Radford et al. 2021, section 2.4).
 
     vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as everywhere
@@ -92,7 +141,7 @@ class HfClipTextConfig(PreTrainedConfig):
 
 
 @strict
-class HfClipViTConfig(PreTrainedConfig):
+class HfClipViTConfig(HfClipPreTrainedConfig):
     """The Vision Transformer image tower (section 2.4: a LayerNorm stands before the first layer too)."""
 
     model_type = "hf_clip_vit"
@@ -130,7 +179,7 @@ class HfClipViTConfig(PreTrainedConfig):
 
 
 @strict
-class HfClipResNetConfig(PreTrainedConfig):
+class HfClipResNetConfig(HfClipPreTrainedConfig):
     """The modified ResNet image tower (section 2.4; names and sizes: table 19).
 
     depths:               bottleneck blocks in each of the four stages
@@ -225,7 +274,7 @@ def _build_vision_config(values: dict[str, Any]) -> "HfClipViTConfig | HfClipRes
 
 
 @strict
-class HfClipConfig(PreTrainedConfig):
+class HfClipConfig(HfClipPreTrainedConfig):
     """A whole CLIP model: text tower, image tower, and the space they share.
 
     text_config:             given as a dictionary or a configuration; once built, an HfClipTextConfig

@@ -22,6 +22,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from .configuration_hf_clip import HUB_ARGUMENTS, find_foreign
 from .pictures_hf_clip import UNREADABLE, channel_axis, check_unit_range, flatten_pictures, is_to_be_opened, to_picture
 from .resizing_hf_clip import Layout, cut_centre, fit_inside, scale_and_cut, scale_and_cut_tensor, shorter_side_to
 
@@ -281,6 +282,15 @@ class HfClipImageProcessor(BaseImageProcessor):
         """The processor of a model that takes square pictures of `image_size` pixels."""
         square = {"height": image_size, "width": image_size}
         return cls(**({"size": {"shortest_edge": image_size}, "crop_size": square} | kwargs))
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As everywhere in transformers; open_clip's repositories too, where the package is."""
+        if (foreign := find_foreign(pretrained_model_name_or_path, kwargs)) is not None:
+            return foreign.image_processor_values(), {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS}
+        return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: how the model wants its pictures, not how this machine makes them."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
@@ -24,7 +24,14 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+from .configuration_hf_clip import (
+    HUB_ARGUMENTS,
+    HfClipConfig,
+    HfClipResNetConfig,
+    HfClipTextConfig,
+    HfClipViTConfig,
+    find_foreign,
+)
 from .resnet_hf_clip import (
     HfClipAttentionPool,
     HfClipBottleneck,
@@ -110,6 +117,21 @@ class HfClipPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers; repositories of stock CLIP and, with the package, of open_clip too."""
+        source = pretrained_model_name_or_path
+        is_described = isinstance(kwargs.get("config"), PreTrainedConfig) or kwargs.get("state_dict") is not None
+        foreign = None if is_described else find_foreign(source, kwargs)
+        if foreign is None:
+            return super().from_pretrained(source, *args, **kwargs)
+        config, given = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+        unused = {name: value for name, value in given.items() if name not in HUB_ARGUMENTS}
+        model = super().from_pretrained(None, *args, config=config, state_dict=foreign.tensors(), **unused)
+        loaded = model[0] if kwargs.get("output_loading_info") else model
+        loaded.config.name_or_path = str(source)
+        return model
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Initialise a module, unless its tensors have been loaded.
 
@@ -181,6 +203,11 @@ class HfClipTextModel(HfClipPreTrainedModel):
 
     config_class = HfClipTextConfig
     input_modalities = ("text",)
+    _keys_to_ignore_on_load_unexpected = [
+        r"^vision_model\.",
+        r"^(text|visual)_projection\.",
+        r"^logit_(scale|bias)$",
+    ]
     _input_embed_layer = "token_embedding"
     _can_record_outputs = {"hidden_states": HfClipEncoderLayer, "attentions": HfClipAttention}
 
@@ -299,6 +326,11 @@ class HfClipViTModel(HfClipPreTrainedModel):
     config_class = HfClipViTConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [
+        r"^text_model\.",
+        r"^(text|visual)_projection\.",
+        r"^logit_(scale|bias)$",
+    ]
     _input_embed_layer = "patch_embedding"
     _can_record_outputs = {"hidden_states": HfClipEncoderLayer, "attentions": HfClipAttention}
 
@@ -351,6 +383,11 @@ class HfClipResNetModel(HfClipPreTrainedModel):
     config_class = HfClipResNetConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [
+        r"^text_model\.",
+        r"^(text|visual)_projection\.",
+        r"^logit_(scale|bias)$",
+    ]
     _input_embed_layer = "conv1"
     _can_record_outputs = {"hidden_states": HfClipResNetStage, "attentions": HfClipAttentionPool}
     # Running statistics in bfloat16 would stop moving once they are near their mean: their updates fall below

@@ -4,12 +4,27 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from .configuration_hf_clip import find_foreign
+from .image_processing_hf_clip import HfClipImageProcessor
+from .tokenization_hf_clip import HfClipTokenizer
+
 
 class HfClipProcessor(ProcessorMixin):
     """`processor(text=..., images=...)` → input_ids (B, L), attention_mask (B, L), pixel_values (B, 3, H, W)."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Our own image processor and tokenizer, whichever classes the repository names."""
+        source = pretrained_model_name_or_path
+        image_processor = HfClipImageProcessor.from_pretrained(source, **kwargs)
+        foreign = find_foreign(source, kwargs)
+        tokenizer = None if foreign is None else foreign.tokenizer()
+        return [image_processor, tokenizer or HfClipTokenizer.from_pretrained(source, **kwargs)]
 
     def _merge_kwargs(self, *args: Any, tokenizer_init_kwargs: dict | None = None, **kwargs: Any) -> dict:
         """Sort the arguments of a call by modality.

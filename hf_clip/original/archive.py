@@ -68,6 +68,11 @@ SAFETENSORS_DTYPES = {
 }
 
 
+NESTED_WEIGHTS = ("state_dict", "model_state_dict", "model")
+NESTED_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+"""Where training programs keep the weights, and their moving averages, beside epoch and optimizer."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or that is refused; the message says which and what to do."""
 
@@ -76,12 +81,14 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """Tensors by name, mapped from the file at `path`.
 
-    container: "torchscript", "state dict" or "safetensors"
+    container: "torchscript", "state dict", "training checkpoint" or "safetensors"
+    averages:  a training checkpoint's moving averages of the weights; of others, and where there are none, None
     """
 
     path: Path
     container: str
     tensors: dict[str, Tensor]
+    averages: dict[str, Tensor] | None = None
     _mapping: mmap.mmap | None = field(default=None, repr=False)
 
     def forget_read_pages(self) -> None:
@@ -239,14 +246,29 @@ def _tensors_of(root: ScriptObject) -> dict[str, Tensor]:
     return found
 
 
-def _tensors_of_state_dict(state: Any) -> dict[str, Tensor]:
+def _only_tensors(state: Any) -> dict[str, Tensor]:
+    values = state if isinstance(state, dict) else {}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _nested_weights(state: dict[str, Any], names: tuple[str, ...]) -> dict[str, Tensor]:
+    return next((tensors for name in names if (tensors := _only_tensors(state.get(name)))), {})
+
+
+def _from_state_dict(path: Path, state: Any, mapping: mmap.mmap | None = None) -> Checkpoint:
+    """A flat dictionary of tensors, or a training checkpoint that has one nested beside other things."""
     if not isinstance(state, dict):
         raise CheckpointError(f"holds a {type(state).__name__}, but a dictionary of tensors is needed.")
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        names = ", ".join(printable(str(name)) for name in list(state)[:5]) or "nothing"
-        raise CheckpointError(f"holds no tensors at its top level, only: {names}. Save the state dict by itself.")
-    return tensors
+    averages = _nested_weights(state, NESTED_AVERAGES)
+    if tensors := _nested_weights(state, NESTED_WEIGHTS) or averages:
+        return Checkpoint(path, "training checkpoint", tensors, averages or None, mapping)
+    if tensors := _only_tensors(state):
+        return Checkpoint(path, "state dict", tensors, None, mapping)
+    names = ", ".join(printable(str(name)) for name in list(state)[:5]) or "nothing"
+    raise CheckpointError(
+        f"holds no tensors at its top level or in {', '.join(NESTED_WEIGHTS)}, only: {names}. Save the state dict by "
+        f"itself."
+    )
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -274,8 +296,8 @@ def _read_zip(path: Path) -> Checkpoint:
         storages = ZipStorages(path, archive, root)
         loaded = load_pickle(_read_entry(archive, f"{root}data.pkl"), f"{root}data.pkl", storages.rebuild)
     if isinstance(loaded, ScriptObject):
-        return Checkpoint(path, "torchscript", _tensors_of(loaded), storages.mapping)
-    return Checkpoint(path, "state dict", _tensors_of_state_dict(loaded), storages.mapping)
+        return Checkpoint(path, "torchscript", _tensors_of(loaded), None, storages.mapping)
+    return _from_state_dict(path, loaded, storages.mapping)
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -296,7 +318,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
             torch.frombuffer(mapping, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
         )
         tensors[name] = flat.view(entry["shape"])
-    return Checkpoint(path, "safetensors", tensors, mapping)
+    return Checkpoint(path, "safetensors", tensors, None, mapping)
 
 
 def _read_legacy(path: Path) -> Checkpoint:
@@ -307,7 +329,7 @@ def _read_legacy(path: Path) -> Checkpoint:
         if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
             raise
         raise CheckpointError(f"refused: its pickle asks for something {UNSAFE}") from None
-    return Checkpoint(path, "state dict", _tensors_of_state_dict(state))
+    return _from_state_dict(path, state)
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:
@@ -350,6 +372,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         checkpoint = _reader_for(start)(path)
         _check_tensors(checkpoint.tensors)
+        _check_tensors(checkpoint.averages or {})
         return checkpoint
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from None

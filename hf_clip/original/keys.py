@@ -29,6 +29,9 @@ HEAD_WIDTH = 64
 DESCRIPTIVE_SCALARS = ("input_resolution", "context_length", "vocab_size")
 """Original archives store these three beside the weights; shapes say the same."""
 
+OPENAI_ACTIVATION = "quick_gelu"
+WRAPPERS = re.compile(r"^(?:module\.)+|(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What data parallelism, compilation, sharding and checkpointing put into names."""
 
 BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
@@ -73,6 +76,7 @@ def _layer_rows(original: str, ours: str) -> list[Row]:
 
 TEXT_ROWS = [
     Row("logit_scale", ("logit_scale",)),
+    Row("logit_bias", ("logit_bias",)),  # of models trained with the sigmoid loss
     Row("text_projection", ("text_projection.weight",), transposed=True),
     Row("token_embedding.weight", ("text_model.embeddings.token_embedding.weight",)),
     Row("positional_embedding", ("text_model.embeddings.position_embedding.weight",)),
@@ -139,6 +143,25 @@ def _lookup(names: Iterable[str], rows: list[Row], templates_of: Callable[[Row],
 def _list_names(names: Iterable[str], most: int = 6) -> str:
     names = sorted(map(printable, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as the bare model has them: without a training program's wrappers, and without open_clip's `text.`.
+
+    Raises CheckpointError when two tensors would come to bear one name.
+    """
+    bare: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name == "n_averaged":  # torch's AveragedModel counts its updates
+            continue
+        own = name
+        while (shorter := WRAPPERS.sub("", own)) != own:
+            own = shorter
+        own = own.removeprefix("text.")  # where open_clip keeps the text tower of its CustomTextCLIP
+        if own in bare:
+            raise CheckpointError(f"holds two tensors for {printable(own)}, one of them as {printable(name)}.")
+        bare[own] = tensor
+    return bare
 
 
 def expected_shapes(config: HfClipConfig) -> dict[str, tuple[int, ...]]:
@@ -231,7 +254,7 @@ def _square_root(cells: int, name: str) -> int:
     return side
 
 
-def _vit_config(state: Mapping[str, Tensor]) -> HfClipViTConfig:
+def _vit_config(state: Mapping[str, Tensor], activation: str) -> HfClipViTConfig:
     width, channels, patch_size, _ = state["visual.conv1.weight"].shape
     grid = _square_root(state["visual.positional_embedding"].shape[0] - 1, "visual.positional_embedding")
     return HfClipViTConfig(
@@ -242,6 +265,7 @@ def _vit_config(state: Mapping[str, Tensor]) -> HfClipViTConfig:
         num_channels=channels,
         patch_size=patch_size,
         image_size=grid * patch_size,
+        hidden_act=activation,
     )
 
 
@@ -258,8 +282,10 @@ def _resnet_config(state: Mapping[str, Tensor]) -> HfClipResNetConfig:
     )
 
 
-def config_from_shapes(state: Mapping[str, Any]) -> HfClipConfig:
+def config_from_shapes(state: Mapping[str, Any], activation: str = OPENAI_ACTIVATION) -> HfClipConfig:
     """Derive the configuration from the shapes of tensors with OpenAI's names.
+
+    activation: `hidden_act` of the transformers, which no tensor tells; OpenAI's have QuickGELU
 
     Raises CheckpointError when these are not the tensors of a CLIP.
     """
@@ -280,9 +306,15 @@ def config_from_shapes(state: Mapping[str, Any]) -> HfClipConfig:
             bos_token_id=vocab_size - 2,
             eos_token_id=vocab_size - 1,
             pad_token_id=vocab_size - 1,
+            hidden_act=activation,
         )
-        vision = _resnet_config(state) if "visual.layer1.0.conv1.weight" in state else _vit_config(state)
-        return HfClipConfig(text_config=text, vision_config=vision, projection_dim=state["text_projection"].shape[1])
+        vision = _resnet_config(state) if "visual.layer1.0.conv1.weight" in state else _vit_config(state, activation)
+        return HfClipConfig(
+            text_config=text,
+            vision_config=vision,
+            projection_dim=state["text_projection"].shape[1],
+            contrastive_loss="sigmoid" if "logit_bias" in state else "softmax",
+        )
     except KeyError as error:
         names = _list_names(state, most=3) or "none at all"
         raise CheckpointError(

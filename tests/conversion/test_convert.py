@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoProcessor
 
-from conversion import convert as program
 from conversion.convert import convert, main
 from conversion.reference import build_reference, halve, reference_dimensions, write_archive
-from conversion.safetensors_stream import write_safetensors
-from hf_clip import VARIANTS, HfClipModel
+from hf_clip import VARIANTS, HfClipConfig, HfClipModel, HfClipProcessor
+from hf_clip.formats import writing
+from hf_clip.formats.safetensors_stream import write_safetensors
 from hf_clip.original import CheckpointError
 
 from ..small import DIMENSIONS, IMAGE_SIZES, pictures, texts
@@ -144,9 +144,9 @@ def test_failure_halfway_leaves_nothing(
         raise OSError("No space left on device")
 
     target = {
-        "weights": (program, "write_safetensors"),
-        "config": (program.HfClipConfig, "save_pretrained"),
-        "processor": (program.HfClipProcessor, "save_pretrained"),
+        "weights": (writing, "write_safetensors"),
+        "config": (HfClipConfig, "save_pretrained"),
+        "processor": (HfClipProcessor, "save_pretrained"),
     }[stage]
     monkeypatch.setattr(*target, fail)
     with pytest.raises(OSError, match="No space left"):
@@ -163,7 +163,7 @@ def test_failure_while_overwriting_leaves_the_old_model(
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(program.HfClipProcessor, "save_pretrained", fail)
+    monkeypatch.setattr(HfClipProcessor, "save_pretrained", fail)
     with pytest.raises(OSError, match="No space left"):
         convert(archives["resnet"], tmp_path / "out", overwrite=True)
     assert file_sums(tmp_path) == before

@@ -1,0 +1,284 @@
+"""open_clip's layout: `open_clip_config.json` beside weights that bear OpenAI's tensor names.
+
+Repositories such as `timm/vit_base_patch32_clip_224.openai` are read in place: `from_pretrained` of the model, its
+towers, the processor and the image processor find the reader through `FOREIGN_LAYOUTS`. The configuration says what no
+tensor tells: the activation, QuickGELU or GELU, which silently exchanged costs a few points of accuracy.
+
+Every field is known or refused: one that changes the architecture and that CLIP doesn't have is an error.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import cached_file
+
+from ..configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+from ..image_processing_hf_clip import OPENAI_MEAN, OPENAI_STD, HfClipImageProcessor
+from ..original.keys import HEAD_WIDTH
+from ..original.reading import read_original
+from ..original.vocabulary import find_vocabulary
+from ..tokenization_hf_clip import HfClipTokenizer
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+FITS = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+"""open_clip's `resize_mode` and our `fit`."""
+
+RESAMPLE = {"bicubic": 3, "bilinear": 2}
+
+IGNORED = {
+    "model_cfg": {"custom_text", "init_logit_scale", "nonscalar_logit_scale", "cast_dtype", "output_dict"},
+    "vision_cfg": {
+        "patch_dropout",
+        "output_tokens",
+        "pos_embed_type",
+        "timm_model_pretrained",
+        "timm_pool",
+        "timm_proj",
+    }
+    | {"timm_proj_bias", "timm_drop", "timm_drop_path", "attn_pooler_queries", "attn_pooler_heads", "act_kwargs"},
+    "text_cfg": {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pad_id", "eos_id", "output_tokens"}
+    | {"hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "hf_model_config", "act_kwargs"},
+}
+"""Fields that say nothing about how a trained CLIP computes, or that matter for other architectures only."""
+
+REQUIRED = {
+    "vision_cfg": {"pool_type": "tok", "block_type": "default"},
+    "text_cfg": {"pool_type": "argmax", "proj_type": "linear", "block_type": "default"},
+}
+"""Fields that must be left out, or have this value; all others that are not known must be false or empty."""
+
+VISION_FIELDS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs"}
+TEXT_FIELDS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs"}
+MODEL_FIELDS = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias"}
+
+
+def _check_fields(name: str, values: Any, known: set[str]) -> dict[str, Any]:
+    """Refuse whatever asks for another architecture than CLIP's."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} is a {type(values).__name__}, but an object of fields is needed.")
+    for field, value in values.items():
+        if field in known or field in IGNORED[name] or value in (None, False, "", REQUIRED.get(name, {}).get(field)):
+            continue
+        raise ValueError(
+            f"its {name} has {field}={value!r}, which none of OpenAI's architectures has; open_clip itself reads it."
+        )
+    if not isinstance(values.get("norm_kwargs", {}) or {}, dict) or (values.get("norm_kwargs") or {}).keys() - {"eps"}:
+        raise ValueError(f"its {name} has norm_kwargs={values['norm_kwargs']!r}, but only eps is known here.")
+    return values
+
+
+def _build_config(model: dict[str, Any]) -> HfClipConfig:
+    model = _check_fields("model_cfg", model, MODEL_FIELDS)
+    text = _check_fields("text_cfg", model["text_cfg"], TEXT_FIELDS)
+    vision = _check_fields("vision_cfg", model["vision_cfg"], VISION_FIELDS)
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    width, vocab_size = text.get("width", 512), text.get("vocab_size", 49408)
+    text_config = HfClipTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=int(width * text.get("mlp_ratio", 4.0)),
+        num_hidden_layers=text.get("layers", 12),
+        num_attention_heads=text.get("heads", 8),
+        max_position_embeddings=text.get("context_length", 77),
+        hidden_act=activation,
+        layer_norm_eps=(text.get("norm_kwargs") or {}).get("eps", 1e-5),
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+    image_size, layers = vision.get("image_size", 224), vision.get("layers", 12)
+    if isinstance(image_size, (list, tuple)):
+        if len(set(image_size)) != 1:
+            raise ValueError(f"its image_size is {image_size}, but OpenAI's architectures take square pictures.")
+        image_size = image_size[0]
+    head_width = vision.get("head_width", HEAD_WIDTH)
+    vision_config: HfClipViTConfig | HfClipResNetConfig
+    if isinstance(layers, (list, tuple)):
+        width = vision.get("width", 64)
+        vision_config = HfClipResNetConfig(
+            depths=list(layers), stem_width=width, num_attention_heads=width * 32 // head_width, image_size=image_size
+        )
+    else:
+        width = vision.get("width", 768)
+        vision_config = HfClipViTConfig(
+            hidden_size=width,
+            intermediate_size=int(width * vision.get("mlp_ratio", 4.0)),
+            num_hidden_layers=layers,
+            num_attention_heads=width // head_width,
+            image_size=image_size,
+            patch_size=vision.get("patch_size", 16),
+            hidden_act=activation,
+            layer_norm_eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
+        )
+    bias = model.get("init_logit_bias")
+    return HfClipConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        projection_dim=model["embed_dim"],
+        contrastive_loss="softmax" if bias is None else "sigmoid",
+        logit_bias_init_value=-10.0 if bias is None else bias,
+    )
+
+
+def config_from_open_clip(values: dict[str, Any]) -> HfClipConfig:
+    """The configuration that `open_clip_config.json`, or one of open_clip's model configurations, describes.
+
+    Raises ValueError for one that is no CLIP of OpenAI's architectures: other towers, poolings or blocks.
+    """
+    model = values.get("model_cfg", values)
+    try:
+        config = _build_config(model)
+    except KeyError as error:
+        raise ValueError(f"it has no {error}, which an open_clip configuration of a CLIP has.") from None
+    config.dtype = "float32"  # what to compute in, whatever the file stores
+    return config
+
+
+def open_clip_config(config: HfClipConfig, image_processor: HfClipImageProcessor) -> dict[str, Any]:
+    """The content of `open_clip_config.json` for a model and its pictures: the inverse of the above.
+
+    Raises ValueError for a model that open_clip cannot express.
+    """
+    text, vision = config.text_config, config.vision_config
+    activations = {text.hidden_act} | ({vision.hidden_act} if isinstance(vision, HfClipViTConfig) else set())
+    if activations not in ({"quick_gelu"}, {"gelu"}):
+        raise ValueError(
+            f"open_clip has quick_gelu or gelu, one for both towers, but this model has "
+            f"{', '.join(sorted(activations))}."
+        )
+    vision_cfg: dict[str, Any] = {"image_size": vision.image_size}
+    if isinstance(vision, HfClipResNetConfig):
+        vision_cfg |= {"layers": list(vision.depths), "width": vision.stem_width, "patch_size": None}
+    else:
+        vision_cfg |= {
+            "layers": vision.num_hidden_layers,
+            "width": vision.hidden_size,
+            "patch_size": vision.patch_size,
+            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+        }
+        if vision.layer_norm_eps != 1e-5:
+            vision_cfg["norm_kwargs"] = {"eps": vision.layer_norm_eps}
+    head_width = vision.hidden_size // vision.num_attention_heads
+    if head_width != HEAD_WIDTH:
+        vision_cfg["head_width"] = head_width
+    text_cfg = {
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "layers": text.num_hidden_layers,
+        "mlp_ratio": text.intermediate_size / text.hidden_size,
+    }
+    if text.layer_norm_eps != 1e-5:
+        text_cfg["norm_kwargs"] = {"eps": text.layer_norm_eps}
+    model_cfg: dict[str, Any] = {"embed_dim": config.projection_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    if "quick_gelu" in activations:
+        model_cfg["quick_gelu"] = True
+    if config.contrastive_loss == "sigmoid":
+        model_cfg["init_logit_bias"] = config.logit_bias_init_value
+    modes = {fit: mode for mode, fit in FITS.items()}
+    interpolations = {number: name for name, number in RESAMPLE.items()}
+    if image_processor.resample not in interpolations:
+        raise ValueError(f"open_clip resizes by bicubic or bilinear; this processor has {image_processor.resample}.")
+    preprocess_cfg = {
+        "mean": list(image_processor.image_mean),
+        "std": list(image_processor.image_std),
+        "interpolation": interpolations[image_processor.resample],
+        "resize_mode": modes[image_processor.fit],
+    }
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+
+
+def read_open_clip_config(path: str | Path) -> dict[str, Any]:
+    """The content of a configuration file. Raises ValueError for a file that is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); name open_clip's configuration of the model.") from None
+    if not isinstance(values, dict) or "vision_cfg" not in values.get("model_cfg", values):
+        raise ValueError(f"{path} is no configuration of open_clip's: it has neither model_cfg nor vision_cfg.")
+    return values
+
+
+@dataclass
+class OpenClipRepository:
+    """A folder or a repository on the Hub in open_clip's layout.
+
+    source: the folder, or the repository's name.   hub: arguments of the Hub, as `from_pretrained` takes them
+    """
+
+    source: Any
+    hub: dict[str, Any]
+    values: dict[str, Any]
+    config: HfClipConfig
+
+    def _file(self, name: str) -> Path | None:
+        found = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False, **self.hub)
+        return None if found is None else Path(found)
+
+    def weights_file(self) -> Path:
+        """Raises FileNotFoundError when there is none."""
+        for name in WEIGHT_FILES:
+            if (path := self._file(name)) is not None:
+                return path
+        raise FileNotFoundError(f"{self.source} has {CONFIG_FILE}, but none of its weights: {', '.join(WEIGHT_FILES)}.")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights under our names: views of the mapped file, in the dtypes that it has."""
+        _, _, tensors = read_original(self.weights_file(), verify=False, config=self.config)
+        return tensors
+
+    def image_processor_values(self) -> dict[str, Any]:
+        """The fields of an HfClipImageProcessor that prepares pictures as `preprocess_cfg` says."""
+        pictures = self.values.get("preprocess_cfg") or {}
+        interpolation, mode = pictures.get("interpolation", "bicubic"), pictures.get("resize_mode", "shortest")
+        if interpolation == "random":  # a choice for training
+            interpolation = "bicubic"
+        if interpolation not in RESAMPLE or mode not in FITS:
+            raise ValueError(
+                f"The {CONFIG_FILE} of {self.source} asks for interpolation {interpolation!r} and resize_mode "
+                f"{mode!r}; known are {', '.join(RESAMPLE)}, and {', '.join(FITS)}."
+            )
+        size = self.config.vision_config.image_size
+        processor = HfClipImageProcessor.for_image_size(
+            size,
+            image_mean=list(pictures.get("mean") or OPENAI_MEAN),
+            image_std=list(pictures.get("std") or OPENAI_STD),
+            resample=RESAMPLE[interpolation],
+            fit=FITS[mode],
+        )
+        return processor.to_dict()
+
+    def tokenizer(self) -> HfClipTokenizer:
+        """The repository's own tokenizer; where it has none, OpenAI's, which open_clip's has the ids of."""
+        text = self.config.text_config
+        if self._file("tokenizer.json") is not None:
+            return HfClipTokenizer.from_pretrained(
+                self.source, model_max_length=text.max_position_embeddings, **self.hub
+            )
+        merges = self._file("merges.txt")
+        return HfClipTokenizer.from_vocabulary_file(
+            merges or find_vocabulary(offline=bool(self.hub.get("local_files_only"))),
+            vocab_size=text.vocab_size,
+            model_max_length=text.max_position_embeddings,
+        )
+
+
+def find_open_clip(source: Any, hub: dict[str, Any]) -> OpenClipRepository | None:
+    """The reader of `source` if it has an `open_clip_config.json`. Raises ValueError for an architecture not known."""
+    path = cached_file(source, CONFIG_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        return None
+    try:
+        values = read_open_clip_config(path)
+        return OpenClipRepository(source, hub, values, config_from_open_clip(values))
+    except ValueError as error:
+        raise ValueError(f"The {CONFIG_FILE} of {source} cannot be read as a CLIP of OpenAI's: {error}") from None
+
+
+__all__ = ["OpenClipRepository", "config_from_open_clip", "find_open_clip", "open_clip_config", "read_open_clip_config"]

@@ -1,0 +1,182 @@
+"""Any of the layouts in which these models are found → configuration, tensors, tokenizer and image processor.
+
+Tensors are views of mapped files, in the dtypes that are stored: what is read and written again is bit-identical.
+Nothing is computed and no model is built.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import cached_file
+
+from ..configuration_hf_clip import HfClipConfig
+from ..image_processing_hf_clip import HfClipImageProcessor
+from ..original.archive import Checkpoint, CheckpointError, printable, read_checkpoint
+from ..original.download import find_original
+from ..original.keys import expected_shapes
+from ..original.reading import read_original
+from ..original.vocabulary import find_vocabulary
+from ..processing_hf_clip import HfClipProcessor
+from ..tokenization_hf_clip import HfClipTokenizer
+from ..variants import VARIANTS
+from .open_clip import config_from_open_clip, find_open_clip, read_open_clip_config
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+TOO_FEW_NAMED = 6
+
+
+@dataclass
+class StoredModel:
+    """A model as it lies on disk.
+
+    tensors:     by our names, in the dtypes that are stored
+    checkpoints: the files behind them
+    """
+
+    config: HfClipConfig
+    tensors: dict[str, Tensor]
+    tokenizer: HfClipTokenizer
+    image_processor: HfClipImageProcessor
+    checkpoints: list[Checkpoint]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def forget_read_pages(self) -> None:
+        for checkpoint in self.checkpoints:
+            checkpoint.forget_read_pages()
+
+
+def read_config_file(path: str | Path) -> HfClipConfig:
+    """A model's configuration from open_clip's file, or from a config.json of ours or of stock CLIP.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration file {path}; check the path.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if isinstance(values, dict) and values.get("model_type") in ("hf_clip", "clip"):
+        return HfClipConfig.from_pretrained(path)
+    try:
+        return config_from_open_clip(read_open_clip_config(path))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as the configuration of a CLIP: {error}") from None
+
+
+def _weight_files(source: Any) -> list[Path]:
+    """The files that hold a repository's weights: one, or the shards that an index names."""
+
+    def find(name: str) -> Path | None:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+
+    for name in WEIGHT_FILES:
+        if (whole := find(name)) is not None:
+            return [whole]
+        if (index := find(f"{name}.index.json")) is not None:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [find(shard) for shard in shards]
+            if missing := [shard for shard, file in zip(shards, files, strict=True) if file is None]:
+                raise FileNotFoundError(f"{source} lacks {', '.join(missing)}, which its {index.name} names.")
+            return [file for file in files if file is not None]
+    raise FileNotFoundError(f"{source} has no weights: none of {', '.join(WEIGHT_FILES)}, whole or in shards.")
+
+
+def _check_names(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) -> dict[str, Tensor]:
+    """The model's tensors alone. Repositories of before transformers 4.31 have counters of positions beside them."""
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("embeddings.position_ids")}
+    shapes = expected_shapes(config)
+
+    def listed(names: Iterable[str]) -> str:
+        return ", ".join(sorted(map(printable, names))[:TOO_FEW_NAMED])
+
+    if unknown := kept.keys() - shapes.keys():
+        raise CheckpointError(f"{source} holds tensors that its configuration has no place for: {listed(unknown)}.")
+    if missing := {n for n in shapes.keys() - kept.keys() if not n.endswith("num_batches_tracked")}:
+        raise CheckpointError(f"{source} lacks tensors of the model: {listed(missing)}.")
+    for name, tensor in kept.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise CheckpointError(
+                f"{source} has {name} of shape {tuple(tensor.shape)} where its configuration needs {shapes[name]}."
+            )
+    return kept
+
+
+def _read_repository(source: Any) -> StoredModel:
+    """A folder or a repository on the Hub: ours, stock CLIP's or open_clip's."""
+    config = HfClipConfig.from_pretrained(source)
+    processor = HfClipProcessor.from_pretrained(source)
+    foreign = None
+    if (described := cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)) is None or (
+        "model_type" not in json.loads(Path(described).read_text(encoding="utf-8"))
+    ):
+        foreign = find_open_clip(source, {})
+    if foreign is not None:
+        checkpoint, _, tensors = read_original(foreign.weights_file(), verify=False, config=config)
+        checkpoints = [checkpoint]
+    else:
+        checkpoints = [read_checkpoint(path) for path in _weight_files(source)]
+        tensors = {name: tensor for checkpoint in checkpoints for name, tensor in checkpoint.tensors.items()}
+        tensors = _check_names(source, tensors, config)
+    return StoredModel(config, tensors, processor.tokenizer, processor.image_processor, checkpoints)
+
+
+def read_model(
+    source: str | Path,
+    *,
+    config: str | Path | None = None,
+    activation: str | None = None,
+    weights: str | None = None,
+    vocabulary: str | Path | None = None,
+    verify: bool = True,
+    offline: bool = False,
+    progress: Callable[[str], None] = lambda message: None,
+) -> StoredModel:
+    """Read a model from wherever it is.
+
+    source:     a checkpoint file with OpenAI's names (OpenAI's own, a state dict, open_clip's training checkpoints),
+                one of OpenAI's nine names, or a folder or repository of ours, stock CLIP's or open_clip's
+    config, activation, weights: for checkpoint files that don't say; see `read_original`. A `config` file may be
+                open_clip's or a config.json
+    vocabulary: OpenAI's vocabulary file, for checkpoint files
+    verify:     a file that bears one of the nine published names must have that file's sha256
+    progress:   called with a line that the user should read
+
+    Raises FileNotFoundError, ConnectionError, CheckpointError or ValueError that says what to do.
+    """
+    name, path = str(source), Path(source)
+    is_file = name in VARIANTS or path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or "/" not in name
+    if path.is_dir() or not is_file:
+        told = {"--config": config, "--activation": activation, "--weights": weights, "--vocab": vocabulary}
+        if given := [flag for flag, value in told.items() if value is not None]:
+            raise ValueError(f"{source} is a repository, which tells everything itself: leave out {', '.join(given)}.")
+        return _read_repository(source)
+    given_config = None if config is None else read_config_file(config)
+    vocabulary = find_vocabulary(vocabulary, offline)
+    checkpoint, read, tensors = read_original(
+        find_original(source, offline), verify, config=given_config, activation=activation, weights=weights
+    )
+    if checkpoint.container in ("state dict", "safetensors") and config is None and activation is None:
+        progress(
+            "note: the file doesn't say which activation its transformers have; OpenAI's quick_gelu is assumed. For a "
+            "model of open_clip's that is not named -quickgelu, pass --activation gelu."
+        )
+    text = read.text_config
+    tokenizer = HfClipTokenizer.from_vocabulary_file(
+        vocabulary, vocab_size=text.vocab_size, model_max_length=text.max_position_embeddings
+    )
+    image_processor = HfClipImageProcessor.for_image_size(read.vision_config.image_size)
+    return StoredModel(read, tensors, tokenizer, image_processor, [checkpoint])
+
+
+__all__ = ["StoredModel", "read_config_file", "read_model"]
