@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format parity bench clean
+.PHONY: help demo test test-all check format parity cards bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
@@ -42,6 +42,9 @@ format: $(VENV)/.dev-installed  ## put the sources into the format that `check` 
 
 parity: $(VENV)/.dev-installed  ## compare all nine models with the reference at full size (2 minutes, 12 GB)
 	$(BIN)/python -m conversion.parity --all
+
+cards: $(VENV)/.dev-installed  ## write the nine model cards and their picture
+	$(BIN)/python -m model_cards
 
 bench: $(VENV)/.dev-installed  ## measure us and the peers in turn, and print ratios
 	$(BIN)/python -m benchmarks.tokenizer

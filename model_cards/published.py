@@ -1,0 +1,64 @@
+"""The published and measured figures of the nine models, read from `figures/`, whose README names the sources.
+
+A file has one row for each model, in the order of the paper's tables. Cells stay texts, so that a card prints what the
+source prints; an empty one was not published.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).with_name("figures")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One of the paper's 27: its column in the files, its name, and what is measured on it (table 9)."""
+
+    column: str
+    name: str
+    metric: str = "accuracy"
+
+
+DATA_SETS = [
+    DataSet("Food101", "Food-101"),
+    DataSet("CIFAR10", "CIFAR-10"),
+    DataSet("CIFAR100", "CIFAR-100"),
+    DataSet("Birdsnap", "Birdsnap"),
+    DataSet("SUN397", "SUN397"),
+    DataSet("StanfordCars", "Stanford Cars"),
+    DataSet("FGVCAircraft", "FGVC Aircraft", "mean per class"),
+    DataSet("VOC2007", "Pascal VOC 2007", "11-point mAP"),
+    DataSet("DTD", "Describable Textures"),
+    DataSet("OxfordPets", "Oxford-IIIT Pets", "mean per class"),
+    DataSet("Caltech101", "Caltech-101", "mean per class"),
+    DataSet("Flowers102", "Oxford Flowers 102", "mean per class"),
+    DataSet("MNIST", "MNIST"),
+    DataSet("FER2013", "FER 2013"),
+    DataSet("STL10", "STL-10"),
+    DataSet("EuroSAT", "EuroSAT"),
+    DataSet("RESISC45", "RESISC45"),
+    DataSet("GTSRB", "GTSRB"),
+    DataSet("KITTI", "KITTI distance"),
+    DataSet("Country211", "Country211"),
+    DataSet("PCam", "PatchCamelyon"),
+    DataSet("UCF101", "UCF101"),
+    DataSet("Kinetics700", "Kinetics-700", "mean of top-1 and top-5"),
+    DataSet("CLEVRCounts", "CLEVR counts"),
+    DataSet("HatefulMemes", "Hateful Memes", "ROC AUC"),
+    DataSet("RenderedSST2", "Rendered SST2"),
+    DataSet("ImageNet", "ImageNet"),
+]
+
+
+def read_figures(name: str) -> dict[str, dict[str, str]]:
+    """`figures/name.csv` as {model: {column: cell}}."""
+    with open(FOLDER / f"{name}.csv", encoding="utf-8", newline="") as file:
+        return {row.pop("variant"): row for row in csv.DictReader(file)}
+
+
+ZERO_SHOT = read_figures("paper_zero_shot")
+LINEAR_PROBE = read_figures("paper_linear_probe")
+OPEN_CLIP = read_figures("openclip_measured")
+PRETRAINING = read_figures("pretraining")
+PARITY = read_figures("parity")
