@@ -15,9 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .configuration_hf_clip import (
-    FOREIGN_LAYOUTS as _FOREIGN_LAYOUTS,
-)
+from .configuration_hf_clip import BEFORE_UPLOAD as _BEFORE_UPLOAD
+from .configuration_hf_clip import FOREIGN_LAYOUTS as _FOREIGN_LAYOUTS
 from .configuration_hf_clip import (
     HfClipConfig,
     HfClipResNetConfig,
@@ -42,6 +41,7 @@ from .modeling_hf_clip import (
 from .openai import available_models, load, tokenize
 from .pipeline import register_pipeline as _register_pipeline
 from .processing_hf_clip import HfClipProcessor
+from .publishing import prepare_for_hub as _prepare_for_hub
 from .tokenization_hf_clip import HfClipTokenizer
 from .variants import VARIANTS, Variant
 from .zero_shot import ZeroShotClassifier
@@ -67,6 +67,7 @@ for _config in (HfClipConfig, HfClipViTConfig, HfClipResNetConfig):
 AutoProcessor.register(HfClipConfig, HfClipProcessor, exist_ok=True)
 _register_pipeline()
 _FOREIGN_LAYOUTS.append(_find_open_clip)
+_BEFORE_UPLOAD.append(_prepare_for_hub)
 
 __all__ = [
     "VARIANTS",

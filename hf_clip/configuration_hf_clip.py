@@ -31,6 +31,18 @@ Each takes (folder or repository, arguments of the Hub) and returns None, or an 
 `image_processor_values()` and `tokenizer()`.
 """
 
+BEFORE_UPLOAD: list[Callable[[str, str], None]] = []
+"""What the package does with a folder that is about to be pushed; called with the folder and the repository."""
+
+
+class HubUpload:
+    """For all that can be pushed: what goes to the Hub can be loaded there by people without this package."""
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        for prepare in BEFORE_UPLOAD:
+            prepare(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
 
 def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
     """The reader of a repository in another library's layout, or None for one that describes itself to transformers.

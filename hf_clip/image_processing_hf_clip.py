@@ -22,7 +22,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from .configuration_hf_clip import HUB_ARGUMENTS, find_foreign
+from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload, find_foreign
 from .pictures_hf_clip import UNREADABLE, channel_axis, check_unit_range, flatten_pictures, is_to_be_opened, to_picture
 from .resizing_hf_clip import Layout, cut_centre, fit_inside, scale_and_cut, scale_and_cut_tensor, shorter_side_to
 
@@ -230,7 +230,7 @@ def _check_values(pixels: Tensor, first: int) -> None:
             check_unit_range(least, most, f"images[{index}]")
 
 
-class HfClipImageProcessor(BaseImageProcessor):
+class HfClipImageProcessor(HubUpload, BaseImageProcessor):
     """OpenAI's preprocessing as an image processor: pictures → `pixel_values` (B, 3, H, W), float32.
 
     Pictures are Pillow pictures, arrays or tensors (uint8, or floats from 0 to 1; one or a batch), or what is opened

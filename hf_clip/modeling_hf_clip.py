@@ -30,6 +30,7 @@ from .configuration_hf_clip import (
     HfClipResNetConfig,
     HfClipTextConfig,
     HfClipViTConfig,
+    HubUpload,
     find_foreign,
 )
 from .resnet_hf_clip import (
@@ -97,7 +98,7 @@ class HfClipVisionModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class HfClipPreTrainedModel(PreTrainedModel):
+class HfClipPreTrainedModel(HubUpload, PreTrainedModel):
     """What all CLIP models here have in common: loading, saving, attention kinds, checkpointing."""
 
     config_class = HfClipConfig

@@ -4,12 +4,12 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from .configuration_hf_clip import find_foreign
+from .configuration_hf_clip import HubUpload, find_foreign
 from .image_processing_hf_clip import HfClipImageProcessor
 from .tokenization_hf_clip import HfClipTokenizer
 
 
-class HfClipProcessor(ProcessorMixin):
+class HfClipProcessor(HubUpload, ProcessorMixin):
     """`processor(text=..., images=...)` → input_ids (B, L), attention_mask (B, L), pixel_values (B, 3, H, W)."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):

@@ -28,12 +28,28 @@ TRAVELLING = (
 )
 """The modules that a repository carries as remote code."""
 
-MODEL_MAP = {
-    "AutoConfig": "configuration_hf_clip.HfClipConfig",
-    "AutoModel": "modeling_hf_clip.HfClipModel",
-    "AutoModelForZeroShotImageClassification": "modeling_hf_clip.HfClipModel",
-    "AutoModelForImageClassification": "modeling_hf_clip.HfClipForImageClassification",
+MODEL_MAPS = {
+    "hf_clip": {
+        "AutoConfig": "configuration_hf_clip.HfClipConfig",
+        "AutoModel": "modeling_hf_clip.HfClipModel",
+        "AutoModelForZeroShotImageClassification": "modeling_hf_clip.HfClipModel",
+        "AutoModelForImageClassification": "modeling_hf_clip.HfClipForImageClassification",
+    },
+    "hf_clip_text": {
+        "AutoConfig": "configuration_hf_clip.HfClipTextConfig",
+        "AutoModel": "modeling_hf_clip.HfClipTextModel",
+    },
+    "hf_clip_vit": {
+        "AutoConfig": "configuration_hf_clip.HfClipViTConfig",
+        "AutoModel": "modeling_hf_clip.HfClipViTModel",
+    },
+    "hf_clip_resnet": {
+        "AutoConfig": "configuration_hf_clip.HfClipResNetConfig",
+        "AutoModel": "modeling_hf_clip.HfClipResNetModel",
+    },
 }
+"""For each `model_type` what its config.json says."""
+
 PROCESSOR_MAP = {"AutoProcessor": "processing_hf_clip.HfClipProcessor"}
 IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_hf_clip.HfClipImageProcessor"}
 TOKENIZER_MAP = {"AutoTokenizer": [None, "tokenization_hf_clip.HfClipTokenizer"]}
@@ -46,37 +62,40 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
-def add_remote_code(folder: str | Path) -> list[Path]:
-    """Give a saved model and its processor the code that loads them; returns the files that were written.
+def described_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """Those of the files that name classes which `folder` has, with their content."""
+    names = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+    return {n: json.loads((folder / n).read_text(encoding="utf-8")) for n in names if (folder / n).is_file()}
 
-    Raises FileNotFoundError or ValueError when the folder holds no model of this package's.
+
+def add_remote_code(folder: str | Path) -> list[Path]:
+    """Give a saved model, its processor, or both the code that loads them; returns the files that were written.
+
+    Raises FileNotFoundError or ValueError when the folder holds nothing of this package's.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    described = described_in(folder)
+    if not described:
         raise FileNotFoundError(
             f"{folder} has no config.json; name a folder that save_pretrained or convert has written."
         )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "hf_clip":
-        raise ValueError(
-            f"{folder} holds a {config.get('model_type')!r} model; code is added to whole hf_clip models alone."
-        )
+    kind = described.get("config.json", {"model_type": "hf_clip"}).get("model_type")
+    if kind not in MODEL_MAPS:
+        raise ValueError(f"{folder} holds a {kind!r} model; code is added to models of hf_clip alone.")
     written = []
     for name in TRAVELLING:
         shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
         written.append(folder / f"{name}.py")
-    _write_json(folder / "config.json", config | {"auto_map": MODEL_MAP})
-    written.append(folder / "config.json")
-    for name, own_map in [
-        ("tokenizer_config.json", TOKENIZER_MAP),
-        ("preprocessor_config.json", IMAGE_PROCESSOR_MAP),
-        ("processor_config.json", PROCESSOR_MAP),
-    ]:
-        if not (path := folder / name).is_file():
-            continue
-        content = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": own_map}
+    maps = {
+        "config.json": MODEL_MAPS[kind],
+        "tokenizer_config.json": TOKENIZER_MAP,
+        "preprocessor_config.json": IMAGE_PROCESSOR_MAP,
+        "processor_config.json": PROCESSOR_MAP,
+    }
+    for name, content in described.items():
+        content |= {"auto_map": maps[name]}
         if isinstance(nested := content.get("image_processor"), dict):
             content["image_processor"] = nested | {"auto_map": IMAGE_PROCESSOR_MAP}
-        _write_json(path, content)
-        written.append(path)
+        _write_json(folder / name, content)
+        written.append(folder / name)
     return written

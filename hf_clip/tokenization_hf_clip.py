@@ -35,6 +35,7 @@ from .bpe_hf_clip import (
     read_merges,
     repair_where_needed,
 )
+from .configuration_hf_clip import HubUpload
 
 BOUNDARY = "\0end_of_a_text\0"
 """A chunk that no text has: ftfy removes the character zero, and no entity gives it."""
@@ -186,7 +187,7 @@ class EncodedTexts(BatchEncoding):
         return True
 
 
-class HfClipTokenizer(TokenizersBackend):
+class HfClipTokenizer(HubUpload, TokenizersBackend):
     """CLIP's tokenizer: ids equal OpenAI's, in batches, padded to the longest text by default.
 
     Calling it returns `input_ids` and `attention_mask`, each (B, L) with `return_tensors`, else lists together with

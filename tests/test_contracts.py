@@ -85,6 +85,16 @@ ALLOWED = {
     "calibration": set(),
     "classifier_matrix": set(),
     "features": {"image_processing_hf_clip"},
+    "formats": {
+        "bpe_hf_clip",
+        "configuration_hf_clip",
+        "formats",
+        "image_processing_hf_clip",
+        "original",
+        "processing_hf_clip",
+        "tokenization_hf_clip",
+        "variants",
+    },
     "model_card": {"configuration_hf_clip"},
     "pipeline": {
         "classifier_matrix",
@@ -95,6 +105,7 @@ ALLOWED = {
         "zero_shot",
     },
     "prompts": set(),
+    "publishing": {"configuration_hf_clip", "model_card", "remote_code"},
     "remote_code": set(),
     "zero_shot": {"calibration", "classifier_matrix", "features", "prompts"},
     "openai": {

@@ -111,6 +111,6 @@ def test_other_folders_get_no_code(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="has no config.json; name a folder that save_pretrained"):
         add_remote_code(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match="holds a 'bert' model; code is added to whole hf_clip models alone"):
+    with pytest.raises(ValueError, match="holds a 'bert' model; code is added to models of hf_clip alone"):
         add_remote_code(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -23,11 +23,14 @@ from ..original.vocabulary import find_vocabulary
 from ..processing_hf_clip import HfClipProcessor
 from ..tokenization_hf_clip import HfClipTokenizer
 from ..variants import VARIANTS
-from .open_clip import config_from_open_clip, find_open_clip, read_open_clip_config
+from .open_clip import CONFIG_FILE, config_from_open_clip, find_open_clip, read_open_clip_config
+from .safetensors_stream import read_metadata
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-TOO_FEW_NAMED = 6
+MOST_NAMED = 6
+PUBLISHED_KEY = "openai_checkpoint"
+"""In the header of weights that come from a published file: its name. Whoever changes the weights writes a new file."""
 
 
 @dataclass
@@ -36,6 +39,7 @@ class StoredModel:
 
     tensors:     by our names, in the dtypes that are stored
     checkpoints: the files behind them
+    published:   which of OpenAI's nine these weights are, where the file is known to be the published one; else None
     """
 
     config: HfClipConfig
@@ -43,6 +47,7 @@ class StoredModel:
     tokenizer: HfClipTokenizer
     image_processor: HfClipImageProcessor
     checkpoints: list[Checkpoint]
+    published: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -92,13 +97,23 @@ def _weight_files(source: Any) -> list[Path]:
     raise FileNotFoundError(f"{source} has no weights: none of {', '.join(WEIGHT_FILES)}, whole or in shards.")
 
 
+def _published(files: list[Path]) -> str | None:
+    found = {read_metadata(file).get(PUBLISHED_KEY) if file.suffix == ".safetensors" else None for file in files}
+    return found.pop() if len(found) == 1 else None
+
+
+def published_weights(folder: str | Path) -> str | None:
+    """Which of OpenAI's nine a folder's weights are, as their file says; None for all others."""
+    return _published(_weight_files(folder))
+
+
 def _check_names(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) -> dict[str, Tensor]:
     """The model's tensors alone. Repositories of before transformers 4.31 have counters of positions beside them."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("embeddings.position_ids")}
     shapes = expected_shapes(config)
 
     def listed(names: Iterable[str]) -> str:
-        return ", ".join(sorted(map(printable, names))[:TOO_FEW_NAMED])
+        return ", ".join(sorted(map(printable, names))[:MOST_NAMED])
 
     if unknown := kept.keys() - shapes.keys():
         raise CheckpointError(f"{source} holds tensors that its configuration has no place for: {listed(unknown)}.")
@@ -114,7 +129,13 @@ def _check_names(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) 
 
 def _read_repository(source: Any) -> StoredModel:
     """A folder or a repository on the Hub: ours, stock CLIP's or open_clip's."""
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in ("config.json", CONFIG_FILE)):
+        raise FileNotFoundError(
+            f"{source} is a folder without a model: it has neither config.json nor {CONFIG_FILE}. Name a checkpoint "
+            f"file such as ViT-B-32.pt, or the folder of a model."
+        )
     config = HfClipConfig.from_pretrained(source)
+    config.__dict__.pop("auto_map", None)  # the code isn't taken along
     processor = HfClipProcessor.from_pretrained(source)
     foreign = None
     if (described := cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)) is None or (
@@ -128,7 +149,8 @@ def _read_repository(source: Any) -> StoredModel:
         checkpoints = [read_checkpoint(path) for path in _weight_files(source)]
         tensors = {name: tensor for checkpoint in checkpoints for name, tensor in checkpoint.tensors.items()}
         tensors = _check_names(source, tensors, config)
-    return StoredModel(config, tensors, processor.tokenizer, processor.image_processor, checkpoints)
+    published = _published([checkpoint.path for checkpoint in checkpoints])
+    return StoredModel(config, tensors, processor.tokenizer, processor.image_processor, checkpoints, published)
 
 
 def read_model(
@@ -163,9 +185,8 @@ def read_model(
         return _read_repository(source)
     given_config = None if config is None else read_config_file(config)
     vocabulary = find_vocabulary(vocabulary, offline)
-    checkpoint, read, tensors = read_original(
-        find_original(source, offline), verify, config=given_config, activation=activation, weights=weights
-    )
+    path = find_original(source, offline)
+    checkpoint, read, tensors = read_original(path, verify, config=given_config, activation=activation, weights=weights)
     if checkpoint.container in ("state dict", "safetensors") and config is None and activation is None:
         progress(
             "note: the file doesn't say which activation its transformers have; OpenAI's quick_gelu is assumed. For a "
@@ -176,7 +197,8 @@ def read_model(
         vocabulary, vocab_size=text.vocab_size, model_max_length=text.max_position_embeddings
     )
     image_processor = HfClipImageProcessor.for_image_size(read.vision_config.image_size)
-    return StoredModel(read, tensors, tokenizer, image_processor, [checkpoint])
+    verified = {variant.checkpoint: variant.name for variant in VARIANTS.values()} if verify else {}
+    return StoredModel(read, tensors, tokenizer, image_processor, [checkpoint], verified.get(path.name))
 
 
-__all__ = ["StoredModel", "read_config_file", "read_model"]
+__all__ = ["StoredModel", "published_weights", "read_config_file", "read_model"]

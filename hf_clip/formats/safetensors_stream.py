@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..original.archive import SAFETENSORS_DTYPES
@@ -19,12 +20,18 @@ from ..original.archive import SAFETENSORS_DTYPES
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], after_each: Callable[[int], None]) -> None:
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    after_each: Callable[[int], None],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write `tensors` to `path`; they may be views and may lie in a mapped file.
 
     after_each: called with the number of bytes of every tensor once it is written
+    metadata:   further texts for the header
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     # Larger elements first, then by name, as the library lays files out: every tensor is aligned to its dtype.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     end = 0
@@ -40,3 +47,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], after_each: Cal
             data = tensors[name].contiguous().reshape(-1)
             file.write(data.view(torch.uint8).numpy().data if data.numel() else b"")
             after_each(data.nbytes)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}

@@ -26,7 +26,7 @@ from ..original.keys import original_names
 from ..processing_hf_clip import HfClipProcessor
 from .open_clip import CONFIG_FILE, open_clip_config
 from .open_clip import WEIGHT_FILES as OPEN_CLIP_WEIGHT_FILES
-from .reading import StoredModel
+from .reading import PUBLISHED_KEY, StoredModel
 from .safetensors_stream import write_safetensors
 from .stock import TOWER_FIELDS, write_stock_files, write_tokenizer
 
@@ -45,8 +45,12 @@ CLIP_L = {
 """The text tower that goes by the name of clip_l."""
 
 
+def _metadata(model: StoredModel) -> dict[str, str]:
+    return {PUBLISHED_KEY: model.published} if model.published else {}
+
+
 def write_hf_clip(folder: Path, model: StoredModel, after_each: AfterEach) -> None:
-    write_safetensors(folder / "model.safetensors", model.tensors, after_each)
+    write_safetensors(folder / "model.safetensors", model.tensors, after_each, _metadata(model))
     model.config.architectures = ["HfClipModel"]
     model.config.dtype = "float32"  # what to compute in; the file keeps what was stored
     model.config.save_pretrained(folder)
@@ -55,7 +59,7 @@ def write_hf_clip(folder: Path, model: StoredModel, after_each: AfterEach) -> No
 
 def write_transformers(folder: Path, model: StoredModel, after_each: AfterEach) -> None:
     write_stock_files(folder, model.config, model.tokenizer, model.image_processor)
-    write_safetensors(folder / "model.safetensors", model.tensors, after_each)
+    write_safetensors(folder / "model.safetensors", model.tensors, after_each, _metadata(model))
 
 
 def check_pooling(config: HfClipTextConfig, program: str) -> None:

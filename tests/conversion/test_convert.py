@@ -198,7 +198,7 @@ def bad_inputs(folder: Path, archive: Path) -> dict[str, tuple[Path, str]]:
     torch.save({"bert.weight": torch.ones(2)}, folder / "bert.pt")
     return {
         "missing": (folder / "missing.pt", "There is no checkpoint file"),
-        "folder": (folder, "is a folder"),
+        "folder": (folder, "is a folder without a model"),
         "empty": (folder / "empty.pt", "is empty"),
         "truncated": (folder / "cut.pt", "is truncated or damaged"),
         "zip": (folder / "other.zip", "is a zip file, but no PyTorch archive"),

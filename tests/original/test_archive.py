@@ -383,13 +383,13 @@ def test_files_that_are_no_checkpoints(tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
     torch.save([1, 2, 3], tmp_path / "list.pt")
-    torch.save({"epoch": 3, "state_dict": dict(STATE)}, tmp_path / "nested.pt")
+    torch.save({"epoch": 3, "weights": dict(STATE)}, tmp_path / "nested.pt")
     messages = {
         "empty.pt": "is empty; copy or download it again",
         "text.pt": "is neither a PyTorch checkpoint nor a safetensors file",
         "other.zip": "is a zip file, but no PyTorch archive: it has no data.pkl",
         "list.pt": "holds a list, but a dictionary of tensors is needed",
-        "nested.pt": "no tensors at its top level, only: epoch, state_dict",
+        "nested.pt": "no tensors at its top level or in state_dict, model_state_dict, model, only: epoch, weights",
     }
     for name, message in messages.items():
         with pytest.raises(CheckpointError, match=message) as caught:
