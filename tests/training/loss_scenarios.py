@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
 import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.training.losses import ContrastiveResult, global_contrastive_loss
 
+from ..largest_tensor import LargestTensor
 from ..small import pictures, texts
 
 EVEN, UNEVEN, EMPTY = {2: [4, 4], 3: [3, 3, 3]}, {2: [5, 2], 3: [4, 3, 1]}, {2: [0, 3], 3: [3, 0, 2]}
@@ -104,21 +104,6 @@ def run_model(folder: Path, tower: str, kind: str, process: int) -> dict[str, An
     )
     result.local_loss_to_backpropagate.backward()
     return record_of(result, model)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Keeps the number of elements of the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        returned = function(*args, **(kwargs or {}))
-        for value in returned if isinstance(returned, (tuple, list)) else (returned,):
-            if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
-        return returned
 
 
 def largest_tensor(local: int, kind: str) -> int:
