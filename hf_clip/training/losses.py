@@ -17,7 +17,8 @@ Invariant: loss and every parameter's gradient are those of one process that has
 pairs are spread over the processes; a process may even have none. All is computed in float32 at least, under autocast
 and for half-precision embeddings too.
 
-Every process must call this, equally often, in the same order, and backpropagate or not alike.
+Every process must call this, equally often, in the same order, and backpropagate or not alike. A parameter that the
+wrapper leaves out (FSDP shards no scalars, so not the logit scale) has its gradient to be averaged by the caller.
 
 Dimensions: B pairs of this process (`local_…`), N pairs of all processes (`global_…`), W processes, D embedding.
 """
@@ -298,7 +299,8 @@ def global_contrastive_loss(
             both = gather_with_gradients(torch.cat([local_images, local_texts], dim=1), counts)
             global_images, global_texts = both.chunk(2, dim=1)  # (N, D)
             rows = (scale * local_images) @ global_texts.T  # (B, N)
-            columns = (scale * local_texts) @ global_images.T  # (B, N), a text's each
+            # (B, N), a text's each; one process has them already.
+            columns = (scale * local_texts) @ global_images.T if world_size() > 1 else rows.T
             terms = softmax_terms(rows, own, is_duplicate, label_smoothing)
             terms = (terms + softmax_terms(columns, own, is_duplicate, label_smoothing)) / 2
         else:
