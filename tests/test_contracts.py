@@ -84,6 +84,7 @@ def test_configuration_imports_no_torch():
 ALLOWED = {
     "calibration": set(),
     "classifier_matrix": set(),
+    "evaluation": {"evaluation"},
     "features": {"image_processing_hf_clip"},
     "formats": {
         "bpe_hf_clip",

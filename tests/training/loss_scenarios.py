@@ -1,0 +1,161 @@
+"""What the processes of test_losses.py run: a small model of two towers, batches split unevenly, real DDP over gloo."""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModel
+
+import hf_clip  # noqa: F401  (registers the classes)
+from hf_clip.training.losses import ContrastiveResult, global_contrastive_loss
+
+from ..largest_tensor import LargestTensor
+from ..small import pictures, texts
+
+EVEN, UNEVEN, EMPTY = {2: [4, 4], 3: [3, 3, 3]}, {2: [5, 2], 3: [4, 3, 1]}, {2: [0, 3], 3: [3, 0, 2]}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One call of the loss. `counts`: for each number of processes, the pairs of each."""
+
+    counts: dict[int, list[int]]
+    has_image_ids: bool = False
+    has_text_ids: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+BOTH_IDS = {"has_image_ids": True, "has_text_ids": True}
+SIGMOID: dict[str, Any] = {"kind": "sigmoid"}
+SCENARIOS = {
+    "softmax": Scenario(EVEN),
+    "softmax, uneven": Scenario(UNEVEN),
+    "softmax, a process without pairs": Scenario(EMPTY),
+    "softmax, equal captions": Scenario(UNEVEN, has_text_ids=True),
+    "softmax, smoothing": Scenario(UNEVEN, options={"label_smoothing": 0.1}),
+    "softmax, duplicates and smoothing": Scenario(UNEVEN, **BOTH_IDS, options={"label_smoothing": 0.1}),
+    "sigmoid": Scenario(EVEN, options=SIGMOID),
+    "sigmoid, uneven": Scenario(UNEVEN, options=SIGMOID),
+    "sigmoid, a process without pairs": Scenario(EMPTY, options=SIGMOID),
+    "sigmoid, duplicates": Scenario(UNEVEN, **BOTH_IDS, options=SIGMOID),
+}
+
+IMAGE_IDS = torch.tensor([7, 8, 9, 7, 10, 11, 7, 12, 13])
+TEXT_IDS = torch.tensor([1, 2, 2, 3, 4, 1, 5, 6, 7])
+"""Equal ones stand on one process and on several."""
+
+
+class TwoTowers(nn.Module):
+    def __init__(self, has_bias: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image_tower = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.text_tower = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.logit_scale = nn.Parameter(torch.tensor(1.5))
+        self.logit_bias = nn.Parameter(torch.tensor(-1.0)) if has_bias else None
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        return normalize(self.image_tower(images), dim=-1), normalize(self.text_tower(texts), dim=-1)
+
+
+def record_of(result: ContrastiveResult, model: nn.Module) -> dict[str, Any]:
+    return {
+        "loss": result.global_loss,
+        "accuracy": result.global_accuracy,
+        "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
+    }
+
+
+def run_scenario(scenario: Scenario, counts: list[int], process: int, wrap: bool) -> dict[str, Any]:
+    """Loss, accuracy and gradients, of the pairs of one process out of len(counts)."""
+    model = TwoTowers(has_bias=scenario.options.get("kind") == "sigmoid")
+    generator = torch.Generator().manual_seed(1)
+    images, captions = torch.randn(9, 6, generator=generator), torch.randn(9, 5, generator=generator)
+    mine = slice(sum(counts[:process]), sum(counts[: process + 1]))
+    towers = DistributedDataParallel(model) if wrap else model
+    image_embeds, text_embeds = towers(images[mine], captions[mine])
+    result = global_contrastive_loss(
+        image_embeds,
+        text_embeds,
+        model.logit_scale,
+        logit_bias=model.logit_bias,
+        local_image_ids=IMAGE_IDS[mine] if scenario.has_image_ids else None,
+        local_text_ids=TEXT_IDS[mine] if scenario.has_text_ids else None,
+        **scenario.options,
+    )
+    result.local_loss_to_backpropagate.backward()
+    return record_of(result, model)
+
+
+def run_model(folder: Path, tower: str, kind: str, process: int) -> dict[str, Any]:
+    """Three pairs on process 0 and one on process 1, through a whole model."""
+    model = AutoModel.from_pretrained(folder, contrastive_loss=kind).eval()
+    mine = slice(0, 3) if process == 0 else slice(3, 4)
+    towers = DistributedDataParallel(model)
+    outputs = towers(input_ids=texts()[mine], pixel_values=pictures(tower)[mine])
+    result = global_contrastive_loss(
+        outputs.image_embeds, outputs.text_embeds, model.logit_scale, logit_bias=model.logit_bias, kind=kind
+    )
+    result.local_loss_to_backpropagate.backward()
+    return record_of(result, model)
+
+
+def largest_tensor(local: int, kind: str) -> int:
+    embeds = torch.randn(2, local, 4, requires_grad=True)
+    ids = torch.arange(local)
+    with LargestTensor() as largest:
+        bias = torch.tensor(0.0) if kind == "sigmoid" else None
+        result = global_contrastive_loss(
+            *embeds, torch.tensor(1.0), logit_bias=bias, kind=kind, local_image_ids=ids, local_text_ids=ids
+        )
+        result.local_loss_to_backpropagate.backward()
+    return largest.elements
+
+
+def refusals(process: int, processes: int) -> list[str]:
+    """What each process is told where only the last one's arguments are wrong."""
+    is_last = process == processes - 1
+    vectors, ids = torch.ones(3, 4), torch.arange(3)
+    calls: list[tuple[Tensor, Tensor, dict[str, Any]]] = [
+        (vectors, vectors[: 2 if is_last else 3], {}),
+        (vectors, vectors, {"local_text_ids": ids[: 1 if is_last else 3]}),
+        (vectors, vectors, {"local_image_ids": None if is_last else ids}),
+        (vectors[: 1 if is_last else 0], vectors[: 1 if is_last else 0], {}),
+    ]
+    messages = []
+    for image_embeds, text_embeds, options in calls:
+        try:
+            global_contrastive_loss(image_embeds, text_embeds, torch.tensor(1.0), **options)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def run_process(process: int, processes: int, folder: Path, repositories: dict[str, Path]) -> None:
+    """One of several processes: everything above, into a file of its own."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=process,
+        world_size=processes,
+        timeout=timedelta(minutes=2),  # for one that waits for another which has stopped
+    )
+    record: dict[str, Any] = {
+        name: run_scenario(scenario, scenario.counts[processes], process, wrap=True)
+        for name, scenario in SCENARIOS.items()
+    }
+    for tower, repository in repositories.items():
+        for kind in ("softmax", "sigmoid"):
+            record[f"{tower}, {kind}"] = run_model(repository, tower, kind, process)
+    record["largest"] = {kind: largest_tensor(100, kind) for kind in ("softmax", "sigmoid")}
+    record["refusals"] = refusals(process, processes)
+    torch.save(record, folder / f"{process}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
