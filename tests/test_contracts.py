@@ -205,7 +205,7 @@ def test_registration_can_run_twice():
     importlib.reload(hf_clip)
 
 
-PROGRAMS = ["conversion.convert", "conversion.parity", "demo", "finetune", "model_cards"]
+PROGRAMS = ["conversion.convert", "conversion.parity", "conversion.publish", "demo", "finetune", "model_cards"]
 PROGRAMS += [f"benchmarks.{name}" for name in ("encode", "image_processor", "tokenizer", "zero_shot")]
 
 
