@@ -17,7 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import (
+    BatchFeature,
+    ImageProcessingMixin,  # noqa: F401  diffusers looks for this base class in a component's module to load it
+)
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs

@@ -199,16 +199,16 @@ def check_input_ids(input_ids: Tensor | None, attention_mask: Tensor | None) -> 
     return input_ids
 
 
+_BESIDE_THE_TOWERS = [r"^text_projection\.", r"^visual_projection\.", r"^logit_(scale|bias)$"]
+"""What a tower alone leaves unread in a whole model's file, besides the other tower."""
+
+
 class HfClipTextModel(HfClipPreTrainedModel):
     """The causal text tower."""
 
     config_class = HfClipTextConfig
     input_modalities = ("text",)
-    _keys_to_ignore_on_load_unexpected = [
-        r"^vision_model\.",
-        r"^(text|visual)_projection\.",
-        r"^logit_(scale|bias)$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", *_BESIDE_THE_TOWERS]
     _input_embed_layer = "token_embedding"
     _can_record_outputs = {"hidden_states": HfClipEncoderLayer, "attentions": HfClipAttention}
 
@@ -327,11 +327,7 @@ class HfClipViTModel(HfClipPreTrainedModel):
     config_class = HfClipViTConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [
-        r"^text_model\.",
-        r"^(text|visual)_projection\.",
-        r"^logit_(scale|bias)$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", *_BESIDE_THE_TOWERS]
     _input_embed_layer = "patch_embedding"
     _can_record_outputs = {"hidden_states": HfClipEncoderLayer, "attentions": HfClipAttention}
 
@@ -384,11 +380,7 @@ class HfClipResNetModel(HfClipPreTrainedModel):
     config_class = HfClipResNetConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [
-        r"^text_model\.",
-        r"^(text|visual)_projection\.",
-        r"^logit_(scale|bias)$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", *_BESIDE_THE_TOWERS]
     _input_embed_layer = "conv1"
     _can_record_outputs = {"hidden_states": HfClipResNetStage, "attentions": HfClipAttentionPool}
     # Running statistics in bfloat16 would stop moving once they are near their mean: their updates fall below
@@ -696,12 +688,7 @@ class HfClipForImageClassification(HfClipPreTrainedModel):
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [
-        r"^text_model\.",
-        r"^text_projection\.",
-        r"^visual_projection\.",
-        r"^logit_(scale|bias)$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", *_BESIDE_THE_TOWERS]
 
     def __init__(self, config: HfClipConfig):
         super().__init__(config)

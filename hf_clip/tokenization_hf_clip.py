@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import regex
 from tokenizers import Encoding, Tokenizer, trainers
-from transformers import BatchEncoding
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from .bpe_hf_clip import (
     END_OF_TEXT,
@@ -187,7 +186,8 @@ class EncodedTexts(BatchEncoding):
         return True
 
 
-class HfClipTokenizer(HubUpload, TokenizersBackend):
+# diffusers finds out how to load a component by looking for this base class, under this name, in its module.
+class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     """CLIP's tokenizer: ids equal OpenAI's, in batches, padded to the longest text by default.
 
     Calling it returns `input_ids` and `attention_mask`, each (B, L) with `return_tensors`, else lists together with
@@ -199,7 +199,7 @@ class HfClipTokenizer(HubUpload, TokenizersBackend):
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
-    _word_tokenizer: tuple[Any, TokenizersBackend] | None = None
+    _word_tokenizer: tuple[Any, PreTrainedTokenizerFast] | None = None
     _memory: ChunkMemory | None = None
 
     @classmethod
@@ -338,11 +338,11 @@ class HfClipTokenizer(HubUpload, TokenizersBackend):
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         return sorted(added - {START_OF_TEXT, END_OF_TEXT}, key=len, reverse=True)
 
-    def _by_words(self) -> TokenizersBackend:
+    def _by_words(self) -> PreTrainedTokenizerFast:
         """A stock tokenizer for texts that have been cut into words: it merges, truncates, pads and converts."""
         state = (self._tokenizer.get_vocab_size(), self.pad_token, self.truncation_side, self.model_max_length)
         if self._word_tokenizer is None or self._word_tokenizer[0] != state:
-            inner = TokenizersBackend(
+            inner = PreTrainedTokenizerFast(
                 tokenizer_object=merging_backend(self._tokenizer),
                 pad_token=self.pad_token,
                 truncation_side=self.truncation_side,
