@@ -47,12 +47,11 @@ def _build_tokenizer(
         return HfClipTokenizer.train_from_iterator(captions, vocab_size, model_max_length=length)
     if tokenizer is None:
         return HfClipTokenizer.from_vocabulary_file(find_vocabulary(vocabulary), model_max_length=length)
-    if not Path(tokenizer).is_dir():
-        raise FileNotFoundError(f"There is no tokenizer folder {tokenizer}; check the path.")
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{tokenizer} holds no tokenizer ({str(error).splitlines()[0]}).") from error
+    if not any((Path(tokenizer) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise FileNotFoundError(
+            f"There is no tokenizer in {tokenizer}; name a folder that save_pretrained has written."
+        )
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
     loaded.model_max_length = length
     if loaded.eos_token_id is None or loaded.eos_token_id not in loaded("a").input_ids:
         raise ValueError(
