@@ -198,6 +198,17 @@ def _check_options(name: str, kind: Callable[..., Any], options: dict[str, Any])
             raise ValueError(f"{name} has no option {option!r}; its options are {', '.join(accepted)}.")
 
 
+def _check_named_parts(spec: str | float, groups: list[dict[str, Any]]) -> None:
+    """Refuse a rate that would be given to nothing."""
+    trained = {part for group in groups for part in group["parts"]}
+    for item in str(spec).split(","):
+        name, equals, value = item.partition("=")
+        if equals and name.strip() not in trained and float(value) > 0:
+            raise ValueError(
+                f"The learning rates {spec!r} name {name.strip()!r}, but all of it is locked; leave it out."
+            )
+
+
 def _keep_embeddings_exact(model: nn.Module) -> None:
     """Embeddings' moments stay in 32 bit: rare tokens get rare, large gradients (Dettmers et al. 2022)."""
     manager = import_module("bitsandbytes.optim").GlobalOptimManager.get_instance()
@@ -230,6 +241,7 @@ def create_optimizer(
     options |= given
     _check_options(name, kind, options)
     groups = parameter_groups(model, parse_rates(rates), weight_decay, layer_decay)
+    _check_named_parts(rates, groups)
     if "weight_decay" not in inspect.signature(kind).parameters and weight_decay:
         raise ValueError(f"{name} has no weight decay, but weight_decay is {weight_decay}; pass 0.")
     if name in BY_THE_TABLE:
@@ -239,9 +251,9 @@ def create_optimizer(
     if name in EIGHT_BIT:
         _keep_embeddings_exact(model)
     try:
-        return kind(groups, **options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The optimizer {optimizer!r} cannot be made: {error}.") from error
+        return kind(groups, lr=groups[0]["lr"], **options)  # some have no default; every group has its own
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"The optimizer {optimizer!r} cannot be made: {str(error).rstrip('.!')}.") from error
 
 
 @torch.no_grad()

@@ -160,6 +160,13 @@ def test_nothing_left_to_train_is_refused(model: HfClipModel):
         create_optimizer(model)
 
 
+def test_a_rate_for_what_is_locked_is_refused(model: HfClipModel):
+    lock_(model, "image")
+    with pytest.raises(ValueError, match="'1e-5, image=1e-6' name 'image', but all of it is locked; leave it out"):
+        create_optimizer(model, rates="1e-5, image=1e-6")
+    assert "image" not in learning_rates(create_optimizer(model, rates="1e-5,image=0,text=1e-6"))
+
+
 def test_a_rate_of_zero_keeps_a_part_as_it_is(model: HfClipModel, tower: str):
     freeze_batch_norm_(model)
     before = weights_of(model)
@@ -238,7 +245,7 @@ def test_missing_package_is_named_with_the_way_to_install_it(name: str):
 
 
 def test_eight_bit_optimizer_leaves_embeddings_in_32_bits(model: HfClipModel, monkeypatch: pytest.MonkeyPatch):
-    """Its place is taken by a stand-in with bitsandbytes' interface: the real one needs a GPU for its steps."""
+    """A stand-in with bitsandbytes' interface takes the place of the package, which the tests do not ask for."""
     import sys
     from types import ModuleType
 
