@@ -1,0 +1,166 @@
+"""Averages of weights: between two models (WiSE-FT) and along a run (exponential moving average).
+
+Both work on state dicts of plain models: merge adapters first. What is floating point is averaged, BatchNorm's running
+statistics too, in float32 and then in the tensor's own type; integers (BatchNorm's counter of batches) are copied.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def parse_alphas(spec: str | float) -> list[float]:
+    """`0.5`, a list `"0.3,0.5"`, or a range with both its ends `"0:1:0.1"` (from, to, step)."""
+    text = str(spec)
+    pieces = text.split(":")
+    try:
+        numbers = [float(item) for item in (pieces if len(pieces) > 1 else text.split(","))]
+    except ValueError:
+        numbers = []
+    if not numbers or len(pieces) not in (1, 3):
+        raise ValueError(f"{text!r} is no α to average with: write '0.5', '0.3,0.5' or a range '0:1:0.1'.")
+    if len(pieces) == 3:
+        first, last, step = numbers
+        count = round((last - first) / step) if step > 0 else -1
+        if count < 0 or abs(first + count * step - last) > 1e-6:
+            raise ValueError(
+                f"The range {text!r} does not lead from its first number to its second in steps of its third."
+            )
+        numbers = [round(first + index * step, 10) for index in range(count + 1)]
+    if outside := [alpha for alpha in numbers if not 0 <= alpha <= 1]:
+        raise ValueError(f"α is {outside[0]:g}, but must be between 0 (pretrained) and 1 (fine-tuned).")
+    return numbers
+
+
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's present weights in the computer's memory, for an average later on."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+
+def _check_same(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> None:
+    if differing := sorted(pretrained.keys() ^ finetuned.keys()):
+        owner = "pretrained" if differing[0] in pretrained else "fine-tuned"
+        raise ValueError(
+            f"The weights cannot be averaged: only the {owner} model has {differing[0]}. Merge adapters, and "
+            f"give both models the same loss."
+        )
+    for name, tensor in pretrained.items():
+        if tensor.shape != finetuned[name].shape:
+            raise ValueError(
+                f"The weights cannot be averaged: {name} is {tuple(tensor.shape)} before fine-tuning and "
+                f"{tuple(finetuned[name].shape)} after. Give the pretrained model the same image size, text length and "
+                f"vocabulary first."
+            )
+
+
+@torch.no_grad()
+def interpolate_weights(
+    pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], alpha: float
+) -> dict[str, Tensor]:
+    """θ = (1 − α) · pretrained + α · fine-tuned (Wortsman et al. 2022, equation 1), as new tensors.
+
+    α = 0 and α = 1 give either model bit for bit; in between integers are the fine-tuned model's. Running statistics
+    between two models are those of neither; where BatchNorm was frozen, both have the same and so has the result.
+
+    Raises ValueError for models that differ in more than their numbers.
+    """
+    _check_same(pretrained, finetuned)
+    mixed = {}
+    for name, start in pretrained.items():
+        end = finetuned[name].to(start.device)
+        if alpha in (0, 1):
+            mixed[name] = (start if alpha == 0 else end).clone()
+        elif start.is_floating_point():
+            mixed[name] = torch.lerp(_wide(start), _wide(end), alpha).to(start.dtype)
+        else:
+            mixed[name] = end.clone()
+    return mixed
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@contextmanager
+def weights_swapped_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this block the model has other weights, all or some of its own; afterwards its own again, bit for bit."""
+    own = model.state_dict()
+    kept = {name: own[name].clone() for name in weights}
+    try:
+        _overwrite(own, weights)
+        yield
+    finally:
+        _overwrite(own, kept)
+
+
+@torch.no_grad()
+def _overwrite(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        own[name].copy_(tensor)
+
+
+class MovingAverage:
+    """An exponential moving average of what is trained, for evaluation and saving.
+
+    After step n (from 1) average ← d · average + (1 − d) · weights with d = min(decay, (1 + n) / (10 + n)): the
+    warm-up keeps a run's first steps from weighing for thousands, so no correction is needed afterwards. The average
+    starts at the weights it is made from.
+
+    It holds the trainable parameters and the running statistics in float32, since steps below bfloat16's resolution
+    would be lost. Processes of one run hold the same parameters and so the same average of them; running statistics
+    differ between processes, in the model as here, unless BatchNorm is synchronised or frozen.
+
+    Call it with the model itself, not with what it is wrapped in, after all surgery, locks and adapters. `state_dict`
+    and `load_state_dict` make it fit for `accelerator.register_for_checkpointing`.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999):
+        if not 0 < decay < 1:
+            raise ValueError(f"The moving average's decay is {decay}, but must be between 0 and 1, such as 0.9999.")
+        self.decay = decay
+        self.updates = 0
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+        self.weights = {name: _wide(tensor.detach()).clone() for name, tensor in (trained | buffers).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after an optimizer step."""
+        present = dict(model.named_parameters()) | dict(model.named_buffers())
+        if missing := self.weights.keys() - present.keys():
+            raise ValueError(
+                f"The moving average was made of other parameters: there is no {min(missing)} now. Make it after all "
+                f"locks and adapters, and update it with the model itself, not with what it is wrapped in."
+            )
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, average in self.weights.items():
+            average.lerp_(present[name].to(average.device, average.dtype), 1 - decay)
+
+    def swapped_in(self, model: nn.Module) -> Any:
+        """`with average.swapped_in(model):` the model has the averaged weights, and afterwards its own again."""
+        return weights_swapped_in(model, self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"decay": self.decay, "updates": self.updates, "weights": self.weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        _check_resumed(self.weights, state["weights"])
+        self.decay, self.updates = state["decay"], state["updates"]
+        for name, tensor in state["weights"].items():
+            self.weights[name] = tensor.to(self.weights[name].device, copy=True)
+
+
+def _check_resumed(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    if differing := sorted(
+        name
+        for name in own.keys() | saved.keys()
+        if name not in own or name not in saved or own[name].shape != saved[name].shape
+    ):
+        raise ValueError(
+            f"The saved moving average doesn't fit this run: {differing[0]} differs. Resume with the same model, locks "
+            f"and adapters."
+        )

@@ -1,0 +1,130 @@
+"""LoRA through `peft`: small trained factors beside frozen matrices (Hu et al. 2021).
+
+Adapters stand where a weight was still to be trained, so a lock that was set before says where: in one tower, or in
+its last blocks. They are put into the model itself, which keeps its class, its calls and the names of its modules.
+
+Invariant: until `merge_lora_` every tensor of the model but the temperature stays bit-equal.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .trainable import TEMPERATURE, freeze_batch_norm_
+
+NOT_ADAPTED = "patch_embedding"
+"""A ViT's patches are pixels cut out: adapters stand on the maps between features alone."""
+
+
+def import_peft() -> Any:
+    try:
+        return import_module("peft")
+    except ImportError as error:
+        raise ValueError("LoRA needs the package peft, which is not installed: pip install peft") from error
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """The matrices and convolutions that are still trained.
+
+    In a transformer q_proj, k_proj, v_proj, out_proj, fc1 and fc2; in a ResNet all convolutions and the attention
+    pool's q_proj, k_proj and v_proj; and the projections.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.requires_grad and not name.endswith(NOT_ADAPTED)
+    ]
+
+
+def add_lora_(
+    model: Any,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+) -> list[str]:
+    """Put adapters into an HfClipModel, freeze all else but the temperature, and return the adapted modules' names.
+
+    rank:    width of the factors; `alpha` / `rank` scales their product, which is 1 unless alpha is given
+    dropout: on what goes into the adapters
+    targets: ends of module names to adapt among `lora_targets`, e.g. ["q_proj", "v_proj"]; default all
+
+    Lock first. BatchNorms are frozen too. Raises ValueError.
+    """
+    if rank < 1:
+        raise ValueError(f"The LoRA rank is {rank}, but must be at least 1.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"The LoRA dropout is {dropout}, but must be at least 0 and below 1.")
+    peft = import_peft()
+    if getattr(model, "peft_config", None):
+        raise ValueError("This model has adapters already; merge them with merge_lora_ before adding others.")
+    possible = lora_targets(model)
+    if not possible:
+        raise ValueError(
+            "LoRA has nothing to adapt: every matrix is locked. Leave a tower or the projections unlocked."
+        )
+    chosen = possible
+    if targets is not None:
+        ends = [f".{target}" for target in targets]
+        chosen = [name for name in possible if f".{name}".endswith(tuple(ends))]
+        for target, end in zip(targets, ends, strict=True):
+            if not any(f".{name}".endswith(end) for name in possible):
+                kinds = sorted({name.rpartition(".")[2] for name in possible} - {"0"})
+                raise ValueError(f"There is no matrix {target!r} to adapt; there are {', '.join(kinds)}.")
+    freeze_batch_norm_(model)
+    scale = rank if alpha is None else alpha
+    model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=chosen))
+    for parameter in temperature_of(model).values():
+        parameter.requires_grad_(True)
+    return chosen
+
+
+def temperature_of(model: Any) -> dict[str, nn.Parameter]:
+    """The logit scale, and the logit bias where there is one."""
+    return {name: getattr(model, name) for name in TEMPERATURE if getattr(model, name, None) is not None}
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    layer_class = import_module("peft.tuners.lora").LoraLayer
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, layer_class)]
+
+
+@torch.no_grad()
+def merge_lora_(model: Any) -> Any:
+    """Add the adapters' products to their matrices and remove them: a plain HfClipModel again, which is returned.
+
+    To save a model that goes on training, merge a copy: `merge_lora_(copy.deepcopy(model)).save_pretrained(...)`.
+    Raises ValueError when there are no adapters, and when a product is not finite.
+    """
+    if not getattr(model, "peft_config", None):
+        raise ValueError("This model has no adapters to merge; add_lora_ adds them.")
+    for name, layer in _lora_layers(model):
+        layer.merge(safe_merge=True)
+        parent = model.get_submodule(name.rpartition(".")[0]) if "." in name else model
+        setattr(parent, name.rpartition(".")[2], layer.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    return model
+
+
+def save_adapter(model: Any, folder: str | Path) -> None:
+    """Write the adapters alone, in peft's format, with the temperature, which was trained beside them.
+
+    `PeftModel.from_pretrained(base, folder)` reads all of it.
+    """
+    peft = import_peft()
+    from safetensors.torch import save_file
+
+    if not getattr(model, "peft_config", None):
+        raise ValueError("This model has no adapters to save; merged ones cannot be told from the weights.")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    weights = peft.get_peft_model_state_dict(model)
+    tensors = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in weights.items()}
+    tensors |= {f"base_model.model.{name}": tensor.detach() for name, tensor in temperature_of(model).items()}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.peft_config["default"].save_pretrained(folder)

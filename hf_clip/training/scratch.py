@@ -1,0 +1,94 @@
+"""A model without any training, and its processor: for training from scratch.
+
+The same arguments give the same model, whatever was drawn at random before; nothing else is drawn differently after.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from ..configuration_hf_clip import HfClipConfig
+from ..image_processing_hf_clip import HfClipImageProcessor
+from ..modeling_hf_clip import HfClipModel
+from ..original.vocabulary import find_vocabulary
+from ..processing_hf_clip import HfClipProcessor
+from ..tokenization_hf_clip import HfClipTokenizer
+from ..variants import VARIANTS
+
+
+def read_config(source: str | Path) -> HfClipConfig:
+    """The configuration of one of the nine variants by its name, or from a config.json or a folder that has one."""
+    path = Path(source)
+    looks_like_a_path = str(source).startswith((".", "/", "~")) or path.suffix == ".json" or path.exists()
+    if str(source) in VARIANTS or not looks_like_a_path:
+        return HfClipConfig.from_variant(str(source))
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"There is no configuration {file}; check the path, or name one of {', '.join(VARIANTS)}."
+        )
+    values, _ = HfClipConfig.get_config_dict(str(file))
+    if (kind := values.get("model_type", HfClipConfig.model_type)) != HfClipConfig.model_type:
+        raise ValueError(
+            f"{file} is the configuration of a {kind!r}, but one of a {HfClipConfig.model_type!r} is needed."
+        )
+    values.pop("auto_map", None)  # names files that another folder carries
+    return HfClipConfig.from_dict(values)
+
+
+def _build_tokenizer(
+    config: HfClipConfig, captions: Iterable[str] | None, tokenizer: str | Path | None, vocabulary: str | Path | None
+) -> Any:
+    length, vocab_size = config.text_config.max_position_embeddings, config.text_config.vocab_size
+    if captions is not None:
+        return HfClipTokenizer.train_from_iterator(captions, vocab_size, model_max_length=length)
+    if tokenizer is None:
+        return HfClipTokenizer.from_vocabulary_file(find_vocabulary(vocabulary), model_max_length=length)
+    if not any((Path(tokenizer) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise FileNotFoundError(
+            f"There is no tokenizer in {tokenizer}; name a folder that save_pretrained has written."
+        )
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded.model_max_length = length
+    if loaded.eos_token_id is None or loaded.eos_token_id not in loaded("a").input_ids:
+        raise ValueError(
+            f"The tokenizer in {tokenizer} doesn't end a text with an end-of-text token, where CLIP takes its feature."
+        )
+    return loaded
+
+
+def build_from_scratch(
+    source: str | Path,
+    *,
+    captions: Iterable[str] | None = None,
+    tokenizer: str | Path | None = None,
+    vocabulary: str | Path | None = None,
+    seed: int = 0,
+) -> tuple[HfClipModel, HfClipProcessor]:
+    """An untrained HfClipModel and its processor.
+
+    source:     one of the nine variants ("RN50"), or a config.json of model_type hf_clip, or a folder that has one
+    captions:   texts to learn a vocabulary of at most the configuration's `vocab_size` ids from
+    tokenizer:  instead, a folder with a tokenizer
+    vocabulary: instead, OpenAI's vocabulary file; with none of the three it is looked for where it is installed
+
+    The configuration's vocabulary size and special ids become the tokenizer's. Raises FileNotFoundError or ValueError.
+    """
+    given = {"captions": captions, "tokenizer": tokenizer, "vocabulary": vocabulary}
+    if len(named := [name for name, value in given.items() if value is not None]) > 1:
+        raise ValueError(f"A model has one tokenizer, but {' and '.join(named)} were given; give one of them.")
+    config = read_config(source)
+    text_tokenizer = _build_tokenizer(config, captions, tokenizer, vocabulary)
+    config.text_config.vocab_size = len(text_tokenizer)
+    for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config.text_config, special, getattr(text_tokenizer, special))
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = torch.float32  # whatever another model of this configuration was saved in
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        model = HfClipModel(config)
+    image_processor = HfClipImageProcessor.for_image_size(config.vision_config.image_size)
+    return model, HfClipProcessor(image_processor, text_tokenizer)
