@@ -20,6 +20,8 @@ $(BIN)/python:
 $(VENV)/.demo-installed $(VENV)/.dev-installed: $(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned versions into $(VENV) (a minute or two) ..."
 	$(INSTALL) --editable ".[$*]"
+	@# open_clip asks for torchvision, which its model class does not need and nothing here may depend on.
+	if test "$*" = dev; then $(INSTALL) --no-deps open_clip_torch; fi
 	@touch $@
 
 demo: $(VENV)/.demo-installed  ## train a small CLIP on digits and look at it (TOWER=vit or resnet; about 3 minutes)

@@ -117,7 +117,19 @@ ALLOWED = {
         "variants",
     },
     "original": {"configuration_hf_clip", "modeling_hf_clip", "variants", "original"},
-    "training": {"pictures_hf_clip", "training"},
+    "training": {
+        "configuration_hf_clip",
+        "features",
+        "image_processing_hf_clip",
+        "modeling_hf_clip",
+        "original",
+        "pictures_hf_clip",
+        "processing_hf_clip",
+        "tokenization_hf_clip",
+        "training",
+        "transformer_hf_clip",
+        "variants",
+    },
     "whole_folder": set(),
 }
 """Which of the package's own modules each part that doesn't travel may import. Imports point one way."""
