@@ -165,8 +165,8 @@ def build_loader(
     """Loader of batches for one process of a run.
 
     batch_size:    pairs of one process; every process has as many in every batch
-    training:      shuffled full batches; else all rows in their order, of which the last batch has what is left, in
-                   some processes perhaps nothing
+    training:      shuffled full batches; else all rows in their order. Every process has as many batches, but the last
+                   may have fewer rows, in some processes none, which the model is to be spared (no row: shape (0, ...))
     seed:          of the order
     num_workers:   processes that open and prepare pictures
     num_processes: of the run, and `process_index` the one that this is
