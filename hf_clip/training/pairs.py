@@ -13,7 +13,7 @@ Invariant: what a `Draw` becomes depends on the draw alone: its source, row, cap
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,15 +172,13 @@ class PairStream:
 
     def __init__(self, sources: Sequence[PairTable], captions: str = "one", buffer: int = 1000):
         self.sources, self.captions, self.buffer = list(sources), captions, buffer
-        self.start: int = 0
-        self.end: int | None = None
 
     @property
     def name(self) -> str:
         return " and ".join(source.name for source in self.sources)
 
-    def _mixed(self, seed: int) -> Any:
-        """All sources as one stream of rows, each with its source's number."""
+    def _mixed(self, seed: int, is_weighted: bool) -> Any:
+        """All sources as one stream of rows, each with its source's number; without weights every row comes once."""
         datasets = import_datasets()
         text, number = datasets.Value("string"), datasets.Value("int64")
         fields = {"source": number, "bytes": datasets.Value("binary"), "path": text, "label": number, "reason": text}
@@ -193,7 +191,7 @@ class PairStream:
             )
         if len(streams) == 1:
             return streams[0]
-        if self.sources[0].weight is None:
+        if not is_weighted or self.sources[0].weight is None:
             return datasets.interleave_datasets(streams, stopping_strategy="all_exhausted_without_replacement")
         total = sum(source.weight or 0.0 for source in self.sources)
         shares = [(source.weight or 0.0) / total for source in self.sources]
@@ -201,11 +199,7 @@ class PairStream:
 
     def draws(self, epoch: int, *, seed: int = 0, shuffle: bool = True, first: int = 0) -> Iterator[Draw]:
         """The draws of an epoch from number `first` on, in front of which rows are read and dropped."""
-        stream = self._mixed(seed)
-        if self.end is not None:
-            stream = stream.take(self.end)
-        if self.start:
-            stream = stream.skip(self.start)
+        stream = self._mixed(seed, is_weighted=shuffle)
         if shuffle:
             stream = stream.shuffle(seed=seed, buffer_size=self.buffer)
             stream.set_epoch(epoch)
@@ -305,7 +299,8 @@ def hold_out(pairs: Pairs | PairStream, amount: int | float, seed: int = 0) -> t
     """Split pairs into those to train on and those held out.
 
     amount: rows, or if below 1 a part of all rows. Of tables they are drawn by `seed`, whole rows with all of their
-        captions; of a stream they are its first ones, and must be counted.
+        captions; of a stream they are its first ones (of every source as many) and must be counted. The order of a
+        stream's files then stays as it is, and only its buffer is shuffled.
 
     Raises ValueError where nothing would be held out, or nothing be left.
     """
@@ -315,10 +310,13 @@ def hold_out(pairs: Pairs | PairStream, amount: int | float, seed: int = 0) -> t
             raise ValueError(
                 f"{wanted}: the length of a stream isn't known; hold out a number of its rows, or a split."
             )
-        train, held = (PairStream(pairs.sources, pairs.captions, pairs.buffer) for _ in range(2))
-        train.start, train.end = pairs.start + amount, pairs.end
-        held.start, held.end = pairs.start, pairs.start + amount
-        return train, held
+        each, more = divmod(amount, len(pairs.sources))
+        counts = [each + (place < more) for place in range(len(pairs.sources))]
+        # Of every source, and not of their mixture, which is another one in each epoch.
+        rest = [replace(s, table=s.table.skip(n)) for s, n in zip(pairs.sources, counts, strict=True)]
+        first = [replace(s, table=s.table.take(n)) for s, n in zip(pairs.sources, counts, strict=True) if n]
+        streams = [PairStream(sources, pairs.captions, pairs.buffer) for sources in (rest, first)]
+        return streams[0], streams[1]
     total = sum(len(source.rows) for source in pairs.sources)
     count = amount if isinstance(amount, int) else round(total * amount)
     if not 0 < count < total or (isinstance(amount, float) and amount >= 1):
@@ -332,5 +330,5 @@ def hold_out(pairs: Pairs | PairStream, amount: int | float, seed: int = 0) -> t
         start += len(source.rows)
         for part, mask in zip(parts, (~chosen, chosen), strict=True):
             if mask.any():
-                part.append(PairTable(**(vars(source) | {"rows": source.rows[mask]})))
+                part.append(replace(source, rows=source.rows[mask]))
     return Pairs(parts[0], pairs.captions), Pairs(parts[1], pairs.captions)

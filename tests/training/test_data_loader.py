@@ -463,6 +463,20 @@ def test_first_rows_of_a_stream_are_held_out(shard: str):
     assert texts_of(train) != texts_of(train, shuffle=False)
 
 
+def test_rows_held_out_of_a_mixture_of_streams_are_never_trained_on(tmp_path: Path):
+    sources = []
+    for name, count, weight in (("first", 30, 0.8), ("second", 12, 0.2)):
+        columns = {"image": [png(0)] * count, "caption": [f"{name} {index}" for index in range(count)]}
+        sources.append(f"{write_table(tmp_path / f'{name}.csv', columns | {'image': ['x.png'] * count})}={weight}")
+    train, held = hold_out(load_pairs(sources, streaming=True), 5)
+    kept = texts_of(held, shuffle=False)
+    assert sorted(kept) == ["first 0", "first 1", "first 2", "second 0", "second 1"]
+    for epoch in range(3):
+        trained = {train.read(draw).captions[0] for draw in train.draws(epoch, seed=epoch)}
+        assert not trained & set(kept)
+        assert len(trained) == 42 - 5
+
+
 @pytest.mark.parametrize(
     ("streaming", "amount", "message"),
     [

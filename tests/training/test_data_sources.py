@@ -1,14 +1,17 @@
 """Every source that can be named: opened, its columns found, its rows read, as a table and as a stream."""
 
+import base64
 import http.server
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
@@ -69,6 +72,31 @@ def test_pictures_are_fetched_by_their_urls(streaming: bool, tmp_path: Path, ser
     assert [grey(row) for row in rows[:-1]] == [10 * index for index in range(COUNT)]
     with pytest.raises(UnusableRowError, match=r"its picture 'http://127.*missing.png' cannot be read .*404"):
         picture_content(rows[-1].image)
+
+
+def test_picture_within_an_archive_is_read(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        archive.writestr("some/picture.png", png(4))
+    assert picture_content(f"zip://some/picture.png::{tmp_path / 'pictures.zip'}") == png(4)
+    assert picture_content({"bytes": None, "path": f"zip://some/picture.png::{tmp_path / 'pictures.zip'}"}) == png(4)
+    assert picture_content("data:image/png;base64," + base64.b64encode(png(5)).decode()) == png(5)
+    with pytest.raises(UnusableRowError, match="picture 'zip://other.png"):
+        picture_content(f"zip://other.png::{tmp_path / 'pictures.zip'}")
+    with pytest.raises(UnusableRowError, match="its picture is missing"):
+        picture_content({"bytes": None, "path": None})
+
+
+def test_configuration_of_a_repository_is_named_behind_a_colon(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def load_dataset(*names: object, streaming: bool) -> dict:
+        asked.append((*names, streaming))
+        return {"train": Dataset.from_dict({"image": [png(0)], "caption": ["a"]})}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_pairs("user/pairs:small")
+    load_pairs("user/pairs")
+    assert asked == [("user/pairs", "small", False), ("user/pairs", None, False)]
 
 
 def test_relative_paths_begin_at_the_tables_folder_and_else_where_the_program_runs(
@@ -281,10 +309,15 @@ def test_file_that_is_something_else_is_refused(tmp_path: Path):
         load_pairs(str(tmp_path / "table.parquet"))
 
 
-def test_stream_without_rows_is_refused(tmp_path: Path):
+def test_data_set_without_rows_is_refused(tmp_path: Path):
     (tmp_path / "table.csv").write_text("image,caption\n")
-    with pytest.raises(ValueError, match=r"table.csv: the stream has no rows|no column looks like|cannot be read"):
+    with pytest.raises(ValueError, match=r"table.csv: the stream has no rows"):
         load_pairs(str(tmp_path / "table.csv"), streaming=True)
+    with pytest.raises(ValueError, match=r"table.csv' cannot be read: .*no data"):
+        load_pairs(str(tmp_path / "table.csv"))
+    Dataset.from_dict({"image": [png(0)], "caption": ["a"]}).select([]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="saved has no rows in its split 'train'"):
+        load_pairs(str(tmp_path / "saved"))
 
 
 def test_columns_are_told_by_what_they_hold():
