@@ -12,11 +12,23 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from PIL import Image
+from transformers import ProcessorMixin
 
-COUNT = 6
+from hf_clip.training.augment import Augmentation
+from hf_clip.training.collator import PairCollator
+from hf_clip.training.data import PairLoader, build_loader
+from hf_clip.training.pairs import Pairs, PairStream
+
+SMALL = 6
+"""Rows of the sources of every kind."""
+
+COUNT = 22
+"""Rows of what batches are made of."""
+
+STRONG = Augmentation(crop=0.5, flip=0.5, jitter=0.3)
 
 
-def captions(count: int = COUNT) -> list[str]:
+def captions(count: int = SMALL) -> list[str]:
     return [f"caption number {index}" for index in range(count)]
 
 
@@ -50,7 +62,7 @@ def corrupt_exif() -> bytes:
     return bytes(data)
 
 
-def write_pictures(folder: Path, count: int = COUNT) -> list[str]:
+def write_pictures(folder: Path, count: int = SMALL) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"picture{index}.png" for index in range(count)]
     for index, name in enumerate(names):
@@ -105,28 +117,28 @@ def _paths(ending: str) -> Callable[[Path], str]:
 
 
 def _bytes(folder: Path) -> str:
-    pictures = [png(index) for index in range(COUNT)]
-    return str(write_table(folder / "table.parquet", {"image": pictures, "caption": captions(), "id": range(COUNT)}))
+    pictures = [png(index) for index in range(SMALL)]
+    return str(write_table(folder / "table.parquet", {"image": pictures, "caption": captions(), "id": range(SMALL)}))
 
 
 def _stored(folder: Path) -> str:
-    pictures = [{"bytes": png(index), "path": f"{index}.png"} for index in range(COUNT)]
+    pictures = [{"bytes": png(index), "path": f"{index}.png"} for index in range(SMALL)]
     return str(write_table(folder / "table.parquet", {"image": pictures, "caption": captions()}))
 
 
 def _tar(folder: Path) -> str:
-    return str(write_tar(folder / "shard.tar", [png(index) for index in range(COUNT)], captions()))
+    return str(write_tar(folder / "shard.tar", [png(index) for index in range(SMALL)], captions()))
 
 
 def _tars(folder: Path) -> str:
-    pictures, half = [png(index) for index in range(COUNT)], COUNT // 2
+    pictures, half = [png(index) for index in range(SMALL)], SMALL // 2
     write_tar(folder / "shard-0.tar", pictures[:half], captions()[:half])
     write_tar(folder / "shard-1.tar", pictures[half:], captions()[half:], start=half)
     return str(folder / "shard-*.tar")
 
 
 def _saved(folder: Path) -> str:
-    table = Dataset.from_dict({"image": [png(index) for index in range(COUNT)], "caption": captions()})
+    table = Dataset.from_dict({"image": [png(index) for index in range(SMALL)], "caption": captions()})
     table.save_to_disk(folder / "saved")
     return str(folder / "saved")
 
@@ -141,3 +153,8 @@ WRITERS: dict[str, Callable[[Path], str]] = {
     "save_to_disk": _saved,
 }
 """Every kind of source → a function that writes it below a folder and returns what to name it by."""
+
+
+def loader_of(pairs: Pairs | PairStream, processor: ProcessorMixin, batch_size: int = 4, **settings: Any) -> PairLoader:
+    collator = PairCollator(processor, settings.pop("augmentation", STRONG), seed=settings.get("seed", 0))
+    return build_loader(pairs, collator, batch_size, **settings)

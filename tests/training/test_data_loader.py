@@ -1,27 +1,20 @@
 """Batches: what is in them, their order over workers, processes and interruptions, and rows that cannot be used."""
 
-import logging
-import threading
-import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import ProcessorMixin
 
-from hf_clip.training.augment import Augmentation
 from hf_clip.training.collator import PairCollator
 from hf_clip.training.content import content_id
-from hf_clip.training.data import BadRows, PairLoader, Position, build_loader
-from hf_clip.training.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
-from hf_clip.training.read_ahead import read_ahead
+from hf_clip.training.data import BadRows, Position
+from hf_clip.training.pairs import load_pairs
 
-from .sources import broken, captions, corrupt_exif, jpeg, png, write_table, write_tar
+from .sources import COUNT, captions, jpeg, loader_of, png, write_table
 
 pytestmark = [
     pytest.mark.usefixtures("prepared_here"),
@@ -29,35 +22,6 @@ pytestmark = [
 ]
 
 STREAMING = pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
-
-STRONG = Augmentation(crop=0.5, flip=0.5, jitter=0.3)
-COUNT = 22
-
-
-@pytest.fixture(scope="module")
-def processor(repositories: dict[str, Path]) -> ProcessorMixin:
-    """Of a model of 48 pixels and 20 tokens."""
-    return AutoProcessor.from_pretrained(repositories["vit"])
-
-
-@pytest.fixture(scope="module")
-def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
-    pictures = [jpeg(index) for index in range(COUNT)]
-    return str(write_tar(tmp_path_factory.mktemp("shard") / "shard.tar", pictures, captions(COUNT)))
-
-
-@pytest.fixture(scope="module")
-def shard_with_bad_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """22 pictures, of which those in places 3, 4 and 9 cannot be decoded, and 6 has a damaged EXIF block."""
-    pictures = [jpeg(index) for index in range(COUNT)]
-    bad = broken()
-    pictures[3], pictures[4], pictures[9], pictures[6] = bad["truncated"], bad["text"], bad["nothing"], corrupt_exif()
-    return str(write_tar(tmp_path_factory.mktemp("bad") / "shard.tar", pictures, captions(COUNT)))
-
-
-def loader_of(pairs: Pairs | PairStream, processor: ProcessorMixin, batch_size: int = 4, **settings: Any) -> PairLoader:
-    collator = PairCollator(processor, settings.pop("augmentation", STRONG), seed=settings.get("seed", 0))
-    return build_loader(pairs, collator, batch_size, **settings)
 
 
 def joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -290,113 +254,6 @@ def test_evaluation_leaves_bad_rows_out(shard_with_bad_rows: str, processor: Pro
     assert (bad_rows.bad, bad_rows.drawn) == (3, COUNT)
 
 
-# --- rows that cannot be used ----------------------------------------------------------------------------------------
-
-
-@STREAMING
-@pytest.mark.parametrize("workers", [0, 1])
-def test_training_goes_past_pictures_that_cannot_be_decoded(
-    shard_with_bad_rows: str,
-    processor: ProcessorMixin,
-    streaming: bool,
-    workers: int,
-    caplog: pytest.LogCaptureFixture,
-):
-    """A truncated file, a text and an empty file are skipped; a picture with a damaged EXIF block is shown."""
-    bad_rows = BadRows(0.2)
-    pairs = load_pairs(shard_with_bad_rows, streaming=streaming)
-    loader = loader_of(pairs, processor, 11, num_workers=workers, bad_rows=bad_rows)
-    with caplog.at_level(logging.WARNING):
-        batches = list(loader.epoch())
-    assert [len(batch["text_ids"]) for batch in batches] == [11, 11]
-    counts = Counter(number for batch in batches for number in batch["text_ids"].tolist())
-    good = [text for index, text in enumerate(captions(COUNT)) if index not in (3, 4, 9)]
-    assert set(counts) == set(map(content_id, good))
-    assert (bad_rows.bad, bad_rows.drawn) == (3, 22)
-    lines = sorted(record.getMessage() for record in caplog.records if record.name == "hf_clip.training.data")
-    assert len(lines) == 3
-    for place in (3, 4, 9):
-        start = f"({place:05d}.jpg) in epoch 0: " if streaming else f"skipped: row {place} of "
-        assert sum(start in line for line in lines) == 1, lines
-    assert sum("cannot identify image file" in line for line in lines) == 2
-    assert sum("truncated" in line for line in lines) == 1
-    assert not any("0x" in line or "leave it out" in line for line in lines)
-
-
-@STREAMING
-def test_row_behind_the_batch_steps_in(tmp_path: Path, processor: ProcessorMixin, streaming: bool):
-    pictures = [png(index) for index in range(12)]
-    pictures[1] = pictures[2] = pictures[5] = b"bad"  # 5 is the first that would step in for 1
-    source = str(write_table(tmp_path / "table.parquet", {"image": pictures, "caption": captions(12)}))
-    pairs = load_pairs(source, streaming=streaming)
-    in_order = pairs.draws
-    pairs.draws = lambda epoch, **how: in_order(epoch, **(how | {"shuffle": False}))  # type: ignore[method-assign]
-    batch = next(loader_of(pairs, processor, 4).epoch())
-    assert batch["text_ids"].tolist() == [content_id(f"caption number {index}") for index in (0, 6, 6, 3)]
-
-
-def test_batch_that_loses_all_rows_is_full_all_the_same(tmp_path: Path, processor: ProcessorMixin):
-    pictures = [b"bad"] * 2 + [png(index) for index in range(2, 12)]
-    source = str(write_table(tmp_path / "table.parquet", {"image": pictures, "caption": captions(12)}))
-    pairs = load_pairs(source, streaming=True, buffer=1)
-    bad_rows = BadRows(1.0)
-    loaders = [
-        loader_of(pairs, processor, 2, num_processes=2, process_index=index, bad_rows=bad_rows) for index in range(2)
-    ]
-    first, second = (next(loader.epoch()) for loader in loaders)
-    assert first["text_ids"].tolist() == [content_id(f"caption number {index}") for index in (4, 5)]
-    assert second["text_ids"].tolist() == [content_id(f"caption number {index}") for index in (2, 3)]
-    assert bad_rows.bad == 2
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_data_without_a_usable_row_is_refused_in_one_line(tmp_path: Path, processor: ProcessorMixin, workers: int):
-    columns = {"image": [b"bad"] * 12, "caption": captions(12)}
-    pairs = load_pairs(str(write_table(tmp_path / "table.parquet", columns)))
-    with pytest.raises(ValueError, match=r"row \d+ of .* cannot be used .*, nor can any of the 8 rows that") as error:
-        next(loader_of(pairs, processor, num_workers=workers).epoch())
-    assert len(str(error.value).splitlines()) == 1
-
-
-def test_empty_caption_counts_as_a_bad_row(tmp_path: Path, processor: ProcessorMixin, caplog: pytest.LogCaptureFixture):
-    columns = {"image": [png(index) for index in range(4)], "caption": ["a", " ", "c", "d"]}
-    pairs = load_pairs(str(write_table(tmp_path / "table.parquet", columns)))
-    with pytest.raises(
-        ValueError, match=r"1 of 4 rows cannot be used, more than --max_bad_fraction 0.01 allows; the f"
-    ):
-        list(loader_of(pairs, processor, 2, bad_rows=BadRows()).epoch())
-    assert "row 1 of" in caplog.text
-    assert "its caption is empty" in caplog.text
-
-
-def test_a_few_bad_rows_among_the_first_end_no_run_and_too_many_do():
-    bad = [("row 7", "broken")]
-    rows = BadRows(0.01)
-    for _ in range(10):
-        rows.add(10, bad)
-    with pytest.raises(ValueError, match=r"11 of 110 rows cannot be used, .* the first is row 7: broken\. Repair"):
-        rows.add(10, bad)
-    rows = BadRows(0.01)
-    rows.add(2000, bad * 20)
-    rows.check()
-    with pytest.raises(ValueError, match="21 of 2050 rows"):
-        rows.add(50, bad)
-    rows = BadRows(0.0)
-    rows.add(5, [])
-    rows.check()
-    with pytest.raises(ValueError, match="1 of 10 rows"):
-        rows.add(5, bad)
-    with pytest.raises(ValueError, match="max_bad_fraction is 2, but must be from 0 to 1"):
-        BadRows(2)
-
-
-def test_count_of_bad_rows_outlives_an_interruption():
-    rows, later = BadRows(0.5), BadRows(0.5)
-    rows.add(10, [("row 1", "broken")])
-    later.load_state_dict(rows.state_dict())
-    assert (later.drawn, later.bad, later.first) == (10, 1, "row 1: broken")
-
-
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -427,110 +284,3 @@ def test_image_processor_that_keeps_sizes_is_refused(processor: ProcessorMixin, 
     monkeypatch.setattr(processor.image_processor, "do_center_crop", False)
     with pytest.raises(ValueError, match="do_center_crop=False, but pictures of one size are needed"):
         PairCollator(processor)
-
-
-# --- validation ------------------------------------------------------------------------------------------------------
-
-
-def texts_of(pairs: Pairs | PairStream, **how: Any) -> list[str]:
-    return [pairs.read(draw).captions[0] for draw in pairs.draws(0, **how)]
-
-
-@pytest.mark.parametrize(("amount", "count"), [(5, 5), (0.25, 6)])
-def test_rows_are_held_out_by_seed(shard: str, amount: float, count: int):
-    pairs = load_pairs(shard)
-    train, held = hold_out(pairs, amount, seed=3)
-    assert (len(train), len(held)) == (COUNT - count, count)
-    assert sorted(texts_of(train) + texts_of(held)) == sorted(captions(COUNT))
-    assert texts_of(hold_out(pairs, amount, seed=3)[1]) == texts_of(held)
-    assert texts_of(hold_out(pairs, amount, seed=4)[1]) != texts_of(held)
-
-
-def test_all_captions_of_a_row_are_held_out_together(tmp_path: Path):
-    texts = [[f"{row} {text}" for text in range(row % 3 + 1)] for row in range(9)]
-    source = str(write_table(tmp_path / "table.parquet", {"image": [png(0)] * 9, "captions": texts}))
-    train, held = hold_out(load_pairs([source, source], captions="all"), 6)
-    rows = [{(draw.source, draw.row) for draw in part.draws(0)} for part in (train, held)]
-    assert not rows[0] & rows[1]
-    assert len(rows[1]) == 6
-    assert len(train) + len(held) == 2 * 18
-
-
-def test_first_rows_of_a_stream_are_held_out(shard: str):
-    train, held = hold_out(load_pairs(shard, streaming=True), 5)
-    assert texts_of(held, shuffle=False) == captions(COUNT)[:5]
-    assert sorted(texts_of(train)) == sorted(captions(COUNT)[5:])
-    assert texts_of(train) != texts_of(train, shuffle=False)
-
-
-def test_rows_held_out_of_a_mixture_of_streams_are_never_trained_on(tmp_path: Path):
-    sources = []
-    for name, count, weight in (("first", 30, 0.8), ("second", 12, 0.2)):
-        columns = {"image": [png(0)] * count, "caption": [f"{name} {index}" for index in range(count)]}
-        sources.append(f"{write_table(tmp_path / f'{name}.csv', columns | {'image': ['x.png'] * count})}={weight}")
-    train, held = hold_out(load_pairs(sources, streaming=True), 5)
-    kept = texts_of(held, shuffle=False)
-    assert sorted(kept) == ["first 0", "first 1", "first 2", "second 0", "second 1"]
-    for epoch in range(3):
-        trained = {train.read(draw).captions[0] for draw in train.draws(epoch, seed=epoch)}
-        assert not trained & set(kept)
-        assert len(trained) == 42 - 5
-
-
-@pytest.mark.parametrize(
-    ("streaming", "amount", "message"),
-    [
-        (False, 0, "--validation 0 would hold out 0 of 22 rows"),
-        (False, 22, "would hold out 22 of 22 rows; take at least 1, and leave at least 1"),
-        (False, 0.01, "would hold out 0 of 22 rows"),
-        (False, 1.0, "would hold out 22 of 22"),
-        (True, 0.1, "the length of a stream isn't known; hold out a number of its rows, or a split"),
-        (True, 0, "the length of a stream isn't known"),
-    ],
-)
-def test_impossible_amounts_are_refused(shard: str, streaming: bool, amount: float, message: str):
-    with pytest.raises(ValueError, match=message):
-        hold_out(load_pairs(shard, streaming=streaming), amount)
-
-
-def test_validation_is_a_split_a_number_or_a_part():
-    assert read_validation("validation") == "validation"
-    assert read_validation("500") == 500
-    assert isinstance(read_validation("500"), int)
-    assert read_validation("0.05") == 0.05
-
-
-# --- reading ahead ---------------------------------------------------------------------------------------------------
-
-
-def test_reading_ahead_keeps_order_and_depth():
-    read: list[int] = []
-
-    def items() -> Iterator[int]:
-        for index in range(100):
-            read.append(index)
-            yield index
-
-    ahead = read_ahead(items(), 3)
-    assert next(ahead) == 0
-    time.sleep(0.3)
-    assert len(read) <= 1 + 3 + 1  # taken, waiting, and one in the reader's hand
-    assert list(ahead) == list(range(1, 100))
-
-
-def test_error_of_the_stream_comes_where_it_happened():
-    def items() -> Iterator[int]:
-        yield 1
-        raise OSError("the line went dead")
-
-    ahead = read_ahead(items(), 5)
-    assert next(ahead) == 1
-    with pytest.raises(OSError, match="the line went dead"):
-        next(ahead)
-
-
-def test_reader_ends_when_nobody_wants_more():
-    ahead = read_ahead(iter(range(10**9)), 2)
-    next(ahead)
-    ahead.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "hf_clip reader" and thread.is_alive()]

@@ -21,7 +21,7 @@ from hf_clip.training.pairs import Pairs, PairStream, Row, load_pairs
 from hf_clip.training.pictures import open_content, picture_content
 from hf_clip.training.sources import Source, parse_sources
 
-from .sources import COUNT, WRITERS, captions, jpeg, png, write_pictures, write_table, write_tar
+from .sources import SMALL, WRITERS, captions, jpeg, png, write_pictures, write_table, write_tar
 
 pytestmark = [
     pytest.mark.usefixtures("prepared_here"),
@@ -46,7 +46,7 @@ def test_source_is_read_without_being_told_its_columns(kind: str, streaming: boo
     pairs = load_pairs(WRITERS[kind](tmp_path), streaming=streaming)
     rows = rows_of(pairs)
     assert [row.captions for row in rows] == [[caption] for caption in captions()]
-    assert [grey(row) for row in rows] == [10 * index for index in range(COUNT)]
+    assert [grey(row) for row in rows] == [10 * index for index in range(SMALL)]
     assert all(row.reason is None for row in rows)
 
 
@@ -69,7 +69,7 @@ def test_pictures_are_fetched_by_their_urls(streaming: bool, tmp_path: Path, ser
     urls = [f"{server}/{name}" for name in write_pictures(tmp_path)]
     table = write_table(tmp_path / "table.csv", {"url": [*urls, f"{server}/missing.png"], "caption": captions(7)})
     rows = rows_of(load_pairs(str(table), streaming=streaming))
-    assert [grey(row) for row in rows[:-1]] == [10 * index for index in range(COUNT)]
+    assert [grey(row) for row in rows[:-1]] == [10 * index for index in range(SMALL)]
     with pytest.raises(UnusableRowError, match=r"its picture 'http://127.*missing.png' cannot be read .*404"):
         picture_content(rows[-1].image)
 
@@ -195,16 +195,19 @@ def test_weights_are_shares_of_every_epoch_and_rows_of_a_source_come_equally_oft
     assert {counts[f"first {index}"] for index in range(30)} == {1, 2}  # 40 draws of 30 rows
     assert {counts[f"second {index}"] for index in range(10)} == {12}
     assert len({(draw.row, draw.round) for draw in pairs.draws(0, seed=5) if draw.source == 1}) == 30
+    drawn = [{draw.row for draw in pairs.draws(0, seed=seed) if draw.source == 0} for seed in (5, 6)]
+    assert drawn[0] != drawn[1] != set(range(10))  # what an epoch has no room for depends on the seed
 
 
 def test_weights_are_probabilities_of_a_stream_that_ends_when_all_was_read(tmp_path: Path):
     first, second = two_sources(tmp_path, (300, 10))
     pairs = load_pairs([f"{first}=0.75", f"{second}=0.25"], streaming=True)
-    texts = [row.captions[0] for row in rows_of(pairs, seed=1)]
+    texts = [row.captions[0] for row in rows_of(pairs, seed=1, shuffle=True)]
     assert {text for text in texts if text.startswith("first")} == {f"first {index}" for index in range(300)}
     share = sum(text.startswith("second") for text in texts) / len(texts)
     assert 0.18 < share < 0.32  # 0.25, give or take three standard deviations
-    assert texts == [row.captions[0] for row in rows_of(pairs, seed=1)]
+    assert texts == [row.captions[0] for row in rows_of(pairs, seed=1, shuffle=True)]
+    assert len(rows_of(pairs)) == 310  # in evaluation every row comes once
 
 
 def test_weight_is_told_from_a_path_with_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -309,15 +312,16 @@ def test_file_that_is_something_else_is_refused(tmp_path: Path):
         load_pairs(str(tmp_path / "table.parquet"))
 
 
-def test_data_set_without_rows_is_refused(tmp_path: Path):
+def test_data_set_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "table.csv").write_text("image,caption\n")
     with pytest.raises(ValueError, match=r"table.csv: the stream has no rows"):
         load_pairs(str(tmp_path / "table.csv"), streaming=True)
     with pytest.raises(ValueError, match=r"table.csv' cannot be read: .*no data"):
         load_pairs(str(tmp_path / "table.csv"))
-    Dataset.from_dict({"image": [png(0)], "caption": ["a"]}).select([]).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match="saved has no rows in its split 'train'"):
-        load_pairs(str(tmp_path / "saved"))
+    nothing = Dataset.from_dict({"image": [png(0)], "caption": ["a"]}).select([])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **settings: {"train": nothing})
+    with pytest.raises(ValueError, match="user/pairs has no rows in its split 'train'"):
+        load_pairs("user/pairs")
 
 
 def test_columns_are_told_by_what_they_hold():
