@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,9 +27,11 @@ from transformers import (
 )
 
 import hf_clip  # noqa: F401  (registers the classes)
+from hf_clip.training.collator import PairCollator
 from hf_clip.training.config import TrainingConfig
-from hf_clip.training.data import build_loader, load_pairs, repeat
+from hf_clip.training.data import BadRows, build_loader
 from hf_clip.training.optim import MAX_LOGIT_SCALE, build_optimizer
+from hf_clip.training.pairs import load_pairs
 from hf_clip.whole_folder import check_destination, whole_folder
 
 
@@ -55,13 +58,25 @@ def train(config: TrainingConfig) -> None:
         )
     output = check_destination(config.output_dir, config.overwrite)
     model, processor = load_model(config.model)
-    pairs = load_pairs(config)
+    pairs = load_pairs(
+        config.dataset,
+        split=config.split,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+    )
+    loader = build_loader(
+        pairs,
+        PairCollator(processor, seed=config.seed),
+        config.batch_size,
+        seed=config.seed,
+        num_workers=config.num_workers,
+        bad_rows=BadRows(),
+    )
     set_seed(config.seed)
 
     optimizer = build_optimizer(model, config)
     scheduler = get_scheduler("cosine", optimizer, config.warmup_steps, config.max_steps)
-    loader = build_loader(pairs, processor, config)
-    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     logit_scale = accelerator.unwrap_model(model).logit_scale
 
     model.train()
@@ -71,8 +86,11 @@ def train(config: TrainingConfig) -> None:
         (folder / "metrics.jsonl").open("w") as metrics,
         tqdm(total=config.max_steps, desc="Training") as bar,
     ):
-        for step, batch in enumerate(repeat(loader, config.max_steps), start=1):
+        for step, (_, batch) in enumerate(islice(loader.batches(), config.max_steps), start=1):
             learning_rate = scheduler.get_last_lr()[0]
+            batch = {
+                name: batch[name].to(accelerator.device) for name in ("pixel_values", "input_ids", "attention_mask")
+            }
             loss = model(**batch, return_loss=True).loss
             accelerator.backward(loss)
             optimizer.step()

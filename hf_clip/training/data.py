@@ -1,120 +1,201 @@
-"""Pairs of pictures and captions, from `datasets` to tensors.
+"""Batches for contrastive training: in order, shared out among processes, to be taken up anywhere.
 
-Pictures are taken undecoded and opened here, so that orientation is applied and an error names its row.
+A global batch is the next `batch_size` × `num_processes` rows of the order; process p of them prepares rows
+p·batch_size to (p + 1)·batch_size. So what the processes have together is what one process with the whole batch has,
+and no wrapper around the loader may share it out again: it does not go through `Accelerator.prepare`.
+
+The order is made in the main process and rows are prepared in worker processes, so it doesn't depend on how many there
+are. A stream is read by the main process of every process of the run, which costs each of them the whole stream's
+bytes; only its own share is decoded.
+
+Invariant: a batch is a function of (seed, epoch, its number), and starting at batch n prepares nothing before it.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
 
-import torch
-from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import BatchFeature, ProcessorMixin
 
-from ..pictures_hf_clip import open_picture
-from .config import TrainingConfig
+from .collator import Batch, PairCollator, Plan, Preparation
+from .pairs import Draw, Pairs, PairStream
+from .read_ahead import read_ahead
+
+logger = logging.getLogger(__name__)
+
+SPARES = 8
+"""Rows behind a batch that may step in for those of it that cannot be used."""
 
 
-def load_pairs(config: TrainingConfig) -> Any:
-    """The training split with its picture and caption columns, pictures undecoded.
+class BadRows:
+    """Counts the rows that cannot be used, and ends the run when they are too many.
 
-    Raises FileNotFoundError for data that isn't there and ValueError for a missing split or column.
+    max_fraction: the part of all rows drawn that may be bad. While a run has drawn fewer than a thousand, that part of
+        a thousand; `check`, at the end of an epoch, is exact
     """
-    import datasets
 
-    is_saved = (Path(config.dataset) / "dataset_dict.json").is_file() or (Path(config.dataset) / "state.json").is_file()
-    try:
-        loaded = datasets.load_from_disk(config.dataset) if is_saved else datasets.load_dataset(config.dataset)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"There is no data set {config.dataset!r}: name a folder written by Dataset.save_to_disk, a folder of data "
-            f"files, or a repository on the Hub ({str(error).splitlines()[0]})."
-        ) from error
-    if isinstance(loaded, dict):
-        if config.split not in loaded:
-            raise ValueError(f"{config.dataset} has no split {config.split!r}; its splits are {', '.join(loaded)}.")
-        loaded = loaded[config.split]
-    for flag, column in [("image_column", config.image_column), ("caption_column", config.caption_column)]:
-        if column not in loaded.column_names:
-            raise ValueError(
-                f"{config.dataset} has no column {column!r}; its columns are {', '.join(loaded.column_names)}. "
-                f"Name the right one with --{flag}."
-            )
-    if len(loaded) < config.batch_size:
+    def __init__(self, max_fraction: float = 0.01):
+        if not 0 <= max_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {max_fraction}, but must be from 0 to 1.")
+        self.max_fraction = max_fraction
+        self.drawn = self.bad = 0
+        self.first = ""
+
+    def add(self, drawn: int, skipped: list[tuple[str, str]]) -> None:
+        """Count a batch's rows and log those that were skipped. Raises ValueError when they have become too many."""
+        for name, reason in skipped:
+            logger.warning("skipped: %s: %s", name, reason)
+            self.first = self.first or f"{name}: {reason}"
+        self.drawn += drawn
+        self.bad += len(skipped)
+        if skipped and self.bad > self.max_fraction * max(self.drawn, 1000):
+            self._refuse()
+
+    def check(self) -> None:
+        """Compare what was counted so far, however little it is."""
+        if self.bad > self.max_fraction * self.drawn:
+            self._refuse()
+
+    def _refuse(self) -> None:
         raise ValueError(
-            f"{config.dataset} has {len(loaded)} rows, fewer than one batch of {config.batch_size}. Pass --batch_size "
-            f"{len(loaded)} or less."
+            f"{self.bad} of {self.drawn} rows cannot be used, more than --max_bad_fraction {self.max_fraction:g} "
+            f"allows; the first is {self.first}. Repair the data, or allow more."
         )
-    pairs = loaded.select_columns([config.image_column, config.caption_column])
-    captions = pairs.features[config.caption_column]
-    if getattr(captions, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"The column {config.caption_column!r} holds {captions}, but one text for each row is needed.")
-    if missing := pairs.data.column(config.caption_column).null_count:
-        row = next(row for row, caption in enumerate(pairs[config.caption_column]) if caption is None)
-        raise ValueError(
-            f"{missing} rows of {config.dataset} have no {config.caption_column}, the first of them row {row}; give "
-            f"them texts, or remove them."
-        )
-    pictures = pairs.features[config.image_column]
-    try:
-        return pairs.cast_column(config.image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"The column {config.image_column!r} holds {pictures}, but pictures are needed.") from error
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self.drawn, "bad": self.bad, "first": self.first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawn, self.bad, self.first = state["drawn"], state["bad"], state["first"]
 
 
-def open_stored(stored: dict[str, Any] | None, name: str) -> Image.Image:
-    """Open a picture as `datasets` stores it (bytes or a path), turned as its EXIF orientation says."""
-    if stored is None:
-        raise ValueError(f"{name} is missing; remove that row.")
-    return open_picture(stored, name)
+class Position(NamedTuple):
+    """Where to go on: the epoch, and how many of its batches are done."""
+
+    epoch: int = 0
+    batch: int = 0
 
 
-class PairCollator:
-    """Rows of the data set → a batch: pixel_values (B, 3, H, W), input_ids and attention_mask (B, L)."""
+class _Plans:
+    """The batches of one epoch as plans; `epoch` and `first_batch` are set before each iteration."""
 
-    def __init__(self, processor: ProcessorMixin, config: TrainingConfig):
-        self.processor = processor
-        self.image_column, self.caption_column = config.image_column, config.caption_column
+    def __init__(self, draws: Callable[..., Iterator[Draw]], batch_size: int, num_processes: int, process_index: int):
+        self.draws, self.batch_size = draws, batch_size
+        self.global_size, self.first = batch_size * num_processes, batch_size * process_index
+        self.is_training = True
+        self.epoch = self.first_batch = 0
 
-    def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature | ValueError:
-        """An error is returned, for `repeat` to raise: a worker process would wrap its text into tracebacks."""
-        try:
-            return self.collate(rows)
-        except ValueError as error:
-            return error
-
-    def collate(self, rows: list[dict[str, Any]]) -> BatchFeature:
-        captions = [row[self.caption_column] for row in rows]
-        pictures = [
-            open_stored(row[self.image_column], f"The picture of the pair captioned {caption!r}")
-            for row, caption in zip(rows, captions, strict=True)
-        ]
-        return self.processor(text=captions, images=pictures, truncation=True, return_tensors="pt")
-
-
-def build_loader(pairs: Any, processor: ProcessorMixin, config: TrainingConfig) -> DataLoader:
-    """Shuffled full batches; the order depends on the seed alone."""
-    return DataLoader(
-        pairs,
-        batch_size=config.batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=PairCollator(processor, config),
-        num_workers=config.num_workers,
-        persistent_workers=config.num_workers > 0,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-
-
-def repeat(loader: DataLoader, steps: int) -> Iterator[BatchFeature]:
-    """As many batches as there are steps, going through the data as often as that takes."""
-    done = 0
-    while done < steps:
-        for batch in loader:
-            if done == steps:
+    def __iter__(self) -> Iterator[Plan]:
+        draws = self.draws(self.epoch, first=self.first_batch * self.global_size)
+        waiting: deque[Draw] = deque()
+        while True:
+            waiting.extend(islice(draws, self.global_size + SPARES - len(waiting)))
+            drawn = [waiting.popleft() for _ in range(min(self.global_size, len(waiting)))]
+            if not drawn or (self.is_training and len(drawn) < self.global_size):
                 return
+            # Where the epoch ends with the batch, its own rows step in.
+            spares = [*waiting, *drawn][:SPARES] if self.is_training else []
+            yield Plan(drawn[self.first : self.first + self.batch_size], spares, self.first)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class PairLoader:
+    """Batches of tensors on the CPU; see `build_loader`."""
+
+    def __init__(self, pairs: Pairs | PairStream, plans: _Plans, loader: DataLoader, bad_rows: BadRows | None):
+        self.pairs, self.plans, self.loader, self.bad_rows = pairs, plans, loader, bad_rows
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        if isinstance(self.pairs, PairStream):
+            raise TypeError("How many batches a stream has isn't known before it was read.")
+        whole, rest = divmod(len(self.pairs), self.plans.global_size)
+        return whole + (rest > 0 and not self.plans.is_training)
+
+    def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[dict[str, Tensor]]:
+        """The batches of one epoch from number `first_batch` on.
+
+        Raises ValueError when too many rows cannot be used, or a stream has not enough for one batch.
+        """
+        self.plans.epoch, self.plans.first_batch = epoch, first_batch
+        is_empty = first_batch == 0
+        for batch in self.loader:
+            is_empty = False
             if isinstance(batch, ValueError):
                 raise batch
-            done += 1
-            yield batch
+            assert isinstance(batch, Batch)
+            if self.bad_rows is not None:
+                self.bad_rows.add(batch.drawn, batch.skipped)
+            yield batch.tensors
+        if is_empty:
+            raise ValueError(
+                f"{self.pairs.name} has fewer rows than one batch of {self.plans.global_size}; lower --batch_size."
+            )
+        if self.bad_rows is not None:
+            self.bad_rows.check()
+
+    def batches(self, position: Position = Position()) -> Iterator[tuple[Position, dict[str, Tensor]]]:  # noqa: B008
+        """Batches without end, from a position on; each comes with the position behind it, to go on from later."""
+        epoch, first_batch = position
+        while True:
+            for number, batch in enumerate(self.epoch(epoch, first_batch), start=first_batch + 1):
+                yield Position(epoch, number), batch
+            epoch, first_batch = epoch + 1, 0
+
+
+def build_loader(
+    pairs: Pairs | PairStream,
+    collator: PairCollator,
+    batch_size: int,
+    *,
+    training: bool = True,
+    seed: int = 0,
+    num_workers: int = 0,
+    num_processes: int = 1,
+    process_index: int = 0,
+    bad_rows: BadRows | None = None,
+    pin_memory: bool = False,
+) -> PairLoader:
+    """Loader of batches for one process of a run.
+
+    batch_size:    pairs of one process; every process has as many in every batch
+    training:      shuffled full batches; else all rows in their order. Every process has as many batches, but the last
+                   may have fewer rows, in some processes none, which the model is to be spared (no row: shape (0, ...))
+    seed:          of the order
+    num_workers:   processes that open and prepare pictures
+    num_processes: of the run, and `process_index` the one that this is
+    bad_rows:      counts this process's rows
+
+    Raises ValueError for a batch without negatives, and for one larger than the data.
+    """
+    global_size = batch_size * num_processes
+    if batch_size < 1 or (training and global_size < 2):
+        raise ValueError(f"batch_size is {batch_size}, but a pair is learned against others: take at least 2.")
+    if training and isinstance(pairs, Pairs) and len(pairs) < global_size:
+        of_each = f" ({batch_size} in each of {num_processes} processes)" if num_processes > 1 else ""
+        raise ValueError(
+            f"{pairs.name} has {len(pairs)} rows, fewer than one batch of {global_size}{of_each}. Pass --batch_size "
+            f"{len(pairs) // num_processes} or less."
+        )
+
+    def draws(epoch: int, first: int) -> Iterator[Draw]:
+        found = pairs.draws(epoch, seed=seed, shuffle=training, first=first)
+        return read_ahead(found, global_size) if isinstance(pairs, PairStream) else found
+
+    plans = _Plans(draws, batch_size, num_processes, process_index)
+    plans.is_training = training
+    loader: DataLoader = DataLoader(
+        Preparation(pairs, collator),
+        batch_sampler=plans,  # type: ignore[arg-type]  # plans stand for lists of indices
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+    )
+    return PairLoader(pairs, plans, loader, bad_rows)

@@ -23,7 +23,6 @@ wrapper leaves out (FSDP shards no scalars, so not the logit scale) has its grad
 Dimensions: B pairs of this process (`local_…`), N pairs of all processes (`global_…`), W processes, D embedding.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,16 +51,6 @@ class ContrastiveResult:
     local_loss_to_backpropagate: Tensor
     global_loss: Tensor
     global_accuracy: Tensor
-
-
-def content_id(content: bytes | str) -> int:
-    """A non-negative number below 2⁶³ that names a picture's bytes or a caption; equal in all processes and runs.
-
-    Only what is equal to the last character has the same number: normalise a caption first where that is wanted.
-    """
-    if isinstance(content, str):
-        content = content.encode("utf-8", errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def world_size() -> int:

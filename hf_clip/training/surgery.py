@@ -6,7 +6,6 @@ the saved folder works by itself. Change a model before it is locked, adapted, g
 Dimensions: P positions, W tower width.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -14,13 +13,10 @@ from torch import Tensor, nn
 
 from ..features import image_processor_of, tokenizer_of
 from ..transformer_hf_clip import resize_position_table
+from .losses import INITIAL_SIGMOID_LOGIT_BIAS, INITIAL_SIGMOID_LOGIT_SCALE
 
 KEPT_POSITIONS = 20
 """Captions were mostly shorter, so that later positions learned little (Zhang et al. 2024, section 3.1)."""
-
-SIGMOID_LOGIT_SCALE = math.log(10)
-SIGMOID_LOGIT_BIAS = -10.0
-"""At the start nearly every pair is taken for a wrong one, as nearly every pair is (Zhai et al. 2023, section 3.1)."""
 
 
 def _replace_parameter(module: nn.Module, name: str, values: Tensor) -> None:
@@ -118,7 +114,10 @@ def switch_to_sigmoid_(model: Any) -> None:
     if model.config.contrastive_loss == "sigmoid":
         return
     model.config.contrastive_loss = "sigmoid"
-    model.config.logit_scale_init_value, model.config.logit_bias_init_value = SIGMOID_LOGIT_SCALE, SIGMOID_LOGIT_BIAS
-    _replace_parameter(model, "logit_scale", torch.tensor(SIGMOID_LOGIT_SCALE))
+    model.config.logit_scale_init_value, model.config.logit_bias_init_value = (
+        INITIAL_SIGMOID_LOGIT_SCALE,
+        INITIAL_SIGMOID_LOGIT_BIAS,
+    )
+    _replace_parameter(model, "logit_scale", torch.tensor(INITIAL_SIGMOID_LOGIT_SCALE))
     scale = model.logit_scale
-    model.logit_bias = nn.Parameter(torch.tensor(SIGMOID_LOGIT_BIAS, device=scale.device, dtype=scale.dtype))
+    model.logit_bias = nn.Parameter(torch.tensor(INITIAL_SIGMOID_LOGIT_BIAS, device=scale.device, dtype=scale.dtype))

@@ -1,10 +1,50 @@
-"""A process group of this process alone, for what distributed training wraps models in."""
+"""Fixtures: data sets that leave nothing behind, and a process group of this process alone."""
 
+import gc
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 import torch.distributed
+from transformers import AutoProcessor, ProcessorMixin
+
+from .sources import COUNT, broken, captions, corrupt_exif, jpeg, write_tar
+
+
+@pytest.fixture
+def prepared_here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `datasets` prepares goes into a folder of the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("prepared"))
+    # After a stream of parquet files `datasets` sleeps for five seconds, for the sake of threads at the program's end.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05, raising=False)
+    with warnings.catch_warnings():
+        # `datasets` leaves tables open for the garbage collector, which would warn in the middle of another test.
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def processor(repositories: dict[str, Path]) -> ProcessorMixin:
+    """Of a model of 48 pixels and 20 tokens."""
+    return AutoProcessor.from_pretrained(repositories["vit"])
+
+
+@pytest.fixture(scope="session")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
+    pictures = [jpeg(index) for index in range(COUNT)]
+    return str(write_tar(tmp_path_factory.mktemp("shard") / "shard.tar", pictures, captions(COUNT)))
+
+
+@pytest.fixture(scope="session")
+def shard_with_bad_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """22 pictures, of which those in places 3, 4 and 9 cannot be decoded, and 6 has a damaged EXIF block."""
+    pictures = [jpeg(index) for index in range(COUNT)]
+    bad = broken()
+    pictures[3], pictures[4], pictures[9], pictures[6] = bad["truncated"], bad["text"], bad["nothing"], corrupt_exif()
+    return str(write_tar(tmp_path_factory.mktemp("bad") / "shard.tar", pictures, captions(COUNT)))
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from transformers import AutoModel
 
 from hf_clip import HfClipConfig
 from hf_clip.modeling_hf_clip import contrastive_loss, sigmoid_loss
+from hf_clip.training.content import content_id
 from hf_clip.training.losses import (
     INITIAL_SIGMOID_LOGIT_BIAS,
     INITIAL_SIGMOID_LOGIT_SCALE,
-    content_id,
     global_contrastive_loss,
 )
 

@@ -1,0 +1,176 @@
+"""One source of pairs: what a user names → a table or stream of `datasets` with pictures left undecoded.
+
+A source is a repository on the Hub, a folder, or files: CSV, JSON, parquet, arrow, webdataset tars. Everything is
+opened by `datasets`, which is imported when it is first needed.
+"""
+
+import glob
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .columns import describe_feature
+
+BUILDERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".tar": "webdataset",
+}
+PACKED = (".gz", ".zst", ".xz", ".bz2")
+
+FIRST_ROWS = 16
+"""Rows of a stream that are looked at where its columns' types aren't declared."""
+
+
+def import_datasets() -> Any:
+    """The package `datasets`, which only training and evaluation need."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('Reading data needs the package datasets: pip install "hf-clip[train]"') from error
+    return datasets
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where pairs come from.
+
+    path:   a repository (`name`, or `name:configuration`), a folder, a file, or a pattern of files
+    weight: its share of the pairs in proportion to the other sources' weights, or None
+    """
+
+    path: str
+    weight: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        """`path` or `path=weight`. What exists under its whole name, like `data/year=2020`, is a path."""
+        path, equals, number = text.rpartition("=")
+        if not equals or not path or os.path.exists(text):
+            return cls(text)
+        try:
+            weight = float(number)
+        except ValueError:
+            return cls(text)
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"{text}: the weight of a source must be above 0; leave the source out, or its weight.")
+        return cls(path, weight)
+
+
+def parse_sources(sources: str | Source | Iterable[str | Source]) -> list[Source]:
+    """One or several sources, of which all have weights or none has."""
+    given = [sources] if isinstance(sources, (str, Source)) else list(sources)
+    parsed = [source if isinstance(source, Source) else Source.parse(source) for source in given]
+    if not parsed:
+        raise ValueError("There is no data set to read; name at least one.")
+    without = [source.path for source in parsed if source.weight is None]
+    if without and len(without) < len(parsed):
+        raise ValueError(
+            f"{', '.join(without)} has no weight, but others have; write path=weight for all, or for none."
+        )
+    return parsed
+
+
+def _builder_of(path: str) -> str | None:
+    """The builder for a file's or a pattern's name, or None where that isn't a data file's."""
+    name = path.lower()
+    for ending in PACKED:
+        name = name.removesuffix(ending)
+    return BUILDERS.get(os.path.splitext(name)[1])
+
+
+def folder_of(path: str) -> Path | None:
+    """Where relative paths of pictures begin: the folder itself, or that of a data file."""
+    if "://" in path:
+        return None
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return place
+    if _builder_of(path) is None:
+        return None
+    for parent in place.parents:
+        if not glob.has_magic(str(parent)):
+            return parent
+    return None
+
+
+def _load(path: str, streaming: bool) -> Any:
+    """Whatever `datasets` makes of it: a table or stream, or a mapping of splits to them."""
+    datasets = import_datasets()
+    place = Path(path).expanduser()
+    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+        saved = datasets.load_from_disk(str(place))
+        if not streaming:
+            return saved
+        if isinstance(saved, dict):
+            return {split: table.to_iterable_dataset() for split, table in saved.items()}
+        return saved.to_iterable_dataset()
+    if place.is_dir():
+        return datasets.load_dataset(str(place), streaming=streaming)
+    if builder := _builder_of(path):
+        if "://" not in path and not glob.glob(str(place), recursive=True):
+            raise FileNotFoundError(f"no file has this name: {place}")
+        more = {"sep": "\t"} if ".tsv" in path.lower() else {}
+        return datasets.load_dataset(
+            builder, data_files=str(path if "://" in path else place), streaming=streaming, **more
+        )
+    name, _, configuration = path.partition(":") if "://" not in path else (path, "", "")
+    return datasets.load_dataset(name, configuration or None, streaming=streaming)
+
+
+def open_source(path: str, split: str = "train", streaming: bool = False) -> Any:
+    """A split of a source as a `datasets.Dataset`, or as an IterableDataset when streaming.
+
+    Raises FileNotFoundError where there is nothing, and ValueError where that cannot be read or has no such split.
+    """
+    datasets = import_datasets()
+    try:
+        loaded = _load(path, streaming)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"There is no data set {path!r}: name a repository on the Hub, a folder of pictures with metadata.csv, "
+            f".jsonl or .parquet, a CSV, JSON, parquet or webdataset (.tar) file, or a folder written by "
+            f"Dataset.save_to_disk ({_first_line(error)})."
+        ) from error
+    except (ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"The data set {path!r} cannot be read: {_first_line(error.__cause__ or error)}") from error
+    if isinstance(loaded, dict):
+        if split not in loaded:
+            raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(map(str, loaded))}.")
+        loaded = loaded[split]
+    return loaded
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def describe_columns(table: Any) -> dict[str, Any]:
+    """Column → what it holds (a feature of `datasets`); for a stream that declares none, from its first rows."""
+    datasets = import_datasets()
+    if table.features is not None:
+        return dict(table.features)
+    rows = list(islice(iter(table), FIRST_ROWS))
+    if not rows:
+        raise ValueError("the stream has no rows")
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        found[name] = datasets.Dataset.from_dict({name: values}).features[name] if values else None
+    return found
+
+
+def leave_undecoded(table: Any, columns: Iterable[str]) -> Any:
+    """The same with pictures as bytes or a path: a stream that decodes by itself ends at its first broken picture."""
+    datasets = import_datasets()
+    for column in columns:
+        if describe_feature((table.features or {}).get(column)) == "picture":
+            table = table.cast_column(column, datasets.Image(decode=False))
+    return table

@@ -1,0 +1,125 @@
+"""Rows that cannot be used: skipped, counted, logged, replaced; too many of them end the run."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from transformers import ProcessorMixin
+
+from hf_clip.training.content import content_id
+from hf_clip.training.data import BadRows
+from hf_clip.training.pairs import load_pairs
+
+from .sources import COUNT, captions, loader_of, png, write_table
+
+pytestmark = [
+    pytest.mark.usefixtures("prepared_here"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # `datasets` leaves tables open
+]
+
+STREAMING = pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+
+
+@STREAMING
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_goes_past_pictures_that_cannot_be_decoded(
+    shard_with_bad_rows: str,
+    processor: ProcessorMixin,
+    streaming: bool,
+    workers: int,
+    caplog: pytest.LogCaptureFixture,
+):
+    """A truncated file, a text and an empty file are skipped; a picture with a damaged EXIF block is shown."""
+    bad_rows = BadRows(0.2)
+    pairs = load_pairs(shard_with_bad_rows, streaming=streaming)
+    loader = loader_of(pairs, processor, 11, num_workers=workers, bad_rows=bad_rows)
+    with caplog.at_level(logging.WARNING):
+        batches = list(loader.epoch())
+    assert [len(batch["text_ids"]) for batch in batches] == [11, 11]
+    counts = Counter(number for batch in batches for number in batch["text_ids"].tolist())
+    good = [text for index, text in enumerate(captions(COUNT)) if index not in (3, 4, 9)]
+    assert set(counts) == set(map(content_id, good))
+    assert (bad_rows.bad, bad_rows.drawn) == (3, 22)
+    lines = sorted(record.getMessage() for record in caplog.records if record.name == "hf_clip.training.data")
+    assert len(lines) == 3
+    for place in (3, 4, 9):
+        start = f"({place:05d}.jpg) in epoch 0: " if streaming else f"skipped: row {place} of "
+        assert sum(start in line for line in lines) == 1, lines
+    assert sum("cannot identify image file" in line for line in lines) == 2
+    assert sum("truncated" in line for line in lines) == 1
+    assert not any("0x" in line or "leave it out" in line for line in lines)
+
+
+@STREAMING
+def test_row_behind_the_batch_steps_in(tmp_path: Path, processor: ProcessorMixin, streaming: bool):
+    pictures = [png(index) for index in range(12)]
+    pictures[1] = pictures[2] = pictures[5] = b"bad"  # 5 is the first that would step in for 1
+    source = str(write_table(tmp_path / "table.parquet", {"image": pictures, "caption": captions(12)}))
+    pairs = load_pairs(source, streaming=streaming)
+    in_order = pairs.draws
+    pairs.draws = lambda epoch, **how: in_order(epoch, **(how | {"shuffle": False}))  # type: ignore[method-assign]
+    batch = next(loader_of(pairs, processor, 4).epoch())
+    assert batch["text_ids"].tolist() == [content_id(f"caption number {index}") for index in (0, 6, 6, 3)]
+
+
+def test_batch_that_loses_all_rows_is_full_all_the_same(tmp_path: Path, processor: ProcessorMixin):
+    pictures = [b"bad"] * 2 + [png(index) for index in range(2, 12)]
+    source = str(write_table(tmp_path / "table.parquet", {"image": pictures, "caption": captions(12)}))
+    pairs = load_pairs(source, streaming=True, buffer=1)
+    bad_rows = BadRows(1.0)
+    loaders = [
+        loader_of(pairs, processor, 2, num_processes=2, process_index=index, bad_rows=bad_rows) for index in range(2)
+    ]
+    first, second = (next(loader.epoch()) for loader in loaders)
+    assert first["text_ids"].tolist() == [content_id(f"caption number {index}") for index in (4, 5)]
+    assert second["text_ids"].tolist() == [content_id(f"caption number {index}") for index in (2, 3)]
+    assert bad_rows.bad == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_without_a_usable_row_is_refused_in_one_line(tmp_path: Path, processor: ProcessorMixin, workers: int):
+    columns = {"image": [b"bad"] * 12, "caption": captions(12)}
+    pairs = load_pairs(str(write_table(tmp_path / "table.parquet", columns)))
+    with pytest.raises(ValueError, match=r"row \d+ of .* cannot be used .*, nor can any of the 8 rows that") as error:
+        next(loader_of(pairs, processor, num_workers=workers).epoch())
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_empty_caption_counts_as_a_bad_row(tmp_path: Path, processor: ProcessorMixin, caplog: pytest.LogCaptureFixture):
+    columns = {"image": [png(index) for index in range(4)], "caption": ["a", " ", "c", "d"]}
+    pairs = load_pairs(str(write_table(tmp_path / "table.parquet", columns)))
+    with pytest.raises(
+        ValueError, match=r"1 of 4 rows cannot be used, more than --max_bad_fraction 0.01 allows; the f"
+    ):
+        list(loader_of(pairs, processor, 2, bad_rows=BadRows()).epoch())
+    assert "row 1 of" in caplog.text
+    assert "its caption is empty" in caplog.text
+
+
+def test_a_few_bad_rows_among_the_first_end_no_run_and_too_many_do():
+    bad = [("row 7", "broken")]
+    rows = BadRows(0.01)
+    for _ in range(10):
+        rows.add(10, bad)
+    with pytest.raises(ValueError, match=r"11 of 110 rows cannot be used, .* the first is row 7: broken\. Repair"):
+        rows.add(10, bad)
+    rows = BadRows(0.01)
+    rows.add(2000, bad * 20)
+    rows.check()
+    with pytest.raises(ValueError, match="21 of 2050 rows"):
+        rows.add(50, bad)
+    rows = BadRows(0.0)
+    rows.add(5, [])
+    rows.check()
+    with pytest.raises(ValueError, match="1 of 10 rows"):
+        rows.add(5, bad)
+    with pytest.raises(ValueError, match="max_bad_fraction is 2, but must be from 0 to 1"):
+        BadRows(2)
+
+
+def test_count_of_bad_rows_outlives_an_interruption():
+    rows, later = BadRows(0.5), BadRows(0.5)
+    rows.add(10, [("row 1", "broken")])
+    later.load_state_dict(rows.state_dict())
+    assert (later.drawn, later.bad, later.first) == (10, 1, "row 1: broken")
