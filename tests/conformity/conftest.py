@@ -1,13 +1,15 @@
 """What holds for every test of this folder, which all come from transformers' own test mixins.
 
 `inapplicable` of a test class names the tests that cannot hold here, with the reason. They run all the same, and must
-fail: one that passes, is skipped or doesn't exist any more is a stale entry, which fails.
+fail: one that passes, is skipped or doesn't exist any more is a stale entry, which fails. `inapplicable_in` does so for
+one version, by its number.
 """
 
 import unittest
 from collections.abc import Iterator
 from contextlib import nullcontext
 from fnmatch import fnmatch
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -28,7 +30,15 @@ FOREIGN_MARKS = (
     "torch_export_test",
 )
 
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+
 LISTED = pytest.StashKey[str]()
+
+
+def listed(cls: type | None) -> dict[str, str]:
+    """The tests of a class that cannot hold in this version, with the reasons."""
+    minor = ".".join(transformers.__version__.split(".")[:2])
+    return getattr(cls, "inapplicable", {}) | getattr(cls, "inapplicable_in", {}).get(minor, {})
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,15 +55,18 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.slow)
     # Warnings are errors in our own tests, whose code we can change; these ones warn on purpose and by chance.
     item.add_marker(pytest.mark.filterwarnings("default"))
-    for pattern, reason in getattr(item.cls, "inapplicable", {}).items():
+    for pattern, reason in listed(item.cls).items():
         if fnmatch(item.name, pattern):
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
             item.stash[LISTED] = reason
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse entries without a test, in the version that is pinned; others have some tests more or less."""
+    if f"transformers=={transformers.__version__}\n" not in CONSTRAINTS.read_text():
+        return
     for cls in {item.cls for item in items if item.cls is not None}:
-        for pattern in getattr(cls, "inapplicable", {}):
+        for pattern in listed(cls):
             if not any(fnmatch(name, pattern) for name in dir(cls)):
                 raise pytest.UsageError(f"{cls.__name__}.inapplicable names {pattern}, but there is no such test.")
 

@@ -192,6 +192,9 @@ class HfClipViTModelTest(StartsWithConvolution, ModelTests, unittest.TestCase):
 class ResNetTests(ModelTests):
     """A ResNet has hidden states per stage, feature maps, and one attention, which has one query."""
 
+    inapplicable_in = {
+        "5.18": {"test_keep_in_fp32_modules": "wants integer counters to be cast; later versions look at floats alone"}
+    }
     skip_test_image_features_output_shape = True  # compares the last axis with the width, and a map's is a column
 
     def test_attention_outputs(self) -> None:
