@@ -14,9 +14,10 @@ import gzip
 import html
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import regex
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 try:
     import ftfy
@@ -192,6 +193,59 @@ def read_merges(path: str | Path, vocab_size: int = OPENAI_VOCAB_SIZE) -> list[t
             f"OpenAI's bpe_simple_vocab_16e6.txt.gz."
         )
     return merges
+
+
+def words_of(text: str, added: list[str]) -> list[tuple[str, int]]:
+    """The words of a text and where each begins in the prepared text; added tokens are words of their own."""
+    parts = regex.split(f"({'|'.join(map(regex.escape, added))})", text) if added else [text]
+    words: list[tuple[str, int]] = []
+    place = 0
+    for part in parts:
+        if part in added:
+            words.append((part, place))
+        else:
+            part = prepare_text(part)
+            words += [(match[0], place + match.start()) for match in WORDS.finditer(part)]
+        place += len(part)
+    return words
+
+
+class PlacedEncoding:
+    """An encoding of a text that was cut into words, whose characters count from the beginning of the text.
+
+    `tokenizers` counts them from the beginning of each word. The text is the prepared one; special tokens stand
+    nowhere in it, at (0, 0).
+    """
+
+    def __init__(self, encoding: Encoding, words: list[tuple[str, int]]):
+        self.encoding = encoding
+        self.starts = [start for _, start in words]
+        self.offsets = [
+            (0, 0) if word is None else (self.starts[word] + start, self.starts[word] + end)
+            for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True)
+        ]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # pickling asks for those, and means this object
+            raise AttributeError(name)
+        return getattr(self.encoding, name)
+
+    def __len__(self) -> int:
+        return len(self.encoding)
+
+    def token_to_chars(self, token: int) -> tuple[int, int] | None:
+        return None if self.encoding.token_to_chars(token) is None else self.offsets[token]
+
+    def char_to_token(self, char: int, sequence: int = 0) -> int | None:
+        return next((token for token, (start, end) in enumerate(self.offsets) if start <= char < end), None)
+
+    def word_to_chars(self, word: int, sequence: int = 0) -> tuple[int, int] | None:
+        span = self.encoding.word_to_chars(word, sequence)
+        return span and (self.starts[word] + span[0], self.starts[word] + span[1])
+
+    def char_to_word(self, char: int, sequence: int = 0) -> int | None:
+        token = self.char_to_token(char)
+        return None if token is None else self.encoding.word_ids[token]
 
 
 def merging_backend(backend: Tokenizer) -> Tokenizer:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from .image_processing_hf_clip import HfClipImagesKwargs
+from .image_processing_hf_clip import HfClipImageProcessorKwargs
 
 
 def image_processor_of(processor: Any) -> Any:
@@ -101,7 +101,7 @@ def encode_images(
 
     Raises ValueError that names a picture which cannot be read by its place among all of them.
     """
-    if unknown := settings.keys() - HfClipImagesKwargs.__annotations__.keys():
+    if unknown := settings.keys() - HfClipImageProcessorKwargs.__annotations__.keys():
         raise TypeError(
             f"{min(unknown)!r} is neither an argument here nor a setting of the image processor, such as fit or "
             f"backend."

@@ -37,7 +37,7 @@ BACKENDS = ("pil", "torch")
 TORCH_FILTERS = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 
 
-class HfClipImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+class HfClipImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """What a call takes beyond transformers' own arguments; see HfClipImageProcessor."""
 
     fit: str | None
@@ -257,7 +257,7 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values"]
-    valid_kwargs = HfClipImagesKwargs
+    valid_kwargs = HfClipImageProcessorKwargs
     default_to_square = False
     do_convert_rgb = True
     do_resize = True

@@ -603,6 +603,7 @@ class HfClipTextModelWithProjection(HfClipPreTrainedModel):
     """The text tower and its projection, for those who need no images."""
 
     config_class = HfClipTextConfig
+    base_model_prefix = "text_model"
     input_modalities = ("text",)
     _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^logit_(scale|bias)$"]
 
@@ -667,6 +668,9 @@ class HfClipVisionModelWithProjection(HfClipPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.vision_model.set_input_embeddings(value)
+
     @can_return_tuple
     def forward(
         self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
@@ -706,6 +710,9 @@ class HfClipForImageClassification(HfClipPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.vision_model.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(

@@ -81,6 +81,10 @@ class HfClipBottleneck(GradientCheckpointingLayer):
     def _gradient_checkpointing_func(self, function: Callable) -> None:
         self.__dict__["checkpoint_function"] = function
 
+    @_gradient_checkpointing_func.deleter
+    def _gradient_checkpointing_func(self) -> None:
+        del self.__dict__["checkpoint_function"]
+
     def _checkpoint_counting_once(self, checkpoint: Callable, forward: Callable, *inputs: Tensor) -> Tensor:
         replay = False
 

@@ -13,8 +13,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-import regex
-from tokenizers import Encoding, Tokenizer, trainers
+from tokenizers import Tokenizer, trainers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
@@ -25,6 +24,7 @@ from .bpe_hf_clip import (
     OPENAI_VOCAB_SIZE,
     START_OF_TEXT,
     WORDS,
+    PlacedEncoding,
     build_backend,
     byte_alphabet,
     check_vocab_size,
@@ -33,6 +33,7 @@ from .bpe_hf_clip import (
     prepare_text,
     read_merges,
     repair_where_needed,
+    words_of,
 )
 from .configuration_hf_clip import HubUpload
 
@@ -128,29 +129,6 @@ def check_texts(text: Any) -> list[str]:
     return list(text)
 
 
-def words_of(text: str, added: list[str]) -> list[tuple[str, int]]:
-    """The words of a text and where each begins in the prepared text; added tokens are words of their own."""
-    parts = regex.split(f"({'|'.join(map(regex.escape, added))})", text) if added else [text]
-    words: list[tuple[str, int]] = []
-    place = 0
-    for part in parts:
-        if part in added:
-            words.append((part, place))
-        else:
-            part = prepare_text(part)
-            words += [(match[0], place + match.start()) for match in WORDS.finditer(part)]
-        place += len(part)
-    return words
-
-
-def offsets_in_text(encoding: Encoding, words: list[tuple[str, int]]) -> list[tuple[int, int]]:
-    """Where each token stands in its prepared text; special tokens stand nowhere, at (0, 0)."""
-    return [
-        (0, 0) if word is None else (words[word][1] + start, words[word][1] + end)
-        for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True)
-    ]
-
-
 def as_lists(rows: dict[str, np.ndarray], padded: bool) -> dict[str, list[list[int]]]:
     """Rows of ids and masks (B, L) as lists; without padding, if there shall be none."""
     ids, mask = rows["input_ids"], rows["attention_mask"]
@@ -172,7 +150,7 @@ class EncodedTexts(BatchEncoding):
         self._encodings = encodings
 
     @property
-    def _encodings(self) -> list[Encoding]:
+    def _encodings(self) -> list[PlacedEncoding]:
         if callable(self.__dict__["made_encodings"]):
             self.__dict__["made_encodings"] = self.__dict__["made_encodings"]()
         return self.__dict__["made_encodings"]
@@ -325,13 +303,14 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         )
         lengths = np.array([sum(encoding.attention_mask) for encoding in encoded.encodings or []])
         self._refuse_too_long(lengths - 2 * add_special_tokens, truncated, add_special_tokens)
+        texts_of_rows = encoded.get("overflow_to_sample_mapping", range(len(texts)))
+        placed = [
+            PlacedEncoding(encoding, words[row])
+            for row, encoding in zip(texts_of_rows, encoded.encodings or [], strict=True)
+        ]
         if "offset_mapping" in encoded:
-            texts_of_rows = encoded.get("overflow_to_sample_mapping", range(len(texts)))
-            encoded["offset_mapping"] = [
-                offsets_in_text(encoding, words[row])
-                for row, encoding in zip(texts_of_rows, encoded.encodings or [], strict=True)
-            ]
-        return encoded
+            encoded["offset_mapping"] = [encoding.offsets for encoding in placed]
+        return EncodedTexts(encoded.data, placed)
 
     def _added_tokens(self) -> list[str]:
         """Tokens that were added to the published ones, longest first."""
@@ -376,6 +355,12 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
 
         special: 2 with start and end of text, else 0.   limit: tokens to keep of each, those included
         """
+        if None in (self.bos_token_id, self.eos_token_id, self.pad_token_id):
+            raise ValueError(
+                f"HfClipTokenizer has bos_token {self.bos_token!r}, eos_token {self.eos_token!r} and pad_token "
+                f"{self.pad_token!r}, but needs all three: they mark start and end of a text and fill up shorter ones. "
+                f"Load it without setting them to None."
+            )
         kept = lengths if limit is None else np.minimum(lengths, max(limit - special, 0))
         if (kept < lengths).any():
             place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # within its text

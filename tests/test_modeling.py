@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPConfig, CLIPModel
+from transformers import AutoModel, CLIPConfig, CLIPModel, PreTrainedModel
 
 from conversion.reference import build_reference, load_reference_module, reference_dimensions
 from hf_clip import (
     VARIANTS,
     HfClipConfig,
+    HfClipForImageClassification,
     HfClipModel,
     HfClipResNetModel,
     HfClipTextModel,
@@ -295,6 +296,20 @@ def test_type_hints_resolve(kind: type):
             hints = typing.get_type_hints(method)
             assert "return" in hints
             assert {"input_ids", "pixel_values"} & hints.keys()
+
+
+@pytest.mark.parametrize("kind", [HfClipVisionModelWithProjection, HfClipForImageClassification])
+def test_input_embedding_of_an_image_model_can_be_replaced(repository: Path, kind: type[PreTrainedModel]):
+    model = kind.from_pretrained(repository)
+    convolution = copy.deepcopy(model.get_input_embeddings())
+    assert isinstance(convolution, nn.Conv2d)
+    model.set_input_embeddings(convolution)
+    assert model.get_input_embeddings() is model.vision_model.get_input_embeddings() is convolution
+
+
+def test_base_of_a_text_model_is_its_tower(repository: Path):
+    model = HfClipTextModelWithProjection.from_pretrained(repository)
+    assert model.base_model is model.text_model
 
 
 def test_input_embeddings_are_the_token_table(model: HfClipModel):

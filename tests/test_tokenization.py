@@ -265,6 +265,28 @@ def test_offsets_point_into_the_text_as_it_is_cut(tokenizer: HfClipTokenizer):
     assert repaired.special_tokens_mask == [1, 0, 0, 1]
 
 
+def test_characters_tokens_and_words_are_found_from_each_other(tokenizer: HfClipTokenizer):
+    text = "Two  DOGS, supercalifragilistic"
+    found = tokenizer([text, "one"])
+    for encoded in (found, pickle.loads(pickle.dumps(found))):
+        spans = [encoded.token_to_chars(0, token) for token in range(len(encoded.tokens(0)))]
+        assert [text[span.start : span.end] for span in spans[1:4]] == ["Two", "DOGS", ","]
+        assert spans[0] is spans[-1] is None
+        assert "".join(text[span.start : span.end] for span in spans[4:-1]) == "supercalifragilistic"
+        assert [encoded.char_to_token(0, text.index(part)) for part in ("Two", "DOGS", ",", "super")] == [1, 2, 3, 4]
+        assert encoded.char_to_token(0, 3) is None  # a space
+        assert encoded.char_to_word(0, len(text) - 1) == 3
+        assert encoded.word_to_chars(0, 3) == (text.index("super"), len(text))
+        assert encoded.token_to_chars(1, 1) == (0, 3)
+
+
+def test_tokenizer_without_a_special_token_says_so(vocabulary: Path):
+    tokenizer = HfClipTokenizer.from_vocabulary_file(vocabulary)
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match=r"has bos_token None, eos_token '<\|endoftext\|>' and .* needs all three"):
+        tokenizer("a cat")
+
+
 def test_long_texts_can_be_measured(tokenizer: HfClipTokenizer):
     assert len(tokenizer.tokenize("word " * 100)) == 100
     assert len(tokenizer("word " * 100, add_special_tokens=False).input_ids) == 100
