@@ -1,138 +1,135 @@
 """Contrastive training of a CLIP on pictures with captions.
 
-    accelerate launch finetune.py --model clip-vit-b32/ --dataset my/pairs --output_dir fine-tuned/
+    accelerate launch finetune.py --model clip-vit-b32/ --dataset my/pairs --epochs 3 --output_dir fine-tuned/
+    accelerate launch finetune.py run.yaml --max_steps 100
 
-This version trains in one process. The output folder holds the model, its processor and metrics.jsonl.
+From one CPU to many GPUs: the loss is that of all processes' pairs together. The output folder holds the model, its
+processor and card, metrics.jsonl, training_config.json and the checkpoints.
 """
 
 import json
-import math
 import os
+import shutil
 import sys
-import time
-from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    HfArgumentParser,
-    PreTrainedModel,
-    ProcessorMixin,
-    get_scheduler,
-)
 
 import hf_clip  # noqa: F401  (registers the classes)
-from hf_clip.training.collator import PairCollator
-from hf_clip.training.config import TrainingConfig
-from hf_clip.training.data import BadRows, build_loader
-from hf_clip.training.optim import MAX_LOGIT_SCALE, build_optimizer
-from hf_clip.training.pairs import load_pairs
-from hf_clip.whole_folder import check_destination, whole_folder
+from hf_clip.publishing import PublishingError, check_repo_id
+from hf_clip.training import build
+from hf_clip.training.config import TrainingConfig, parse_config
+from hf_clip.training.data import BadRows, Position
+from hf_clip.training.evaluating import model_inputs
+from hf_clip.training.losses import global_contrastive_loss
+from hf_clip.training.optim import clamp_logit_scale_, learning_rates
+from hf_clip.training.results import CONFIG_FILE, METRICS_FILE, check_output_format
+from hf_clip.training.run import Run, make_accelerator
+from hf_clip.whole_folder import check_destination
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A model and its processor, from a folder or the Hub. Raises FileNotFoundError for a folder that isn't there."""
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise FileNotFoundError(f"There is no model folder {name}; check the path.")
-    return AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
+def prepare_output(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Make the output folder, or refuse one that would lose something."""
+    if accelerator.is_main_process and config.resume is None:
+        output = check_destination(config.output_dir, config.overwrite)
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        (output / METRICS_FILE).write_text("")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        content = config.to_dict() | {"num_processes": accelerator.num_processes}
+        (Path(config.output_dir) / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def train(config: TrainingConfig) -> None:
     """Train one model as `config` says and save it. Raises OSError or ValueError for what cannot be done."""
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"{accelerator.num_processes} processes were launched, but the loss compares the pairs of one process "
-            f"only: use `accelerate launch --num_processes 1`."
-        )
-    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
+    accelerator = make_accelerator(config)
+    if config.push_to_hub is not None:
+        check_repo_id(config.push_to_hub)
+    data = build.build_data(config)
+    model, processor = build.build_model(config, data)
+    check_output_format(model, config)
+    set_seed(config.seed, device_specific=True)
+    pretrained = build.prepare_training_(model, config, accelerator.device.type, accelerator.num_processes)
+    bad_rows = BadRows(config.max_bad_fraction)
+    loader, validation = build.build_loaders(
+        data,
+        processor,
+        config,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        pin_memory=accelerator.device.type == "cuda",
+        bad_rows=bad_rows,
+    )
+    steps = build.count_steps(loader, config, accelerator.gradient_accumulation_steps)
+    optimizer = build.build_optimizer(model, config)
+    scheduler = build.build_scheduler(optimizer, config, steps)
+    prepare_output(config, accelerator)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    run = Run(config, accelerator, wrapped, model, processor, optimizer, scheduler, bad_rows, pretrained, steps)
+    run.set_validation(validation, data.class_prompts)
+    run.start()
+
+    kind = model.config.contrastive_loss
+    wrapped.train()
+    with tqdm(total=steps, initial=run.state.step, desc="Training", disable=not accelerator.is_main_process) as run.bar:
+        for position, batch in loader.batches(Position(run.state.epoch, run.state.batch)):
+            if run.is_over():
+                break
+            with accelerator.accumulate(wrapped):
+                outputs = wrapped(**model_inputs(batch, accelerator.device))
+                result = global_contrastive_loss(
+                    outputs.image_embeds,
+                    outputs.text_embeds,
+                    model.logit_scale,
+                    logit_bias=model.logit_bias,
+                    kind=kind,
+                    label_smoothing=config.label_smoothing,
+                    local_image_ids=batch["image_ids"] if config.mask_duplicates else None,
+                    local_text_ids=batch["text_ids"] if config.mask_duplicates else None,
+                )
+                run.check_loss(result.global_loss)
+                accelerator.backward(result.local_loss_to_backpropagate)
+                if accelerator.sync_gradients and config.max_grad_norm is not None:
+                    accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+                rates = learning_rates(optimizer)
+                optimizer.step()
+                optimizer.zero_grad()
+            run.count(position, result, len(batch["input_ids"]))
+            if accelerator.sync_gradients:
+                if not accelerator.optimizer_step_was_skipped:  # fp16 passes over steps whose gradients overflow
+                    scheduler.step()
+                clamp_logit_scale_(model)
+                run.after_step(rates)
+    run.finish()
+
+
+def warn_of_few_threads() -> None:
+    if torch.get_num_threads() == 1 < (os.cpu_count() or 1) and "LOCAL_RANK" not in os.environ:
         print(
             f"note: `accelerate launch` gives a process one CPU thread unless told otherwise; this machine has "
             f"{os.cpu_count()}: pass --num_cpu_threads_per_process before the program's name.",
             file=sys.stderr,
         )
-    output = check_destination(config.output_dir, config.overwrite)
-    model, processor = load_model(config.model)
-    pairs = load_pairs(
-        config.dataset,
-        split=config.split,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-    )
-    loader = build_loader(
-        pairs,
-        PairCollator(processor, seed=config.seed),
-        config.batch_size,
-        seed=config.seed,
-        num_workers=config.num_workers,
-        bad_rows=BadRows(),
-    )
-    set_seed(config.seed)
-
-    optimizer = build_optimizer(model, config)
-    scheduler = get_scheduler("cosine", optimizer, config.warmup_steps, config.max_steps)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    logit_scale = accelerator.unwrap_model(model).logit_scale
-
-    model.train()
-    started, losses = time.perf_counter(), []
-    with (
-        whole_folder(output) as folder,
-        (folder / "metrics.jsonl").open("w") as metrics,
-        tqdm(total=config.max_steps, desc="Training") as bar,
-    ):
-        for step, (_, batch) in enumerate(islice(loader.batches(), config.max_steps), start=1):
-            learning_rate = scheduler.get_last_lr()[0]
-            batch = {
-                name: batch[name].to(accelerator.device) for name in ("pixel_values", "input_ids", "attention_mask")
-            }
-            loss = model(**batch, return_loss=True).loss
-            accelerator.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise ValueError(
-                    f"The loss became {losses[-1]} at step {step} (logit scale {logit_scale.exp().item():.1f}); "
-                    f"nothing was saved. Lower --learning_rate, or raise --warmup_steps."
-                )
-            bar.update()
-            if step % config.logging_steps == 0 or step == config.max_steps:
-                record = {
-                    "step": step,
-                    "loss": sum(losses) / len(losses),
-                    "learning_rate": learning_rate,
-                    "logit_scale": logit_scale.exp().item(),
-                    "images_per_second": step * config.batch_size / (time.perf_counter() - started),
-                }
-                losses.clear()
-                metrics.write(json.dumps(record) + "\n")
-                bar.set_postfix(loss=f"{record['loss']:.3f}", images_per_s=f"{record['images_per_second']:.0f}")
-        accelerator.unwrap_model(model).save_pretrained(folder)
-        processor.save_pretrained(folder)
-    print(f"Saved to {config.output_dir}")
 
 
 def main() -> int:
     try:
-        (config,) = HfArgumentParser(
-            TrainingConfig, description="Contrastive training of a CLIP on pictures with captions."
-        ).parse_args_into_dataclasses()
+        config = parse_config()
+        if not torch.cuda.is_available():
+            warn_of_few_threads()
         train(config)
-    except (OSError, ValueError) as error:
+    except PublishingError as error:
+        print(f"error: {error} The model itself is in the output folder.", file=sys.stderr)
+        return 1
+    except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was saved", file=sys.stderr)
+        print("\ninterrupted; --resume latest goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
     return 0
 

@@ -19,8 +19,8 @@ from hf_clip.formats.reading import published_weights, read_model
 from hf_clip.formats.stock import why_not_stock
 from hf_clip.formats.writing import write_model
 from hf_clip.model_card import name_of
-from hf_clip.publishing import Upload, check_repo_id, list_uploads, publish_folder
-from hf_clip.remote_code import TRAVELLING, add_remote_code
+from hf_clip.publishing import Upload, check_repo_id, link_all, list_uploads, publish_folder
+from hf_clip.remote_code import add_remote_code
 from hf_clip.variants import get_variant
 from model_cards import CHART, render_card, render_custom_card
 
@@ -38,16 +38,6 @@ def write_card(folder: Path, repo_id: str, variant_name: str | None) -> None:
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def _link_all(source: Path, target: Path) -> None:
-    """Everything of a folder under another, weights without their bytes a second time where the system can."""
-    for upload in list_uploads(source):
-        (target / upload.name).parent.mkdir(parents=True, exist_ok=True)
-        if upload.name.endswith(".json"):  # these are changed
-            shutil.copyfile(source / upload.name, target / upload.name)
-        else:
-            (target / upload.name).symlink_to((source / upload.name).resolve())
-
-
 @contextmanager
 def staged(folder: Path, repo_id: str, format_name: str, variant_name: str | None) -> Iterator[Path]:
     """A temporary folder with everything that goes to the Hub.
@@ -63,9 +53,7 @@ def staged(folder: Path, repo_id: str, format_name: str, variant_name: str | Non
     with tempfile.TemporaryDirectory(prefix="publish-") as temporary:
         out = Path(temporary)
         if format_name == "hf_clip":
-            _link_all(folder, out)
-            for name in TRAVELLING:  # a link would be written through
-                (out / f"{name}.py").unlink(missing_ok=True)
+            link_all(folder, out)
             add_remote_code(out)
         else:
             write_model(out, read_model(folder), format_name)

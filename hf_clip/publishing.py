@@ -6,6 +6,8 @@ be repeated at any point: blobs that have arrived are not sent again, and an unc
 Invariant: a token is handed to huggingface_hub and to nothing else; no message of ours contains it.
 """
 
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from .remote_code import MODEL_MAPS, add_remote_code, described_in
 STOCK_CARD_MARK = "This model card has been automatically generated."
 """In the card that transformers' `push_to_hub` writes where a repository has none."""
 
-HIDDEN = (".git", "__pycache__", ".cache", ".ipynb_checkpoints")
+HIDDEN = (".git", "__pycache__", ".cache", ".ipynb_checkpoints", "checkpoints")
+"""Folders that never go; the last is that of a training run."""
 
 
 class PublishingError(OSError):
@@ -137,6 +140,25 @@ def publish_folder(
         raise explain(error.__cause__, repo_id) from error
 
 
+def link_all(source: Path, target: Path) -> None:
+    """Everything of a folder that goes to the Hub under another, which may be changed; weights are not copied."""
+    for upload in list_uploads(source):
+        (target / upload.name).parent.mkdir(parents=True, exist_ok=True)
+        if upload.name.endswith((".json", ".py")):  # these are changed
+            shutil.copyfile(source / upload.name, target / upload.name)
+        else:
+            (target / upload.name).symlink_to((source / upload.name).resolve())
+
+
+def publish_trained(folder: str | Path, repo_id: str, message: str) -> str:
+    """Push what a training run has saved, which has its card already, with the code that loads it."""
+    with tempfile.TemporaryDirectory(prefix="publish-") as temporary:
+        link_all(Path(folder), Path(temporary))
+        if described_in(Path(temporary)).get("config.json", {}).get("model_type") in MODEL_MAPS:
+            add_remote_code(temporary)
+        return publish_folder(temporary, repo_id, message=message)
+
+
 def card_of_folder(folder: str | Path, repo_id: str) -> str:
     """A card for a model that nothing more is known of than its configuration."""
     from .configuration_hf_clip import HfClipConfig
@@ -173,7 +195,9 @@ __all__ = [
     "Upload",
     "card_of_folder",
     "check_repo_id",
+    "link_all",
     "list_uploads",
     "prepare_for_hub",
     "publish_folder",
+    "publish_trained",
 ]

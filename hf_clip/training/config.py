@@ -1,45 +1,286 @@
-"""Everything that one training run can be told, checked before any work is done."""
+"""Everything that a run of finetune.py can be told: flags, or a YAML or JSON file, checked before any work is done.
 
-from dataclasses import dataclass, field
+No option is silently without effect: one that the others leave nothing to do is an error that says which.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from .augment import Augmentation
+from .averaging import parse_alphas
+from .optim import find_optimizer, parse_optimizer, parse_rates
+from .trainable import parse_lock
+
+METRICS = (
+    "recall@1",
+    "recall@5",
+    "recall@10",
+    "image_to_text_recall@1",
+    "text_to_image_recall@1",
+    "zero_shot_top1",
+    "zero_shot_top5",
+)
+"""What `--keep_best` may name; `recall@k` is the mean of both directions."""
+
+WITHOUT_WARMUP = ("constant",)
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    metadata = {"help": help, **more}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
-class TrainingConfig:
-    """The flags of finetune.py. Defaults of the optimizer are the paper's for ViTs (table 18)."""
+class ModelOptions:
+    _argument_group_name = "model"
 
-    model: str = field(metadata={"help": "Folder or Hub repository of the model to start from"})
-    dataset: str = field(
-        metadata={
-            "help": "Repository on the Hub, folder of pictures with metadata.csv or .jsonl (file_name, caption), "
-            "or folder written by Dataset.save_to_disk"
-        }
+    model: str | None = _option(None, "Folder or repository to start from: hf_clip's, stock CLIP's or open_clip's")
+    variant: str | None = _option(
+        None,
+        "Train from scratch instead: one of OpenAI's nine names (with their vocabulary), a config.json (a vocabulary "
+        "is learned from the captions), or a folder with one and a tokenizer",
     )
-    output_dir: str = field(metadata={"help": "Folder for the trained model and metrics.jsonl"})
-    split: str = field(default="train", metadata={"help": "Split of the data set to train on"})
-    image_column: str = field(default="image", metadata={"help": "Column with pictures"})
-    caption_column: str = field(default="caption", metadata={"help": "Column with texts"})
-    batch_size: int = field(default=256, metadata={"help": "Pairs per step; every other pair is a negative"})
-    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps"})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate"})
-    warmup_steps: int = field(default=50, metadata={"help": "Steps of linear warm-up before the cosine"})
-    weight_decay: float = field(default=0.2, metadata={"help": "Decoupled weight decay of matrices"})
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta 1"})
-    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta 2 (the paper's ResNets: 0.999)"})
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon (the paper's ResNets: 1e-8)"})
-    num_workers: int = field(default=1, metadata={"help": "Processes that open and preprocess pictures"})
-    logging_steps: int = field(default=25, metadata={"help": "Steps between two lines of metrics.jsonl"})
-    seed: int = field(default=0, metadata={"help": "Seed of the order of the data"})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a model that stands in output_dir"})
+    loss: str | None = _option(None, "softmax (CLIP) or sigmoid (SigLIP); default: what the model was trained with")
+    image_size: int | None = _option(None, "Go over to pictures of this size (FixRes); the position table is resized")
+    max_text_length: int | None = _option(None, "Go over to texts of this many tokens (Long-CLIP)")
+
+
+@dataclass
+class TrainedOptions:
+    _argument_group_name = "what is trained"
+
+    lock: str | None = _option(
+        None,
+        "Towers to keep: image, text, image:2 (all but its last 2 blocks), image,text (all but projections)",
+    )
+    lora_rank: int | None = _option(None, "Train factors of this rank beside frozen matrices; needs peft")
+    sync_batchnorm: bool = _option(False, "Take BatchNorm's statistics over all GPUs; with --variant")
+    gradient_checkpointing: bool = _option(False, "Compute activations twice and hold few of them")
+
+
+@dataclass
+class DataOptions:
+    _argument_group_name = "data"
+
+    dataset: list[str] = _option(
+        [],
+        "Pairs: a repository, a folder with metadata.csv or classes, CSV, JSON, parquet, tars; several as a=3 b=1",
+    )
+    split: str = _option("train", "Split to train on")
+    image_column: str | None = _option(None, "Column with pictures, paths or URLs; default: the only possible one")
+    caption_column: str | None = _option(
+        None, 'Column with texts, or a template such as "a photo of a {label}."; default: the only possible one'
+    )
+    captions: str = _option("one", "Of a row's several captions: one drawn in each epoch, or all as rows")
+    mask_duplicates: bool = _option(False, "Don't take pairs with an equal picture or caption for negatives")
+    streaming: bool = _option(False, "Read as it comes, instead of preparing tables on disk")
+    validation: str | None = _option(None, "A split, a number of rows (500) or a part (0.05) to evaluate on")
+    augmentation: str = _option("crop=0.9", '"crop=0.9,flip=0.5,jitter=0.2" (smallest area, chance, strength) or none')
+    max_bad_fraction: float = _option(0.01, "End the run when more rows than this part cannot be used")
+    num_workers: int = _option(1, "Processes that open and prepare pictures, for each process of the run")
+
+
+@dataclass
+class OptimizationOptions:
+    _argument_group_name = "optimization"
+
+    batch_size: int = _option(256, "Pairs of each process in a step; all processes' pairs are negatives of each other")
+    epochs: float | None = _option(None, "Passes over the data")
+    max_steps: int | None = _option(None, "Or optimizer steps")
+    learning_rate: str = _option("1e-5", 'Peak rate; by parts as "1e-5,temperature=1e-3" (image, text, projections)')
+    optimizer: str = _option(
+        "AdamW",
+        'A torch.optim or 8-bit bitsandbytes class: "SGD momentum=0.9". AdamW has the paper\'s options',
+    )
+    weight_decay: float = _option(0.2, "Decay of matrices; not of gains, biases, positions, temperature")
+    layer_decay: float = _option(1.0, "Multiply the rate by this with each level down a tower")
+    scheduler: str = _option("cosine", "cosine, linear, constant, constant_with_warmup, ... of transformers")
+    warmup_steps: int | None = _option(None, "Steps until the peak rate; default: 5 %% of all, at most 2000")
+    max_grad_norm: float | None = _option(None, "Clip gradients to this norm")
+    label_smoothing: float = _option(0.0, "Part of the target spread over a batch; softmax only")
+    seed: int = _option(0, "Of order, captions, augmentation and, from scratch, weights")
+
+
+@dataclass
+class OutputOptions:
+    _argument_group_name = "output"
+
+    output_dir: str = _option("", "Folder for the model, its card, metrics.jsonl and checkpoints")
+    overwrite: bool = _option(False, "Replace what an earlier run left in output_dir")
+    logging_steps: int = _option(25, "Steps between two lines of metrics.jsonl")
+    checkpoint_steps: int | None = _option(None, "Write a checkpoint, and evaluate, every so many steps")
+    keep_checkpoints: int = _option(2, "Checkpoints to keep")
+    resume: str | None = _option(None, "Go on from a checkpoint: latest, or its folder")
+    keep_best: str | None = _option(None, f"Save the weights that were best at one of {', '.join(METRICS)}")
+    patience: int | None = _option(None, "Stop after so many evaluations without a new best; with --keep_best")
+    ema_decay: float | None = _option(None, "Evaluate and save a moving average of the weights, such as 0.9999")
+    average_with_pretrained: str | None = _option(
+        None, "WiSE-FT: α of (1-α) pretrained + α fine-tuned: 0.5, or a range 0:1:0.1 of which the best is kept"
+    )
+    output_format: str = _option("hf_clip", "hf_clip, or transformers for servers that take no code (ViTs)")
+    push_to_hub: str | None = _option(None, "Repository to publish in at the end")
+    hub_strategy: str = _option("end", "end, or checkpoint: publish at every checkpoint too")
+    report_to: list[str] = _option([], "Trackers besides metrics.jsonl: tensorboard, wandb, trackio")
+
+
+GROUPS: tuple[type, ...] = (ModelOptions, TrainedOptions, DataOptions, OptimizationOptions, OutputOptions)
+
+
+@dataclass
+class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOptions, ModelOptions):
+    """All options of one run. Raises ValueError for values that cannot be meant, and for those without effect."""
 
     def __post_init__(self) -> None:
-        if self.image_column == self.caption_column:
-            raise ValueError(f"image_column and caption_column are both {self.image_column!r}; name one for each.")
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size is {self.batch_size}, but a pair is learned against others: take at least 2.")
-        for name in ("max_steps", "learning_rate", "logging_steps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but it must be positive.")
-        if not 0 <= self.warmup_steps <= self.max_steps:
+        self._check_needed()
+        self._check_values()
+        self._check_effects()
+        # The grammars of single options, which raise with their own words.
+        parse_rates(self.learning_rate)
+        find_optimizer(parse_optimizer(self.optimizer)[0])
+        parse_lock(self.lock)
+        Augmentation.parse(self.augmentation)
+
+    @property
+    def alphas(self) -> list[float]:
+        return [] if self.average_with_pretrained is None else parse_alphas(self.average_with_pretrained)
+
+    def _check_needed(self) -> None:
+        if (self.model is None) == (self.variant is None):
+            given = "both" if self.model else "neither"
+            raise ValueError(f"Name a model to start from with --model or --variant; {given} were given.")
+        if not self.dataset:
+            raise ValueError("There is nothing to train on: name it with --dataset.")
+        if not self.output_dir:
+            raise ValueError("There is no place for the result: name a folder with --output_dir.")
+        if (self.epochs is None) == (self.max_steps is None):
+            given = "both" if self.epochs else "neither"
+            raise ValueError(f"Say how long to train with --epochs or --max_steps; {given} were given.")
+
+    def _check_values(self) -> None:
+        counts = ("batch_size", "epochs", "max_steps", "logging_steps", "checkpoint_steps", "keep_checkpoints")
+        for name in (*counts, "patience", "image_size", "max_text_length", "lora_rank", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}, but it must be positive.")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers is {self.num_workers}, but must be 0 (none) or more.")
+        choices = {
+            "loss": (None, "softmax", "sigmoid"),
+            "captions": ("one", "all"),
+            "output_format": ("hf_clip", "transformers"),
+            "hub_strategy": ("end", "checkpoint"),
+            "keep_best": (None, *METRICS),
+        }
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                listed = ", ".join(str(choice) for choice in allowed if choice is not None)
+                raise ValueError(f"{name} is {value!r}, but must be one of {listed}.")
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= (self.max_steps or self.warmup_steps):
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps}, but must be between 0 and max_steps, {self.max_steps}."
             )
+
+    def _check_effects(self) -> None:
+        """Refuse what the other options leave without effect."""
+        scratch, evaluated = self.variant is not None, self.validation is not None
+        alphas = self.alphas
+        without_effect = [
+            (
+                self.sync_batchnorm and not scratch,
+                "sync_batchnorm",
+                "fine-tuning keeps BatchNorm as it is",
+            ),
+            (scratch and self.lora_rank, "lora_rank", "adapters stand beside trained weights; use --model"),
+            (scratch and self.lock, "lock", "random weights are not worth keeping; use --model"),
+            (scratch and alphas, "average_with_pretrained", "there is nothing pretrained; use --model"),
+            (scratch and self.image_size, "image_size", "a model from scratch has its configuration's"),
+            (scratch and self.max_text_length, "max_text_length", "a model from scratch has its configuration's"),
+            (self.loss == "sigmoid" and self.label_smoothing, "label_smoothing", "the sigmoid loss has none"),
+            (self.keep_best and not evaluated, "keep_best", "nothing is evaluated without --validation"),
+            (
+                self.keep_best and not self.checkpoint_steps,
+                "keep_best",
+                "it needs --checkpoint_steps",
+            ),
+            (self.patience and not self.keep_best, "patience", "there is no best without --keep_best"),
+            (len(alphas) > 1 and not evaluated, "average_with_pretrained", "a range is chosen from by --validation"),
+            (
+                self.hub_strategy != "end" and not self.push_to_hub,
+                "hub_strategy",
+                "there is no --push_to_hub",
+            ),
+            (
+                self.hub_strategy == "checkpoint" and not self.checkpoint_steps,
+                "hub_strategy",
+                "there are no checkpoints without --checkpoint_steps",
+            ),
+            (self.warmup_steps and self.scheduler in WITHOUT_WARMUP, "warmup_steps", f"{self.scheduler} has none"),
+            (self.keep_checkpoints != 2 and not self.checkpoint_steps, "keep_checkpoints", "none are written"),
+            (self.resume and self.overwrite, "overwrite", "--resume goes on with what is there"),
+        ]
+        for is_so, name, reason in without_effect:
+            if is_so:
+                raise ValueError(f"--{name} would have no effect: {reason}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration file {path}; check the path.")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        values = json.loads(text)
+    else:
+        import yaml  # type: ignore[import-untyped]  # transformers brings it
+
+        values = yaml.safe_load(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, but options by name are needed.")
+    known = [field.name for group in GROUPS for field in dataclasses.fields(group)]
+    for name in values:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{path} has an option {name!r} that there isn't.{hint}")
+    if isinstance(values.get("learning_rate"), (int, float)):
+        values["learning_rate"] = str(values["learning_rate"])
+    for name in ("dataset", "report_to"):
+        if isinstance(values.get(name), str):
+            values[name] = [values[name]]
+    return values
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
+    """The configuration from a command line; a first word that is a .yaml or .json file holds defaults.
+
+    Raises FileNotFoundError or ValueError; wrong flags end the program with a line of usage, as everywhere.
+    """
+    import sys
+
+    from transformers import HfArgumentParser
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = HfArgumentParser(
+        GROUPS,
+        prog="finetune.py",
+        description="Contrastive training of a CLIP on pictures with captions. Options may stand in a file: "
+        "finetune.py run.yaml --max_steps 100",
+    )
+    if words and words[0].endswith((".json", ".yaml", ".yml")):
+        parser.set_defaults(**_read_file(Path(words.pop(0))))
+    values: dict[str, Any] = {}
+    for group in parser.parse_args_into_dataclasses(words):
+        values |= dataclasses.asdict(group)
+    return TrainingConfig(**values)
+
+
+__all__ = ["METRICS", "TrainingConfig", "parse_config"]

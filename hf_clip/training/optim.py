@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import TrainingConfig
 from .trainable import PARTS, TOWERS, count_blocks, level_of, part_of
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -265,14 +264,3 @@ def clamp_logit_scale_(model: Any) -> None:
     """
     if model.config.contrastive_loss == "softmax":
         model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-
-
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW as a TrainingConfig describes it."""
-    return create_optimizer(
-        model,
-        rates=config.learning_rate,
-        weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-    )

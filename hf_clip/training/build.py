@@ -1,0 +1,203 @@
+"""What a run needs, made from its configuration: model and processor, optimizer, loaders."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin, get_scheduler
+
+from ..modeling_hf_clip import HfClipModel
+from ..processing_hf_clip import HfClipProcessor
+from ..variants import VARIANTS
+from .augment import Augmentation
+from .averaging import copy_weights
+from .collator import PairCollator
+from .config import TrainingConfig
+from .data import BadRows, PairLoader, build_loader
+from .lora import add_lora_
+from .optim import create_optimizer
+from .pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
+from .scratch import build_from_scratch
+from .surgery import set_image_size_, set_text_length_, switch_to_sigmoid_
+from .trainable import freeze_batch_norm_, lock_, synchronize_batch_norm_
+
+LONGEST_DEFAULT_WARMUP = 2000
+"""The paper's (table 18); shorter runs warm up for a twentieth of their steps."""
+
+MOST_LEARNED_CAPTIONS = 1_000_000
+
+
+@dataclass
+class Data:
+    """Pairs to train on, those to evaluate on, and the names of their classes where the captions are made of labels.
+
+    class_prompts: each class's caption, in the order of the labels
+    """
+
+    train: Pairs | PairStream
+    validation: Pairs | PairStream | None
+    class_prompts: list[str] | None
+
+
+def _find_labels(pairs: Pairs | PairStream) -> list[str] | None:
+    """Where all captions are a template over one and the same label, carry the labels along; returns all captions."""
+    readers = [source.captions for source in pairs.sources]
+    first = readers[0]
+    if any(len(r.columns) != 1 or r.names != first.names or r.column != first.column or not r.names for r in readers):
+        return None
+    ((column, names),) = first.names.items()
+    for source in pairs.sources:
+        source.label_column = column
+    return [first.column.format(**{column: name}) for name in names]
+
+
+def build_data(config: TrainingConfig) -> Data:
+    """Open the data. Raises FileNotFoundError and ValueError that say which source, split or column is wrong."""
+    chosen: dict[str, Any] = {
+        "image_column": config.image_column,
+        "caption_column": config.caption_column,
+        "captions": config.captions,
+        "streaming": config.streaming,
+    }
+    train = load_pairs(config.dataset, split=config.split, **chosen)
+    validation = None
+    if config.validation is not None:
+        amount = read_validation(config.validation)
+        if isinstance(amount, str):
+            validation = load_pairs(config.dataset, split=amount, **(chosen | {"captions": "all"}))
+        else:
+            train, validation = hold_out(train, amount, config.seed)
+    prompts = None if validation is None else _find_labels(validation)
+    return Data(train, validation, prompts)
+
+
+def build_model(config: TrainingConfig, data: Data) -> tuple[HfClipModel, HfClipProcessor]:
+    """The model as training begins with it, before locks and adapters, and its processor."""
+    if config.variant is not None:
+        return _build_untrained(config, data)
+    assert config.model is not None
+    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
+        raise FileNotFoundError(f"There is no model folder {config.model}; check the path.")
+    model = HfClipModel.from_pretrained(config.model, dtype=torch.float32)
+    processor = HfClipProcessor.from_pretrained(config.model)
+    if config.image_size is not None:
+        set_image_size_(model, processor, config.image_size)
+    if config.max_text_length is not None:
+        set_text_length_(model, processor, config.max_text_length)
+    _set_loss_(model, config)
+    return model, processor
+
+
+def _build_untrained(config: TrainingConfig, data: Data) -> tuple[HfClipModel, HfClipProcessor]:
+    source = str(config.variant)
+    has_tokenizer = (Path(source) / "tokenizer.json").is_file()
+    if source in VARIANTS or has_tokenizer:
+        tokenizer = source if has_tokenizer else None
+        model, processor = build_from_scratch(source, tokenizer=tokenizer, seed=config.seed)
+    else:
+        captions = (caption for row, caption in _captions(data.train))
+        model, processor = build_from_scratch(source, captions=captions, seed=config.seed)
+    _set_loss_(model, config)
+    return model, processor
+
+
+def _captions(pairs: Pairs | PairStream) -> Any:
+    for count, draw in enumerate(pairs.draws(0, shuffle=False)):
+        if count == MOST_LEARNED_CAPTIONS:
+            return
+        for caption in pairs.read(draw).captions:
+            yield count, caption
+
+
+def _set_loss_(model: HfClipModel, config: TrainingConfig) -> None:
+    if config.loss == "sigmoid":
+        switch_to_sigmoid_(model)
+    elif config.loss == "softmax" and model.config.contrastive_loss == "sigmoid":
+        raise ValueError(
+            f"{config.model or config.variant} was trained with the sigmoid loss, whose bias the softmax has no use "
+            f"for; leave out --loss."
+        )
+    if config.label_smoothing and model.config.contrastive_loss == "sigmoid":
+        raise ValueError("--label_smoothing would have no effect: this model has the sigmoid loss.")
+
+
+def prepare_training_(
+    model: HfClipModel, config: TrainingConfig, device_type: str, num_processes: int
+) -> dict[str, Tensor] | None:
+    """Lock, freeze and adapt the model; returns its weights from before if they are needed for an average."""
+    pretrained = copy_weights(model) if config.alphas else None
+    lock_(model, config.lock)
+    if config.variant is None:
+        freeze_batch_norm_(model)
+    if config.lora_rank is not None:
+        add_lora_(model, config.lora_rank)
+    if config.sync_batchnorm:
+        if num_processes == 1:
+            raise ValueError("--sync_batchnorm would have no effect: there is one process.")
+        synchronize_batch_norm_(model, device_type)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return pretrained
+
+
+def build_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.Optimizer:
+    return create_optimizer(
+        model,
+        config.optimizer,
+        rates=config.learning_rate,
+        weight_decay=config.weight_decay,
+        layer_decay=config.layer_decay,
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int) -> Any:
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = min(total_steps // 20, LONGEST_DEFAULT_WARMUP)
+    try:
+        return get_scheduler(config.scheduler, optimizer, warmup, total_steps)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"The scheduler {config.scheduler!r} cannot be made: {error}") from error
+
+
+def build_loaders(
+    data: Data,
+    processor: ProcessorMixin,
+    config: TrainingConfig,
+    *,
+    num_processes: int,
+    process_index: int,
+    pin_memory: bool,
+    bad_rows: BadRows,
+) -> tuple[PairLoader, PairLoader | None]:
+    """The training batches, and those of the validation data, for one process."""
+    shared: dict[str, Any] = {
+        "num_workers": config.num_workers,
+        "num_processes": num_processes,
+        "process_index": process_index,
+        "pin_memory": pin_memory,
+        "seed": config.seed,
+    }
+    collator = PairCollator(processor, Augmentation.parse(config.augmentation), seed=config.seed)
+    train = build_loader(data.train, collator, config.batch_size, bad_rows=bad_rows, **shared)
+    if data.validation is None:
+        return train, None
+    plain = PairCollator(processor, seed=config.seed)
+    size = min(config.batch_size, 256)
+    return train, build_loader(data.validation, plain, size, training=False, **shared)
+
+
+def count_steps(loader: PairLoader, config: TrainingConfig, accumulation: int) -> int:
+    """Optimizer steps of the whole run."""
+    if config.max_steps is not None:
+        return config.max_steps
+    assert config.epochs is not None
+    try:
+        batches = len(loader)
+    except TypeError:
+        raise ValueError(
+            "How long an epoch of a stream is isn't known before it was read: say how long to train with --max_steps."
+        ) from None
+    return max(1, int(config.epochs * batches) // accumulation)

@@ -1,0 +1,113 @@
+"""Checkpoints of a run: written beside their place and renamed, so that one that is there is whole.
+
+    output_dir/checkpoints/step-00001000/     what accelerate saves of model, optimizer, schedule and random states,
+                                              and run.json: step, position in the data, the best figure so far
+    output_dir/checkpoints/best/              the weights that were best
+
+Every process calls every function here, at the same step.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FOLDER = "checkpoints"
+PREFIX = "step-"
+STATE = "run.json"
+BEST = "best"
+
+
+@dataclass
+class RunState:
+    """Where a run stands.
+
+    epoch, batch: what of the data is done, see `Position`
+    best:         the best figure so far and its step; `evaluations_since` then
+    identity:     what a resumed run must have in common with the one that wrote this
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    best: float | None = None
+    best_step: int = 0
+    evaluations_since: int = 0
+    bad_rows: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The whole ones, oldest first."""
+    found = Path(output_dir, FOLDER).glob(f"{PREFIX}*/{STATE}")
+    return sorted((path.parent for path in found), key=lambda folder: int(folder.name.removeprefix(PREFIX)))
+
+
+def save_checkpoint(accelerator: Any, output_dir: str | Path, state: RunState, keep: int) -> Path:
+    """Write one, and remove all but the last `keep`."""
+    folder = Path(output_dir, FOLDER) / f"{PREFIX}{state.step:08}"
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (unfinished / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
+        for old in list_checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def find_checkpoint(output_dir: str | Path, resume: str) -> Path:
+    """The folder that `--resume` means. Raises FileNotFoundError that names what there is."""
+    found = list_checkpoints(output_dir)
+    if resume == "latest":
+        if not found:
+            raise FileNotFoundError(f"There is no checkpoint in {Path(output_dir, FOLDER)} to go on from.")
+        return found[-1]
+    folder = Path(resume)
+    if not (folder / STATE).is_file():
+        listed = ", ".join(str(path) for path in found) or "none"
+        raise FileNotFoundError(f"There is no whole checkpoint {folder}; those of {output_dir}: {listed}.")
+    return folder
+
+
+def load_checkpoint(accelerator: Any, folder: Path, identity: dict[str, Any]) -> RunState:
+    """Restore model, optimizer, schedule and random states; returns where the run stood.
+
+    Raises ValueError when the run that is going on differs from the one that wrote it in `identity`.
+    """
+    state = RunState(**json.loads((folder / STATE).read_text()))
+    if differing := [name for name, value in identity.items() if state.identity.get(name) != value]:
+        name = differing[0]
+        raise ValueError(
+            f"{folder} was written by a run with {name} {state.identity.get(name)!r}, and this one has "
+            f"{identity[name]!r}: it could not go on where that stopped. Start anew, or resume with the same options."
+        )
+    accelerator.load_state(str(folder))
+    return state
+
+
+def save_best(accelerator: Any, output_dir: str | Path, weights: dict[str, Tensor]) -> None:
+    """Keep these weights as the best so far."""
+    if accelerator.is_main_process:
+        folder = Path(output_dir, FOLDER, BEST)
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / ".model.unfinished"
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished)
+        os.replace(unfinished, folder / "model.safetensors")
+    accelerator.wait_for_everyone()
+
+
+def load_best(output_dir: str | Path) -> dict[str, Tensor]:
+    return load_file(Path(output_dir, FOLDER, BEST) / "model.safetensors")

@@ -1,0 +1,115 @@
+"""Evaluation while training: retrieval in both directions on held-out pairs, and zero-shot accuracy where there are
+labels.
+
+Pairs that share a picture or a caption, directly or through others, are right answers to each other: a picture's
+other captions, and the other pictures of one caption. Every picture and every caption counts once.
+
+Invariant: the same figures with any number of processes.
+
+Dimensions: B local batch, N pairs of all processes, C classes, D embedding.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evaluation.metrics import recall_at_k, top_k_accuracy
+from .data import PairLoader
+from .losses import exchange_counts, gather_with_gradients
+
+KS = (1, 5, 10)
+INPUTS = ("pixel_values", "input_ids", "attention_mask")
+
+
+def model_inputs(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What of a batch goes into the model, on its device."""
+    return {name: batch[name].to(device, non_blocking=True) for name in INPUTS}
+
+
+def _embed(model: Any, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, D) twice, float32. Where a process has no row, it computes one that is thrown away: wrappers synchronise."""
+    count = len(batch["input_ids"])
+    inputs = model_inputs(batch, device)
+    if count == 0:
+        inputs = {name: torch.zeros((1, *t.shape[1:]), dtype=t.dtype, device=device) for name, t in inputs.items()}
+        inputs["attention_mask"] += 1
+    outputs = model(**inputs)
+    return outputs.image_embeds.float()[:count], outputs.text_embeds.float()[:count]
+
+
+def group_pairs(image_ids: Tensor, text_ids: Tensor) -> Tensor:
+    """The number of the group that each pair is in: pairs with an equal picture or caption are in one, (N,) → (N,)."""
+    parent = list(range(len(image_ids)))
+
+    def find(item: int) -> int:
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    for ids in (image_ids.tolist(), text_ids.tolist()):
+        first: dict[int, int] = {}
+        for item, name in enumerate(ids):
+            parent[find(item)] = find(first.setdefault(name, item))
+    return torch.tensor([find(item) for item in range(len(parent))])
+
+
+def _first_of_each(ids: Tensor) -> Tensor:
+    """The place of every number's first occurrence."""
+    seen: dict[int, int] = {}
+    for place, number in enumerate(ids.tolist()):
+        seen.setdefault(number, place)
+    return torch.tensor(list(seen.values()))
+
+
+def retrieval(image_embeds: Tensor, text_embeds: Tensor, image_ids: Tensor, text_ids: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10, from pictures to texts, from texts to pictures, and the mean of both.
+
+    image_embeds, text_embeds: (N, D) of length one.   image_ids, text_ids: (N,) what is equal has an equal number
+    """
+    groups = group_pairs(image_ids, text_ids)
+    images, texts = _first_of_each(image_ids), _first_of_each(text_ids)
+    pictures, captions = (image_embeds[images], groups[images]), (text_embeds[texts], groups[texts])
+    found: dict[str, float] = {}
+    for name, query, gallery in [("image_to_text", pictures, captions), ("text_to_image", captions, pictures)]:
+        recalls = recall_at_k(query[0], gallery[0], query[1], gallery[1], KS)
+        found |= {f"{name}_recall@{k}": value for k, value in recalls.items()}
+    both = {f"recall@{k}": (found[f"image_to_text_recall@{k}"] + found[f"text_to_image_recall@{k}"]) / 2 for k in KS}
+    return both | found
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, loader: PairLoader, device: torch.device, class_tokens: dict[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Figures of a model, wrapped or not, which is put into evaluation mode and back. All processes get all figures.
+
+    class_tokens: input_ids and attention_mask of each class's prompt, (C, L), where the loader has labels
+    """
+    was_training = model.training
+    model.eval()
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("image", "text", "image_ids", "text_ids", "labels")}
+    for batch in loader.epoch():
+        images, texts = _embed(model, batch, device)
+        labels = batch.get("labels", torch.zeros(0, dtype=torch.int64))
+        kept = (images, texts, batch["image_ids"], batch["text_ids"], labels)
+        for name, values in zip(parts, kept, strict=True):
+            parts[name].append(values.to(device))
+    local = {name: torch.cat(values) for name, values in parts.items()}
+    counts = [row[0] for row in exchange_counts([len(local["image"])], device)]
+    label_counts = [row[0] for row in exchange_counts([len(local["labels"])], device)]
+    whole = {
+        name: gather_with_gradients(values, label_counts if name == "labels" else counts).cpu()
+        for name, values in local.items()
+    }
+    if sum(counts) < 2:
+        raise ValueError(f"The validation data has {sum(counts)} usable pairs, but at least 2 are needed.")
+    figures = retrieval(whole["image"], whole["text"], whole["image_ids"], whole["text_ids"])
+    if class_tokens is not None and sum(label_counts) == sum(counts):
+        classes = model(**{name: tensor.to(device) for name, tensor in class_tokens.items()}).text_embeds.float().cpu()
+        ks = [k for k in (1, 5) if k < len(classes)]
+        accuracies = top_k_accuracy(whole["image"] @ classes.T, whole["labels"], ks) if ks else {}
+        figures |= {f"zero_shot_top{k}": value for k, value in accuracies.items()}
+    model.train(was_training)
+    return figures

@@ -1,0 +1,328 @@
+"""A run between its steps: what is counted and logged, evaluated, kept and, at the end, saved.
+
+The steps themselves are in finetune.py. `Run` knows what comes around them; every process has one and calls it alike.
+"""
+
+import copy
+import json
+import math
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from ..modeling_hf_clip import HfClipModel
+from ..publishing import PublishingError
+from .averaging import MovingAverage, interpolate_weights
+from .checkpoint import (
+    RunState,
+    find_checkpoint,
+    list_checkpoints,
+    load_best,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+)
+from .collator import PairCollator
+from .config import TrainingConfig
+from .data import BadRows, PairLoader, Position
+from .evaluating import evaluate
+from .lora import merge_lora_
+from .losses import ContrastiveResult
+from .results import METRICS_FILE, publish_results, save_results
+
+DEFAULT_METRIC = "recall@1"
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def make_accelerator(config: TrainingConfig) -> Any:
+    """What `accelerate launch` has set up. Raises ValueError for a tracker that is unknown or not installed."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    for name in config.report_to:
+        if name not in TRACKERS:
+            raise ValueError(f"report_to has {name!r}, but must be of {', '.join(TRACKERS)}.")
+    try:
+        return Accelerator(
+            log_with=config.report_to or None,
+            project_dir=config.output_dir,
+            # Scores are computed in a forward pass and not used: the loss is over all processes' pairs.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except ImportError as error:
+        raise ImportError(
+            f"A tracker of --report_to is not installed: pip install {' '.join(config.report_to)}"
+        ) from error
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's, or of a CPU run this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Run:
+    """See the module.
+
+    wrapped: the model as accelerate made it.   model: the model itself
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Any,
+        wrapped: Any,
+        model: HfClipModel,
+        processor: ProcessorMixin,
+        optimizer: Any,
+        scheduler: Any,
+        bad_rows: BadRows,
+        pretrained: dict[str, Tensor] | None,
+        total_steps: int,
+    ):
+        self.config, self.accelerator, self.total_steps = config, accelerator, total_steps
+        self.wrapped, self.model, self.processor, self.optimizer = wrapped, model, processor, optimizer
+        self.bad_rows, self.pretrained = bad_rows, pretrained
+        self.average = MovingAverage(model, config.ema_decay) if config.ema_decay is not None else None
+        accelerator.register_for_checkpointing(scheduler)
+        if self.average is not None:
+            accelerator.register_for_checkpointing(self.average)
+        self.global_batch = config.batch_size * accelerator.num_processes
+        self.state = RunState(identity=self._identity())
+        self.validation: PairLoader | None = None
+        self.class_tokens: dict[str, Tensor] | None = None
+        self.figures: dict[str, float] = {}
+        self.bar: Any = None
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []
+        self.seen, self.since = 0, time.perf_counter()
+        self.is_stopped = False
+
+    def _identity(self) -> dict[str, Any]:
+        """What the order of the data and the shape of the optimizer depend on."""
+        names = ("model", "variant", "dataset", "split", "captions", "streaming", "validation", "seed", "lock")
+        values = {name: getattr(self.config, name) for name in (*names, "lora_rank", "optimizer", "loss")}
+        return values | {"pairs in a batch": self.global_batch, "steps": self.total_steps}
+
+    def set_validation(self, loader: PairLoader | None, class_prompts: list[str] | None) -> None:
+        self.validation = loader
+        if loader is not None and class_prompts is not None:
+            self.class_tokens = PairCollator(self.processor).tokenize(class_prompts)
+
+    def start(self) -> None:
+        """Begin, or go on from the checkpoint that `--resume` names."""
+        if self.config.report_to:
+            plain = {k: v for k, v in self.config.to_dict().items() if isinstance(v, (int, float, str, bool))}
+            self.accelerator.init_trackers("hf_clip", config=plain)
+        if self.config.resume is not None:
+            folder = find_checkpoint(self.config.output_dir, self.config.resume)
+            self.state = load_checkpoint(self.accelerator, folder, self._identity())
+            if self.accelerator.is_main_process and self.state.bad_rows:
+                self.bad_rows.load_state_dict(self.state.bad_rows)
+            self._forget_records_after(self.state.step)
+        self.since = time.perf_counter()
+
+    def _forget_records_after(self, step: int) -> None:
+        """Steps that are done again are recorded again."""
+        if self.accelerator.is_main_process:
+            path = Path(self.config.output_dir) / METRICS_FILE
+            lines = path.read_text().splitlines() if path.is_file() else []
+            path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        self.accelerator.wait_for_everyone()
+
+    def is_over(self) -> bool:
+        return self.is_stopped or self.state.step >= self.total_steps
+
+    # --- after every batch ------------------------------------------------------------------------------------------
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Stop at a loss that is no number; all processes have the same, so all stop."""
+        if not math.isfinite(loss.item()):
+            last = list_checkpoints(self.config.output_dir)
+            saved = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved"
+            raise ValueError(
+                f"The loss became {loss.item()} at step {self.state.step + 1} (logit scale "
+                f"{self.model.logit_scale.exp().item():.1f}); {saved}. Lower --learning_rate, raise --warmup_steps, or "
+                f"train in bf16 instead of fp16."
+            )
+
+    def count(self, position: Position, result: ContrastiveResult, local_pairs: int) -> None:
+        self.state.epoch, self.state.batch = position
+        self.losses.append(result.global_loss.item())
+        self.accuracies.append(result.global_accuracy.item())
+        self.seen += local_pairs * self.accelerator.num_processes
+
+    def after_step(self, rates: dict[str, float]) -> None:
+        """What follows an optimizer step: the moving average, a record, a checkpoint."""
+        self.state.step += 1
+        if self.average is not None:
+            self.average.update(self.model)
+        if self.bar is not None:
+            self.bar.update()
+        if self.state.step % self.config.logging_steps == 0 or self.state.step == self.total_steps:
+            self._log(rates)
+        every = self.config.checkpoint_steps
+        if every is not None and self.state.step % every == 0 and self.state.step < self.total_steps:
+            self._evaluate()
+            self._compare()
+            self.state.bad_rows = self.bad_rows.state_dict()
+            save_checkpoint(self.accelerator, self.config.output_dir, self.state, self.config.keep_checkpoints)
+            if self.config.hub_strategy == "checkpoint":
+                self._publish_checkpoint()
+
+    def _log(self, rates: dict[str, float]) -> None:
+        device = self.accelerator.device
+        record = {
+            "step": self.state.step,
+            "loss": sum(self.losses) / len(self.losses),
+            "accuracy": sum(self.accuracies) / len(self.accuracies),
+            "learning_rate": max(rates.values()),
+            "logit_scale": self.model.logit_scale.exp().item(),
+            "images_per_second": self.seen / (time.perf_counter() - self.since),
+            "peak_memory_gb": peak_memory(device) / 1e9,
+        }
+        if len(set(rates.values())) > 1:
+            record |= {f"learning_rate_{part}": rate for part, rate in rates.items()}
+        if self.model.logit_bias is not None:
+            record["logit_bias"] = self.model.logit_bias.item()
+        self.losses, self.accuracies = [], []
+        self.seen, self.since = 0, time.perf_counter()
+        self._record(record)
+        if self.bar is not None:
+            self.bar.set_postfix(
+                loss=f"{record['loss']:.3f}",
+                acc=f"{record['accuracy']:.0%}",
+                scale=f"{record['logit_scale']:.1f}",
+                images_per_s=f"{record['images_per_second']:.0f}",
+                mem=f"{record['peak_memory_gb']:.1f}GB",
+            )
+
+    def _record(self, record: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            with (Path(self.config.output_dir) / METRICS_FILE).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        if self.config.report_to:
+            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        if self.validation is None:
+            return
+        with self.average.swapped_in(self.model) if self.average is not None else nullcontext():
+            self.figures = evaluate(self.wrapped, self.validation, self.accelerator.device, self.class_tokens)
+        self._record({"step": self.state.step, **self.figures})
+        self.since = time.perf_counter()
+
+    def _compare(self) -> None:
+        """Keep the weights if they are the best so far; stop when there was no new best for too long."""
+        metric = self.config.keep_best
+        if metric is None:
+            return
+        if metric not in self.figures:
+            raise ValueError(
+                f"--keep_best {metric} was not measured; measured were {', '.join(self.figures)}. Zero-shot accuracy "
+                f"needs captions made of labels by a template."
+            )
+        if self.state.best is None or self.figures[metric] > self.state.best:
+            self.state.best, self.state.best_step, self.state.evaluations_since = (
+                self.figures[metric],
+                self.state.step,
+                0,
+            )
+            save_best(self.accelerator, self.config.output_dir, self._weights())
+        else:
+            self.state.evaluations_since += 1
+            patience = self.config.patience
+            if patience is not None and self.state.evaluations_since >= patience:
+                self.is_stopped = True
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights that count, whole, on the CPU; every process calls this."""
+        with self.average.swapped_in(self.model) if self.average is not None else nullcontext():
+            state = self.accelerator.get_state_dict(self.wrapped)
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def _publish_checkpoint(self) -> None:
+        """Save and push what there is so far; a push that fails is said and doesn't end the run."""
+        weights = self._weights()
+        if self.accelerator.is_main_process:
+            try:
+                self._save(self._merged(weights), f"Step {self.state.step}")
+            except PublishingError as error:
+                print(f"\nnote: {error}", file=sys.stderr)
+        self.accelerator.wait_for_everyone()
+
+    def _merged(self, weights: dict[str, Tensor]) -> HfClipModel:
+        """A model of its own on the CPU with these weights, adapters merged."""
+        model = copy.deepcopy(self.accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)).cpu()
+        model.load_state_dict(weights)
+        return merge_lora_(model) if self.config.lora_rank is not None else model
+
+    def _save(self, model: HfClipModel, message: str) -> None:
+        has_curve = save_results(
+            model,
+            self.processor,
+            model.state_dict(),
+            self.config,
+            self.figures,
+            steps=self.state.step,
+            global_batch=self.global_batch,
+        )
+        if not has_curve:
+            print("note: the curve of the card was not drawn: pip install matplotlib", file=sys.stderr)
+        if self.config.push_to_hub is not None:
+            print(publish_results(self.config, message))
+
+    def _average_with_pretrained(self, model: HfClipModel) -> None:
+        """WiSE-FT: the one α, or of a range the best on the validation data."""
+        assert self.pretrained is not None
+        finetuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        best: tuple[float, float] | None = None
+        metric = self.config.keep_best or DEFAULT_METRIC
+        alphas = self.config.alphas
+        chosen = alphas[0]
+        for alpha in alphas if self.validation is not None else []:
+            model.load_state_dict(interpolate_weights(self.pretrained, finetuned, alpha))
+            device = self.accelerator.device
+            figures = evaluate(model.to(device), self.validation, device, self.class_tokens)  # type: ignore[arg-type]
+            model.cpu()
+            self._record({"step": self.state.step, "alpha": alpha, **figures})
+            if best is None or figures[metric] > best[0]:
+                best, chosen, self.figures = (figures[metric], alpha), alpha, figures
+        model.load_state_dict(interpolate_weights(self.pretrained, finetuned, chosen))
+        if len(alphas) > 1 and self.accelerator.is_main_process:
+            print(f"averaged with the pretrained weights at α = {chosen:g}, the best of {len(alphas)} at {metric}")
+
+    def finish(self) -> None:
+        """Save the result: the last weights or the best, averaged where asked for, and publish it."""
+        self.bad_rows.check()
+        self._evaluate()
+        self._compare()
+        weights = self._weights()
+        if self.config.keep_best is not None and self.state.best_step != self.state.step:
+            weights = load_best(self.config.output_dir)
+            self.figures = self._figures_of(self.state.best_step)
+        model = self._merged(weights)
+        if self.config.alphas:
+            self._average_with_pretrained(model)
+        if self.accelerator.is_main_process:
+            self._save(model, f"{self.state.step} steps of training")
+            print(f"Saved to {self.config.output_dir}")
+        self.accelerator.end_training()
+
+    def _figures_of(self, step: int) -> dict[str, float]:
+        records = (Path(self.config.output_dir) / METRICS_FILE).read_text().splitlines()
+        found = [r for r in map(json.loads, records) if r["step"] == step and DEFAULT_METRIC in r and "alpha" not in r]
+        return {name: value for name, value in found[-1].items() if name != "step"}
