@@ -65,12 +65,12 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> bool:
 
 def _results(figures: dict[str, float], config: TrainingConfig) -> list[EvalResult]:
     """Figures of the validation data for the model-index."""
-    name = " and ".join(config.dataset)
+    sources = [shown(source.split("=")[0]) for source in config.dataset]
     return [
         EvalResult(
             task_type="zero-shot-image-classification",
-            dataset_type=Path(config.dataset[0].split("=")[0]).name,
-            dataset_name=name,
+            dataset_type=sources[0],
+            dataset_name=" and ".join(sources),
             dataset_split=f"validation ({config.validation})",
             metric_type=metric.replace("@", "_at_"),
             metric_name=metric.replace("_", " "),
@@ -85,6 +85,11 @@ def is_repository(name: str | None) -> bool:
     return (
         name is not None and name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
     )
+
+
+def shown(name: str) -> str:
+    """A model's or a data set's name as it may be published: of a folder on this machine its last part."""
+    return name if is_repository(name) else Path(name).name
 
 
 def write_card(
@@ -112,10 +117,10 @@ def write_card(
         "averaged with the pretrained weights, α": config.average_with_pretrained,
         "seed": config.seed,
     }
-    origin = f"fine-tuned from `{config.model}`" if config.model else f"trained from scratch (`{config.variant}`)"
+    origin = f"fine-tuned from `{shown(config.model)}`" if config.model else "trained from scratch"
     parts = [
         f"# {name_of(repo_id)}",
-        f"A CLIP model {origin} on {', '.join(f'`{name}`' for name in config.dataset)}.",
+        f"A CLIP model {origin} on {', '.join(f'`{shown(source.split("=")[0])}`' for source in config.dataset)}.",
         architecture_table(model.config),
         "## How it was trained",
         markdown_table(["", ""], [[name, str(value)] for name, value in chosen.items() if value is not None]),
