@@ -117,10 +117,11 @@ def write_card(
         "averaged with the pretrained weights, α": config.average_with_pretrained,
         "seed": config.seed,
     }
+    sources = [shown(source.split("=")[0]) for source in config.dataset]
     origin = f"fine-tuned from `{shown(config.model)}`" if config.model else "trained from scratch"
     parts = [
         f"# {name_of(repo_id)}",
-        f"A CLIP model {origin} on {', '.join(f'`{shown(source.split("=")[0])}`' for source in config.dataset)}.",
+        f"A CLIP model {origin} on {', '.join(f'`{source}`' for source in sources)}.",
         architecture_table(model.config),
         "## How it was trained",
         markdown_table(["", ""], [[name, str(value)] for name, value in chosen.items() if value is not None]),
