@@ -53,6 +53,7 @@ bench: $(VENV)/.dev-installed  ## measure us and the peers in turn, and print ra
 	$(BIN)/python -m benchmarks.image_processor
 	$(BIN)/python -m benchmarks.zero_shot
 	$(BIN)/python -m benchmarks.encode
+	$(BIN)/python -m benchmarks.train_step
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf $(VENV) demo-output

@@ -218,7 +218,7 @@ def test_registration_can_run_twice():
 
 
 PROGRAMS = ["conversion.convert", "conversion.parity", "conversion.publish", "demo", "finetune", "model_cards"]
-PROGRAMS += [f"benchmarks.{name}" for name in ("encode", "image_processor", "tokenizer", "zero_shot")]
+PROGRAMS += [f"benchmarks.{name}" for name in ("encode", "image_processor", "tokenizer", "train_step", "zero_shot")]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

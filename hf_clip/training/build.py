@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin, get_scheduler
 
+from ..image_processing_hf_clip import HfClipImageProcessor
 from ..modeling_hf_clip import HfClipModel
 from ..processing_hf_clip import HfClipProcessor
 from ..variants import VARIANTS
@@ -96,6 +97,8 @@ def _build_untrained(config: TrainingConfig, data: Data) -> tuple[HfClipModel, H
     if source in VARIANTS or has_tokenizer:
         tokenizer = source if has_tokenizer else None
         model, processor = build_from_scratch(source, tokenizer=tokenizer, seed=config.seed)
+        if any((Path(source) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+            processor.image_processor = HfClipImageProcessor.from_pretrained(source)
     else:
         captions = (caption for row, caption in _captions(data.train))
         model, processor = build_from_scratch(source, captions=captions, seed=config.seed)

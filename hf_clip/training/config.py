@@ -45,7 +45,7 @@ class ModelOptions:
     variant: str | None = _option(
         None,
         "Train from scratch instead: one of OpenAI's nine names (with their vocabulary), a config.json (a vocabulary "
-        "is learned from the captions), or a folder with one and a tokenizer",
+        "is learned from the captions), or a folder with one, a tokenizer and perhaps an image processor",
     )
     loss: str | None = _option(None, "softmax (CLIP) or sigmoid (SigLIP); default: what the model was trained with")
     image_size: int | None = _option(None, "Go over to pictures of this size (FixRes); the position table is resized")
