@@ -21,6 +21,23 @@ from hf_clip.original.download import byte_progress
 from hf_clip.remote_code import add_remote_code
 from hf_clip.whole_folder import check_destination, whole_folder
 
+DESCRIPTIONS = ("config.json", "processor_config.json", "preprocessor_config.json", "open_clip_config.json")
+"""The files by which a folder's readers tell what it holds."""
+
+
+def check_leftovers(out: Path, folder: Path) -> None:
+    """Refuse to write over a model of another layout: one of its files would go on to describe the old one.
+
+    folder: what is about to be moved into `out`
+    """
+    written = [name for name in DESCRIPTIONS if (folder / name).is_file()]
+    left = [name for name in DESCRIPTIONS if name not in written and (out / name).is_file()]
+    if written and left:
+        raise FileExistsError(
+            f"{out} holds {', '.join(left)} of a model in another layout, which would be read with the new one's "
+            f"files; name another folder, or remove it."
+        )
+
 
 def convert(
     source: str | Path,
@@ -68,6 +85,7 @@ def convert(
         write_model(folder, model, format_name, after_each)
         if remote_code:
             add_remote_code(folder)
+        check_leftovers(out, folder)
     return model.config
 
 

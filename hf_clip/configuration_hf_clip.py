@@ -22,6 +22,9 @@ LEGACY_END_OF_TEXT_ID = 2
 STOCK_TYPES = {"clip": "hf_clip", "clip_text_model": "hf_clip_text", "clip_vision_model": "hf_clip_vit"}
 """Stock CLIP's model types and those that read them."""
 
+STOCK_TOWERS = {"text_config": "hf_clip_text", "vision_config": "hf_clip_vit"}
+"""What stands under these names in the configuration of a whole stock CLIP."""
+
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 FOREIGN_LAYOUTS: list[Callable[..., Any]] = []
@@ -63,6 +66,22 @@ def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
     return next((found for layout in FOREIGN_LAYOUTS if (found := layout(source, hub)) is not None), None)
 
 
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """A stock CLIP's configuration under our types; under its own, transformers would warn of another model's.
+
+    A tower alone is read out of the whole, so each is made complete: repositories of 2022 nest its real values under
+    `text_config_dict` and `vision_config_dict`, and the width of the shared space counts as the whole says it.
+    """
+    if values.get("model_type") not in STOCK_TYPES:
+        return values
+    values = values | {"model_type": STOCK_TYPES[values["model_type"]]}
+    for name, model_type in STOCK_TOWERS.items():
+        if nested := (values.get(name) or {}) | (values.get(f"{name}_dict") or {}):
+            shared = {"projection_dim": values["projection_dim"]} if "projection_dim" in values else {}
+            values[name] = nested | shared | {"model_type": model_type}
+    return values
+
+
 class HfClipPreTrainedConfig(PreTrainedConfig):
     """What all configurations here have in common: stock CLIP's and open_clip's are read as well."""
 
@@ -73,9 +92,7 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
         if (foreign := find_foreign(pretrained_model_name_or_path, kwargs)) is not None:
             return foreign.config.to_dict(), kwargs
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if values.get("model_type") in STOCK_TYPES:  # else transformers warns of another model's configuration
-            values = values | {"model_type": STOCK_TYPES[values["model_type"]]}
-        return values, kwargs
+        return _renamed(values), kwargs
 
 
 def _require_positive(config: PreTrainedConfig, *names: str) -> None:

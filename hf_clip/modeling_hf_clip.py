@@ -199,7 +199,8 @@ def check_input_ids(input_ids: Tensor | None, attention_mask: Tensor | None) -> 
     return input_ids
 
 
-_BESIDE_THE_TOWERS = [r"^text_projection\.", r"^visual_projection\.", r"^logit_(scale|bias)$"]
+_POSITION_COUNTERS = r"embeddings\.position_ids$"  # in stock repositories from before transformers 4.31
+_BESIDE_THE_TOWERS = [_POSITION_COUNTERS, r"^text_projection\.", r"^visual_projection\.", r"^logit_(scale|bias)$"]
 """What a tower alone leaves unread in a whole model's file, besides the other tower."""
 
 
@@ -605,7 +606,12 @@ class HfClipTextModelWithProjection(HfClipPreTrainedModel):
     config_class = HfClipTextConfig
     base_model_prefix = "text_model"
     input_modalities = ("text",)
-    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^logit_(scale|bias)$"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^vision_model\.",
+        r"^visual_projection\.",
+        r"^logit_(scale|bias)$",
+        _POSITION_COUNTERS,
+    ]
 
     def __init__(self, config: HfClipTextConfig):
         super().__init__(config)
@@ -652,7 +658,12 @@ class HfClipVisionModelWithProjection(HfClipPreTrainedModel):
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_(scale|bias)$"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^text_model\.",
+        r"^text_projection\.",
+        r"^logit_(scale|bias)$",
+        _POSITION_COUNTERS,
+    ]
 
     def __init__(self, config: HfClipConfig):
         super().__init__(config)

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, trainers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+from transformers.utils import cached_file
 
 from .bpe_hf_clip import (
     END_OF_TEXT,
@@ -35,7 +36,7 @@ from .bpe_hf_clip import (
     repair_where_needed,
     words_of,
 )
-from .configuration_hf_clip import HubUpload
+from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload
 
 BOUNDARY = "\0end_of_a_text\0"
 """A chunk that no text has: ftfy removes the character zero, and no entity gives it."""
@@ -142,6 +143,25 @@ def as_lists(rows: dict[str, np.ndarray], padded: bool) -> dict[str, list[list[i
     }
 
 
+def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer of a repository without tokenizer.json, from its vocab.json and merges.txt; None if it has none.
+
+    Raises ValueError for another model's vocabulary.
+    """
+    names = ("tokenizer.json", "vocab.json", "merges.txt")
+    try:
+        whole, *found = [cached_file(source, n, _raise_exceptions_for_missing_entries=False, **hub) for n in names]
+    except OSError:
+        return None
+    if whole is not None or None in found:
+        return None
+    vocab = json.loads(Path(found[0]).read_text(encoding="utf-8"))
+    backend = build_backend(read_merges(found[1], len(vocab)))
+    if backend.get_vocab() != vocab:
+        raise ValueError(f"The vocab.json of {source} numbers its tokens otherwise than CLIP's tokenizer does.")
+    return backend
+
+
 class EncodedTexts(BatchEncoding):
     """Ids and masks at once; `tokenizers`' encodings, which few ask for and which take long, when first asked for."""
 
@@ -179,6 +199,19 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     padding_side = "right"
     _word_tokenizer: tuple[Any, PreTrainedTokenizerFast] | None = None
     _memory: ChunkMemory | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers; repositories that have vocab.json and merges.txt alone too."""
+        source = pretrained_model_name_or_path
+        try:
+            return super().from_pretrained(source, *args, **kwargs)
+        except (OSError, ValueError):
+            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+            backend = None if "tokenizer_object" in kwargs else read_backend(source, hub)
+            if backend is None:
+                raise
+        return super().from_pretrained(source, *args, tokenizer_object=backend, **kwargs)
 
     @classmethod
     def from_merges(cls, merges: list[tuple[str, str]], model_max_length: int = 77) -> "HfClipTokenizer":

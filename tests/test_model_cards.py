@@ -13,17 +13,10 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-)
+from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from conversion.convert import convert
 from hf_clip import VARIANTS, HfClipConfig
 from hf_clip.model_card import USAGE, card_metadata, card_text, markdown_table
 from hf_clip.remote_code import TRAVELLING, add_remote_code
@@ -65,23 +58,6 @@ def committed(variant: str) -> str:
     return (CARDS / f"{VARIANTS[variant].slug}.md").read_text(encoding="utf-8")
 
 
-def write_stock_folder(repository: Path, out: Path) -> None:
-    """The weights of a reduced ViT of ours as transformers' own classes."""
-    model, processor = AutoModel.from_pretrained(repository), AutoProcessor.from_pretrained(repository)
-    towers = {
-        name: {key: value for key, value in getattr(model.config, name).to_dict().items() if key != "model_type"}
-        for name in ("text_config", "vision_config")
-    }
-    stock = CLIPModel(CLIPConfig(projection_dim=model.config.projection_dim, **towers))
-    stock.load_state_dict(model.state_dict())
-    stock.save_pretrained(out)
-    vocabulary = processor.tokenizer.get_vocab()
-    tokenizer = CLIPTokenizer(
-        vocab=vocabulary, merges=[], model_max_length=towers["text_config"]["max_position_embeddings"]
-    )
-    CLIPProcessor(CLIPImageProcessorPil(), tokenizer).save_pretrained(out)
-
-
 def run_without_hf_clip(blocks: list[str], folder: Path) -> None:
     code = WITHOUT_HF_CLIP + "\n".join(blocks)
     environment = os.environ | {"HF_HOME": str(folder / "cache"), "HF_MODULES_CACHE": str(folder / "modules")}
@@ -109,7 +85,7 @@ def test_every_snippet_runs(
     photographs["chelsea"].save(tmp_path / "cat.jpg")
     variant = VARIANTS[STAND_INS[tower]]
     if tower == "vit":
-        write_stock_folder(repository, tmp_path / f"stock-{variant.slug}")
+        convert(repository, tmp_path / f"stock-{variant.slug}", format_name="transformers")
     monkeypatch.chdir(tmp_path)
 
     blocks = python_blocks(render_card(variant.name, str(published)))

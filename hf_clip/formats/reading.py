@@ -127,6 +127,17 @@ def _check_names(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) 
     return kept
 
 
+def _own_tokenizer(tokenizer: HfClipTokenizer, context_length: int) -> HfClipTokenizer:
+    """The same tokenizer as if it had been made here.
+
+    The tokenizer.json of a stock repository lacks what its users need for OpenAI's ids, the repair of quotes and
+    ligatures, and what was loaded remembers where from. One with added tokens stays as it is.
+    """
+    merges = [tuple(merge) for merge in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    own = HfClipTokenizer.from_merges(merges, min(tokenizer.model_max_length, context_length))
+    return own if own.get_vocab() == tokenizer.get_vocab() else tokenizer
+
+
 def _read_repository(source: Any) -> StoredModel:
     """A folder or a repository on the Hub: ours, stock CLIP's or open_clip's."""
     if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in ("config.json", CONFIG_FILE)):
@@ -135,8 +146,9 @@ def _read_repository(source: Any) -> StoredModel:
             f"file such as ViT-B-32.pt, or the folder of a model."
         )
     config = HfClipConfig.from_pretrained(source)
-    config.__dict__.pop("auto_map", None)  # the code isn't taken along
     processor = HfClipProcessor.from_pretrained(source)
+    for values in (config.__dict__, processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
+        values.pop("auto_map", None)  # the code isn't taken along
     foreign = None
     if (described := cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)) is None or (
         "model_type" not in json.loads(Path(described).read_text(encoding="utf-8"))
@@ -150,7 +162,8 @@ def _read_repository(source: Any) -> StoredModel:
         tensors = {name: tensor for checkpoint in checkpoints for name, tensor in checkpoint.tensors.items()}
         tensors = _check_names(source, tensors, config)
     published = _published([checkpoint.path for checkpoint in checkpoints])
-    return StoredModel(config, tensors, processor.tokenizer, processor.image_processor, checkpoints, published)
+    tokenizer = _own_tokenizer(processor.tokenizer, config.text_config.max_position_embeddings)
+    return StoredModel(config, tensors, tokenizer, processor.image_processor, checkpoints, published)
 
 
 def read_model(

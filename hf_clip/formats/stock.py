@@ -82,7 +82,7 @@ def write_stock_files(
     pictures = stock_image_processor(image_processor)
     stock.save_pretrained(folder)
     write_tokenizer(folder, tokenizer, "PreTrainedTokenizerFast")
-    text = json.dumps(pictures, indent=2) + "\n"
+    text = json.dumps(pictures, indent=2, sort_keys=True) + "\n"
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 

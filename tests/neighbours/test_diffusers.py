@@ -1,6 +1,8 @@
 """Text-to-image: our text towers in place of transformers' own, in pipelines of `diffusers` with random weights."""
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, CLIPTextModel
+from transformers import AutoProcessor, CLIPTextModel, CLIPTokenizer
 
+from conversion.convert import convert
 from hf_clip import (
     HfClipImageProcessor,
     HfClipTextModel,
@@ -147,6 +150,25 @@ def test_towers_change_places_in_saved_pipelines(parts: dict[str, Any], ours: Hf
     again = load(tmp_path / "ours")
     assert (type(again.text_encoder), type(again.tokenizer)) == (HfClipTextModel, HfClipTokenizer)
     np.testing.assert_allclose(draw(again, PROMPTS[0]), expected, atol=1e-5)
+
+
+def test_converted_text_tower_takes_its_place_in_a_pipelines_folder(
+    parts: dict[str, Any], repository: Path, tmp_path: Path
+):
+    """`--format diffusers`, from CLIPs of both kinds; the pipeline finds nothing but stock classes."""
+    tower = HfClipTextModel.from_pretrained(repository).eval()
+    build(parts, stock_text_model(tower)).save_pretrained(tmp_path / "pipeline")
+    for name in ("text_encoder", "tokenizer"):
+        shutil.rmtree(tmp_path / "pipeline" / name)
+    index = tmp_path / "pipeline" / "model_index.json"
+    values = json.loads(index.read_text()) | {"tokenizer": ["transformers", "CLIPTokenizer"]}
+    index.write_text(json.dumps(values))
+    convert(repository, tmp_path / "converted", format_name="diffusers")
+    shutil.copytree(tmp_path / "converted", tmp_path / "pipeline", dirs_exist_ok=True)
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert (type(loaded.text_encoder), type(loaded.tokenizer)) == (CLIPTextModel, CLIPTokenizer)
+    expected = draw(build(parts, tower), PROMPTS[1])
+    np.testing.assert_allclose(draw(loaded, PROMPTS[1]), expected, atol=1e-5)
 
 
 def test_textual_inversion_adds_a_word(parts: dict[str, Any], ours: HfClipTextModel):
