@@ -28,12 +28,12 @@ FORMATS = ("hf_clip", "transformers")
 CARD = "README.md"
 
 
-def write_card(folder: Path, repo_id: str, variant_name: str | None) -> None:
+def write_card(folder: Path, repo_id: str, variant_name: str | None, stock: bool = False) -> None:
     """The card of one of OpenAI's models if these are known to be its weights; else one of the architecture alone."""
     if variant_name is None:
-        text = render_custom_card(HfClipConfig.from_pretrained(folder), repo_id)
+        text = render_custom_card(HfClipConfig.from_pretrained(folder), repo_id, stock=stock)
     else:
-        text = render_card(variant_name, repo_id)
+        text = render_card(variant_name, repo_id, stock=stock)
         shutil.copyfile(CHART, folder / CHART.name)
     (folder / CARD).write_text(text, encoding="utf-8")
 
@@ -58,7 +58,7 @@ def staged(folder: Path, repo_id: str, format_name: str, variant_name: str | Non
         else:
             write_model(out, read_model(folder), format_name)
         if not (folder / CARD).is_file():
-            write_card(out, repo_id, variant_name)
+            write_card(out, repo_id, variant_name, stock=format_name == "transformers")
         elif format_name != "hf_clip":
             shutil.copyfile(folder / CARD, out / CARD)
         yield out

@@ -85,6 +85,30 @@ print(classifier.classify("cat.jpg", top_k=1))
 ```
 """)
 
+STOCK_USAGE = Template("""\
+This repository is in transformers' own layout: its classes load it, without further code.
+
+```python
+import torch
+from transformers import CLIPModel, CLIPProcessor, pipeline
+
+classify = pipeline("zero-shot-image-classification", model="$repo_id")
+print(classify("cat.jpg", candidate_labels=["a cat", "a dog", "a bird"]))
+
+model = CLIPModel.from_pretrained("$repo_id").eval()
+processor = CLIPProcessor.from_pretrained("$repo_id")
+images = processor(images="cat.jpg", return_tensors="pt")
+texts = processor(text=["a photo of a cat", "a photo of a dog"], padding=True, return_tensors="pt")
+with torch.no_grad():
+    image_features = model.get_image_features(**images).pooler_output  # (1, $width)
+    text_features = model.get_text_features(**texts).pooler_output  # (2, $width)
+print(torch.cosine_similarity(image_features, text_features))
+```
+
+With the package `hf_clip`, `HfClipModel.from_pretrained("$repo_id")` and `HfClipProcessor` read the same files. Texts \
+have at most $length tokens.
+""")
+
 
 def name_of(repo_id: str) -> str:
     """A repository's name without its owner: `"org/clip-rn50"` → `"clip-rn50"`."""
@@ -171,14 +195,21 @@ def architecture_table(config: HfClipConfig, **others: str) -> str:
     return markdown_table(["", ""], (rows | others).items())
 
 
-def usage_section(config: HfClipConfig, repo_id: str) -> str:
-    """Snippets that load the repository, with this package and without it."""
+def usage_section(config: HfClipConfig, repo_id: str, *, stock: bool = False) -> str:
+    """Snippets that load the repository, with this package and without it.
+
+    stock: it is in transformers' own layout, which its `CLIPModel` loads
+    """
     is_sigmoid = config.contrastive_loss == "sigmoid"
-    return USAGE.substitute(
-        repo_id=repo_id,
-        width=config.projection_dim,
-        length=config.text_config.max_position_embeddings,
-        scores="sigmoid())  # how probable each text is, by itself"
-        if is_sigmoid
-        else "softmax(dim=-1))  # how probable each text is, among these two",
-    ).strip()
+    return (
+        (STOCK_USAGE if stock else USAGE)
+        .substitute(
+            repo_id=repo_id,
+            width=config.projection_dim,
+            length=config.text_config.max_position_embeddings,
+            scores="sigmoid())  # how probable each text is, by itself"
+            if is_sigmoid
+            else "softmax(dim=-1))  # how probable each text is, among these two",
+        )
+        .strip()
+    )

@@ -147,7 +147,7 @@ def _fill_in(template: str, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-def render_card(variant_name: str, repo_id: str) -> str:
+def render_card(variant_name: str, repo_id: str, *, stock: bool = False) -> str:
     """The README.md of one of OpenAI's nine models, published as `repo_id`; the file CHART belongs beside it.
 
     Raises ValueError for a name that is none of the nine.
@@ -165,7 +165,7 @@ def render_card(variant_name: str, repo_id: str) -> str:
         name=name_of(repo_id),
         chart=CHART.name,
         architecture=architecture_table(config, **work),
-        usage=usage_section(config, repo_id),
+        usage=usage_section(config, repo_id, stock=stock),
         results=results_table(variant_name),
         open_clip=open_clip_table(variant_name),
         parity=parity_table(variant_name),
@@ -178,13 +178,13 @@ def render_card(variant_name: str, repo_id: str) -> str:
     return card_text(metadata(variant, repo_id), body)
 
 
-def render_custom_card(config: HfClipConfig | dict[str, Any], repo_id: str) -> str:
+def render_custom_card(config: HfClipConfig | dict[str, Any], repo_id: str, *, stock: bool = False) -> str:
     """The README.md of a converted model that is none of the nine: what its configuration says, and how to load it."""
     described: HfClipConfig = HfClipConfig.from_dict(config) if isinstance(config, dict) else config
     body = _fill_in(
         "custom_template.md",
         name=name_of(repo_id),
         architecture=architecture_table(described),
-        usage=usage_section(described, repo_id),
+        usage=usage_section(described, repo_id, stock=stock),
     )
     return card_text(card_metadata(repo_id, language=None), body)

@@ -17,6 +17,7 @@ from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from conversion.convert import convert
+from conversion.publish import staged
 from hf_clip import VARIANTS, HfClipConfig
 from hf_clip.model_card import USAGE, card_metadata, card_text, markdown_table
 from hf_clip.remote_code import TRAVELLING, add_remote_code
@@ -104,6 +105,24 @@ def test_every_snippet_runs(
     assert type(results["classify"]).__module__ == "hf_clip.pipeline"
     assert results["classifier"].matrix.labels == ["cat", "dog"]
     run_without_hf_clip(others, tmp_path)
+
+
+def test_card_of_a_stock_repository_loads_it_with_stock_classes(
+    repositories: dict[str, Path], photographs: dict[str, Image.Image], tmp_path: Path
+):
+    folder = tmp_path / "published"
+    convert(repositories["vit"], folder, format_name="transformers")
+    photographs["chelsea"].save(tmp_path / "cat.jpg")
+    config = HfClipConfig.from_pretrained(folder)
+    for card in (
+        render_custom_card(config, str(folder), stock=True),
+        render_card("ViT-B/32", str(folder), stock=True),
+    ):
+        block = python_blocks(card)[0]
+        assert "trust_remote_code" not in block
+        run_without_hf_clip([block], tmp_path)
+    with staged(repositories["vit"], "org/stock", "transformers", None) as out:
+        assert render_custom_card(config, "org/stock", stock=True) == (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_custom_card_has_the_same_snippets_and_no_figures(tower: str, repository: Path):
