@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from hf_clip import HfClipConfig
+from hf_clip.bpe_hf_clip import OPENAI_VOCAB_SIZE
 from hf_clip.formats.reading import read_model
 from hf_clip.formats.writing import FORMATS, write_model
 from hf_clip.original import identify_variant
@@ -83,6 +84,12 @@ def convert(
             model.forget_read_pages()
 
         write_model(folder, model, format_name, after_each)
+        if format_name == "open_clip" and model.config.text_config.vocab_size != OPENAI_VOCAB_SIZE:
+            print(
+                "note: the vocabulary is not OpenAI's. open_clip finds it in a folder; before a push, write the "
+                "repository's name for hf_tokenizer_name into open_clip_config.json.",
+                file=sys.stderr,
+            )
         if remote_code:
             add_remote_code(folder)
         check_leftovers(out, folder)

@@ -19,8 +19,9 @@ from hf_clip.formats.reading import published_weights, read_model
 from hf_clip.formats.stock import why_not_stock
 from hf_clip.formats.writing import write_model
 from hf_clip.model_card import name_of
+from hf_clip.original import identify_variant
 from hf_clip.publishing import Upload, check_repo_id, link_all, list_uploads, publish_folder
-from hf_clip.remote_code import add_remote_code
+from hf_clip.remote_code import add_remote_code, described_in
 from hf_clip.variants import get_variant
 from model_cards import CHART, render_card, render_custom_card
 
@@ -34,7 +35,9 @@ def write_card(folder: Path, repo_id: str, variant_name: str | None, stock: bool
         text = render_custom_card(HfClipConfig.from_pretrained(folder), repo_id, stock=stock)
     else:
         text = render_card(variant_name, repo_id, stock=stock)
+        (folder / CHART.name).unlink(missing_ok=True)  # what is staged may be a link to the user's own file
         shutil.copyfile(CHART, folder / CHART.name)
+    (folder / CARD).unlink(missing_ok=True)
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
@@ -45,11 +48,20 @@ def staged(folder: Path, repo_id: str, format_name: str, variant_name: str | Non
     variant_name: which of OpenAI's models these weights are; by default what the weights themselves say
     """
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; name a folder that convert or finetune.py has written.")
+        raise FileNotFoundError(
+            f"{folder} has no config.json; name a folder that convert or finetune.py has written, in the layout of "
+            f"hf_clip or transformers."
+        )
+    stored = described_in(folder)["config.json"].get("model_type")
+    if stored not in ("hf_clip", "clip") or (stored == "clip" and format_name == "hf_clip"):
+        advice = "pass --format transformers" if stored == "clip" else "whole CLIP models alone can be published"
+        raise ValueError(f"{folder} holds a {stored!r} model; {advice}.")
     config = HfClipConfig.from_pretrained(folder)
     if format_name == "transformers" and (reason := why_not_stock(config)):
         raise ValueError(f"{folder} cannot be published as --format transformers: {reason}.")
     variant_name = variant_name or published_weights(folder)
+    if variant_name is not None and identify_variant(config) != get_variant(variant_name):
+        raise ValueError(f"{folder} is no {variant_name}: its architecture is another. Leave out --variant.")
     with tempfile.TemporaryDirectory(prefix="publish-") as temporary:
         out = Path(temporary)
         if format_name == "hf_clip":

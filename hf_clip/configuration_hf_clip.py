@@ -7,6 +7,7 @@ towers: the dictionary's `model_type`, or for lack of one the presence of `depth
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -52,7 +53,7 @@ def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
 
     arguments: those of `from_pretrained`, of which the Hub's are used
     """
-    if source is None or not FOREIGN_LAYOUTS:
+    if source is None or not FOREIGN_LAYOUTS or os.path.isfile(source):
         return None
     hub = {name: arguments[name] for name in HUB_ARGUMENTS if arguments.get(name) is not None}
     try:
@@ -60,9 +61,13 @@ def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
     except OSError:
         return None  # what asked will say it better
     if path is not None:
-        with open(path, encoding="utf-8") as file:
-            if "model_type" in json.load(file):
-                return None
+        try:
+            with open(path, encoding="utf-8") as file:
+                is_described = "model_type" in json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error}); save or download it again.") from None
+        if is_described:
+            return None
     return next((found for layout in FOREIGN_LAYOUTS if (found := layout(source, hub)) is not None), None)
 
 

@@ -122,12 +122,15 @@ class HfClipPreTrainedModel(HubUpload, PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As everywhere in transformers; repositories of stock CLIP and, with the package, of open_clip too."""
         source = pretrained_model_name_or_path
-        is_described = isinstance(kwargs.get("config"), PreTrainedConfig) or kwargs.get("state_dict") is not None
-        foreign = None if is_described else find_foreign(source, kwargs)
+        foreign = None if kwargs.get("state_dict") is not None else find_foreign(source, kwargs)
         if foreign is None:
             return super().from_pretrained(source, *args, **kwargs)
-        config, given = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
-        unused = {name: value for name, value in given.items() if name not in HUB_ARGUMENTS}
+        own = {name: kwargs.pop(name) for name in ("config", "dtype", "torch_dtype") if name in kwargs}
+        if isinstance(config := own.pop("config", None), PreTrainedConfig):
+            given = kwargs
+        else:
+            config, given = cls.config_class.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
+        unused = own | {name: value for name, value in given.items() if name not in HUB_ARGUMENTS}
         model = super().from_pretrained(None, *args, config=config, state_dict=foreign.tensors(), **unused)
         loaded = model[0] if kwargs.get("output_loading_info") else model
         loaded.config.name_or_path = str(source)

@@ -9,6 +9,7 @@ Invariant: a token is handed to huggingface_hub and to nothing else; no message 
 import shutil
 import tempfile
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from .remote_code import MODEL_MAPS, add_remote_code, described_in
 STOCK_CARD_MARK = "This model card has been automatically generated."
 """In the card that transformers' `push_to_hub` writes where a repository has none."""
 
-HIDDEN = (".git", "__pycache__", ".cache", ".ipynb_checkpoints", "checkpoints")
-"""Folders that never go; the last is that of a training run."""
+UNPUBLISHED = ("__pycache__", "checkpoints", "checkpoint-*", "training_args.bin", "optimizer.pt", "*.unfinished")
+"""Files and folders that never go, besides hidden ones: what training programs leave beside a model."""
 
 
 class PublishingError(OSError):
@@ -56,25 +57,32 @@ def check_repo_id(repo_id: str) -> str:
     return repo_id
 
 
+def _is_published(name: str) -> bool:
+    if name.startswith("."):
+        return name == ".gitattributes"
+    return not any(fnmatch(name, pattern) for pattern in UNPUBLISHED)
+
+
 def list_uploads(folder: str | Path) -> list[Upload]:
     """What of a folder goes to the Hub, by name."""
     folder = Path(folder)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    kept = [path for path in files if not set(path.relative_to(folder).parts) & set(HIDDEN)]
+    kept = [path for path in files if all(map(_is_published, path.relative_to(folder).parts))]
     return [Upload(path.relative_to(folder).as_posix(), path.stat().st_size) for path in kept]
 
 
-def _without_token(text: str) -> str:
-    token = get_token()
+def _without_token(text: str, token: str | None) -> str:
     return text.replace(token, "<token>") if token else text
 
 
-def explain(error: BaseException, repo_id: str) -> PublishingError:
+def explain(error: BaseException, repo_id: str, token: str | None = None) -> PublishingError:
     """What an error of the Hub, or of the way to it, means for the one who publishes."""
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     endpoint = constants.ENDPOINT
-    said = _without_token(getattr(error, "server_message", None) or str(error).strip().split("\n")[-1])
+    said = _without_token(
+        getattr(error, "server_message", None) or str(error).strip().split("\n")[-1], token or get_token()
+    )
     if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE=1 forbids all traffic; unset it, or look at what would go with --dry-run"
     elif isinstance(error, LocalTokenNotFoundError) or (status == 401 and not get_token()):
@@ -116,28 +124,35 @@ def publish_folder(
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         try:
-            api.model_info(repo_id)
+            is_private = api.model_info(repo_id).private
+            if private and not is_private:
+                raise PublishingError(
+                    f"{repo_id} was not published: it is there already and public, though a private one was asked for. "
+                    f"Make it private in its settings, or take another name."
+                )
         except RepositoryNotFoundError as error:
             raise PublishingError(
                 f"{repo_id} was not published: the name is taken, and not by a model repository that your token may "
                 f"see; choose another."
             ) from error
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message=message,
             revision=revision,
-            ignore_patterns=[pattern for name in HIDDEN for pattern in (f"{name}/*", f"*/{name}/*")],
+            allow_patterns=[upload.name for upload in list_uploads(folder)],
         )
         return str(commit.commit_url)
     except PublishingError:
         raise
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, HTTPError, OSError) as error:
-        raise explain(error, repo_id) from error
+        raise explain(error, repo_id, token) from error
     except RuntimeError as error:  # what the client makes of a failed upload of one large file
         if error.__cause__ is None:
             raise
-        raise explain(error.__cause__, repo_id) from error
+        raise explain(error.__cause__, repo_id, token) from error
 
 
 def link_all(source: Path, target: Path) -> None:

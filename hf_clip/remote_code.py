@@ -63,9 +63,17 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def described_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """Those of the files that name classes which `folder` has, with their content."""
-    names = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-    return {n: json.loads((folder / n).read_text(encoding="utf-8")) for n in names if (folder / n).is_file()}
+    """Those of the files that name classes that `folder` has, with their content. Raises ValueError for broken ones."""
+    described = {}
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            try:
+                described[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{folder / name} is no JSON ({error}); save it again.") from None
+            if not isinstance(described[name], dict):
+                raise ValueError(f"{folder / name} holds no object of fields; save it again.")
+    return described
 
 
 def add_remote_code(folder: str | Path) -> list[Path]:

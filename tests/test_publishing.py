@@ -15,9 +15,9 @@ from transformers import AutoModel, pipeline
 
 from conversion.convert import convert
 from conversion.publish import main, publish
-from hf_clip import HfClipModel
+from hf_clip import VARIANTS, HfClipModel
 from hf_clip.formats.reading import PUBLISHED_KEY, published_weights
-from hf_clip.publishing import check_repo_id
+from hf_clip.publishing import check_repo_id, list_uploads
 from hf_clip.remote_code import TRAVELLING
 
 from .hub_server import TOKEN, HubServer
@@ -286,7 +286,7 @@ def test_dry_run_shows_what_would_go(repository: Path, capsys: pytest.CaptureFix
 
 
 def test_card_of_openais_weights_has_their_figures(
-    repositories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+    repositories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     """Weights that come from a published file say so; the same architecture alone doesn't."""
     from hf_clip.formats.reading import read_model
@@ -298,6 +298,7 @@ def test_card_of_openais_weights_has_their_figures(
     (tmp_path / "marked").mkdir()
     write_model(tmp_path / "marked", model, "hf_clip")
     assert published_weights(tmp_path / "marked") == "ViT-B/32"
+    monkeypatch.setattr("conversion.publish.identify_variant", lambda config: VARIANTS["ViT-B/32"])
     publish(tmp_path / "marked", "org/marked", dry_run=True)
     assert "imagenet-against-gflops.png" in capsys.readouterr().out
     publish(repositories["vit"], "org/plain", dry_run=True)
@@ -338,3 +339,45 @@ def test_faults_of_the_folder(tmp_path: Path, repository: Path, capsys: pytest.C
     assert "Did you mean 'ViT-B/32'" in capsys.readouterr().err
     assert main([str(repository), "org/x"]) == 1  # the tests run offline
     assert "HF_HUB_OFFLINE=1 forbids all traffic" in capsys.readouterr().err
+
+
+def test_nothing_is_written_through_to_the_folder(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import conversion.publish as program
+
+    convert(repository, tmp_path / "mine")
+    (tmp_path / "mine" / "imagenet-against-gflops.png").write_text("my own picture")
+    monkeypatch.setattr(program, "identify_variant", lambda config: VARIANTS["ViT-B/32"])
+    publish(tmp_path / "mine", "org/mine", dry_run=True, variant_name="ViT-B/32")
+    assert (tmp_path / "mine" / "imagenet-against-gflops.png").read_text() == "my own picture"
+
+
+def test_figures_of_another_architecture_are_refused(repository: Path):
+    with pytest.raises(ValueError, match="is no RN50: its architecture is another"):
+        publish(repository, "org/x", dry_run=True, variant_name="RN50")
+
+
+def test_what_training_and_editors_leave_does_not_go(repository: Path, tmp_path: Path):
+    convert(repository, tmp_path / "mine")
+    for name in (
+        ".env",
+        ".git/config",
+        "checkpoints/step-1/model.bin",
+        "checkpoint-5/a",
+        "__pycache__/x",
+        "optimizer.pt",
+    ):
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text("x")
+    (tmp_path / "mine" / ".gitattributes").write_text("x")
+    names = {upload.name for upload in list_uploads(tmp_path / "mine")}
+    assert names == {path.name for path in repository.iterdir()} | {".gitattributes"}
+
+
+def test_other_kinds_of_folders_are_named(repositories: dict[str, Path], tmp_path: Path):
+    convert(repositories["vit"], tmp_path / "stock", format_name="transformers")
+    with pytest.raises(ValueError, match="stock holds a 'clip' model; pass --format transformers"):
+        publish(tmp_path / "stock", "org/x", dry_run=True)
+    publish(tmp_path / "stock", "org/x", dry_run=True, format_name="transformers")
+    (tmp_path / "stock" / "config.json").write_text("{broken")
+    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+        publish(tmp_path / "stock", "org/x", dry_run=True)

@@ -25,8 +25,8 @@ from ..tokenization_hf_clip import HfClipTokenizer
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
-FITS = {"shortest": "crop", "longest": "pad", "squash": "squash"}
-"""open_clip's `resize_mode` and our `fit`."""
+FITS = {"shortest": "crop", "squash": "squash"}
+"""open_clip's `resize_mode` and our `fit`. Its "longest" has black margins, our "pad" those of `image_mean`."""
 
 RESAMPLE = {"bicubic": 3, "bilinear": 2}
 
@@ -40,9 +40,9 @@ IGNORED = {
         "timm_pool",
         "timm_proj",
     }
-    | {"timm_proj_bias", "timm_drop", "timm_drop_path", "attn_pooler_queries", "attn_pooler_heads", "act_kwargs"},
-    "text_cfg": {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pad_id", "eos_id", "output_tokens"}
-    | {"hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "hf_model_config", "act_kwargs"},
+    | {"timm_proj_bias", "timm_drop", "timm_drop_path", "attn_pooler_queries", "attn_pooler_heads"},
+    "text_cfg": {"hf_tokenizer_name", "pad_id", "eos_id", "output_tokens"}
+    | {"hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "hf_model_config"},
 }
 """Fields that say nothing about how a trained CLIP computes, or that matter for other architectures only."""
 
@@ -183,6 +183,11 @@ def open_clip_config(config: HfClipConfig, image_processor: HfClipImageProcessor
         model_cfg["init_logit_bias"] = config.logit_bias_init_value
     modes = {fit: mode for mode, fit in FITS.items()}
     interpolations = {number: name for name, number in RESAMPLE.items()}
+    if image_processor.fit not in modes:
+        raise ValueError(
+            f"open_clip's margins are black and those of fit={image_processor.fit!r} have the colour of image_mean, so "
+            f"that pictures would be others there; choose fit='crop' or 'squash'."
+        )
     if image_processor.resample not in interpolations:
         raise ValueError(f"open_clip resizes by bicubic or bilinear; this processor has {image_processor.resample}.")
     preprocess_cfg = {

@@ -78,23 +78,35 @@ def read_config_file(path: str | Path) -> HfClipConfig:
         raise ValueError(f"{path} cannot be read as the configuration of a CLIP: {error}") from None
 
 
-def _weight_files(source: Any) -> list[Path]:
+def _weight_files(source: Any, hub: dict[str, Any]) -> list[Path]:
     """The files that hold a repository's weights: one, or the shards that an index names."""
 
     def find(name: str) -> Path | None:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
         return None if found is None else Path(found)
 
     for name in WEIGHT_FILES:
         if (whole := find(name)) is not None:
             return [whole]
         if (index := find(f"{name}.index.json")) is not None:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = _shards_of(index)
             files = [find(shard) for shard in shards]
             if missing := [shard for shard, file in zip(shards, files, strict=True) if file is None]:
                 raise FileNotFoundError(f"{source} lacks {', '.join(missing)}, which its {index.name} names.")
             return [file for file in files if file is not None]
     raise FileNotFoundError(f"{source} has no weights: none of {', '.join(WEIGHT_FILES)}, whole or in shards.")
+
+
+def _shards_of(index: Path) -> list[str]:
+    """The files that an index names, which lie beside it. Raises CheckpointError for any other."""
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [shard for shard in shards if shard in ("", ".", "..") or set(shard) & set("/\\:")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of weights ({type(error).__name__}); download it again.") from None
+    if outside:
+        raise CheckpointError(f"{index} is refused: it names the file {outside[0]!r}, which doesn't lie beside it.")
+    return shards
 
 
 def _published(files: list[Path]) -> str | None:
@@ -104,7 +116,7 @@ def _published(files: list[Path]) -> str | None:
 
 def published_weights(folder: str | Path) -> str | None:
     """Which of OpenAI's nine a folder's weights are, as their file says; None for all others."""
-    return _published(_weight_files(folder))
+    return _published(_weight_files(folder, {}))
 
 
 def _check_names(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) -> dict[str, Tensor]:
@@ -138,27 +150,27 @@ def _own_tokenizer(tokenizer: HfClipTokenizer, context_length: int) -> HfClipTok
     return own if own.get_vocab() == tokenizer.get_vocab() else tokenizer
 
 
-def _read_repository(source: Any) -> StoredModel:
-    """A folder or a repository on the Hub: ours, stock CLIP's or open_clip's."""
+def _read_repository(source: Any, hub: dict[str, Any]) -> StoredModel:
+    """A folder or a repository on the Hub: ours, stock CLIP's or open_clip's. hub: as `from_pretrained` takes it"""
     if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in ("config.json", CONFIG_FILE)):
         raise FileNotFoundError(
             f"{source} is a folder without a model: it has neither config.json nor {CONFIG_FILE}. Name a checkpoint "
             f"file such as ViT-B-32.pt, or the folder of a model."
         )
-    config = HfClipConfig.from_pretrained(source)
-    processor = HfClipProcessor.from_pretrained(source)
+    config = HfClipConfig.from_pretrained(source, **hub)
+    processor = HfClipProcessor.from_pretrained(source, **hub)
     for values in (config.__dict__, processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
         values.pop("auto_map", None)  # the code isn't taken along
     foreign = None
-    if (described := cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)) is None or (
-        "model_type" not in json.loads(Path(described).read_text(encoding="utf-8"))
-    ):
-        foreign = find_open_clip(source, {})
+    if (
+        described := cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    ) is None or ("model_type" not in json.loads(Path(described).read_text(encoding="utf-8"))):
+        foreign = find_open_clip(source, hub)
     if foreign is not None:
         checkpoint, _, tensors = read_original(foreign.weights_file(), verify=False, config=config)
         checkpoints = [checkpoint]
     else:
-        checkpoints = [read_checkpoint(path) for path in _weight_files(source)]
+        checkpoints = [read_checkpoint(path) for path in _weight_files(source, hub)]
         tensors = {name: tensor for checkpoint in checkpoints for name, tensor in checkpoint.tensors.items()}
         tensors = _check_names(source, tensors, config)
     published = _published([checkpoint.path for checkpoint in checkpoints])
@@ -191,11 +203,13 @@ def read_model(
     """
     name, path = str(source), Path(source)
     is_file = name in VARIANTS or path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or "/" not in name
+    if name.startswith((".", "/", "~")) and not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint file or folder {source}; check the path.")
     if path.is_dir() or not is_file:
         told = {"--config": config, "--activation": activation, "--weights": weights, "--vocab": vocabulary}
         if given := [flag for flag, value in told.items() if value is not None]:
             raise ValueError(f"{source} is a repository, which tells everything itself: leave out {', '.join(given)}.")
-        return _read_repository(source)
+        return _read_repository(source, {"local_files_only": True} if offline else {})
     given_config = None if config is None else read_config_file(config)
     vocabulary = find_vocabulary(vocabulary, offline)
     path = find_original(source, offline)
@@ -210,7 +224,8 @@ def read_model(
         vocabulary, vocab_size=text.vocab_size, model_max_length=text.max_position_embeddings
     )
     image_processor = HfClipImageProcessor.for_image_size(read.vision_config.image_size)
-    verified = {variant.checkpoint: variant.name for variant in VARIANTS.values()} if verify else {}
+    is_as_published = verify and config is None and activation is None and weights is None
+    verified = {variant.checkpoint: variant.name for variant in VARIANTS.values()} if is_as_published else {}
     return StoredModel(read, tensors, tokenizer, image_processor, [checkpoint], verified.get(path.name))
 
 

@@ -33,6 +33,7 @@ from .stock import TOWER_FIELDS, write_stock_files, write_tokenizer
 AfterEach = Callable[[int], None]
 Writer = Callable[[Path, StoredModel, AfterEach], None]
 
+LAYER_NORM_EPS = 1e-5
 CLIP_L = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -41,6 +42,8 @@ CLIP_L = {
     "max_position_embeddings": 77,
     "vocab_size": 49408,
     "hidden_act": "quick_gelu",
+    "layer_norm_eps": LAYER_NORM_EPS,
+    "eos_token_id": 49407,
 }
 """The text tower that goes by the name of clip_l."""
 
@@ -95,6 +98,11 @@ def write_openai(folder: Path, model: StoredModel, after_each: AfterEach) -> Non
             f"there."
         )
     for tower in towers:
+        if getattr(tower, "layer_norm_eps", LAYER_NORM_EPS) != LAYER_NORM_EPS:
+            raise ValueError(
+                f"OpenAI's code has LayerNorms of eps {LAYER_NORM_EPS}, but {tower.model_type} has "
+                f"{tower.layer_norm_eps}; its features would be wrong there."
+            )
         if tower.hidden_size != 64 * tower.num_attention_heads:
             raise ValueError(
                 f"OpenAI's code takes heads for 64 wide, but {tower.model_type} has {tower.num_attention_heads} heads "

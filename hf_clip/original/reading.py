@@ -59,6 +59,10 @@ def read_original(
                 "models and those named -quickgelu have quick_gelu, open_clip's others gelu. Pass --config with the "
                 "model's open_clip_config.json, or --activation."
             )
+        if checkpoint.container == "torchscript" and activation not in (None, OPENAI_ACTIVATION):
+            raise CheckpointError(
+                f"is an archive of OpenAI's, whose transformers have {OPENAI_ACTIVATION}; leave out --activation."
+            )
         if config is None:
             config = config_from_shapes(tensors, activation or OPENAI_ACTIVATION)
         return checkpoint, config, convert_names(tensors, config)

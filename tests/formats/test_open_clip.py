@@ -131,6 +131,25 @@ def test_arguments_of_from_pretrained_hold(foreign: Path):
     assert model.dtype == torch.bfloat16
     assert model.config.text_config._attn_implementation == "eager"
     assert HfClipConfig.from_pretrained(foreign).model_type == "hf_clip"
+    assert HfClipModel.from_pretrained(foreign, dtype="auto").dtype == torch.float32
+    config = HfClipConfig.from_pretrained(foreign)
+    config.text_config.attention_dropout = 0.25
+    changed = HfClipModel.from_pretrained(foreign, config=config)
+    assert changed.config.text_config.attention_dropout == 0.25
+    assert torch.equal(changed.text_projection.weight.bfloat16(), model.text_projection.weight)
+
+
+def test_margins_of_another_colour_are_refused(foreign: Path, repository: Path, tmp_path: Path):
+    """open_clip pads with black, fit="pad" with the mean colour."""
+    path = foreign / "open_clip_config.json"
+    values = json.loads(path.read_text())
+    values["preprocess_cfg"]["resize_mode"] = "longest"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="resize_mode 'longest'; known are"):
+        HfClipProcessor.from_pretrained(foreign)
+    processor = HfClipImageProcessor.for_image_size(32, fit="pad")
+    with pytest.raises(ValueError, match="open_clip's margins are black"):
+        open_clip_config(HfClipConfig.from_pretrained(repository), processor)
 
 
 def test_processor_follows_preprocess_cfg(foreign: Path, tower: str, photographs: dict[str, Image.Image]):
@@ -203,6 +222,8 @@ def test_a_repository_with_both_descriptions_is_read_as_transformers_would(repos
         (lambda m: m["vision_cfg"].update(pool_type="avg"), "vision_cfg has pool_type='avg'"),
         (lambda m: m["text_cfg"].update(hf_model_name="roberta-base"), "text_cfg has hf_model_name='roberta-base'"),
         (lambda m: m["text_cfg"].update(no_causal_mask=True), "text_cfg has no_causal_mask=True"),
+        (lambda m: m["vision_cfg"].update(act_kwargs={"approximate": "tanh"}), "vision_cfg has act_kwargs="),
+        (lambda m: m["text_cfg"].update(tokenizer_kwargs={"clean": "lower"}), "text_cfg has tokenizer_kwargs="),
         (lambda m: m.update(multimodal_cfg={"width": 1}), "model_cfg has multimodal_cfg="),
         (lambda m: m["vision_cfg"].update(image_size=[32, 48]), r"image_size is \[32, 48\]"),
         (lambda m: m.pop("embed_dim"), "it has no 'embed_dim'"),
@@ -330,3 +351,27 @@ def test_state_dict_files_are_read_with_a_note(
     torch.save(weights_of(references["vit"]), tmp_path / "state.pt")
     convert(tmp_path / "state.pt", tmp_path / "out")
     assert "OpenAI's quick_gelu is assumed" in capsys.readouterr().err
+
+
+def test_activation_of_an_archive_is_not_up_to_the_user(archives: dict[str, Path], tmp_path: Path):
+    with pytest.raises(CheckpointError, match="is an archive of OpenAI's, whose transformers have quick_gelu"):
+        convert(archives["vit"], tmp_path / "out", activation="gelu")
+
+
+def test_shards_outside_of_the_folder_are_refused(repositories: dict[str, Path], tmp_path: Path):
+    folder = tmp_path / "sharded"
+    HfClipModel.from_pretrained(repositories["vit"]).save_pretrained(folder, max_shard_size="1MB")
+    HfClipProcessor.from_pretrained(repositories["vit"]).save_pretrained(folder)
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    convert(folder, tmp_path / "good")
+    name = next(iter(values["weight_map"]))
+    for bad in ("../secret.safetensors", "/etc/passwd", "..\\secret.safetensors", 3):
+        index.write_text(json.dumps({"weight_map": values["weight_map"] | {name: bad}}))
+        with pytest.raises(CheckpointError, match=r"is refused: it names the file|is no index of weights"):
+            convert(folder, tmp_path / "bad")
+
+
+def test_a_path_that_is_not_there_is_no_repository(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint file or folder"):
+        convert(tmp_path / "nothing" / "here", tmp_path / "out")
