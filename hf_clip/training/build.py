@@ -156,6 +156,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, to
     warmup = config.warmup_steps
     if warmup is None:
         warmup = min(total_steps // 20, LONGEST_DEFAULT_WARMUP)
+    if warmup > total_steps:
+        raise ValueError(f"warmup_steps is {warmup}, but the run has {total_steps} steps; take at most as many.")
     try:
         return get_scheduler(config.scheduler, optimizer, warmup, total_steps)
     except (ValueError, TypeError) as error:
