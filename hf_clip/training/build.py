@@ -138,7 +138,9 @@ def prepare_training_(
             raise ValueError("--sync_batchnorm would have no effect: there is one process.")
         synchronize_batch_norm_(model, device_type)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The second is what older versions of transformers call it.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return pretrained
 
 
