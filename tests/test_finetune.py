@@ -207,6 +207,22 @@ def test_accelerate_launch_runs_it_from_a_file(digits: Path, tmp_path: Path):
     assert [line["step"] for line in records(tmp_path / "out")] == [2, 3]
 
 
+@pytest.mark.slow
+def test_compiled_model_trains_resumes_and_is_saved_as_any_other(digits: Path, tmp_path: Path):
+    chosen = {"max_steps": 3, "batch_size": 24, "learning_rate": "1e-4", "validation": "50"}
+    chosen |= {"checkpoint_steps": 2, "keep_best": "recall@10", "augmentation": "none", "ema_decay": 0.9}
+    flags = options(digits, tmp_path / "compiled", **chosen)
+    for more in ({}, {"resume": "latest"}):
+        done = launch(flags | more, "--dynamo_backend", "inductor", timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert [line["step"] for line in records(tmp_path / "compiled", "recall@1")] == [2, 3]
+    plain = weights(train(digits, tmp_path / "plain", **chosen))
+    compiled = weights(tmp_path / "compiled")
+    for name in [name for name in plain if name.endswith("k_proj.bias")]:
+        del plain[name], compiled[name]
+    assert largest_difference(compiled, plain) < 1e-5
+
+
 # --- the demo --------------------------------------------------------------------------------------------------------
 
 

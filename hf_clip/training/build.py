@@ -139,7 +139,7 @@ def prepare_training_(
         synchronize_batch_norm_(model, device_type)
     if config.gradient_checkpointing:
         # The second is what older versions of transformers call it.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     return pretrained
 

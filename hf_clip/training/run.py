@@ -243,7 +243,8 @@ class Run:
         """The weights that count, whole, on the CPU; every process calls this."""
         with self.average.swapped_in(self.model) if self.average is not None else nullcontext():
             state = self.accelerator.get_state_dict(self.wrapped)
-            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+            # torch.compile puts a prefix in front of all names.
+            return {name.removeprefix("_orig_mod."): t.detach().to("cpu", copy=True) for name, t in state.items()}
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
