@@ -110,6 +110,8 @@ def launch(
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # Threads that wait for work in a loop would take the cores from the other process.
+    environment.setdefault("OMP_WAIT_POLICY", "passive")
     if processes > 1 and not launcher:
         command.append("--multi_gpu")
     command += [*launcher, str(ROOT / "finetune.py"), *([str(file)] if file else []), *words(flags)]
