@@ -21,6 +21,8 @@ from tqdm import tqdm
 import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.publishing import PublishingError, check_repo_id
 from hf_clip.training import build
+from hf_clip.training.checkpoint import FOLDER as CHECKPOINTS_FOLDER
+from hf_clip.training.checkpoint import find_checkpoint
 from hf_clip.training.config import TrainingConfig, parse_config
 from hf_clip.training.data import BadRows, Position
 from hf_clip.training.evaluating import model_inputs
@@ -31,12 +33,22 @@ from hf_clip.training.run import Run, make_accelerator
 from hf_clip.whole_folder import check_destination
 
 
+def check_output(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Refuse, before any work is done, a folder that cannot be written or would lose something."""
+    if config.resume is not None:
+        find_checkpoint(config.output_dir, config.resume)
+    elif accelerator.is_main_process:
+        check_destination(config.output_dir, config.overwrite)
+    if config.push_to_hub is not None:
+        check_repo_id(config.push_to_hub)
+
+
 def prepare_output(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Make the output folder, or refuse one that would lose something."""
+    """Make the output folder, with the records of this run alone."""
     if accelerator.is_main_process and config.resume is None:
-        output = check_destination(config.output_dir, config.overwrite)
+        output = Path(config.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        shutil.rmtree(output / CHECKPOINTS_FOLDER, ignore_errors=True)
         (output / METRICS_FILE).write_text("")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -47,11 +59,10 @@ def prepare_output(config: TrainingConfig, accelerator: Accelerator) -> None:
 def train(config: TrainingConfig) -> None:
     """Train one model as `config` says and save it. Raises OSError or ValueError for what cannot be done."""
     accelerator = make_accelerator(config)
-    if config.push_to_hub is not None:
-        check_repo_id(config.push_to_hub)
+    check_output(config, accelerator)
     data = build.build_data(config)
     model, processor = build.build_model(config, data)
-    check_output_format(model, config)
+    check_output_format(model, processor, config)
     set_seed(config.seed, device_specific=True)
     pretrained = build.prepare_training_(model, config, accelerator.device.type, accelerator.num_processes)
     bad_rows = BadRows(config.max_bad_fraction)
@@ -67,11 +78,11 @@ def train(config: TrainingConfig) -> None:
     steps = build.count_steps(loader, config, accelerator.gradient_accumulation_steps)
     optimizer = build.build_optimizer(model, config)
     scheduler = build.build_scheduler(optimizer, config, steps)
-    prepare_output(config, accelerator)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     run = Run(config, accelerator, wrapped, model, processor, optimizer, scheduler, bad_rows, pretrained, steps)
     run.set_validation(validation, data.class_prompts)
     run.start()
+    prepare_output(config, accelerator)
 
     kind = model.config.contrastive_loss
     wrapped.train()

@@ -72,6 +72,16 @@ def model(repository: Path) -> HfClipModel:
 
 
 @pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data to train on and models to begin with, see `write_digits`. Tests must not write there."""
+    from .finetuning import write_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def vocabulary() -> Path:
     path = installed_vocabulary()
     assert path is not None, "the extra `test` brings openai-clip, which has the file"

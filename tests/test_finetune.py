@@ -1,15 +1,13 @@
 """finetune.py as a user runs it, and the demo built on it."""
 
 import json
-import os
-import subprocess
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 import demo.__main__ as demo
@@ -23,92 +21,155 @@ from demo.digits import (
     make_dataset,
     untrained_combinations,
 )
-from demo.model import write_fresh_model
-from hf_clip.training.config import TrainingConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+from .finetuning import largest_difference, launch, options, records, train, weights, words
 
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """640 digits at the ViT's size, and a fresh model beside them."""
-    folder = tmp_path_factory.mktemp("digits")
-    pairs = make_dataset(16, 640)
-    pairs.save_to_disk(folder / "data")
-    write_fresh_model(folder / "fresh", "vit", pairs["train"]["caption"][:], seed=0)
-    return folder
+FIGURES = {"step", "loss", "accuracy", "learning_rate", "logit_scale", "images_per_second", "peak_memory_gb"}
 
 
-def settings(digits: Path, output: Path, **fields: object) -> TrainingConfig:
-    chosen = {"learning_rate": 2e-3, "batch_size": 64, "max_steps": 30, "warmup_steps": 5, "logging_steps": 5}
-    chosen |= {"model": str(digits / "fresh"), "dataset": str(digits / "data"), "output_dir": str(output)}
-    return TrainingConfig(**(chosen | {"num_workers": 0} | fields))
+# --- learning --------------------------------------------------------------------------------------------------------
 
 
-def test_training_lowers_the_loss_and_saves_a_folder_that_loads(digits: Path, tmp_path: Path):
-    finetune.train(settings(digits, tmp_path / "out"))
-    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [5, 10, 15, 20, 25, 30]
-    assert set(records[0]) == {"step", "loss", "learning_rate", "logit_scale", "images_per_second"}
-    assert records[-1]["loss"] < records[0]["loss"] - 0.3
-    assert records[-1]["learning_rate"] < 1e-4  # the cosine comes to its end
-    assert max(record["learning_rate"] for record in records) == pytest.approx(2e-3, rel=0.1)
-    model, processor = AutoModel.from_pretrained(tmp_path / "out"), AutoProcessor.from_pretrained(tmp_path / "out")
-    assert processor.tokenizer("a red seven").input_ids[0] == model.config.text_config.bos_token_id
-    before, after = (load_file(folder / "model.safetensors") for folder in (digits / "fresh", tmp_path / "out"))
-    assert before.keys() == after.keys()
-    assert not torch.equal(before["text_projection.weight"], after["text_projection.weight"])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_digits_are_learned(digits: Path, tmp_path: Path, tower: str, loss: str):
+    chosen = {"learning_rate": "3e-3", "max_steps": 80, "logging_steps": 8, "warmup_steps": 3, "batch_size": 48}
+    chosen |= {"model": None, "variant": str(digits / tower), "validation": "100", "augmentation": "none"}
+    out = train(digits, tmp_path / "out", tower, loss=loss, **chosen)
+    lines = records(out)
+    assert [line["step"] for line in lines] == list(range(8, 81, 8))
+    assert lines[0].keys() == FIGURES | ({"logit_bias"} if loss == "sigmoid" else set())
+    # The sigmoid loss begins with learning its bias.
+    assert lines[-1]["loss"] < (0.6 * lines[0]["loss"] if loss == "softmax" else lines[2]["loss"] - 0.2)
+    assert lines[-1]["accuracy"] > lines[0]["accuracy"] + 0.05
+    assert max(line["learning_rate"] for line in lines) == pytest.approx(3e-3, rel=0.05)
+    assert lines[-1]["learning_rate"] < 1e-4  # the cosine comes to its end
+    (figures,) = records(out, "recall@1")
+    assert figures["recall@10"] > 0.3  # by chance a tenth
+
+
+@pytest.mark.parametrize("chosen", [{"lora_rank": 4}, {"lock": "image"}, {"lock": "image:0,text"}])
+def test_what_is_frozen_stays_bit_equal_and_the_rest_learns(digits: Path, tmp_path: Path, chosen: dict):
+    rate = "1e-2" if "lora_rank" in chosen else "3e-3"
+    out = train(digits, tmp_path / "out", max_steps=30, logging_steps=3, learning_rate=rate, **chosen)
+    lines = records(out)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    before, after = weights(digits / "vit"), weights(out)
+    assert before.keys() == after.keys()  # adapters are merged
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    if "lora_rank" in chosen:
+        assert {name.rpartition(".")[2] for name in changed if "model" in name} == {"weight"}
+        assert not any("norm" in name or "embedding" in name for name in changed)
+        assert any(name.startswith("vision_model") for name in changed)
+    else:
+        assert not any(name.startswith("vision_model.") and "post_layernorm" not in name for name in changed)
+        assert any(name.startswith("text_model.") for name in changed) == (chosen["lock"] == "image")
+        assert ("text_projection.weight" in changed) == (chosen["lock"] == "image")
 
 
 def test_same_seed_gives_the_same_weights(digits: Path, tmp_path: Path):
-    for name in ("first", "second"):
-        finetune.train(settings(digits, tmp_path / name, max_steps=6, seed=3))
-    finetune.train(settings(digits, tmp_path / "other", max_steps=6, seed=4))
-    first, second, other = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second", "other"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["visual_projection.weight"], other["visual_projection.weight"])
+    first, second, other = (weights(train(digits, tmp_path / str(i), seed=s)) for i, s in enumerate((3, 3, 4)))
+    assert largest_difference(first, second) == 0
+    assert largest_difference(first, other) > 1e-4
 
 
 def test_logit_scale_is_clamped(digits: Path, tmp_path: Path):
-    model = AutoModel.from_pretrained(digits / "fresh")
+    model = AutoModel.from_pretrained(digits / "vit")
     model.logit_scale.data.fill_(6.0)
     model.save_pretrained(tmp_path / "hot")
-    AutoProcessor.from_pretrained(digits / "fresh").save_pretrained(tmp_path / "hot")
-    finetune.train(settings(digits, tmp_path / "out", model=str(tmp_path / "hot"), max_steps=5))
-    assert AutoModel.from_pretrained(tmp_path / "out").logit_scale.exp() <= 100.001
+    AutoProcessor.from_pretrained(digits / "vit").save_pretrained(tmp_path / "hot")
+    out = train(digits, tmp_path / "out", model=str(tmp_path / "hot"))
+    assert AutoModel.from_pretrained(out).logit_scale.exp() <= 100.001
 
 
-def test_divergence_stops_with_advice_and_saves_no_model(digits: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"The loss became nan at step \d+ .*Lower --learning_rate"):
-        finetune.train(settings(digits, tmp_path / "out", learning_rate=1e18, warmup_steps=0))
-    assert list(tmp_path.iterdir()) == []
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, tmp_path: Path, tower: str):
+    """BatchNorm is frozen in fine-tuning, so this holds for ResNets too."""
+    chosen = {"max_steps": 20, "logging_steps": 5, "validation": "held_out_images", "warmup_steps": 2}
+    chosen |= {"learning_rate": "5e-4", "label_smoothing": 0.1, "mask_duplicates": True, "max_grad_norm": 1.0}
+    done = launch(options(digits, tmp_path / "two", tower, batch_size=24, **chosen), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = train(digits, tmp_path / "one", tower, batch_size=48, **chosen)
+    two, one = weights(tmp_path / "two"), weights(alone)
+    # A key's bias adds the same to all of a query's scores: its gradient is zero but for rounding, of which Adam makes
+    # whole steps.
+    for name in [name for name in one if name.endswith("k_proj.bias")]:
+        assert (two.pop(name) - one.pop(name)).abs().max() < 20 * 5e-4
+    assert largest_difference(two, one) < 1e-5
+    assert (one["text_projection.weight"] - weights(digits / tower)["text_projection.weight"]).abs().max() > 1e-3
+    for name in ("loss", "accuracy", "learning_rate", "logit_scale"):
+        found = [[line[name] for line in records(folder)] for folder in (tmp_path / "two", alone)]
+        assert found[0] == pytest.approx(found[1], abs=1e-4), name
+    (first,), (second,) = (records(folder, "recall@1") for folder in (tmp_path / "two", alone))
+    assert first == pytest.approx(second, abs=0.005)  # of 718 pictures, one or two may change places
+    assert json.loads((tmp_path / "two" / "training_config.json").read_text())["num_processes"] == 2
+
+
+def test_too_many_bad_rows_end_both_processes(digits: Path, tmp_path: Path):
+    flags = options(digits, tmp_path / "out", dataset=str(digits / "several"), batch_size=16, max_bad_fraction=0.001)
+    done = launch(flags, processes=2, timeout=120)
+    assert done.returncode != 0
+    assert re.search(r"error: \d of \d+ rows cannot be used", done.stderr)
+    assert "more than --max_bad_fraction 0.001 allows; the first is row " in done.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_divergence_says_where_and_what_to_do_and_saves_no_model(digits: Path, tmp_path: Path):
+    chosen = {"learning_rate": "1e18", "warmup_steps": 0}
+    with pytest.raises(
+        ValueError, match=r"The loss became nan at step \d+ \(logit scale .*\); no checkpoint was saved"
+    ):
+        train(digits, tmp_path / "out", **chosen)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.jsonl", "training_config.json"}
+    message = r"the last good checkpoint is .*step-00000001. Lower --learning_rate, raise --warmup_steps"
+    with pytest.raises(ValueError, match=message):
+        train(digits, tmp_path / "out", checkpoint_steps=1, keep_checkpoints=1, overwrite=True, **chosen)
 
 
 def test_existing_output_is_refused_before_training(digits: Path, tmp_path: Path):
     (tmp_path / "model.safetensors").write_text("precious")
     with pytest.raises(FileExistsError, match="is not empty"):
-        finetune.train(settings(digits, tmp_path))
+        train(digits, tmp_path, dataset=["/no/data"])  # before anything else is looked at
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_failed_run_leaves_an_earlier_one_as_it_was(digits: Path, tmp_path: Path):
-    finetune.train(settings(digits, tmp_path / "out", max_steps=5))
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert "metrics.jsonl" in before
+def test_failed_run_leaves_an_earlier_ones_model_as_it_was(digits: Path, tmp_path: Path):
+    out = train(digits, tmp_path / "out", max_steps=2)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(ValueError, match="The loss became nan"):
-        finetune.train(settings(digits, tmp_path / "out", learning_rate=1e18, warmup_steps=0, overwrite=True))
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+        train(digits, out, learning_rate="1e18", warmup_steps=0, overwrite=True)
+    after = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} == {"metrics.jsonl", "training_config.json"}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--model": "/no/model"}, "There is no model folder /no/model"),
-        ({"--dataset": "/no/data"}, "There is no data set '/no/data'"),
-        ({"--batch_size": "1"}, "batch_size is 1"),
+        ({"model": "/no/model"}, "There is no model folder /no/model"),
+        ({"dataset": "/no/data"}, "There is no data set '/no/data'"),
+        ({"dataset": "DIGITS/pairs", "batch_size": "1"}, "batch_size is 1, but a pair is learned against others"),
+        ({"caption_column": "text"}, "has no column 'text'"),
+        ({"split": "nowhere"}, "has no split 'nowhere'"),
+        ({"streaming": True, "max_steps": None, "epochs": 1}, "How long an epoch of a stream is isn't known"),
+        ({"streaming": True, "validation": "0.1"}, "the length of a stream isn't known; hold out a number of its rows"),
+        ({"report_to": "tensorbord"}, "report_to has 'tensorbord', but must be of tensorboard, wandb, trackio"),
+        ({"report_to": "trackio"}, "--report_to trackio needs a package that is not installed: pip install trackio"),
+        ({"push_to_hub": "tiny"}, "'tiny' is no name of a repository"),
+        ({"resume": "latest"}, "There is no checkpoint in"),
+        ({"resume": "/no/checkpoint"}, "There is no whole checkpoint /no/checkpoint; those of"),
+        ({"sync_batchnorm": True, "model": None, "variant": "DIGITS/resnet"}, "would have no effect: there is one pro"),
+        ({"model": "DIGITS/resnet", "output_format": "transformers"}, "its image tower is a ResNet, and transformers'"),
+        ({"loss": "sigmoid", "output_format": "transformers"}, "it was trained with the sigmoid loss"),
+        ({"warmup_steps": 9}, "warmup_steps is 9, but the run has 6 steps"),
+        ({"scheduler": "cosin"}, "The scheduler 'cosin' cannot be made"),
     ],
 )
-def test_command_line_errors_are_one_line(
+def test_faults_are_one_line(
     digits: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
@@ -116,8 +177,10 @@ def test_command_line_errors_are_one_line(
     change: dict,
     message: str,
 ):
-    flags = {"--model": digits / "fresh", "--dataset": digits / "data", "--output_dir": tmp_path / "out"} | change
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *(str(word) for pair in flags.items() for word in pair)])
+    flags = options(digits, tmp_path / "out", **change)
+    command = [word.replace("DIGITS", str(digits)) for word in words(flags)]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *command])
+    monkeypatch.setattr(finetune.Run, "count", None)  # none of these gets as far as a step
     assert finetune.main() == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
@@ -126,17 +189,38 @@ def test_command_line_errors_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_accelerate_launch_runs_it(digits: Path, tmp_path: Path):
+def test_columns_that_there_are_are_named(digits: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="has no column 'text'.*image.*caption.*target"):
+        train(digits, tmp_path / "out", caption_column="text")
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+def test_accelerate_launch_runs_it_from_a_file(digits: Path, tmp_path: Path):
     """The command of the README, in processes of its own, with a worker that reads the data."""
-    flags = {"model": digits / "fresh", "dataset": digits / "data", "output_dir": tmp_path / "out", "max_steps": 3}
-    flags |= {"batch_size": 32, "warmup_steps": 1}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "finetune.py")]
-    command += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "2"}
-    )
+    values = options(digits, tmp_path / "out", max_steps=None, num_workers=1, batch_size=32, logging_steps=2)
+    (tmp_path / "run.json").write_text(json.dumps(values | {"max_steps": 100}))
+    done = launch({"max_steps": 3}, file=tmp_path / "run.json")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert f"Saved to {tmp_path / 'out'}" in done.stdout
+    assert [line["step"] for line in records(tmp_path / "out")] == [2, 3]
+
+
+@pytest.mark.slow
+def test_compiled_model_trains_resumes_and_is_saved_as_any_other(digits: Path, tmp_path: Path):
+    chosen = {"max_steps": 3, "batch_size": 24, "learning_rate": "1e-4", "validation": "50"}
+    chosen |= {"checkpoint_steps": 2, "keep_best": "recall@10", "augmentation": "none", "ema_decay": 0.9}
+    flags = options(digits, tmp_path / "compiled", **chosen)
+    for more in ({}, {"resume": "latest"}):
+        done = launch(flags | more, "--dynamo_backend", "inductor", timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert [line["step"] for line in records(tmp_path / "compiled", "recall@1")] == [2, 3]
+    plain = weights(train(digits, tmp_path / "plain", **chosen))
+    compiled = weights(tmp_path / "compiled")
+    for name in [name for name in plain if name.endswith("k_proj.bias")]:
+        del plain[name], compiled[name]
+    assert largest_difference(compiled, plain) < 1e-5
 
 
 # --- the demo --------------------------------------------------------------------------------------------------------

@@ -141,7 +141,9 @@ def prepare_training_(
             raise ValueError("--sync_batchnorm would have no effect: there is one process.")
         synchronize_batch_norm_(model, device_type)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The second is what older versions of transformers call it.
+        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return pretrained
 
 
@@ -159,6 +161,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, to
     warmup = config.warmup_steps
     if warmup is None:
         warmup = min(total_steps // 20, LONGEST_DEFAULT_WARMUP)
+    if warmup > total_steps:
+        raise ValueError(f"warmup_steps is {warmup}, but the run has {total_steps} steps; take at most as many.")
     try:
         return get_scheduler(config.scheduler, optimizer, warmup, total_steps)
     except (ValueError, TypeError) as error:

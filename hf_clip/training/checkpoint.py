@@ -29,6 +29,7 @@ class RunState:
 
     epoch, batch: what of the data is done, see `Position`
     best:         the best figure so far and its step; `evaluations_since` then
+    losses, accuracies: of the batches since the last record
     identity:     what a resumed run must have in common with the one that wrote this
     """
 
@@ -38,6 +39,8 @@ class RunState:
     best: float | None = None
     best_step: int = 0
     evaluations_since: int = 0
+    losses: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
     bad_rows: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
 
@@ -76,17 +79,14 @@ def find_checkpoint(output_dir: str | Path, resume: str) -> Path:
             raise FileNotFoundError(f"There is no checkpoint in {Path(output_dir, FOLDER)} to go on from.")
         return found[-1]
     folder = Path(resume)
-    if not (folder / STATE).is_file():
+    if folder.resolve() not in [path.resolve() for path in found]:
         listed = ", ".join(str(path) for path in found) or "none"
         raise FileNotFoundError(f"There is no whole checkpoint {folder}; those of {output_dir}: {listed}.")
     return folder
 
 
-def load_checkpoint(accelerator: Any, folder: Path, identity: dict[str, Any]) -> RunState:
-    """Restore model, optimizer, schedule and random states; returns where the run stood.
-
-    Raises ValueError when the run that is going on differs from the one that wrote it in `identity`.
-    """
+def read_state(folder: Path, identity: dict[str, Any]) -> RunState:
+    """Where a checkpoint's run stood. Raises ValueError when this run differs from that one in `identity`."""
     state = RunState(**json.loads((folder / STATE).read_text()))
     if differing := [name for name, value in identity.items() if state.identity.get(name) != value]:
         name = differing[0]
@@ -94,6 +94,12 @@ def load_checkpoint(accelerator: Any, folder: Path, identity: dict[str, Any]) ->
             f"{folder} was written by a run with {name} {state.identity.get(name)!r}, and this one has "
             f"{identity[name]!r}: it could not go on where that stopped. Start anew, or resume with the same options."
         )
+    return state
+
+
+def load_checkpoint(accelerator: Any, folder: Path, identity: dict[str, Any]) -> RunState:
+    """Restore model, optimizer, schedule and random states; returns where the run stood. Raises as `read_state`."""
+    state = read_state(folder, identity)
     accelerator.load_state(str(folder))
     return state
 

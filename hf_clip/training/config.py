@@ -5,6 +5,7 @@ No option is silently without effect: one that the others leave nothing to do is
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -28,6 +29,22 @@ METRICS = (
 """What `--keep_best` may name; `recall@k` is the mean of both directions."""
 
 WITHOUT_WARMUP = ("constant",)
+
+BELOW_ONE = math.nextafter(1, 0)
+RANGES = (
+    ("max_bad_fraction", 0, 1, "from 0 to 1"),
+    ("label_smoothing", 0, BELOW_ONE, "at least 0 and below 1"),
+    ("ema_decay", math.ulp(0), BELOW_ONE, "between 0 and 1, such as 0.9999"),
+    ("layer_decay", math.ulp(0), 1, "above 0 and at most 1"),
+)
+
+MAY_CHANGE = (
+    *("output_dir", "overwrite", "resume", "output_format", "push_to_hub", "hub_strategy", "report_to"),
+    *("logging_steps", "checkpoint_steps", "keep_checkpoints", "keep_best", "patience", "average_with_pretrained"),
+    *("num_workers", "max_bad_fraction", "gradient_checkpointing"),
+    *("batch_size", "epochs", "max_steps"),  # what counts is the global batch, and the steps of the whole run
+)
+"""Options that a resumed run may have otherwise; all others decide what comes out of it."""
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -153,14 +170,14 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
 
     def _check_needed(self) -> None:
         if (self.model is None) == (self.variant is None):
-            given = "both" if self.model else "neither"
+            given = "neither" if self.model is None else "both"
             raise ValueError(f"Name a model to start from with --model or --variant; {given} were given.")
         if not self.dataset:
             raise ValueError("There is nothing to train on: name it with --dataset.")
         if not self.output_dir:
             raise ValueError("There is no place for the result: name a folder with --output_dir.")
         if (self.epochs is None) == (self.max_steps is None):
-            given = "both" if self.epochs else "neither"
+            given = "neither" if self.epochs is None else "both"
             raise ValueError(f"Say how long to train with --epochs or --max_steps; {given} were given.")
 
     def _check_values(self) -> None:
@@ -169,8 +186,12 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, but it must be positive.")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers is {self.num_workers}, but must be 0 (none) or more.")
+        for name in ("num_workers", "weight_decay", "warmup_steps"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{name} is {value}, but must be 0 (none) or more.")
+        for name, low, high, words in RANGES:
+            if (value := getattr(self, name)) is not None and not low <= value <= high:
+                raise ValueError(f"{name} is {value}, but must be {words}.")
         choices = {
             "loss": (None, "softmax", "sigmoid"),
             "captions": ("one", "all"),
@@ -182,10 +203,6 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
             if (value := getattr(self, name)) not in allowed:
                 listed = ", ".join(str(choice) for choice in allowed if choice is not None)
                 raise ValueError(f"{name} is {value!r}, but must be one of {listed}.")
-        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= (self.max_steps or self.warmup_steps):
-            raise ValueError(
-                f"warmup_steps is {self.warmup_steps}, but must be between 0 and max_steps, {self.max_steps}."
-            )
 
     def _check_effects(self) -> None:
         """Refuse what the other options leave without effect."""
@@ -232,35 +249,46 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that it goes on from."""
+        return {name: value for name, value in self.to_dict().items() if name not in MAY_CHANGE}
 
-def _read_file(path: Path) -> dict[str, Any]:
+
+OPTIONS = [field.name for group in GROUPS for field in dataclasses.fields(group)]
+
+
+def _hint(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _read_file(path: Path) -> list[str]:
+    """A file's options as the words of a command line, so that both are checked alike."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file {path}; check the path.")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        values = json.loads(text)
-    else:
-        import yaml  # type: ignore[import-untyped]  # transformers brings it
+    import yaml  # type: ignore[import-untyped]  # transformers brings it
 
-        values = yaml.safe_load(text)
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, but options by name are needed.")
-    known = [field.name for group in GROUPS for field in dataclasses.fields(group)]
-    for name in values:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{path} has an option {name!r} that there isn't.{hint}")
-    if isinstance(values.get("learning_rate"), (int, float)):
-        values["learning_rate"] = str(values["learning_rate"])
-    for name in ("dataset", "report_to"):
-        if isinstance(values.get(name), str):
-            values[name] = [values[name]]
-    return values
+    words = []
+    for name, value in values.items():
+        if name not in OPTIONS:
+            raise ValueError(f"{path} has an option {name!r} that there isn't.{_hint(name, OPTIONS)}")
+        if isinstance(value, list) and value:
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None and value != []:
+            words.append(f"--{name}={value}")
+    return words
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
-    """The configuration from a command line; a first word that is a .yaml or .json file holds defaults.
+    """The configuration from a command line; a first word that is a .yaml or .json file holds options, over which
+    those of the command line go.
 
     Raises FileNotFoundError or ValueError; wrong flags end the program with a line of usage, as everywhere.
     """
@@ -276,9 +304,13 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
         "finetune.py run.yaml --max_steps 100",
     )
     if words and words[0].endswith((".json", ".yaml", ".yml")):
-        parser.set_defaults(**_read_file(Path(words.pop(0))))
+        words = [*_read_file(Path(words[0])), *words[1:]]
     values: dict[str, Any] = {}
-    for group in parser.parse_args_into_dataclasses(words):
+    *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        hint = _hint(unknown[0].split("=")[0], [f"--{name}" for name in OPTIONS])
+        parser.error(f"there is no option {unknown[0]!r}.{hint}")
+    for group in groups:
         values |= dataclasses.asdict(group)
     return TrainingConfig(**values)
 

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from ..formats.stock import why_not_stock, write_stock_files
+from ..formats.stock import stock_image_processor, why_not_stock, write_stock_files
 from ..model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_section
 from ..modeling_hf_clip import HfClipModel
 from ..publishing import publish_trained
@@ -25,10 +25,12 @@ CURVE_FILE = "training-curve.png"
 RETRIEVAL = ("recall@1", "recall@5", "recall@10")
 
 
-def check_output_format(model: HfClipModel, config: TrainingConfig) -> None:
+def check_output_format(model: HfClipModel, processor: ProcessorMixin, config: TrainingConfig) -> None:
     """Refuse before training what could not be written after it."""
-    if config.output_format == "transformers" and (reason := why_not_stock(model.config)):
-        raise ValueError(f"--output_format transformers cannot hold this model: {reason}.")
+    if config.output_format == "transformers":
+        if reason := why_not_stock(model.config):
+            raise ValueError(f"--output_format transformers cannot hold this model: {reason}.")
+        stock_image_processor(processor.image_processor)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -44,7 +46,7 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    evaluated = [record for record in records if "recall@1" in record]
+    evaluated = [record for record in records if "recall@1" in record and "alpha" not in record]
     trained = [record for record in records if "loss" in record]
     figure, axes = pyplot.subplots(1, 2 if evaluated else 1, figsize=(9 if evaluated else 5, 3.2), squeeze=False)
     axes[0][0].plot([r["step"] for r in trained], [r["loss"] for r in trained], color="#1f5fa8")
@@ -96,7 +98,7 @@ def write_card(
     model: HfClipModel, config: TrainingConfig, figures: dict[str, float], folder: Path, steps: int, global_batch: int
 ) -> None:
     """The card of a trained model: what it comes from, how it was trained, what was measured."""
-    repo_id = config.push_to_hub or str(folder.name)
+    repo_id = config.push_to_hub or Path(config.output_dir).resolve().name
     base = config.model if is_repository(config.model) else None
     data = [name for name in (source.split("=")[0] for source in config.dataset) if is_repository(name)]
     metadata = card_metadata(
@@ -163,9 +165,6 @@ def save_results(
             processor.save_pretrained(folder)
         has_curve = draw_curve(read_metrics(out), folder / CURVE_FILE)
         write_card(model, config, figures, folder, steps, global_batch)
-        # The folder's name within the card, not that of the unfinished one.
-        card = folder / "README.md"
-        card.write_text(card.read_text(encoding="utf-8").replace(folder.name, out.name), encoding="utf-8")
     return has_curve
 
 

@@ -10,7 +10,9 @@ import resource
 import sys
 import time
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -38,28 +40,22 @@ from .losses import ContrastiveResult
 from .results import METRICS_FILE, publish_results, save_results
 
 DEFAULT_METRIC = "recall@1"
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def make_accelerator(config: TrainingConfig) -> Any:
     """What `accelerate launch` has set up. Raises ValueError for a tracker that is unknown or not installed."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
 
     for name in config.report_to:
         if name not in TRACKERS:
             raise ValueError(f"report_to has {name!r}, but must be of {', '.join(TRACKERS)}.")
-    try:
-        return Accelerator(
-            log_with=config.report_to or None,
-            project_dir=config.output_dir,
-            # Scores are computed in a forward pass and not used: the loss is over all processes' pairs.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-    except ImportError as error:
-        raise ImportError(
-            f"A tracker of --report_to is not installed: pip install {' '.join(config.report_to)}"
-        ) from error
+        if find_spec(name) is None:  # accelerate would pass over it
+            raise ImportError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+    return Accelerator(
+        log_with=config.report_to or None,
+        project_dir=config.output_dir,
+    )
 
 
 def peak_memory(device: torch.device) -> int:
@@ -102,16 +98,12 @@ class Run:
         self.class_tokens: dict[str, Tensor] | None = None
         self.figures: dict[str, float] = {}
         self.bar: Any = None
-        self.losses: list[float] = []
-        self.accuracies: list[float] = []
+        self.evaluated_step = -1
         self.seen, self.since = 0, time.perf_counter()
         self.is_stopped = False
 
     def _identity(self) -> dict[str, Any]:
-        """What the order of the data and the shape of the optimizer depend on."""
-        names = ("model", "variant", "dataset", "split", "captions", "streaming", "validation", "seed", "lock")
-        values = {name: getattr(self.config, name) for name in (*names, "lora_rank", "optimizer", "loss")}
-        return values | {"pairs in a batch": self.global_batch, "steps": self.total_steps}
+        return self.config.identity() | {"pairs in a batch": self.global_batch, "steps": self.total_steps}
 
     def set_validation(self, loader: PairLoader | None, class_prompts: list[str] | None) -> None:
         self.validation = loader
@@ -157,8 +149,8 @@ class Run:
 
     def count(self, position: Position, result: ContrastiveResult, local_pairs: int) -> None:
         self.state.epoch, self.state.batch = position
-        self.losses.append(result.global_loss.item())
-        self.accuracies.append(result.global_accuracy.item())
+        self.state.losses.append(result.global_loss.item())
+        self.state.accuracies.append(result.global_accuracy.item())
         self.seen += local_pairs * self.accelerator.num_processes
 
     def after_step(self, rates: dict[str, float]) -> None:
@@ -170,7 +162,7 @@ class Run:
             self.bar.update()
         if self.state.step % self.config.logging_steps == 0 or self.state.step == self.total_steps:
             self._log(rates)
-        every = self.config.checkpoint_steps
+        every, started = self.config.checkpoint_steps, time.perf_counter()
         if every is not None and self.state.step % every == 0 and self.state.step < self.total_steps:
             self._evaluate()
             self._compare()
@@ -178,13 +170,14 @@ class Run:
             save_checkpoint(self.accelerator, self.config.output_dir, self.state, self.config.keep_checkpoints)
             if self.config.hub_strategy == "checkpoint":
                 self._publish_checkpoint()
+            self.since += time.perf_counter() - started  # the speed is that of training
 
     def _log(self, rates: dict[str, float]) -> None:
         device = self.accelerator.device
         record = {
             "step": self.state.step,
-            "loss": sum(self.losses) / len(self.losses),
-            "accuracy": sum(self.accuracies) / len(self.accuracies),
+            "loss": mean(self.state.losses),
+            "accuracy": mean(self.state.accuracies),
             "learning_rate": max(rates.values()),
             "logit_scale": self.model.logit_scale.exp().item(),
             "images_per_second": self.seen / (time.perf_counter() - self.since),
@@ -194,7 +187,7 @@ class Run:
             record |= {f"learning_rate_{part}": rate for part, rate in rates.items()}
         if self.model.logit_bias is not None:
             record["logit_bias"] = self.model.logit_bias.item()
-        self.losses, self.accuracies = [], []
+        self.state.losses, self.state.accuracies = [], []
         self.seen, self.since = 0, time.perf_counter()
         self._record(record)
         if self.bar is not None:
@@ -218,10 +211,10 @@ class Run:
     def _evaluate(self) -> None:
         if self.validation is None:
             return
+        self.evaluated_step = self.state.step
         with self.average.swapped_in(self.model) if self.average is not None else nullcontext():
             self.figures = evaluate(self.wrapped, self.validation, self.accelerator.device, self.class_tokens)
         self._record({"step": self.state.step, **self.figures})
-        self.since = time.perf_counter()
 
     def _compare(self) -> None:
         """Keep the weights if they are the best so far; stop when there was no new best for too long."""
@@ -250,7 +243,8 @@ class Run:
         """The weights that count, whole, on the CPU; every process calls this."""
         with self.average.swapped_in(self.model) if self.average is not None else nullcontext():
             state = self.accelerator.get_state_dict(self.wrapped)
-            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+            # torch.compile puts a prefix in front of all names.
+            return {name.removeprefix("_orig_mod."): t.detach().to("cpu", copy=True) for name, t in state.items()}
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -266,7 +260,9 @@ class Run:
 
     def _merged(self, weights: dict[str, Tensor]) -> HfClipModel:
         """A model of its own on the CPU with these weights, adapters merged."""
-        model = copy.deepcopy(self.accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)).cpu()
+        model = copy.deepcopy(self.model).cpu()
+        for name in ("forward", "_original_forward"):  # accelerate's, for mixed precision, are still the first model's
+            model.__dict__.pop(name, None)
         model.load_state_dict(weights)
         return merge_lora_(model) if self.config.lora_rank is not None else model
 
@@ -308,8 +304,9 @@ class Run:
     def finish(self) -> None:
         """Save the result: the last weights or the best, averaged where asked for, and publish it."""
         self.bad_rows.check()
-        self._evaluate()
-        self._compare()
+        if self.evaluated_step != self.state.step:
+            self._evaluate()
+            self._compare()
         weights = self._weights()
         if self.config.keep_best is not None and self.state.best_step != self.state.step:
             weights = load_best(self.config.output_dir)

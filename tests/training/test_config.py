@@ -1,0 +1,179 @@
+"""What a training run can be told, from a command line or a file, and what is refused before any work is done."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hf_clip.training.config import GROUPS, MAY_CHANGE, TrainingConfig, parse_config
+
+BASE = {"model": "m", "dataset": ["d"], "output_dir": "o", "max_steps": 10}
+NEEDED = ["--model", "m", "--dataset", "d", "--output_dir", "o", "--max_steps", "10"]
+
+
+def config(**fields: object) -> TrainingConfig:
+    return TrainingConfig(**(BASE | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": None}, "Name a model to start from with --model or --variant; neither were given"),
+        ({"variant": "RN50"}, "Name a model to start from with --model or --variant; both were given"),
+        ({"dataset": []}, "There is nothing to train on: name it with --dataset"),
+        ({"output_dir": ""}, "There is no place for the result: name a folder with --output_dir"),
+        ({"max_steps": None}, "Say how long to train with --epochs or --max_steps; neither were given"),
+        ({"epochs": 1.5}, "Say how long to train with --epochs or --max_steps; both were given"),
+        ({"epochs": 0.0}, "Say how long to train with --epochs or --max_steps; both were given"),
+    ],
+)
+def test_what_is_missing_is_named(fields: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0, but it must be positive"),
+        ({"max_steps": 0}, "max_steps is 0, but it must be positive"),
+        ({"max_steps": None, "epochs": -1.0}, "epochs is -1.0, but it must be positive"),
+        ({"logging_steps": 0}, "logging_steps is 0, but it must be positive"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0, but it must be positive"),
+        ({"num_workers": -1}, "num_workers is -1, but must be 0"),
+        ({"warmup_steps": -1}, "warmup_steps is -1, but must be 0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1, but must be 0"),
+        ({"max_bad_fraction": 1.5}, "max_bad_fraction is 1.5, but must be from 0 to 1"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0, but must be at least 0 and below 1"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0, but must be between 0 and 1, such as 0.9999"),
+        ({"ema_decay": 0.0}, "ema_decay is 0.0, but must be between 0 and 1"),
+        ({"layer_decay": 0.0}, "layer_decay is 0.0, but must be above 0 and at most 1"),
+        ({"learning_rate": "-1e-4"}, "The learning rate '-1e-4' must be finite and not negative"),
+        ({"learning_rate": "1e-5,temprature=1"}, "Did you mean 'temperature'"),
+        ({"loss": "hinge"}, "loss is 'hinge', but must be one of softmax, sigmoid"),
+        ({"captions": "two"}, "captions is 'two', but must be one of one, all"),
+        ({"output_format": "onnx"}, "output_format is 'onnx', but must be one of hf_clip, transformers"),
+        ({"hub_strategy": "always"}, "hub_strategy is 'always', but must be one of end, checkpoint"),
+        ({"keep_best": "recall"}, "keep_best is 'recall', but must be one of recall@1, recall@5"),
+        ({"optimizer": "AdmaW"}, "Did you mean AdamW"),
+        ({"lock": "picture"}, "'picture' cannot be locked, but 'image', 'text' or both"),
+        ({"augmentation": "blur=1"}, "blur"),
+        ({"average_with_pretrained": "2"}, "α is 2, but must be between 0"),
+    ],
+)
+def test_impossible_values_are_refused(fields: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+SCRATCH = {"model": None, "variant": "RN50"}
+BEST = {"keep_best": "recall@1", "validation": "5", "checkpoint_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sync_batchnorm": True}, "--sync_batchnorm would have no effect: fine-tuning keeps BatchNorm as it is"),
+        (SCRATCH | {"lora_rank": 4}, "--lora_rank would have no effect: adapters stand beside trained weights"),
+        (SCRATCH | {"lock": "image"}, "--lock would have no effect: random weights are not worth keeping"),
+        (SCRATCH | {"average_with_pretrained": "0.5"}, "--average_with_pretrained would have no effect: there is noth"),
+        (SCRATCH | {"image_size": 32}, "--image_size would have no effect: a model from scratch has its config"),
+        (SCRATCH | {"max_text_length": 32}, "--max_text_length would have no effect: a model from scratch has its"),
+        ({"loss": "sigmoid", "label_smoothing": 0.1}, "--label_smoothing would have no effect: the sigmoid loss has"),
+        (BEST | {"validation": None}, "--keep_best would have no effect: nothing is evaluated without --validation"),
+        (BEST | {"checkpoint_steps": None}, "--keep_best would have no effect: it needs --checkpoint_steps"),
+        (BEST | {"keep_best": None, "patience": 2}, "--patience would have no effect: there is no best without"),
+        ({"average_with_pretrained": "0:1:0.5"}, "--average_with_pretrained would have no effect: a range is chosen"),
+        ({"hub_strategy": "checkpoint"}, "--hub_strategy would have no effect: there is no --push_to_hub"),
+        ({"hub_strategy": "checkpoint", "push_to_hub": "a/b"}, "--hub_strategy would have no effect: there are no ch"),
+        ({"warmup_steps": 5, "scheduler": "constant"}, "--warmup_steps would have no effect: constant has none"),
+        ({"keep_checkpoints": 3}, "--keep_checkpoints would have no effect: none are written"),
+        ({"resume": "latest", "overwrite": True}, "--overwrite would have no effect: --resume goes on with what is"),
+    ],
+)
+def test_options_without_effect_are_refused(fields: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+    # Each of them alone is what is wrong.
+    TrainingConfig(**(BASE | BEST | {"patience": 2, "keep_checkpoints": 3, "average_with_pretrained": "0:1:0.5"}))
+
+
+def test_a_resumed_run_may_differ_only_in_what_leaves_its_result_alone():
+    assert set(MAY_CHANGE) < config().to_dict().keys()
+    assert config(logging_steps=3, num_workers=7, batch_size=4).identity() == config().identity()
+    for fields in ({"learning_rate": "1e-4"}, {"augmentation": "none"}, {"ema_decay": 0.9}, {"weight_decay": 0.0}):
+        assert config(**fields).identity() != config().identity()
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_help_has_groups_and_every_option_says_what_it_does(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as ended:
+        parse_config(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for group in ("model", "what is trained", "data", "optimization", "output"):
+        assert f"\n{group}:\n" in out
+    for group in GROUPS:
+        for name in group.__dataclass_fields__:
+            assert f"--{name}" in out
+    assert all(field.metadata["help"] for group in GROUPS for field in group.__dataclass_fields__.values())
+
+
+def test_flags_are_read():
+    found = parse_config([*NEEDED, "--overwrite", "--learning_rate", "1e-5,temperature=1e-3", "--report_to", "wandb"])
+    assert found == config(overwrite=True, learning_rate="1e-5,temperature=1e-3", report_to=["wandb"])
+    assert parse_config([*NEEDED, "--dataset", "a=3", "b=1"]).dataset == ["a=3", "b=1"]
+
+
+def test_unknown_flag_ends_with_usage(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as ended:
+        parse_config([*NEEDED, "--lerning_rate", "1"])
+    assert ended.value.code == 2
+    assert "error: there is no option '--lerning_rate'. Did you mean '--learning_rate'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_config([*NEEDED, "--batch_size", "many"])
+    assert "--batch_size/--batch-size: invalid int value: 'many'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["yaml", "json"])
+def test_file_gives_options_and_flags_go_over_it(tmp_path: Path, kind: str):
+    path = tmp_path / f"run.{kind}"
+    if kind == "yaml":
+        text = "model: m\ndataset: [d, e]\noutput_dir: o\nmax_steps: 10\nlearning_rate: 1e-4\nvalidation: 500\n"
+        text += "overwrite: true\nstreaming: false\nresume: null\nreport_to: []\naverage_with_pretrained: 0.5\n"
+    else:
+        values = {"learning_rate": 0.0001, "validation": 500, "overwrite": True, "average_with_pretrained": 0.5}
+        text = json.dumps(BASE | {"dataset": ["d", "e"], "resume": None} | values)
+    path.write_text(text)
+    found = parse_config([str(path), "--max_steps", "20"])
+    assert float(found.learning_rate) == 1e-4
+    assert (found.dataset, found.max_steps, found.validation, found.overwrite) == (["d", "e"], 20, "500", True)
+    assert found.alphas == [0.5]
+    assert parse_config([str(path), "--dataset", "f"]).dataset == ["f"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("run.yaml", "learning_rat: 1\n", "run.yaml has an option 'learning_rat' that there isn't. Did you mean 'lear"),
+        ("run.json", '{"batchsize": 1}', "run.json has an option 'batchsize' that there isn't. Did you mean 'batch_s"),
+        ("run.yaml", "- model\n", "run.yaml holds a list, but options by name are needed"),
+        ("run.json", "{model: 1}", "run.json cannot be read: Expecting property name"),
+        ("run.yaml", "model: [\n", "run.yaml cannot be read: while parsing"),
+    ],
+)
+def test_faults_of_a_file(tmp_path: Path, name: str, text: str, message: str):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_config([str(tmp_path / name)])
+
+
+def test_file_with_a_wrong_type_or_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "run.yaml").write_text("batch_size: 32.5\n")
+    with pytest.raises(SystemExit):
+        parse_config([str(tmp_path / "run.yaml"), *NEEDED])
+    assert "--batch_size/--batch-size: invalid int value: '32.5'" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="There is no configuration file nowhere.yaml; check the path"):
+        parse_config(["nowhere.yaml"])

@@ -1,0 +1,150 @@
+"""What a run leaves behind: a folder that loads anywhere, its card, its curve, and its publication."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, pipeline
+
+from hf_clip.training.results import is_repository, shown
+
+from ..finetuning import ROOT, launch, options, records, train, weights
+from ..hub_server import TOKEN, HubServer
+
+LABELS = ["a red seven", "a blue nine"]
+WITHOUT_HF_CLIP = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_clip":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import json
+from transformers import CLIPModel, pipeline
+folder, picture = sys.argv[1:]
+assert type(CLIPModel.from_pretrained(folder)) is CLIPModel
+classify = pipeline("zero-shot-image-classification", model=folder)
+print("RESULT" + json.dumps(classify(picture, candidate_labels=["a red seven", "a blue nine"])))
+"""
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.effect_noise((16, 16), 90).convert("RGB").save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.fixture
+def server() -> Iterator[HubServer]:
+    with HubServer() as running:
+        yield running
+
+
+def test_folder_is_complete_and_its_card_can_be_read_by_the_hub(digits: Path, tmp_path: Path, picture: Path):
+    chosen = {"max_steps": 4, "validation": "100", "checkpoint_steps": 2, "logging_steps": 2, "lock": "image:1"}
+    out = train(digits, tmp_path / "my-digits", **chosen)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"README.md", "checkpoints", "config.json", "metrics.jsonl", "model.safetensors"} | {
+        *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("training-curve.png", "training_config.json"),
+    }
+    with Image.open(out / "training-curve.png") as curve:
+        assert curve.size[0] > 900  # loss and recall beside each other
+    stored = json.loads((out / "training_config.json").read_text())
+    assert (stored["lock"], stored["validation"], stored["num_processes"]) == ("image:1", "100", 1)
+
+    card = ModelCard.load(out / "README.md")
+    assert card.data.pipeline_tag == "zero-shot-image-classification"
+    assert "generated_from_trainer" in card.data.tags
+    figures = records(out, "recall@1")[-1]
+    (task,) = {result.task_type for result in card.data.eval_results}
+    assert task == "zero-shot-image-classification"
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert found["recall@1"] == pytest.approx(figures["recall@1"], abs=1e-4)
+    assert card.data.model_name == "my-digits"
+    assert "# my-digits" in card.text
+    assert "unfinished" not in card.content
+    assert str(tmp_path) not in card.content  # no paths of this machine
+    assert f"| recall@1 | {100 * figures['recall@1']:.1f} |" in card.text
+    assert "](training-curve.png)" in card.text
+    classify = pipeline("zero-shot-image-classification", model=str(out))
+    assert len(classify(str(picture), candidate_labels=LABELS)) == 2
+
+
+def test_stock_layout_needs_no_code_of_ours(digits: Path, tmp_path: Path, picture: Path):
+    chosen = {"max_steps": 2, "batch_size": 16}
+    stock = train(digits, tmp_path / "stock", output_format="transformers", **chosen)
+    ours = train(digits, tmp_path / "ours", **chosen)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_HF_CLIP, str(stock), str(picture)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.rpartition("RESULT")[2])
+    expected = pipeline("zero-shot-image-classification", model=str(ours))(str(picture), candidate_labels=LABELS)
+    assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
+    assert found[0]["score"] == pytest.approx(expected[0]["score"], abs=1e-4)
+
+
+def test_names_on_the_card_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "pairs").mkdir(parents=True)
+    assert is_repository("openai/clip-vit-base-patch32")
+    assert not any(map(is_repository, [None, "my/pairs", "./a", "/a/b", "~/a", "a", "a/b/c"]))
+    assert (shown("openai/clip"), shown("my/pairs"), shown("/home/me/pairs")) == ("openai/clip", "pairs", "pairs")
+
+
+# --- publication -----------------------------------------------------------------------------------------------------
+
+
+def push(digits: Path, home: Path, server: HubServer, **fields: object) -> subprocess.CompletedProcess:
+    """A run in a process of its own, whose Hub is `server`."""
+    settings = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(home / "home"), "PYTHONPATH": str(ROOT)}
+    done = launch(options(digits, home / "out", max_steps=4, batch_size=16, **fields), **settings)
+    assert TOKEN not in done.stdout + done.stderr
+    return done
+
+
+def test_run_is_published_at_checkpoints_and_at_its_end(digits: Path, tmp_path: Path, server: HubServer):
+    chosen = {"push_to_hub": "org/digits", "hub_strategy": "checkpoint", "checkpoint_steps": 2}
+    done = push(digits, tmp_path, server, **chosen)
+    assert done.returncode == 0, done.stderr[-3000:]
+    repository = server.hub.repositories["org/digits"]
+    assert repository.messages == ["initial commit", "Step 2", "4 steps of training"]
+    files = server.hub.uploaded("org/digits")
+    assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert files.keys() >= {"README.md", "metrics.jsonl", "training-curve.png", "modeling_hf_clip.py", "config.json"}
+    assert not any("checkpoints" in name for name in files)
+    assert 'from_pretrained("org/digits")' in files["README.md"].decode()
+    assert f"{server.url}/org/digits/commit/" in done.stdout
+
+
+def test_refused_push_is_one_line_and_keeps_the_result(digits: Path, tmp_path: Path, server: HubServer):
+    done = push(digits, tmp_path, server, push_to_hub="others/digits")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: others/digits was not published: your token may not write to others (")
+    assert line.endswith("The model itself is in the output folder.")
+    assert weights(tmp_path / "out").keys() == weights(digits / "vit").keys()
+    assert 'finetune.py", line' not in done.stderr  # no traceback of ours
+
+
+def test_padding_image_processor_is_refused_before_training(digits: Path, tmp_path: Path):
+    processor = AutoProcessor.from_pretrained(digits / "vit")
+    AutoModel.from_pretrained(digits / "vit").save_pretrained(tmp_path / "padding")
+    processor.image_processor.fit = "pad"
+    processor.save_pretrained(tmp_path / "padding")
+    with pytest.raises(ValueError, match='fit="pad" cannot be said to transformers'):
+        train(digits, tmp_path / "out", model=str(tmp_path / "padding"), output_format="transformers")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,134 @@
+"""A run that was interrupted and goes on ends as if nothing had happened."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import finetune
+from hf_clip.training.checkpoint import find_checkpoint, list_checkpoints, read_state
+
+from ..finetuning import records, train, weights
+
+SPEED = ("images_per_second", "peak_memory_gb")
+
+
+class Interrupted(Exception):  # noqa: N818
+    pass
+
+
+def chosen(digits: Path, **fields: Any) -> dict[str, Any]:
+    """Several captions, pictures that are cropped and turned, bad rows, a moving average, a place within an epoch."""
+    given = {"dataset": [str(digits / "several")], "batch_size": 24, "max_bad_fraction": 0.5, "max_steps": 14}
+    given |= {"augmentation": "crop=0.5,flip=0.5,jitter=0.2", "ema_decay": 0.9, "logging_steps": 3}
+    return given | {"checkpoint_steps": 4, "validation": "20", "keep_best": "recall@10"} | fields
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return {tower: train(digits, folder / tower, tower, **chosen(digits)) for tower in ("vit", "resnet")}
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    check = finetune.Run.check_loss
+
+    def check_loss(run: finetune.Run, loss: torch.Tensor) -> None:
+        check(run, loss)
+        if run.state.step + 1 == at:
+            raise Interrupted
+
+    monkeypatch.setattr(finetune.Run, "check_loss", check_loss)
+
+
+def plain(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k not in SPEED} for record in records(folder, "step")]
+
+
+def tensors(stored: Any) -> Any:
+    """What was stored, tensors as their bytes."""
+    if isinstance(stored, dict):
+        return {key: tensors(value) for key, value in stored.items()}
+    if isinstance(stored, list | tuple):
+        return [tensors(value) for value in stored]
+    return stored.numpy().tobytes() if isinstance(stored, torch.Tensor) else stored
+
+
+def assert_same_checkpoint(first: Path, second: Path) -> None:
+    assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
+    for path in first.iterdir():
+        if path.suffix in (".safetensors", ".json"):
+            assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+    for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
+        found = [torch.load(folder / name, weights_only=False) for folder in (first, second)]
+        assert tensors(found[0]) == tensors(found[1]), name
+
+
+@pytest.mark.parametrize("resume", ["latest", "PATH"])
+def test_resumed_run_ends_as_the_uninterrupted_one(
+    digits: Path,
+    tmp_path: Path,
+    tower: str,
+    resume: str,
+    uninterrupted: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, at=11)
+        train(digits, out, tower, **chosen(digits))
+    assert not (out / "model.safetensors").exists()
+    assert [path.name for path in list_checkpoints(out)] == ["step-00000004", "step-00000008"]
+    assert plain(out)[-1]["step"] == 9
+    start = "latest" if resume == "latest" else str(out / "checkpoints" / "step-00000004")
+    train(digits, out, tower, **chosen(digits, resume=start))
+
+    first, second = weights(uninterrupted[tower]), weights(out)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert plain(out) == plain(uninterrupted[tower])
+    (*_, last), (*_, expected) = list_checkpoints(out), list_checkpoints(uninterrupted[tower])
+    assert_same_checkpoint(last, expected)
+    state = json.loads((last / "run.json").read_text())
+    assert (state["step"], state["epoch"], state["batch"]) == (12, 2, 4)  # four batches in an epoch of 108 rows
+    assert state["bad_rows"]["bad"] > 0
+
+
+def test_last_checkpoints_are_kept_and_nothing_unfinished(uninterrupted: dict[str, Path]):
+    for out in uninterrupted.values():
+        found = sorted(path.name for path in (out / "checkpoints").iterdir())
+        assert found == ["best", "step-00000008", "step-00000012"]
+        assert {path.name for path in out.iterdir() if path.name.startswith(".")} == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": "1e-3"}, "learning_rate '2e-3', and this one has '1e-3'"),
+        ({"ema_decay": None}, "ema_decay 0.9, and this one has None"),
+        ({"augmentation": "none"}, "augmentation 'crop=0.5,flip=0.5,jitter=0.2', and this one has 'none'"),
+        ({"batch_size": 12}, "pairs in a batch 24, and this one has 12"),
+        ({"max_steps": 20}, "steps 14, and this one has 20"),
+    ],
+)
+def test_other_options_are_refused_and_change_nothing(
+    digits: Path, uninterrupted: dict[str, Path], change: dict, message: str
+):
+    out = uninterrupted["vit"]
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"step-00000012 was written by a run with {message}: it could not go on"):
+        train(digits, out, **chosen(digits, resume="latest", **change))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_are_found_when_they_are_whole(tmp_path: Path):
+    for name in ("step-00000010", "step-00000009", ".step-00000011.unfinished", "step-00000012"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        if name != "step-00000012":
+            (tmp_path / "checkpoints" / name / "run.json").write_text('{"step": 9, "identity": {"seed": 0}}')
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000009", "step-00000010"]
+    assert find_checkpoint(tmp_path, "latest").name == "step-00000010"
+    with pytest.raises(FileNotFoundError, match=r"no whole checkpoint .*12; those of .*: .*step-00000009, .*10\."):
+        find_checkpoint(tmp_path, str(tmp_path / "checkpoints" / "step-00000012"))
+    assert read_state(tmp_path / "checkpoints" / "step-00000009", {"seed": 0}).step == 9

@@ -1,0 +1,162 @@
+"""What a run does besides its steps, counting, averaging and choosing, and what it begins with."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, pipeline
+
+from hf_clip.training.averaging import interpolate_weights
+
+from ..finetuning import largest_difference, records, train, weights
+
+LABELS = ["a red seven", "a blue nine"]
+
+
+def classify(folder: Path, size: int) -> list[dict]:
+    picture = Image.new("RGB", (size, size), (220, 30, 30))
+    return pipeline("zero-shot-image-classification", model=str(folder))(picture, candidate_labels=LABELS)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_batches_are_one_step(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    chosen = {"max_steps": None, "epochs": 1.0, "batch_size": 64, "logging_steps": 1, "checkpoint_steps": 2}
+    out = train(digits, tmp_path / "out", **chosen)
+    assert [line["step"] for line in records(out)] == [1, 2, 3, 4, 5]  # 640 rows are 10 batches of 64
+    state = json.loads((out / "checkpoints" / "step-00000002" / "run.json").read_text())
+    assert (state["step"], state["epoch"], state["batch"]) == (2, 0, 4)
+    resumed = train(digits, out, **chosen, resume="latest")
+    assert [line["step"] for line in records(resumed)] == [1, 2, 3, 4, 5]
+
+
+def test_gradients_are_clipped(digits: Path, tmp_path: Path):
+    """Plain SGD's step is as long as the gradient."""
+    chosen = {"optimizer": "SGD", "learning_rate": "1", "weight_decay": 0.0, "max_steps": 1, "warmup_steps": 0}
+    out = train(digits, tmp_path / "out", max_grad_norm=0.01, scheduler="constant", **chosen)
+    before, after = weights(digits / "vit"), weights(out)
+    moved = math.sqrt(sum((after[name] - before[name]).double().square().sum().item() for name in before))
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_gradient_checkpointing_gives_the_same_weights(
+    digits: Path, tmp_path: Path, tower: str, precision: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    chosen = {"max_steps": 3, "batch_size": 16, "learning_rate": "1e-3"}
+    plain = train(digits, tmp_path / "plain", tower, **chosen)
+    again = train(digits, tmp_path / "again", tower, gradient_checkpointing=True, **chosen)
+    assert largest_difference(weights(plain), weights(again)) < 1e-6
+    assert largest_difference(weights(plain), weights(digits / tower)) > 1e-4
+    assert all(t.dtype in (torch.float32, torch.int64) for t in weights(plain).values())
+
+
+# --- averages and choices --------------------------------------------------------------------------------------------
+
+
+def test_half_way_to_the_pretrained_weights(digits: Path, tmp_path: Path):
+    """With adapters, which are merged first."""
+    chosen = {"max_steps": 3, "lora_rank": 2, "learning_rate": "1e-2"}
+    whole = weights(train(digits, tmp_path / "whole", **chosen))
+    half = weights(train(digits, tmp_path / "half", **chosen, average_with_pretrained="0.5"))
+    assert largest_difference(half, interpolate_weights(weights(digits / "vit"), whole, 0.5)) < 1e-6
+    assert largest_difference(half, whole) > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_best_of_a_range_of_averages(
+    digits: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """In mixed precision too, where accelerate replaces the model's forward."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    chosen = {"max_steps": 80, "batch_size": 48, "augmentation": "none", "learning_rate": "3e-3", "warmup_steps": 3}
+    chosen |= {"validation": "100", "average_with_pretrained": "0:1:0.5"}
+    out = train(digits, tmp_path / "out", **chosen)
+    tried = records(out, "alpha")
+    assert [record["alpha"] for record in tried] == [0, 0.5, 1]
+    (end,) = (record for record in records(out, "recall@1") if "alpha" not in record)
+    slack = 0 if precision == "no" else 0.1  # the averages are evaluated in float32
+    assert tried[2]["recall@10"] == pytest.approx(end["recall@10"], abs=slack or 1e-6)
+    assert tried[0]["recall@10"] + 0.1 < tried[2]["recall@10"]
+    best = max(tried, key=lambda record: record["recall@1"])
+    assert f"α = {best['alpha']:g}, the best of 3 at recall@1" in capsys.readouterr().out
+
+
+def test_moving_average_is_saved(digits: Path, tmp_path: Path):
+    """After one step with decay min(0.9, 2 / 11)."""
+    chosen = {"max_steps": 1, "warmup_steps": 0}
+    plain = weights(train(digits, tmp_path / "plain", **chosen))
+    average = weights(train(digits, tmp_path / "average", ema_decay=0.9, **chosen))
+    expected = interpolate_weights(weights(digits / "vit"), plain, 9 / 11)
+    assert largest_difference(average, expected) < 1e-6
+
+
+def test_best_weights_are_kept_and_patience_ends_the_run(digits: Path, tmp_path: Path):
+    """The rate is so high after the warm-up that the beginning is best."""
+    chosen = {"validation": "60", "checkpoint_steps": 2, "keep_best": "recall@10", "keep_checkpoints": 100}
+    out = train(
+        digits, tmp_path / "out", max_steps=40, patience=2, learning_rate="3e-2", scheduler="constant", **chosen
+    )
+    evaluated = records(out, "recall@10")
+    steps = [record["step"] for record in evaluated]
+    best = max(evaluated, key=lambda record: record["recall@10"])
+    assert steps == list(range(2, best["step"] + 5, 2))  # two evaluations without a new best, each once
+    assert steps[-1] < 40
+    stored = weights(out / "checkpoints" / f"step-{best['step']:08}")
+    assert largest_difference(weights(out), stored) == 0
+    assert f"{100 * best['recall@10']:.1f}" in (out / "README.md").read_text()
+
+
+def test_a_metric_that_was_not_measured_is_refused(digits: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="--keep_best zero_shot_top1 was not measured; measured were recall@1, "):
+        train(digits, tmp_path / "out", validation="60", checkpoint_steps=1, keep_best="zero_shot_top1")
+
+
+# --- what a run begins with ------------------------------------------------------------------------------------------
+
+
+def test_other_sizes(digits: Path, tmp_path: Path, tower: str):
+    size = {"vit": 24, "resnet": 64}[tower]
+    out = train(digits, tmp_path / "out", tower, image_size=size, max_text_length=32, max_steps=2, batch_size=16)
+    model, processor = AutoModel.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    assert model.config.vision_config.image_size == size
+    assert model.config.text_config.max_position_embeddings == processor.tokenizer.model_max_length == 32
+    assert processor(images=Image.new("RGB", (99, 50)), return_tensors="pt").pixel_values.shape[-2:] == (size, size)
+    assert len(classify(out, size)) == 2
+
+
+def test_from_scratch_with_a_vocabulary_of_the_captions(digits: Path, tmp_path: Path, tower: str):
+    chosen = {"model": None, "variant": str(digits / f"{tower}.json"), "max_steps": 2, "batch_size": 16}
+    out = train(digits, tmp_path / "out", tower, loss="sigmoid", **chosen)
+    processor = AutoProcessor.from_pretrained(out)
+    assert processor.tokenizer.tokenize("purple paper") == ["purple</w>", "paper</w>"]
+    assert AutoModel.from_pretrained(out).config.contrastive_loss == "sigmoid"
+    assert len(classify(out, 32)) == 2
+    assert "trained from scratch" in (out / "README.md").read_text()
+
+
+def test_stock_clip_is_a_model_to_begin_with(digits: Path, tmp_path: Path):
+    ours = AutoModel.from_pretrained(digits / "vit")
+    stock = CLIPModel(CLIPConfig(**ours.config.to_dict()))
+    stock.load_state_dict(ours.state_dict())
+    stock.save_pretrained(tmp_path / "stock")
+    AutoProcessor.from_pretrained(digits / "vit").save_pretrained(tmp_path / "stock")
+    chosen = {"max_steps": 2, "batch_size": 16}
+    first = train(digits, tmp_path / "first", **chosen)
+    second = train(digits, tmp_path / "second", model=str(tmp_path / "stock"), **chosen)
+    assert largest_difference(weights(first), weights(second)) == 0
+
+
+def test_model_of_the_sigmoid_loss_keeps_it(digits: Path, tmp_path: Path):
+    first = train(digits, tmp_path / "first", loss="sigmoid", max_steps=1)
+    assert "logit_bias" in weights(train(digits, tmp_path / "second", model=str(first), max_steps=1))
+    with pytest.raises(ValueError, match="was trained with the sigmoid loss, whose bias the softmax has no use for"):
+        train(digits, tmp_path / "third", model=str(first), loss="softmax")
+    with pytest.raises(ValueError, match="--label_smoothing would have no effect: this model has the sigmoid loss"):
+        train(digits, tmp_path / "third", model=str(first), label_smoothing=0.1)
