@@ -27,6 +27,7 @@ from model_cards import CHART, render_card, render_custom_card
 
 FORMATS = ("hf_clip", "transformers")
 CARD = "README.md"
+WIDTH = 98
 
 
 def write_card(folder: Path, repo_id: str, variant_name: str | None, stock: bool = False) -> None:
@@ -114,7 +115,8 @@ def publish(
             print(f"Would push to the {kind}model repository {repo_id}, in one commit:\n{listing(uploads)}")
             print(f"Its card, {CARD}:")
             body = (out / CARD).read_text(encoding="utf-8").split("\n---\n", 1)[-1].strip()
-            print("\n".join(f"  {line}"[:100] for line in body.splitlines()[:8] if line))
+            lines = [line for line in body.splitlines()[:8] if line and not line.startswith("|")]
+            print("\n".join(f"  {line if len(line) <= WIDTH else line[: WIDTH - 1] + '…'}" for line in lines))
             return None
         return publish_folder(out, repo_id, private=private, message=f"Upload {name_of(repo_id)}")
 
