@@ -28,10 +28,10 @@ demo: $(VENV)/.demo-installed  ## train a small CLIP on digits and look at it (T
 	$(BIN)/python -m demo --tower $(TOWER)
 
 test: $(VENV)/.dev-installed  ## run the tests (below 15 minutes on two cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/.dev-installed  ## run the tests, the long ones too
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -m "" -n 2 --dist loadfile
 
 check: $(VENV)/.dev-installed  ## check format, lint and types
 	$(BIN)/ruff format --check .

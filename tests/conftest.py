@@ -4,6 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network; set before transformers is imported
 os.environ["TQDM_DISABLE"] = "1"
+IS_ONE_OF_TWO = "PYTEST_XDIST_WORKER" in os.environ
+if IS_ONE_OF_TWO:  # threads of several processes on the same cores wait for each other, and programs started here too
+    os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"] = "1", "passive"
 
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from hf_clip.original.vocabulary import installed_vocabulary
 from .small import DIMENSIONS, IMAGE_SIZES
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(2)
+torch.set_num_threads(1 if IS_ONE_OF_TWO else 2)
 
 
 @pytest.fixture(params=["vit", "resnet"])
