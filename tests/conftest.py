@@ -4,9 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network; set before transformers is imported
 os.environ["TQDM_DISABLE"] = "1"
-IS_ONE_OF_TWO = "PYTEST_XDIST_WORKER" in os.environ
-if IS_ONE_OF_TWO:  # threads of several processes on the same cores wait for each other, and programs started here too
-    os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"] = "1", "passive"
+# Where several processes share the cores, their threads would wait for each other; children take this over.
+os.environ.update({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from hf_clip.original.vocabulary import installed_vocabulary
 from .small import DIMENSIONS, IMAGE_SIZES
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(1 if IS_ONE_OF_TWO else 2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(params=["vit", "resnet"])
