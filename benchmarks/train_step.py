@@ -11,20 +11,17 @@ process of its own which makes three steps.
 """
 
 import argparse
-import importlib
-import importlib.util
 import resource
 import subprocess
 import sys
-import types
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from conversion.parity import random_texts
+from conversion.reference import load_open_clip_module
 from hf_clip import HfClipConfig, HfClipModel
 from hf_clip.original.keys import original_names
 from hf_clip.training.losses import global_contrastive_loss
@@ -39,26 +36,6 @@ STOCK, OPEN_CLIP = "transformers", "open_clip"
 TOLERANCE = {"float32": 1e-4, "bf16": 3e-2}
 
 Step = Callable[[], float]
-
-
-def load_open_clip() -> Any | None:
-    """open_clip's model class and loss, without torchvision; None where it isn't installed."""
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None:
-        return None
-    package = types.ModuleType("open_clip_files")
-    package.__path__ = list(spec.submodule_search_locations or [])
-    sys.modules["open_clip_files"] = package
-    stubs = {name: types.ModuleType(name) for name in ("torchvision", "torchvision.ops", "torchvision.ops.misc")}
-    stubs["torchvision.ops.misc"].FrozenBatchNorm2d = nn.Identity  # type: ignore[attr-defined]
-    sys.modules.update(stubs)
-    try:
-        model = importlib.import_module("open_clip_files.model")
-        loss = importlib.import_module("open_clip_files.loss")
-    finally:
-        for name in stubs:
-            del sys.modules[name]
-    return types.SimpleNamespace(CLIP=model.CLIP, ClipLoss=loss.ClipLoss)
 
 
 def make_batch(pairs: int) -> dict[str, Tensor]:
@@ -113,8 +90,9 @@ def step_of_stock(batch: dict[str, Tensor], precision: str) -> Step:
 
 
 def step_of_open_clip(batch: dict[str, Tensor], precision: str) -> Step:
-    module = load_open_clip()
+    module, losses = load_open_clip_module("model"), load_open_clip_module("loss")
     assert module is not None
+    assert losses is not None
     torch.manual_seed(0)
     config = HfClipConfig.from_variant(VARIANT)
     weights = original_names(HfClipModel(config).state_dict(), config)
@@ -122,7 +100,7 @@ def step_of_open_clip(batch: dict[str, Tensor], precision: str) -> Step:
     text = {"context_length": CONTEXT, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
     model = module.CLIP(embed_dim=512, vision_cfg=vision, text_cfg=text, quick_gelu=True).train()
     model.load_state_dict(weights)
-    criterion, optimizer = module.ClipLoss(), adamw(model)
+    criterion, optimizer = losses.ClipLoss(), adamw(model)
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -159,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
             step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
         return 0
-    names = [name for name in BUILDERS if name != OPEN_CLIP or load_open_clip() is not None]
+    names = [name for name in BUILDERS if name != OPEN_CLIP or load_open_clip_module("model") is not None]
     if OPEN_CLIP not in names:
         print("open_clip is left out: it is not installed (pip install --no-deps open_clip_torch)")
     # Before this process is large: a child's peak begins with what its parent has when it starts it.

@@ -1,10 +1,13 @@
 """The independent reference: `openai-clip`'s own model, with seeded random weights, in the original's file format.
 
-`import clip` would ask for torchvision, so the package's `model.py` and `simple_tokenizer.py` are loaded as files.
+`import clip` would ask for torchvision, so the package's `model.py` and `simple_tokenizer.py` are loaded as files, and
+so are open_clip's.
 """
 
+import sys
 import warnings
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +31,32 @@ def load_reference_module(name: str) -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+OPEN_CLIP_FILES = "open_clip_files"
+
+
+def load_open_clip_module(name: str) -> ModuleType | None:
+    """open_clip's module of this name (`model` or `loss`), as a file; None where the package isn't installed.
+
+    `import open_clip` wants torchvision, of which these modules need one name, and that for locked towers alone.
+    """
+    package = find_spec("open_clip")
+    if package is None:
+        return None
+    if OPEN_CLIP_FILES not in sys.modules:
+        files = ModuleType(OPEN_CLIP_FILES)
+        files.__path__ = list(package.submodule_search_locations or [])
+        sys.modules[OPEN_CLIP_FILES] = files
+    stubs = {name: ModuleType(name) for name in ("torchvision", "torchvision.ops", "torchvision.ops.misc")}
+    stubs["torchvision.ops.misc"].FrozenBatchNorm2d = nn.Identity  # type: ignore[attr-defined]
+    absent = {name: stub for name, stub in stubs.items() if name not in sys.modules}
+    sys.modules.update(absent)
+    try:
+        return import_module(f"{OPEN_CLIP_FILES}.{name}")
+    finally:
+        for stub in absent:
+            del sys.modules[stub]
 
 
 def reference_dimensions(variant: Variant) -> dict[str, object]:

@@ -11,7 +11,6 @@ import tempfile
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
@@ -24,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from .configuration_hf_clip import HfClipConfig
 from .model_card import architecture_table, card_metadata, card_text, name_of, usage_section
 from .remote_code import MODEL_MAPS, add_remote_code, described_in
 
@@ -176,8 +176,6 @@ def publish_trained(folder: str | Path, repo_id: str, message: str) -> str:
 
 def card_of_folder(folder: str | Path, repo_id: str) -> str:
     """A card for a model that nothing more is known of than its configuration."""
-    from .configuration_hf_clip import HfClipConfig
-
     config = HfClipConfig.from_pretrained(folder)
     body = "\n\n".join(
         [
@@ -194,7 +192,7 @@ def card_of_folder(folder: str | Path, repo_id: str) -> str:
 def prepare_for_hub(folder: str | Path, repo_id: str) -> None:
     """What `push_to_hub` adds to a folder: the code that loads it, and a card in place of transformers' empty one."""
     folder = Path(folder)
-    described: dict[str, dict[str, Any]] = described_in(folder)
+    described = described_in(folder)
     config = described.get("config.json")
     if not described or (config is not None and config.get("model_type") not in MODEL_MAPS):
         return

@@ -27,22 +27,12 @@ from model_cards.chart import draw, drawn_points
 from model_cards.published import DATA_SETS
 
 from .test_contracts import PACKAGE, ROOT, imports_of, modules_of
+from .without_hf_clip import BLOCK_HF_CLIP
 
 CARDS = ROOT / "model_cards"
 SHARED = ROOT.parent / "shared" / "data"
 STAND_INS = {"vit": "ViT-L/14@336px", "resnet": "RN50x4"}
 """The variant whose card is tried out on a reduced model of the same kind."""
-
-WITHOUT_HF_CLIP = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_clip":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
-"""
 
 
 def python_blocks(card: str) -> list[str]:
@@ -60,7 +50,7 @@ def committed(variant: str) -> str:
 
 
 def run_without_hf_clip(blocks: list[str], folder: Path) -> None:
-    code = WITHOUT_HF_CLIP + "\n".join(blocks)
+    code = BLOCK_HF_CLIP + "\n".join(blocks)
     environment = os.environ | {"HF_HOME": str(folder / "cache"), "HF_MODULES_CACHE": str(folder / "modules")}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],

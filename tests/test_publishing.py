@@ -21,6 +21,7 @@ from hf_clip.publishing import check_repo_id, list_uploads
 from hf_clip.remote_code import TRAVELLING
 
 from .hub_server import TOKEN, HubServer
+from .without_hf_clip import BLOCK_HF_CLIP
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ["a cat", "a dog"]
@@ -232,13 +233,9 @@ model.save_pretrained(saved)
 report(saved=sorted(os.listdir(saved)))
 """
 
-PULL_WITHOUT_HF_CLIP = """
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_clip":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
+PULL_WITHOUT_HF_CLIP = (
+    BLOCK_HF_CLIP
+    + """
 from transformers import AutoModel, AutoProcessor, pipeline
 repo, picture = sys.argv[1:]
 classify = pipeline("zero-shot-image-classification", model=repo, trust_remote_code=True)
@@ -247,6 +244,7 @@ processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
 report(result=classify(picture, candidate_labels=["a cat", "a dog"]),
        classes=[type(model).__name__, type(processor).__name__])
 """
+)
 
 
 def test_push_to_hub_of_model_and_processor(

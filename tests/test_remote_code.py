@@ -16,17 +16,14 @@ from hf_clip import HfClipModel, HfClipProcessor
 from hf_clip.pipeline import HfClipZeroShotPipeline
 from hf_clip.remote_code import TRAVELLING, add_remote_code
 
+from .without_hf_clip import BLOCK_HF_CLIP
+
 LABELS = ["a cat", "it’s red"]
 
-WITHOUT_HF_CLIP = """
-import json, sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_clip":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
+WITHOUT_HF_CLIP = (
+    BLOCK_HF_CLIP
+    + """
+import json
 from PIL import Image
 from transformers import (
     AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor, AutoTokenizer, pipeline
@@ -48,6 +45,7 @@ results = [
 ]
 print("RESULT" + json.dumps([names, results]))
 """
+)
 
 
 @pytest.fixture

@@ -33,16 +33,13 @@ RESAMPLE = {"bicubic": 3, "bilinear": 2}
 IGNORED = {
     "model_cfg": {"custom_text", "init_logit_scale", "nonscalar_logit_scale", "cast_dtype", "output_dict"},
     "vision_cfg": {
-        "patch_dropout",
-        "output_tokens",
-        "pos_embed_type",
-        "timm_model_pretrained",
-        "timm_pool",
-        "timm_proj",
-    }
-    | {"timm_proj_bias", "timm_drop", "timm_drop_path", "attn_pooler_queries", "attn_pooler_heads"},
-    "text_cfg": {"hf_tokenizer_name", "pad_id", "eos_id", "output_tokens"}
-    | {"hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "hf_model_config"},
+        *("patch_dropout", "output_tokens", "pos_embed_type", "attn_pooler_queries", "attn_pooler_heads"),
+        *("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+    },
+    "text_cfg": {
+        *("hf_tokenizer_name", "pad_id", "eos_id", "output_tokens"),
+        *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "hf_model_config"),
+    },
 }
 """Fields that say nothing about how a trained CLIP computes, or that matter for other architectures only."""
 

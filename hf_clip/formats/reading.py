@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import cached_file
 
-from ..configuration_hf_clip import HfClipConfig
+from ..configuration_hf_clip import HfClipConfig, find_foreign
 from ..image_processing_hf_clip import HfClipImageProcessor
 from ..original.archive import Checkpoint, CheckpointError, printable, read_checkpoint
 from ..original.download import find_original
@@ -23,7 +23,7 @@ from ..original.vocabulary import find_vocabulary
 from ..processing_hf_clip import HfClipProcessor
 from ..tokenization_hf_clip import HfClipTokenizer
 from ..variants import VARIANTS
-from .open_clip import CONFIG_FILE, config_from_open_clip, find_open_clip, read_open_clip_config
+from .open_clip import CONFIG_FILE, config_from_open_clip, read_open_clip_config
 from .safetensors_stream import read_metadata
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -161,12 +161,7 @@ def _read_repository(source: Any, hub: dict[str, Any]) -> StoredModel:
     processor = HfClipProcessor.from_pretrained(source, **hub)
     for values in (config.__dict__, processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
         values.pop("auto_map", None)  # the code isn't taken along
-    foreign = None
-    if (
-        described := cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
-    ) is None or ("model_type" not in json.loads(Path(described).read_text(encoding="utf-8"))):
-        foreign = find_open_clip(source, hub)
-    if foreign is not None:
+    if (foreign := find_foreign(source, hub)) is not None:
         checkpoint, _, tensors = read_original(foreign.weights_file(), verify=False, config=config)
         checkpoints = [checkpoint]
     else:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..original.archive import SAFETENSORS_DTYPES
+from ..original.archive import SAFETENSORS_DTYPES, CheckpointError
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -50,6 +50,9 @@ def write_safetensors(
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts in the header of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    """The texts in the header of a safetensors file. Raises CheckpointError for a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); save or download it again.") from None

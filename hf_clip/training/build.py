@@ -1,6 +1,8 @@
 """What a run needs, made from its configuration: model and processor, optimizer, loaders."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from .trainable import freeze_batch_norm_, lock_, synchronize_batch_norm_
 LONGEST_DEFAULT_WARMUP = 2000
 """The paper's (table 18); shorter runs warm up for a twentieth of their steps."""
 
-MOST_LEARNED_CAPTIONS = 1_000_000
+MOST_CAPTIONED_ROWS = 1_000_000
 
 
 @dataclass
@@ -100,18 +102,15 @@ def _build_untrained(config: TrainingConfig, data: Data) -> tuple[HfClipModel, H
         if any((Path(source) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
             processor.image_processor = HfClipImageProcessor.from_pretrained(source)
     else:
-        captions = (caption for row, caption in _captions(data.train))
-        model, processor = build_from_scratch(source, captions=captions, seed=config.seed)
+        model, processor = build_from_scratch(source, captions=_captions(data.train), seed=config.seed)
     _set_loss_(model, config)
     return model, processor
 
 
-def _captions(pairs: Pairs | PairStream) -> Any:
-    for count, draw in enumerate(pairs.draws(0, shuffle=False)):
-        if count == MOST_LEARNED_CAPTIONS:
-            return
-        for caption in pairs.read(draw).captions:
-            yield count, caption
+def _captions(pairs: Pairs | PairStream) -> Iterator[str]:
+    """The texts that a vocabulary is learned from."""
+    for draw in islice(pairs.draws(0, shuffle=False), MOST_CAPTIONED_ROWS):
+        yield from pairs.read(draw).captions
 
 
 def _set_loss_(model: HfClipModel, config: TrainingConfig) -> None:

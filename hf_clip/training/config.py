@@ -47,8 +47,8 @@ MAY_CHANGE = (
 """Options that a resumed run may have otherwise; all others decide what comes out of it."""
 
 
-def _option(default: Any, help: str, **more: Any) -> Any:
-    metadata = {"help": help, **more}
+def _option(default: Any, help: str) -> Any:
+    metadata = {"help": help}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

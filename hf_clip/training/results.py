@@ -17,6 +17,7 @@ from ..modeling_hf_clip import HfClipModel
 from ..publishing import publish_trained
 from ..whole_folder import whole_folder
 from .config import TrainingConfig
+from .sources import parse_sources
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "training_config.json"
@@ -67,7 +68,7 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> bool:
 
 def _results(figures: dict[str, float], config: TrainingConfig) -> list[EvalResult]:
     """Figures of the validation data for the model-index."""
-    sources = [shown(source.split("=")[0]) for source in config.dataset]
+    sources = [shown(source.path) for source in parse_sources(config.dataset)]
     return [
         EvalResult(
             task_type="zero-shot-image-classification",
@@ -100,7 +101,7 @@ def write_card(
     """The card of a trained model: what it comes from, how it was trained, what was measured."""
     repo_id = config.push_to_hub or Path(config.output_dir).resolve().name
     base = config.model if is_repository(config.model) else None
-    data = [name for name in (source.split("=")[0] for source in config.dataset) if is_repository(name)]
+    data = [source.path for source in parse_sources(config.dataset) if is_repository(source.path)]
     metadata = card_metadata(
         repo_id, tags=["generated_from_trainer"], base_model=base, datasets=data, results=_results(figures, config)
     )
@@ -119,7 +120,7 @@ def write_card(
         "averaged with the pretrained weights, α": config.average_with_pretrained,
         "seed": config.seed,
     }
-    sources = [shown(source.split("=")[0]) for source in config.dataset]
+    sources = [shown(source.path) for source in parse_sources(config.dataset)]
     origin = f"fine-tuned from `{shown(config.model)}`" if config.model else "trained from scratch"
     parts = [
         f"# {name_of(repo_id)}",
@@ -133,11 +134,12 @@ def write_card(
     if figures:
         parts += [
             "## What was measured",
-            f"On the validation pairs ({config.validation}), at the end of training. Pairs that share a picture or a "
-            f"caption are right answers to each other.",
+            f"On the validation pairs ({config.validation}), with the weights that are here. Pairs that share a "
+            f"picture or a caption are right answers to each other.",
             markdown_table(["", "%"], [[name.replace("_", " "), f"{100 * v:.1f}"] for name, v in figures.items()]),
         ]
-    parts += ["## How to use it", usage_section(model.config, repo_id)]
+    usage = usage_section(model.config, repo_id, stock=config.output_format == "transformers")
+    parts += ["## How to use it", usage]
     text = card_text(metadata, "\n\n".join(parts))
     (folder / "README.md").write_text(text, encoding="utf-8")
 

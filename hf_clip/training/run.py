@@ -37,14 +37,14 @@ from .data import BadRows, PairLoader, Position
 from .evaluating import evaluate
 from .lora import merge_lora_
 from .losses import ContrastiveResult
-from .results import METRICS_FILE, publish_results, save_results
+from .results import METRICS_FILE, publish_results, read_metrics, save_results
 
 DEFAULT_METRIC = "recall@1"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def make_accelerator(config: TrainingConfig) -> Any:
-    """What `accelerate launch` has set up. Raises ValueError for a tracker that is unknown or not installed."""
+    """What `accelerate launch` has set up. Raises ValueError for an unknown tracker, ImportError for a missing one."""
     from accelerate import Accelerator
 
     for name in config.report_to:
@@ -52,10 +52,7 @@ def make_accelerator(config: TrainingConfig) -> Any:
             raise ValueError(f"report_to has {name!r}, but must be of {', '.join(TRACKERS)}.")
         if find_spec(name) is None:  # accelerate would pass over it
             raise ImportError(f"--report_to {name} needs a package that is not installed: pip install {name}")
-    return Accelerator(
-        log_with=config.report_to or None,
-        project_dir=config.output_dir,
-    )
+    return Accelerator(log_with=config.report_to or None, project_dir=config.output_dir)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -227,11 +224,8 @@ class Run:
                 f"needs captions made of labels by a template."
             )
         if self.state.best is None or self.figures[metric] > self.state.best:
-            self.state.best, self.state.best_step, self.state.evaluations_since = (
-                self.figures[metric],
-                self.state.step,
-                0,
-            )
+            self.state.best, self.state.best_step = self.figures[metric], self.state.step
+            self.state.evaluations_since = 0
             save_best(self.accelerator, self.config.output_dir, self._weights())
         else:
             self.state.evaluations_since += 1
@@ -320,6 +314,6 @@ class Run:
         self.accelerator.end_training()
 
     def _figures_of(self, step: int) -> dict[str, float]:
-        records = (Path(self.config.output_dir) / METRICS_FILE).read_text().splitlines()
-        found = [r for r in map(json.loads, records) if r["step"] == step and DEFAULT_METRIC in r and "alpha" not in r]
+        records = read_metrics(Path(self.config.output_dir))
+        found = [r for r in records if r["step"] == step and DEFAULT_METRIC in r and "alpha" not in r]
         return {name: value for name, value in found[-1].items() if name != "step"}

@@ -32,6 +32,7 @@ from hf_clip import (
 )
 
 from ..small import pictures, texts
+from ..without_hf_clip import BLOCK_HF_CLIP
 
 TEXTS = ["a cat", "it’s “red”", "two dogs", "ﬁne ＡＢＣ"]
 TEXT_CONFIG = {
@@ -320,15 +321,9 @@ def test_damaged_stock_repositories_are_refused(stock_folders: dict[str, Path], 
 
 # --- ours, written for stock classes ----------------------------------------------------------------------------------
 
-STOCK_PROCESS = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_clip":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
+STOCK_PROCESS = (
+    BLOCK_HF_CLIP
+    + """
 import json, torch
 from PIL import Image
 from transformers import (
@@ -366,6 +361,7 @@ found["others"] = [CLIPModel.from_pretrained(other).state_dict() for other in ot
 found["state"] = model.state_dict()
 torch.save(found, sys.argv[1])
 """
+)
 
 
 @pytest.fixture(scope="module")

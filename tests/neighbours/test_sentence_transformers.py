@@ -20,6 +20,8 @@ from transformers import AutoModel, AutoProcessor
 from hf_clip import HfClipModel, HfClipProcessor
 from hf_clip.remote_code import TRAVELLING, add_remote_code
 
+from ..without_hf_clip import BLOCK_HF_CLIP
+
 sentence_transformers = pytest.importorskip(
     "sentence_transformers", reason="encoding through sentence-transformers needs the package sentence-transformers"
 )
@@ -27,15 +29,10 @@ sentence_transformers = pytest.importorskip(
 TEXTS = ["a cat", "it’s a much longer caption of a dog", "two red &amp; green apples"]
 CAPTIONS = {"astronaut": "an astronaut", "chelsea": "a cat", "coffee": "a cup of coffee", "rocket": "a rocket"}
 
-WITHOUT_HF_CLIP = """
-import json, sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_clip":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
+WITHOUT_HF_CLIP = (
+    BLOCK_HF_CLIP
+    + """
+import json
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
@@ -54,6 +51,7 @@ for folder in folders:
         ])
 print("RESULT" + json.dumps(results))
 """
+)
 
 
 @torch.no_grad()

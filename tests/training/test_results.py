@@ -15,17 +15,12 @@ from hf_clip.training.results import is_repository, shown
 
 from ..finetuning import ROOT, launch, options, records, train, weights
 from ..hub_server import TOKEN, HubServer
+from ..without_hf_clip import BLOCK_HF_CLIP
 
 LABELS = ["a red seven", "a blue nine"]
-WITHOUT_HF_CLIP = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_clip":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
+WITHOUT_HF_CLIP = (
+    BLOCK_HF_CLIP
+    + """
 import json
 from transformers import CLIPModel, pipeline
 folder, picture = sys.argv[1:]
@@ -33,6 +28,7 @@ assert type(CLIPModel.from_pretrained(folder)) is CLIPModel
 classify = pipeline("zero-shot-image-classification", model=folder)
 print("RESULT" + json.dumps(classify(picture, candidate_labels=["a red seven", "a blue nine"])))
 """
+)
 
 
 @pytest.fixture
