@@ -160,15 +160,13 @@ class Steps:
             np.divide(out, std, out=out)
         return out
 
-    def run_tensor(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W), uint8 or floats from 0 to 1 → (B, C, h, w) float32 on the same device."""
+    def scale_tensor(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W), uint8 or floats from 0 to 1 → (B, C, h, w): uint8 or whole floats to 255, or floats to 1."""
         is_levels = pixels.dtype == torch.uint8
         layout = self.layout((pixels.shape[3], pixels.shape[2]))
         if pixels.shape[1] == 1 and self.do_convert_rgb:
             pixels = pixels.expand(-1, 3, -1, -1)
         pixels = scale_and_cut_tensor(pixels, layout, TORCH_FILTERS.get(self.resample, "bicubic"))
-        divisor = self.divisor(is_scaled=not is_levels)
-        scale = (1.0 if divisor is None else 1 / divisor) * (1 if is_levels else 255.0)
         if margins := self.margins(pixels.shape[2], pixels.shape[3]):
             colour = torch.as_tensor(self.margin_colour() / (1 if is_levels else 255), device=pixels.device)
             frame = torch.empty(*pixels.shape[:2], self.crop_size.height, self.crop_size.width, device=pixels.device)
@@ -176,6 +174,12 @@ class Steps:
             left, right, top, bottom = margins
             frame[..., top : frame.shape[2] - bottom, left : frame.shape[3] - right] = pixels
             pixels = frame
+        return pixels
+
+    def normalise_tensor(self, pixels: Tensor, is_levels: bool) -> Tensor:
+        """(B, C, h, w), grey levels to 255 of any dtype or floats to 1 → float32 on the same device."""
+        divisor = self.divisor(is_scaled=not is_levels)
+        scale = (1.0 if divisor is None else 1 / divisor) * (1 if is_levels else 255.0)
         if not self.do_normalize:
             return pixels.float() * scale
         mean, std = (
@@ -185,6 +189,10 @@ class Steps:
         if is_levels:  # nothing is differentiated, and fresh memory costs more than the arithmetic
             return pixels.float().mul_(scale / std).sub_(mean / std)
         return torch.addcmul(-mean / std, pixels, scale / std)
+
+    def run_tensor(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W), uint8 or floats from 0 to 1 → (B, C, h, w) float32 on the same device."""
+        return self.normalise_tensor(self.scale_tensor(pixels), is_levels=pixels.dtype == torch.uint8)
 
 
 def _as_tensor(item: Any, name: str, steps: Steps, data_format: str | None, device: Any, draft: int | None) -> Tensor:
@@ -308,8 +316,15 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
         if args or kwargs.keys() - {"return_tensors"}:
             return super().preprocess(images, *args, **kwargs)
         # With nothing to check, transformers' checks of arguments would take longer than normalising the picture.
-        settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
-        return self._preprocess_image_like_inputs(images, **(self._standardize_kwargs(**settings) | kwargs))
+        return self._preprocess_image_like_inputs(images, **(self._settings() | kwargs))
+
+    def _settings(self) -> dict[str, Any]:
+        return self._standardize_kwargs(**{name: getattr(self, name, None) for name in self._valid_kwargs_names})
+
+    def steps(self) -> Steps:
+        """What is done to each picture, for those who put it together otherwise. Raises ValueError if it cannot be."""
+        settings = self._settings()
+        return Steps(**{name: settings[name] for name in Steps.__dataclass_fields__})
 
     def _preprocess_image_like_inputs(
         self,

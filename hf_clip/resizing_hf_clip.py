@@ -294,7 +294,9 @@ def scale_and_cut_tensor(pixels: Tensor, layout: Layout, filter_name: str) -> Te
     passes = [(3, new_width, left, right), (2, new_height, top, bottom)]
     if height_first:
         passes.reverse()
-    if is_quick and height_first:  # torch begins with the width, and the order matters where levels are clipped
+    if is_levels and layout.size == (width, height):
+        pixels = pixels[..., top:bottom, left:right]
+    elif is_quick and height_first:  # torch begins with the width, and the order matters where levels are clipped
         pixels = functional.interpolate(pixels.mT, size=(new_width, new_height), mode=filter_name, antialias=True).mT
         pixels = pixels[..., top:bottom, left:right]
     elif is_quick:

@@ -7,9 +7,8 @@ image processor does the scaling.
 Dimensions: H × W pixels, S model's side, C = 3 channels.
 """
 
-import copy
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -100,26 +99,25 @@ class Augmentation:
 
 
 class AugmentedPixels:
-    """A picture → pixel values (3, S, S), by an image processor's own settings but for what is augmented."""
+    """A picture → pixel values (3, S, S), by an image processor's own settings but for what is augmented.
+
+    What is done to each picture by itself and what can be done to a batch at once are two methods.
+    """
 
     def __init__(self, image_processor: Any, augmentation: Augmentation):
         self.augmentation = augmentation
-        self.processor = copy.deepcopy(image_processor)
-        self.processor.backend = "torch"
-        self.processor.input_data_format = "channels_first"
-        sides = [*dict(self.processor.size).values(), *dict(self.processor.crop_size).values()]
+        steps = image_processor.steps()
+        sides = [*dict(steps.size).values(), *dict(steps.crop_size).values()]
         self.draft = math.ceil(max(side for side in sides if side) / math.sqrt(augmentation.crop))
         """The shorter side that a JPEG needs, so that the smallest part still has twice the model's pixels."""
-        crop = dict(self.processor.crop_size)
-        self.frame_aspect = crop["width"] / crop["height"]
-        self.fit = self.processor.fit
+        self.frame_aspect = steps.crop_size.width / steps.crop_size.height
+        self.fit = steps.fit
         if augmentation.crop < 1 and self.fit == "crop":
-            self.processor.fit = "squash"  # the part that was drawn takes the place of the centre
-        if augmentation.jitter:
-            self.normalise = (self.processor.image_mean, self.processor.image_std)
-            self.processor.do_normalize = False
+            steps = replace(steps, fit="squash")  # the part that was drawn takes the place of the centre
+        self.steps = steps
 
-    def __call__(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
+    def scaled(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
+        """A picture's part in the model's size (C, S, S): grey levels, or with jitter floats from 0 to 1."""
         augmentation = self.augmentation
         pixels = torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0)  # (C, H, W)
         if augmentation.crop < 1:
@@ -127,11 +125,14 @@ class AugmentedPixels:
             usual = self.frame_aspect if self.fit == "crop" else picture.width / picture.height
             left, top, right, bottom = augmentation.part(picture.size, (ASPECTS[0] * usual, ASPECTS[1] * usual), rng)
             pixels = pixels[:, top:bottom, left:right]
-        pixels = self.processor(pixels, return_tensors="pt")["pixel_values"][0]  # (C, S, S)
+        pixels = self.steps.scale_tensor(pixels[None])[0]  # (C, S, S)
         if augmentation.flip and rng.random() < augmentation.flip:
             pixels = pixels.flip(-1)
-        if augmentation.jitter:
-            pixels = augmentation.shift_colours(pixels, rng)
-            mean, std = (torch.tensor(np.atleast_1d(v), dtype=torch.float32).reshape(-1, 1, 1) for v in self.normalise)
-            pixels = (pixels - mean) / std
-        return pixels
+        return augmentation.shift_colours(pixels / 255, rng) if augmentation.jitter else pixels
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """(B, C, S, S) as `scaled` makes them → pixel values."""
+        return self.steps.normalise_tensor(pixels, is_levels=not self.augmentation.jitter)
+
+    def __call__(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
+        return self.normalised(self.scaled(picture, rng)[None])[0]

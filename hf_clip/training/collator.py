@@ -44,7 +44,10 @@ class Plan:
 
 @dataclass
 class Prepared:
-    """A row as tensors: pixels (C, S, S), and what it shows and says as numbers."""
+    """A row as tensors, and what it shows and says as numbers.
+
+    pixels: (C, S, S), which in training are still to be normalised
+    """
 
     pixels: Tensor
     caption: str
@@ -106,7 +109,7 @@ class PairCollator:
         picture = open_content(content, self.augmented.draft if self.augmented else None)
         try:
             if self.augmented:
-                pixels = self.augmented(picture, rng)
+                pixels = self.augmented.scaled(picture, rng)
             else:
                 pixels = self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
         except UNREADABLE as error:
@@ -121,7 +124,8 @@ class PairCollator:
             pixels = torch.zeros(0, 3, crop["height"], crop["width"])
             integers = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
             return {"pixel_values": pixels} | integers
-        tensors = {"pixel_values": torch.stack([row.pixels for row in rows])}
+        pixels = torch.stack([row.pixels for row in rows])
+        tensors = {"pixel_values": self.augmented.normalised(pixels) if self.augmented else pixels}
         tensors |= self.tokenize([row.caption for row in rows])
         tensors["image_ids"] = torch.tensor([row.image_id for row in rows])
         tensors["text_ids"] = torch.tensor([content_id(row.caption) for row in rows])
