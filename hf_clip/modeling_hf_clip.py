@@ -33,6 +33,7 @@ from .configuration_hf_clip import (
     HubUpload,
     find_foreign,
 )
+from .inference_hf_clip import Optimizable
 from .resnet_hf_clip import (
     HfClipAttentionPool,
     HfClipBottleneck,
@@ -40,6 +41,7 @@ from .resnet_hf_clip import (
     init_attention_pool_,
     init_convolution_,
     init_last_norm_,
+    suits_channels_last,
 )
 from .transformer_hf_clip import (
     HfClipAttention,
@@ -98,7 +100,7 @@ class HfClipVisionModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class HfClipPreTrainedModel(HubUpload, PreTrainedModel):
+class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
     """What all CLIP models here have in common: loading, saving, attention kinds, checkpointing."""
 
     config_class = HfClipConfig
@@ -442,6 +444,8 @@ class HfClipResNetModel(HfClipPreTrainedModel):
             pixel_values, self.config, interpolate_pos_encoding, smallest=self.config.total_stride
         )
         hidden_states = pictures.to(self.conv1.weight.dtype)
+        if suits_channels_last(hidden_states, self.bn1):
+            hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         hidden_states = self.bn1(self.conv1(hidden_states)).relu_()
         hidden_states = self.bn2(self.conv2(hidden_states)).relu_()
         hidden_states = self.pool(self.bn3(self.conv3(hidden_states)).relu_())  # (B, stem_width, Y / 4, X / 4)

@@ -17,6 +17,7 @@ TRAVELLING = (
     "bpe_hf_clip",
     "configuration_hf_clip",
     "image_processing_hf_clip",
+    "inference_hf_clip",
     "modeling_hf_clip",
     "pictures_hf_clip",
     "processing_hf_clip",

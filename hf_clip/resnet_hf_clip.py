@@ -18,10 +18,21 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_hf_clip import HfClipResNetConfig
-from .transformer_hf_clip import attend, init_linear_bias_, resize_position_table
+from .transformer_hf_clip import HfClipLinear, attend, init_linear_bias_, resize_position_table
 
 EXPANSION = 4
 """A bottleneck's output has four times the channels of its 3×3 convolution."""
+
+
+def suits_channels_last(pictures: Tensor, norm: nn.BatchNorm2d) -> bool:
+    """Whether a ResNet on (B, C, Y, X) is better off where the channels of a pixel lie side by side in memory.
+
+    It is faster in GPUs' tensor cores, and on CPUs, which bring other layouts into this one and back around every
+    convolution. But there a batch's statistics come out ten times less exact, so not where they are normalised by.
+    """
+    device = pictures.device.type
+    in_tensor_cores = device == "cuda" and (pictures.itemsize == 2 or torch.is_autocast_enabled("cuda"))
+    return in_tensor_cores or (device == "cpu" and not norm.training)
 
 
 @contextmanager
@@ -122,9 +133,9 @@ class HfClipAttentionPool(nn.Module):
         self.is_causal = False
         self.grid_size = config.grid_size
         self.positional_embedding = nn.Parameter(torch.empty(1 + config.grid_size**2, config.hidden_size))
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = HfClipLinear(config.hidden_size, config.hidden_size)
+        self.k_proj = HfClipLinear(config.hidden_size, config.hidden_size)
+        self.v_proj = HfClipLinear(config.hidden_size, config.hidden_size)
 
     def forward(self, feature_map: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Returns the pooled vector (B, D) and the attention weights (B, H, 1, 1 + Y * X), if there are any."""
@@ -134,10 +145,13 @@ class HfClipAttentionPool(nn.Module):
         positions: Tensor = self.positional_embedding
         if (height, width) != (self.grid_size, self.grid_size):
             positions = resize_position_table(positions, self.grid_size, height, width)
-        tokens = tokens + positions.to(tokens.dtype)
-        query, key, value = self.q_proj(tokens[:, :1]), self.k_proj(tokens), self.v_proj(tokens)
-        mixed, weights = attend(self, query, key, value, **kwargs)
+        mixed, weights = self.gather(tokens + positions.to(tokens.dtype), **kwargs)
         return mixed[:, 0], weights
+
+    def gather(self, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """The first token's attention over all: (B, 1 + Y * X, D) → (B, 1, D) and the weights."""
+        query, key, value = self.q_proj(tokens[:, :1]), self.k_proj(tokens), self.v_proj(tokens)
+        return attend(self, query, key, value, **kwargs)
 
 
 def init_attention_pool_(pool: HfClipAttentionPool, factor: float) -> None:

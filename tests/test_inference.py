@@ -1,0 +1,321 @@
+"""Linear maps by convolution, and optimized models: the same results, and refusals instead of wrong ones."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModel
+
+import hf_clip.inference_hf_clip as inference
+import hf_clip.transformer_hf_clip as transformer
+from hf_clip import HfClipConfig, HfClipModel
+from hf_clip.inference_hf_clip import OptimizedModelError, PackedMLP, SingleQueryAttentionPool, has_packed_operators
+from hf_clip.transformer_hf_clip import HfClipLinear, HfClipQuickGELU
+
+from .small import CONTEXT_LENGTH, pictures, texts
+
+needs_onednn = pytest.mark.skipif(not has_packed_operators(torch.float32), reason="this torch has no fused oneDNN")
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+# --- linear maps and activation -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_convolution(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Take the way of AMD processors on any; returns the shapes of the convolutions that are computed."""
+    shapes: list[tuple[int, ...]] = []
+    convolve = functional.conv2d
+    monkeypatch.setattr(transformer, "multiplies_faster_by_convolution", lambda: True)
+    monkeypatch.setattr(functional, "conv2d", lambda x, *rest: (shapes.append(tuple(x.shape)), convolve(x, *rest))[1])
+    return shapes
+
+
+@pytest.mark.parametrize("shape", [(4000, 64), (5, 800, 64), (2, 3, 700, 64)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_map_and_its_gradients(by_convolution: list, shape: tuple[int, ...], bias: bool):
+    torch.manual_seed(0)
+    linear, plain = HfClipLinear(64, 96, bias=bias), nn.Linear(64, 96, bias=bias)
+    plain.load_state_dict(linear.state_dict())
+    plain.double()
+    rows = torch.randn(shape, requires_grad=True)
+    exact = rows.detach().double().requires_grad_()
+    output, expected = linear(rows), plain(exact)
+    (output * output.detach().sin()).sum().backward()
+    (expected * expected.detach().sin()).sum().backward()
+    assert by_convolution == [(1, 64, rows[..., 0].numel(), 1)]
+    assert output.shape == expected.shape
+    assert output.is_contiguous()
+    assert distance(output, expected) < 1e-6
+    assert distance(rows.grad, exact.grad) < 1e-5
+    for found, wanted in zip(linear.parameters(), plain.parameters(), strict=True):
+        assert distance(found.grad, wanted.grad) < 1e-5
+
+
+def test_rows_that_are_not_contiguous(by_convolution: list):
+    linear, rows = HfClipLinear(64, 96), torch.randn(64, 50, 80).transpose(0, 2)
+    assert distance(linear(rows), functional.linear(rows, linear.weight, linear.bias)) < 1e-6
+    assert len(by_convolution) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(10, torch.float32), (4000, torch.bfloat16), (4000, torch.float64)], ids=["few", "bf16", "f64"]
+)
+def test_small_and_other_products_stay_linear(by_convolution: list, rows: int, dtype: torch.dtype):
+    linear = HfClipLinear(64, 96).to(dtype)
+    linear(torch.randn(rows, 64, dtype=dtype))
+    assert by_convolution == []
+
+
+def test_autocast_stays_linear(by_convolution: list):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert HfClipLinear(64, 96)(torch.randn(4000, 64)).dtype == torch.bfloat16
+    assert by_convolution == []
+
+
+def test_weights_of_other_kinds_stay_linear(by_convolution: list):
+    class Quantised(Tensor):
+        pass
+
+    linear = HfClipLinear(64, 96)
+    linear.weight = nn.Parameter(torch.randn(96, 64).as_subclass(Quantised))
+    linear(torch.randn(4000, 64))
+    assert by_convolution == []
+
+
+def test_traced_compiled_and_exported_maps_are_linear(by_convolution: list):
+    linear, rows = HfClipLinear(64, 96).requires_grad_(False), torch.randn(4000, 64)
+    assert "convolution" not in str(torch.jit.trace(linear, rows, check_trace=False).graph)
+    assert "conv" not in str(torch.export.export(linear, (rows,)).graph)
+    assert by_convolution == []
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("vendor_id : AuthenticAMD", True), ("vendor_id : GenuineIntel", False)]
+)
+def test_choice_follows_the_processor(monkeypatch: pytest.MonkeyPatch, content: str, expected: bool):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: content)
+    assert transformer.multiplies_faster_by_convolution.__wrapped__() is expected
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert transformer.multiplies_faster_by_convolution.__wrapped__() is False
+
+
+def test_activation_and_its_gradient():
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
+    expected = x * torch.sigmoid(1.702 * x)
+    (slope,) = torch.autograd.grad(expected.sum(), x)
+    activation = HfClipQuickGELU()
+    assert torch.allclose(activation(x), expected, rtol=1e-12, atol=1e-15)
+    (found,) = torch.autograd.grad(activation(x).sum(), x)
+    assert torch.allclose(found, slope, rtol=1e-12, atol=1e-15)
+    with torch.no_grad():
+        before = x.clone()
+        assert torch.allclose(activation(x), expected, rtol=1e-12, atol=1e-15)
+        assert torch.equal(x, before)  # hooks may hold it
+
+
+# --- optimized models -----------------------------------------------------------------------------------------------
+
+
+def outputs_of(model: HfClipModel, tower: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    images, ids = pictures(tower).to(dtype), texts()
+    mask = (torch.arange(ids.shape[1])[None] < torch.tensor([[3], [7], [12], [CONTEXT_LENGTH]])).long()
+    with torch.no_grad():
+        whole = model(input_ids=ids, pixel_values=images, attention_mask=mask)
+        return {
+            "logits": whole.logits_per_image,
+            "image": model.encode_image(images),
+            "text": model.encode_text(ids),
+            "masked text": model.encode_text(ids, mask),
+            "cells": whole.vision_model_output.last_hidden_state,
+            "tokens": whole.text_model_output.last_hidden_state,
+        }
+
+
+@pytest.mark.parametrize("rows_at_once", [1600, 40], ids=["whole", "parts"])
+@pytest.mark.parametrize("has_operators", [True, False], ids=["fused", "public"])
+def test_optimized_model_computes_the_same(
+    model: HfClipModel, tower: str, monkeypatch: pytest.MonkeyPatch, rows_at_once: int, has_operators: bool
+):
+    monkeypatch.setattr(inference, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(inference, "PIXELS_AT_ONCE", rows_at_once * 32)
+    monkeypatch.setattr(inference, "gain_of_packing", lambda linear: 2.0)
+    if not has_operators:
+        monkeypatch.setattr(inference, "has_packed_operators", lambda dtype: False)
+    expected = outputs_of(model, tower)
+    done = model.optimize_for_inference()
+    assert any("BatchNorm" in line for line in done) == (tower == "resnet")
+    if has_operators and has_packed_operators(torch.float32):
+        assert any("oneDNN's order" in line for line in done)
+    for name, found in outputs_of(model, tower).items():
+        assert distance(found, expected[name]) < 1e-5, name
+
+
+@needs_onednn
+def test_bfloat16_is_as_near_as_before(model: HfClipModel, tower: str, monkeypatch: pytest.MonkeyPatch):
+    """Measured against float64: optimizing costs nothing beyond the type's own rounding."""
+    monkeypatch.setattr(inference, "gain_of_packing", lambda linear: 2.0)
+    exact = outputs_of(copy.deepcopy(model).double(), tower, torch.float64)
+    half = model.to(torch.bfloat16)
+    before = outputs_of(half, tower, torch.bfloat16)
+    half.optimize_for_inference()
+    for name, found in outputs_of(half, tower, torch.bfloat16).items():
+        assert distance(found, exact[name]) < 1.5 * distance(before[name], exact[name]) + 1e-3, name
+
+
+def test_fine_tuned_statistics_are_folded(model: HfClipModel, tower: str):
+    if tower == "vit":
+        pytest.skip("has no BatchNorm")
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    expected = outputs_of(model, tower)["image"]
+    model.optimize_for_inference()
+    assert distance(outputs_of(model, tower)["image"], expected) < 1e-5
+    assert isinstance(model.vision_model.attnpool, SingleQueryAttentionPool)
+
+
+def test_what_does_not_pay_is_left_out(model: HfClipModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inference, "has_packed_operators", lambda dtype: True)
+    monkeypatch.setattr(inference, "gain_of_packing", lambda linear: 0.9)
+    monkeypatch.setattr(inference, "_fold_resnet_", lambda tower, is_fused: [])
+    done = model.optimize_for_inference()
+    assert any("left as they are" in line and "0.90" in line for line in done)
+    assert not any(isinstance(module, (inference.PackedLinear, PackedMLP)) for module in model.modules())
+
+
+def test_operators_that_compute_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch):
+    class Wrong:
+        def __getattr__(self, name: str) -> Any:
+            return lambda input, *rest: input
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Wrong())
+    assert not has_packed_operators.__wrapped__(torch.float32)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert not has_packed_operators.__wrapped__(torch.float32)
+    assert not has_packed_operators.__wrapped__(torch.float16)
+
+
+@needs_onednn
+def test_adapters_and_hooked_layers_stay(repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inference, "gain_of_packing", lambda linear: 2.0)
+    model = AutoModel.from_pretrained(repositories["vit"]).eval()
+    first, second = model.vision_model.encoder.layers[0], model.vision_model.encoder.layers[1]
+    seen: list[Tensor] = []
+    first.self_attn.q_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    second.mlp.fc1 = nn.Sequential(second.mlp.fc1)  # what stands for an adapter
+    expected = outputs_of(model, "vit")
+    model.optimize_for_inference()
+    seen.clear()
+    for name, found in outputs_of(model, "vit").items():
+        assert distance(found, expected[name]) < 1e-5
+    assert seen
+    assert isinstance(second.mlp.fc1, nn.Sequential)
+
+
+def test_towers_alone_can_be_optimized(repository: Path, tower: str):
+    from hf_clip import HfClipTextModelWithProjection, HfClipVisionModelWithProjection
+
+    whole = AutoModel.from_pretrained(repository).eval()
+    vision = HfClipVisionModelWithProjection.from_pretrained(repository).eval()
+    text = HfClipTextModelWithProjection.from_pretrained(repository).eval()
+    vision.optimize_for_inference()
+    text.optimize_for_inference()
+    with torch.no_grad():
+        assert distance(vision(pictures(tower)).image_embeds, whole.encode_image(pictures(tower))) < 1e-5
+        assert distance(text(texts()).text_embeds, whole.encode_text(texts())) < 1e-5
+
+
+def test_outputs_of_all_layers_are_those_of_the_whole_batch(
+    model: HfClipModel, tower: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inference, "ROWS_AT_ONCE", 20)
+    monkeypatch.setattr(inference, "PIXELS_AT_ONCE", 20)
+    expected = model.vision_model(pictures(tower), output_hidden_states=True).hidden_states
+    expected_text = model.text_model(texts(), output_hidden_states=True).hidden_states
+    model.optimize_for_inference()
+    with torch.no_grad():
+        found = model.vision_model(pictures(tower), output_hidden_states=True).hidden_states
+        found_text = model.text_model(texts(), output_hidden_states=True).hidden_states
+        as_tuple = model.vision_model(pictures(tower), return_dict=False)
+    assert len(found) == len(expected)
+    for ours, theirs in [*zip(found, expected, strict=True), *zip(found_text, expected_text, strict=True)]:
+        assert distance(ours, theirs) < 1e-5
+    assert isinstance(as_tuple, tuple)
+
+
+def test_attention_weights_of_an_optimized_pool(repositories: dict[str, Path]):
+    model = AutoModel.from_pretrained(repositories["resnet"], attn_implementation="eager").eval()
+    expected = model.vision_model(pictures("resnet"), output_attentions=True).attentions
+    model.optimize_for_inference()
+    with torch.no_grad():
+        found = model.vision_model(pictures("resnet"), output_attentions=True).attentions
+    assert distance(found[0], expected[0]) < 1e-5
+
+
+def test_padding_on_the_left_is_masked(model: HfClipModel):
+    ids = texts((4, 9))
+    padded = torch.cat([torch.zeros(2, 3, dtype=ids.dtype), ids], dim=1)[:, :12]
+    mask = torch.ones_like(padded)
+    mask[:, :3] = 0
+    with torch.no_grad():
+        expected = model.encode_text(padded, mask)
+        model.optimize_for_inference()
+        assert distance(model.encode_text(padded, mask), expected) < 1e-5
+
+
+def test_other_models_of_the_same_configuration_are_left_alone(repositories: dict[str, Path]):
+    config = HfClipConfig.from_pretrained(repositories["vit"])
+    other, optimized = HfClipModel(config).eval(), HfClipModel(config).to(torch.bfloat16).eval()
+    optimized.optimize_for_inference()
+    assert other.vision_model.config._attn_implementation == "sdpa"
+
+
+def test_what_an_optimized_model_refuses(model: HfClipModel, tower: str, tmp_path: Path):
+    with pytest.raises(OptimizedModelError, match="in training; call .eval"):
+        model.train().optimize_for_inference()
+    model.eval()
+    done = model.optimize_for_inference()
+    assert model.optimize_for_inference() == done == model.optimizations
+    again = "load it again with from_pretrained and do that before optimize_for_inference"
+    with pytest.raises(OptimizedModelError, match=f"cannot be saved any more; {again}"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    with pytest.raises(OptimizedModelError, match="cannot be saved"):
+        model.vision_model.state_dict()
+    with pytest.raises(OptimizedModelError, match="given other weights"):
+        model.load_state_dict({})
+    with pytest.raises(OptimizedModelError, match=f"cannot be trained any more; {again}"):
+        model.train()
+    with pytest.raises(OptimizedModelError, match=r"moved from torch.float32 on cpu to torch.bfloat16 on cpu"):
+        model.to(torch.bfloat16)
+    with pytest.raises(OptimizedModelError, match="moved"):
+        model.to("meta")
+    assert model.to("cpu") is model.float().eval()
+
+
+@needs_onednn
+def test_gradients_through_an_optimized_model_are_refused(model: HfClipModel, tower: str, monkeypatch):
+    monkeypatch.setattr(inference, "gain_of_packing", lambda linear: 2.0)
+    model.optimize_for_inference()
+    with pytest.raises(OptimizedModelError, match="gives no gradients"):
+        model.encode_image(pictures(tower).requires_grad_())
+
+
+def test_feature_maps_have_channels_last_unless_a_batch_s_statistics_are_taken(repositories: dict[str, Path]):
+    model = AutoModel.from_pretrained(repositories["resnet"])
+    for is_training in (False, True):
+        cells = model.train(is_training).vision_model(pictures("resnet")).last_hidden_state
+        assert cells.is_contiguous(memory_format=torch.channels_last) is not is_training
