@@ -101,10 +101,14 @@ def gain_of_packing(linear: nn.Linear) -> float:
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
-def _refuse_gradients(input: Tensor) -> None:
+def _check_use(input: Tensor) -> None:
     if input.requires_grad and torch.is_grad_enabled():
         raise OptimizedModelError(
             "This model was optimized for inference and gives no gradients; load it again for them."
+        )
+    if torch.compiler.is_compiling():
+        raise OptimizedModelError(
+            "This model was optimized for inference and can be neither compiled nor exported; load it again for that."
         )
 
 
@@ -125,7 +129,7 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach() * (scale if scales_bias else 1)
 
     def forward(self, input: Tensor) -> Tensor:
-        _refuse_gradients(input)
+        _check_use(input)
         name, algorithm = self.activation
         input = input.to(self.dtype)
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, name, [], algorithm)
@@ -180,7 +184,7 @@ class InferenceConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.is_fused:
-            _refuse_gradients(input)
+            _check_use(input)
             name = "relu" if self.has_relu else "none"
             return torch.ops.mkldnn._convolution_pointwise(input, *self._arguments(), name, [], "")
         output = functional.conv2d(input, self.weight, self.bias, self.stride, self.padding)
@@ -191,7 +195,7 @@ class InferenceConv2d(nn.Module):
     def add_to(self, sum: Tensor, input: Tensor) -> Tensor:
         """max(0, sum + this convolution of `input`), which may take the place of `sum`."""
         if self.is_fused:
-            _refuse_gradients(input)
+            _check_use(input)
             end: tuple[Any, ...] = ("add", 1.0, "relu", [], "")
             return torch.ops.mkldnn._convolution_pointwise_.binary(sum, input, *self._arguments(), *end)
         return functional.conv2d(input, self.weight, self.bias, self.stride, self.padding).add_(sum).relu_()
@@ -458,6 +462,10 @@ class Optimizable:
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_if_optimized("given other weights")
         return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._refuse_if_optimized("copied or pickled")
+        return super().__reduce_ex__(protocol)
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if self.optimizations is not None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor, pipeline
 
 import hf_clip.inference_hf_clip as inference
 import hf_clip.transformer_hf_clip as transformer
@@ -303,6 +304,8 @@ def test_what_an_optimized_model_refuses(model: HfClipModel, tower: str, tmp_pat
         model.to(torch.bfloat16)
     with pytest.raises(OptimizedModelError, match="moved"):
         model.to("meta")
+    with pytest.raises(OptimizedModelError, match=f"cannot be copied or pickled any more; {again}"):
+        copy.deepcopy(model)
     assert model.to("cpu") is model.float().eval()
 
 
@@ -312,6 +315,22 @@ def test_gradients_through_an_optimized_model_are_refused(model: HfClipModel, to
     model.optimize_for_inference()
     with pytest.raises(OptimizedModelError, match="gives no gradients"):
         model.encode_image(pictures(tower).requires_grad_())
+    with pytest.raises(Exception, match="neither compiled nor exported"):
+        torch.export.export(model.vision_model, (pictures(tower),))
+
+
+def test_optimized_model_in_the_pipeline(repository: Path, tower: str, photographs: dict[str, Image.Image]):
+    labels = ["a cat", "a dog", "a big red rocket"]
+    pictures = [photographs["chelsea"], photographs["rocket"]]
+    expected = pipeline("zero-shot-image-classification", model=str(repository))(pictures, candidate_labels=labels)
+    model, processor = AutoModel.from_pretrained(repository).eval(), AutoProcessor.from_pretrained(repository)
+    model.optimize_for_inference()
+    parts = {"model": model, "tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    found = pipeline("zero-shot-image-classification", **parts)(pictures, candidate_labels=labels)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert {e["label"]: e["score"] for e in ours} == pytest.approx(
+            {e["label"]: e["score"] for e in theirs}, rel=1e-4
+        )
 
 
 def test_feature_maps_have_channels_last_unless_a_batch_s_statistics_are_taken(repositories: dict[str, Path]):
