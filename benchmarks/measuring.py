@@ -10,6 +10,7 @@ Rounds end sooner when the table's time is used up, but not before the third.
 """
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -132,6 +133,12 @@ def agrees_with(expected: Tensor, precision: str) -> Check:
     return check
 
 
+def first_line(error: Exception) -> str:
+    """What went wrong, without the colours that some libraries print."""
+    text = re.sub(r"\x1b\[\d*m", "", f"{type(error).__name__}: {error}")
+    return text.strip().splitlines()[0][:200]
+
+
 def synchronize(device: str) -> None:
     """Wait until a GPU has done what it was told; a CPU has when the call returns."""
     if torch.device(device).type == "cuda":
@@ -151,8 +158,7 @@ def _first_call(contender: Contender, device: str) -> str | None:
     except Exception as error:
         if contender.is_ours:
             raise
-        message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        return f"{contender.name} is left out: {message[:200]}"
+        return f"{contender.name} is left out: {first_line(error)}"
     if (
         on_gpu and contender.peak_memory is not None
     ):  # the weights, which the contender has stated, and what comes on top

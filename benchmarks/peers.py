@@ -28,7 +28,7 @@ from hf_clip.original import convert_names
 from hf_clip.original.keys import original_names
 
 from .ceiling import TEXT_LAYERS
-from .measuring import OURS, PRECISIONS, LeftOutError
+from .measuring import OURS, PRECISIONS, LeftOutError, first_line
 
 OPTIMIZED = f"{OURS}, optimized"
 OPENAI, STOCK, OPEN_CLIP = "openai-clip", "transformers", "open_clip"
@@ -266,8 +266,7 @@ def build(name: str, case: Case) -> Encoder:
     except Exception as error:
         if name.startswith(OURS):
             raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise LeftOutError(f"{name} is left out: {reason[:200]}") from error
+        raise LeftOutError(f"{name} is left out: {first_line(error)}") from error
 
     @torch.inference_mode()
     def encode_in_inference_mode(batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from .measuring import OURS, Row, Table
 
 COLUMNS_OF_PANELS = 3
-FASTER, SLOWER, GREY = "#1f5fa8", "#c2571a", "#6b6b6b"
+FASTER, SLOWER, PALE, GREY = "#1f5fa8", "#c2571a", "#b9d0ea", "#6b6b6b"
 
 
 def column_title(name: str) -> str:
@@ -93,10 +93,15 @@ def write_json(path: Path, report: dict) -> None:
     os.replace(unfinished, path)
 
 
-def bars_of(table: Table) -> list[tuple[str, float]]:
-    """(peer, how many times as fast the best of ours is), of the rows that aren't ours."""
-    peers = [row for row in table.rows if not row.name.startswith(OURS)]
-    return [(row.name, max(ratios.values())) for row in peers if (ratios := table.ratios(row))]
+def bars_of(table: Table) -> list[tuple[str, dict[str, float]]]:
+    """(peer, how many times as fast ours are): the table's first row of ours, and the fastest if that is another."""
+    bars = []
+    for row in table.rows:
+        ratios = table.ratios(row)
+        if not row.name.startswith(OURS) and table.ours[0] in ratios:
+            fastest = max(ratios, key=lambda name: ratios[name])
+            bars.append((row.name, {name: ratios[name] for name in dict.fromkeys([table.ours[0], fastest])}))
+    return bars
 
 
 def import_pyplot() -> Any:
@@ -138,23 +143,22 @@ def draw(path: Path, facts: dict[str, Any], tables: Sequence[Table]) -> None:
     os.replace(unfinished, path)
 
 
-def _draw_panel(panel: Any, table: Table, bars: list[tuple[str, float]], room: float) -> None:
-    names, ratios = zip(*bars, strict=True)
-    places = [-place for place in range(len(bars))]
-    panel.barh(places, ratios, height=0.66, color=[FASTER if ratio >= 1 else SLOWER for ratio in ratios])
+def _draw_panel(panel: Any, table: Table, bars: list[tuple[str, dict[str, float]]], room: float) -> None:
+    """The first row of ours in full colour; where another way is faster, its bar is pale and its label says which."""
+    farthest = max(1.0, *(ratio for _, ratios in bars for ratio in ratios.values()))
+    for place, (_, ratios) in enumerate(bars):
+        (_, first), *others = ratios.items()
+        label, end = f"{first:.2f} ×", first
+        for name, ratio in others:
+            panel.barh(-place, ratio, height=0.66, color=PALE)
+            label, end = f"{label}, {name.removeprefix(f'{OURS}, ')} {ratio:.2f} ×", ratio
+        panel.barh(-place, first, height=0.66, color=FASTER if first >= 1 else SLOWER)
+        place_of_label = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        panel.annotate(label, (end, -place), fontsize=8.5, color=GREY, **place_of_label)
     panel.axvline(1, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-    panel.set_yticks(places, names, fontsize=9)
-    for place, ratio in zip(places, ratios, strict=True):
-        panel.annotate(
-            f"{ratio:.1f} ×" if ratio >= 10 else f"{ratio:.2f} ×",
-            (ratio, place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=GREY,
-        )
-    panel.set_xlim(0, max(*ratios, 1) * 1.22)
+    panel.set_yticks([-place for place in range(len(bars))], [name for name, _ in bars], fontsize=9)
+    several = any(len(ratios) > 1 for _, ratios in bars)
+    panel.set_xlim(0, farthest * (1.9 if several else 1.22))  # the labels stand behind the bars
     panel.set_ylim(0.6 - (room - 1.6), 0.6)  # bars of one thickness, however many a panel has
     panel.set_title(table.title, loc="left", fontsize=9.5)
     panel.tick_params(axis="both", length=0, labelcolor=GREY)

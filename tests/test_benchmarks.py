@@ -134,7 +134,7 @@ def test_ratios_and_fraction_come_from_medians():
     assert table.ratios(second) == {"hf_clip": 0.5}
     assert first.fraction_of_ceiling == 0.5
     assert second.fraction_of_ceiling is None
-    assert reporting.bars_of(table) == [("openai-clip", 4.0)]
+    assert reporting.bars_of(table) == [("openai-clip", {"hf_clip": 2.0, "hf_clip, optimized": 4.0})]
 
 
 def test_table_shows_the_columns_that_have_values():
