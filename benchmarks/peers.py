@@ -216,7 +216,7 @@ def export_to_onnx(case: Case, path: Path) -> tuple[str, ...]:
             tuple(inputs.values()),
             str(path),
             input_names=list(inputs),
-            dynamic_shapes=tuple(shapes) if len(shapes) == 2 else (shapes[0], None),
+            dynamic_shapes=tuple(shapes),
             dynamo=True,
             verbose=False,
         )
