@@ -17,7 +17,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each set of extras, made again when the pins change.
-$(VENV)/.demo-installed $(VENV)/.dev-installed: $(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo-installed $(VENV)/.dev-installed $(VENV)/.bench-installed: $(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned versions into $(VENV) (a minute or two) ..."
 	$(INSTALL) --editable ".[$*]"
 	@# open_clip asks for torchvision, which its model class does not need and nothing here may depend on.
@@ -48,12 +48,8 @@ parity: $(VENV)/.dev-installed  ## compare all nine models with the reference at
 cards: $(VENV)/.dev-installed  ## write the nine model cards and their picture
 	$(BIN)/python -m model_cards
 
-bench: $(VENV)/.dev-installed  ## measure us and the peers in turn, and print ratios
-	$(BIN)/python -m benchmarks.tokenizer
-	$(BIN)/python -m benchmarks.image_processor
-	$(BIN)/python -m benchmarks.zero_shot
-	$(BIN)/python -m benchmarks.encode
-	$(BIN)/python -m benchmarks.train_step
+bench: $(VENV)/.dev-installed $(VENV)/.bench-installed  ## measure us and the peers in turn (about half an hour; QUICK=1: three minutes)
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) --json benchmark.json --picture benchmark.png
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output benchmark.json benchmark.png

@@ -1,32 +1,29 @@
 """How fast pictures become the model's input, beside transformers' own processor on Pillow.
 
-    python -m benchmarks.image_processor
-
-Photographs of 640x480 pixels, one at a time on one thread, and lists of 32 on one thread and on all. Before anything
-is timed the pixels are compared: the default backend's grey levels with Pillow's, torch's with those. Then a JPEG of
+Photographs of 640x480 pixels, one at a time on one thread, and lists of 32 on one thread and on all. The pixels are
+compared first: the default backend's grey levels with those of transformers, torch's with Pillow's. Then a JPEG of
 twelve megapixels from file to input, decoded exactly and with draft=True, and how far the latter is from the former.
+Where there is a GPU, lists of tensors are processed there too.
 """
 
-import argparse
-import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from io import BytesIO
 
 import numpy as np
-import PIL
 import torch
-import transformers
 from PIL import Image
+from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from hf_clip import HfClipImageProcessor
 
-from .in_turn import OURS, at_least_one, print_rates, rates_in_turn
+from .measuring import OURS, Check, Contender, Table, compare
+from .settings import Settings
 
+OPTIONS = ()
+NEEDS_CEILING = False
 LIST_LENGTH = 32
-CALLS_IN_A_ROW = 10
-"""Pictures are rarely processed between other work; caches are as they are in a loop over files."""
+ROUNDS, QUICK_ROUNDS = 20, 4
 
 QUICK = f"{OURS}, backend='torch'"
 PEER = "transformers CLIPImageProcessorPil"
@@ -44,77 +41,98 @@ def grey_levels(processor: Callable[..., dict], picture: object, **settings: obj
     return np.round(pixels * 255).astype(int)
 
 
-def check_equal(ours: HfClipImageProcessor, stock: CLIPImageProcessorPil, picture: Image.Image) -> None:
-    """Speed of something else would say nothing."""
-    expected = grey_levels(stock, picture)
-    found = grey_levels(ours, picture)
-    print(f"\ntransformers' grey levels differ from ours by {np.abs(found - expected).max()} at most")
-    quick = np.abs(grey_levels(ours, picture, backend="torch") - found)
-    if quick.max() > 1:
-        raise AssertionError(f"backend='torch' is {quick.max()} grey levels off")
-    print(f"backend='torch': {(quick > 0).mean():.2%} of the values differ from the default's, by one grey level")
+def within(levels: int, expected: Tensor, processor: HfClipImageProcessor) -> Check:
+    """A check of pixel_values, which may be off by so many grey levels."""
+    level = 1 / 255 / np.asarray(processor.image_std, dtype=np.float32).reshape(-1, 1, 1)
+
+    def check(found: dict) -> str | None:
+        pixels = np.asarray(found["pixel_values"].cpu())
+        off = np.abs(pixels - expected.numpy()).max(axis=(0, 2, 3), keepdims=True)[0] / level
+        largest = float(off.max())
+        return None if largest < levels + 0.01 else f"its pixels are {largest:.1f} grey levels off"
+
+    return check
 
 
-def call_often(call: Callable[[], object]) -> None:
-    for _ in range(CALLS_IN_A_ROW):
-        call()
-
-
-def compare_one_picture(
-    ours: HfClipImageProcessor, stock: CLIPImageProcessorPil, picture: Image.Image, rounds: int
-) -> None:
+def one_picture(
+    ours: HfClipImageProcessor, stock: CLIPImageProcessorPil, picture: Image.Image, rounds: int, seconds: float
+) -> Table:
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    calls: dict[str, Callable[[], object]] = {
-        OURS: lambda: ours(picture, return_tensors="pt"),
-        QUICK: lambda: ours(pixels, backend="torch", return_tensors="pt"),
-        PEER: lambda: stock(picture, return_tensors="pt"),
-    }
-    works = {name: partial(call_often, call) for name, call in calls.items()}
-    rates = rates_in_turn(works, dict.fromkeys(works, CALLS_IN_A_ROW), rounds)
-    title = f"pictures of {picture.width}x{picture.height} pixels, one at a time, one thread"
-    for row in (OURS, QUICK):
-        print_rates(title, {row: rates[row], PEER: rates[PEER]})
+    expected = stock(picture, return_tensors="pt")["pixel_values"]
+    quick = np.abs(grey_levels(ours, picture, backend="torch") - grey_levels(ours, picture))
+    shape = "portrait" if picture.height > picture.width else "landscape"
+    table = Table(
+        f"{shape} of {picture.width}x{picture.height} pixels, alone, one thread", "pictures", ours=(OURS, QUICK)
+    )
+    table.notes.append(f"backend='torch': {(quick > 0).mean():.2%} of the values differ, by one grey level")
+    contenders = [
+        Contender(OURS, lambda: ours(picture, return_tensors="pt"), 1, check=within(0, expected, ours)),
+        Contender(
+            QUICK, lambda: ours(pixels, backend="torch", return_tensors="pt"), 1, check=within(1, expected, ours)
+        ),
+        Contender(PEER, lambda: stock(picture, return_tensors="pt"), 1, check=within(0, expected, ours)),
+    ]
+    return compare(table, contenders, rounds=rounds, seconds=seconds)
 
 
-def compare_lists(ours: HfClipImageProcessor, picture: Image.Image, threads: int, rounds: int) -> None:
-    pictures = [picture] * LIST_LENGTH
-    works: dict[str, Callable[[], object]] = {
-        f"{OURS}, {threads} threads": lambda: ours(pictures, num_threads=threads, return_tensors="pt"),
-        f"{OURS}, one thread": lambda: ours(pictures, num_threads=1, return_tensors="pt"),
-    }
-    print_rates(f"lists of {LIST_LENGTH}", rates_in_turn(works, dict.fromkeys(works, LIST_LENGTH), rounds))
+def lists(
+    ours: HfClipImageProcessor, stock: CLIPImageProcessorPil, picture: Image.Image, settings: Settings, rounds: int
+) -> Table:
+    pictures, threads = [picture] * LIST_LENGTH, settings.threads
+    check = within(0, stock(pictures, return_tensors="pt")["pixel_values"], ours)
+    several, one = f"{OURS}, {threads} threads", f"{OURS}, one thread"
+    calls: dict[str, Callable[[], object]] = {one: lambda: ours(pictures, num_threads=1, return_tensors="pt")}
+    if threads > 1:
+        calls = {several: lambda: ours(pictures, num_threads=threads, return_tensors="pt")} | calls
+    calls[PEER] = lambda: stock(pictures, return_tensors="pt")
+    contenders = [Contender(name, call, LIST_LENGTH, check=check) for name, call in calls.items()]
+    table = Table(f"lists of {LIST_LENGTH}, 640x480 pixels", "pictures", ours=tuple(calls)[:-1])
+    return compare(table, contenders, rounds=rounds, seconds=settings.seconds)
 
 
-def compare_draft(ours: HfClipImageProcessor, rounds: int) -> None:
+def draft(ours: HfClipImageProcessor, rounds: int, seconds: float) -> Table:
     file = BytesIO()
     photograph((4000, 3000)).save(file, "JPEG", quality=90)
-    works: dict[str, Callable[[], object]] = {
-        f"{OURS}, draft": lambda: ours(file.getvalue(), draft=True, return_tensors="pt"),
-        f"{OURS}, exact": lambda: ours(file.getvalue(), return_tensors="pt"),
+    data = file.getvalue()
+    error = np.abs(grey_levels(ours, data, draft=True) - grey_levels(ours, data))
+    table = Table("a JPEG of 12 megapixels, from its bytes", "pictures", ours=(f"{OURS}, draft",))
+    table.notes.append(f"draft: grey levels are {error.mean():.2f} off on average, {error.max()} at most")
+    contenders = [
+        Contender(f"{OURS}, draft", lambda: ours(data, draft=True, return_tensors="pt"), 1),
+        Contender(f"{OURS}, exact", lambda: ours(data, return_tensors="pt"), 1),
+    ]
+    return compare(table, contenders, rounds=rounds, seconds=seconds)
+
+
+def on_device(ours: HfClipImageProcessor, picture: Image.Image, device: str, settings: Settings, rounds: int) -> Table:
+    """A batch of uint8 tensors, from the memory of the CPU and from the device's own, beside Pillow on the CPU."""
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).expand(LIST_LENGTH, -1, -1, -1).contiguous()
+    there, pictures = pixels.to(device), [picture] * LIST_LENGTH
+    expected = ours(pictures, return_tensors="pt")["pixel_values"]
+    settings_of_ours = {"backend": "torch", "device": device, "return_tensors": "pt"}
+    calls: dict[str, Callable[[], dict]] = {
+        f"{OURS}, on the device": lambda: ours(there, **settings_of_ours),
+        f"{OURS}, copied there": lambda: ours(pixels, **settings_of_ours),
+        f"{OURS}, Pillow": lambda: ours(pictures, return_tensors="pt"),
     }
-    print_rates("a JPEG of 12 megapixels, from its bytes", rates_in_turn(works, dict.fromkeys(works, 1), rounds))
-    error = np.abs(grey_levels(ours, file.getvalue(), draft=True) - grey_levels(ours, file.getvalue()))
-    print(f"draft: grey levels are {error.mean():.2f} off on average, {error.max()} at most")
+    contenders = [Contender(name, call, LIST_LENGTH, check=within(1, expected, ours)) for name, call in calls.items()]
+    table = Table(f"tensors in batches of {LIST_LENGTH}, {device}", "pictures", ours=tuple(calls)[:1], device=device)
+    return compare(table, contenders, rounds=rounds, seconds=settings.seconds)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.image_processor", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=at_least_one, default=20, help="rounds over all implementations (default 20)")
-    options = parser.parse_args(arguments)
-    threads = torch.get_num_threads()
+def run(settings: Settings) -> Iterator[Table]:
+    rounds = settings.rounds or settings.choose(ROUNDS, QUICK_ROUNDS)
     ours, stock = HfClipImageProcessor(), CLIPImageProcessorPil()
-    print(f"transformers {transformers.__version__}, Pillow {PIL.__version__}, torch {torch.__version__}, ", end="")
-    print(f"medians of {options.rounds} rounds")
     landscape = photograph((640, 480))
-    torch.set_num_threads(1)
-    for picture in (landscape, landscape.transpose(Image.Transpose.ROTATE_90)):
-        check_equal(ours, stock, picture)
-        compare_one_picture(ours, stock, picture, options.rounds)
-    torch.set_num_threads(threads)
-    compare_lists(ours, landscape, threads, max(options.rounds // 2, 1))
-    compare_draft(ours, max(options.rounds // 4, 1))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if "cpu" in settings.devices:
+        torch.set_num_threads(1)
+        try:
+            for picture in (landscape, landscape.transpose(Image.Transpose.ROTATE_90)):
+                yield one_picture(ours, stock, picture, rounds, settings.seconds)
+        finally:
+            torch.set_num_threads(settings.threads)
+        yield lists(ours, stock, landscape, settings, rounds)
+        yield draft(ours, rounds, settings.seconds)
+    for device in settings.devices:
+        if device != "cpu":
+            yield on_device(ours, landscape, device, settings, rounds)

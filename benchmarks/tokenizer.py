@@ -1,21 +1,17 @@
 """How fast captions become padded tensors, beside OpenAI's tokenizer, transformers' and instant-clip-tokenizer.
 
-    python -m benchmarks.tokenizer
-
 Captions are runs of 5 to 20 words of real English prose (the docstrings of torch and numpy), in one batch of 20,000.
 Twice: plain as they are, and with a typographic apostrophe in every tenth. hf_clip is measured with
 what it remembers of the round before, and with an empty memory that meets every word for the first time.
 """
 
-import argparse
 import inspect
 import random
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy
 import torch
-import transformers
 from transformers import CLIPTokenizer
 
 from conversion.reference import load_reference_module
@@ -23,7 +19,16 @@ from hf_clip import HfClipTokenizer
 from hf_clip.bpe_hf_clip import read_merges
 from hf_clip.original.vocabulary import find_vocabulary
 
-from .in_turn import OURS, at_least_one, print_rates, rates_in_turn
+from .measuring import OURS, Contender, Table, compare
+from .settings import Settings
+
+OPTIONS = ("captions",)
+NEEDS_CEILING = False
+CAPTIONS, QUICK_CAPTIONS = 20_000, 4_000
+ROUNDS, QUICK_ROUNDS = 5, 3
+START, END, CONTEXT = 49406, 49407, 77
+INSTANT = "instant-clip-tokenizer"
+TITLES = {"plain captions": None, "a typographic apostrophe in every tenth caption": 10}
 
 
 def prose() -> list[str]:
@@ -45,9 +50,9 @@ def make_captions(count: int, typographic_every: int | None, seed: int = 0) -> l
 
 def openai_tokenize(encode: Callable[[str], list[int]], texts: list[str]) -> torch.Tensor:
     """What the original's `tokenize` does with its tokenizer: rows of 77, filled with zeros."""
-    rows = torch.zeros(len(texts), 77, dtype=torch.int)
+    rows = torch.zeros(len(texts), CONTEXT, dtype=torch.int)
     for row, text in enumerate(texts):
-        ids = [49406, *encode(text)[:75], 49407]
+        ids = [START, *encode(text)[: CONTEXT - 2], END]
         rows[row, : len(ids)] = torch.tensor(ids)
     return rows
 
@@ -56,7 +61,7 @@ def build_works(texts: list[str]) -> dict[str, Callable[[], object]]:
     vocabulary = find_vocabulary(offline=True)
     ours = HfClipTokenizer.from_vocabulary_file(vocabulary)
     merges = read_merges(vocabulary)
-    stock = CLIPTokenizer(vocab=ours.get_vocab(), merges=merges, model_max_length=77)
+    stock = CLIPTokenizer(vocab=ours.get_vocab(), merges=merges, model_max_length=CONTEXT)
     encode = load_reference_module("simple_tokenizer").SimpleTokenizer().encode
 
     def fresh() -> object:
@@ -74,27 +79,39 @@ def build_works(texts: list[str]) -> dict[str, Callable[[], object]]:
     try:
         from instant_clip_tokenizer import Tokenizer as InstantTokenizer
     except ModuleNotFoundError:
-        print("instant-clip-tokenizer is left out: pip install instant-clip-tokenizer", file=sys.stderr)
+        pass  # `run` says so
     else:
         instant = InstantTokenizer()
-        works["instant-clip-tokenizer"] = lambda: torch.from_numpy(
-            instant.tokenize_batch(texts, context_length=77).astype(numpy.int64)
+        works[INSTANT] = lambda: torch.from_numpy(
+            instant.tokenize_batch(texts, context_length=CONTEXT).astype(numpy.int64)
         )
     return works
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenizer", description=__doc__.splitlines()[0])
-    parser.add_argument("--captions", type=at_least_one, default=20_000, help="captions in the batch (default 20,000)")
-    parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds over all implementations (default 5)")
-    options = parser.parse_args(arguments)
-    print(f"transformers {transformers.__version__}, medians of {options.rounds} rounds, {options.captions:,} captions")
-    for title, every in (("plain captions", None), ("a typographic apostrophe in every tenth caption", 10)):
-        texts = make_captions(options.captions, every)
+def agrees_with_original(texts: list[str], expected: list[list[int]]) -> Callable[[object], str | None]:
+    """A check of ids, as a list of lists or as a padded tensor: up to the end of the text they must be these."""
+
+    def check(found: Any) -> str | None:
+        rows = found["input_ids"] if isinstance(found, Mapping) else found
+        for text, row, ids in zip(texts, rows, expected, strict=True):
+            if list(map(int, row[: len(ids)])) != ids:
+                return f"it reads other tokens than the original, e.g. in {text[-40:]!r}"
+        return None
+
+    return check
+
+
+def run(settings: Settings) -> Iterator[Table]:
+    count = settings.captions or settings.choose(CAPTIONS, QUICK_CAPTIONS)
+    encode = load_reference_module("simple_tokenizer").SimpleTokenizer().encode
+    for title, every in TITLES.items():
+        texts = make_captions(count, every)
         works = build_works(texts)
-        print_rates(title, rates_in_turn(works, dict.fromkeys(works, len(texts)), options.rounds))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        expected = [[START, *encode(text)[: CONTEXT - 2], END] for text in texts]
+        table = Table(f"{title}, {count:,} in a batch", "captions")
+        if INSTANT not in works:
+            table.left_out.append(f"{INSTANT} is left out: it is not installed (pip install {INSTANT})")
+        check = agrees_with_original(texts, expected)
+        contenders = [Contender(name, work, count, check=check) for name, work in works.items()]
+        rounds = settings.rounds or settings.choose(ROUNDS, QUICK_ROUNDS)
+        yield compare(table, contenders, rounds=rounds, seconds=settings.seconds)

@@ -1,29 +1,32 @@
 """How fast pictures are classified zero-shot, beside the stock pipeline and open_clip's recipe.
 
-    python -m benchmarks.zero_shot
-
 Our pipeline runs on our model, the stock one on transformers' own model, tokenizer and image processor; both hold the
-same random weights in float32 and get the same pictures and labels through the same call. Before anything is timed
-their scores are compared. Ours makes its labels anew in every round, as a first call does; a row beside it shows the
-calls after that. Then a classifier of 1,000 labels and 7 templates is built: by us, and by open_clip's recipe, which
-pads every prompt to 77 tokens and encodes label by label, on OpenAI's own model with the same weights (a part of the
-labels, since it is slow).
+same random weights in float32 and get the same pictures and labels through the same call. Ours makes its labels anew
+in every call of the first row; the second shows the calls after that. Then a classifier of 1,000 labels and 7 templates
+is built: by us, and by open_clip's recipe, which pads every prompt to 77 tokens and encodes label by label, on OpenAI's
+own model with the same weights (a part of the labels, since it is slow).
 """
 
-import argparse
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.pipelines import ZeroShotImageClassificationPipeline
 
 from conversion.reference import build_reference, reference_dimensions
-from hf_clip import HfClipConfig, HfClipImageProcessor, HfClipModel, HfClipProcessor, HfClipTokenizer, tokenize
+from hf_clip import (
+    HfClipConfig,
+    HfClipImageProcessor,
+    HfClipModel,
+    HfClipProcessor,
+    HfClipTokenizer,
+    Variant,
+    tokenize,
+)
 from hf_clip.bpe_hf_clip import read_merges
 from hf_clip.original import convert_names
 from hf_clip.original.vocabulary import find_vocabulary
@@ -32,10 +35,16 @@ from hf_clip.prompts import TEMPLATE_SETS
 from hf_clip.variants import get_variant
 from hf_clip.zero_shot import build_matrix
 
-from .in_turn import OURS, at_least_one, print_rates, rates_in_turn
+from .measuring import OURS, Check, Contender, Table, agrees_with, compare
+from .settings import Settings
 
-PICTURES, LABELS = 32, 100
-CLASSES, CLASSES_BY_RECIPE = 1000, 20
+OPTIONS = ("variants",)
+NEEDS_CEILING = False
+VARIANTS = ("ViT-B/32",)
+PICTURES, QUICK_PICTURES, LABELS = 32, 16, 100
+CLASSES, QUICK_CLASSES, CLASSES_BY_RECIPE = 1000, 100, 20
+ROUNDS, QUICK_ROUNDS = 3, 2
+LARGEST_DIFFERENCE_OF_SCORES = 1e-5
 STOCK_BATCHES = (1, 8)
 
 
@@ -75,16 +84,25 @@ def openclip_recipe(encode: Callable[[Tensor], Tensor], names: list[str], templa
     return torch.stack(columns, dim=1)
 
 
-def compare_pipelines(ours: HfClipZeroShotPipeline, stock: ZeroShotImageClassificationPipeline, rounds: int) -> None:
-    pictures, labels = photographs(PICTURES), class_names(LABELS)
-    for found, expected in zip(
-        ours(pictures, candidate_labels=labels),
-        stock(pictures, candidate_labels=labels, batch_size=8),
-        strict=True,
-    ):
-        theirs = {entry["label"]: entry["score"] for entry in expected}
-        if max(abs(entry["score"] - theirs[entry["label"]]) for entry in found) > 1e-5:
-            raise AssertionError("the two pipelines give different scores")
+def same_scores(expected: list[list[dict[str, Any]]]) -> Check:
+    """A check of a pipeline's answers: every label's score."""
+
+    def check(found: list[list[dict[str, Any]]]) -> str | None:
+        for row, known in zip(found, expected, strict=True):
+            theirs = {entry["label"]: entry["score"] for entry in known}
+            difference = max(abs(entry["score"] - theirs[entry["label"]]) for entry in row)
+            if not difference <= LARGEST_DIFFERENCE_OF_SCORES:
+                return f"its scores are {difference:.1e} off"
+        return None
+
+    return check
+
+
+def pipelines(
+    ours: HfClipZeroShotPipeline, stock: ZeroShotImageClassificationPipeline, title: str, count: int
+) -> tuple[Table, list[Contender]]:
+    pictures, labels = photographs(count), class_names(LABELS)
+    check = same_scores(stock(pictures, candidate_labels=labels, batch_size=8))
 
     def first_call() -> object:
         ours._matrices.clear()
@@ -96,56 +114,58 @@ def compare_pipelines(ours: HfClipZeroShotPipeline, stock: ZeroShotImageClassifi
     }
     for size in STOCK_BATCHES:
         works[f"stock, batch {size}"] = partial(stock, pictures, candidate_labels=labels, batch_size=size)
-    rates = rates_in_turn(works, dict.fromkeys(works, PICTURES), rounds)
-    print_rates(f"pictures, {PICTURES} of 640x480 pixels, {LABELS} labels, one template", rates)
+    title = f"{title}, pipeline, {count} pictures of 640x480 pixels, {LABELS} labels"
+    contenders = [Contender(name, work, count, check=check) for name, work in works.items()]
+    return Table(title, "pictures", ours=tuple(works)[:2]), contenders
 
 
-def compare_classifiers(
-    model: HfClipModel, processor: HfClipProcessor, encode: Callable[[Tensor], Tensor], rounds: int
-) -> None:
-    templates, names = TEMPLATE_SETS["imagenet_7"], class_names(CLASSES)
-    found = build_matrix(model, processor, names, templates).weights
-    expected = openclip_recipe(encode, names[:CLASSES_BY_RECIPE], templates)
-    if (found[:, :CLASSES_BY_RECIPE] - expected).abs().max() > 1e-5:
-        raise AssertionError("the two recipes give different classifiers")
-    works: dict[str, Callable[[], object]] = {
-        OURS: lambda: build_matrix(model, processor, names, templates),
-        "open_clip's recipe": lambda: openclip_recipe(encode, names[:CLASSES_BY_RECIPE], templates),
-    }
-    amounts = {OURS: CLASSES, "open_clip's recipe": CLASSES_BY_RECIPE}
-    print_rates(f"labels of a classifier, {CLASSES} labels x 7 templates", rates_in_turn(works, amounts, rounds))
+def classifiers(
+    model: HfClipModel, processor: HfClipProcessor, encode: Callable[[Tensor], Tensor], title: str, count: int
+) -> tuple[Table, list[Contender]]:
+    templates, names = TEMPLATE_SETS["imagenet_7"], class_names(count)
+    few = names[:CLASSES_BY_RECIPE]
+    same = agrees_with(openclip_recipe(encode, few, templates).T, "float32")
+    contenders = [
+        Contender(
+            OURS,
+            lambda: build_matrix(model, processor, names, templates).weights.T,
+            len(names),
+            check=lambda found: same(found[: len(few)]),
+        ),
+        Contender("open_clip's recipe", lambda: openclip_recipe(encode, few, templates).T, len(few), check=same),
+    ]
+    return Table(f"{title}, classifier of {count:,} labels x {len(templates)} templates", "labels"), contenders
 
 
-@torch.no_grad()
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.zero_shot", description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", default="ViT-B/32", help="one of the nine (default ViT-B/32)")
-    parser.add_argument("--rounds", type=at_least_one, default=3, help="rounds over all implementations (default 3)")
-    options = parser.parse_args(arguments)
-    try:
-        variant = get_variant(options.variant)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def tables_of(variant: Variant, device: str, settings: Settings) -> Iterator[tuple[Table, list[Contender]]]:
     reference = build_reference(reference_dimensions(variant), seed=0)
     model = HfClipModel(HfClipConfig.from_variant(variant.name)).eval()
     model.load_state_dict(convert_names(reference.state_dict(), model.config))
+    peer = stock_model(model).to(device)
+    reference, model = reference.to(device), model.to(device)
     image_processor = HfClipImageProcessor.for_image_size(variant.image_size)
     tokenizer = HfClipTokenizer.from_vocabulary_file(find_vocabulary(offline=True))
     merges = read_merges(find_vocabulary(offline=True))
-    peer = stock_model(model)
-    print(f"{variant.name}, float32, torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
-    print(f"{torch.get_num_threads()} threads, medians of {options.rounds} rounds")
-    ours = HfClipZeroShotPipeline(model=model, tokenizer=tokenizer, image_processor=image_processor)
+    ours = HfClipZeroShotPipeline(model=model, tokenizer=tokenizer, image_processor=image_processor, device=device)
     stock = ZeroShotImageClassificationPipeline(
         model=peer,
         tokenizer=CLIPTokenizer(vocab=tokenizer.get_vocab(), merges=merges, model_max_length=77),
         image_processor=CLIPImageProcessorPil(**image_processor.to_dict()),
+        device=device,
     )
-    compare_pipelines(ours, stock, options.rounds)
-    compare_classifiers(model, HfClipProcessor(image_processor, tokenizer), reference.encode_text, options.rounds)  # type: ignore[arg-type]
-    return 0
+    title = variant.name if device == "cpu" else f"{variant.name} on the GPU"
+    yield pipelines(ours, stock, title, settings.choose(PICTURES, QUICK_PICTURES))
+    processor = HfClipProcessor(image_processor, tokenizer)
+    encode: Any = reference.encode_text
+    count = settings.choose(CLASSES, QUICK_CLASSES)
+    yield classifiers(model, processor, lambda ids: encode(ids.to(device)), title, count)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+@torch.no_grad()
+def run(settings: Settings) -> Iterator[Table]:
+    rounds = settings.rounds or settings.choose(ROUNDS, QUICK_ROUNDS)
+    for name in settings.variants or VARIANTS:
+        for device in settings.devices:
+            for table, contenders in tables_of(get_variant(name), device, settings):
+                table.device = device
+                yield compare(table, contenders, rounds=rounds, seconds=settings.seconds)

@@ -1,0 +1,259 @@
+"""Timing of several implementations in turn, each of which first has to show that it computes the same.
+
+1. Every contender is called once, and what it returns is checked. Who computes something else, or cannot compute it
+   here, is left out, with a line that says why: its speed would say nothing.
+2. Warm-up: three more unmeasured calls, or fewer once a second has passed.
+3. Rounds: everyone has one turn in each, so that all meet the same state of the machine. A turn is as many calls as
+   fill a tenth of a second. The figure is the median over the rounds.
+
+Rounds end sooner when the table's time is used up, but not before the third.
+"""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OURS = "hf_clip"
+
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"float32": 1e-4, "bf16": 6e-2, "fp16": 1e-2}
+"""Largest relative error of any one feature vector. float32: sums in another order. Otherwise a rounding to 8 or 11
+bits after every layer, whose errors add up along the residual stream: bfloat16 was seen to reach 3e-2 in the worst
+row of a batch, whichever the implementation; an error in the computation is of order one."""
+
+WARM_UP_SECONDS, WARM_UP_CALLS = 1.0, 3
+TURN_SECONDS = 0.1
+LEAST_ROUNDS = 3
+
+Check = Callable[[Any], str | None]
+"""What is wrong with the result of a first call; None where nothing is."""
+
+
+class LeftOutError(Exception):
+    """An implementation that cannot take part; the message says why, and how it could."""
+
+
+@dataclass
+class Contender:
+    """One implementation at work: `work` is one call, which handles `amount` pictures, texts or whatever is counted."""
+
+    name: str
+    work: Callable[[], Any]
+    amount: int
+    precision: str = ""
+    check: Check | None = None
+    flops: float | None = None
+    ceiling: float | None = None
+    peak_memory: int | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith(OURS)
+
+
+@dataclass
+class Row:
+    """What was measured of one contender: the seconds of one call in each round; memory in bytes."""
+
+    name: str
+    precision: str
+    amount: int
+    seconds: list[float]
+    flops: float | None = None
+    ceiling: float | None = None
+    peak_memory: int | None = None
+
+    @property
+    def per_second(self) -> float:
+        return self.amount / statistics.median(self.seconds)
+
+    @property
+    def fraction_of_ceiling(self) -> float | None:
+        """Of the fastest matrix product that was measured on this machine in this precision."""
+        if self.flops is None or self.ceiling is None:
+            return None
+        return self.flops / statistics.median(self.seconds) / self.ceiling
+
+
+@dataclass
+class Table:
+    """Rows that were measured together, and what else there is to say about them.
+
+    ours: the names of the rows that all others are compared with, a column for each
+    unit: what is counted per second
+    """
+
+    title: str
+    unit: str
+    rows: list[Row] = field(default_factory=list)
+    ours: Sequence[str] = (OURS,)
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    device: str = "cpu"
+
+    def row(self, name: str) -> Row | None:
+        return next((row for row in self.rows if row.name == name), None)
+
+    def ratios(self, row: Row) -> dict[str, float]:
+        """How many times as fast as this row ours are, those that were measured."""
+        found = {name: self.row(name) for name in self.ours}
+        return {name: ours.per_second / row.per_second for name, ours in found.items() if ours and ours is not row}
+
+    @property
+    def is_without_ours(self) -> bool:
+        return self.row(self.ours[0]) is None
+
+
+def worst_error(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖ of the row, (B, D), in which it is largest: one wrong row isn't averaged away."""
+    if found.shape != expected.shape:
+        return float("inf")
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float(errors.nan_to_num(nan=torch.inf).max())
+
+
+def agrees_with(expected: Tensor, precision: str) -> Check:
+    """A check of features (B, D) against those of the float32 reference."""
+
+    def check(found: Tensor) -> str | None:
+        error, limit = worst_error(found, expected), TOLERANCE[precision]
+        return None if error <= limit else f"its output is {error:.1e} off, where {precision} allows {limit:.0e}"
+
+    return check
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, without the colours that some libraries print."""
+    text = re.sub(r"\x1b\[\d*m", "", f"{type(error).__name__}: {error}")
+    return text.strip().splitlines()[0][:200]
+
+
+def synchronize(device: str) -> None:
+    """Wait until a GPU has done what it was told; a CPU has when the call returns."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _first_call(contender: Contender, device: str) -> str | None:
+    """Call once, which warms up too, and check: why the contender can't take part, or None. Ours may not fail so."""
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    try:
+        result = contender.work()
+        synchronize(device)
+    except Exception as error:
+        if contender.is_ours:
+            raise
+        return f"{contender.name} is left out: {first_line(error)}"
+    if (
+        on_gpu and contender.peak_memory is not None
+    ):  # the weights, which the contender has stated, and what comes on top
+        contender.peak_memory += torch.cuda.max_memory_allocated() - before
+    reason = contender.check(result) if contender.check else None
+    return f"{contender.name} is left out: {reason}" if reason else None
+
+
+def _warm_up(work: Callable[[], Any], device: str, last: float) -> int:
+    """Unmeasured calls, after one that took `last` seconds; how many calls fill a turn."""
+    begin = time.perf_counter() - last
+    for _ in range(WARM_UP_CALLS):
+        if time.perf_counter() - begin > WARM_UP_SECONDS:
+            break
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        last = time.perf_counter() - start
+    return max(1, round(TURN_SECONDS / max(last, 1e-6)))
+
+
+def compare(table: Table, contenders: Sequence[Contender], *, rounds: int, seconds: float = float("inf")) -> Table:
+    """Fill a table with rows: check, warm up, and measure the contenders in turn.
+
+    seconds: after which no further round begins, once there are three
+    """
+    present, calls = [], []
+    for contender in contenders:
+        say(f"checking {contender.name}")
+        start = time.perf_counter()
+        reason = _first_call(contender, table.device)
+        if reason:
+            table.left_out.append(reason)
+            continue
+        present.append(contender)
+        calls.append(_warm_up(contender.work, table.device, time.perf_counter() - start))
+    times: list[list[float]] = [[] for _ in present]
+    begin = time.perf_counter()
+    for turn in range(rounds):
+        if turn >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
+            break
+        for contender, count, seen in zip(present, calls, times, strict=True):
+            say(f"round {turn + 1}, {contender.name}")
+            start = time.perf_counter()
+            for _ in range(count):
+                contender.work()
+            synchronize(table.device)
+            seen.append((time.perf_counter() - start) / count)
+    say("")
+    for contender, seen in zip(present, times, strict=True):
+        facts = (contender.flops, contender.ceiling, contender.peak_memory)
+        table.rows.append(Row(contender.name, contender.precision, contender.amount, seen, *facts))
+    return table
+
+
+def say(text: str) -> None:
+    """One line on a terminal that shows what is going on; nothing where the output goes elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def memory_of_this_process(field_name: str) -> int | None:
+    """Bytes from Linux's own account: VmHWM (the most that was in memory) or RssAnon (in no file); None elsewhere.
+
+    Not getrusage's ru_maxrss: a child's begins with what its parent has when it starts it.
+    """
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    for line in status.read_text().splitlines():
+        if line.startswith(f"{field_name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def forget_peak_memory() -> None:
+    """Let the account of the most memory begin anew, where the system allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def run_alone(function: Callable[..., Any], **arguments: Any) -> Any:
+    """The result of a function at the top of a module, computed in a process of its own.
+
+    Arguments and result travel as JSON. Raises LeftOutError with the last line of what went wrong there.
+    """
+    code = (
+        f"import json, sys; from {function.__module__} import {function.__name__} as function; "
+        f"print(json.dumps(function(**json.loads(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, json.dumps(arguments)]
+    folder = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    if done.returncode:
+        raise LeftOutError((done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1][:200])
+    return json.loads(done.stdout.splitlines()[-1])

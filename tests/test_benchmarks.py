@@ -1,0 +1,365 @@
+"""The benchmarks as programs: who takes part, what is refused, what is written. No test asserts a time."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import encoders, image_processor, load, measuring, peers, reporting, text_encoder, train_step
+from benchmarks.__main__ import SUBCOMMANDS, main
+from benchmarks.ceiling import as_convolution, measure_ceiling, text_flops
+from benchmarks.measuring import Contender, LeftOutError, Row, Table, agrees_with, compare, run_alone
+from benchmarks.settings import Settings
+from hf_clip import VARIANTS, HfClipImageProcessor, Variant
+from hf_clip.variants import get_variant
+
+TINY = {"embed_dim": 32, "text_width": 64, "text_heads": 1, "image_gflops": 0.01, "image_size": 64}
+TOWERS = {
+    "vit": TINY | {"vision_layers": 2, "vision_width": 64, "vision_heads": 1, "patch_size": 32},
+    "resnet": TINY | {"vision_layers": (1, 1, 1, 1), "vision_width": 8, "vision_heads": 4, "patch_size": None},
+}
+
+
+@pytest.fixture
+def variant(tower: str, monkeypatch: pytest.MonkeyPatch) -> Variant:
+    """A tenth model, which is tiny."""
+    row = replace(get_variant("ViT-B/32"), name=f"tiny {tower}", **TOWERS[tower])
+    monkeypatch.setitem(VARIANTS, row.name, row)
+    return row
+
+
+@pytest.fixture
+def vit(monkeypatch: pytest.MonkeyPatch) -> Variant:
+    row = replace(get_variant("ViT-B/32"), name="tiny vit", **TOWERS["vit"])
+    monkeypatch.setitem(VARIANTS, row.name, row)
+    return row
+
+
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "WARM_UP_CALLS", 1)
+    monkeypatch.setattr(measuring, "TURN_SECONDS", 0.0)
+
+
+@pytest.fixture
+def no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+
+
+def tiny_settings(*variants: Variant, **changes) -> Settings:
+    names = tuple(variant.name for variant in variants) or None
+    settings = Settings(quick=True, threads=torch.get_num_threads(), rounds=1, variants=names, batches=(2,), prompts=6)
+    return replace(settings, is_memory_measured=False, measure_ceiling=lambda device, precision: 1e11, **changes)
+
+
+def names_of(table: Table) -> list[str]:
+    return [row.name for row in table.rows]
+
+
+def features(value: float = 1.0) -> torch.Tensor:
+    return torch.full((2, 3), value)
+
+
+# The measuring core
+
+
+def test_contender_with_a_wrong_row_is_left_out_with_its_error():
+    wrong = features()
+    wrong[1] *= 1.01  # one row of two, by one per cent
+    check = agrees_with(features(), "float32")
+    contenders = [
+        Contender("hf_clip", features, 2, "float32", check),
+        Contender("peer", lambda: wrong, 2, "float32", check),
+        Contender("nan", lambda: features(torch.nan), 2, "float32", check),
+        Contender("shape", lambda: features()[:1], 2, "float32", check),
+    ]
+    table = compare(Table("title", "rows"), contenders, rounds=2)
+    assert names_of(table) == ["hf_clip"]
+    assert table.left_out == [
+        "peer is left out: its output is 1.0e-02 off, where float32 allows 1e-04",
+        "nan is left out: its output is inf off, where float32 allows 1e-04",
+        "shape is left out: its output is inf off, where float32 allows 1e-04",
+    ]
+
+
+def test_rounding_that_a_precision_allows_is_no_error():
+    for precision, allowed, refused in (("bf16", 1.01, 1.1), ("fp16", 1.005, 1.02)):
+        check = agrees_with(features(), precision)
+        assert check(features(allowed)) is None
+        assert check(features(refused)) is not None
+
+
+def test_peer_that_fails_is_left_out_but_ours_may_not_fail():
+    def fail() -> None:
+        raise RuntimeError("no such instruction\nand much more")
+
+    table = compare(Table("title", "calls"), [Contender("peer", fail, 1)], rounds=1)
+    assert table.left_out == ["peer is left out: RuntimeError: no such instruction"]
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        compare(Table("title", "calls"), [Contender("hf_clip, optimized", fail, 1)], rounds=1)
+
+
+def test_everyone_has_a_turn_in_every_round():
+    calls: list[str] = []
+    contenders = [Contender(name, lambda name=name: calls.append(name), 1) for name in "ab"]  # type: ignore[misc]
+    table = compare(Table("title", "calls"), contenders, rounds=4)
+    assert calls == [*"aa", *"bb"] + [*"ab"] * 4  # a first call and a warm-up each, then the rounds
+    assert [len(row.seconds) for row in table.rows] == [4, 4]
+
+
+def test_time_that_is_used_up_ends_the_rounds_after_the_third():
+    table = compare(Table("title", "calls"), [Contender("peer", lambda: None, 1)], rounds=9, seconds=0.0)
+    assert len(table.rows[0].seconds) == 3
+
+
+def example_table() -> Table:
+    rows = [
+        Row("hf_clip", "float32", 16, [0.5, 0.4, 0.5], flops=16e9, ceiling=64e9, peak_memory=1_500_000_000),
+        Row("hf_clip, optimized", "float32", 16, [0.25]),
+        Row("openai-clip", "float32", 16, [1.0, 1.0, 9.0], flops=16e9, ceiling=64e9),
+    ]
+    return Table("ViT-B/32", "pictures", rows, ours=("hf_clip", "hf_clip, optimized"), left_out=["peer is left out: …"])
+
+
+def test_ratios_and_fraction_come_from_medians():
+    table = example_table()
+    first, second, peer = table.rows
+    assert peer.per_second == 16
+    assert table.ratios(peer) == {"hf_clip": 2.0, "hf_clip, optimized": 4.0}
+    assert table.ratios(second) == {"hf_clip": 0.5}
+    assert first.fraction_of_ceiling == 0.5
+    assert second.fraction_of_ceiling is None
+    assert reporting.bars_of(table) == [("openai-clip", {"hf_clip": 2.0, "hf_clip, optimized": 4.0})]
+
+
+def test_table_shows_the_columns_that_have_values():
+    assert reporting.format_table(example_table()).splitlines() == [
+        "",
+        "ViT-B/32: pictures",
+        "                    precision  per second  hf_clip is  optimized is  of ceiling  peak memory",
+        "hf_clip               float32        32.0                2.00 times        0.50      1.50 GB",
+        "hf_clip, optimized    float32        64.0  0.50 times",
+        "openai-clip           float32        16.0  2.00 times    4.00 times        0.25",
+        "peer is left out: …",
+    ]
+    plain = Table("captions", "captions", [Row("hf_clip", "", 1, [0.5])])
+    assert reporting.format_table(plain).splitlines()[2].split() == ["per", "second"]
+
+
+def test_process_of_its_own_returns_its_result_or_its_last_words():
+    assert run_alone(text_flops_of, name="ViT-B/32", lengths=[77]) == text_flops(get_variant("ViT-B/32"), [77])
+    with pytest.raises(LeftOutError, match="Unknown CLIP variant 'ViT-B/33'"):
+        run_alone(text_flops_of, name="ViT-B/33", lengths=[77])
+
+
+def text_flops_of(name: str, lengths: list[int]) -> float:
+    return text_flops(get_variant(name), lengths)
+
+
+@pytest.mark.parametrize(("name", "gflops"), [("ViT-B/32", 5.96), ("RN50x4", 9.27), ("ViT-L/14", 13.30)])
+def test_text_flops_are_those_of_full_texts_as_measured_elsewhere(name: str, gflops: float):
+    assert text_flops(get_variant(name), [77]) / 1e9 == pytest.approx(gflops, abs=0.01)
+    assert text_flops(get_variant(name), [7, 9]) < text_flops(get_variant(name), [77]) / 4
+
+
+def test_ceiling_multiplies_in_both_ways(monkeypatch: pytest.MonkeyPatch):
+    rows, weight = torch.randn(7, 5), torch.randn(3, 5)
+    product = as_convolution(rows, weight)[0, :, :, 0].T
+    assert torch.allclose(product, rows @ weight.T, atol=1e-6)
+    monkeypatch.setitem(import_module("benchmarks.ceiling").SHAPES, "cpu", [(64, 32, 16)])
+    assert measure_ceiling("cpu", "bf16") > 0
+
+
+# Each subcommand, with settings of seconds
+
+
+def test_image_encoders_agree_and_absent_engines_are_named(variant: Variant, no_engines: None):
+    (table,) = import_module("benchmarks.image_encoder").run(tiny_settings(variant, precisions=("float32",)))
+    expected = ["hf_clip", "openai-clip", "transformers", "open_clip"]
+    assert [name for name in names_of(table) if "optimized" not in name] == [
+        name for name in expected if name != "transformers" or variant.patch_size
+    ]
+    assert table.title == f"{variant.name}, float32, batch 2"
+    assert "OpenVINO is left out: it is not installed (pip install openvino)" in table.left_out
+    install = "ONNX Runtime is left out: onnx is not installed (pip install onnx onnxscript onnxruntime)"
+    assert install in table.left_out
+    assert ("transformers is left out: it has no ResNets" in table.left_out) == (variant.patch_size is None)
+    assert all(row.fraction_of_ceiling for row in table.rows)
+
+
+def test_image_encoders_in_bf16_stand_beside_the_float32_reference(vit: Variant, no_engines: None):
+    (table,) = import_module("benchmarks.image_encoder").run(tiny_settings(vit, precisions=("bf16",)))
+    assert {"hf_clip", "openai-clip", "openai-clip, float32"} <= set(names_of(table))
+    assert [row.precision for row in table.rows if row.name == "openai-clip, float32"] == ["float32"]
+
+
+@pytest.mark.slow  # exports and compiles, a minute each
+def test_engines_agree_where_they_are_installed(variant: Variant):
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    tables = [
+        table
+        for name in ("image_encoder", "text_encoder")
+        for table in import_module(f"benchmarks.{name}").run(tiny_settings(variant, precisions=("float32",)))
+        if variant.patch_size or name == "image_encoder"
+    ]
+    for table in tables:
+        assert {"OpenVINO", "ONNX Runtime"} <= set(names_of(table)), table.left_out
+
+
+def test_text_encoders_take_prompts_as_each_project_pads_them(vit: Variant, no_engines: None, tokenizer):
+    many, alone = text_encoder.run(tiny_settings(vit, precisions=("float32",)))
+    assert many.title == "tiny vit, float32, 6 prompts of 5 to 20 tokens"
+    assert {"hf_clip", "hf_clip, ZeroShotClassifier", "openai-clip", "transformers"} <= set(names_of(many))
+    assert [row.amount for row in alone.rows] == [1] * len(alone.rows)
+    prompts = text_encoder.make_prompts(40, tokenizer)
+    lengths = [len(ids) for ids in tokenizer(prompts, padding=False)["input_ids"]]
+    assert len(set(prompts)) == 40
+    assert min(lengths) >= 5
+    assert max(lengths) <= 20
+    assert lengths != sorted(lengths)
+
+
+def test_encoder_with_a_wrong_output_is_no_row(vit: Variant, no_engines: None, monkeypatch: pytest.MonkeyPatch, capsys):
+    right = peers.BUILDERS["transformers"]
+    broken: Callable = lambda case: lambda batch: right(case)(batch) * 1.01  # noqa: E731
+    monkeypatch.setitem(peers.BUILDERS, "transformers", broken)
+    options = ["--quick", "--batch", "2", "--rounds", "1", "--precision", "float32", "--variants", "tiny vit"]
+    monkeypatch.setattr(import_module("benchmarks.__main__"), "Settings", fixed_ceiling)
+    assert main(["image_encoder", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "transformers is left out: its output is 1.0e-02 off, where float32 allows 1e-04" in printed
+    assert not any(line.startswith("transformers ") and "float32  " in line for line in printed.splitlines())
+    monkeypatch.setitem(peers.BUILDERS, "hf_clip", broken)
+    assert main(["image_encoder", *options]) == 1, "a table without ours is a failure"
+
+
+def fixed_ceiling(**settings) -> Settings:
+    return Settings(**settings, measure_ceiling=lambda device, precision: 1e11)
+
+
+def test_rows_of_a_gpu_run_the_same_code_on_a_cpu(
+    vit: Variant, no_engines: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(encoders, "ON_CPU", [name for name in peers.ON_GPU if "compiled" not in name])
+    (table,) = import_module("benchmarks.image_encoder").run(tiny_settings(vit, precisions=("bf16",)))
+    assert {"hf_clip, without flash", "transformers, without flash"} <= set(names_of(table))
+    picture = image_processor.photograph((64, 48))
+    ours = HfClipImageProcessor.for_image_size(32)
+    table = image_processor.on_device(ours, picture, "cpu", tiny_settings(), rounds=1)
+    assert names_of(table) == ["hf_clip, on the device", "hf_clip, copied there", "hf_clip, Pillow"]
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own(vit: Variant):
+    if measuring.memory_of_this_process("VmHWM") is None:
+        pytest.skip("this system has no such account")
+    batch = {"pixel_values": torch.randn(2, 3, 64, 64)}
+    with peers.weights_folder(vit) as folder:
+        found = encoders.peak_memories(["hf_clip"], peers.Case(vit, folder, "image"), batch)
+    assert found["hf_clip"] > 50e6
+
+
+def test_loading_is_measured_in_fresh_processes(vit: Variant):
+    with load.twin_folders(vit) as folders:
+        load.halve_matrices(folders)
+        assert (folders["hf_clip"] / load.WEIGHTS).stat().st_nlink == 2
+        found = {name: load.load_alone(name, str(folder), 1) for name, folder in folders.items()}
+        assert found["hf_clip"]["checksum"] == pytest.approx(found["transformers"]["checksum"])
+        table = load.loading({"hf_clip": folders["hf_clip"]}, "title", rounds=1, threads=1)
+    assert names_of(table) == ["hf_clip"]
+    assert "hf_clip: anonymous memory added" in table.notes[0]
+
+
+def test_first_picture_gets_the_same_scores_from_both_repositories(vit: Variant, tmp_path: Path):
+    picture = tmp_path / "picture.png"
+    Image.effect_noise((64, 48), 50).convert("RGB").save(picture)
+    with load.twin_folders(vit) as folders:
+        load.write_processors(folders, vit.image_size)
+        scores = {name: load.classify_in_fresh_process(name, folder, picture, 1) for name, folder in folders.items()}
+    assert load.same_scores(scores["transformers"])(scores["hf_clip"]) is None
+    assert load.same_scores([0.4, 0.6])([0.5, 0.5]) == "its scores are [0.5, 0.5], not [0.4, 0.6]"
+
+
+def test_training_steps_have_the_same_loss(vit: Variant, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train_step, "VARIANT", vit.name)
+    (table,) = train_step.run(tiny_settings(precisions=("float32",)))
+    assert names_of(table) == ["hf_clip", "transformers", "open_clip"]
+    check = train_step.same_loss([], "float32")
+    assert check(2.0) is None
+    assert check(2.1) == "its first loss is 2.1000, where hf_clip has 2.0000"
+
+
+def test_zero_shot_answers_agree(vit: Variant, monkeypatch: pytest.MonkeyPatch):
+    module = import_module("benchmarks.zero_shot")
+    for name, value in (("QUICK_PICTURES", 2), ("LABELS", 3), ("QUICK_CLASSES", 4), ("CLASSES_BY_RECIPE", 2)):
+        monkeypatch.setattr(module, name, value)
+    pipeline, classifier = module.run(tiny_settings(vit))
+    assert names_of(pipeline) == ["hf_clip, first call", "hf_clip, labels known", "stock, batch 1", "stock, batch 8"]
+    assert names_of(classifier) == ["hf_clip", "open_clip's recipe"]
+
+
+def test_image_processors_agree(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(image_processor, "LIST_LENGTH", 2)
+    landscape, portrait, lists, draft = image_processor.run(tiny_settings())
+    for table in (landscape, portrait):
+        assert names_of(table) == ["hf_clip", "hf_clip, backend='torch'", image_processor.PEER]
+    assert "hf_clip, one thread" in names_of(lists)
+    assert names_of(draft) == ["hf_clip, draft", "hf_clip, exact"]
+
+
+# The command line, with the subcommand that takes the least
+
+
+def test_report_holds_machine_versions_and_raw_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    files = ["--json", str(tmp_path / "figures.json"), "--picture", str(tmp_path / "ratios.png")]
+    threads = torch.get_num_threads()
+    assert main(["tokenizer", "--captions", "40", "--rounds", "2", "--threads", str(threads), *files]) == 0
+    assert f", {threads} threads" in capsys.readouterr().out
+    report = json.loads((tmp_path / "figures.json").read_text())
+    assert report.keys() == {"date", "machine", "versions", "threads", "ceilings_gflops", "tables"}
+    assert {"processor", "cores", "memory_gb", "gpu"} <= report["machine"].keys()
+    assert report["versions"]["torch"] == torch.__version__
+    table = report["tables"][0]
+    assert (table["subcommand"], table["unit"]) == ("tokenizer", "captions")
+    row = next(row for row in table["rows"] if row["implementation"] == "openai-clip")
+    assert row.keys() >= {"precision", "per_second", "fraction_of_ceiling", "peak_memory_bytes", "amount", "seconds"}
+    assert len(row["seconds"]) == 2
+    assert row["ours_is_times"]["hf_clip"] > 0
+    with Image.open(tmp_path / "ratios.png") as picture:
+        assert picture.format == "PNG"
+    assert {path.name for path in tmp_path.iterdir()} == {"figures.json", "ratios.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode"], f"error: there is no benchmark 'encode'; there are {', '.join(SUBCOMMANDS)}"),
+        (["image_encoder", "--variants", "ViT-B/33"], "error: Unknown CLIP variant 'ViT-B/33'; the nine are"),
+        (["tokenizer", "load", "--variants", "RN50"], "error: --variants has no meaning for tokenizer, load"),
+        (["image_encoder", "--captions", "9"], "error: --captions has no meaning for image_encoder"),
+        (
+            ["tokenizer", "--json", "no/such/folder.json"],
+            "error: no/such/folder.json cannot be written: name a file in",
+        ),
+        (["tokenizer", "--picture", "ratios"], "error: ratios is no picture's name; it must end in .png, .svg or .pdf"),
+        (["image_encoder", "--device", "cpu", "--precision", "fp16"], "error: --precision fp16 is not measured here"),
+    ],
+)
+def test_request_that_cannot_be_met_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(message)
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]):
+    assert main(["tokenizer", "--device", "cuda"]) == 1
+    assert capsys.readouterr().err == "error: --device cuda, but torch sees no GPU here\n"
