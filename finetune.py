@@ -134,7 +134,9 @@ def warn_of_few_threads() -> None:
 
 def main() -> int:
     try:
-        train(parse_config())
+        with failures.said_once():
+            config = parse_config()
+        train(config)
     except KeyboardInterrupt:
         print("\ninterrupted; --resume latest goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
