@@ -108,7 +108,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, tmp_path:
 
 def test_too_many_bad_rows_end_both_processes(digits: Path, tmp_path: Path):
     flags = options(digits, tmp_path / "out", dataset=str(digits / "several"), batch_size=16, max_bad_fraction=0.001)
-    done = launch(flags, processes=2, timeout=120)
+    done = launch(flags, processes=2)
     assert done.returncode != 0
     assert re.search(r"error: \d of \d+ rows cannot be used", done.stderr)
     assert "more than --max_bad_fraction 0.001 allows; the first is row " in done.stderr
@@ -125,7 +125,7 @@ def said_once(stderr: str) -> None:
 
 def test_several_processes_say_it_once(digits: Path, tmp_path: Path):
     flags = options(digits, tmp_path / "out", caption_column="text")
-    done = launch(flags, processes=2, timeout=120)
+    done = launch(flags, processes=2)
     assert done.returncode != 0
     assert "has no column 'text'; its columns are image, caption, target" in done.stderr
     said_once(done.stderr)
@@ -146,7 +146,7 @@ def test_error_of_another_process_alone_is_said_by_it(digits: Path, tmp_path: Pa
         "build.count_steps = fail\n"
         "sys.exit(finetune.main())\n"
     )
-    done = launch(options(digits, tmp_path / "out"), processes=2, timeout=120, program=program, PYTHONPATH=str(ROOT))
+    done = launch(options(digits, tmp_path / "out"), processes=2, program=program, PYTHONPATH=str(ROOT))
     assert done.returncode != 0
     assert "error: of the second" in done.stderr
     said_once(done.stderr)
