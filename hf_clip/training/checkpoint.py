@@ -109,8 +109,13 @@ def read_state(folder: Path, identity: dict[str, Any]) -> RunState:
 
 def load_checkpoint(accelerator: Any, folder: Path, identity: dict[str, Any]) -> RunState:
     """Restore model, optimizer, schedule and random states; returns where the run stood. Raises as `read_state`."""
+    from accelerate.utils import load
+
     state = read_state(folder, identity)
+    random_states = folder / f"random_states_{accelerator.process_index}.pkl"
     try:
+        if random_states.is_file():  # accelerate would go on without those that it cannot read
+            load(random_states)
         accelerator.load_state(str(folder))
     except Exception as error:  # whatever a damaged file makes its reader do
         raise _damaged(folder, error) from error
