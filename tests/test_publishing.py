@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel, pipeline
+from transformers import AutoModel, AutoProcessor, pipeline
 
 from conversion.convert import convert
 from conversion.publish import main, publish
@@ -207,6 +207,7 @@ def test_retry_continues_where_the_network_failed(server: HubServer, repositorie
     model = HfClipModel.from_pretrained(repositories["vit"])
     weights = model.state_dict()
     model.save_pretrained(tmp_path / "sharded", max_shard_size="1MB")
+    AutoProcessor.from_pretrained(repositories["vit"]).save_pretrained(tmp_path / "sharded")
     shards = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
     assert len(shards) > 2
     server.hub.fail_after = 2
