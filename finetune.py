@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.publishing import PublishingError, check_repo_id
-from hf_clip.training import build
+from hf_clip.training import build, failures
+from hf_clip.training.bad_rows import RowsOfRun
 from hf_clip.training.checkpoint import FOLDER as CHECKPOINTS_FOLDER
-from hf_clip.training.checkpoint import find_checkpoint
+from hf_clip.training.checkpoint import find_checkpoint, read_state
 from hf_clip.training.config import TrainingConfig, parse_config
-from hf_clip.training.data import BadRows, Position
+from hf_clip.training.data import Position
 from hf_clip.training.evaluating import model_inputs
 from hf_clip.training.losses import global_contrastive_loss
 from hf_clip.training.optim import clamp_logit_scale_, learning_rates
@@ -33,14 +34,15 @@ from hf_clip.training.run import Run, make_accelerator
 from hf_clip.whole_folder import check_destination
 
 
-def check_output(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Refuse, before any work is done, a folder that cannot be written or would lose something."""
+def check_ends(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Refuse, before any work is done, a folder that cannot be written or would lose something, or a missing model."""
     if config.resume is not None:
-        find_checkpoint(config.output_dir, config.resume)
+        read_state(find_checkpoint(config.output_dir, config.resume), identity={})
     elif accelerator.is_main_process:
         check_destination(config.output_dir, config.overwrite)
     if config.push_to_hub is not None:
         check_repo_id(config.push_to_hub)
+    build.check_start(config)
 
 
 def prepare_output(config: TrainingConfig, accelerator: Accelerator) -> None:
@@ -59,13 +61,13 @@ def prepare_output(config: TrainingConfig, accelerator: Accelerator) -> None:
 def train(config: TrainingConfig) -> None:
     """Train one model as `config` says and save it. Raises OSError or ValueError for what cannot be done."""
     accelerator = make_accelerator(config)
-    check_output(config, accelerator)
+    check_ends(config, accelerator)
     data = build.build_data(config)
     model, processor = build.build_model(config, data)
     check_output_format(model, processor, config)
     set_seed(config.seed, device_specific=True)
     pretrained = build.prepare_training_(model, config, accelerator.device.type, accelerator.num_processes)
-    bad_rows = BadRows(config.max_bad_fraction)
+    bad_rows = RowsOfRun(config.max_bad_fraction), RowsOfRun(config.max_bad_fraction)
     loader, validation = build.build_loaders(
         data,
         processor,
@@ -73,7 +75,8 @@ def train(config: TrainingConfig) -> None:
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
         pin_memory=accelerator.device.type == "cuda",
-        bad_rows=bad_rows,
+        bad_rows=bad_rows[0],
+        bad_validation_rows=bad_rows[1],
     )
     steps = build.count_steps(loader, config, accelerator.gradient_accumulation_steps)
     optimizer = build.build_optimizer(model, config)
@@ -83,6 +86,8 @@ def train(config: TrainingConfig) -> None:
     run.set_validation(validation, data.class_prompts)
     run.start()
     prepare_output(config, accelerator)
+    if accelerator.device.type == "cpu":
+        warn_of_few_threads()
 
     kind = model.config.contrastive_loss
     wrapped.train()
@@ -129,19 +134,16 @@ def warn_of_few_threads() -> None:
 
 def main() -> int:
     try:
-        config = parse_config()
-        if not torch.cuda.is_available():
-            warn_of_few_threads()
+        with failures.said_once():
+            config = parse_config()
         train(config)
-    except PublishingError as error:
-        print(f"error: {error} The model itself is in the output folder.", file=sys.stderr)
-        return 1
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; --resume latest goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
+    except PublishingError as error:
+        return failures.report(PublishingError(f"{error} The model itself is in the output folder."))
+    except Exception as error:
+        return failures.report(error)
     return 0
 
 

@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
             remote_code=options.remote_code,
         )
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)

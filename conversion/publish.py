@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hf_clip import HfClipConfig
-from hf_clip.formats.reading import published_weights, read_model
+from hf_clip.formats.reading import check_model, published_weights, read_model
 from hf_clip.formats.stock import why_not_stock
 from hf_clip.formats.writing import write_model
 from hf_clip.model_card import name_of
@@ -48,6 +48,8 @@ def staged(folder: Path, repo_id: str, format_name: str, variant_name: str | Non
 
     variant_name: which of OpenAI's models these weights are; by default what the weights themselves say
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}; check the path.")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} has no config.json; name a folder that convert or finetune.py has written, in the layout of "
@@ -57,7 +59,7 @@ def staged(folder: Path, repo_id: str, format_name: str, variant_name: str | Non
     if stored not in ("hf_clip", "clip") or (stored == "clip" and format_name == "hf_clip"):
         advice = "pass --format transformers" if stored == "clip" else "whole CLIP models alone can be published"
         raise ValueError(f"{folder} holds a {stored!r} model; {advice}.")
-    config = HfClipConfig.from_pretrained(folder)
+    config = check_model(folder)
     if format_name == "transformers" and (reason := why_not_stock(config)):
         raise ValueError(f"{folder} cannot be published as --format transformers: {reason}.")
     variant_name = variant_name or published_weights(folder)
@@ -157,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
             variant_name=options.variant,
         )
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -63,10 +63,12 @@ def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
     if path is not None:
         try:
             with open(path, encoding="utf-8") as file:
-                is_described = "model_type" in json.load(file)
+                values = json.load(file)
         except ValueError as error:
             raise ValueError(f"{path} is no JSON ({error}); save or download it again.") from None
-        if is_described:
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds no object of fields; save or download it again.")
+        if "model_type" in values:
             return None
     return next((found for layout in FOREIGN_LAYOUTS if (found := layout(source, hub)) is not None), None)
 

@@ -21,6 +21,11 @@ def check_destination(out: str | Path, overwrite: bool = False) -> Path:
     nearest = next(folder for folder in [out.resolve(), *out.resolve().parents] if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"{out} cannot be written: {nearest} is no folder that you may write to.")
+    try:  # read-only and virtual file systems, and disks that are full, are known by nothing else
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise PermissionError(f"{out} cannot be written: {nearest} takes no files ({error.strerror}).") from None
     return out
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,10 @@ def write_digits(folder: Path) -> None:
         model, processor = build_from_scratch(folder / f"{tower}.json", captions=pairs["train"]["caption"][:])
         model.save_pretrained(folder / tower)
         processor.save_pretrained(folder / tower)
+    shutil.copytree(folder / "vit", folder / "damaged")
+    stored = (folder / "vit" / "model.safetensors").read_bytes()
+    (folder / "damaged" / "model.safetensors").write_bytes(stored[: len(stored) // 2])
+    (folder / "cut.json").write_text((folder / "vit.json").read_text()[:50])
 
 
 def _stored(pairs: Dataset) -> Any:
@@ -102,6 +107,7 @@ def launch(
     file: Path | None = None,
     processes: int = 1,
     timeout: float = 240,
+    program: Path = ROOT / "finetune.py",
     **environment: str,
 ) -> subprocess.CompletedProcess:
     """`accelerate launch finetune.py`, on CPUs; without launcher's options in as many `processes`.
@@ -114,7 +120,7 @@ def launch(
     environment.setdefault("OMP_WAIT_POLICY", "passive")
     if processes > 1 and not launcher:
         command.append("--multi_gpu")
-    command += [*launcher, str(ROOT / "finetune.py"), *([str(file)] if file else []), *words(flags)]
+    command += [*launcher, str(program), *([str(file)] if file else []), *words(flags)]
     return subprocess.run(
         command,
         capture_output=True,

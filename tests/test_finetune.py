@@ -22,7 +22,7 @@ from demo.digits import (
     untrained_combinations,
 )
 
-from .finetuning import largest_difference, launch, options, records, train, weights, words
+from .finetuning import ROOT, largest_difference, launch, options, records, train, weights, words
 
 FIGURES = {"step", "loss", "accuracy", "learning_rate", "logit_scale", "images_per_second", "peak_memory_gb"}
 
@@ -108,11 +108,48 @@ def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, tmp_path:
 
 def test_too_many_bad_rows_end_both_processes(digits: Path, tmp_path: Path):
     flags = options(digits, tmp_path / "out", dataset=str(digits / "several"), batch_size=16, max_bad_fraction=0.001)
-    done = launch(flags, processes=2, timeout=120)
+    done = launch(flags, processes=2)
     assert done.returncode != 0
     assert re.search(r"error: \d of \d+ rows cannot be used", done.stderr)
     assert "more than --max_bad_fraction 0.001 allows; the first is row " in done.stderr
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    said_once(done.stderr)
+
+
+def said_once(stderr: str) -> None:
+    """One line says it, the launcher's report repeats it, and no process of ours shows a traceback."""
+    assert len(re.findall(r"^error: ", stderr, re.MULTILINE)) == 1, stderr
+    assert len(re.findall(r"traceback : error: ", stderr)) == 1, stderr
+    assert 'finetune.py", line' not in stderr
+
+
+def test_several_processes_say_it_once(digits: Path, tmp_path: Path):
+    flags = options(digits, tmp_path / "out", caption_column="text")
+    done = launch(flags, processes=2)
+    assert done.returncode != 0
+    assert "has no column 'text'; its columns are image, caption, target" in done.stderr
+    said_once(done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_error_of_another_process_alone_is_said_by_it(digits: Path, tmp_path: Path):
+    """The main process fails in the middle of an exchange, and says nothing."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, finetune\n"
+        "from hf_clip.training import build\n"
+        "count = build.count_steps\n"
+        "def fail(*arguments):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise ValueError('of the second')\n"
+        "    return count(*arguments)\n"
+        "build.count_steps = fail\n"
+        "sys.exit(finetune.main())\n"
+    )
+    done = launch(options(digits, tmp_path / "out"), processes=2, program=program, PYTHONPATH=str(ROOT))
+    assert done.returncode != 0
+    assert "error: of the second" in done.stderr
+    said_once(done.stderr)
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
@@ -151,6 +188,11 @@ def test_failed_run_leaves_an_earlier_ones_model_as_it_was(digits: Path, tmp_pat
     ("change", "message"),
     [
         ({"model": "/no/model"}, "There is no model folder /no/model"),
+        ({"model": "nothing"}, "There is no folder 'nothing', and no model of that name could be loaded from the Hub"),
+        ({"model": "DIGITS"}, "is a folder without a model: it has neither config.json nor open_clip_config.json"),
+        ({"model": "DIGITS/damaged"}, "damaged/model.safetensors is truncated or damaged"),
+        ({"model": None, "variant": "RN51", "dataset": "/no/data"}, "Unknown CLIP variant 'RN51'; the nine are RN50"),
+        ({"model": None, "variant": "DIGITS/cut.json", "dataset": "/no/data"}, "cut.json is no JSON (Unterminated"),
         ({"dataset": "/no/data"}, "There is no data set '/no/data'"),
         ({"dataset": "DIGITS/pairs", "batch_size": "1"}, "batch_size is 1, but a pair is learned against others"),
         ({"caption_column": "text"}, "has no column 'text'"),

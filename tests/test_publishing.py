@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel, pipeline
+from transformers import AutoModel, AutoProcessor, pipeline
 
 from conversion.convert import convert
 from conversion.publish import main, publish
@@ -159,13 +159,16 @@ def test_push_list_and_pull(server: HubServer, repository: Path, tmp_path: Path,
 
 WITH_FAULTS = """
 from conversion.publish import main
+from huggingface_hub import HfApi
 folder, = sys.argv[1:]
+HfApi().create_repo("org/public", private=False)
 found = {}
 for name, token, repo in [("none", "", "org/tiny"), ("unknown", "somebodys-token", "org/tiny"),
-                          ("forbidden", None, "others/tiny"), ("taken", None, "org/taken")]:
+                          ("forbidden", None, "others/tiny"), ("taken", None, "org/taken"),
+                          ("public", None, "org/public")]:
     kept = os.environ["HF_TOKEN"]
     os.environ["HF_TOKEN"] = kept if token is None else token
-    found[name] = call(main, [folder, repo])
+    found[name] = call(main, [folder, repo, *(["--private"] if name == "public" else [])])
     assert not token or token not in str(found[name])
     os.environ["HF_TOKEN"] = kept
 report(**found)
@@ -188,19 +191,23 @@ def test_refusals_of_the_hub_are_one_line(server: HubServer, repositories: dict[
         "unknown": "org/tiny was not published: the Hub doesn't know your token; make a new one",
         "forbidden": "others/tiny was not published: your token may not write to others (",
         "taken": "org/taken was not published: the name is taken, and not by a model repository",
+        "public": "org/public was not published: it is there already and public, though a private one was asked for. "
+        "Make it private in its settings",
     }
     for name, message in messages.items():
         status, out, err = found[name]
         assert (status, out) == (1, ""), name
         assert err.startswith(f"error: {message}"), err
         assert err.count("\n") == 1
-    assert server.hub.repositories == {}
+    assert list(server.hub.repositories) == ["org/public"]
+    assert server.hub.repositories["org/public"].messages == ["initial commit"]
 
 
 def test_retry_continues_where_the_network_failed(server: HubServer, repositories: dict[str, Path], tmp_path: Path):
     model = HfClipModel.from_pretrained(repositories["vit"])
     weights = model.state_dict()
     model.save_pretrained(tmp_path / "sharded", max_shard_size="1MB")
+    AutoProcessor.from_pretrained(repositories["vit"]).save_pretrained(tmp_path / "sharded")
     shards = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
     assert len(shards) > 2
     server.hub.fail_after = 2

@@ -106,3 +106,9 @@ def test_place_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path)
     (tmp_path / "file").write_text("x")
     with pytest.raises(PermissionError, match="file is no folder that you may write to"):
         check_destination(tmp_path / "file" / "deep")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a file system that takes no files is needed")
+def test_file_system_that_takes_no_files_is_refused_before_any_work():
+    with pytest.raises(PermissionError, match="/proc/out cannot be written: /proc takes no files \\(No such file"):
+        check_destination("/proc/out")

@@ -23,7 +23,8 @@ from ..original.vocabulary import find_vocabulary
 from ..processing_hf_clip import HfClipProcessor
 from ..tokenization_hf_clip import HfClipTokenizer
 from ..variants import VARIANTS
-from .open_clip import CONFIG_FILE, config_from_open_clip, read_open_clip_config
+from .folders import check_folder, in_one_line, read_object
+from .open_clip import config_from_open_clip, read_open_clip_config
 from .safetensors_stream import read_metadata
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -66,12 +67,10 @@ def read_config_file(path: str | Path) -> HfClipConfig:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file {path}; check the path.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if isinstance(values, dict) and values.get("model_type") in ("hf_clip", "clip"):
-        return HfClipConfig.from_pretrained(path)
+    values = read_object(path)
+    if values.get("model_type") in ("hf_clip", "clip"):
+        with in_one_line(path):
+            return HfClipConfig.from_pretrained(path)
     try:
         return config_from_open_clip(read_open_clip_config(path))
     except ValueError as error:
@@ -150,24 +149,41 @@ def _own_tokenizer(tokenizer: HfClipTokenizer, context_length: int) -> HfClipTok
     return own if own.get_vocab() == tokenizer.get_vocab() else tokenizer
 
 
-def _read_repository(source: Any, hub: dict[str, Any]) -> StoredModel:
-    """A folder or a repository on the Hub: ours, stock CLIP's or open_clip's. hub: as `from_pretrained` takes it"""
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in ("config.json", CONFIG_FILE)):
-        raise FileNotFoundError(
-            f"{source} is a folder without a model: it has neither config.json nor {CONFIG_FILE}. Name a checkpoint "
-            f"file such as ViT-B-32.pt, or the folder of a model."
-        )
-    config = HfClipConfig.from_pretrained(source, **hub)
-    processor = HfClipProcessor.from_pretrained(source, **hub)
-    for values in (config.__dict__, processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
-        values.pop("auto_map", None)  # the code isn't taken along
+def _read_weights(source: Any, config: HfClipConfig, hub: dict[str, Any]) -> tuple[list[Checkpoint], dict[str, Tensor]]:
+    """The files behind a repository's weights, and those under our names, which are all that `config` needs."""
     if (foreign := find_foreign(source, hub)) is not None:
         checkpoint, _, tensors = read_original(foreign.weights_file(), verify=False, config=config)
-        checkpoints = [checkpoint]
-    else:
-        checkpoints = [read_checkpoint(path) for path in _weight_files(source, hub)]
-        tensors = {name: tensor for checkpoint in checkpoints for name, tensor in checkpoint.tensors.items()}
-        tensors = _check_names(source, tensors, config)
+        return [checkpoint], tensors
+    checkpoints = [read_checkpoint(path) for path in _weight_files(source, hub)]
+    tensors = {name: tensor for checkpoint in checkpoints for name, tensor in checkpoint.tensors.items()}
+    return checkpoints, _check_names(source, tensors, config)
+
+
+def check_model(source: str | Path, hub: dict[str, Any] | None = None) -> HfClipConfig:
+    """Refuse a folder or repository whose files are missing or damaged, or don't belong together; no tensor is read.
+
+    hub: arguments as `from_pretrained` takes them
+
+    Raises FileNotFoundError, CheckpointError or ValueError in one line.
+    """
+    with in_one_line(source):
+        if Path(source).is_dir():
+            check_folder(source)
+        config = HfClipConfig.from_pretrained(source, **(hub or {}))
+        _read_weights(source, config, hub or {})
+        return config
+
+
+def _read_repository(source: Any, hub: dict[str, Any]) -> StoredModel:
+    """A folder or a repository on the Hub: ours, stock CLIP's or open_clip's. hub: as `from_pretrained` takes it"""
+    if Path(source).is_dir():
+        check_folder(source)
+    with in_one_line(source):
+        config = HfClipConfig.from_pretrained(source, **hub)
+        processor = HfClipProcessor.from_pretrained(source, **hub)
+        for values in (config.__dict__, processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
+            values.pop("auto_map", None)  # the code isn't taken along
+        checkpoints, tensors = _read_weights(source, config, hub)
     published = _published([checkpoint.path for checkpoint in checkpoints])
     tokenizer = _own_tokenizer(processor.tokenizer, config.text_config.max_position_embeddings)
     return StoredModel(config, tensors, tokenizer, processor.image_processor, checkpoints, published)
@@ -224,4 +240,4 @@ def read_model(
     return StoredModel(read, tensors, tokenizer, image_processor, [checkpoint], verified.get(path.name))
 
 
-__all__ = ["StoredModel", "published_weights", "read_config_file", "read_model"]
+__all__ = ["StoredModel", "check_model", "published_weights", "read_config_file", "read_model"]

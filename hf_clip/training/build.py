@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin, get_scheduler
 
+from ..formats.folders import IMAGE_PROCESSOR_FILES, in_one_line, read_object
+from ..formats.reading import check_model
 from ..image_processing_hf_clip import HfClipImageProcessor
 from ..modeling_hf_clip import HfClipModel
 from ..processing_hf_clip import HfClipProcessor
@@ -22,7 +24,7 @@ from .data import BadRows, PairLoader, build_loader
 from .lora import add_lora_
 from .optim import create_optimizer
 from .pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
-from .scratch import build_from_scratch
+from .scratch import build_from_scratch, read_config
 from .surgery import set_image_size_, set_text_length_, switch_to_sigmoid_
 from .trainable import freeze_batch_norm_, lock_, synchronize_batch_norm_
 
@@ -56,6 +58,17 @@ def _find_labels(pairs: Pairs | PairStream) -> list[str] | None:
     return [first.column.format(**{column: name}) for name in names]
 
 
+def check_start(config: TrainingConfig) -> None:
+    """Refuse a missing or damaged model or variant before the data are prepared. Raises as `check_model`."""
+    if config.variant is not None:
+        read_config(config.variant)
+        return
+    assert config.model is not None
+    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
+        raise FileNotFoundError(f"There is no model folder {config.model}; check the path.")
+    check_model(config.model)
+
+
 def build_data(config: TrainingConfig) -> Data:
     """Open the data. Raises FileNotFoundError and ValueError that say which source, split or column is wrong."""
     chosen: dict[str, Any] = {
@@ -81,10 +94,9 @@ def build_model(config: TrainingConfig, data: Data) -> tuple[HfClipModel, HfClip
     if config.variant is not None:
         return _build_untrained(config, data)
     assert config.model is not None
-    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
-        raise FileNotFoundError(f"There is no model folder {config.model}; check the path.")
-    model = HfClipModel.from_pretrained(config.model, dtype=torch.float32)
-    processor = HfClipProcessor.from_pretrained(config.model)
+    with in_one_line(config.model):
+        model = HfClipModel.from_pretrained(config.model, dtype=torch.float32)
+        processor = HfClipProcessor.from_pretrained(config.model)
     if config.image_size is not None:
         set_image_size_(model, processor, config.image_size)
     if config.max_text_length is not None:
@@ -99,7 +111,8 @@ def _build_untrained(config: TrainingConfig, data: Data) -> tuple[HfClipModel, H
     if source in VARIANTS or has_tokenizer:
         tokenizer = source if has_tokenizer else None
         model, processor = build_from_scratch(source, tokenizer=tokenizer, seed=config.seed)
-        if any((Path(source) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        if given := [name for name in IMAGE_PROCESSOR_FILES if (Path(source) / name).is_file()]:
+            read_object(Path(source) / given[0])
             processor.image_processor = HfClipImageProcessor.from_pretrained(source)
     else:
         model, processor = build_from_scratch(source, captions=_captions(data.train), seed=config.seed)
@@ -177,6 +190,7 @@ def build_loaders(
     process_index: int,
     pin_memory: bool,
     bad_rows: BadRows,
+    bad_validation_rows: BadRows,
 ) -> tuple[PairLoader, PairLoader | None]:
     """The training batches, and those of the validation data, for one process."""
     shared: dict[str, Any] = {
@@ -192,7 +206,7 @@ def build_loaders(
         return train, None
     plain = PairCollator(processor, seed=config.seed)
     size = min(config.batch_size, 256)
-    return train, build_loader(data.validation, plain, size, training=False, **shared)
+    return train, build_loader(data.validation, plain, size, training=False, bad_rows=bad_validation_rows, **shared)
 
 
 def count_steps(loader: PairLoader, config: TrainingConfig, accumulation: int) -> int:

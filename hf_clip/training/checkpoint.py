@@ -85,9 +85,19 @@ def find_checkpoint(output_dir: str | Path, resume: str) -> Path:
     return folder
 
 
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    others = [str(path) for path in list_checkpoints(folder.parent.parent) if path.name != folder.name]
+    advice = f"Go on from another with --resume {others[-1]}" if others else "There is no other: start anew"
+    return ValueError(f"The checkpoint {folder} is damaged ({reason}). {advice}.")
+
+
 def read_state(folder: Path, identity: dict[str, Any]) -> RunState:
     """Where a checkpoint's run stood. Raises ValueError when this run differs from that one in `identity`."""
-    state = RunState(**json.loads((folder / STATE).read_text()))
+    try:
+        state = RunState(**json.loads((folder / STATE).read_text()))
+    except (ValueError, TypeError) as error:
+        raise _damaged(folder, error) from error
     if differing := [name for name, value in identity.items() if state.identity.get(name) != value]:
         name = differing[0]
         raise ValueError(
@@ -99,8 +109,16 @@ def read_state(folder: Path, identity: dict[str, Any]) -> RunState:
 
 def load_checkpoint(accelerator: Any, folder: Path, identity: dict[str, Any]) -> RunState:
     """Restore model, optimizer, schedule and random states; returns where the run stood. Raises as `read_state`."""
+    from accelerate.utils import load
+
     state = read_state(folder, identity)
-    accelerator.load_state(str(folder))
+    random_states = folder / f"random_states_{accelerator.process_index}.pkl"
+    try:
+        if random_states.is_file():  # accelerate would go on without those that it cannot read
+            load(random_states)
+        accelerator.load_state(str(folder))
+    except Exception as error:  # whatever a damaged file makes its reader do
+        raise _damaged(folder, error) from error
     return state
 
 

@@ -36,6 +36,7 @@ RANGES = (
     ("label_smoothing", 0, BELOW_ONE, "at least 0 and below 1"),
     ("ema_decay", math.ulp(0), BELOW_ONE, "between 0 and 1, such as 0.9999"),
     ("layer_decay", math.ulp(0), 1, "above 0 and at most 1"),
+    ("seed", 0, 2**31 - 1, f"from 0 to {2**31 - 1}"),
 )
 
 MAY_CHANGE = (
@@ -169,10 +170,10 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         return [] if self.average_with_pretrained is None else parse_alphas(self.average_with_pretrained)
 
     def _check_needed(self) -> None:
-        if (self.model is None) == (self.variant is None):
-            given = "neither" if self.model is None else "both"
+        if (not self.model) == (not self.variant):
+            given = "both" if self.model else "neither"
             raise ValueError(f"Name a model to start from with --model or --variant; {given} were given.")
-        if not self.dataset:
+        if not self.dataset or not all(self.dataset):
             raise ValueError("There is nothing to train on: name it with --dataset.")
         if not self.output_dir:
             raise ValueError("There is no place for the result: name a folder with --output_dir.")
@@ -184,10 +185,10 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         counts = ("batch_size", "epochs", "max_steps", "logging_steps", "checkpoint_steps", "keep_checkpoints")
         for name in (*counts, "patience", "image_size", "max_text_length", "lora_rank", "max_grad_norm"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, but it must be positive.")
         for name in ("num_workers", "weight_decay", "warmup_steps"):
-            if (value := getattr(self, name)) is not None and value < 0:
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}, but must be 0 (none) or more.")
         for name, low, high, words in RANGES:
             if (value := getattr(self, name)) is not None and not low <= value <= high:
@@ -254,6 +255,9 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         return {name: value for name, value in self.to_dict().items() if name not in MAY_CHANGE}
 
 
+INSTEAD = (("epochs", "max_steps"), ("model", "variant"), ("overwrite", "resume"))
+"""Options of which a run has one: on the command line it takes the place of the other in a file."""
+
 OPTIONS = [field.name for group in GROUPS for field in dataclasses.fields(group)]
 
 
@@ -262,28 +266,59 @@ def _hint(name: str, known: list[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _read_file(path: Path) -> list[str]:
-    """A file's options as the words of a command line, so that both are checked alike."""
+def _read_file(path: Path) -> dict[str, Any]:
+    """A file's options by name."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file {path}; check the path.")
     import yaml  # type: ignore[import-untyped]  # transformers brings it
 
-    text = path.read_text(encoding="utf-8")
     try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" and text.strip() else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}. Write it anew.") from None
+    if values is None:
+        raise ValueError(f"{path} is empty; write options by name into it, such as batch_size: 64.")
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, but options by name are needed.")
-    words = []
     for name, value in values.items():
         if name not in OPTIONS:
-            raise ValueError(f"{path} has an option {name!r} that there isn't.{_hint(name, OPTIONS)}")
+            raise ValueError(f"{path} has an option {name!r} that there isn't.{_hint(str(name), OPTIONS)}")
+        inner = value if isinstance(value, list) else [value]
+        if any(isinstance(part, (dict, list)) for part in inner):
+            raise ValueError(f"{path}: {name} is {value!r}, but a single value, or a list of such, is needed.")
+    return values
+
+
+def _words_of(values: dict[str, Any]) -> list[str]:
+    """Options as the words of a command line, so that both are checked alike."""
+    words = []
+    for name, value in values.items():
         if isinstance(value, list) and value:
             words += [f"--{name}", *map(str, value)]
         elif value is not None and value != []:
             words.append(f"--{name}={value}")
     return words
+
+
+def _without_replaced(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """A file's options but for those in whose place the command line has another."""
+    given = {word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
+    replaced = {one for pair in INSTEAD for one, other in (pair, pair[::-1]) if other in given and one not in given}
+    return {name: value for name, value in values.items() if name not in replaced}
+
+
+def _check_words(parser: Any, words: list[str], path: Path) -> None:
+    """Raises ValueError that names the file for a value of a wrong type, instead of ending the program."""
+
+    def refuse(message: str) -> None:
+        raise ValueError(f"{path}: {message}.")
+
+    end, parser.error = parser.error, refuse
+    try:
+        parser.parse_args(words)
+    finally:
+        parser.error = end
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
@@ -302,9 +337,14 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
         prog="finetune.py",
         description="Contrastive training of a CLIP on pictures with captions. Options may stand in a file: "
         "finetune.py run.yaml --max_steps 100",
+        usage="finetune.py [run.yaml] --model MODEL --dataset DATASET --output_dir FOLDER --epochs N [options]",
+        allow_abbrev=False,
     )
     if words and words[0].endswith((".json", ".yaml", ".yml")):
-        words = [*_read_file(Path(words[0])), *words[1:]]
+        path, words = Path(words[0]), words[1:]
+        from_file = _words_of(_without_replaced(_read_file(path), words))
+        _check_words(parser, from_file, path)
+        words = [*from_file, *words]
     values: dict[str, Any] = {}
     *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:

@@ -12,6 +12,7 @@ end; one with weights reads the sources that end earlier again.
 Invariant: what a `Draw` becomes depends on the draw alone: its source, row, caption and round.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -36,6 +37,7 @@ from .sources import (
     leave_undecoded,
     open_source,
     parse_sources,
+    readable,
 )
 
 AT_ONCE = 4096
@@ -264,18 +266,16 @@ def load_pairs(
     found = []
     for source in parse_sources(sources):
         table = open_source(source.path, split, streaming)
-        table = leave_undecoded(table, table.features or ())
-        try:
+        with readable(source.path):
+            table = leave_undecoded(table, table.features or ())
             features = describe_columns(table)
-        except ValueError as error:
-            raise ValueError(f"{source.path}: {error}.") from error
+        if not features or (not streaming and not len(table)):
+            raise ValueError(f"{source.path} has no rows in its split {split!r}.")
         pictures = find_image_column(source.path, features, image_column)
         texts = find_caption_column(source.path, features, caption_column, pictures)
         reader = CaptionReader(source.path, texts, features)
         if label_column is not None:
             check_label_column(source.path, features, label_column)
-        if not streaming and not len(table):
-            raise ValueError(f"{source.path} has no rows in its split {split!r}.")
         place = folder_of(source.path)
         pair_table = PairTable(source.path, table, pictures, reader, label_column, place, source.weight)
         pair_table.table = table.select_columns(pair_table.columns)
@@ -289,9 +289,11 @@ def read_validation(text: str) -> str | int | float:
     """`"validation"` is a split's name, `"500"` a number of rows to hold out, `"0.05"` a part of them."""
     for kind in (int, float):
         try:
-            return kind(text)
+            number = kind(text)
         except ValueError:
             continue
+        if math.isfinite(number):
+            return number
     return text
 
 

@@ -4,6 +4,7 @@ The folder's files appear together; checkpoints and metrics.jsonl are there from
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,13 @@ def check_output_format(model: HfClipModel, processor: ProcessorMixin, config: T
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    """The records of a run. A line that the end of a program cut off is passed over."""
+    path = folder / METRICS_FILE
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "step" in record]
 
 
 def draw_curve(records: list[dict[str, Any]], path: Path) -> bool:

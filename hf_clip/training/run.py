@@ -22,6 +22,7 @@ from transformers import ProcessorMixin
 from ..modeling_hf_clip import HfClipModel
 from ..publishing import PublishingError
 from .averaging import MovingAverage, interpolate_weights
+from .bad_rows import RowsOfRun, find_refusal
 from .checkpoint import (
     RunState,
     find_checkpoint,
@@ -33,7 +34,7 @@ from .checkpoint import (
 )
 from .collator import PairCollator
 from .config import TrainingConfig
-from .data import BadRows, PairLoader, Position
+from .data import PairLoader, Position
 from .evaluating import evaluate
 from .lora import merge_lora_
 from .losses import ContrastiveResult
@@ -67,6 +68,7 @@ class Run:
     """See the module.
 
     wrapped: the model as accelerate made it.   model: the model itself
+    bad_rows: what counts those of the training data and those of the validation data
     """
 
     def __init__(
@@ -78,13 +80,13 @@ class Run:
         processor: ProcessorMixin,
         optimizer: Any,
         scheduler: Any,
-        bad_rows: BadRows,
+        bad_rows: tuple[RowsOfRun, RowsOfRun],
         pretrained: dict[str, Tensor] | None,
         total_steps: int,
     ):
         self.config, self.accelerator, self.total_steps = config, accelerator, total_steps
         self.wrapped, self.model, self.processor, self.optimizer = wrapped, model, processor, optimizer
-        self.bad_rows, self.pretrained = bad_rows, pretrained
+        (self.bad_rows, self.bad_validation_rows), self.pretrained = bad_rows, pretrained
         self.average = MovingAverage(model, config.ema_decay) if config.ema_decay is not None else None
         accelerator.register_for_checkpointing(scheduler)
         if self.average is not None:
@@ -123,9 +125,9 @@ class Run:
     def _forget_records_after(self, step: int) -> None:
         """Steps that are done again are recorded again."""
         if self.accelerator.is_main_process:
-            path = Path(self.config.output_dir) / METRICS_FILE
-            lines = path.read_text().splitlines() if path.is_file() else []
-            path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+            folder = Path(self.config.output_dir)
+            kept = [record for record in read_metrics(folder) if record["step"] <= step]
+            (folder / METRICS_FILE).write_text("".join(f"{json.dumps(record)}\n" for record in kept))
         self.accelerator.wait_for_everyone()
 
     def is_over(self) -> bool:
@@ -159,15 +161,29 @@ class Run:
             self.bar.update()
         if self.state.step % self.config.logging_steps == 0 or self.state.step == self.total_steps:
             self._log(rates)
+        self._check_rows()
         every, started = self.config.checkpoint_steps, time.perf_counter()
         if every is not None and self.state.step % every == 0 and self.state.step < self.total_steps:
             self._evaluate()
             self._compare()
-            self.state.bad_rows = self.bad_rows.state_dict()
-            save_checkpoint(self.accelerator, self.config.output_dir, self.state, self.config.keep_checkpoints)
+            self._save_checkpoint()
+            self._check_rows()
             if self.config.hub_strategy == "checkpoint":
                 self._publish_checkpoint()
             self.since += time.perf_counter() - started  # the speed is that of training
+
+    def _save_checkpoint(self) -> Path:
+        self.state.bad_rows = self.bad_rows.state_dict()
+        return save_checkpoint(self.accelerator, self.config.output_dir, self.state, self.config.keep_checkpoints)
+
+    def _check_rows(self) -> None:
+        """Stop when any process has met too many rows that cannot be used, without losing what was trained."""
+        counters = [self.bad_rows, self.bad_validation_rows]
+        if refusal := find_refusal(counters, self.accelerator.device):
+            raise ValueError(
+                f"{refusal} Repair the data and start anew, or go on from {self._save_checkpoint()} with --resume "
+                f"latest and a higher --max_bad_fraction."
+            )
 
     def _log(self, rates: dict[str, float]) -> None:
         device = self.accelerator.device
@@ -210,6 +226,7 @@ class Run:
             return
         self.evaluated_step = self.state.step
         with self.average.swapped_in(self.model) if self.average is not None else nullcontext():
+            self.bad_validation_rows.restart()
             self.figures = evaluate(self.wrapped, self.validation, self.accelerator.device, self.class_tokens)
         self._record({"step": self.state.step, **self.figures})
 
@@ -301,6 +318,7 @@ class Run:
         if self.evaluated_step != self.state.step:
             self._evaluate()
             self._compare()
+        self._check_rows()
         weights = self._weights()
         if self.config.keep_best is not None and self.state.best_step != self.state.step:
             weights = load_best(self.config.output_dir)

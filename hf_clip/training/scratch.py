@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..configuration_hf_clip import HfClipConfig
+from ..configuration_hf_clip import HfClipConfig, HfClipTextConfig
+from ..formats.folders import in_one_line, read_object
 from ..image_processing_hf_clip import HfClipImageProcessor
 from ..modeling_hf_clip import HfClipModel
 from ..original.vocabulary import find_vocabulary
@@ -30,13 +31,19 @@ def read_config(source: str | Path) -> HfClipConfig:
         raise FileNotFoundError(
             f"There is no configuration {file}; check the path, or name one of {', '.join(VARIANTS)}."
         )
+    read_object(file)
     values, _ = HfClipConfig.get_config_dict(str(file))
     if (kind := values.get("model_type", HfClipConfig.model_type)) != HfClipConfig.model_type:
         raise ValueError(
             f"{file} is the configuration of a {kind!r}, but one of a {HfClipConfig.model_type!r} is needed."
         )
     values.pop("auto_map", None)  # names files that another folder carries
-    return HfClipConfig.from_dict(values)
+    if isinstance(text := values.get("text_config"), dict):
+        # The tokenizer's take their place; until then, ids that a vocabulary of this size has.
+        size = text.get("vocab_size", HfClipTextConfig.vocab_size)
+        values["text_config"] = text | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": size}
+    with in_one_line(file):
+        return HfClipConfig.from_dict(values)
 
 
 def _build_tokenizer(
@@ -51,6 +58,8 @@ def _build_tokenizer(
         raise FileNotFoundError(
             f"There is no tokenizer in {tokenizer}; name a folder that save_pretrained has written."
         )
+    if (Path(tokenizer) / "tokenizer.json").is_file():
+        read_object(Path(tokenizer) / "tokenizer.json")
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     loaded.model_max_length = length
     if loaded.eos_token_id is None or loaded.eos_token_id not in loaded("a").input_ids:

@@ -5,8 +5,10 @@ opened by `datasets`, which is imported when it is first needed.
 """
 
 import glob
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -117,6 +119,9 @@ def _load(path: str, streaming: bool) -> Any:
     if builder := _builder_of(path):
         if "://" not in path and not glob.glob(str(place), recursive=True):
             raise FileNotFoundError(f"no file has this name: {place}")
+        files = [] if "://" in path else glob.glob(str(place), recursive=True)
+        if empty := [file for file in files if os.path.isfile(file) and not os.path.getsize(file)]:
+            raise ValueError(f"{empty[0]} is empty")
         more = {"sep": "\t"} if ".tsv" in path.lower() else {}
         return datasets.load_dataset(
             builder, data_files=str(path if "://" in path else place), streaming=streaming, **more
@@ -130,17 +135,8 @@ def open_source(path: str, split: str = "train", streaming: bool = False) -> Any
 
     Raises FileNotFoundError where there is nothing, and ValueError where that cannot be read or has no such split.
     """
-    datasets = import_datasets()
-    try:
+    with readable(path):
         loaded = _load(path, streaming)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"There is no data set {path!r}: name a repository on the Hub, a folder of pictures with metadata.csv, "
-            f".jsonl or .parquet, a CSV, JSON, parquet or webdataset (.tar) file, or a folder written by "
-            f"Dataset.save_to_disk ({_first_line(error)})."
-        ) from error
-    except (ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"The data set {path!r} cannot be read: {_first_line(error.__cause__ or error)}") from error
     if isinstance(loaded, dict):
         if split not in loaded:
             raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(map(str, loaded))}.")
@@ -148,18 +144,48 @@ def open_source(path: str, split: str = "train", streaming: bool = False) -> Any
     return loaded
 
 
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Whatever goes wrong within, in `datasets` or below it, as one line that names the data set."""
+    logger = logging.getLogger("datasets.packaged_modules")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it would say the same twice
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"There is no data set {path!r}: name a repository on the Hub, a folder of pictures with metadata.csv, "
+            f".jsonl or .parquet, a CSV, JSON, parquet or webdataset (.tar) file, or a folder written by "
+            f"Dataset.save_to_disk ({_first_line(error)})."
+        ) from error
+    except ImportError:
+        raise
+    except Exception as error:  # its builders raise what the libraries below them do
+        cause = _first_line(error.__cause__ or error)
+        if "corresponds to no data" in cause:
+            cause = "it has no rows"
+        raise ValueError(
+            f"The data set {path!r} cannot be read: {cause.rstrip('.')}. Check the file, or write it again."
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def describe_columns(table: Any) -> dict[str, Any]:
-    """Column → what it holds (a feature of `datasets`); for a stream that declares none, from its first rows."""
+    """Column → what it holds (a feature of `datasets`); for a stream that declares none, from its first rows.
+
+    Without any row nothing is known, and the result is empty.
+    """
     datasets = import_datasets()
-    if table.features is not None:
-        return dict(table.features)
+    features = table.features
+    is_known = features is not None and not all(getattr(kind, "dtype", "") == "null" for kind in features.values())
+    if is_known:  # of a file without rows only the columns' names are
+        return dict(features)
     rows = list(islice(iter(table), FIRST_ROWS))
-    if not rows:
-        raise ValueError("the stream has no rows")
     found: dict[str, Any] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row[name] for row in rows if row.get(name) is not None]

@@ -1,6 +1,7 @@
 """What a training run can be told, from a command line or a file, and what is refused before any work is done."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ def config(**fields: object) -> TrainingConfig:
         ({"max_steps": None}, "Say how long to train with --epochs or --max_steps; neither were given"),
         ({"epochs": 1.5}, "Say how long to train with --epochs or --max_steps; both were given"),
         ({"epochs": 0.0}, "Say how long to train with --epochs or --max_steps; both were given"),
+        ({"model": ""}, "Name a model to start from with --model or --variant; neither were given"),
+        ({"dataset": [""]}, "There is nothing to train on: name it with --dataset"),
     ],
 )
 def test_what_is_missing_is_named(fields: dict, message: str):
@@ -40,6 +43,10 @@ def test_what_is_missing_is_named(fields: dict, message: str):
         ({"max_steps": None, "epochs": -1.0}, "epochs is -1.0, but it must be positive"),
         ({"logging_steps": 0}, "logging_steps is 0, but it must be positive"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0, but it must be positive"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm is nan, but it must be positive"),
+        ({"max_steps": None, "epochs": math.inf}, "epochs is inf, but it must be positive"),
+        ({"weight_decay": math.nan}, "weight_decay is nan, but must be 0"),
+        ({"seed": -1}, "seed is -1, but must be from 0 to 2147483647"),
         ({"num_workers": -1}, "num_workers is -1, but must be 0"),
         ({"warmup_steps": -1}, "warmup_steps is -1, but must be 0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1, but must be 0"),
@@ -162,6 +169,12 @@ def test_file_gives_options_and_flags_go_over_it(tmp_path: Path, kind: str):
         ("run.yaml", "- model\n", "run.yaml holds a list, but options by name are needed"),
         ("run.json", "{model: 1}", "run.json cannot be read: Expecting property name"),
         ("run.yaml", "model: [\n", "run.yaml cannot be read: while parsing"),
+        ("run.yaml", "", "run.yaml is empty; write options by name into it"),
+        ("run.json", "", "run.json is empty; write options by name into it"),
+        ("run.json", '{"model": "m', "run.json cannot be read: Unterminated string"),
+        ("run.yaml", "model: {a: b}\n", "run.yaml: model is {'a': 'b'}, but a single value, or a list of such, is"),
+        ("run.yaml", "batch_size: 32.5\n", "run.yaml: argument --batch_size/--batch-size: invalid int value: '32.5'."),
+        ("run.yaml", "1: 2\n", "run.yaml has an option 1 that there isn't"),
     ],
 )
 def test_faults_of_a_file(tmp_path: Path, name: str, text: str, message: str):
@@ -170,10 +183,43 @@ def test_faults_of_a_file(tmp_path: Path, name: str, text: str, message: str):
         parse_config([str(tmp_path / name)])
 
 
-def test_file_with_a_wrong_type_or_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture):
-    (tmp_path / "run.yaml").write_text("batch_size: 32.5\n")
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("epochs: 3", ["--max_steps", "7"], {"max_steps": 7, "epochs": None}),
+        ("max_steps: 3", ["--epochs=7"], {"max_steps": None, "epochs": 7.0}),
+        ("max_steps: 3\nmodel: n", ["--variant", "RN50"], {"model": None, "variant": "RN50"}),
+        ("max_steps: 3\noverwrite: true", ["--resume", "latest"], {"overwrite": False, "resume": "latest"}),
+    ],
+)
+def test_flag_takes_the_place_of_its_alternative_in_the_file(
+    tmp_path: Path, text: str, words: list[str], expected: dict
+):
+    model = "" if "model" in text else "model: m\n"
+    (tmp_path / "run.yaml").write_text(f"{model}dataset: d\noutput_dir: o\n{text}\n")
+    found = parse_config([str(tmp_path / "run.yaml"), *words])
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+def test_alternatives_in_the_same_place_are_refused(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("model: m\ndataset: d\noutput_dir: o\nepochs: 3\nmax_steps: 7\n")
+    for words in ([str(tmp_path / "run.yaml")], [str(tmp_path / "run.yaml"), "--max_steps", "5", "--epochs", "2"]):
+        with pytest.raises(ValueError, match="Say how long to train with --epochs or --max_steps; both were given"):
+            parse_config(words)
+
+
+def test_flags_are_written_out(capsys: pytest.CaptureFixture):
+    """`--epoch` would go unnoticed where a file has `max_steps`."""
     with pytest.raises(SystemExit):
-        parse_config([str(tmp_path / "run.yaml"), *NEEDED])
-    assert "--batch_size/--batch-size: invalid int value: '32.5'" in capsys.readouterr().err
+        parse_config([*NEEDED, "--epoch", "3"])
+    err = capsys.readouterr().err
+    assert "error: there is no option '--epoch'. Did you mean '--epochs'?" in err
+    assert len(err.splitlines()) == 2  # a line of usage before it
+
+
+def test_file_that_is_missing_or_no_text(tmp_path: Path):
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x81")
+    with pytest.raises(ValueError, match=r"run.yaml cannot be read: 'utf-8' codec can't decode"):
+        parse_config([str(tmp_path / "run.yaml")])
     with pytest.raises(FileNotFoundError, match="There is no configuration file nowhere.yaml; check the path"):
         parse_config(["nowhere.yaml"])

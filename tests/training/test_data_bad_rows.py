@@ -5,8 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import ProcessorMixin
 
+from hf_clip.training.bad_rows import RowsOfRun, find_refusal
 from hf_clip.training.content import content_id
 from hf_clip.training.data import BadRows
 from hf_clip.training.pairs import load_pairs
@@ -116,6 +118,29 @@ def test_a_few_bad_rows_among_the_first_end_no_run_and_too_many_do():
         rows.add(5, bad)
     with pytest.raises(ValueError, match="max_bad_fraction is 2, but must be from 0 to 1"):
         BadRows(2)
+
+
+def test_run_counts_and_leaves_it_to_the_processes_to_stop_together(caplog: pytest.LogCaptureFixture):
+    device = torch.device("cpu")
+    rows, others = RowsOfRun(0.01), RowsOfRun(0.01)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(10):
+            rows.add(100, [("row 7", "broken")])
+        assert find_refusal([others, rows], device) == ""  # ten of a thousand
+        rows.add(100, [("row 8", "empty")])
+        assert len(caplog.records) == 2  # each row once
+    assert (rows.bad, rows.drawn) == (11, 1100)
+    assert find_refusal([others, rows], device) == ""
+    rows.add(0, [("row 9", "empty")])
+    message = "12 of 1100 rows cannot be used, more than --max_bad_fraction 0.01 allows; the first is row 7: broken."
+    assert find_refusal([others, rows], device) == message
+    others.add(50, [("row 1", "broken")])
+    assert find_refusal([others], device) == ""
+    others.check()  # those were all
+    assert find_refusal([others], device).startswith("1 of 50 rows cannot be used")
+    others.restart()
+    others.check()
+    assert find_refusal([others], device) == ""
 
 
 def test_count_of_bad_rows_outlives_an_interruption():

@@ -305,17 +305,32 @@ def test_data_set_that_is_not_there(name: str):
         load_pairs(name)
 
 
-def test_file_that_is_something_else_is_refused(tmp_path: Path):
-    (tmp_path / "table.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match=r"The data set '.*table.parquet' cannot be read: "):
-        load_pairs(str(tmp_path / "table.parquet"))
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet", "tar", "arrow"])
+def test_file_that_is_something_else_is_refused(
+    tmp_path: Path, ending: str, streaming: bool, capfd: pytest.CaptureFixture
+):
+    path = tmp_path / f"table.{ending}"
+    for content, message in ((b"", f"{path} is empty. Check the file"), (b"\xff\x81 no table", "")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"The data set '{path}' cannot be read: {message}"):
+            load_pairs(str(path), streaming=streaming)
+    assert capfd.readouterr().err == ""
+
+
+def test_damaged_files_of_save_to_disk_are_refused(tmp_path: Path):
+    Dataset.from_dict({"image": [png(0)] * 9, "caption": ["a"] * 9}).save_to_disk(tmp_path / "saved")
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"The data set '{tmp_path}/saved' cannot be read: .*Check the file, or write"):
+        load_pairs(str(tmp_path / "saved"))
 
 
 def test_data_set_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "table.csv").write_text("image,caption\n")
-    with pytest.raises(ValueError, match=r"table.csv: the stream has no rows"):
+    with pytest.raises(ValueError, match=r"table.csv has no rows in its split 'train'"):
         load_pairs(str(tmp_path / "table.csv"), streaming=True)
-    with pytest.raises(ValueError, match=r"table.csv' cannot be read: .*no data"):
+    with pytest.raises(ValueError, match=r"table.csv' cannot be read: it has no rows. Check the file, or write it"):
         load_pairs(str(tmp_path / "table.csv"))
     nothing = Dataset.from_dict({"image": [png(0)], "caption": ["a"]}).select([])
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **settings: {"train": nothing})

@@ -85,6 +85,7 @@ def test_validation_is_a_split_a_number_or_a_part():
     assert read_validation("500") == 500
     assert isinstance(read_validation("500"), int)
     assert read_validation("0.05") == 0.05
+    assert read_validation("nan") == "nan"
 
 
 # --- reading ahead ---------------------------------------------------------------------------------------------------

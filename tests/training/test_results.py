@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,25 @@ def test_stock_layout_needs_no_code_of_ours(digits: Path, tmp_path: Path, pictur
     expected = pipeline("zero-shot-image-classification", model=str(ours))(str(picture), candidate_labels=LABELS)
     assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
     assert found[0]["score"] == pytest.approx(expected[0]["score"], abs=1e-4)
+    card = (stock / "README.md").read_text()
+    assert "trust_remote_code" not in card
+    assert "CLIPModel.from_pretrained" in card
+    assert "trust_remote_code=True" in (ours / "README.md").read_text()
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
+def test_tensorboard_gets_every_record(digits: Path, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    chosen = {"max_steps": 4, "logging_steps": 2, "validation": "60", "checkpoint_steps": 2}
+    out = train(digits, tmp_path / "out", report_to=["tensorboard"], **chosen)
+    (file,) = (path for path in out.rglob("events.out.tfevents.*") if "hf_clip" in path.parts[-2])
+    events = EventAccumulator(str(file.parent)).Reload()
+    for name, key in (("loss", "loss"), ("recall@1", "recall@1")):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        expected = [(record["step"], record[name]) for record in records(out, key)]
+        assert [step for step, _ in found] == [step for step, _ in expected] == [2, 4]
+        assert [value for _, value in found] == pytest.approx([value for _, value in expected])
 
 
 def test_names_on_the_card_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

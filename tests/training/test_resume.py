@@ -1,6 +1,7 @@
 """A run that was interrupted and goes on ends as if nothing had happened."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,35 @@ def test_checkpoints_are_found_when_they_are_whole(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no whole checkpoint .*12; those of .*: .*step-00000009, .*10\."):
         find_checkpoint(tmp_path, str(tmp_path / "checkpoints" / "step-00000012"))
     assert read_state(tmp_path / "checkpoints" / "step-00000009", {"seed": 0}).step == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("run.json", 0), ("run.json", 20), ("model.safetensors", 0), ("model.safetensors", 999),
+                       ("optimizer.bin", 0), ("optimizer.bin", 999), ("random_states_0.pkl", None)]
+)  # fmt: skip
+def test_damaged_checkpoint_is_refused_and_others_are_named(
+    digits: Path, uninterrupted: dict[str, Path], tmp_path: Path, name: str, size: int | None
+):
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted["vit"], out)
+    (*_, before, last) = list_checkpoints(out)
+    path = last / name
+    if size is None:
+        path.write_bytes(b"no pickle")
+    else:
+        path.write_bytes(path.read_bytes()[:size])
+    message = f"The checkpoint {last} is damaged .*Go on from another with --resume {before}"
+    with pytest.raises(ValueError, match=message) as error:
+        train(digits, out, **chosen(digits, resume="latest"))
+    assert len(str(error.value).splitlines()) == 1
+    train(digits, out, **chosen(digits, resume=str(before)))
+    assert plain(out) == plain(uninterrupted["vit"])
+
+
+def test_record_that_was_cut_off_is_passed_over(digits: Path, uninterrupted: dict[str, Path], tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted["vit"], out)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')
+    train(digits, out, **chosen(digits, resume="latest"))
+    assert plain(out) == plain(uninterrupted["vit"])

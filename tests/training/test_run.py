@@ -1,11 +1,14 @@
 """What a run does besides its steps, counting, averaging and choosing, and what it begins with."""
 
 import json
+import logging
 import math
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from datasets import load_from_disk
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, pipeline
 
@@ -118,6 +121,44 @@ def test_a_metric_that_was_not_measured_is_refused(digits: Path, tmp_path: Path)
         train(digits, tmp_path / "out", validation="60", checkpoint_steps=1, keep_best="zero_shot_top1")
 
 
+# --- rows that cannot be used ---------------------------------------------------------------------------------------
+
+
+def test_too_many_bad_rows_at_the_end_lose_nothing(digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Two of 128 rows, in a run of one epoch."""
+    chosen = {"dataset": str(digits / "several"), "batch_size": 32, "max_steps": 4}
+    message = r"rows cannot be used, more than --max_bad_fraction 0.01 allows; the first is row \d+ of .*"
+    message += r"go on from .*checkpoints/step-00000004 with --resume latest and a higher --max_bad_fraction"
+    with pytest.raises(ValueError, match=message):
+        train(digits, tmp_path / "out", **chosen)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    out = train(digits, tmp_path / "out", resume="latest", max_bad_fraction=0.1, **chosen)
+    whole = train(digits, tmp_path / "whole", max_bad_fraction=0.1, **chosen)
+    assert largest_difference(weights(out), weights(whole)) == 0
+
+
+def test_bad_rows_of_the_validation_data_are_logged_once_and_count(
+    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    pairs = load_from_disk(str(digits / "pairs"))
+    held = pairs["held_out_images"].select(range(60)).cast_column("image", datasets.Image(decode=False))
+    rows = held.to_list()
+    rows[7]["image"] = {"bytes": b"no picture", "path": None}
+    rows[11]["caption"] = " "
+    held = datasets.Dataset.from_list(rows, features=pairs["train"].features)
+    datasets.DatasetDict(train=pairs["train"], held=held).save_to_disk(tmp_path / "data")
+    chosen = {"dataset": str(tmp_path / "data"), "validation": "held", "max_steps": 2, "checkpoint_steps": 1}
+    with caplog.at_level(logging.WARNING):
+        train(digits, tmp_path / "out", max_bad_fraction=0.05, **chosen)
+    lines = [record.getMessage() for record in caplog.records if record.name == "hf_clip.training.data"]
+    assert [line.split(" of ")[0] for line in lines] == ["skipped: row 7", "skipped: row 11"]
+    assert "its picture cannot be opened" in lines[0]
+    assert "its caption is empty" in lines[1]
+    message = r"2 of 60 rows cannot be used.*the first is row 7 of .*go on from .*step-00000001 with --resume latest"
+    with pytest.raises(ValueError, match=message):
+        train(digits, tmp_path / "strict", **chosen)
+
+
 # --- what a run begins with ------------------------------------------------------------------------------------------
 
 
@@ -139,6 +180,28 @@ def test_from_scratch_with_a_vocabulary_of_the_captions(digits: Path, tmp_path: 
     assert AutoModel.from_pretrained(out).config.contrastive_loss == "sigmoid"
     assert len(classify(out, 32)) == 2
     assert "trained from scratch" in (out / "README.md").read_text()
+
+
+def test_from_scratch_with_a_small_vocabulary_and_no_special_ids(digits: Path, tmp_path: Path):
+    values = json.loads((digits / "vit.json").read_text())
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        del values["text_config"][name]
+    (tmp_path / "custom.json").write_text(json.dumps(values))
+    chosen = {"model": None, "variant": str(tmp_path / "custom.json"), "max_steps": 2, "batch_size": 16}
+    out = train(digits, tmp_path / "out", **chosen)
+    text = json.loads((out / "config.json").read_text())["text_config"]
+    assert max(text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")) < text["vocab_size"] <= 600
+    assert len(classify(out, 16)) == 2
+
+
+@pytest.mark.slow
+def test_rn50_from_scratch_at_full_size(digits: Path, tmp_path: Path):
+    chosen = {"model": None, "variant": "RN50", "max_steps": 2, "batch_size": 4, "logging_steps": 1}
+    out = train(digits, tmp_path / "out", **chosen)
+    assert [record["step"] for record in records(out)] == [1, 2]
+    assert all(math.isfinite(record["loss"]) for record in records(out))
+    assert sum(tensor.numel() for tensor in weights(out).values()) > 102_000_000
+    assert len(classify(out, 224)) == 2
 
 
 def test_stock_clip_is_a_model_to_begin_with(digits: Path, tmp_path: Path):

@@ -71,6 +71,40 @@ def test_own_configuration_with_a_new_tokenizer_is_saved_and_trains(configuratio
     assert "auto_map" not in saved
 
 
+def test_special_ids_come_with_the_vocabulary(configuration: Path):
+    """A configuration needs none, and wrong ones do no harm."""
+    values = json.loads(configuration.read_text())
+    for ids in ({}, {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}):
+        values["text_config"].pop("eos_token_id", None)
+        configuration.write_text(json.dumps(values | {"text_config": values["text_config"] | ids}))
+        model, processor = build_from_scratch(configuration, captions=CAPTIONS)
+        text, tokenizer = model.config.text_config, processor.tokenizer
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            assert getattr(text, name) == getattr(tokenizer, name) < text.vocab_size == len(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "config.json is no JSON"),
+        ('{"model_type": "hf_cl', "config.json is no JSON"),
+        ("[]", "config.json holds no object of fields"),
+        ('{"vision_config": {"hidden_size": "x"}}', "The configuration of .*config.json is refused: .*'hidden_size'"),
+    ],
+)
+def test_damaged_configuration_is_refused(content: str, message: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_config(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_damaged_tokenizer_is_refused(configuration: Path, tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(ValueError, match="tokenizer.json is no JSON"):
+        build_from_scratch(configuration, tokenizer=tmp_path)
+
+
 def test_seed_alone_says_what_is_drawn(configuration: Path):
     torch.manual_seed(11)
     expected = torch.rand(3)
