@@ -13,7 +13,8 @@ import argparse
 import json
 import shutil
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +59,7 @@ def load_model(source: str | Path) -> HfClipModel:
     """The model in float32. Raises ValueError for what must be converted first, OSError for what isn't there."""
     if str(source) in VARIANTS or Path(source).is_file():
         kind = "a file" if Path(source).is_file() else "one of OpenAI's checkpoints"
-        raise ValueError(
-            f"{source} is {kind}; make a folder of it first: python -m conversion.convert {source} FOLDER"
-        )
+        raise ValueError(f"{source} is {kind}; make a folder of it first: python -m conversion.convert {source} FOLDER")
     model = HfClipModel.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
 
@@ -145,6 +144,17 @@ def describe_data_files(config: Path, target: Path, written: list[Written]) -> N
         target.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def graph_folder(out: Path, beside: Path) -> Iterator[Path]:
+    """Where graphs are written until they are whole. An `onnx` that `out` has already is added to."""
+    if (out / "onnx").is_dir():
+        with whole_folder(out / "onnx") as folder:
+            yield folder
+    else:
+        (beside / "onnx").mkdir()
+        yield beside / "onnx"
+
+
 def export_onnx(
     source: str | Path, out: str | Path | None = None, *, precisions: list[str] | None = None, force: bool = False
 ) -> list[Written]:
@@ -161,16 +171,18 @@ def export_onnx(
         raise ValueError(f"{source} is no folder; name one to write to: python -m conversion.export_onnx {source} OUT")
     out = check_destination(source if out is None else out, overwrite=True)
     model = load_model(source)
-    graphs = out / "onnx"
     written: list[Written] = []
-    with whole_folder(out) as beside:
-        # An `onnx` that exists is added to; its other files stay.
-        with whole_folder(graphs) if graphs.is_dir() else nullcontext(beside / "onnx") as folder:
-            folder.mkdir(exist_ok=True)
-            for kind in GRAPHS:
-                written += write_precisions(kind(model), folder, precisions, force)
-            write_descriptions(source, out, beside, model, written)
+    with whole_folder(out) as beside, graph_folder(out, beside) as folder:
+        for kind in GRAPHS:
+            written += write_precisions(kind(model), folder, precisions, force)
+        write_descriptions(source, out, beside, model, written)
     return written
+
+
+def left_over(folder: Path, written: list[Written]) -> list[str]:
+    """Graphs of an earlier export, which may be of other weights."""
+    names = {file.name for file in written}
+    return sorted(path.name for path in folder.glob("*.onnx") if path.name not in names)
 
 
 def report(written: list[Written]) -> str:
@@ -213,8 +225,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)
         return 130
-    print(f"{Path(options.out or options.source) / 'onnx'}, against the model on random inputs:")
+    folder = Path(options.out or options.source) / "onnx"
+    print(f"{folder}, against the model on random inputs:")
     print(report(written))
+    if others := left_over(folder, written):
+        print(f"note: {', '.join(others)} are from an earlier export; remove what is of other weights", file=sys.stderr)
     return 0
 
 

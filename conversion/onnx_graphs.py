@@ -1,10 +1,10 @@
 """A CLIP as three ONNX graphs, named as transformers.js and optimum name those of a stock one.
 
-| graph        | inputs                                  | outputs                                                    |
-|--------------|-----------------------------------------|------------------------------------------------------------|
-| model        | input_ids, pixel_values, attention_mask | logits_per_image, logits_per_text, text_embeds, image_embeds |
-| text_model   | input_ids                               | text_embeds                                                |
-| vision_model | pixel_values                            | image_embeds                                               |
+| graph        | inputs                                  | outputs                                        |
+|--------------|-----------------------------------------|------------------------------------------------|
+| model        | input_ids, pixel_values, attention_mask | logits_per_{image,text}, {text,image}_embeds   |
+| text_model   | input_ids                               | text_embeds                                    |
+| vision_model | pixel_values                            | image_embeds                                   |
 
 As in the classes that carry these names, the whole model's embeddings have length one and a tower's have not. Batch
 sizes and the text length are free, the pictures' size is the model's. Attention is spelled out, since its mask is
@@ -87,7 +87,7 @@ def check_packages() -> None:
     """Raises ModuleNotFoundError where a package of the extra is missing."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ModuleNotFoundError(
-            f'Exporting to ONNX needs the package{"s" * (len(missing) > 1)} {", ".join(missing)}: '
+            f"Exporting to ONNX needs the package{'s' * (len(missing) > 1)} {', '.join(missing)}: "
             f'pip install "hf-clip[onnx]"'
         )
 

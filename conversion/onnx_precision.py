@@ -1,14 +1,11 @@
-"""Smaller ONNX graphs made from those in float32, and how far any graph's outputs are from the model's.
+"""How far a graph's outputs are from the model's, and graphs in float16.
 
 float16 halves the weights. Inputs and outputs stay float32, and so does the arithmetic of what adds up many values:
-LayerNorm, softmax and the norm of an embedding. int8 quantises the matrices of linear layers and the activations that
-they meet, these anew for every input; a convolution is kept in int8 on disk only and computes in float32, since its
-activations lose too much.
+LayerNorm, softmax and the norm of an embedding.
 
 Dimensions: N texts or pictures, D embedding.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

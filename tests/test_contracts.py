@@ -222,7 +222,8 @@ def test_registration_can_run_twice():
     importlib.reload(hf_clip)
 
 
-PROGRAMS = ["conversion.convert", "conversion.parity", "conversion.publish", "demo", "finetune", "model_cards"]
+PROGRAMS = [f"conversion.{name}" for name in ("convert", "export_onnx", "parity", "publish")]
+PROGRAMS += ["demo", "finetune", "model_cards"]
 PROGRAMS += [f"benchmarks.{name}" for name in ("encode", "image_processor", "tokenizer", "train_step", "zero_shot")]
 
 
