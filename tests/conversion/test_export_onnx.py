@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from conversion import export_onnx as program
 from conversion import onnx_graphs
 from conversion.convert import convert
-from conversion.export_onnx import export_onnx
+from conversion.export_onnx import export_onnx, main
 from conversion.onnx_graphs import GRAPHS, random_inputs
-from conversion.onnx_precision import Comparison, open_session
-from hf_clip import HfClipModel
+from conversion.onnx_precision import Comparison, Deviation, open_session
+from hf_clip import VARIANTS, HfClipConfig, HfClipModel
 
 from ..small import CONTEXT_LENGTH, pictures, texts
 
