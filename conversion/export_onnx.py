@@ -118,7 +118,8 @@ def write_descriptions(source: str | Path, out: Path, folder: Path, model: HfCli
         for name, path in found.items():
             if path is not None:
                 shutil.copyfile(path, folder / name)
-    describe_data_files(Path(found["config.json"] or folder / "config.json"), folder / "config.json", written)
+    config = Path(found["config.json"] or folder / "config.json")
+    describe_data_files(config, out / "config.json", folder / "config.json", written)
     if found["preprocessor_config.json"] is None:
         try:
             pictures = stock_image_processor(HfClipImageProcessor.from_pretrained(source))
@@ -129,17 +130,21 @@ def write_descriptions(source: str | Path, out: Path, folder: Path, model: HfCli
         (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
-def describe_data_files(config: Path, target: Path, written: list[Written]) -> None:
-    """Say in config.json which graphs have their weights in a file beside them; transformers.js looks there."""
+def describe_data_files(config: Path, earlier: Path, target: Path, written: list[Written]) -> None:
+    """Say in config.json which graphs have their weights in a file beside them; transformers.js looks there.
+
+    earlier: what an earlier export may have said of graphs that stay
+    """
     values = json.loads(config.read_text(encoding="utf-8"))
-    settings = values.get("transformers.js_config", {})
+    said = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else values
+    settings = said.get("transformers.js_config", {})
     before = settings.get("use_external_data_format", {})
     known = dict(before) if isinstance(before, dict) else {}
     for file in written:
         known.pop(file.name, None)
         if file.external:
             known[file.name] = 1
-    if known != before:
+    if known or before:
         values["transformers.js_config"] = settings | {"use_external_data_format": known}
         target.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

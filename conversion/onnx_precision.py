@@ -7,6 +7,7 @@ Dimensions: N texts or pictures, D embedding.
 """
 
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ class Deviation:
     cosine: float = 1.0
 
     def add(self, error: float, cosine: float) -> None:
-        # Written so that a NaN stays: max() and min() would pass over it.
-        self.error = self.error if self.error >= error else error
-        self.cosine = self.cosine if self.cosine <= cosine else cosine
+        # What is no number stays: max() and min() would pass over it.
+        if not (isnan(self.error) or error <= self.error):
+            self.error = error
+        if not (isnan(self.cosine) or cosine >= self.cosine):
+            self.cosine = cosine
 
 
 def sizes_to_compare(limit: int) -> list[tuple[int, int, int]]:

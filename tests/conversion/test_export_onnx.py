@@ -225,13 +225,13 @@ def test_large_weights_lie_beside_their_graph(
     HfClipConfig.from_pretrained(out).save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["transformers.js_config"] == settings
     # The others fit one file, and are made from weights that lie elsewhere.
-    export_onnx(out, precisions=["fp16", "int8"])
+    export_onnx(repositories["vit"], out, precisions=["fp16", "int8"])
     names = {f"text_model{end}" for end in (".onnx", ".onnx_data", "_fp16.onnx", "_quantized.onnx")}
     assert listing(out / "onnx") == names
     assert json.loads((out / "config.json").read_text())["transformers.js_config"] == settings
     monkeypatch.undo()
     export_tiny(monkeypatch)
-    export_onnx(out)
+    export_onnx(repositories["vit"], out)
     assert json.loads((out / "config.json").read_text())["transformers.js_config"] == {"use_external_data_format": {}}
 
 

@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 
 from conversion.convert import convert
 from conversion.export_onnx import export_onnx
-from hf_clip import HfClipModel
+from hf_clip import HfClipConfig, HfClipModel
 
 PACKAGE = "@huggingface/transformers@4.3.1"
 SCRIPT = Path(__file__).with_name("transformers_js.mjs")
@@ -60,9 +60,13 @@ def exported(request: pytest.FixtureRequest, repositories: dict[str, Path], tmp_
 
 
 @torch.no_grad()
-def test_transformers_js_gives_the_models_numbers(exported: Path, node: Path, photographs: dict[str, Image.Image]):
+def test_transformers_js_gives_the_models_numbers(
+    exported: Path, node: Path, repositories: dict[str, Path], photographs: dict[str, Image.Image]
+):
+    size = HfClipConfig.from_pretrained(exported).vision_config.image_size
+    photograph = photographs["chelsea"].resize((size, size))  # transformers.js resizes otherwise than Pillow
     picture = exported.parent / "picture.png"
-    photographs["chelsea"].save(picture)
+    photograph.save(picture)
     question = {"texts": TEXTS, "picture": str(picture), "labels": LABELS, "dtype": "fp32"}
     done = subprocess.run(
         ["node", SCRIPT.name, str(exported.parent), exported.name],
@@ -76,14 +80,15 @@ def test_transformers_js_gives_the_models_numbers(exported: Path, node: Path, ph
     assert done.returncode == 0, done.stderr[-2000:]
     answer = json.loads(done.stdout.rpartition("ANSWER")[2])
 
-    model, processor = HfClipModel.from_pretrained(exported).eval(), AutoProcessor.from_pretrained(exported)
+    source = exported if exported.name == "stock" else repositories[exported.name]
+    model, processor = HfClipModel.from_pretrained(source).eval(), AutoProcessor.from_pretrained(source)
     assert answer["ids"] == [processor.tokenizer(text)["input_ids"] for text in TEXTS]
     expected = model.encode_text(processor.tokenizer(TEXTS, padding=True, return_tensors="pt")["input_ids"])
     torch.testing.assert_close(torch.tensor(answer["text_embeds"]).view(5, -1), expected, rtol=1e-4, atol=1e-4)
 
-    ours = processor.image_processor(photographs["chelsea"], return_tensors="pt")["pixel_values"]
+    ours = processor.image_processor(photograph, return_tensors="pt")["pixel_values"]
     theirs = torch.tensor(answer["pixel_values"]).view(ours.shape)
-    assert (ours - theirs).abs().mean() < 0.05  # another library resizes
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
     expected = model.encode_image(theirs)
     torch.testing.assert_close(torch.tensor(answer["image_embeds"])[None], expected, rtol=1e-4, atol=1e-4)
 
