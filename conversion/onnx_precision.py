@@ -96,13 +96,29 @@ def open_session(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
+def give_own_weights(graph: Any) -> None:
+    """Undo the sharing of equal weights, such as fresh gains, for operators that stay in float32.
+
+    The converter would write one cast for each use of a weight, all under one name.
+    """
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        shared = [slot for slot, name in enumerate(node.input) if name in weights]
+        for slot in shared if node.op_type in FLOAT32_OPERATORS else []:
+            own = graph.initializer.add()
+            own.CopyFrom(weights[node.input[slot]])
+            own.name = node.input[slot] = f"{node.name}_{slot}"
+
+
 def write_half(source: Path, target: Path) -> None:
     import onnx
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
+    model = onnx.load(source)
+    give_own_weights(model.graph)
     with quiet():
         half = convert_float_to_float16(
-            onnx.load(source),
+            model,
             keep_io_types=True,
             max_finite_val=LARGEST_CONSTANT,
             disable_shape_infer=True,  # the exporter wrote all types, and it would not take more than 2 GiB

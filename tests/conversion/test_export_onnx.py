@@ -287,6 +287,17 @@ def test_graph_too_far_from_the_model_is_refused_and_nothing_is_written(
         assert listing(out / "onnx") == {f"text_model{end}.onnx"}
 
 
+def test_fresh_model_whose_gains_are_all_equal_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Equal weights are stored once, and then used by layers of float16 and of float32."""
+    export_tiny(monkeypatch)
+    text = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 64}
+    ids = {"vocab_size": 600, "bos_token_id": 1, "eos_token_id": 599, "pad_token_id": 1}
+    config = HfClipConfig(text_config=text | ids, vision_config={"num_hidden_layers": 1})
+    HfClipModel(config).save_pretrained(tmp_path)
+    written = export_onnx(tmp_path, precisions=["fp16", "int8"])
+    assert [file.name for file in written] == ["text_model_fp16.onnx", "text_model_quantized.onnx"]
+
+
 def test_deviation_keeps_what_is_no_number():
     found = Deviation()
     found.add(math.nan, math.nan)
