@@ -222,8 +222,8 @@ def test_registration_can_run_twice():
     importlib.reload(hf_clip)
 
 
-PROGRAMS = ["benchmarks", "conversion.convert", "conversion.parity", "conversion.publish", "demo", "finetune"]
-PROGRAMS += ["model_cards"]
+PROGRAMS = [f"conversion.{name}" for name in ("convert", "export_onnx", "parity", "publish")]
+PROGRAMS += ["benchmarks", "demo", "finetune", "model_cards"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

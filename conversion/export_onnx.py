@@ -1,0 +1,242 @@
+"""Write a CLIP as ONNX graphs, for browsers and inference servers.
+
+    python -m conversion.export_onnx clip-vit-b32/                          # into clip-vit-b32/onnx/
+    python -m conversion.export_onnx clip-vit-b32/ web/ --precision fp32 fp16 int8
+    python -m conversion.export_onnx org/clip-rn50 web/
+
+onnx/{model,text_model,vision_model}{,_fp16,_quantized}.onnx, with the inputs and outputs of a stock CLIP. Each graph is
+run by ONNX Runtime and held against the model, for several batch sizes and text lengths, before any file is put in
+place. What transformers.js reads beside the graphs and the model's folder lacks is written too.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils import cached_file
+
+from hf_clip import VARIANTS, HfClipImageProcessor, HfClipModel, HfClipProcessor
+from hf_clip.formats.stock import stock_image_processor
+from hf_clip.whole_folder import check_destination, whole_folder
+
+from .onnx_graphs import GRAPHS, Graph, check_packages, write_graph
+from .onnx_int8 import write_quantized
+from .onnx_precision import LEAST_COSINE, MOST_ERROR, Comparison, Deviation, write_half
+
+PRECISIONS = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
+"""By the names that the command takes: what the files are called after the graph's name."""
+
+BESIDE = (
+    "config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
+"""What goes along into another folder: all but the weights."""
+
+
+@dataclass
+class Written:
+    """One file of weights and graph, with what lies beside it."""
+
+    name: str
+    nbytes: int
+    deviation: Deviation
+    external: bool
+
+
+def load_model(source: str | Path) -> HfClipModel:
+    """The model in float32. Raises ValueError for what must be converted first, OSError for what isn't there."""
+    if str(source) in VARIANTS or Path(source).is_file():
+        kind = "a file" if Path(source).is_file() else "one of OpenAI's checkpoints"
+        raise ValueError(f"{source} is {kind}; make a folder of it first: python -m conversion.convert {source} FOLDER")
+    model = HfClipModel.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+def check(name: str, precision: str, deviation: Deviation, force: bool) -> None:
+    """Refuse a graph that is too far from the model; NaN is."""
+    if precision == "fp32":
+        if not deviation.error <= MOST_ERROR:
+            raise ValueError(
+                f"{name} differs from the model by {deviation.error:.1e}, and only {MOST_ERROR:.0e} can be rounding; "
+                f"nothing was written. Report this with the versions of torch, onnx and onnxruntime."
+            )
+    elif not deviation.cosine >= LEAST_COSINE and not force:
+        raise ValueError(
+            f"{name} has a cosine of {deviation.cosine:.4f} with the model's embeddings, below {LEAST_COSINE}; nothing "
+            f"was written. Leave {precision} out, or pass --force to write it all the same."
+        )
+
+
+def write_precisions(graph: Graph, folder: Path, precisions: list[str], force: bool) -> list[Written]:
+    """Write and check one graph's files."""
+    written = []
+    comparison = Comparison(graph)
+    plain = folder / f"{graph.name}.onnx"
+    for precision in ["fp32", *(name for name in precisions if name != "fp32")]:
+        path = folder / f"{graph.name}{PRECISIONS[precision]}.onnx"
+        if precision == "fp32":
+            write_graph(graph, path)
+        else:
+            (write_half if precision == "fp16" else write_quantized)(plain, path)
+        deviation = comparison.measure(path)
+        check(path.name, precision, deviation, force)
+        files = [path, data] if (data := Path(f"{path}_data")).exists() else [path]
+        size = sum(file.stat().st_size for file in files)
+        written.append(Written(path.name, size, deviation, external=len(files) > 1))
+    if "fp32" in precisions:
+        return written
+    for file in [plain, Path(f"{plain}_data")]:
+        file.unlink(missing_ok=True)
+    return written[1:]
+
+
+def write_descriptions(source: str | Path, out: Path, folder: Path, model: HfClipModel, written: list[Written]) -> None:
+    """Put into `folder` what `out` needs beside its graphs and lacks.
+
+    source: where the model was read from; `out` itself, or a folder or repository whose descriptions are copied
+    """
+    is_elsewhere = not Path(source).is_dir() or Path(source).resolve() != out.resolve()
+    found = {name: cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in BESIDE}
+    if found["config.json"] is None:  # another library's layout
+        if not is_elsewhere:
+            raise ValueError(f"{source} has no config.json, which browsers read; name another folder to write to.")
+        model.config.save_pretrained(folder)
+        HfClipProcessor.from_pretrained(source).save_pretrained(folder)
+    elif is_elsewhere:
+        for name, path in found.items():
+            if path is not None:
+                shutil.copyfile(path, folder / name)
+    config = Path(found["config.json"] or folder / "config.json")
+    describe_data_files(config, out / "config.json", folder / "config.json", written)
+    if found["preprocessor_config.json"] is None:
+        try:
+            pictures = stock_image_processor(HfClipImageProcessor.from_pretrained(source))
+        except (OSError, ValueError) as error:
+            print(f"note: there is no preprocessor_config.json for transformers.js: {error}", file=sys.stderr)
+            return
+        text = json.dumps(pictures, indent=2, sort_keys=True) + "\n"
+        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+
+def describe_data_files(config: Path, earlier: Path, target: Path, written: list[Written]) -> None:
+    """Say in config.json which graphs have their weights in a file beside them; transformers.js looks there.
+
+    earlier: what an earlier export may have said of graphs that stay
+    """
+    values = json.loads(config.read_text(encoding="utf-8"))
+    said = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else values
+    settings = said.get("transformers.js_config", {})
+    before = settings.get("use_external_data_format", {})
+    known = dict(before) if isinstance(before, dict) else {}
+    for file in written:
+        known.pop(file.name, None)
+        if file.external:
+            known[file.name] = 1
+    if known or before:
+        values["transformers.js_config"] = settings | {"use_external_data_format": known}
+        target.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def graph_folder(out: Path, beside: Path) -> Iterator[Path]:
+    """Where graphs are written until they are whole. An `onnx` that `out` has already is added to."""
+    if (out / "onnx").is_dir():
+        with whole_folder(out / "onnx") as folder:
+            yield folder
+    else:
+        (beside / "onnx").mkdir()
+        yield beside / "onnx"
+
+
+def export_onnx(
+    source: str | Path, out: str | Path | None = None, *, precisions: list[str] | None = None, force: bool = False
+) -> list[Written]:
+    """Export a model into `out/onnx`; see the module.
+
+    source: a folder or repository that HfClipModel.from_pretrained reads
+    out:    by default `source` itself, if it is a folder
+
+    Raises ModuleNotFoundError, OSError or ValueError, and then nothing is written.
+    """
+    precisions = list(dict.fromkeys(precisions or ["fp32"]))
+    check_packages()
+    if out is None and not Path(source).is_dir():
+        raise ValueError(f"{source} is no folder; name one to write to: python -m conversion.export_onnx {source} OUT")
+    out = check_destination(source if out is None else out, overwrite=True)
+    model = load_model(source)
+    written: list[Written] = []
+    with whole_folder(out) as beside, graph_folder(out, beside) as folder:
+        for kind in GRAPHS:
+            written += write_precisions(kind(model), folder, precisions, force)
+        write_descriptions(source, out, beside, model, written)
+    return written
+
+
+def left_over(folder: Path, written: list[Written]) -> list[str]:
+    """Graphs of an earlier export, which may be of other weights."""
+    names = {file.name for file in written}
+    return sorted(path.name for path in folder.glob("*.onnx") if path.name not in names)
+
+
+def report(written: list[Written]) -> str:
+    """A table of the files, their sizes and deviations."""
+    width = max(len(file.name) for file in written)
+    lines = [f"{'':{width}}  {'size':>9}  {'error':>7}  cosine"]
+    for file in written:
+        found = file.deviation
+        lines.append(f"{file.name:{width}}  {file.nbytes / 1e6:>6.1f} MB  {found.error:7.1e}  {found.cosine:.5f}")
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion.export_onnx",
+        description="Write a CLIP as ONNX graphs with the names that transformers.js and optimum give a stock one.",
+    )
+    parser.add_argument("source", help="folder or repository that HfClipModel.from_pretrained reads")
+    parser.add_argument("out", nargs="?", help="folder to write to (default: the model's own)")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=["fp32"],
+        help="of the weights; int8 computes linear layers in int8 too (default: fp32)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help=f"write smaller graphs with cosines below {LEAST_COSINE} too"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        written = export_onnx(options.source, options.out, precisions=options.precision, force=options.force)
+    except (ModuleNotFoundError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
+    folder = Path(options.out or options.source) / "onnx"
+    print(f"{folder}, against the model on random inputs:")
+    print(report(written))
+    if others := left_over(folder, written):
+        print(f"note: {', '.join(others)} are from an earlier export; remove what is of other weights", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

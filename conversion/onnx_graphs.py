@@ -1,0 +1,157 @@
+"""A CLIP as three ONNX graphs, named as transformers.js and optimum name those of a stock one.
+
+| graph        | inputs                                  | outputs                                        |
+|--------------|-----------------------------------------|------------------------------------------------|
+| model        | input_ids, pixel_values, attention_mask | logits_per_{image,text}, {text,image}_embeds   |
+| text_model   | input_ids                               | text_embeds                                    |
+| vision_model | pixel_values                            | image_embeds                                   |
+
+As in the classes that carry these names, the whole model's embeddings have length one and a tower's have not. Batch
+sizes and the text length are free, the pictures' size is the model's. Attention is spelled out, since its mask is
+finite: a text of padding alone gives numbers in every engine, in float16 too. A mask changes no feature of a text that
+is padded on the right, so the text tower's graph asks for none.
+
+Dimensions: T texts, L text length, I images, D embedding.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_clip import HfClipConfig, HfClipModel
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OPSET = 18
+LARGEST_FILE = 2_000_000_000
+"""Bytes of weights that go into the graph's own file. Protocol buffers end at 2 GiB."""
+
+TEXTS, LENGTH, IMAGES = "text_batch_size", "sequence_length", "image_batch_size"
+FREE: dict[str, dict[int, str]] = {
+    "input_ids": {0: TEXTS, 1: LENGTH},
+    "pixel_values": {0: IMAGES},
+    "attention_mask": {0: TEXTS, 1: LENGTH},
+}
+
+
+class Graph(nn.Module):
+    """What is exported as one file: the inputs by name, the outputs as a tuple."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def __init__(self, model: HfClipModel):
+        super().__init__()
+        self.model = model
+
+
+class WholeModel(Graph):
+    name = "model"
+    inputs = ("input_ids", "pixel_values", "attention_mask")
+    outputs = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask)
+        return tuple(found[name] for name in self.outputs)
+
+
+class TextTower(Graph):
+    name = "text_model"
+    inputs = ("input_ids",)
+    outputs = ("text_embeds",)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        return (self.model.encode_text(input_ids),)
+
+
+class ImageTower(Graph):
+    name = "vision_model"
+    inputs = ("pixel_values",)
+    outputs = ("image_embeds",)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return (self.model.encode_image(pixel_values),)
+
+
+GRAPHS: tuple[type[Graph], ...] = (WholeModel, TextTower, ImageTower)
+
+
+def check_packages() -> None:
+    """Raises ModuleNotFoundError where a package of the extra is missing."""
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise ModuleNotFoundError(
+            f"Exporting to ONNX needs the package{'s' * (len(missing) > 1)} {', '.join(missing)}: "
+            f'pip install "hf-clip[onnx]"'
+        )
+
+
+def random_inputs(config: HfClipConfig, texts: int, length: int, images: int, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of all three graphs. Texts end at different places, and what follows is padding.
+
+    Returns input_ids (T, L), pixel_values (I, C, Y, X) and attention_mask (T, L).
+    """
+    random = torch.Generator().manual_seed(seed)
+    text, vision = config.text_config, config.vision_config
+    input_ids = torch.randint(0, text.vocab_size, (texts, length), generator=random)
+    ends = torch.tensor([length - 1 - row % length for row in range(texts)])[:, None]  # (T, 1)
+    positions = torch.arange(length)
+    words = input_ids.where(input_ids != text.eos_token_id, (text.eos_token_id + 1) % text.vocab_size)
+    return {
+        "input_ids": words.where(positions < ends, text.eos_token_id),
+        "pixel_values": torch.randn(images, vision.num_channels, *[vision.image_size] * 2, generator=random),
+        "attention_mask": (positions <= ends).long(),
+    }
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's warnings and notes, which are about its own code."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def free_dimensions(graph: Graph) -> dict[str, dict[int, Any]]:
+    """Which dimensions of the graph's inputs are free, for `torch.export` and `torch.onnx.export`."""
+    limit = graph.model.config.text_config.max_position_embeddings
+    known = {name: torch.export.Dim(name, max=limit if name == LENGTH else None) for name in (TEXTS, LENGTH, IMAGES)}
+    return {name: {axis: known[free] for axis, free in FREE[name].items()} for name in graph.inputs}
+
+
+@torch.no_grad()
+def write_graph(graph: Graph, path: Path) -> None:
+    """Export in float32. Weights beyond what one file can hold lie beside it, in the file named `…_data`."""
+    import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    limit = graph.model.config.text_config.max_position_embeddings
+    given = random_inputs(graph.model.config, texts=2, length=min(7, limit), images=3)
+    with quiet():
+        program = torch.onnx.export(
+            graph,
+            tuple(given[name] for name in graph.inputs),
+            dynamo=True,
+            dynamic_shapes=free_dimensions(graph),
+            input_names=graph.inputs,
+            output_names=graph.outputs,
+            opset_version=OPSET,
+            verbose=False,
+        )
+        assert program is not None
+        exported = program.model
+        ClearMetadataAndDocStringPass()(exported)  # stack traces with this machine's paths
+        weights = [value.const_value for value in exported.graph.initializers.values()]
+        large = sum(weight.nbytes for weight in weights if weight is not None) > LARGEST_FILE
+        onnx_ir.save(exported, path, external_data=f"{path.name}_data" if large else None)

@@ -1,0 +1,100 @@
+"""Exported folders in transformers.js, run by Node: its tokenizer, its image processor, its classes and pipeline.
+
+`HF_CLIP_TRANSFORMERS_JS` names a folder with node_modules, for work without a registry.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from conversion.convert import convert
+from conversion.export_onnx import export_onnx
+from hf_clip import HfClipConfig, HfClipModel
+
+PACKAGE = "@huggingface/transformers@4.3.1"
+SCRIPT = Path(__file__).with_name("transformers_js.mjs")
+TEXTS = ["a photo of a cat", "it’s a DOG, ﬁne!", "  two   spaces\n", "café 猫 😀", "don't 12345"]
+LABELS = ["a cat", "a dog", "a rocket"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the script and the package that it imports."""
+    pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+    if shutil.which("node") is None:
+        pytest.skip("Node is not installed")
+    folder = tmp_path_factory.mktemp("node")
+    shutil.copy(SCRIPT, folder)
+    if installed := os.environ.get("HF_CLIP_TRANSFORMERS_JS"):
+        (folder / "node_modules").symlink_to(Path(installed).resolve() / "node_modules")
+        return folder
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed, and HF_CLIP_TRANSFORMERS_JS names no folder with node_modules")
+    # The packages carry their binaries for Linux; what their scripts would fetch is for GPUs.
+    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", PACKAGE]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        pytest.skip(f"npm could not install {PACKAGE}: {done.stderr.strip()[-200:]}")
+    return folder
+
+
+@pytest.fixture(params=["vit", "resnet", "stock"])
+def exported(request: pytest.FixtureRequest, repositories: dict[str, Path], tmp_path: Path) -> Path:
+    """Both kinds of tower in our layout, and a ViT in transformers' own."""
+    folder = tmp_path / request.param
+    if request.param == "stock":
+        convert(repositories["vit"], folder, format_name="transformers")
+        export_onnx(folder)
+    else:
+        export_onnx(repositories[request.param], folder)
+    return folder
+
+
+@torch.no_grad()
+def test_transformers_js_gives_the_models_numbers(
+    exported: Path, node: Path, repositories: dict[str, Path], photographs: dict[str, Image.Image]
+):
+    size = HfClipConfig.from_pretrained(exported).vision_config.image_size
+    photograph = photographs["chelsea"].resize((size, size))  # transformers.js resizes otherwise than Pillow
+    picture = exported.parent / "picture.png"
+    photograph.save(picture)
+    question = {"texts": TEXTS, "picture": str(picture), "labels": LABELS, "dtype": "fp32"}
+    done = subprocess.run(
+        ["node", SCRIPT.name, str(exported.parent), exported.name],
+        cwd=node,
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = json.loads(done.stdout.rpartition("ANSWER")[2])
+
+    source = exported if exported.name == "stock" else repositories[exported.name]
+    model, processor = HfClipModel.from_pretrained(source).eval(), AutoProcessor.from_pretrained(source)
+    assert answer["ids"] == [processor.tokenizer(text)["input_ids"] for text in TEXTS]
+    expected = model.encode_text(processor.tokenizer(TEXTS, padding=True, return_tensors="pt")["input_ids"])
+    torch.testing.assert_close(torch.tensor(answer["text_embeds"]).view(5, -1), expected, rtol=1e-4, atol=1e-4)
+
+    ours = processor.image_processor(photograph, return_tensors="pt")["pixel_values"]
+    theirs = torch.tensor(answer["pixel_values"]).view(ours.shape)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+    expected = model.encode_image(theirs)
+    torch.testing.assert_close(torch.tensor(answer["image_embeds"])[None], expected, rtol=1e-4, atol=1e-4)
+
+    prompts = processor.tokenizer(
+        [f"This is a photo of {label}" for label in LABELS], padding=True, return_tensors="pt"
+    )
+    scores = model(**prompts, pixel_values=theirs).logits_per_image.softmax(-1)[0].tolist()
+    found = {entry["label"]: entry["score"] for entry in answer["scores"]}
+    assert found == pytest.approx(dict(zip(LABELS, scores, strict=True)), abs=1e-4)
