@@ -250,9 +250,9 @@ class PlacedEncoding:
 
 def merging_backend(backend: Tokenizer) -> Tokenizer:
     """The part of a backend that merges: for words that were cut before."""
-    merging = Tokenizer.from_str(backend.to_str())
-    merging.normalizer = None
+    merging = Tokenizer(backend.model)  # the two share it, which is a hundred times as fast as to read it anew
+    for _, token in sorted(backend.get_added_tokens_decoder().items()):
+        (merging.add_special_tokens if token.special else merging.add_tokens)([token])
+    merging.post_processor, merging.decoder = backend.post_processor, backend.decoder
     merging.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    merging.no_truncation()
-    merging.no_padding()
     return merging
