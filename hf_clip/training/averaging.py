@@ -107,7 +107,7 @@ def weights_swapped_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Itera
         _overwrite(own, weights)
         yield
     finally:
-        # Asked for again: FSDP2, which may hold the other weights gathered, lets go of them where its state is asked for.
+        # Asked for again: FSDP2 may hold the other weights gathered, and lets go of them where its state is asked for.
         _overwrite(model.state_dict(), kept)
 
 

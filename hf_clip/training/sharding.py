@@ -1,17 +1,19 @@
-"""Runs whose wrapper splits the model or the optimizer's state over the processes: FSDP2, and DeepSpeed's ZeRO 1 to 3.
+"""Runs whose wrapper splits the model or the optimizer's state over the processes: FSDP2, and DeepSpeed's ZeRO 1 and 2.
 
 What is trained, and to which numbers, is that of DDP. What these wrappers would do otherwise is taken from them:
 
 - FSDP2 shards no scalars. The temperature stays whole on every process; its gradients are averaged here.
 - Mixed precision is autocast around the model's forward, as under DDP, over weights, statistics and gradients in
   float32; by themselves both would cast all of these, and round what is locked.
-- DeepSpeed steps on copies of the parameters, so the logit scale is clamped in the copy.
+- DeepSpeed takes no scalars, so during the run the temperature has shape (1,). It steps on copies of the parameters,
+  so the logit scale is clamped in the copy.
 
 Invariant: the same loss, gradients and weights as one process with the whole batch. What is not known to keep it is
 refused before any work is done. Every process calls every function here.
 """
 
 import os
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -38,11 +40,6 @@ def is_fsdp2(accelerator: Any) -> bool:
 
 def is_deepspeed(accelerator: Any) -> bool:
     return str(accelerator.distributed_type.value) == "DEEPSPEED"
-
-
-def _zero_stage(accelerator: Any) -> int:
-    """0 where the run is none of DeepSpeed's."""
-    return int(accelerator.state.deepspeed_plugin.zero_stage) if is_deepspeed(accelerator) else 0
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -95,9 +92,9 @@ def _find_unsupported_zero(accelerator: Any, config: TrainingConfig) -> list[tup
     stage, settings = plugin.zero_stage, plugin.deepspeed_config
     clipping, wanted = settings.get("gradient_clipping", "auto"), config.max_grad_norm or 0.0
     possible = [
-        (stage not in (1, 2, 3), f"zero_stage: {stage}", "take 1, 2 or 3, or no DeepSpeed"),
+        (stage == 3, "zero_stage: 3", "the loss needs the temperature outside of the model; take 2, or FSDP2"),
+        (stage not in (1, 2, 3), f"zero_stage: {stage}", "take 1 or 2"),
         (plugin.hf_ds_config.is_offload(), "offloading", "set both offload devices to none"),
-        (stage == 3 and plugin.zero3_init_flag, "zero3_init_flag", "set it to false"),
         ("scheduler" in settings, "a scheduler in its configuration", "pass --scheduler"),
         ("optimizer" in settings, "an optimizer in its configuration", "pass --optimizer"),
         (
@@ -105,7 +102,6 @@ def _find_unsupported_zero(accelerator: Any, config: TrainingConfig) -> list[tup
             f"gradient_clipping: {clipping} beside --max_grad_norm {config.max_grad_norm}",
             "pass --max_grad_norm alone",
         ),
-        (stage == 3 and config.ema_decay, "--ema_decay", "with ZeRO 3 leave it out, or take ZeRO 2"),
     ]
     return [(setting, instead) for is_so, setting, instead in possible if is_so]
 
@@ -152,12 +148,14 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
         settings["gradient_clipping"] = config.max_grad_norm or 0.0
         settings["bf16"] = {"enabled": False}
         _autocast_(model, accelerator)
+        for parameter in temperature_of(model).values():
+            parameter.data = parameter.data.view(1)
     return accelerator.prepare(model, optimizer)
 
 
 @torch.no_grad()
 def _broadcast_(model: nn.Module, device: torch.device) -> None:
-    """Begin with the main process's weights, as DDP and DeepSpeed do: each draws its adapters at random."""
+    """Begin with the main process's weights, as DDP and DeepSpeed do: each process draws its adapters at random."""
     for tensor in (*model.parameters(), *model.buffers()):
         sent = tensor.detach().to(device)
         dist.broadcast(sent, src=0)
@@ -185,22 +183,17 @@ def clamp_temperature_(accelerator: Any, model: Any) -> None:
     if not is_deepspeed(accelerator):
         clamp_logit_scale_(model)
     elif model.config.contrastive_loss == "softmax" and model.logit_scale.requires_grad:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-        if (scale := safe_get_full_fp32_param(model.logit_scale)).item() > MAX_LOGIT_SCALE:
-            safe_set_full_fp32_param(model.logit_scale, scale.clamp(max=MAX_LOGIT_SCALE))
+        copies = import_module("deepspeed.utils")
+        if (scale := copies.safe_get_full_fp32_param(model.logit_scale)).item() > MAX_LOGIT_SCALE:
+            copies.safe_set_full_fp32_param(model.logit_scale, scale.clamp(max=MAX_LOGIT_SCALE))
             clamp_logit_scale_(model)
 
 
 def whole_weights(accelerator: Any, wrapped: Any, model: nn.Module) -> dict[str, Tensor]:
     """The model's whole state by its own names, in the computer's memory, on every process."""
-    if _zero_stage(accelerator) == 3:
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters(list(model.parameters())):
-            return _copied(model.state_dict())
     if is_deepspeed(accelerator):
-        return _copied(model.state_dict())
+        state = _copied(model.state_dict())
+        return state | {name: state[name].view(()) for name in temperature_of(model)}
     # accelerate would gather FSDP2's on the main process alone.
     return _copied(wrapped.state_dict() if is_fsdp2(accelerator) else accelerator.get_state_dict(wrapped))
 
