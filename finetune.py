@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.publishing import PublishingError, check_repo_id
-from hf_clip.training import build, failures
+from hf_clip.training import build, failures, sharding
 from hf_clip.training.bad_rows import RowsOfRun
 from hf_clip.training.checkpoint import FOLDER as CHECKPOINTS_FOLDER
 from hf_clip.training.checkpoint import find_checkpoint, read_state
@@ -28,7 +28,7 @@ from hf_clip.training.config import TrainingConfig, parse_config
 from hf_clip.training.data import Position
 from hf_clip.training.evaluating import model_inputs
 from hf_clip.training.losses import global_contrastive_loss
-from hf_clip.training.optim import clamp_logit_scale_, learning_rates
+from hf_clip.training.optim import learning_rates
 from hf_clip.training.results import CONFIG_FILE, METRICS_FILE, check_output_format
 from hf_clip.training.run import Run, make_accelerator
 from hf_clip.whole_folder import check_destination
@@ -81,7 +81,7 @@ def train(config: TrainingConfig) -> None:
     steps = build.count_steps(loader, config, accelerator.gradient_accumulation_steps)
     optimizer = build.build_optimizer(model, config)
     scheduler = build.build_scheduler(optimizer, config, steps)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, optimizer = sharding.prepare(accelerator, model, optimizer, config)
     run = Run(config, accelerator, wrapped, model, processor, optimizer, scheduler, bad_rows, pretrained, steps)
     run.set_validation(validation, data.class_prompts)
     run.start()
@@ -109,8 +109,10 @@ def train(config: TrainingConfig) -> None:
                 )
                 run.check_loss(result.global_loss)
                 accelerator.backward(result.local_loss_to_backpropagate)
-                if accelerator.sync_gradients and config.max_grad_norm is not None:
-                    accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+                if accelerator.sync_gradients:
+                    sharding.average_left_out_gradients(accelerator, model)
+                    if config.max_grad_norm is not None:
+                        accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
                 rates = learning_rates(optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -118,7 +120,7 @@ def train(config: TrainingConfig) -> None:
             if accelerator.sync_gradients:
                 if not accelerator.optimizer_step_was_skipped:  # fp16 passes over steps whose gradients overflow
                     scheduler.step()
-                clamp_logit_scale_(model)
+                sharding.clamp_temperature_(accelerator, model)
                 run.after_step(rates)
     run.finish()
 

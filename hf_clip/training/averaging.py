@@ -35,6 +35,20 @@ def parse_alphas(spec: str | float) -> list[float]:
     return numbers
 
 
+def whole_tensor(tensor: Any) -> Tensor:
+    """A sharded tensor gathered on every process; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sharded_like(tensor: Tensor, example: Any) -> Tensor:
+    """This process's part of a whole tensor that all processes have, where `example` is sharded."""
+    if not hasattr(example, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, example.device_mesh, example.placements)
+
+
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
     """A model's present weights in the computer's memory, for an average later on."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
@@ -93,7 +107,8 @@ def weights_swapped_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Itera
         _overwrite(own, weights)
         yield
     finally:
-        _overwrite(own, kept)
+        # Asked for again: FSDP2 may hold the other weights gathered, and lets go of them where its state is asked for.
+        _overwrite(model.state_dict(), kept)
 
 
 @torch.no_grad()
@@ -145,13 +160,15 @@ class MovingAverage:
         return weights_swapped_in(model, self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"decay": self.decay, "updates": self.updates, "weights": self.weights}
+        weights = {name: whole_tensor(tensor) for name, tensor in self.weights.items()}
+        return {"decay": self.decay, "updates": self.updates, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         _check_resumed(self.weights, state["weights"])
         self.decay, self.updates = state["decay"], state["updates"]
         for name, tensor in state["weights"].items():
-            self.weights[name] = tensor.to(self.weights[name].device, copy=True)
+            own = self.weights[name]
+            self.weights[name] = sharded_like(tensor.to(own.device, copy=True), own)
 
 
 def _check_resumed(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

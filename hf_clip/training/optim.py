@@ -1,7 +1,7 @@
 """The optimizer: which parameter learns at which rate, what decays, and by which rule.
 
-Every trained parameter is in exactly one group; groups differ in learning rate or weight decay and carry the parts of
-the model they hold. A schedule scales all of them alike.
+Every trained parameter is in exactly one group; groups differ in learning rate or weight decay, or hold the
+temperature, and carry the parts of the model they hold. A schedule scales all of them alike.
 
 Weight decay is for matrices and convolutions: not for gains, biases, positions, the class token or the temperature
 (Radford et al. 2021, section 2.5).
@@ -107,11 +107,13 @@ def parameter_groups(
             placed.append((not is_decayed(name, parameter), PARTS.index(part), depth, parameter))
     if not placed:
         raise ValueError("There is nothing to train: every parameter is locked.")
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for is_spared, part_index, depth, parameter in sorted(placed, key=lambda place: place[:3]):
         part = PARTS[part_index]
         rate, decay = rates[part] * layer_decay**depth, 0.0 if is_spared else weight_decay
-        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay, "parts": []})
+        # The temperature by itself: FSDP2 leaves scalars whole, and one step for several parameters takes no mixture.
+        key = (rate, decay, part == "temperature")
+        group = groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay, "parts": []})
         group["params"].append(parameter)
         if part not in group["parts"]:
             group["parts"].append(part)

@@ -36,16 +36,19 @@ from .collator import PairCollator
 from .config import TrainingConfig
 from .data import PairLoader, Position
 from .evaluating import evaluate
-from .lora import merge_lora_
+from .lora import add_lora_, merge_lora_
 from .losses import ContrastiveResult
 from .results import METRICS_FILE, publish_results, read_metrics, save_results
+from .sharding import check_wrapper, whole_weights
+from .trainable import lock_
 
 DEFAULT_METRIC = "recall@1"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def make_accelerator(config: TrainingConfig) -> Any:
-    """What `accelerate launch` has set up. Raises ValueError for an unknown tracker, ImportError for a missing one."""
+    """What `accelerate launch` has set up. Raises ValueError for a wrapper or tracker that cannot be, ImportError for a
+    missing tracker."""
     from accelerate import Accelerator
 
     for name in config.report_to:
@@ -53,7 +56,9 @@ def make_accelerator(config: TrainingConfig) -> Any:
             raise ValueError(f"report_to has {name!r}, but must be of {', '.join(TRACKERS)}.")
         if find_spec(name) is None:  # accelerate would pass over it
             raise ImportError(f"--report_to {name} needs a package that is not installed: pip install {name}")
-    return Accelerator(log_with=config.report_to or None, project_dir=config.output_dir)
+    accelerator = Accelerator(log_with=config.report_to or None, project_dir=config.output_dir)
+    check_wrapper(accelerator, config)
+    return accelerator
 
 
 def peak_memory(device: torch.device) -> int:
@@ -253,9 +258,7 @@ class Run:
     def _weights(self) -> dict[str, Tensor]:
         """The weights that count, whole, on the CPU; every process calls this."""
         with self.average.swapped_in(self.model) if self.average is not None else nullcontext():
-            state = self.accelerator.get_state_dict(self.wrapped)
-            # torch.compile puts a prefix in front of all names.
-            return {name.removeprefix("_orig_mod."): t.detach().to("cpu", copy=True) for name, t in state.items()}
+            return whole_weights(self.accelerator, self.wrapped, self.model)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -271,10 +274,12 @@ class Run:
 
     def _merged(self, weights: dict[str, Tensor]) -> HfClipModel:
         """A model of its own on the CPU with these weights, adapters merged."""
-        model = copy.deepcopy(self.model).cpu()
-        for name in ("forward", "_original_forward"):  # accelerate's, for mixed precision, are still the first model's
-            model.__dict__.pop(name, None)
-        model.load_state_dict(weights)
+        with torch.device("meta"):  # a copy of the model would bring its wrapper along
+            model = HfClipModel(copy.deepcopy(self.model.config))
+            if self.config.lora_rank is not None:
+                lock_(model, self.config.lock)
+                add_lora_(model, self.config.lora_rank)
+        model.load_state_dict(weights, assign=True)
         return merge_lora_(model) if self.config.lora_rank is not None else model
 
     def _save(self, model: HfClipModel, message: str) -> None:

@@ -116,11 +116,12 @@ def test_every_parameter_has_the_rate_and_decay_of_its_place(model: HfClipModel,
     assert spared == vectors | {name for name in rows if "position" in name}
 
 
-def test_one_rate_gives_two_groups(model: HfClipModel):
+def test_one_rate_gives_two_groups_and_one_for_the_temperature(model: HfClipModel):
     groups = parameter_groups(model, parse_rates(1e-5))
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-5, 0.2), (1e-5, 0.0)]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-5, 0.2), (1e-5, 0.0), (1e-5, 0.0)]
     assert groups[0]["parts"] == ["image", "text", "projections"]
-    assert groups[1]["parts"][-1] == "temperature"
+    assert groups[2]["parts"] == ["temperature"]
+    assert all(parameter.ndim == 0 for parameter in groups[2]["params"])
 
 
 def test_rates_of_parts_follow_the_schedule(model: HfClipModel):
@@ -183,7 +184,7 @@ def test_adam_is_the_papers_for_the_kind_of_tower_and_fused(model: HfClipModel, 
         assert type(optimizer) is getattr(torch.optim, name)
         assert all((group["betas"], group["eps"]) == expected for group in optimizer.param_groups)
         assert all(group["fused"] for group in optimizer.param_groups)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0, 0.0]
 
 
 def test_options_are_passed_on_and_those_in_the_name_win(model: HfClipModel):

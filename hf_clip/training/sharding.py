@@ -1,0 +1,206 @@
+"""Runs whose wrapper splits the model or the optimizer's state over the processes: FSDP2, and DeepSpeed's ZeRO 1 and 2.
+
+What is trained, and to which numbers, is that of DDP. What these wrappers would do otherwise is taken from them:
+
+- FSDP2 shards no scalars. The temperature stays whole on every process; its gradients are averaged here.
+- Mixed precision is autocast around the model's forward, as under DDP, over weights, statistics and gradients in
+  float32; by themselves both would cast all of these, and round what is locked.
+- DeepSpeed takes no scalars, so during the run the temperature has shape (1,). It steps on copies of the parameters,
+  so the logit scale is clamped in the copy.
+
+Invariant: the same loss, gradients and weights as one process with the whole batch. What is not known to keep it is
+refused before any work is done. Every process calls every function here.
+"""
+
+import os
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .averaging import whole_tensor
+from .config import TrainingConfig
+from .lora import temperature_of
+from .optim import MAX_LOGIT_SCALE, clamp_logit_scale_
+from .trainable import FrozenBatchNorm2d
+
+SHARDED_LAYERS = ("HfClipEncoderLayer", "HfClipBottleneck")
+"""What FSDP2 gathers at a time, of these what the model has; the rest is gathered for the whole step."""
+
+ASKED = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}
+NAMES = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}
+
+
+def is_fsdp2(accelerator: Any) -> bool:
+    return bool(getattr(accelerator, "is_fsdp2", False))
+
+
+def is_deepspeed(accelerator: Any) -> bool:
+    return str(accelerator.distributed_type.value) == "DEEPSPEED"
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def check_wrapper(accelerator: Any, config: TrainingConfig) -> None:
+    """Refuse a wrapper that accelerate would silently leave out, and settings that would train something else."""
+    kind = accelerator.distributed_type.value
+    for asked, variable in ASKED.items():
+        if os.environ.get(variable, "false").lower() == "true" and kind != asked:
+            raise ValueError(
+                f"The launcher asks for {NAMES[asked]}, but accelerate shards nothing here "
+                f"({accelerator.num_processes} process(es) on {accelerator.device.type}): it does so over GPUs alone. "
+                f"Launch without it."
+            )
+    if kind not in ASKED:
+        return
+    precision = accelerator.mixed_precision
+    unsupported = _find_unsupported_fsdp(accelerator) if kind == "FSDP" else _find_unsupported_zero(accelerator, config)
+    if precision not in ("no", "bf16"):
+        unsupported = [(f"mixed_precision: {precision}", "take bf16"), *unsupported]
+    for setting, instead in unsupported:
+        raise ValueError(f"{setting} is not supported under {NAMES[kind]}: {instead}.")
+
+
+def _find_unsupported_fsdp(accelerator: Any) -> list[tuple[str, str]]:
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        return [(f"fsdp_version: {plugin.fsdp_version}", "set fsdp_version: 2")]
+    torch_version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    possible = [
+        (torch_version < (2, 7), f"torch {torch.__version__}", "it cannot leave out scalars before 2.7"),
+        (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading", "set it to false"),
+        (
+            type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
+            "fsdp_offload_params",
+            "the temperature isn't sharded, and would be on another device; set it to false",
+        ),
+        (
+            plugin.activation_checkpointing,
+            "fsdp_activation_checkpointing",
+            "set it to false, and pass --gradient_checkpointing",
+        ),
+    ]
+    return [(setting, instead) for is_so, setting, instead in possible if is_so]
+
+
+def _find_unsupported_zero(accelerator: Any, config: TrainingConfig) -> list[tuple[str, str]]:
+    plugin = accelerator.state.deepspeed_plugin
+    stage, settings = plugin.zero_stage, plugin.deepspeed_config
+    clipping, wanted = settings.get("gradient_clipping", "auto"), config.max_grad_norm or 0.0
+    possible = [
+        (stage == 3, "zero_stage: 3", "the loss needs the temperature outside of the model; take 2, or FSDP2"),
+        (stage not in (1, 2, 3), f"zero_stage: {stage}", "take 1 or 2"),
+        (plugin.hf_ds_config.is_offload(), "offloading", "set both offload devices to none"),
+        ("scheduler" in settings, "a scheduler in its configuration", "pass --scheduler"),
+        ("optimizer" in settings, "an optimizer in its configuration", "pass --optimizer"),
+        (
+            clipping != "auto" and float(clipping) != wanted,
+            f"gradient_clipping: {clipping} beside --max_grad_norm {config.max_grad_norm}",
+            "pass --max_grad_norm alone",
+        ),
+    ]
+    return [(setting, instead) for is_so, setting, instead in possible if is_so]
+
+
+def _check_batch_norm(model: nn.Module, wrapper: str) -> None:
+    """DDP sends the main process's statistics to all others in each step; these wrappers don't."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, (FrozenBatchNorm2d, nn.SyncBatchNorm)):
+            raise ValueError(
+                f"Under {wrapper} every process would keep BatchNorm statistics of its own: pass --sync_batchnorm."
+            )
+
+
+# --- around the wrapper ----------------------------------------------------------------------------------------------
+
+
+class _Temperature(nn.Module):
+    """Holds a model's scalars: what is to be left out of sharding is named by modules."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        for name, parameter in temperature_of(model).items():
+            self.register_parameter(name, parameter)
+
+
+def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainingConfig) -> Any:
+    """`accelerator.prepare` of model and optimizer, after `check_wrapper`; returns both as accelerate made them."""
+    if is_fsdp2(accelerator):
+        _check_batch_norm(model, "FSDP")
+        plugin = accelerator.state.fsdp_plugin
+        for parameter in temperature_of(model).values():
+            parameter.data = parameter.data.to(accelerator.device)
+        plugin.ignored_modules = [_Temperature(model)]
+        plugin.mixed_precision_policy = None
+        if plugin.transformer_cls_names_to_wrap is None:
+            present = {type(module).__name__ for module in model.modules()}
+            plugin.transformer_cls_names_to_wrap = [name for name in SHARDED_LAYERS if name in present]
+        _autocast_(model, accelerator)
+        _broadcast_(model, accelerator.device)
+    elif is_deepspeed(accelerator):
+        _check_batch_norm(model, "DeepSpeed")
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = config.batch_size
+        settings["gradient_clipping"] = config.max_grad_norm or 0.0
+        settings["bf16"] = {"enabled": False}
+        _autocast_(model, accelerator)
+        for parameter in temperature_of(model).values():
+            parameter.data = parameter.data.view(1)
+    return accelerator.prepare(model, optimizer)
+
+
+@torch.no_grad()
+def _broadcast_(model: nn.Module, device: torch.device) -> None:
+    """Begin with the main process's weights, as DDP and DeepSpeed do: each process draws its adapters at random."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        sent = tensor.detach().to(device)
+        dist.broadcast(sent, src=0)
+        tensor.copy_(sent)
+
+
+def _autocast_(model: Any, accelerator: Any) -> None:
+    if accelerator.mixed_precision == "bf16":
+        model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
+
+
+@torch.no_grad()
+def average_left_out_gradients(accelerator: Any, model: nn.Module) -> None:
+    """After the last backward of a step, before clipping: what FSDP2 leaves out is averaged as all else was."""
+    if is_fsdp2(accelerator):
+        for parameter in temperature_of(model).values():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+
+
+@torch.no_grad()
+def clamp_temperature_(accelerator: Any, model: Any) -> None:
+    """`clamp_logit_scale_` for any wrapper."""
+    if not is_deepspeed(accelerator):
+        clamp_logit_scale_(model)
+    elif model.config.contrastive_loss == "softmax" and model.logit_scale.requires_grad:
+        copies = import_module("deepspeed.utils")
+        if (scale := copies.safe_get_full_fp32_param(model.logit_scale)).item() > MAX_LOGIT_SCALE:
+            copies.safe_set_full_fp32_param(model.logit_scale, scale.clamp(max=MAX_LOGIT_SCALE))
+            clamp_logit_scale_(model)
+
+
+def whole_weights(accelerator: Any, wrapped: Any, model: nn.Module) -> dict[str, Tensor]:
+    """The model's whole state by its own names, in the computer's memory, on every process."""
+    if is_deepspeed(accelerator):
+        state = _copied(model.state_dict())
+        return state | {name: state[name].view(()) for name in temperature_of(model)}
+    # accelerate would gather FSDP2's on the main process alone.
+    return _copied(wrapped.state_dict() if is_fsdp2(accelerator) else accelerator.get_state_dict(wrapped))
+
+
+def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    # torch.compile puts a prefix in front of all names.
+    return {
+        name.removeprefix("_orig_mod."): whole_tensor(tensor).detach().to("cpu", copy=True)
+        for name, tensor in state.items()
+    }

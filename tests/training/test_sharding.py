@@ -1,0 +1,193 @@
+"""FSDP2 and DeepSpeed, by accelerate's own code in two processes on a CPU, against one process with the whole batch."""
+
+import os
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from transformers import AutoModel
+
+import finetune
+from hf_clip.training import sharding
+from hf_clip.training.config import TrainingConfig
+
+from ..finetuning import ROOT, largest_difference, launch, options, records, train, weights
+from .fsdp2_on_cpu import keep_gradients
+
+CONFIGS = ROOT / "accelerate_configs"
+FSDP2, ZERO = (Path(__file__).with_name(f"{name}_on_cpu.py") for name in ("fsdp2", "zero"))
+STEPS: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "warmup_steps": 1, "learning_rate": "5e-4"}
+
+
+def shard(digits: Path, out: Path, tower: str = "vit", plugin: str = "{}", gradients: str = "", **chosen: Any) -> None:
+    flags = options(digits, out, tower, batch_size=24, **STEPS | chosen)
+    environment = {"PYTHONPATH": str(ROOT), "OPTIONS": plugin, "GRADIENTS": gradients}
+    done = launch(flags, processes=2, program=FSDP2, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_same(sharded: Path, alone: Path) -> None:
+    first, second = weights(sharded), weights(alone)
+    for name in [name for name in first if name.endswith("k_proj.bias")]:  # of zero gradient but for rounding
+        del first[name], second[name]
+    assert largest_difference(first, second) < 1e-5
+    losses = [[line["loss"] for line in records(folder)] for folder in (sharded, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert AutoModel.from_pretrained(sharded).logit_scale.shape == ()
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_fsdp2_has_the_gradients_of_one_process(
+    digits: Path, tmp_path: Path, tower: str, loss: str, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = {"loss": loss, "max_grad_norm": 1.0, "validation": "100"}
+    shard(digits, tmp_path / "two", tower, gradients=str(tmp_path / "two.pt"), **chosen)
+    monkeypatch.setattr(finetune.sharding, "average_left_out_gradients", sharding.average_left_out_gradients)
+    keep_gradients(str(tmp_path / "one.pt"))
+    train(digits, tmp_path / "one", tower, batch_size=48, **STEPS | chosen)
+    two, one = torch.load(tmp_path / "two.pt"), torch.load(tmp_path / "one.pt")
+    assert two.keys() == one.keys()
+    for name, gradient in one.items():
+        if not name.endswith("k_proj.bias"):
+            assert (two[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    assert_same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_fsdp2_goes_on_where_it_stopped(digits: Path, tmp_path: Path, kind: str):
+    """With the moving average, whose parts are gathered for a checkpoint and split again."""
+    chosen = {"ema_decay": 0.9, "validation": "100", "checkpoint_steps": 2, "keep_best": "recall@1"}
+    plugin = f'{{"state_dict_type": "{kind}"}}'
+    shard(digits, tmp_path / "out", plugin=plugin, **chosen)
+    alone = train(digits, tmp_path / "one", batch_size=48, **STEPS | chosen)
+    assert_same(tmp_path / "out", alone)
+    (tmp_path / "out" / "model.safetensors").unlink()
+    shard(digits, tmp_path / "out", plugin=plugin, resume="latest", **chosen)
+    assert_same(tmp_path / "out", alone)
+
+
+def test_fsdp2_begins_with_one_set_of_adapters(digits: Path, tmp_path: Path):
+    chosen = {"lora_rank": 2, "lock": "image", "gradient_checkpointing": True}
+    shard(digits, tmp_path / "two", **chosen)
+    assert_same(tmp_path / "two", train(digits, tmp_path / "one", batch_size=48, **STEPS | chosen))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_trains_as_one_process(digits: Path, tmp_path: Path, stage: int):
+    if find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    hot = tmp_path / "hot"
+    shutil.copytree(digits / "vit", hot)
+    model = AutoModel.from_pretrained(hot)
+    model.logit_scale.data.fill_(6.0)  # above ln 100: it is clamped, in DeepSpeed's copy too
+    model.save_pretrained(hot)
+    # Adam would hide the size of gradients.
+    chosen = {"model": str(hot), "optimizer": "SGD", "learning_rate": "1e-2", "validation": "100"}
+    chosen |= {"ema_decay": 0.9, "checkpoint_steps": 2}
+    flags = options(digits, tmp_path / "two", batch_size=24, **STEPS | chosen)
+    launcher = ["--use_deepspeed", "--zero_stage", str(stage), "--zero3_init_flag", "false"]
+    environment = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
+    done = launch(flags, *launcher, processes=2, program=ZERO, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(tmp_path / "two", train(digits, tmp_path / "one", batch_size=48, **STEPS | chosen))
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def accelerator_of(kind: str, precision: str = "no", **settings: Any) -> Any:
+    plugin = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "cpu_offload": None}
+    plugin |= {"activation_checkpointing": False, "zero_stage": 2, "deepspeed_config": {}}
+    plugin |= {"hf_ds_config": SimpleNamespace(is_offload=lambda: settings.get("offload", False))}
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**plugin | settings))
+    state.deepspeed_plugin = state.fsdp_plugin
+    return SimpleNamespace(
+        distributed_type=SimpleNamespace(value=kind),
+        mixed_precision=precision,
+        state=state,
+        num_processes=2,
+        device=torch.device("cpu"),
+        is_fsdp2=kind == "FSDP",
+    )
+
+
+def config_of(**fields: Any) -> TrainingConfig:
+    return TrainingConfig(model="m", dataset=["d"], output_dir="o", max_steps=1, **fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("FSDP", {"precision": "fp16"}, "mixed_precision: fp16 is not supported under FSDP: take bf16"),
+        ("FSDP", {"fsdp_version": 1}, "fsdp_version: 1 is not supported under FSDP: set fsdp_version: 2"),
+        ("FSDP", {"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading is not supported"),
+        ("FSDP", {"activation_checkpointing": True}, "set it to false, and pass --gradient_checkpointing"),
+        ("DEEPSPEED", {"precision": "fp16"}, "mixed_precision: fp16 is not supported under DeepSpeed: take bf16"),
+        ("DEEPSPEED", {"zero_stage": 3}, "zero_stage: 3 is not supported under DeepSpeed: the loss needs"),
+        ("DEEPSPEED", {"zero_stage": 0}, "zero_stage: 0 is not supported under DeepSpeed: take 1 or 2"),
+        ("DEEPSPEED", {"offload": True}, "offloading is not supported"),
+        ("DEEPSPEED", {"deepspeed_config": {"optimizer": {}}}, "an optimizer in its configuration is not supported"),
+        ("DEEPSPEED", {"deepspeed_config": {"scheduler": {}}}, "a scheduler in its configuration is not supported"),
+        (
+            "DEEPSPEED",
+            {"deepspeed_config": {"gradient_clipping": 1.0}},
+            "gradient_clipping: 1.0 beside --max_grad_norm None is not supported under DeepSpeed: pass --max_grad_norm",
+        ),
+    ],
+)
+def test_what_would_train_something_else_is_refused(kind: str, settings: dict, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sharding.check_wrapper(accelerator_of(kind, **settings), config_of())
+    sharding.check_wrapper(accelerator_of(kind, "bf16"), config_of())
+    sharding.check_wrapper(accelerator_of("MULTI_GPU", **{"precision": "fp16"}), config_of())
+
+
+def test_statistics_that_no_one_shares_are_refused():
+    accelerator = accelerator_of("FSDP")
+    with pytest.raises(ValueError, match="Under FSDP every process would keep BatchNorm statistics of its own"):
+        sharding.prepare(accelerator, nn.Sequential(nn.BatchNorm2d(3)), None, config_of())
+
+
+@pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "Deep")])
+def test_a_wrapper_that_accelerate_leaves_out_is_said(variable: str, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=f"The launcher asks for {name}.*but accelerate shards nothing here"):
+        sharding.check_wrapper(accelerator_of("MULTI_CPU"), config_of())
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+def test_ddp_file_launches_two_processes_and_fsdp2_file_is_refused_on_a_cpu(digits: Path, tmp_path: Path):
+    flags = options(digits, tmp_path / "out", batch_size=24, **STEPS)
+    done = launch(flags, "--config_file", str(CONFIGS / "ddp.yaml"), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert '"num_processes": 2' in (tmp_path / "out" / "training_config.json").read_text()
+    done = launch(options(digits, tmp_path / "no"), "--config_file", str(CONFIGS / "fsdp2.yaml"), processes=2)
+    assert done.returncode != 0
+    assert "error: The launcher asks for FSDP, but accelerate shards nothing here (2 process(es) on cpu)" in done.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_files_say_what_is_supported(monkeypatch: pytest.MonkeyPatch):
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    for path in CONFIGS.glob("*.yaml"):
+        text = path.read_text()
+        assert f"--config_file accelerate_configs/{path.name} " in text
+        values = yaml.safe_load(text)
+        assert ClusterConfig.from_yaml_file(str(path)).num_processes == 2
+        for name, value in values.get("fsdp_config", {}).items():
+            monkeypatch.setenv(name.upper(), str(value))
+    plugin = FullyShardedDataParallelPlugin()  # of the environment, as the launcher leaves it
+    assert sharding.check_wrapper(accelerator_of("FSDP", "bf16", **vars(plugin)), config_of()) is None
+    assert {path.stem for path in CONFIGS.glob("*")} == {"ddp", "fsdp2", "zero1", "zero2"}
+    assert "ACCELERATE_USE_FSDP" not in os.environ

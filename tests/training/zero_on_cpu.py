@@ -1,0 +1,32 @@
+"""finetune.py with DeepSpeed's own engine, which accelerate would only start on GPUs, in gloo processes on a CPU."""
+
+import sys
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+import finetune
+
+
+def main() -> int:
+    def use_cpu(self: PartialState) -> None:
+        self.device = torch.device("cpu")
+
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = use_cpu
+    original = finetune.sharding.prepare
+
+    def prepare(accelerator: Any, *arguments: Any) -> Any:
+        wrapped, optimizer = original(accelerator, *arguments)
+        assert type(wrapped).__name__ == "DeepSpeedEngine"
+        assert accelerator.num_processes == 2
+        return wrapped, optimizer
+
+    finetune.sharding.prepare = prepare
+    return finetune.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
