@@ -24,7 +24,7 @@ $(VENV)/.demo-installed $(VENV)/.dev-installed $(VENV)/.bench-installed: $(VENV)
 	if test "$*" = dev; then $(INSTALL) --no-deps open_clip_torch; fi
 	@touch $@
 
-demo: $(VENV)/.demo-installed  ## train a small CLIP on digits and look at it (TOWER=vit or resnet; about 4 minutes)
+demo: $(VENV)/.demo-installed  ## train a small CLIP on digits and look at it (TOWER=vit or resnet; about 3 minutes)
 	$(BIN)/python -m demo --tower $(TOWER)
 
 test: $(VENV)/.dev-installed  ## run the tests (below 15 minutes on two cores)
@@ -48,7 +48,7 @@ parity: $(VENV)/.dev-installed  ## compare all nine models with the reference at
 cards: $(VENV)/.dev-installed  ## write the nine model cards and their picture
 	$(BIN)/python -m model_cards
 
-bench: $(VENV)/.dev-installed $(VENV)/.bench-installed  ## measure us and the peers in turn (about half an hour; QUICK=1: three minutes)
+bench: $(VENV)/.dev-installed $(VENV)/.bench-installed  ## measure us and the peers in turn (well over an hour; QUICK=1: some minutes)
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) --json benchmark.json --picture benchmark.png
 
 clean:  ## remove the environment and what the demo wrote

@@ -5,7 +5,7 @@
     python -m benchmarks image_encoder --variants RN50 ViT-B/32 --precision bf16 --json figures.json
     python -m benchmarks tokenizer image_processor --picture ratios.png
 
-Without a subcommand all are measured: about half an hour on two idle cores, and about three minutes with --quick.
+Without a subcommand all are measured, which takes well over an hour on two idle cores; --quick takes some minutes.
 Whoever computes something else than the float32 reference is not printed as a result. Peers that are not installed
 are left out with a line that says so. Where there is a GPU, its rows are added.
 """
