@@ -47,7 +47,7 @@ def assert_same(sharded: Path, alone: Path) -> None:
 def test_fsdp2_has_the_gradients_of_one_process(
     digits: Path, tmp_path: Path, tower: str, loss: str, monkeypatch: pytest.MonkeyPatch
 ):
-    chosen = {"loss": loss, "max_grad_norm": 1.0, "validation": "100"}
+    chosen = {"loss": loss, "max_grad_norm": 1.0}
     shard(digits, tmp_path / "two", tower, gradients=str(tmp_path / "two.pt"), **chosen)
     monkeypatch.setattr(finetune.sharding, "average_left_out_gradients", sharding.average_left_out_gradients)
     keep_gradients(str(tmp_path / "one.pt"))
@@ -60,7 +60,7 @@ def test_fsdp2_has_the_gradients_of_one_process(
     assert_same(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow)])
 def test_fsdp2_goes_on_where_it_stopped(digits: Path, tmp_path: Path, kind: str):
     """With the moving average, whose parts are gathered for a checkpoint and split again."""
     chosen = {"ema_decay": 0.9, "validation": "100", "checkpoint_steps": 2, "keep_best": "recall@1"}
@@ -146,7 +146,7 @@ def test_what_would_train_something_else_is_refused(kind: str, settings: dict, m
     with pytest.raises(ValueError, match=re.escape(message)):
         sharding.check_wrapper(accelerator_of(kind, **settings), config_of())
     sharding.check_wrapper(accelerator_of(kind, "bf16"), config_of())
-    sharding.check_wrapper(accelerator_of("MULTI_GPU", **{"precision": "fp16"}), config_of())
+    sharding.check_wrapper(accelerator_of("MULTI_GPU", "fp16"), config_of())
 
 
 def test_statistics_that_no_one_shares_are_refused():
