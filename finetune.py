@@ -21,7 +21,7 @@ from tqdm import tqdm
 import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.publishing import PublishingError, check_repo_id
 from hf_clip.training import build, failures, sharding
-from hf_clip.training.bad_rows import RowsOfRun
+from hf_clip.training.bad_rows import BadRows
 from hf_clip.training.checkpoint import FOLDER as CHECKPOINTS_FOLDER
 from hf_clip.training.checkpoint import find_checkpoint, read_state
 from hf_clip.training.config import TrainingConfig, parse_config
@@ -67,7 +67,7 @@ def train(config: TrainingConfig) -> None:
     check_output_format(model, processor, config)
     set_seed(config.seed, device_specific=True)
     pretrained = build.prepare_training_(model, config, accelerator.device.type, accelerator.num_processes)
-    bad_rows = RowsOfRun(config.max_bad_fraction), RowsOfRun(config.max_bad_fraction)
+    bad_rows, bad_validation_rows = BadRows(config.max_bad_fraction), BadRows(config.max_bad_fraction)
     loader, validation = build.build_loaders(
         data,
         processor,
@@ -75,14 +75,15 @@ def train(config: TrainingConfig) -> None:
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
         pin_memory=accelerator.device.type == "cuda",
-        bad_rows=bad_rows[0],
-        bad_validation_rows=bad_rows[1],
+        bad_rows=bad_rows,
+        bad_validation_rows=bad_validation_rows,
     )
     steps = build.count_steps(loader, config, accelerator.gradient_accumulation_steps)
     optimizer = build.build_optimizer(model, config)
     scheduler = build.build_scheduler(optimizer, config, steps)
     wrapped, optimizer = sharding.prepare(accelerator, model, optimizer, config)
-    run = Run(config, accelerator, wrapped, model, processor, optimizer, scheduler, bad_rows, pretrained, steps)
+    counters = bad_rows, bad_validation_rows
+    run = Run(config, accelerator, wrapped, model, processor, optimizer, scheduler, counters, pretrained, steps)
     run.set_validation(validation, data.class_prompts)
     run.start()
     prepare_output(config, accelerator)

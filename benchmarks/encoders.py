@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_clip import HfClipModel, Variant
+from hf_clip import Variant
 
 from .measuring import (
     Contender,
@@ -27,7 +27,7 @@ from .measuring import (
     run_alone,
     say,
 )
-from .peers import COMPILED, ON_CPU, ON_GPU, OPENAI, OPTIMIZED, Batch, Case, Encoder, build
+from .peers import COMPILED, ON_CPU, ON_GPU, OPENAI, Batch, Case, Encoder, build
 from .settings import Settings
 
 Extra = Callable[[Case, Tensor], Contender]
@@ -97,9 +97,7 @@ def build_all(names: Sequence[str], case: Case, memories: dict[str, int]) -> tup
 
 
 def implementations(device: str, is_compiled: bool) -> list[str]:
-    has_method = hasattr(HfClipModel, "optimize_for_inference")
-    names = [name for name in (ON_GPU if device == "cuda" else ON_CPU) if has_method or name != OPTIMIZED]
-    return [name for name in names if is_compiled or COMPILED not in name]
+    return [name for name in (ON_GPU if device == "cuda" else ON_CPU) if is_compiled or COMPILED not in name]
 
 
 def encoder_tables(

@@ -30,7 +30,7 @@ def multiplies_faster_by_convolution() -> bool:
     """Whether torch's float32 matrix products are slower than its 1×1 convolutions on this processor.
 
     On a CPU torch gives products to MKL and convolutions to oneDNN. On AMD processors MKL reaches half of what oneDNN
-    does; on others there is nothing to gain.
+    does; on others this was not measured, and products stay as they are.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
@@ -69,7 +69,7 @@ class HfClipLinear(nn.Linear):
 
 
 class HfClipQuickGELU(nn.Module):
-    """x · σ(1.702 x), the original's activation, with one tensor of memory instead of three."""
+    """x · σ(1.702 x), the original's activation, with one tensor of memory instead of three, or two for gradients."""
 
     def forward(self, input: Tensor) -> Tensor:
         scaled = input * 1.702

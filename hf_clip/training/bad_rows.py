@@ -7,34 +7,46 @@ checkpoint, and all stop.
 Invariant: any number of processes that see the same rows refuse the same.
 """
 
+import logging
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
-from .data import BadRows
 from .losses import exchange_counts, world_size
+
+logger = logging.getLogger(__name__)
 
 FEWEST = 1000
 """While fewer rows were drawn, as many may be bad as of so many. At the end of an epoch the count is exact."""
 
 
-class RowsOfRun(BadRows):
-    """Counts and logs, and leaves it to `find_refusal` to judge; see the module.
+class BadRows:
+    """Counts one process's rows and logs each that cannot be used once; `find_refusal` judges.
 
-    The same rows are evaluated again and again: each is logged once.
+    max_fraction: the part of all rows drawn that may be bad
     """
 
     def __init__(self, max_fraction: float = 0.01):
-        super().__init__(max_fraction)
+        if not 0 <= max_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {max_fraction}, but must be from 0 to 1.")
+        self.max_fraction = max_fraction
+        self.drawn = self.bad = 0
+        self.first = ""
         self.is_complete = False
         self._logged: set[str] = set()
 
     def add(self, drawn: int, skipped: list[tuple[str, str]]) -> None:
-        new = [row for row in skipped if row[0] not in self._logged]
-        self._logged.update(name for name, _ in new)
-        self.bad += len(skipped) - len(new)
-        super().add(drawn, new)
+        """Count a batch's rows; `skipped` are the names of those that cannot be used, with the reasons."""
+        self.drawn += drawn
+        self.bad += len(skipped)
+        for name, reason in skipped:
+            self.first = self.first or f"{name}: {reason}"
+            if name not in self._logged:  # the same rows are evaluated again and again
+                self._logged.add(name)
+                logger.warning("skipped: %s: %s", name, reason)
 
-    def check(self) -> None:
+    def complete(self) -> None:
         """Say that what was counted are all rows there are."""
         self.is_complete = True
 
@@ -42,11 +54,14 @@ class RowsOfRun(BadRows):
         """Count anew, as before each evaluation."""
         self.drawn = self.bad = 0
 
-    def _refuse(self) -> None:
-        pass
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self.drawn, "bad": self.bad, "first": self.first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawn, self.bad, self.first = state["drawn"], state["bad"], state["first"]
 
 
-def _first_of_all(rows: RowsOfRun) -> str:
+def _first_of_all(rows: BadRows) -> str:
     if world_size() == 1:
         return rows.first
     firsts: list[str] = [""] * world_size()
@@ -54,7 +69,7 @@ def _first_of_all(rows: RowsOfRun) -> str:
     return next(first for first in firsts if first)
 
 
-def find_refusal(counters: list[RowsOfRun], device: torch.device) -> str:
+def find_refusal(counters: list[BadRows], device: torch.device) -> str:
     """What is wrong where any counter has met too many, over all processes; or an empty text. Every process calls this.
 
     device: where the processes exchange numbers

@@ -18,9 +18,10 @@ from ..processing_hf_clip import HfClipProcessor
 from ..variants import VARIANTS
 from .augment import Augmentation
 from .averaging import copy_weights
+from .bad_rows import BadRows
 from .collator import PairCollator
 from .config import TrainingConfig
-from .data import BadRows, PairLoader, build_loader
+from .data import PairLoader, build_loader
 from .lora import add_lora_
 from .optim import create_optimizer
 from .pairs import Pairs, PairStream, hold_out, load_pairs, read_validation

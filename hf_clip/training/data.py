@@ -11,7 +11,6 @@ bytes; only its own share is decoded.
 Invariant: a batch is a function of (seed, epoch, its number), and starting at batch n prepares nothing before it.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -20,56 +19,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .bad_rows import BadRows
 from .collator import Batch, PairCollator, Plan, Preparation
 from .pairs import Draw, Pairs, PairStream
 from .read_ahead import read_ahead
 
-logger = logging.getLogger(__name__)
-
 SPARES = 8
 """Rows behind a batch that may step in for those of it that cannot be used."""
-
-
-class BadRows:
-    """Counts the rows that cannot be used, and ends the run when they are too many.
-
-    max_fraction: the part of all rows drawn that may be bad. While a run has drawn fewer than a thousand, that part of
-        a thousand; `check`, at the end of an epoch, is exact
-    """
-
-    def __init__(self, max_fraction: float = 0.01):
-        if not 0 <= max_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is {max_fraction}, but must be from 0 to 1.")
-        self.max_fraction = max_fraction
-        self.drawn = self.bad = 0
-        self.first = ""
-
-    def add(self, drawn: int, skipped: list[tuple[str, str]]) -> None:
-        """Count a batch's rows and log those that were skipped. Raises ValueError when they have become too many."""
-        for name, reason in skipped:
-            logger.warning("skipped: %s: %s", name, reason)
-            self.first = self.first or f"{name}: {reason}"
-        self.drawn += drawn
-        self.bad += len(skipped)
-        if skipped and self.bad > self.max_fraction * max(self.drawn, 1000):
-            self._refuse()
-
-    def check(self) -> None:
-        """Compare what was counted so far, however little it is."""
-        if self.bad > self.max_fraction * self.drawn:
-            self._refuse()
-
-    def _refuse(self) -> None:
-        raise ValueError(
-            f"{self.bad} of {self.drawn} rows cannot be used, more than --max_bad_fraction {self.max_fraction:g} "
-            f"allows; the first is {self.first}. Repair the data, or allow more."
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"drawn": self.drawn, "bad": self.bad, "first": self.first}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.drawn, self.bad, self.first = state["drawn"], state["bad"], state["first"]
 
 
 class Position(NamedTuple):
@@ -121,7 +77,8 @@ class PairLoader:
     def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch from number `first_batch` on.
 
-        Raises ValueError when too many rows cannot be used, or a stream has not enough for one batch.
+        Raises ValueError when a row and all that would step in for it cannot be used, or a stream has not enough for
+        one batch.
         """
         self.plans.epoch, self.plans.first_batch = epoch, first_batch
         is_empty = first_batch == 0
@@ -138,7 +95,7 @@ class PairLoader:
                 f"{self.pairs.name} has fewer rows than one batch of {self.plans.global_size}; lower --batch_size."
             )
         if self.bad_rows is not None:
-            self.bad_rows.check()
+            self.bad_rows.complete()
 
     def batches(self, position: Position = Position()) -> Iterator[tuple[Position, dict[str, Tensor]]]:  # noqa: B008
         """Batches without end, from a position on; each comes with the position behind it, to go on from later."""

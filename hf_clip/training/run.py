@@ -22,7 +22,7 @@ from transformers import ProcessorMixin
 from ..modeling_hf_clip import HfClipModel
 from ..publishing import PublishingError
 from .averaging import MovingAverage, interpolate_weights
-from .bad_rows import RowsOfRun, find_refusal
+from .bad_rows import BadRows, find_refusal
 from .checkpoint import (
     RunState,
     find_checkpoint,
@@ -85,7 +85,7 @@ class Run:
         processor: ProcessorMixin,
         optimizer: Any,
         scheduler: Any,
-        bad_rows: tuple[RowsOfRun, RowsOfRun],
+        bad_rows: tuple[BadRows, BadRows],
         pretrained: dict[str, Tensor] | None,
         total_steps: int,
     ):
@@ -319,7 +319,7 @@ class Run:
 
     def finish(self) -> None:
         """Save the result: the last weights or the best, averaged where asked for, and publish it."""
-        self.bad_rows.check()
+        self.bad_rows.complete()
         if self.evaluated_step != self.state.step:
             self._evaluate()
             self._compare()

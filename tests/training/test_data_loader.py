@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from hf_clip.training.bad_rows import BadRows
 from hf_clip.training.collator import PairCollator
 from hf_clip.training.content import content_id
-from hf_clip.training.data import BadRows, Position
+from hf_clip.training.data import Position
 from hf_clip.training.pairs import load_pairs
 
 from .sources import COUNT, captions, jpeg, loader_of, png, write_table

@@ -150,7 +150,7 @@ def test_bad_rows_of_the_validation_data_are_logged_once_and_count(
     chosen = {"dataset": str(tmp_path / "data"), "validation": "held", "max_steps": 2, "checkpoint_steps": 1}
     with caplog.at_level(logging.WARNING):
         train(digits, tmp_path / "out", max_bad_fraction=0.05, **chosen)
-    lines = [record.getMessage() for record in caplog.records if record.name == "hf_clip.training.data"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "hf_clip.training.bad_rows"]
     assert [line.split(" of ")[0] for line in lines] == ["skipped: row 7", "skipped: row 11"]
     assert "its picture cannot be opened" in lines[0]
     assert "its caption is empty" in lines[1]
