@@ -4,8 +4,8 @@ Both work on state dicts of plain models: merge adapters first. What is floating
 statistics too, in float32 and then in the tensor's own type; integers (BatchNorm's counter of batches) are copied.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -98,23 +98,35 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+Access = Callable[..., AbstractContextManager]
+"""What makes a context in which a model's weights can be read, `access()`, and written, `access(written=True)`."""
+
+
+def at_any_time(written: bool = False) -> AbstractContextManager:
+    """`Access` to a model that holds its weights as they are."""
+    return nullcontext()
+
+
 @contextmanager
-def weights_swapped_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def weights_swapped_in(model: nn.Module, weights: Mapping[str, Tensor], access: Access = at_any_time) -> Iterator[None]:
     """Within this block the model has other weights, all or some of its own; afterwards its own again, bit for bit."""
-    own = model.state_dict()
-    kept = {name: own[name].clone() for name in weights}
+    with access():
+        own = model.state_dict()
+        kept = {name: own[name].clone() for name in weights}
     try:
-        _overwrite(own, weights)
+        _overwrite(model, weights, access)
         yield
     finally:
-        # Asked for again: FSDP2 may hold the other weights gathered, and lets go of them where its state is asked for.
-        _overwrite(model.state_dict(), kept)
+        _overwrite(model, kept, access)
 
 
 @torch.no_grad()
-def _overwrite(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    for name, tensor in weights.items():
-        own[name].copy_(tensor)
+def _overwrite(model: nn.Module, weights: Mapping[str, Tensor], access: Access) -> None:
+    with access(written=True):
+        # Asked for anew: FSDP2 may hold other weights gathered, and lets go of them where its state is asked for.
+        own = model.state_dict()
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
 
 
 class MovingAverage:
@@ -132,14 +144,15 @@ class MovingAverage:
     and `load_state_dict` make it fit for `accelerator.register_for_checkpointing`.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999):
+    def __init__(self, model: nn.Module, decay: float = 0.9999, access: Access = at_any_time):
         if not 0 < decay < 1:
             raise ValueError(f"The moving average's decay is {decay}, but must be between 0 and 1, such as 0.9999.")
-        self.decay = decay
+        self.decay, self.access = decay, access
         self.updates = 0
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-        self.weights = {name: _wide(tensor.detach()).clone() for name, tensor in (trained | buffers).items()}
+        with access():
+            self.weights = {name: _wide(tensor.detach()).clone() for name, tensor in (trained | buffers).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -152,12 +165,13 @@ class MovingAverage:
             )
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, average in self.weights.items():
-            average.lerp_(present[name].to(average.device, average.dtype), 1 - decay)
+        with self.access():
+            for name, average in self.weights.items():
+                average.lerp_(present[name].to(average.device, average.dtype), 1 - decay)
 
     def swapped_in(self, model: nn.Module) -> Any:
         """`with average.swapped_in(model):` the model has the averaged weights, and afterwards its own again."""
-        return weights_swapped_in(model, self.weights)
+        return weights_swapped_in(model, self.weights, self.access)
 
     def state_dict(self) -> dict[str, Any]:
         weights = {name: whole_tensor(tensor) for name, tensor in self.weights.items()}

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..modeling_hf_clip import HfClipModel
 from ..publishing import PublishingError
@@ -39,7 +41,7 @@ from .evaluating import evaluate
 from .lora import add_lora_, merge_lora_
 from .losses import ContrastiveResult
 from .results import METRICS_FILE, publish_results, read_metrics, save_results
-from .sharding import check_wrapper, whole_weights
+from .sharding import check_wrapper, whole_parameters, whole_weights
 from .trainable import lock_
 
 DEFAULT_METRIC = "recall@1"
@@ -58,6 +60,7 @@ def make_accelerator(config: TrainingConfig) -> Any:
             raise ImportError(f"--report_to {name} needs a package that is not installed: pip install {name}")
     accelerator = Accelerator(log_with=config.report_to or None, project_dir=config.output_dir)
     check_wrapper(accelerator, config)
+    unset_hf_deepspeed_config()  # models are built whole, then split
     return accelerator
 
 
@@ -92,7 +95,8 @@ class Run:
         self.config, self.accelerator, self.total_steps = config, accelerator, total_steps
         self.wrapped, self.model, self.processor, self.optimizer = wrapped, model, processor, optimizer
         (self.bad_rows, self.bad_validation_rows), self.pretrained = bad_rows, pretrained
-        self.average = MovingAverage(model, config.ema_decay) if config.ema_decay is not None else None
+        access = partial(whole_parameters, accelerator, model)
+        self.average = MovingAverage(model, config.ema_decay, access) if config.ema_decay is not None else None
         accelerator.register_for_checkpointing(scheduler)
         if self.average is not None:
             accelerator.register_for_checkpointing(self.average)

@@ -1,4 +1,4 @@
-"""Runs whose wrapper splits the model or the optimizer's state over the processes: FSDP2, and DeepSpeed's ZeRO 1 and 2.
+"""Runs whose wrapper splits the model or the optimizer's state over the processes: FSDP2, and DeepSpeed's ZeRO 1 to 3.
 
 What is trained, and to which numbers, is that of DDP. What these wrappers would do otherwise is taken from them:
 
@@ -7,12 +7,16 @@ What is trained, and to which numbers, is that of DDP. What these wrappers would
   float32; by themselves both would cast all of these, and round what is locked.
 - DeepSpeed takes no scalars, so during the run the temperature has shape (1,). It steps on copies of the parameters,
   so the logit scale is clamped in the copy.
+- ZeRO 3 splits parameters too, and puts them together for their layer alone. The temperature is gathered for the loss
+  and after steps; whoever else reads or writes weights does so in `whole_parameters`. Models are built whole.
 
 Invariant: the same loss, gradients and weights as one process with the whole batch. What is not known to keep it is
 refused before any work is done. Every process calls every function here.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -27,6 +31,9 @@ from .lora import temperature_of
 from .optim import MAX_LOGIT_SCALE, clamp_logit_scale_
 from .trainable import FrozenBatchNorm2d
 
+LARGEST_KEPT_WHOLE = 100_000
+"""DeepSpeed's own `stage3_param_persistence_threshold`: parameters up to so many numbers stay whole between layers."""
+
 SHARDED_LAYERS = ("HfClipEncoderLayer", "HfClipBottleneck")
 """What FSDP2 gathers at a time, of these what the model has; the rest is gathered for the whole step."""
 
@@ -40,6 +47,10 @@ def is_fsdp2(accelerator: Any) -> bool:
 
 def is_deepspeed(accelerator: Any) -> bool:
     return str(accelerator.distributed_type.value) == "DEEPSPEED"
+
+
+def is_zero3(accelerator: Any) -> bool:
+    return is_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -92,8 +103,7 @@ def _find_unsupported_zero(accelerator: Any, config: TrainingConfig) -> list[tup
     stage, settings = plugin.zero_stage, plugin.deepspeed_config
     clipping, wanted = settings.get("gradient_clipping", "auto"), config.max_grad_norm or 0.0
     possible = [
-        (stage == 3, "zero_stage: 3", "the loss needs the temperature outside of the model; take 2, or FSDP2"),
-        (stage not in (1, 2, 3), f"zero_stage: {stage}", "take 1 or 2"),
+        (stage not in (1, 2, 3), f"zero_stage: {stage}", "take 1, 2 or 3"),
         (plugin.hf_ds_config.is_offload(), "offloading", "set both offload devices to none"),
         ("scheduler" in settings, "a scheduler in its configuration", "pass --scheduler"),
         ("optimizer" in settings, "an optimizer in its configuration", "pass --optimizer"),
@@ -147,10 +157,42 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
         settings["train_micro_batch_size_per_gpu"] = config.batch_size
         settings["gradient_clipping"] = config.max_grad_norm or 0.0
         settings["bf16"] = {"enabled": False}
+        if is_zero3(accelerator):
+            zero = settings["zero_optimization"]
+            threshold = zero.get("stage3_param_persistence_threshold", LARGEST_KEPT_WHOLE)
+            zero["stage3_param_persistence_threshold"] = (
+                LARGEST_KEPT_WHOLE if threshold == "auto" else max(1, threshold)
+            )
         _autocast_(model, accelerator)
         for parameter in temperature_of(model).values():
             parameter.data = parameter.data.view(1)
-    return accelerator.prepare(model, optimizer)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if is_zero3(accelerator):
+        wrapped.register_forward_hook(lambda *_: _gather_temperature(model))
+        _gather_temperature(model)
+    return wrapped, optimizer
+
+
+def _gather_temperature(model: nn.Module) -> None:
+    scalars: list[Any] = list(temperature_of(model).values())
+    scalars[0].all_gather(scalars)  # of ZeRO 3's parameters; those that are whole stay so
+
+
+@contextmanager
+def whole_parameters(
+    accelerator: Any, model: nn.Module, parameters: list[nn.Parameter] | None = None, *, written: bool = False
+) -> Iterator[None]:
+    """Within this block ZeRO 3's parameters are whole on every process, to be read or, if `written`, written too.
+
+    Nothing is computed with them there: layers let go of them when they are done.
+    """
+    if not is_zero3(accelerator):
+        yield
+        return
+    gathered = import_module("deepspeed").zero.GatheredParameters
+    with gathered(parameters or list(model.parameters()), modifier_rank=0 if written else None):
+        yield
+    _gather_temperature(model)
 
 
 @torch.no_grad()
@@ -183,16 +225,22 @@ def clamp_temperature_(accelerator: Any, model: Any) -> None:
     if not is_deepspeed(accelerator):
         clamp_logit_scale_(model)
     elif model.config.contrastive_loss == "softmax" and model.logit_scale.requires_grad:
-        copies = import_module("deepspeed.utils")
-        if (scale := copies.safe_get_full_fp32_param(model.logit_scale)).item() > MAX_LOGIT_SCALE:
-            copies.safe_set_full_fp32_param(model.logit_scale, scale.clamp(max=MAX_LOGIT_SCALE))
+        scale, copies = model.logit_scale, import_module("deepspeed.utils")
+        if scale.item() <= MAX_LOGIT_SCALE:
+            return
+        if is_zero3(accelerator):
+            copies.safe_set_local_fp32_param(scale, torch.full_like(scale.ds_tensor, MAX_LOGIT_SCALE))
+        else:
+            copies.safe_set_full_fp32_param(scale, torch.full_like(scale, MAX_LOGIT_SCALE))
+        with whole_parameters(accelerator, model, [scale], written=True):
             clamp_logit_scale_(model)
 
 
 def whole_weights(accelerator: Any, wrapped: Any, model: nn.Module) -> dict[str, Tensor]:
     """The model's whole state by its own names, in the computer's memory, on every process."""
     if is_deepspeed(accelerator):
-        state = _copied(model.state_dict())
+        with whole_parameters(accelerator, model):
+            state = _copied(model.state_dict())
         return state | {name: state[name].view(()) for name in temperature_of(model)}
     # accelerate would gather FSDP2's on the main process alone.
     return _copied(wrapped.state_dict() if is_fsdp2(accelerator) else accelerator.get_state_dict(wrapped))

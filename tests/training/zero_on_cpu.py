@@ -16,12 +16,15 @@ def main() -> int:
 
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = use_cpu
+    finetune.sharding.LARGEST_KEPT_WHOLE = 1  # the tests' models have nothing but small parameters
     original = finetune.sharding.prepare
 
-    def prepare(accelerator: Any, *arguments: Any) -> Any:
-        wrapped, optimizer = original(accelerator, *arguments)
+    def prepare(accelerator: Any, model: Any, *arguments: Any) -> Any:
+        wrapped, optimizer = original(accelerator, model, *arguments)
         assert type(wrapped).__name__ == "DeepSpeedEngine"
         assert accelerator.num_processes == 2
+        is_split = [parameter.numel() == 0 for parameter in model.vision_model.parameters()]
+        assert all(is_split) if finetune.sharding.is_zero3(accelerator) else not any(is_split)
         return wrapped, optimizer
 
     finetune.sharding.prepare = prepare
