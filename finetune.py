@@ -141,7 +141,8 @@ def main() -> int:
             config = parse_config()
         train(config)
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume latest goes on from the last checkpoint, if there is one", file=sys.stderr)
+        with failures.said_once():
+            print("\ninterrupted; --resume latest goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
     except PublishingError as error:
         return failures.report(PublishingError(f"{error} The model itself is in the output folder."))

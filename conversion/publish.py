@@ -58,7 +58,8 @@ def staged(folder: Path, repo_id: str, format_name: str, variant_name: str | Non
     stored = described_in(folder)["config.json"].get("model_type")
     if stored not in ("hf_clip", "clip") or (stored == "clip" and format_name == "hf_clip"):
         advice = "pass --format transformers" if stored == "clip" else "whole CLIP models alone can be published"
-        raise ValueError(f"{folder} holds a {stored!r} model; {advice}.")
+        found = "a config.json without a model_type" if stored is None else f"a {stored!r} model"
+        raise ValueError(f"{folder} holds {found}; {advice}.")
     config = check_model(folder)
     if format_name == "transformers" and (reason := why_not_stock(config)):
         raise ValueError(f"{folder} cannot be published as --format transformers: {reason}.")

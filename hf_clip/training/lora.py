@@ -76,6 +76,12 @@ def add_lora_(
             if not any(f".{name}".endswith(end) for name in possible):
                 kinds = sorted({name.rpartition(".")[2] for name in possible} - {"0"})
                 raise ValueError(f"There is no matrix {target!r} to adapt; there are {', '.join(kinds)}.")
+    largest = max(min(matrix.shape) for matrix in (model.get_submodule(name).weight.flatten(1) for name in chosen))
+    if rank > largest:
+        raise ValueError(
+            f"The LoRA rank is {rank}, but no matrix here has a rank above {largest}: take less, such as 16, or train "
+            f"without LoRA."
+        )
     freeze_batch_norm_(model)
     scale = rank if alpha is None else alpha
     model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=chosen))

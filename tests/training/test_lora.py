@@ -139,6 +139,7 @@ def test_gradients_are_the_same_with_checkpointing(model: HfClipModel, tower: st
     ("settings", "message"),
     [
         ({"rank": 0}, "The LoRA rank is 0, but must be at least 1"),
+        ({"rank": 100_000}, "The LoRA rank is 100000, but no matrix here has a rank above [0-9]+: take less"),
         ({"rank": 2, "dropout": 1.0}, "The LoRA dropout is 1.0, but must be at least 0 and below 1"),
         ({"rank": 2, "targets": ["query"]}, "no matrix 'query' to adapt; there are .*fc1, fc2.*q_proj"),
     ],
