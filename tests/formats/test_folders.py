@@ -23,7 +23,7 @@ DAMAGES: list[tuple[str, Callable[[bytes], bytes] | None, str]] = [
     ("config.json", lambda content: b"hello", "config.json is no JSON (Expecting value"),
     ("config.json", lambda content: b"\xff\xfe", "config.json is no JSON ('utf-8' codec can't decode"),
     ("config.json", lambda content: b"[]", "config.json holds no object of fields"),
-    ("config.json", lambda content: b"{}", "holds a None model"),
+    ("config.json", lambda content: b"{}", "holds a config.json without a model_type"),
     ("config.json", lambda content: content.replace(b"128", b'"128"', 1), "is refused: Validation error for field"),
     ("config.json", lambda content: content.replace(b": 128", b": 64"), "where its configuration needs"),
     ("tokenizer.json", lambda content: b"", "tokenizer.json is no JSON"),
