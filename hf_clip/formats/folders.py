@@ -51,9 +51,8 @@ def check_folder(folder: str | Path) -> None:
     if kind is None and CONFIG_FILE in names:
         return  # open_clip's own layout, which needs neither tokenizer nor image processor
     if kind not in WHOLE_MODELS:
-        raise ValueError(
-            f"{folder} holds a {kind!r} model by its config.json; a whole CLIP is needed, {' or '.join(WHOLE_MODELS)}."
-        )
+        found_kind = "a config.json without a model_type" if kind is None else f"a {kind!r} model by its config.json"
+        raise ValueError(f"{folder} holds {found_kind}; a whole CLIP is needed, {' or '.join(WHOLE_MODELS)}.")
     for what, files in (("tokenizer", TOKENIZER_FILES), ("image processor", IMAGE_PROCESSOR_FILES)):
         if not set(files) & set(names):
             raise FileNotFoundError(
