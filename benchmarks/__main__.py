@@ -24,7 +24,7 @@ from hf_clip.variants import get_variant
 
 from .machine import describe, headline
 from .measuring import PRECISIONS, Table
-from .reporting import as_json, draw, format_table, import_pyplot, write_json
+from .reporting import as_json, draw, format_summary, format_table, import_pyplot, write_json
 from .settings import ALLOWED_ON, Settings
 
 SUBCOMMANDS = {
@@ -160,6 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
                 write_json(options.json, as_json(facts, settings.ceilings, tables))
             if options.picture:
                 draw(options.picture, facts, [table for several in tables.values() for table in several])
+    everything = [table for several in tables.values() for table in several]
+    if len(everything) > 1:
+        print("\nhf_clip is so many times as fast as each, as it is loaded (and in its fastest way):\n")
+        print(format_summary(everything))
     return int(any(table.is_without_ours for several in tables.values() for table in several))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,17 @@ from typing import Any
 from .measuring import OURS, Row, Table
 
 COLUMNS_OF_PANELS = 3
+TABLES_FOR_A_COLUMN = 3
 FASTER, SLOWER, PALE, GREY = "#1f5fa8", "#c2571a", "#b9d0ea", "#6b6b6b"
 
 
 def column_title(name: str) -> str:
     """`hf_clip, optimized` heads a column as `optimized is`."""
     return f"{name.removeprefix(f'{OURS}, ')} is"
+
+
+def _speed(row: Row) -> str:
+    return f"{row.per_second:,.1f}" if row.per_second >= 1 else f"{row.per_second:.3f}"
 
 
 def _columns(table: Table) -> list[tuple[str, Callable[[Row], str]]]:
@@ -29,7 +35,7 @@ def _columns(table: Table) -> list[tuple[str, Callable[[Row], str]]]:
 
     return [
         ("precision", lambda row: row.precision),
-        ("per second", lambda row: f"{row.per_second:,.1f}" if row.per_second >= 1 else f"{row.per_second:.3f}"),
+        ("per second", _speed),
         *((column_title(name), ratio(name)) for name in table.ours),
         ("of ceiling", fraction),
         ("peak memory", memory),
@@ -102,6 +108,37 @@ def bars_of(table: Table) -> list[tuple[str, dict[str, float]]]:
             fastest = max(ratios, key=lambda name: ratios[name])
             bars.append((row.name, {name: ratios[name] for name in dict.fromkeys([table.ours[0], fastest])}))
     return bars
+
+
+def format_summary(tables: Sequence[Table]) -> str:
+    """All ratios in one table, in Markdown: a row for each table, and a column for each peer that is in several.
+
+    A cell says how many times as fast as the peer ours is as it is loaded and, in brackets, in its fastest way.
+    """
+    present = [(table, dict(bars_of(table))) for table in tables if table.row(table.ours[0])]
+    counts = Counter(name for _, bars in present for name in bars)
+    peers = [name for name, count in counts.items() if count >= TABLES_FOR_A_COLUMN]
+    header = ["measured", "per second", "of ceiling", *peers, "others"]
+    lines = []
+    for table, bars in present:
+        fastest = max((row for name in table.ours if (row := table.row(name))), key=lambda row: row.per_second)
+        fraction = "" if fastest.fraction_of_ceiling is None else f"{fastest.fraction_of_ceiling:.2f}"
+        others = "; ".join(f"{name} {_both(ratios)}" for name, ratios in bars.items() if name not in peers)
+        cells = [_both(bars[name]) if name in bars else "" for name in peers]
+        lines.append([table.title, f"{_speed(fastest)} {table.unit}", fraction, *cells, others])
+    kept = [place for place, title in enumerate(header) if any(line[place] for line in lines)]
+    widths = {place: max(len(line[place]) for line in [header, *lines]) for place in kept}
+
+    def row_of(line: list[str]) -> str:
+        return "| " + " | ".join(f"{line[place]:{widths[place]}}" for place in kept) + " |"
+
+    rule = "|" + "|".join("-" * (widths[place] + 2) for place in kept) + "|"
+    return "\n".join([row_of(header), rule, *map(row_of, lines)])
+
+
+def _both(ratios: dict[str, float]) -> str:
+    first, *others = (f"{ratio:.2f}" for ratio in ratios.values())
+    return first + "".join(f" ({ratio})" for ratio in others)
 
 
 def import_pyplot() -> Any:

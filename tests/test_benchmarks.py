@@ -313,6 +313,23 @@ def test_image_processors_agree(monkeypatch: pytest.MonkeyPatch):
     assert names_of(draft) == ["hf_clip, draft", "hf_clip, exact"]
 
 
+def test_summary_has_a_row_for_each_table_and_a_column_for_who_is_in_several():
+    captions = Table("captions", "captions", [Row("hf_clip", "", 1, [0.5]), Row("stock, batch 1", "", 1, [1.25])])
+    alone = Table("alone", "pictures", [Row("hf_clip", "", 1, [0.5])])
+    without = Table("failed", "pictures", [Row("openai-clip", "", 1, [0.5])])
+    tables = [example_table(), captions, example_table(), alone, example_table(), without]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in reporting.format_summary(tables).splitlines()]
+    vit = ["ViT-B/32", "64.0 pictures", "2.00 (4.00)", ""]
+    assert lines[0] == ["measured", "per second", "openai-clip", "others"]
+    assert lines[2:] == [
+        vit,
+        ["captions", "2.0 captions", "", "stock, batch 1 2.50"],
+        vit,
+        ["alone", "2.0 pictures", "", ""],
+        vit,
+    ]
+
+
 # The command line, with the subcommand that takes the least
 
 
@@ -320,7 +337,9 @@ def test_report_holds_machine_versions_and_raw_seconds(tmp_path: Path, capsys: p
     files = ["--json", str(tmp_path / "figures.json"), "--picture", str(tmp_path / "ratios.png")]
     threads = torch.get_num_threads()
     assert main(["tokenizer", "--captions", "40", "--rounds", "2", "--threads", str(threads), *files]) == 0
-    assert f", {threads} threads" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f", {threads} threads" in printed
+    assert "\n| measured " in printed
     report = json.loads((tmp_path / "figures.json").read_text())
     assert report.keys() == {"date", "machine", "versions", "threads", "ceilings_gflops", "tables"}
     assert {"processor", "cores", "memory_gb", "gpu"} <= report["machine"].keys()
