@@ -3,12 +3,12 @@
 What it changes cannot be undone and cannot be trained, so an optimized model refuses to be trained, saved or moved.
 Two things are public arithmetic: BatchNorm goes into the convolution before it, and the attention pool, which has one
 query, multiplies that query instead of every key and value. On CPUs large batches are cut into parts that stay in the
-cache, `encode_text` leaves out padding, and bfloat16 attention of pictures is two products.
+cache, `encode_text` leaves out padding, and bfloat16 attention of pictures may be two products.
 
 Also on CPUs, weights are brought into the order of memory that oneDNN wants once instead of in every call, and
 activations are computed in the same pass as the product. torch has that only as the operators that its own compiler
-emits, `torch.ops.mkldnn`, so they are tried out before they are used, and where they are missing, compute something
-else or don't pay, the layers stay as they are.
+emits, `torch.ops.mkldnn`, so they are tried out and timed before they are used: where they are missing, compute
+something else or gain less than `LEAST_GAIN`, the public ones stay.
 
 Dimensions: B batch, L positions, C channels, D width, H heads, E = D / H.
 """
@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import AttentionInterface
 
-from .resnet_hf_clip import HfClipAttentionPool, HfClipBottleneck
+from .resnet_hf_clip import HfClipAttentionPool, HfClipBottleneck, HfClipResNetStage
 from .transformer_hf_clip import HfClipEncoderLayer, HfClipLinear, HfClipMLP
 
 ROWS_AT_ONCE = 1600
@@ -35,10 +35,15 @@ ROWS_AT_ONCE = 1600
 PIXELS_AT_ONCE = 8 * 224 * 224
 """The same for a ResNet, in pixels of its input."""
 
+LEAST_GAIN = 1.05
+"""How many times as fast something has to be, measured on this processor, to take a public operator's place."""
+
 FUSED_ACTIVATIONS = {"quick_gelu": ("swish", ""), "gelu": ("gelu", "none")}
 """`hidden_act` → oneDNN's name of it and which algorithm; quick_gelu is swish of 1.702 x, divided by 1.702."""
 
 PRODUCT_ATTENTION = "hf_clip_products"
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class OptimizedModelError(RuntimeError):
@@ -96,6 +101,23 @@ def gain_of_packing(linear: nn.Linear) -> float:
     return _seconds(lambda: linear(rows)) / _seconds(lambda: packed(rows))
 
 
+@torch.no_grad()
+def gain_of_fusing(block: HfClipBottleneck) -> float:
+    """How many times as fast a ResNet's block is with sums and activations in the convolutions' pass, measured here."""
+    maps = torch.zeros(8, block.conv1.in_channels, 14, 14, dtype=block.conv1.weight.dtype)
+    maps = maps.contiguous(memory_format=torch.channels_last)
+    public, fused = (InferenceBottleneck(block, is_fused) for is_fused in (False, True))
+    return _seconds(lambda: public(maps)) / _seconds(lambda: fused(maps))
+
+
+@torch.no_grad()
+def gain_of_products(heads: int, width: int, length: int, dtype: torch.dtype) -> float:
+    """How many times as fast attention is as two products than as torch's fused kernel, measured here."""
+    parts = torch.zeros(8, heads, length, width, dtype=dtype)
+    kernel = _seconds(lambda: functional.scaled_dot_product_attention(parts, parts, parts))
+    return kernel / _seconds(lambda: attention_by_products(nn.Identity(), parts, parts, parts, None, 0.125))
+
+
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +126,7 @@ def _check_use(input: Tensor) -> None:
         raise OptimizedModelError(
             "This model was optimized for inference and gives no gradients; load it again for them."
         )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         raise OptimizedModelError(
             "This model was optimized for inference and can be neither compiled nor exported; load it again for that."
         )
@@ -266,11 +288,24 @@ AttentionInterface.register(PRODUCT_ATTENTION, attention_by_products)
 
 def _is_plain(module: nn.Module) -> bool:
     """An ordinary linear map: no adapter, no quantised weight, nothing hooked to it."""
-    return (
-        type(module) in (nn.Linear, HfClipLinear)
-        and type(module.weight) is nn.Parameter
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-    )
+    is_linear = type(module) in (nn.Linear, HfClipLinear) and type(module.weight) is nn.Parameter
+    return is_linear and not _is_hooked(module)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+FOLDED = (nn.Conv2d, nn.AvgPool2d, nn.Identity, nn.Sequential, HfClipBottleneck, HfClipResNetStage)
+
+
+def _find_changed(tower: Any) -> str | None:
+    """The name of the first part of a ResNet that is hooked, or not as it was made: an adapter, say."""
+    for root in [*(f"{kind}{place}" for kind in ("conv", "bn") for place in (1, 2, 3)), *STAGES]:
+        for name, module in tower.get_submodule(root).named_modules(prefix=root):
+            if _is_hooked(module) or not (type(module) in FOLDED or isinstance(module, nn.BatchNorm2d)):
+                return name
+    return None
 
 
 def _pack_transformer_(model: nn.Module) -> list[str]:
@@ -280,7 +315,7 @@ def _pack_transformer_(model: nn.Module) -> list[str]:
         shape = (linear.in_features, linear.out_features)
         if shape not in gains:
             gains[shape] = gain_of_packing(linear)
-        return gains[shape] > 1
+        return gains[shape] >= LEAST_GAIN
 
     count = 0
     for layer in [module for module in model.modules() if isinstance(module, HfClipEncoderLayer)]:
@@ -292,6 +327,7 @@ def _pack_transformer_(model: nn.Module) -> list[str]:
         hidden_act = attention.config.hidden_act
         if (
             hidden_act in FUSED_ACTIVATIONS
+            and not (_is_hooked(mlp) or _is_hooked(mlp.activation_fn))
             and _is_plain(mlp.fc1)
             and _is_plain(mlp.fc2)
             and pays(mlp.fc1)
@@ -303,28 +339,37 @@ def _pack_transformer_(model: nn.Module) -> list[str]:
         return []
     done = []
     if count:
-        least, most = min(gain for gain in gains.values() if gain > 1), max(gains.values())
-        how = f"{least:.2f} to {most:.2f} times as fast here, activations fused into them"
+        least, most = min(gain for gain in gains.values() if gain >= LEAST_GAIN), max(gains.values())
+        how = f"{least:.2f} to {most:.2f} times as fast here"
+        if any(isinstance(module, PackedMLP) for module in model.modules()):
+            how += ", activations fused into them"
         done.append(f"{count} linear maps brought into oneDNN's order of memory, {how}")
     for (inputs, outputs), gain in gains.items():
-        if gain <= 1:
+        if gain < LEAST_GAIN:
             done.append(
                 f"linear maps {inputs} → {outputs} left as they are; in oneDNN's order {gain:.2f} times as fast"
             )
     return done
 
 
-def _fold_resnet_(tower: Any, is_fused: bool) -> list[str]:
+def _fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
+    if changed := _find_changed(tower):
+        return [f"the ResNet left as it is: {changed} is hooked or adapted"]
+    gain = gain_of_fusing(tower.layer3[1 % len(tower.layer3)]) if has_operators else 0.0
+    is_fused = gain >= LEAST_GAIN
     count = sum(isinstance(module, nn.BatchNorm2d) for module in tower.modules())
     for number in (1, 2, 3):
         convolution, norm = getattr(tower, f"conv{number}"), getattr(tower, f"bn{number}")
         setattr(tower, f"conv{number}", InferenceConv2d.fold(convolution, norm, False, is_fused))  # ReLU follows
         setattr(tower, f"bn{number}", nn.Identity())
-    for stage in (tower.layer1, tower.layer2, tower.layer3, tower.layer4):
+    for stage in map(tower.get_submodule, STAGES):
         for index, block in enumerate(stage):
             stage[index] = InferenceBottleneck(block, is_fused)
     pool = tower.attnpool
-    done = [f"BatchNorm folded into {count} convolutions" + is_fused * ", with ReLU and sums in the same pass"]
+    done = [f"BatchNorm folded into {count} convolutions"]
+    if has_operators:
+        how = "computed in the convolutions' pass," if is_fused else "not computed in the convolutions' pass, which is"
+        done.append(f"ReLU and sums {how} {gain:.2f} times as fast here")
     if all(_is_plain(linear) for linear in (pool.q_proj, pool.k_proj, pool.v_proj)):
         pool.__class__ = SingleQueryAttentionPool
         done.append("the attention pool multiplies its one query instead of all keys and values")
@@ -336,14 +381,15 @@ def _work_in_parts_(tower: Any, rows_at_once: Callable[[Tensor], int]) -> None:
     whole = tower.forward
     captured = ("output_hidden_states", "output_attentions")
 
-    def forward(input: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(input: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         input = kwargs.pop(tower.main_input_name, input)
-        is_simple = isinstance(input, Tensor) and input.ndim > 1 and not torch.compiler.is_compiling()
+        is_simple = isinstance(input, Tensor) and input.ndim > 1 and input.numel() > 0 and not args
+        is_simple = is_simple and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         is_simple = is_simple and not any(isinstance(value, Tensor) for value in kwargs.values())
         is_simple = is_simple and not any(kwargs.get(name, getattr(tower.config, name, False)) for name in captured)
         if not is_simple or len(input) <= (size := rows_at_once(input)):
-            return whole(input, **kwargs)
-        as_dict = kwargs.pop("return_dict", tower.config.return_dict)
+            return whole(input, *args, **kwargs)
+        as_dict = kwargs.pop("return_dict", tower.config.return_dict) is not False
         parts = [whole(part, return_dict=True, **kwargs) for part in input.split(size)]
         fields = ("last_hidden_state", "pooler_output")
         output = BaseModelOutputWithPooling(**{name: torch.cat([part[name] for part in parts]) for name in fields})
@@ -359,9 +405,13 @@ def _encode_texts_by_length_(model: Any) -> None:
 
     def encode_text(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         is_simple = isinstance(input_ids, Tensor) and input_ids.ndim == 2 and min(input_ids.shape) > 0
-        if not is_simple or not (attention_mask is None or _hides_only_ends(attention_mask, input_ids)):
+        is_simple = is_simple and not torch.jit.is_tracing()
+        lengths = (input_ids == end_of_text_id).int().argmax(dim=1) + 1 if is_simple else torch.zeros(0)
+        if is_simple and attention_mask is not None:
+            is_simple = attention_mask.shape == input_ids.shape and _hides_only_ends(attention_mask, lengths)
+        if not is_simple:
             return whole(input_ids, attention_mask)
-        lengths, order = ((input_ids == end_of_text_id).int().argmax(dim=1) + 1).sort()
+        lengths, order = lengths.sort()
         features, first = [], 0
         while first < len(order):
             # As many texts as make no more than so many positions; the last of a part is its longest.
@@ -374,23 +424,28 @@ def _encode_texts_by_length_(model: Any) -> None:
     model.encode_text = encode_text
 
 
-def _hides_only_ends(attention_mask: Tensor, input_ids: Tensor) -> bool:
-    """Whether a mask hides padding on the right alone, which changes nothing that comes before it."""
-    if attention_mask.shape != input_ids.shape:
-        return False
+def _hides_only_ends(attention_mask: Tensor, lengths: Tensor) -> bool:
+    """Whether a mask shows each text to its end, and hides what follows, which changes nothing that comes before."""
     shown = attention_mask.to(torch.bool)
-    return bool(shown[:, 0].all()) and bool((shown[:, 1:] <= shown[:, :-1]).all())
+    is_needed = torch.arange(shown.shape[1], device=shown.device) < lengths[:, None]
+    return bool((shown | ~is_needed).all())
 
 
 @torch.no_grad()
 def optimize_(model: Any) -> list[str]:
     """Do to a model what is described above; returns what was done, in words."""
-    on_cpu = model.device.type == "cpu"
-    is_fused = on_cpu and has_packed_operators(model.dtype)
+    places = {parameter.device.type for parameter in model.parameters()}
+    if len(places) > 1 or "meta" in places or hasattr(model, "hf_device_map"):
+        raise OptimizedModelError(
+            f"This model is spread over {', '.join(sorted(places))}, and only one that is whole on one device can be "
+            f"optimized: load it without device_map."
+        )
+    on_cpu = places == {"cpu"}
+    has_operators = on_cpu and has_packed_operators(model.dtype)
     done: list[str] = []
     for tower in [module for module in model.modules() if hasattr(module, "attnpool")]:
-        done += _fold_resnet_(tower, is_fused)
-    if is_fused:
+        done += _fold_resnet_(tower, has_operators)
+    if has_operators:
         done += _pack_transformer_(model)
     if on_cpu:
         done += _suit_the_cache_(model)
@@ -407,7 +462,10 @@ def _suit_the_cache_(model: Any) -> list[str]:
             area = tower.config.patch_size**2
             _work_in_parts_(tower, lambda pictures: max(1, ROWS_AT_ONCE // (1 + pictures[0, 0].numel() // area)))  # noqa: B023
             if model.dtype == torch.bfloat16 and tower.config._attn_implementation == "sdpa":
-                _attend_by_products_(tower)
+                heads, length = tower.config.num_attention_heads, 1 + tower.config.image_size**2 // area
+                width = tower.config.hidden_size // heads
+                if gain_of_products(heads, width, length, model.dtype) >= LEAST_GAIN:
+                    _attend_by_products_(tower)
         else:
             _work_in_parts_(tower, lambda ids: max(1, ROWS_AT_ONCE // ids.shape[1]))
     done = [f"large batches cut into parts that stay in the cache ({ROWS_AT_ONCE} positions of a transformer)"]
@@ -436,25 +494,31 @@ class Optimizable:
         """Make this model as fast as it can be made for inference on the device and in the type it has now.
 
         BatchNorm goes into convolutions, weights into the processor's order of memory, and large batches are cut into
-        parts that stay in its cache; what doesn't pay on this processor is left out. Outputs change by at most 1e-5
-        relative in float32, and by rounding in half precision. It cannot be undone: the model cannot be trained, saved
-        or moved any more, and hooks may see parts of a batch, or tensors that later layers overwrite.
+        parts that stay in its cache; what doesn't pay on this processor is left out, and so are layers with hooks or
+        adapters. Outputs change by at most 1e-5 relative in float32, and by rounding in half precision. It cannot be
+        undone: the model cannot be trained, saved, exported or moved any more, other hooks may see parts of a batch, or
+        tensors that later layers overwrite, and autocast does not reach it: bring it into its type before.
 
-        returns: what was done, in words, which `optimizations` holds too
-        Raises OptimizedModelError for a model in training.
+        returns: what was done, in words, which `optimizations` holds too; nothing, and the model is as it was, where
+                 nothing can be gained
+        Raises OptimizedModelError for a model in training, on several devices, or a tower of which was optimized.
         """
         if self.training:
             raise OptimizedModelError("This model is in training; call .eval() before optimize_for_inference().")
         if self.optimizations is None:
-            self.requires_grad_(False)
+            self._refuse_if_optimized("optimized as a whole")
             done = optimize_(self)
+            if not done:
+                return []
+            self.requires_grad_(False)
             for module in self.modules():
                 if isinstance(module, Optimizable):
                     module.optimizations = done
         return list(self.optimizations)
 
-    def _refuse_if_optimized(self, wish: str) -> None:
-        if self.optimizations is not None:
+    def _refuse_if_optimized(self: Any, wish: str) -> None:
+        """Also where a tower of this model was optimized by itself."""
+        if any(isinstance(module, Optimizable) and module.optimizations is not None for module in self.modules()):
             raise OptimizedModelError(
                 f"This model was optimized for inference and cannot be {wish} any more; load it again with "
                 f"from_pretrained and do that before optimize_for_inference()."
@@ -477,12 +541,16 @@ class Optimizable:
         self._refuse_if_optimized("given other weights")
         return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> Any:  # by which a module around it goes
+        self._refuse_if_optimized("given other weights")
+        return super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         self._refuse_if_optimized("copied or pickled")
         return super().__reduce_ex__(protocol)
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        if self.optimizations is not None:
+        if any(isinstance(module, Optimizable) and module.optimizations is not None for module in self.modules()):
             here = torch.empty(0, dtype=self.dtype, device=self.device)
             there = fn(here)
             if (there.dtype, there.device) != (here.dtype, here.device):

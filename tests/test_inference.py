@@ -18,6 +18,13 @@ from hf_clip.transformer_hf_clip import HfClipLinear, HfClipQuickGELU
 
 from .small import CONTEXT_LENGTH, pictures, texts
 
+
+@pytest.fixture
+def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for measured in ("gain_of_packing", "gain_of_fusing", "gain_of_products"):
+        monkeypatch.setattr(inference, measured, lambda *_: 2.0)
+
+
 needs_onednn = pytest.mark.skipif(not has_packed_operators(torch.float32), reason="this torch has no fused oneDNN")
 
 
@@ -146,11 +153,15 @@ def outputs_of(model: HfClipModel, tower: str, dtype: torch.dtype = torch.float3
 @pytest.mark.parametrize("rows_at_once", [1600, 40], ids=["whole", "parts"])
 @pytest.mark.parametrize("has_operators", [True, False], ids=["fused", "public"])
 def test_optimized_model_computes_the_same(
-    model: HfClipModel, tower: str, monkeypatch: pytest.MonkeyPatch, rows_at_once: int, has_operators: bool
+    model: HfClipModel,
+    tower: str,
+    monkeypatch: pytest.MonkeyPatch,
+    rows_at_once: int,
+    has_operators: bool,
+    everything_pays: None,
 ):
     monkeypatch.setattr(inference, "ROWS_AT_ONCE", rows_at_once)
     monkeypatch.setattr(inference, "PIXELS_AT_ONCE", rows_at_once * 32)
-    monkeypatch.setattr(inference, "gain_of_packing", lambda linear: 2.0)
     if not has_operators:
         monkeypatch.setattr(inference, "has_packed_operators", lambda dtype: False)
     expected = outputs_of(model, tower)
@@ -163,9 +174,8 @@ def test_optimized_model_computes_the_same(
 
 
 @needs_onednn
-def test_bfloat16_is_as_near_as_before(model: HfClipModel, tower: str, monkeypatch: pytest.MonkeyPatch):
+def test_bfloat16_is_as_near_as_before(model: HfClipModel, tower: str, everything_pays: None):
     """Measured against float64: optimizing costs nothing beyond the type's own rounding."""
-    monkeypatch.setattr(inference, "gain_of_packing", lambda linear: 2.0)
     exact = outputs_of(copy.deepcopy(model).double(), tower, torch.float64)
     half = model.to(torch.bfloat16)
     before = outputs_of(half, tower, torch.bfloat16)
@@ -187,14 +197,36 @@ def test_fine_tuned_statistics_are_folded(model: HfClipModel, tower: str):
     assert isinstance(model.vision_model.attnpool, SingleQueryAttentionPool)
 
 
-def test_what_does_not_pay_is_left_out(model: HfClipModel, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_what_does_not_pay_is_left_out(
+    model: HfClipModel, tower: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    model.to(dtype)
+    expected = outputs_of(model, tower, dtype)
     monkeypatch.setattr(inference, "has_packed_operators", lambda dtype: True)
-    monkeypatch.setattr(inference, "gain_of_packing", lambda linear: 0.9)
-    monkeypatch.setattr(inference, "_fold_resnet_", lambda tower, is_fused: [])
+    for measured in ("gain_of_packing", "gain_of_fusing", "gain_of_products"):
+        monkeypatch.setattr(inference, measured, lambda *_: 1.04)
     done = model.optimize_for_inference()
-    assert all("0.90" in line for line in done if "left as they are" in line)
+    assert all("1.04" in line for line in done if "left as they are" in line)
     assert sum("left as they are" in line for line in done) == 2  # attention's shape and the first of the MLP's
-    assert not any(isinstance(module, (inference.PackedLinear, PackedMLP)) for module in model.modules())
+    assert any("not computed in the convolutions' pass, which is 1.04 times" in line for line in done) == (
+        tower == "resnet"
+    )
+    for module in model.modules():
+        assert not isinstance(module, (inference.PackedLinear, PackedMLP))
+        assert not (isinstance(module, inference.InferenceConv2d) and module.is_fused)
+    assert model.vision_model.config._attn_implementation == "sdpa"
+    for name, found in outputs_of(model, tower, dtype).items():
+        assert distance(found, expected[name]) < (1e-5 if dtype == torch.float32 else 5e-2), name
+
+
+def test_model_that_gains_nothing_stays_as_it_was(repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    """As a ViT does on a GPU."""
+    monkeypatch.setattr(inference, "has_packed_operators", lambda dtype: False)
+    monkeypatch.setattr(inference, "_suit_the_cache_", lambda model: [])
+    model = AutoModel.from_pretrained(repositories["vit"]).eval()
+    assert model.optimize_for_inference() == []
+    assert all(parameter.requires_grad for parameter in model.train().parameters())
 
 
 def test_operators_that_compute_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch):
@@ -210,20 +242,41 @@ def test_operators_that_compute_something_else_are_not_used(monkeypatch: pytest.
 
 
 @needs_onednn
-def test_adapters_and_hooked_layers_stay(repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(inference, "gain_of_packing", lambda linear: 2.0)
+def test_adapters_and_hooked_layers_stay(repositories: dict[str, Path], everything_pays: None):
     model = AutoModel.from_pretrained(repositories["vit"]).eval()
     first, second = model.vision_model.encoder.layers[0], model.vision_model.encoder.layers[1]
     seen: list[Tensor] = []
     first.self_attn.q_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    first.mlp.activation_fn.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.text_model.encoder.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output))
     second.mlp.fc1 = nn.Sequential(second.mlp.fc1)  # what stands for an adapter
     expected = outputs_of(model, "vit")
-    model.optimize_for_inference()
+    per_call, _ = len(seen), model.optimize_for_inference()
     seen.clear()
     for name, found in outputs_of(model, "vit").items():
         assert distance(found, expected[name]) < 1e-5
-    assert seen
+    assert len(seen) == per_call
     assert isinstance(second.mlp.fc1, nn.Sequential)
+
+
+@pytest.mark.parametrize("change", ["adapter", "hook on a block", "hook on the stem"])
+def test_changed_resnets_stay(repositories: dict[str, Path], everything_pays: None, change: str):
+    model = AutoModel.from_pretrained(repositories["resnet"]).eval()
+    tower, seen = model.vision_model, []
+    if change == "adapter":
+        tower.layer3[0].conv2 = nn.Sequential(tower.layer3[0].conv2)
+        tower.layer3[0].conv2[0].register_forward_hook(lambda *_: seen.append(1))
+    else:
+        part = tower.layer4[-1] if "block" in change else tower.bn2
+        part.register_forward_hook(lambda *_: seen.append(1))
+    expected = outputs_of(model, "resnet")
+    seen.clear()
+    done = model.optimize_for_inference()
+    name = {"adapter": "layer3.0.conv2.0", "hook on a block": "layer4.0", "hook on the stem": "bn2"}[change]
+    assert any(f"the ResNet left as it is: {name} is hooked or adapted" in line for line in done)
+    for name, found in outputs_of(model, "resnet").items():
+        assert distance(found, expected[name]) < 1e-5
+    assert seen
 
 
 def test_towers_alone_can_be_optimized(repository: Path, tower: str):
@@ -254,7 +307,9 @@ def test_outputs_of_all_layers_are_those_of_the_whole_batch(
     assert len(found) == len(expected)
     for ours, theirs in [*zip(found, expected, strict=True), *zip(found_text, expected_text, strict=True)]:
         assert distance(ours, theirs) < 1e-5
-    assert isinstance(as_tuple, tuple)
+        assert isinstance(as_tuple, tuple)
+        assert model.vision_model(pictures(tower), return_dict=None).pooler_output is not None
+        assert model.text_model(texts(), torch.ones_like(texts())).pooler_output is not None  # by place
 
 
 def test_attention_weights_of_an_optimized_pool(repositories: dict[str, Path]):
@@ -277,10 +332,63 @@ def test_padding_on_the_left_is_masked(model: HfClipModel):
         assert distance(model.encode_text(padded, mask), expected) < 1e-5
 
 
-def test_other_models_of_the_same_configuration_are_left_alone(repositories: dict[str, Path]):
+def test_mask_that_hides_a_texts_end_is_heeded(model: HfClipModel):
+    """As `ids != pad_token_id` does where padding is the end of text."""
+    ids = texts()
+    mask = (ids != int(ids.max())).long()
+    with torch.no_grad():
+        expected, whole = model.encode_text(ids, mask), model.encode_text(ids)
+        assert distance(whole, expected) > 1e-3
+        model.optimize_for_inference()
+        assert distance(model.encode_text(ids, mask), expected) < 1e-5
+
+
+def test_autocast_and_compile_do_not_reach_an_optimized_model(model: HfClipModel, tower: str, everything_pays: None):
+    expected = outputs_of(model, tower)
+    model.optimize_for_inference()
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, found in outputs_of(model, tower).items():
+            assert distance(found, expected[name]) < 3e-2, name
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        found = compiled(input_ids=texts(), pixel_values=pictures(tower)).image_embeds
+    assert distance(found, model(input_ids=texts(), pixel_values=pictures(tower)).image_embeds) < 1e-5
+
+
+def test_model_with_an_optimized_tower_refuses_the_same(repository: Path, tower: str, tmp_path: Path):
+    model = AutoModel.from_pretrained(repository).eval()
+    state = model.state_dict()
+    model.vision_model.optimize_for_inference()
+    calls = {
+        "optimized as a whole": model.optimize_for_inference,
+        "given other weights": lambda: model.load_state_dict(state, strict=False),
+        "saved": lambda: model.save_pretrained(tmp_path / "saved"),
+        "trained": model.train,
+        "moved": lambda: model.to(torch.bfloat16),
+    }
+    for words, call in calls.items():
+        with pytest.raises(OptimizedModelError, match=f"cannot be {words}"):
+            call()
+    around = nn.ModuleDict({"model": model})
+    with pytest.raises(OptimizedModelError, match="cannot be given other weights"):
+        around.load_state_dict({f"model.{name}": tensor for name, tensor in state.items()}, strict=False)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not model.text_model.training
+    assert not (tmp_path / "saved").exists()
+
+
+def test_model_on_several_devices_is_refused(repository: Path):
+    model = AutoModel.from_pretrained(repository).eval()
+    model.text_model.to("meta")
+    with pytest.raises(OptimizedModelError, match="spread over cpu, meta, and only one that is whole on one device"):
+        model.optimize_for_inference()
+
+
+def test_other_models_of_the_same_configuration_are_left_alone(repositories: dict[str, Path], everything_pays: None):
     config = HfClipConfig.from_pretrained(repositories["vit"])
     other, optimized = HfClipModel(config).eval(), HfClipModel(config).to(torch.bfloat16).eval()
     optimized.optimize_for_inference()
+    assert optimized.vision_model.config._attn_implementation == inference.PRODUCT_ATTENTION
     assert other.vision_model.config._attn_implementation == "sdpa"
 
 
@@ -310,8 +418,7 @@ def test_what_an_optimized_model_refuses(model: HfClipModel, tower: str, tmp_pat
 
 
 @needs_onednn
-def test_gradients_through_an_optimized_model_are_refused(model: HfClipModel, tower: str, monkeypatch):
-    monkeypatch.setattr(inference, "gain_of_packing", lambda linear: 2.0)
+def test_gradients_through_an_optimized_model_are_refused(model: HfClipModel, tower: str, everything_pays: None):
     model.optimize_for_inference()
     with pytest.raises(OptimizedModelError, match="gives no gradients"):
         model.encode_image(pictures(tower).requires_grad_())
