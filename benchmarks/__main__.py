@@ -23,7 +23,7 @@ import transformers
 from hf_clip.variants import get_variant
 
 from .machine import describe, headline
-from .measuring import PRECISIONS, Table
+from .measuring import PRECISIONS, Table, first_line
 from .reporting import as_json, draw, format_summary, format_table, import_pyplot, write_json
 from .settings import ALLOWED_ON, Settings
 
@@ -99,6 +99,8 @@ def check_options(options: argparse.Namespace, modules: dict[str, ModuleType]) -
             raise ValueError(f"--{option} has no meaning for {', '.join(modules)}")
     for name in options.variants or ():
         get_variant(name)
+    if options.device == "cuda" and all(module.IS_ON_CPU for module in modules.values()):
+        raise ValueError(f"--device cuda has no meaning for {', '.join(modules)}, which run on the CPU")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no GPU here")
     for path in (options.json, options.picture):
@@ -115,6 +117,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
     devices = (options.device,) if options.device else ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     if options.threads:
         torch.set_num_threads(options.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32, in the reference above all
     settings = Settings(
         quick=options.quick,
         threads=torch.get_num_threads(),
@@ -152,19 +155,24 @@ def main(arguments: list[str] | None = None) -> int:
         for device in settings.devices:
             for precision in dict.fromkeys(["float32", *settings.precisions_on(device)]):
                 print(f"ceiling: {settings.ceiling(device, precision) / 1e9:,.0f} GFLOP/s, {precision}, {device}")
+    has_failed = False
     for name, module in modules.items():
-        for table in module.run(settings):
-            print(format_table(table), flush=True)
-            tables[name].append(table)
-            if options.json:
-                write_json(options.json, as_json(facts, settings.ceilings, tables))
-            if options.picture:
-                draw(options.picture, facts, [table for several in tables.values() for table in several])
+        try:
+            for table in module.run(settings):
+                print(format_table(table), flush=True)
+                tables[name].append(table)
+                if options.json:
+                    write_json(options.json, as_json(facts, settings.ceilings, tables))
+                if options.picture:
+                    draw(options.picture, facts, [table for several in tables.values() for table in several])
+        except Exception as error:  # the others have their turn, and what was measured is not lost
+            print(f"\nerror: {name} ended early: {first_line(error)}", file=sys.stderr)
+            has_failed = True
     everything = [table for several in tables.values() for table in several]
     if len(everything) > 1:
         print("\nhf_clip is so many times as fast as each, as it is loaded (and in its fastest way):\n")
         print(format_summary(everything))
-    return int(any(table.is_without_ours for several in tables.values() for table in several))
+    return int(has_failed or any(table.is_without_ours for table in everything))
 
 
 if __name__ == "__main__":

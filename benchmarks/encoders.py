@@ -137,11 +137,15 @@ def encoder_tables(
                         agrees_with(expected, "float32"),
                     )
                 )
+            for precision_of_row in {contender.precision for contender in contenders}:
+                settings.ceiling(device, precision_of_row, again=True)
             for contender in contenders:
                 contender.flops = workload.flops
                 contender.ceiling = settings.ceiling(device, contender.precision)
                 if device == "cuda" or workload is workloads[0]:
                     contender.peak_memory = memories.get(contender.name)
             yield compare(table, contenders, rounds=settings.rounds or rounds, seconds=settings.seconds)
+            del contenders, contender
         del encoders
         gc.collect()
+        torch.compiler.reset()  # graphs of models that are gone would count towards the limit of new ones

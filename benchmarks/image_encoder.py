@@ -18,6 +18,7 @@ from .settings import Settings
 
 OPTIONS = ("variants", "precision", "batch")
 NEEDS_CEILING = True
+IS_ON_CPU = False
 VARIANTS, QUICK_VARIANTS = ("RN50", "RN50x4", "ViT-B/32", "ViT-B/16", "ViT-L/14"), ("ViT-B/32",)
 BATCHES: dict[str, tuple[int, ...]] = {"cpu": (16, 1), "cuda": (256, 32, 1)}
 QUICK_BATCHES: dict[str, tuple[int, ...]] = {"cpu": (16,), "cuda": (32,)}

@@ -38,6 +38,7 @@ from .settings import Settings
 
 OPTIONS = ()
 NEEDS_CEILING = False
+IS_ON_CPU = True
 VARIANT, QUICK_VARIANT = "ViT-L/14", "ViT-B/32"
 FIRST_PICTURE_VARIANT = "ViT-B/32"
 ROUNDS, QUICK_ROUNDS = 7, 3

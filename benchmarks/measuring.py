@@ -168,10 +168,14 @@ def _first_call(contender: Contender, device: str) -> str | None:
 
 
 def _warm_up(work: Callable[[], Any], device: str, last: float) -> int:
-    """Unmeasured calls, after one that took `last` seconds; how many calls fill a turn."""
+    """Unmeasured calls, after one that took `last` seconds; how many calls fill a turn.
+
+    On a GPU one at least, since the first may have compiled for longer than a thousand calls take.
+    """
     begin = time.perf_counter() - last
-    for _ in range(WARM_UP_CALLS):
-        if time.perf_counter() - begin > WARM_UP_SECONDS:
+    for turn in range(WARM_UP_CALLS):
+        is_warm = time.perf_counter() - begin > WARM_UP_SECONDS
+        if is_warm and (turn > 0 or torch.device(device).type != "cuda"):
             break
         start = time.perf_counter()
         work()

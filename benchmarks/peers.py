@@ -133,8 +133,9 @@ def encoder_of(model: Any, case: Case) -> Encoder:
         return lambda batch: model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
     if case.kind == "image":
         return lambda batch: model.encode_image(batch["pixel_values"].to(dtype))
-    column = "input_ids" if isinstance(model, HfClipModel) else "padded"
-    return lambda batch: model.encode_text(batch[column])
+    if isinstance(model, HfClipModel):
+        return lambda batch: model.encode_text(batch["input_ids"], batch["attention_mask"])
+    return lambda batch: model.encode_text(batch["padded"])
 
 
 def optimized(case: Case) -> Encoder:
@@ -144,7 +145,7 @@ def optimized(case: Case) -> Encoder:
 
 
 def compiled(model: nn.Module, case: Case) -> Encoder:
-    return torch.compile(encoder_of(model, case))
+    return torch.compile(encoder_of(model, case), dynamic=False)
 
 
 def without_flash(model: nn.Module, case: Case) -> Encoder:

@@ -113,12 +113,13 @@ def bars_of(table: Table) -> list[tuple[str, dict[str, float]]]:
 def format_summary(tables: Sequence[Table]) -> str:
     """All ratios in one table, in Markdown: a row for each table, and a column for each peer that is in several.
 
-    A cell says how many times as fast as the peer ours is as it is loaded and, in brackets, in its fastest way.
+    A peer's cell says how many times as fast ours is as it is loaded and, in brackets, in its fastest way, whose speed
+    and fraction of the ceiling stand in front.
     """
     present = [(table, dict(bars_of(table))) for table in tables if table.row(table.ours[0])]
     counts = Counter(name for _, bars in present for name in bars)
     peers = [name for name, count in counts.items() if count >= TABLES_FOR_A_COLUMN]
-    header = ["measured", "per second", "of ceiling", *peers, "others"]
+    header = ["measured", "per second, fastest", "of ceiling", *peers, "others"]
     lines = []
     for table, bars in present:
         fastest = max((row for name in table.ours if (row := table.row(name))), key=lambda row: row.per_second)

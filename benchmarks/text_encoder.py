@@ -1,7 +1,7 @@
 """How fast texts are encoded: 512 prompts of 5 to 20 tokens, unsorted, in one call, and one prompt alone.
 
 Token ids are made beforehand, each project's padding as it comes: OpenAI's code and open_clip take 77 columns, ours and
-transformers' the longest of the batch (transformers' with its attention mask). The row of ZeroShotClassifier is the
+transformers' the longest of the batch, both with the tokenizer's attention mask. The row of ZeroShotClassifier is the
 whole way from 512 labels to a classifier matrix, tokenizing included; it sorts the texts by length.
 """
 
@@ -26,6 +26,7 @@ from .tokenizer import prose
 
 OPTIONS = ("variants", "precision", "prompts")
 NEEDS_CEILING = True
+IS_ON_CPU = False
 VARIANTS, QUICK_VARIANTS = ("ViT-B/32", "ViT-L/14"), ("ViT-B/32",)
 PROMPTS, QUICK_PROMPTS = 512, 128
 ROUNDS, QUICK_ROUNDS = 5, 3

@@ -24,6 +24,7 @@ from .settings import Settings
 
 OPTIONS = ("captions",)
 NEEDS_CEILING = False
+IS_ON_CPU = True
 CAPTIONS, QUICK_CAPTIONS = 20_000, 4_000
 ROUNDS, QUICK_ROUNDS = 5, 3
 START, END, CONTEXT = 49406, 49407, 77

@@ -40,6 +40,7 @@ from .settings import Settings
 
 OPTIONS = ("variants",)
 NEEDS_CEILING = False
+IS_ON_CPU = False
 VARIANTS = ("ViT-B/32",)
 PICTURES, QUICK_PICTURES, LABELS = 32, 16, 100
 CLASSES, QUICK_CLASSES, CLASSES_BY_RECIPE = 1000, 100, 20

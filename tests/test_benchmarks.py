@@ -253,7 +253,7 @@ def test_rows_of_a_gpu_run_the_same_code_on_a_cpu(
     picture = image_processor.photograph((64, 48))
     ours = HfClipImageProcessor.for_image_size(32)
     table = image_processor.on_device(ours, picture, "cpu", tiny_settings(), rounds=1)
-    assert names_of(table) == ["hf_clip, on the device", "hf_clip, copied there", "hf_clip, Pillow"]
+    assert names_of(table) == ["hf_clip, on the device", "hf_clip, copied there", "Pillow, on the CPU"]
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(vit: Variant):
@@ -290,9 +290,11 @@ def test_training_steps_have_the_same_loss(vit: Variant, monkeypatch: pytest.Mon
     monkeypatch.setattr(train_step, "VARIANT", vit.name)
     (table,) = train_step.run(tiny_settings(precisions=("float32",)))
     assert names_of(table) == ["hf_clip", "transformers", "open_clip"]
-    check = train_step.same_loss([], "float32")
-    assert check(2.0) is None
-    assert check(2.1) == "its first loss is 2.1000, where hf_clip has 2.0000"
+    expected: list[float] = []
+    assert train_step.same_losses(lambda: 1.5, expected, "float32")(2.0) is None
+    check = train_step.same_losses(lambda: 1.6, expected, "float32")
+    assert check(2.1) == "after 0 updates its loss is 2.1000, where hf_clip has 2.0000"
+    assert check(2.0) == "after 1 updates its loss is 1.6000, where hf_clip has 1.5000"
 
 
 def test_zero_shot_answers_agree(vit: Variant, monkeypatch: pytest.MonkeyPatch):
@@ -320,7 +322,7 @@ def test_summary_has_a_row_for_each_table_and_a_column_for_who_is_in_several():
     tables = [example_table(), captions, example_table(), alone, example_table(), without]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in reporting.format_summary(tables).splitlines()]
     vit = ["ViT-B/32", "64.0 pictures", "2.00 (4.00)", ""]
-    assert lines[0] == ["measured", "per second", "openai-clip", "others"]
+    assert lines[0] == ["measured", "per second, fastest", "openai-clip", "others"]
     assert lines[2:] == [
         vit,
         ["captions", "2.0 captions", "", "stock, batch 1 2.50"],
@@ -361,6 +363,7 @@ def test_report_holds_machine_versions_and_raw_seconds(tmp_path: Path, capsys: p
         (["encode"], f"error: there is no benchmark 'encode'; there are {', '.join(SUBCOMMANDS)}"),
         (["image_encoder", "--variants", "ViT-B/33"], "error: Unknown CLIP variant 'ViT-B/33'; the nine are"),
         (["tokenizer", "load", "--variants", "RN50"], "error: --variants has no meaning for tokenizer, load"),
+        (["tokenizer", "load", "--device", "cuda"], "error: --device cuda has no meaning for tokenizer, load"),
         (["image_encoder", "--captions", "9"], "error: --captions has no meaning for image_encoder"),
         (
             ["tokenizer", "--json", "no/such/folder.json"],
@@ -380,5 +383,5 @@ def test_request_that_cannot_be_met_is_one_line(arguments: list[str], message: s
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]):
-    assert main(["tokenizer", "--device", "cuda"]) == 1
+    assert main(["image_processor", "--device", "cuda"]) == 1
     assert capsys.readouterr().err == "error: --device cuda, but torch sees no GPU here\n"
