@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,13 +25,13 @@ from hf_clip.training import build, failures, sharding
 from hf_clip.training.bad_rows import BadRows
 from hf_clip.training.checkpoint import FOLDER as CHECKPOINTS_FOLDER
 from hf_clip.training.checkpoint import find_checkpoint, read_state
-from hf_clip.training.config import TrainingConfig, parse_config
+from hf_clip.training.config import LAUNCH, TrainingConfig, parse_config
 from hf_clip.training.data import Position
 from hf_clip.training.evaluating import model_inputs
 from hf_clip.training.losses import global_contrastive_loss
 from hf_clip.training.optim import learning_rates
 from hf_clip.training.results import CONFIG_FILE, METRICS_FILE, check_output_format
-from hf_clip.training.run import Run, make_accelerator
+from hf_clip.training.run import Run, launch_settings, make_accelerator
 from hf_clip.whole_folder import check_destination
 
 
@@ -45,7 +46,7 @@ def check_ends(config: TrainingConfig, accelerator: Accelerator) -> None:
     build.check_start(config)
 
 
-def prepare_output(config: TrainingConfig, accelerator: Accelerator) -> None:
+def prepare_output(config: TrainingConfig, accelerator: Accelerator, launched: dict[str, Any]) -> None:
     """Make the output folder, with the records of this run alone."""
     if accelerator.is_main_process and config.resume is None:
         output = Path(config.output_dir)
@@ -54,13 +55,14 @@ def prepare_output(config: TrainingConfig, accelerator: Accelerator) -> None:
         (output / METRICS_FILE).write_text("")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        content = config.to_dict() | {"num_processes": accelerator.num_processes}
+        content = config.to_dict() | {LAUNCH: launched}
         (Path(config.output_dir) / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def train(config: TrainingConfig) -> None:
     """Train one model as `config` says and save it. Raises OSError or ValueError for what cannot be done."""
     accelerator = make_accelerator(config)
+    launched = launch_settings(accelerator)
     check_ends(config, accelerator)
     data = build.build_data(config)
     model, processor = build.build_model(config, data)
@@ -83,10 +85,12 @@ def train(config: TrainingConfig) -> None:
     scheduler = build.build_scheduler(optimizer, config, steps)
     wrapped, optimizer = sharding.prepare(accelerator, model, optimizer, config)
     counters = bad_rows, bad_validation_rows
-    run = Run(config, accelerator, wrapped, model, processor, optimizer, scheduler, counters, pretrained, steps)
+    run = Run(
+        config, accelerator, wrapped, model, processor, optimizer, scheduler, counters, pretrained, steps, launched
+    )
     run.set_validation(validation, data.class_prompts)
     run.start()
-    prepare_output(config, accelerator)
+    prepare_output(config, accelerator, launched)
     if accelerator.device.type == "cpu":
         warn_of_few_threads()
 

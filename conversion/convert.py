@@ -15,15 +15,13 @@ from pathlib import Path
 
 from hf_clip import HfClipConfig
 from hf_clip.bpe_hf_clip import OPENAI_VOCAB_SIZE
+from hf_clip.formats.folders import DESCRIPTIONS
 from hf_clip.formats.reading import read_model
 from hf_clip.formats.writing import FORMATS, write_model
 from hf_clip.original import identify_variant
 from hf_clip.original.download import byte_progress
 from hf_clip.remote_code import add_remote_code
 from hf_clip.whole_folder import check_destination, whole_folder
-
-DESCRIPTIONS = ("config.json", "processor_config.json", "preprocessor_config.json", "open_clip_config.json")
-"""The files by which a folder's readers tell what it holds."""
 
 
 def check_leftovers(out: Path, folder: Path) -> None:

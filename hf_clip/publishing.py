@@ -30,7 +30,15 @@ from .remote_code import MODEL_MAPS, add_remote_code, described_in
 STOCK_CARD_MARK = "This model card has been automatically generated."
 """In the card that transformers' `push_to_hub` writes where a repository has none."""
 
-UNPUBLISHED = ("__pycache__", "checkpoints", "checkpoint-*", "training_args.bin", "optimizer.pt", "*.unfinished")
+UNPUBLISHED = (
+    "__pycache__",
+    "checkpoints",
+    "checkpoint-*",
+    "training_args.bin",
+    "optimizer.pt",
+    "training_config.json",
+    "*.unfinished",
+)
 """Files and folders that never go, besides hidden ones: what training programs leave beside a model."""
 
 
@@ -153,6 +161,9 @@ def publish_folder(
         if error.__cause__ is None:
             raise
         raise explain(error.__cause__, repo_id, token) from error
+    except ValueError as error:  # a card that the Hub would not take, say
+        reason = _without_token(" ".join(str(error).split()), token or get_token())
+        raise PublishingError(f"{repo_id} was not published: {reason}.") from error
 
 
 def link_all(source: Path, target: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,11 +29,14 @@ def check_destination(out: str | Path, overwrite: bool = False) -> Path:
     return out
 
 
-def _move_in(unfinished: Path, out: Path) -> None:
+def _move_in(unfinished: Path, out: Path, instead_of: Sequence[str]) -> None:
     """Move everything in `unfinished` into `out`, all of it or nothing; what is replaced is put back on failure."""
     replaced = Path(tempfile.mkdtemp(prefix=".replaced-", dir=out))
     moved: list[str] = []
     try:
+        for name in instead_of:
+            if (out / name).exists():
+                os.replace(out / name, replaced / name)
         for name in sorted(path.name for path in unfinished.iterdir()):
             if (out / name).exists():
                 os.replace(out / name, replaced / name)
@@ -59,11 +62,11 @@ def _open_to_others(folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(out: str | Path) -> Iterator[Path]:
+def whole_folder(out: str | Path, instead_of: Sequence[str] = ()) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `out` when the block ends without an error.
 
-    Where `out` has files already, the new ones replace those of the same name and leave the others alone. When only
-    the last step fails, the finished files are kept, and the error says where.
+    Where `out` has files already, the new ones replace those of the same name and those that `instead_of` names, and
+    leave the others alone. When only the last step fails, the finished files are kept, and the error says where.
     """
     out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +81,7 @@ def whole_folder(out: str | Path) -> Iterator[Path]:
     try:
         _open_to_others(unfinished)
         if place == out:
-            _move_in(unfinished, out)
+            _move_in(unfinished, out, instead_of)
             unfinished.rmdir()
         else:
             os.replace(unfinished, out)

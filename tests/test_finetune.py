@@ -103,7 +103,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, tmp_path:
         assert found[0] == pytest.approx(found[1], abs=1e-4), name
     (first,), (second,) = (records(folder, "recall@1") for folder in (tmp_path / "two", alone))
     assert first == pytest.approx(second, abs=0.005)  # of 718 pictures, one or two may change places
-    assert json.loads((tmp_path / "two" / "training_config.json").read_text())["num_processes"] == 2
+    assert json.loads((tmp_path / "two" / "training_config.json").read_text())["launch"]["processes"] == 2
 
 
 def test_too_many_bad_rows_end_both_processes(digits: Path, tmp_path: Path):
@@ -162,9 +162,24 @@ def test_divergence_says_where_and_what_to_do_and_saves_no_model(digits: Path, t
     ):
         train(digits, tmp_path / "out", **chosen)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.jsonl", "training_config.json"}
-    message = r"the last good checkpoint is .*step-00000001. Lower --learning_rate, raise --warmup_steps"
+    message = r"no good checkpoint was saved \(.*step-00000001 has the weights that gave this\). Lower --learning_rate"
     with pytest.raises(ValueError, match=message):
         train(digits, tmp_path / "out", checkpoint_steps=1, keep_checkpoints=1, overwrite=True, **chosen)
+    chosen |= {"warmup_steps": 1}  # the first step's rate is zero
+    with pytest.raises(ValueError, match=r"became nan at step 3 .*; the last good checkpoint is .*step-00000001\."):
+        train(digits, tmp_path / "out", checkpoint_steps=1, overwrite=True, **chosen)
+
+
+@pytest.mark.parametrize(("rate", "validation"), [("1e18", "100"), ("1e38", None)])
+def test_weights_that_the_last_step_broke_are_not_saved(
+    digits: Path, tmp_path: Path, rate: str, validation: str | None
+):
+    chosen = {"learning_rate": rate, "warmup_steps": 0, "max_steps": 1, "validation": validation}
+    with pytest.raises(
+        ValueError, match=r"became nan (after|in) step 1 \(logit scale .*; no checkpoint was saved. Low"
+    ):
+        train(digits, tmp_path / "out", **chosen)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_existing_output_is_refused_before_training(digits: Path, tmp_path: Path):
@@ -196,6 +211,8 @@ def test_failed_run_leaves_an_earlier_ones_model_as_it_was(digits: Path, tmp_pat
         ({"dataset": "/no/data"}, "There is no data set '/no/data'"),
         ({"dataset": "DIGITS/pairs", "batch_size": "1"}, "batch_size is 1, but a pair is learned against others"),
         ({"caption_column": "text"}, "has no column 'text'"),
+        ({"captions": "all"}, "--captions all would have no effect: a row of this data has one caption"),
+        ({"checkpoint_steps": 7}, "--checkpoint_steps 7 would have no effect: the run has 6 steps in all"),
         ({"split": "nowhere"}, "has no split 'nowhere'"),
         ({"streaming": True, "max_steps": None, "epochs": 1}, "How long an epoch of a stream is isn't known"),
         ({"streaming": True, "validation": "0.1"}, "the length of a stream isn't known; hold out a number of its rows"),

@@ -17,6 +17,8 @@ from .open_clip import CONFIG_FILE
 WHOLE_MODELS = ("hf_clip", "clip")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+DESCRIPTIONS = ("config.json", *IMAGE_PROCESSOR_FILES, CONFIG_FILE)
+"""The files by which a folder's readers tell what it holds: those of two layouts beside each other mislead them."""
 OBJECTS = ("config.json", "tokenizer_config.json", *TOKENIZER_FILES, *IMAGE_PROCESSOR_FILES)
 
 
@@ -79,4 +81,4 @@ def in_one_line(source: str | Path) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["IMAGE_PROCESSOR_FILES", "check_folder", "in_one_line", "read_object"]
+__all__ = ["DESCRIPTIONS", "IMAGE_PROCESSOR_FILES", "check_folder", "in_one_line", "read_object"]

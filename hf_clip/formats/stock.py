@@ -66,7 +66,8 @@ def write_tokenizer(folder: Path, tokenizer: HfClipTokenizer, tokenizer_class: s
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": tokenizer_class}
-    values.pop("auto_map", None)
+    for of_ours in ("auto_map", "processor_class"):
+        values.pop(of_ours, None)
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")

@@ -79,6 +79,8 @@ def build_data(config: TrainingConfig) -> Data:
         "streaming": config.streaming,
     }
     train = load_pairs(config.dataset, split=config.split, **chosen)
+    if config.captions == "all" and isinstance(train, Pairs) and not train.has_several_captions:
+        raise ValueError("--captions all would have no effect: a row of this data has one caption.")
     validation = None
     if config.validation is not None:
         amount = read_validation(config.validation)
@@ -211,14 +213,21 @@ def build_loaders(
 
 
 def count_steps(loader: PairLoader, config: TrainingConfig, accumulation: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. Raises ValueError where they cannot be known, or end before a checkpoint."""
     if config.max_steps is not None:
-        return config.max_steps
-    assert config.epochs is not None
-    try:
-        batches = len(loader)
-    except TypeError:
+        steps = config.max_steps
+    else:
+        assert config.epochs is not None
+        try:
+            batches = len(loader)
+        except TypeError:
+            raise ValueError(
+                "How long an epoch of a stream is isn't known before it was read: say how long to train with "
+                "--max_steps."
+            ) from None
+        steps = max(1, int(config.epochs * batches) // accumulation)
+    if config.checkpoint_steps is not None and config.checkpoint_steps > steps:
         raise ValueError(
-            "How long an epoch of a stream is isn't known before it was read: say how long to train with --max_steps."
-        ) from None
-    return max(1, int(config.epochs * batches) // accumulation)
+            f"--checkpoint_steps {config.checkpoint_steps} would have no effect: the run has {steps} steps in all."
+        )
+    return steps

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +32,7 @@ class RunState:
     epoch, batch: what of the data is done, see `Position`
     best:         the best figure so far and its step; `evaluations_since` then
     losses, accuracies: of the batches since the last record
+    bad_rows:     each process's counter of them
     identity:     what a resumed run must have in common with the one that wrote this
     """
 
@@ -41,18 +44,22 @@ class RunState:
     evaluations_since: int = 0
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
-    bad_rows: dict[str, Any] = field(default_factory=dict)
+    bad_rows: list[dict[str, Any]] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The whole ones, oldest first."""
     found = Path(output_dir, FOLDER).glob(f"{PREFIX}*/{STATE}")
-    return sorted((path.parent for path in found), key=lambda folder: int(folder.name.removeprefix(PREFIX)))
+    return sorted((path.parent for path in found), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def save_checkpoint(accelerator: Any, output_dir: str | Path, state: RunState, keep: int) -> Path:
-    """Write one, and remove all but the last `keep`."""
+    """Write one, and remove all but the last `keep`, and those of later steps: a run that went back left them."""
     folder = Path(output_dir, FOLDER) / f"{PREFIX}{state.step:08}"
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     if accelerator.is_main_process:
@@ -65,8 +72,10 @@ def save_checkpoint(accelerator: Any, output_dir: str | Path, state: RunState, k
         (unfinished / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
-        for old in list_checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
+        found = list_checkpoints(output_dir)
+        place = found.index(folder) + 1
+        for other in (*found[: max(place - keep, 0)], *found[place:]):
+            shutil.rmtree(other)
     accelerator.wait_for_everyone()
     return folder
 
@@ -117,20 +126,31 @@ def load_checkpoint(accelerator: Any, folder: Path, identity: dict[str, Any]) ->
         if random_states.is_file():  # accelerate would go on without those that it cannot read
             load(random_states)
         accelerator.load_state(str(folder))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a damaged file makes its reader do
         raise _damaged(folder, error) from error
     return state
 
 
-def save_best(accelerator: Any, output_dir: str | Path, weights: dict[str, Tensor]) -> None:
+def save_best(accelerator: Any, output_dir: str | Path, weights: dict[str, Tensor], step: int) -> None:
     """Keep these weights as the best so far."""
     if accelerator.is_main_process:
         folder = Path(output_dir, FOLDER, BEST)
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / ".model.unfinished"
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished, {"step": str(step)})
         os.replace(unfinished, folder / "model.safetensors")
     accelerator.wait_for_everyone()
+
+
+def step_of_best(output_dir: str | Path) -> int | None:
+    """After which step the weights that are kept as the best were saved; None where there are none."""
+    path = Path(output_dir, FOLDER, BEST) / "model.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["step"])
 
 
 def load_best(output_dir: str | Path) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ METRICS = (
 
 WITHOUT_WARMUP = ("constant",)
 
+NEED_A_METRIC = ("reduce_lr_on_plateau", "greedy")
+
 BELOW_ONE = math.nextafter(1, 0)
 RANGES = (
     ("max_bad_fraction", 0, 1, "from 0 to 1"),
@@ -41,7 +43,7 @@ RANGES = (
 
 MAY_CHANGE = (
     *("output_dir", "overwrite", "resume", "output_format", "push_to_hub", "hub_strategy", "report_to"),
-    *("logging_steps", "checkpoint_steps", "keep_checkpoints", "keep_best", "patience", "average_with_pretrained"),
+    *("logging_steps", "checkpoint_steps", "keep_checkpoints", "patience", "average_with_pretrained"),
     *("num_workers", "max_bad_fraction", "gradient_checkpointing"),
     *("batch_size", "epochs", "max_steps"),  # what counts is the global batch, and the steps of the whole run
 )
@@ -162,7 +164,6 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         # The grammars of single options, which raise with their own words.
         parse_rates(self.learning_rate)
         find_optimizer(parse_optimizer(self.optimizer)[0])
-        parse_lock(self.lock)
         Augmentation.parse(self.augmentation)
 
     @property
@@ -200,6 +201,10 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
             "hub_strategy": ("end", "checkpoint"),
             "keep_best": (None, *METRICS),
         }
+        if self.scheduler in NEED_A_METRIC:
+            raise ValueError(
+                f"scheduler is {self.scheduler!r}, which follows a metric; take one over steps, as cosine."
+            )
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 listed = ", ".join(str(choice) for choice in allowed if choice is not None)
@@ -209,7 +214,11 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         """Refuse what the other options leave without effect."""
         scratch, evaluated = self.variant is not None, self.validation is not None
         alphas = self.alphas
+        lock = parse_lock(self.lock)
+        are_both_locked = len(lock) == 2 and all(unlocked is None for unlocked in lock.values())
         without_effect = [
+            (are_both_locked and self.layer_decay != 1, "layer_decay", "both towers are locked"),
+            (are_both_locked and self.gradient_checkpointing, "gradient_checkpointing", "both towers are locked"),
             (
                 self.sync_batchnorm and not scratch,
                 "sync_batchnorm",
@@ -258,6 +267,9 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
 INSTEAD = (("epochs", "max_steps"), ("model", "variant"), ("overwrite", "resume"))
 """Options of which a run has one: on the command line it takes the place of the other in a file."""
 
+LAUNCH = "launch"
+"""What a run's training_config.json says of its launcher; where that file is given as options it is passed over."""
+
 OPTIONS = [field.name for group in GROUPS for field in dataclasses.fields(group)]
 
 
@@ -281,6 +293,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is empty; write options by name into it, such as batch_size: 64.")
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, but options by name are needed.")
+    values.pop(LAUNCH, None)
     for name, value in values.items():
         if name not in OPTIONS:
             raise ValueError(f"{path} has an option {name!r} that there isn't.{_hint(str(name), OPTIONS)}")
@@ -355,4 +368,4 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
     return TrainingConfig(**values)
 
 
-__all__ = ["METRICS", "TrainingConfig", "parse_config"]
+__all__ = ["LAUNCH", "METRICS", "TrainingConfig", "parse_config"]

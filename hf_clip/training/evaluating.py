@@ -19,6 +19,15 @@ from .data import PairLoader
 from .losses import exchange_counts, gather_with_gradients
 
 KS = (1, 5, 10)
+
+
+class NotFiniteError(ValueError):
+    """The model's features are no numbers any more."""
+
+    def __str__(self) -> str:
+        return "The model gives features that are no numbers; its weights are broken."
+
+
 INPUTS = ("pixel_values", "input_ids", "attention_mask")
 
 
@@ -85,6 +94,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Figures of a model, wrapped or not, which is put into evaluation mode and back. All processes get all figures.
 
+    Raises, on all processes, NotFiniteError for features that are no numbers, ValueError for fewer than two pairs.
+
     class_tokens: input_ids and attention_mask of each class's prompt, (C, L), where the loader has labels
     """
     was_training = model.training
@@ -103,6 +114,8 @@ def evaluate(
         name: gather_with_gradients(values, label_counts if name == "labels" else counts).cpu()
         for name, values in local.items()
     }
+    if not all(bool(whole[name].isfinite().all()) for name in ("image", "text")):
+        raise NotFiniteError
     if sum(counts) < 2:
         raise ValueError(f"The validation data has {sum(counts)} usable pairs, but at least 2 are needed.")
     figures = retrieval(whole["image"], whole["text"], whole["image_ids"], whole["text_ids"])

@@ -125,6 +125,11 @@ class Pairs:
         self.items = [_items(source, captions) for source in self.sources]
 
     @property
+    def has_several_captions(self) -> bool:
+        """Whether rows were made of a column's several captions."""
+        return any(bool((places != ANY).any()) for _, places in self.items)
+
+    @property
     def name(self) -> str:
         return " and ".join(source.name for source in self.sources)
 

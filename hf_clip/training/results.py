@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from ..formats.folders import DESCRIPTIONS
 from ..formats.stock import stock_image_processor, why_not_stock, write_stock_files
 from ..model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_section
 from ..modeling_hf_clip import HfClipModel
@@ -24,6 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "training_config.json"
 CURVE_FILE = "training-curve.png"
 
+FILES = (".csv", ".json", ".jsonl", ".parquet", ".tar", ".txt")
 RETRIEVAL = ("recall@1", "recall@5", "recall@10")
 
 
@@ -92,9 +96,13 @@ def _results(figures: dict[str, float], config: TrainingConfig) -> list[EvalResu
 
 def is_repository(name: str | None) -> bool:
     """Whether this may be said on the Hub to be a repository: a local folder's name means nothing there."""
-    return (
-        name is not None and name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
-    )
+    if name is None or name.count("/") != 1 or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return Path(name).suffix not in FILES
 
 
 def shown(name: str) -> str:
@@ -103,12 +111,20 @@ def shown(name: str) -> str:
 
 
 def write_card(
-    model: HfClipModel, config: TrainingConfig, figures: dict[str, float], folder: Path, steps: int, global_batch: int
+    model: HfClipModel,
+    config: TrainingConfig,
+    figures: dict[str, float],
+    folder: Path,
+    *,
+    steps: int,
+    global_batch: int,
+    alpha: float | None,
 ) -> None:
     """The card of a trained model: what it comes from, how it was trained, what was measured."""
     repo_id = config.push_to_hub or Path(config.output_dir).resolve().name
     base = config.model if is_repository(config.model) else None
-    data = [source.path for source in parse_sources(config.dataset) if is_repository(source.path)]
+    names = [source.path.partition(":")[0] for source in parse_sources(config.dataset)]  # user/name:config
+    data = [name for name in names if is_repository(name)]
     metadata = card_metadata(
         repo_id, tags=["generated_from_trainer"], base_model=base, datasets=data, results=_results(figures, config)
     )
@@ -124,7 +140,7 @@ def write_card(
         "LoRA rank": config.lora_rank,
         "augmentation": config.augmentation,
         "moving average": config.ema_decay,
-        "averaged with the pretrained weights, α": config.average_with_pretrained,
+        "averaged with the pretrained weights, α": alpha,
         "seed": config.seed,
     }
     sources = [shown(source.path) for source in parse_sources(config.dataset)]
@@ -160,20 +176,22 @@ def save_results(
     *,
     steps: int,
     global_batch: int,
+    alpha: float | None = None,
 ) -> bool:
     """Write the trained model into the run's folder, all files at once. Returns whether its curve could be drawn.
 
     weights: the model's, whole, on the CPU.   figures: of these weights on the validation data, if there is any
+    steps:   after which these weights were.   alpha: with which they were averaged with the pretrained ones
     """
     out = Path(config.output_dir)
-    with whole_folder(out) as folder:
+    with whole_folder(out, instead_of=DESCRIPTIONS) as folder:
         model.save_pretrained(folder, state_dict=weights)
         if config.output_format == "transformers":
             write_stock_files(folder, model.config, processor.tokenizer, processor.image_processor)
         else:
             processor.save_pretrained(folder)
         has_curve = draw_curve(read_metrics(out), folder / CURVE_FILE)
-        write_card(model, config, figures, folder, steps, global_batch)
+        write_card(model, config, figures, folder, steps=steps, global_batch=global_batch, alpha=alpha)
     return has_curve
 
 

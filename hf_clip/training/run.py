@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,17 +34,20 @@ from .checkpoint import (
     load_checkpoint,
     save_best,
     save_checkpoint,
+    step_of,
+    step_of_best,
 )
 from .collator import PairCollator
 from .config import TrainingConfig
 from .data import PairLoader, Position
-from .evaluating import evaluate
+from .evaluating import NotFiniteError, evaluate
 from .lora import add_lora_, merge_lora_
 from .losses import ContrastiveResult
 from .results import METRICS_FILE, publish_results, read_metrics, save_results
 from .sharding import check_wrapper, whole_parameters, whole_weights
 from .trainable import lock_
 
+LONGEST_UPLOAD = timedelta(hours=6)
 DEFAULT_METRIC = "recall@1"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -52,16 +56,37 @@ def make_accelerator(config: TrainingConfig) -> Any:
     """What `accelerate launch` has set up. Raises ValueError for a wrapper or tracker that cannot be, ImportError for a
     missing tracker."""
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     for name in config.report_to:
         if name not in TRACKERS:
             raise ValueError(f"report_to has {name!r}, but must be of {', '.join(TRACKERS)}.")
         if find_spec(name) is None:  # accelerate would pass over it
             raise ImportError(f"--report_to {name} needs a package that is not installed: pip install {name}")
-    accelerator = Accelerator(log_with=config.report_to or None, project_dir=config.output_dir)
+    handlers: list[Any] = []
+    if config.hub_strategy == "checkpoint":  # the others wait while the main process uploads
+        handlers.append(InitProcessGroupKwargs(timeout=LONGEST_UPLOAD))
+    accelerator = Accelerator(
+        log_with=config.report_to or None, project_dir=config.output_dir, kwargs_handlers=handlers or None
+    )
     check_wrapper(accelerator, config)
     unset_hf_deepspeed_config()  # models are built whole, then split
     return accelerator
+
+
+def launch_settings(accelerator: Any) -> dict[str, Any]:
+    """What `accelerate launch` decides of a run, by name. Call it before anything is prepared."""
+    kind = accelerator.distributed_type.value
+    wrapper = {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO"}.get(kind, "DDP" if accelerator.num_processes > 1 else "none")
+    if kind == "DEEPSPEED":
+        wrapper = f"{wrapper} {accelerator.state.deepspeed_plugin.zero_stage}"
+    return {
+        "processes": accelerator.num_processes,
+        "wrapper": wrapper,
+        "mixed_precision": accelerator.mixed_precision,
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "compiler": accelerator.state.dynamo_plugin.backend.value.lower(),
+    }
 
 
 def peak_memory(device: torch.device) -> int:
@@ -77,6 +102,7 @@ class Run:
 
     wrapped: the model as accelerate made it.   model: the model itself
     bad_rows: what counts those of the training data and those of the validation data
+    launched: see `launch_settings`
     """
 
     def __init__(
@@ -91,8 +117,10 @@ class Run:
         bad_rows: tuple[BadRows, BadRows],
         pretrained: dict[str, Tensor] | None,
         total_steps: int,
+        launched: dict[str, Any],
     ):
         self.config, self.accelerator, self.total_steps = config, accelerator, total_steps
+        self.launched = launched
         self.wrapped, self.model, self.processor, self.optimizer = wrapped, model, processor, optimizer
         (self.bad_rows, self.bad_validation_rows), self.pretrained = bad_rows, pretrained
         access = partial(whole_parameters, accelerator, model)
@@ -107,11 +135,14 @@ class Run:
         self.figures: dict[str, float] = {}
         self.bar: Any = None
         self.evaluated_step = -1
+        self.saved_step: int | None = None
+        self.alpha: float | None = None
         self.seen, self.since = 0, time.perf_counter()
         self.is_stopped = False
 
     def _identity(self) -> dict[str, Any]:
-        return self.config.identity() | {"pairs in a batch": self.global_batch, "steps": self.total_steps}
+        counts = {"pairs in a batch": self.global_batch, "steps": self.total_steps}
+        return self.config.identity() | counts | self.launched
 
     def set_validation(self, loader: PairLoader | None, class_prompts: list[str] | None) -> None:
         self.validation = loader
@@ -126,8 +157,10 @@ class Run:
         if self.config.resume is not None:
             folder = find_checkpoint(self.config.output_dir, self.config.resume)
             self.state = load_checkpoint(self.accelerator, folder, self._identity())
-            if self.accelerator.is_main_process and self.state.bad_rows:
-                self.bad_rows.load_state_dict(self.state.bad_rows)
+            if self.state.bad_rows:
+                self.bad_rows.load_state_dict(self.state.bad_rows[self.accelerator.process_index])
+            if self.state.best is not None and step_of_best(self.config.output_dir) != self.state.best_step:
+                self.state.best = None  # a run that went back: the best weights are of a step that it will not reach
             self._forget_records_after(self.state.step)
         self.since = time.perf_counter()
 
@@ -147,13 +180,23 @@ class Run:
     def check_loss(self, loss: Tensor) -> None:
         """Stop at a loss that is no number; all processes have the same, so all stop."""
         if not math.isfinite(loss.item()):
-            last = list_checkpoints(self.config.output_dir)
-            saved = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint was saved"
-            raise ValueError(
-                f"The loss became {loss.item()} at step {self.state.step + 1} (logit scale "
-                f"{self.model.logit_scale.exp().item():.1f}); {saved}. Lower --learning_rate, raise --warmup_steps, or "
-                f"train in bf16 instead of fp16."
-            )
+            raise self._diverged(f"The loss became {loss.item()} at step {self.state.step + 1}")
+
+    def _diverged(self, what: str) -> ValueError:
+        """The error for weights, as they are after the present step, that are of no use any more."""
+        found = list_checkpoints(self.config.output_dir)
+        # One of the present step has these same weights; of earlier ones the loss was still a number.
+        good = [folder for folder in found if step_of(folder) < self.state.step]
+        if good:
+            saved = f"the last good checkpoint is {good[-1]}"
+        elif found:
+            saved = f"no good checkpoint was saved ({found[-1]} has the weights that gave this)"
+        else:
+            saved = "no checkpoint was saved"
+        return ValueError(
+            f"{what} (logit scale {self.model.logit_scale.exp().item():.1f}); {saved}. Lower --learning_rate, raise "
+            f"--warmup_steps, or train in bf16 instead of fp16."
+        )
 
     def count(self, position: Position, result: ContrastiveResult, local_pairs: int) -> None:
         self.state.epoch, self.state.batch = position
@@ -182,7 +225,9 @@ class Run:
             self.since += time.perf_counter() - started  # the speed is that of training
 
     def _save_checkpoint(self) -> Path:
-        self.state.bad_rows = self.bad_rows.state_dict()
+        from accelerate.utils import gather_object
+
+        self.state.bad_rows = gather_object([self.bad_rows.state_dict()])
         return save_checkpoint(self.accelerator, self.config.output_dir, self.state, self.config.keep_checkpoints)
 
     def _check_rows(self) -> None:
@@ -236,7 +281,10 @@ class Run:
         self.evaluated_step = self.state.step
         with self.average.swapped_in(self.model) if self.average is not None else nullcontext():
             self.bad_validation_rows.restart()
-            self.figures = evaluate(self.wrapped, self.validation, self.accelerator.device, self.class_tokens)
+            try:
+                self.figures = evaluate(self.wrapped, self.validation, self.accelerator.device, self.class_tokens)
+            except NotFiniteError:
+                raise self._diverged(f"Features became nan after step {self.state.step}") from None
         self._record({"step": self.state.step, **self.figures})
 
     def _compare(self) -> None:
@@ -252,7 +300,7 @@ class Run:
         if self.state.best is None or self.figures[metric] > self.state.best:
             self.state.best, self.state.best_step = self.figures[metric], self.state.step
             self.state.evaluations_since = 0
-            save_best(self.accelerator, self.config.output_dir, self._weights())
+            save_best(self.accelerator, self.config.output_dir, self._weights(), self.state.step)
         else:
             self.state.evaluations_since += 1
             patience = self.config.patience
@@ -293,8 +341,9 @@ class Run:
             model.state_dict(),
             self.config,
             self.figures,
-            steps=self.state.step,
+            steps=self.state.step if self.saved_step is None else self.saved_step,
             global_batch=self.global_batch,
+            alpha=self.alpha,
         )
         if not has_curve:
             print("note: the curve of the card was not drawn: pip install matplotlib", file=sys.stderr)
@@ -318,6 +367,7 @@ class Run:
             if best is None or figures[metric] > best[0]:
                 best, chosen, self.figures = (figures[metric], alpha), alpha, figures
         model.load_state_dict(interpolate_weights(self.pretrained, finetuned, chosen))
+        self.alpha = chosen
         if len(alphas) > 1 and self.accelerator.is_main_process:
             print(f"averaged with the pretrained weights at α = {chosen:g}, the best of {len(alphas)} at {metric}")
 
@@ -332,6 +382,9 @@ class Run:
         if self.config.keep_best is not None and self.state.best_step != self.state.step:
             weights = load_best(self.config.output_dir)
             self.figures = self._figures_of(self.state.best_step)
+            self.saved_step = self.state.best_step
+        elif not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+            raise self._diverged(f"Weights became nan in step {self.state.step}")
         model = self._merged(weights)
         if self.config.alphas:
             self._average_with_pretrained(model)

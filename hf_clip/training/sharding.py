@@ -8,7 +8,8 @@ What is trained, and to which numbers, is that of DDP. What these wrappers would
 - DeepSpeed takes no scalars, so during the run the temperature has shape (1,). It steps on copies of the parameters,
   so the logit scale is clamped in the copy.
 - ZeRO 3 splits parameters too, and puts them together for their layer alone. The temperature is gathered for the loss
-  and after steps; whoever else reads or writes weights does so in `whole_parameters`. Models are built whole.
+  and after steps; whoever else reads or writes weights does so in `whole_parameters`. Models are built whole, and a
+  moving average is whole on every process.
 
 Invariant: the same loss, gradients and weights as one process with the whole batch. What is not known to keep it is
 refused before any work is done. Every process calls every function here.
@@ -28,11 +29,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .averaging import whole_tensor
 from .config import TrainingConfig
 from .lora import temperature_of
-from .optim import MAX_LOGIT_SCALE, clamp_logit_scale_
+from .optim import MAX_LOGIT_SCALE, clamp_logit_scale_, parse_optimizer
 from .trainable import FrozenBatchNorm2d
 
 LARGEST_KEPT_WHOLE = 100_000
 """DeepSpeed's own `stage3_param_persistence_threshold`: parameters up to so many numbers stay whole between layers."""
+
+ELEMENTWISE = ("AdamW", "Adam", "SGD", "NAdam", "RAdam", "Adamax", "RMSprop")
+"""Optimizers that treat every number by itself, so that the parts which DeepSpeed cuts matrices into do as well."""
 
 SHARDED_LAYERS = ("HfClipEncoderLayer", "HfClipBottleneck")
 """What FSDP2 gathers at a time, of these what the model has; the rest is gathered for the whole step."""
@@ -102,10 +106,22 @@ def _find_unsupported_zero(accelerator: Any, config: TrainingConfig) -> list[tup
     plugin = accelerator.state.deepspeed_plugin
     stage, settings = plugin.zero_stage, plugin.deepspeed_config
     clipping, wanted = settings.get("gradient_clipping", "auto"), config.max_grad_norm or 0.0
+    accumulation, told = settings.get("gradient_accumulation_steps", "auto"), accelerator.gradient_accumulation_steps
+    optimizer = parse_optimizer(config.optimizer)[0]
     possible = [
         (stage not in (1, 2, 3), f"zero_stage: {stage}", "take 1, 2 or 3"),
         (plugin.hf_ds_config.is_offload(), "offloading", "set both offload devices to none"),
         ("scheduler" in settings, "a scheduler in its configuration", "pass --scheduler"),
+        (
+            optimizer not in ELEMENTWISE,
+            f"--optimizer {optimizer}",
+            f"it would see flat parts of the matrices; take one of {', '.join(ELEMENTWISE)}",
+        ),
+        (
+            accumulation not in ("auto", told),
+            f"gradient_accumulation_steps: {accumulation} in its configuration beside the launcher's {told}",
+            'write "auto" there',
+        ),
         ("optimizer" in settings, "an optimizer in its configuration", "pass --optimizer"),
         (
             clipping != "auto" and float(clipping) != wanted,
@@ -139,6 +155,7 @@ class _Temperature(nn.Module):
 
 def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainingConfig) -> Any:
     """`accelerator.prepare` of model and optimizer, after `check_wrapper`; returns both as accelerate made them."""
+    precision = accelerator.mixed_precision  # under DeepSpeed it is read from the settings that are changed here
     if is_fsdp2(accelerator):
         _check_batch_norm(model, "FSDP")
         plugin = accelerator.state.fsdp_plugin
@@ -149,7 +166,7 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
         if plugin.transformer_cls_names_to_wrap is None:
             present = {type(module).__name__ for module in model.modules()}
             plugin.transformer_cls_names_to_wrap = [name for name in SHARDED_LAYERS if name in present]
-        _autocast_(model, accelerator)
+        _autocast_(model, accelerator.device.type, precision)
         _broadcast_(model, accelerator.device)
     elif is_deepspeed(accelerator):
         _check_batch_norm(model, "DeepSpeed")
@@ -163,7 +180,7 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
             zero["stage3_param_persistence_threshold"] = (
                 LARGEST_KEPT_WHOLE if threshold == "auto" else max(1, threshold)
             )
-        _autocast_(model, accelerator)
+        _autocast_(model, accelerator.device.type, precision)
         for parameter in temperature_of(model).values():
             parameter.data = parameter.data.view(1)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -204,9 +221,9 @@ def _broadcast_(model: nn.Module, device: torch.device) -> None:
         tensor.copy_(sent)
 
 
-def _autocast_(model: Any, accelerator: Any) -> None:
-    if accelerator.mixed_precision == "bf16":
-        model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
+def _autocast_(model: Any, device_type: str, precision: str) -> None:
+    if precision == "bf16":
+        model.forward = torch.autocast(device_type, torch.bfloat16)(model.forward)
 
 
 @torch.no_grad()
@@ -226,6 +243,8 @@ def clamp_temperature_(accelerator: Any, model: Any) -> None:
         clamp_logit_scale_(model)
     elif model.config.contrastive_loss == "softmax" and model.logit_scale.requires_grad:
         scale, copies = model.logit_scale, import_module("deepspeed.utils")
+        if is_zero3(accelerator):
+            _gather_temperature(model)  # DeepSpeed leaves it split after a step that it has passed over
         if scale.item() <= MAX_LOGIT_SCALE:
             return
         if is_zero3(accelerator):

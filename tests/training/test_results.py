@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 
+from hf_clip.training.config import parse_config
 from hf_clip.training.results import is_repository, shown
 
 from ..finetuning import ROOT, launch, options, records, train, weights
@@ -55,7 +56,10 @@ def test_folder_is_complete_and_its_card_can_be_read_by_the_hub(digits: Path, tm
     with Image.open(out / "training-curve.png") as curve:
         assert curve.size[0] > 900  # loss and recall beside each other
     stored = json.loads((out / "training_config.json").read_text())
-    assert (stored["lock"], stored["validation"], stored["num_processes"]) == ("image:1", "100", 1)
+    assert (stored["lock"], stored["validation"], stored["launch"]["processes"]) == ("image:1", "100", 1)
+    assert parse_config([str(out / "training_config.json")]).to_dict() == {
+        k: stored[k] for k in stored if k != "launch"
+    }
 
     card = ModelCard.load(out / "README.md")
     assert card.data.pipeline_tag == "zero-shot-image-classification"
@@ -95,6 +99,9 @@ def test_stock_layout_needs_no_code_of_ours(digits: Path, tmp_path: Path, pictur
     assert "trust_remote_code" not in card
     assert "CLIPModel.from_pretrained" in card
     assert "trust_remote_code=True" in (ours / "README.md").read_text()
+    train(digits, ours, output_format="transformers", overwrite=True, **chosen)
+    assert not (ours / "processor_config.json").exists()  # it would go on to name our processor
+    assert type(AutoProcessor.from_pretrained(ours)).__name__ == "CLIPProcessor"
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
@@ -117,6 +124,7 @@ def test_names_on_the_card_are_no_paths(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "my" / "pairs").mkdir(parents=True)
     assert is_repository("openai/clip-vit-base-patch32")
     assert not any(map(is_repository, [None, "my/pairs", "./a", "/a/b", "~/a", "a", "a/b/c"]))
+    assert not any(map(is_repository, ["shards/*.tar", "user/name:config", "data/pairs.csv", "a b/c"]))
     assert (shown("openai/clip"), shown("my/pairs"), shown("/home/me/pairs")) == ("openai/clip", "pairs", "pairs")
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import finetune
-from hf_clip.training.checkpoint import find_checkpoint, list_checkpoints, read_state
+from hf_clip.training.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of_best
 
-from ..finetuning import records, train, weights
+from ..finetuning import launch, options, records, train, weights
 
 SPEED = ("images_per_second", "peak_memory_gb")
 
@@ -93,7 +94,7 @@ def test_resumed_run_ends_as_the_uninterrupted_one(
     assert_same_checkpoint(last, expected)
     state = json.loads((last / "run.json").read_text())
     assert (state["step"], state["epoch"], state["batch"]) == (12, 2, 4)  # four batches in an epoch of 108 rows
-    assert state["bad_rows"]["bad"] > 0
+    assert state["bad_rows"][0]["bad"] > 0
 
 
 def test_last_checkpoints_are_kept_and_nothing_unfinished(uninterrupted: dict[str, Path]):
@@ -111,6 +112,7 @@ def test_last_checkpoints_are_kept_and_nothing_unfinished(uninterrupted: dict[st
         ({"augmentation": "none"}, "augmentation 'crop=0.5,flip=0.5,jitter=0.2', and this one has 'none'"),
         ({"batch_size": 12}, "pairs in a batch 24, and this one has 12"),
         ({"max_steps": 20}, "steps 14, and this one has 20"),
+        ({"keep_best": "recall@1"}, "keep_best 'recall@10', and this one has 'recall@1'"),
     ],
 )
 def test_other_options_are_refused_and_change_nothing(
@@ -165,3 +167,49 @@ def test_record_that_was_cut_off_is_passed_over(digits: Path, uninterrupted: dic
         file.write('{"step": 12, "lo')
     train(digits, out, **chosen(digits, resume="latest"))
     assert plain(out) == plain(uninterrupted["vit"])
+
+
+def test_run_that_went_back_leaves_nothing_of_where_it_was(
+    digits: Path, uninterrupted: dict[str, Path], tmp_path: Path
+):
+    """Checkpoints of later steps would be taken for the latest, and the best weights for those of this run."""
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted["vit"], out)
+    (earlier, later) = list_checkpoints(out)
+    changed = chosen(digits, resume=str(earlier), checkpoint_steps=1)
+    best = json.loads((earlier / "run.json").read_text())["best_step"]
+    save_file({"broken": torch.zeros(1)}, out / "checkpoints" / "best" / "model.safetensors", {"step": "13"})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, at=11)
+        train(digits, out, **changed)
+    assert [path.name for path in list_checkpoints(out)] == ["step-00000009", "step-00000010"]
+    assert not later.exists()
+    assert step_of_best(out) in (9, 10)
+    assert best <= 8
+
+
+def test_other_launchers_are_refused(digits: Path, uninterrupted: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(ValueError, match="with gradient_accumulation_steps 1, and this one has 2"):
+        train(digits, uninterrupted["vit"], **chosen(digits, resume="latest"))
+
+
+def test_two_processes_go_on_where_they_stopped(digits: Path, tmp_path: Path):
+    """Each with its own count of rows that cannot be used."""
+    flags = {"dataset": [str(digits / "several")], "max_bad_fraction": 0.5, "max_steps": 7, "checkpoint_steps": 3}
+    flags |= {"batch_size": 12, "logging_steps": 1}
+    for resume in (None, "latest"):
+        done = launch(options(digits, tmp_path / "two", resume=resume, **flags), processes=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        last = list_checkpoints(tmp_path / "two")[-1]
+        counts = [(each["drawn"], each["bad"]) for each in json.loads((last / "run.json").read_text())["bad_rows"]]
+        assert [drawn for drawn, _ in counts] == [6 * 12, 6 * 12]
+        assert sum(bad for _, bad in counts) > 0
+        if resume is None:
+            expected, expected_counts = weights(tmp_path / "two"), counts
+            shutil.rmtree(last)
+    assert counts == expected_counts
+    found = weights(tmp_path / "two")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="with processes 2, and this one has 1"):
+        train(digits, tmp_path / "two", resume="latest", **flags | {"batch_size": 24})

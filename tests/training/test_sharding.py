@@ -26,10 +26,18 @@ FSDP2, ZERO = (Path(__file__).with_name(f"{name}_on_cpu.py") for name in ("fsdp2
 STEPS: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "warmup_steps": 1, "learning_rate": "5e-4"}
 
 
-def shard(digits: Path, out: Path, tower: str = "vit", plugin: str = "{}", gradients: str = "", **chosen: Any) -> None:
+def shard(
+    digits: Path,
+    out: Path,
+    tower: str = "vit",
+    plugin: str = "{}",
+    gradients: str = "",
+    precision: str = "no",
+    **chosen: Any,
+) -> None:
     flags = options(digits, out, tower, batch_size=24, **STEPS | chosen)
     environment = {"PYTHONPATH": str(ROOT), "OPTIONS": plugin, "GRADIENTS": gradients}
-    done = launch(flags, processes=2, program=FSDP2, **environment)
+    done = launch(flags, "--multi_gpu", "--mixed_precision", precision, processes=2, program=FSDP2, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -79,10 +87,15 @@ def test_fsdp2_begins_with_one_set_of_adapters(digits: Path, tmp_path: Path):
     assert_same(tmp_path / "two", train(digits, tmp_path / "one", batch_size=48, **STEPS | chosen))
 
 
-def zero(digits: Path, out: Path, stage: int, tower: str = "vit", **chosen: Any) -> None:
+def zero(
+    digits: Path, out: Path, stage: int, tower: str = "vit", precision: str = "no", kept_whole: int = 1, **chosen: Any
+) -> None:
+    """kept_whole: the largest parameters that ZeRO 3 doesn't split; the tests' models have small ones alone"""
     flags = options(digits, out, tower, batch_size=24, **STEPS | chosen)
     launcher = ["--use_deepspeed", "--zero_stage", str(stage), "--zero3_init_flag", "false"]
+    launcher += ["--mixed_precision", precision]
     environment = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
+    environment |= {"KEPT_WHOLE": str(kept_whole)}
     done = launch(flags, *launcher, processes=2, program=ZERO, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -101,11 +114,11 @@ def test_zero_trains_as_one_process_and_goes_on_where_it_stopped(digits: Path, t
     model.logit_scale.data.fill_(6.0)  # above ln 100: it is clamped, in DeepSpeed's copy too
     model.save_pretrained(hot)
     chosen = ZERO_STEPS | {"model": str(hot), "validation": "100", "ema_decay": 0.9, "checkpoint_steps": 2}
-    zero(digits, tmp_path / "two", stage, **chosen)
+    zero(digits, tmp_path / "two", stage, kept_whole=5000, **chosen)  # biases and gains, as with larger models
     alone = train(digits, tmp_path / "one", batch_size=48, **STEPS | chosen)
     assert_same(tmp_path / "two", alone)
     (tmp_path / "two" / "model.safetensors").unlink()
-    zero(digits, tmp_path / "two", stage, resume="latest", **chosen)
+    zero(digits, tmp_path / "two", stage, kept_whole=5000, resume="latest", **chosen)
     assert_same(tmp_path / "two", alone)
 
 
@@ -126,6 +139,33 @@ def test_zero_trains_what_one_process_trains(digits: Path, tmp_path: Path, stage
     assert_same(tmp_path / "two", train(digits, tmp_path / "one", tower, batch_size=48, **STEPS | chosen))
 
 
+def in_bf16_by_ddp(digits: Path, out: Path, tower: str) -> Path:
+    flags = options(digits, out, tower, batch_size=24, **STEPS | ZERO_STEPS)
+    done = launch(flags, "--multi_gpu", "--mixed_precision", "bf16", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def assert_same_in_bf16(sharded: Path, plain: Path) -> None:
+    """Float32 differs by a hundred times as much."""
+    losses = [[line["loss"] for line in records(folder)] for folder in (sharded, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert largest_difference(weights(sharded), weights(plain)) < 1e-5
+
+
+def test_fsdp2_computes_in_bf16_as_ddp_does(digits: Path, tmp_path: Path, tower: str):
+    shard(digits, tmp_path / "sharded", tower, precision="bf16", **ZERO_STEPS)
+    assert_same_in_bf16(tmp_path / "sharded", in_bf16_by_ddp(digits, tmp_path / "plain", tower))
+
+
+@needs_deepspeed
+def test_zero_computes_in_bf16_as_ddp_does(digits: Path, tmp_path: Path, tower: str):
+    plain = in_bf16_by_ddp(digits, tmp_path / "plain", tower)
+    for stage in (2, 3):
+        zero(digits, tmp_path / str(stage), stage, tower, precision="bf16", **ZERO_STEPS)
+        assert_same_in_bf16(tmp_path / str(stage), plain)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +180,7 @@ def accelerator_of(kind: str, precision: str = "no", **settings: Any) -> Any:
         mixed_precision=precision,
         state=state,
         num_processes=2,
+        gradient_accumulation_steps=1,
         device=torch.device("cpu"),
         is_fsdp2=kind == "FSDP",
     )
@@ -160,6 +201,11 @@ def config_of(**fields: Any) -> TrainingConfig:
         ("DEEPSPEED", {"zero_stage": 0}, "zero_stage: 0 is not supported under DeepSpeed: take 1, 2 or 3"),
         ("DEEPSPEED", {"offload": True}, "offloading is not supported"),
         ("DEEPSPEED", {"deepspeed_config": {"optimizer": {}}}, "an optimizer in its configuration is not supported"),
+        (
+            "DEEPSPEED",
+            {"deepspeed_config": {"gradient_accumulation_steps": 4}},
+            "gradient_accumulation_steps: 4 in its configuration beside the launcher's 1 is not supported",
+        ),
         ("DEEPSPEED", {"deepspeed_config": {"scheduler": {}}}, "a scheduler in its configuration is not supported"),
         (
             "DEEPSPEED",
@@ -173,6 +219,13 @@ def test_what_would_train_something_else_is_refused(kind: str, settings: dict, m
         sharding.check_wrapper(accelerator_of(kind, **settings), config_of())
     sharding.check_wrapper(accelerator_of(kind, "bf16"), config_of())
     sharding.check_wrapper(accelerator_of("MULTI_GPU", "fp16"), config_of())
+
+
+def test_optimizers_that_look_at_whole_matrices_are_refused_where_these_are_cut():
+    adafactor = config_of(optimizer="Adafactor")
+    with pytest.raises(ValueError, match="--optimizer Adafactor is not supported under DeepSpeed: it would see flat"):
+        sharding.check_wrapper(accelerator_of("DEEPSPEED"), adafactor)
+    sharding.check_wrapper(accelerator_of("FSDP"), adafactor)
 
 
 def test_statistics_that_no_one_shares_are_refused():
@@ -195,7 +248,7 @@ def test_ddp_file_launches_two_processes_and_fsdp2_file_is_refused_on_a_cpu(digi
     flags = options(digits, tmp_path / "out", batch_size=24, **STEPS)
     done = launch(flags, "--config_file", str(CONFIGS / "ddp.yaml"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert '"num_processes": 2' in (tmp_path / "out" / "training_config.json").read_text()
+    assert '"processes": 2' in (tmp_path / "out" / "training_config.json").read_text()
     done = launch(options(digits, tmp_path / "no"), "--config_file", str(CONFIGS / "fsdp2.yaml"), processes=2)
     assert done.returncode != 0
     assert "error: The launcher asks for FSDP, but accelerate shards nothing here (2 process(es) on cpu)" in done.stderr

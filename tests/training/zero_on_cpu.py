@@ -1,5 +1,6 @@
 """finetune.py with DeepSpeed's own engine, which accelerate would only start on GPUs, in gloo processes on a CPU."""
 
+import os
 import sys
 from typing import Any
 
@@ -16,15 +17,17 @@ def main() -> int:
 
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = use_cpu
-    finetune.sharding.LARGEST_KEPT_WHOLE = 1  # the tests' models have nothing but small parameters
+    finetune.sharding.LARGEST_KEPT_WHOLE = largest = int(os.environ["KEPT_WHOLE"])
     original = finetune.sharding.prepare
 
     def prepare(accelerator: Any, model: Any, *arguments: Any) -> Any:
         wrapped, optimizer = original(accelerator, model, *arguments)
         assert type(wrapped).__name__ == "DeepSpeedEngine"
         assert accelerator.num_processes == 2
-        is_split = [parameter.numel() == 0 for parameter in model.vision_model.parameters()]
-        assert all(is_split) if finetune.sharding.is_zero3(accelerator) else not any(is_split)
+        is_zero3 = finetune.sharding.is_zero3(accelerator)
+        for parameter in model.vision_model.parameters():
+            assert (parameter.numel() == 0) == is_zero3
+            assert not is_zero3 or parameter.ds_persist == (parameter.ds_numel <= largest)
         return wrapped, optimizer
 
     finetune.sharding.prepare = prepare
