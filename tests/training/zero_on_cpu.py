@@ -31,6 +31,14 @@ def main() -> int:
         return wrapped, optimizer
 
     finetune.sharding.prepare = prepare
+    expected = {"bf16": torch.bfloat16, "no": torch.float32}[os.environ["ACCELERATE_MIXED_PRECISION"]]
+    contrast = finetune.global_contrastive_loss
+
+    def global_contrastive_loss(image_embeds: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+        assert image_embeds.dtype == expected
+        return contrast(image_embeds, *arguments, **settings)
+
+    finetune.global_contrastive_loss = global_contrastive_loss
     return finetune.main()
 
 
