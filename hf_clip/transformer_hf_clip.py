@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_hf_clip import HfClipTextConfig, HfClipViTConfig
 
-FEWEST_ROWS, FEWEST_PRODUCTS = 48, 2**23
+FEWEST_ROWS, FEWEST_PRODUCTS = 64, 2**23
 """Below, handing the weight to oneDNN in its own order of memory costs more than the product gains."""
 
 
