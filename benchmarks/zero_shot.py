@@ -1,9 +1,9 @@
-"""How fast pictures are classified zero-shot, beside the stock pipeline and open_clip's recipe.
+"""How fast pictures are classified zero-shot, beside the stock pipeline and OpenAI's recipe.
 
 Our pipeline runs on our model, the stock one on transformers' own model, tokenizer and image processor; both hold the
 same random weights in float32 and get the same pictures and labels through the same call. Ours makes its labels anew
 in every call of the first row; the second shows the calls after that. Then a classifier of 1,000 labels and 7 templates
-is built: by us, and by open_clip's recipe, which pads every prompt to 77 tokens and encodes label by label, on OpenAI's
+is built: by us, and by OpenAI's recipe, which pads every prompt to 77 tokens and encodes label by label, on OpenAI's
 own model with the same weights (a part of the labels, since it is slow).
 """
 
@@ -75,7 +75,7 @@ def stock_model(model: HfClipModel) -> nn.Module:
     return stock
 
 
-def openclip_recipe(encode: Callable[[Tensor], Tensor], names: list[str], templates: tuple[str, ...]) -> Tensor:
+def openai_recipe(encode: Callable[[Tensor], Tensor], names: list[str], templates: tuple[str, ...]) -> Tensor:
     """Label by label: all its prompts, padded to 77, as one batch."""
     columns = []
     for name in names:
@@ -125,7 +125,7 @@ def classifiers(
 ) -> tuple[Table, list[Contender]]:
     templates, names = TEMPLATE_SETS["imagenet_7"], class_names(count)
     few = names[:CLASSES_BY_RECIPE]
-    same = agrees_with(openclip_recipe(encode, few, templates).T, "float32")
+    same = agrees_with(openai_recipe(encode, few, templates).T, "float32")
     contenders = [
         Contender(
             OURS,
@@ -133,7 +133,7 @@ def classifiers(
             len(names),
             check=lambda found: same(found[: len(few)]),
         ),
-        Contender("open_clip's recipe", lambda: openclip_recipe(encode, few, templates).T, len(few), check=same),
+        Contender("OpenAI's recipe", lambda: openai_recipe(encode, few, templates).T, len(few), check=same),
     ]
     return Table(f"{title}, classifier of {count:,} labels x {len(templates)} templates", "labels"), contenders
 

@@ -303,7 +303,7 @@ def test_zero_shot_answers_agree(vit: Variant, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(module, name, value)
     pipeline, classifier = module.run(tiny_settings(vit))
     assert names_of(pipeline) == ["hf_clip, first call", "hf_clip, labels known", "stock, batch 1", "stock, batch 8"]
-    assert names_of(classifier) == ["hf_clip", "open_clip's recipe"]
+    assert names_of(classifier) == ["hf_clip", "OpenAI's recipe"]
 
 
 def test_image_processors_agree(monkeypatch: pytest.MonkeyPatch):

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,30 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def ask(node: Path, folder: Path, photograph: Image.Image, dtype: str) -> dict[str, Any]:
+    """What transformers.js makes of the texts and the picture."""
+    picture = folder.parent / "picture.png"
+    photograph.save(picture)
+    question = {"texts": TEXTS, "picture": str(picture), "labels": LABELS, "dtype": dtype}
+    done = subprocess.run(
+        ["node", SCRIPT.name, str(folder.parent), folder.name],
+        cwd=node,
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.rpartition("ANSWER")[2])
+
+
+def photograph_for(folder: Path, photographs: dict[str, Image.Image]) -> Image.Image:
+    """In the model's size: transformers.js resizes otherwise than Pillow."""
+    size = HfClipConfig.from_pretrained(folder).vision_config.image_size
+    return photographs["chelsea"].resize((size, size))
+
+
 @pytest.fixture(params=["vit", "resnet", "stock"])
 def exported(request: pytest.FixtureRequest, repositories: dict[str, Path], tmp_path: Path) -> Path:
     """Both kinds of tower in our layout, and a ViT in transformers' own."""
@@ -63,22 +88,8 @@ def exported(request: pytest.FixtureRequest, repositories: dict[str, Path], tmp_
 def test_transformers_js_gives_the_models_numbers(
     exported: Path, node: Path, repositories: dict[str, Path], photographs: dict[str, Image.Image]
 ):
-    size = HfClipConfig.from_pretrained(exported).vision_config.image_size
-    photograph = photographs["chelsea"].resize((size, size))  # transformers.js resizes otherwise than Pillow
-    picture = exported.parent / "picture.png"
-    photograph.save(picture)
-    question = {"texts": TEXTS, "picture": str(picture), "labels": LABELS, "dtype": "fp32"}
-    done = subprocess.run(
-        ["node", SCRIPT.name, str(exported.parent), exported.name],
-        cwd=node,
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    answer = json.loads(done.stdout.rpartition("ANSWER")[2])
+    photograph = photograph_for(exported, photographs)
+    answer = ask(node, exported, photograph, "fp32")
 
     source = exported if exported.name == "stock" else repositories[exported.name]
     model, processor = HfClipModel.from_pretrained(source).eval(), AutoProcessor.from_pretrained(source)
@@ -98,3 +109,28 @@ def test_transformers_js_gives_the_models_numbers(
     scores = model(**prompts, pixel_values=theirs).logits_per_image.softmax(-1)[0].tolist()
     found = {entry["label"]: entry["score"] for entry in answer["scores"]}
     assert found == pytest.approx(dict(zip(LABELS, scores, strict=True)), abs=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "precision", "least"), [("fp16", "fp16", 0.9999), ("q8", "int8", 0.98)])
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_smaller_graphs_run_in_transformers_js(
+    repositories: dict[str, Path],
+    node: Path,
+    tmp_path: Path,
+    photographs: dict[str, Image.Image],
+    kind: str,
+    dtype: str,
+    precision: str,
+    least: float,
+):
+    folder = tmp_path / kind
+    export_onnx(repositories[kind], folder, precisions=[precision], force=True)  # so small a model may lose more
+    answer = ask(node, folder, photograph_for(folder, photographs), dtype)
+    model, processor = HfClipModel.from_pretrained(repositories[kind]), AutoProcessor.from_pretrained(folder)
+    texts = model.eval().encode_text(processor.tokenizer(TEXTS, padding=True, return_tensors="pt")["input_ids"])
+    size = model.config.vision_config.image_size
+    image = model.encode_image(torch.tensor(answer["pixel_values"]).view(1, 3, size, size))
+    for found, expected in ((answer["text_embeds"], texts), (answer["image_embeds"], image)):
+        similarity = torch.cosine_similarity(torch.tensor(found).view(expected.shape), expected)
+        assert similarity.min() > least
