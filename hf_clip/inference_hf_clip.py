@@ -43,6 +43,9 @@ FUSED_ACTIVATIONS = {"quick_gelu": ("swish", ""), "gelu": ("gelu", "none")}
 
 PRODUCT_ATTENTION = "hf_clip_products"
 
+LEFT = "left as before"
+"""In the lines of a report that say what was not done."""
+
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -351,15 +354,13 @@ def _pack_transformer_(model: nn.Module) -> list[str]:
         done.append(f"{count} linear maps brought into oneDNN's order of memory, {how}")
     for (inputs, outputs), gain in gains.items():
         if gain < LEAST_GAIN:
-            done.append(
-                f"linear maps {inputs} → {outputs} left as they are; in oneDNN's order {gain:.2f} times as fast"
-            )
+            done.append(f"linear maps {inputs} → {outputs} {LEFT}; in oneDNN's order {gain:.2f} times as fast")
     return done
 
 
 def _fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
     if changed := _find_changed(tower):
-        return [f"the ResNet left as it is: {changed} is hooked or adapted"]
+        return [f"the ResNet {LEFT}: {changed} is hooked or adapted"]
     gain = gain_of_fusing(tower.layer1[-1]) if has_operators else 0.0
     is_fused = gain >= LEAST_GAIN
     count = sum(isinstance(module, nn.BatchNorm2d) for module in tower.modules())
@@ -440,10 +441,11 @@ def _hides_only_ends(attention_mask: Tensor, lengths: Tensor) -> bool:
 def optimize_(model: Any) -> list[str]:
     """Do to a model what is described above; returns what was done, in words."""
     places = {parameter.device.type for parameter in model.parameters()}
-    if len(places) > 1 or "meta" in places or hasattr(model, "hf_device_map"):
+    mapped = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if len(places) > 1 or len(mapped) > 1 or "meta" in places:
         raise OptimizedModelError(
-            f"This model is spread over {', '.join(sorted(places))}, and only one that is whole on one device can be "
-            f"optimized: load it without device_map."
+            f"This model is spread over {', '.join(sorted(places | mapped))}, and only one that is whole on one device "
+            f"can be optimized: load it without device_map."
         )
     on_cpu = places == {"cpu"}
     has_operators = on_cpu and has_packed_operators(model.dtype)
@@ -504,8 +506,8 @@ class Optimizable:
         undone: the model cannot be trained, saved, exported or moved any more, other hooks may see parts of a batch, or
         tensors that later layers overwrite, and autocast does not reach it: bring it into its type before.
 
-        returns: what was done, in words, which `optimizations` holds too; nothing, and the model is as it was, where
-                 nothing can be gained
+        returns: what was done and what was left as it is, in words, which `optimizations` holds too. Where nothing
+                 was done the model is as it was, and `optimizations` None
         Raises OptimizedModelError for a model in training, on several devices, or a tower of which was optimized.
         """
         if self.training:
@@ -513,8 +515,8 @@ class Optimizable:
         if self.optimizations is None:
             self._refuse_if_optimized("optimized as a whole")
             done = optimize_(self)
-            if not done:
-                return []
+            if all(LEFT in line for line in done):
+                return done
             self.requires_grad_(False)
             for module in self.modules():
                 if isinstance(module, Optimizable):

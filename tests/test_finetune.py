@@ -212,7 +212,7 @@ def test_failed_run_leaves_an_earlier_ones_model_as_it_was(digits: Path, tmp_pat
         ({"dataset": "DIGITS/pairs", "batch_size": "1"}, "batch_size is 1, but a pair is learned against others"),
         ({"caption_column": "text"}, "has no column 'text'"),
         ({"captions": "all"}, "--captions all would have no effect: a row of this data has one caption"),
-        ({"checkpoint_steps": 7}, "--checkpoint_steps 7 would have no effect: the run has 6 steps in all"),
+        ({"checkpoint_steps": 6}, "--checkpoint_steps 6 would have no effect: the run has 6 steps in all"),
         ({"split": "nowhere"}, "has no split 'nowhere'"),
         ({"streaming": True, "max_steps": None, "epochs": 1}, "How long an epoch of a stream is isn't known"),
         ({"streaming": True, "validation": "0.1"}, "the length of a stream isn't known; hold out a number of its rows"),

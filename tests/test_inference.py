@@ -207,8 +207,8 @@ def test_what_does_not_pay_is_left_out(
     for measured in ("gain_of_packing", "gain_of_fusing", "gain_of_products"):
         monkeypatch.setattr(inference, measured, lambda *_: 1.04)
     done = model.optimize_for_inference()
-    assert all("1.04" in line for line in done if "left as they are" in line)
-    assert sum("left as they are" in line for line in done) == 2  # attention's shape and the first of the MLP's
+    assert all("1.04" in line for line in done if "left as before" in line)
+    assert sum("left as before" in line for line in done) == 2  # attention's shape and the first of the MLP's
     assert any("not computed in the convolutions' pass, which is 1.04 times" in line for line in done) == (
         tower == "resnet"
     )
@@ -226,6 +226,10 @@ def test_model_that_gains_nothing_stays_as_it_was(repositories: dict[str, Path],
     monkeypatch.setattr(inference, "_suit_the_cache_", lambda model: [])
     model = AutoModel.from_pretrained(repositories["vit"]).eval()
     assert model.optimize_for_inference() == []
+    assert all(parameter.requires_grad for parameter in model.train().parameters())
+    model = AutoModel.from_pretrained(repositories["resnet"]).eval()
+    model.vision_model.bn1.register_forward_hook(lambda *_: None)
+    assert model.optimize_for_inference() == ["the ResNet left as before: bn1 is hooked or adapted"]
     assert all(parameter.requires_grad for parameter in model.train().parameters())
 
 
@@ -273,7 +277,7 @@ def test_changed_resnets_stay(repositories: dict[str, Path], everything_pays: No
     seen.clear()
     done = model.optimize_for_inference()
     name = {"adapter": "layer3.0.conv2.0", "hook on a block": "layer4.0", "hook on the stem": "bn2"}[change]
-    assert any(f"the ResNet left as it is: {name} is hooked or adapted" in line for line in done)
+    assert any(f"the ResNet left as before: {name} is hooked or adapted" in line for line in done)
     for name, found in outputs_of(model, "resnet").items():
         assert distance(found, expected[name]) < 1e-5
     assert seen

@@ -226,7 +226,7 @@ def count_steps(loader: PairLoader, config: TrainingConfig, accumulation: int) -
                 "--max_steps."
             ) from None
         steps = max(1, int(config.epochs * batches) // accumulation)
-    if config.checkpoint_steps is not None and config.checkpoint_steps > steps:
+    if config.checkpoint_steps is not None and config.checkpoint_steps >= steps:
         raise ValueError(
             f"--checkpoint_steps {config.checkpoint_steps} would have no effect: the run has {steps} steps in all."
         )

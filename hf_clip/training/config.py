@@ -45,7 +45,7 @@ MAY_CHANGE = (
     *("output_dir", "overwrite", "resume", "output_format", "push_to_hub", "hub_strategy", "report_to"),
     *("logging_steps", "checkpoint_steps", "keep_checkpoints", "patience", "average_with_pretrained"),
     *("num_workers", "max_bad_fraction", "gradient_checkpointing"),
-    *("batch_size", "epochs", "max_steps"),  # what counts is the global batch, and the steps of the whole run
+    *("batch_size", "epochs", "max_steps"),  # what counts is the global batch and the steps of the run, kept beside
 )
 """Options that a resumed run may have otherwise; all others decide what comes out of it."""
 

@@ -107,6 +107,9 @@ def is_repository(name: str | None) -> bool:
 
 def shown(name: str) -> str:
     """A model's or a data set's name as it may be published: of a folder on this machine its last part."""
+    repository, _, configuration = name.partition(":")
+    if configuration and is_repository(repository):
+        return name
     return name if is_repository(name) else Path(name).name
 
 

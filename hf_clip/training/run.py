@@ -187,10 +187,11 @@ class Run:
         found = list_checkpoints(self.config.output_dir)
         # One of the present step has these same weights; of earlier ones the loss was still a number.
         good = [folder for folder in found if step_of(folder) < self.state.step]
+        same = [folder for folder in found if step_of(folder) == self.state.step]
         if good:
             saved = f"the last good checkpoint is {good[-1]}"
-        elif found:
-            saved = f"no good checkpoint was saved ({found[-1]} has the weights that gave this)"
+        elif same:
+            saved = f"no good checkpoint was saved ({same[0]} has the weights that gave this)"
         else:
             saved = "no checkpoint was saved"
         return ValueError(

@@ -126,6 +126,7 @@ def test_names_on_the_card_are_no_paths(tmp_path: Path, monkeypatch: pytest.Monk
     assert not any(map(is_repository, [None, "my/pairs", "./a", "/a/b", "~/a", "a", "a/b/c"]))
     assert not any(map(is_repository, ["shards/*.tar", "user/name:config", "data/pairs.csv", "a b/c"]))
     assert (shown("openai/clip"), shown("my/pairs"), shown("/home/me/pairs")) == ("openai/clip", "pairs", "pairs")
+    assert (shown("user/name:config"), shown("shards/*.tar")) == ("user/name:config", "*.tar")
 
 
 # --- publication -----------------------------------------------------------------------------------------------------
