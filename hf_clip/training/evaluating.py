@@ -24,9 +24,6 @@ KS = (1, 5, 10)
 class NotFiniteError(ValueError):
     """The model's features are no numbers any more."""
 
-    def __str__(self) -> str:
-        return "The model gives features that are no numbers; its weights are broken."
-
 
 INPUTS = ("pixel_values", "input_ids", "attention_mask")
 
@@ -115,7 +112,7 @@ def evaluate(
         for name, values in local.items()
     }
     if not all(bool(whole[name].isfinite().all()) for name in ("image", "text")):
-        raise NotFiniteError
+        raise NotFiniteError("The model gives features that are no numbers; its weights are broken.")
     if sum(counts) < 2:
         raise ValueError(f"The validation data has {sum(counts)} usable pairs, but at least 2 are needed.")
     figures = retrieval(whole["image"], whole["text"], whole["image_ids"], whole["text_ids"])
