@@ -14,10 +14,11 @@ Dimensions: B batch, L positions, C channels, D width, H heads, E = D / H.
 """
 
 import copy
+import ctypes
 import time
 from collections.abc import Callable
 from functools import cache
-from statistics import median
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -32,8 +33,14 @@ from .transformer_hf_clip import HfClipEncoderLayer, HfClipLinear, HfClipMLP
 ROWS_AT_ONCE = 1600
 """Positions that a transformer works on at once: more fall out of the processor's cache between layers."""
 
-PIXELS_AT_ONCE = 8 * 224 * 224
-"""The same for a ResNet, in pixels of its input."""
+MAP_BYTES_AT_ONCE = 8 * 2**20
+"""The same for a ResNet: how large the widest feature map of a stage may be, for all pictures of a part together."""
+
+SIZES_PACKED = 2
+"""For how many sizes of its input a convolution's weight is held in oneDNN's order: those of a batch, and of one."""
+
+FREED_BYTES_KEPT = 64 * 2**20
+"""How much freed memory a process keeps before the C library gives it back: the most that glibc's own rule leads to."""
 
 LEAST_GAIN = 1.05
 """How many times as fast something has to be, measured on this processor, to take a public operator's place."""
@@ -87,43 +94,58 @@ def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
-def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    times = []
+@torch.no_grad()
+def _gain(before: Callable[[], object], after: Callable[[], object], repeats: int = 7) -> float:
+    """How many times as fast `after` is: the shortest times, taken in turn, since other work only adds to them."""
+    times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return median(times[1:])
+        for work, taken in zip((before, after), times, strict=True):
+            start = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - start)
+    return min(times[0][1:]) / min(times[1][1:])
 
 
-@torch.no_grad()
-def gain_of_packing(linear: nn.Linear) -> float:
-    """How many times as fast this linear map is with its weight in oneDNN's order, measured here."""
-    rows = torch.zeros(ROWS_AT_ONCE // 2, linear.in_features, dtype=linear.weight.dtype)
-    packed = PackedLinear(linear)
-    return _seconds(lambda: linear(rows)) / _seconds(lambda: packed(rows))
+def gain_of_packing(layer: nn.Linear | HfClipMLP, packed: "PackedLinear | PackedMLP") -> float:
+    """How many times as fast these linear maps are with their weights in oneDNN's order, measured here."""
+    weight = layer.fc1.weight if isinstance(layer, HfClipMLP) else layer.weight
+    rows = torch.zeros(ROWS_AT_ONCE // 2, weight.shape[1], dtype=weight.dtype)
+    return _gain(lambda: layer(rows), lambda: packed(rows))
 
 
-@torch.no_grad()
-def gain_of_fusing(block: HfClipBottleneck) -> float:
-    """How many times as fast a ResNet's block is with sums and activations in the convolutions' pass, measured here.
+def gain_of_fusing(tower: Any) -> float:
+    """How many times as fast a ResNet's blocks are with ReLU and sums in the convolutions' pass, measured here.
 
-    block: of the first stage, whose maps are the largest: what is saved is another way through the memory
+    Measured with the last block of each stage: the geometric mean of one picture and as many as a stage takes at once.
     """
-    side = 56
-    count = PIXELS_AT_ONCE // (4 * side) ** 2
-    maps = torch.zeros(count, block.conv1.in_channels, side, side, dtype=block.conv1.weight.dtype)
-    maps = maps.contiguous(memory_format=torch.channels_last)
-    public, fused = (InferenceBottleneck(block, is_fused) for is_fused in (False, True))
-    return _seconds(lambda: public(maps), 11) / _seconds(lambda: fused(maps), 11)
+    public, fused = (
+        [InferenceBottleneck(tower.get_submodule(name)[-1], kind) for name in STAGES] for kind in (False, True)
+    )
+    pixels, dtype = tower.config.image_size**2, tower.dtype
+    batches = ((1,) * len(STAGES), tuple(_pictures_at_once(tower, pixels, stage) for stage in range(len(STAGES))))
+    gains = []
+    for counts in batches:
+        shapes = [
+            (count, block.conv1.weight.shape[1], *2 * (tower.config.image_size >> 2 + stage,))
+            for stage, (count, block) in enumerate(zip(counts, public, strict=True))
+        ]
+        maps = [torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last) for shape in shapes]
+
+        def run(blocks: list[InferenceBottleneck], maps: list[Tensor] = maps) -> None:
+            for block, map in zip(blocks, maps, strict=True):
+                block(map)
+
+        gains.append(_gain(lambda run=run: run(public), lambda run=run: run(fused), 5))  # type: ignore[misc]
+    return geometric_mean(gains)
 
 
-@torch.no_grad()
 def gain_of_products(heads: int, width: int, length: int, dtype: torch.dtype) -> float:
     """How many times as fast attention is as two products than as torch's fused kernel, measured here."""
-    parts = torch.zeros(8, heads, length, width, dtype=dtype)
-    kernel = _seconds(lambda: functional.scaled_dot_product_attention(parts, parts, parts))
-    return kernel / _seconds(lambda: attention_by_products(nn.Identity(), parts, parts, parts, None, 0.125))
+    query, key, value = (torch.zeros(8, length, heads, width, dtype=dtype).transpose(1, 2) for _ in range(3))
+    return _gain(
+        lambda: functional.scaled_dot_product_attention(query, key, value),
+        lambda: attention_by_products(nn.Identity(), query, key, value, None, 0.125),
+    )
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -185,7 +207,8 @@ class PackedMLP(nn.Module):
 class InferenceConv2d(nn.Module):
     """A convolution with BatchNorm's gain and shift in it, and ReLU after it: (B, C, Y, X) → (B, C', Y', X').
 
-    Fused, ReLU and the sum with a shortcut are computed in the pass of the convolution.
+    Fused, ReLU and the sum with a shortcut are computed in the pass of the convolution, whose weight is in oneDNN's
+    order. That order depends on the size of the input, so it is made for each size and held for the latest ones.
     """
 
     def __init__(
@@ -201,6 +224,7 @@ class InferenceConv2d(nn.Module):
         self.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
         self.stride, self.padding, self.has_relu, self.is_fused = stride, padding, has_relu, is_fused
+        self.packed: dict[tuple[int, ...], Tensor] = {}
 
     @classmethod
     @torch.no_grad()
@@ -213,14 +237,22 @@ class InferenceConv2d(nn.Module):
         dtype = convolution.weight.dtype
         return cls(weight.to(dtype), bias.to(dtype), convolution.stride, convolution.padding, has_relu, is_fused)
 
-    def _arguments(self) -> tuple[Any, ...]:
-        return self.weight, self.bias, self.padding, self.stride, (1, 1), 1
+    def _arguments(self, input: Tensor) -> tuple[Any, ...]:
+        size = tuple(input.shape)
+        packed = self.packed.get(size)
+        if packed is None:
+            form = (self.padding, self.stride, (1, 1), 1, size)
+            packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *form)
+            for oldest in list(self.packed)[: 1 - SIZES_PACKED]:
+                self.packed.pop(oldest, None)  # another thread may have been faster
+            self.packed[size] = packed
+        return packed, self.bias, self.padding, self.stride, (1, 1), 1
 
     def forward(self, input: Tensor) -> Tensor:
         if self.is_fused:
             _check_use(input)
             name = "relu" if self.has_relu else "none"
-            return torch.ops.mkldnn._convolution_pointwise(input, *self._arguments(), name, [], "")
+            return torch.ops.mkldnn._convolution_pointwise(input, *self._arguments(input), name, [], "")
         output = functional.conv2d(input, self.weight, self.bias, self.stride, self.padding)
         return output.relu_() if self.has_relu else output
 
@@ -229,7 +261,7 @@ class InferenceConv2d(nn.Module):
         if self.is_fused:
             _check_use(input)
             end: tuple[Any, ...] = ("add", 1.0, "relu", [], "")
-            return torch.ops.mkldnn._convolution_pointwise_.binary(sum, input, *self._arguments(), *end)
+            return torch.ops.mkldnn._convolution_pointwise_.binary(sum, input, *self._arguments(input), *end)
         return functional.conv2d(input, self.weight, self.bias, self.stride, self.padding).add_(sum).relu_()
 
 
@@ -284,8 +316,10 @@ def attention_by_products(
 
     Shapes are those of `eager_attention`; there is no mask, since this is for the image tower alone.
     """
-    weights = ((query * scaling) @ key.transpose(-1, -2)).softmax(dim=-1)
-    return (weights @ value).transpose(1, 2), None
+    by_head = query.shape
+    query, key, value = (part.flatten(0, 1) for part in (query * scaling, key, value))  # (B * H, L, E)
+    weights = (query @ key.transpose(1, 2)).softmax(dim=-1)
+    return (weights @ value).view(by_head).transpose(1, 2), None
 
 
 AttentionInterface.register(PRODUCT_ATTENTION, attention_by_products)
@@ -317,51 +351,44 @@ def _find_changed(tower: Any) -> str | None:
 
 
 def _pack_transformer_(model: nn.Module) -> list[str]:
-    gains: dict[tuple[int, ...], float] = {}
+    gains: dict[str, float] = {}
 
-    def pays(linear: nn.Linear) -> bool:
-        shape = (linear.in_features, linear.out_features)
-        if shape not in gains:
-            gains[shape] = gain_of_packing(linear)
-        return gains[shape] >= LEAST_GAIN
+    def pays(layer: nn.Linear | HfClipMLP, packed: PackedLinear | PackedMLP) -> bool:
+        first = layer.fc1 if isinstance(layer, HfClipMLP) else layer
+        widths = f"{first.in_features} → {first.out_features}"
+        kind = f"MLPs {widths} → {layer.fc2.out_features}" if isinstance(layer, HfClipMLP) else f"linear maps {widths}"
+        if kind not in gains:
+            gains[kind] = gain_of_packing(layer, packed)
+        return gains[kind] >= LEAST_GAIN
 
-    count = 0
+    linears = mlps = 0
     for layer in [module for module in model.modules() if isinstance(module, HfClipEncoderLayer)]:
         attention, mlp = layer.self_attn, layer.mlp
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            if _is_plain(linear := getattr(attention, name)) and pays(linear):
-                setattr(attention, name, PackedLinear(linear))
-                count += 1
+            if _is_plain(linear := getattr(attention, name)) and pays(linear, packed := PackedLinear(linear)):
+                setattr(attention, name, packed)
+                linears += 1
         hidden_act = attention.config.hidden_act
-        if (
-            hidden_act in FUSED_ACTIVATIONS
-            and not (_is_hooked(mlp) or _is_hooked(mlp.activation_fn))
-            and _is_plain(mlp.fc1)
-            and _is_plain(mlp.fc2)
-            and pays(mlp.fc1)
-            and pays(mlp.fc2)
-        ):
-            layer.mlp = PackedMLP(mlp, hidden_act)  # type: ignore[assignment]
-            count += 2
-    if not gains:
-        return []
+        is_plain = not (_is_hooked(mlp) or _is_hooked(mlp.activation_fn)) and _is_plain(mlp.fc1) and _is_plain(mlp.fc2)
+        if hidden_act in FUSED_ACTIVATIONS and is_plain and pays(mlp, fused := PackedMLP(mlp, hidden_act)):
+            layer.mlp = fused  # type: ignore[assignment]
+            mlps += 1
     done = []
-    if count:
+    if linears or mlps:
         least, most = min(gain for gain in gains.values() if gain >= LEAST_GAIN), max(gains.values())
+        what = [f"{linears} linear maps"] * bool(linears) + [f"{mlps} MLPs, activations fused,"] * bool(mlps)
         how = f"{least:.2f} to {most:.2f} times as fast here"
-        if any(isinstance(module, PackedMLP) for module in model.modules()):
-            how += ", activations fused into them"
-        done.append(f"{count} linear maps brought into oneDNN's order of memory, {how}")
-    for (inputs, outputs), gain in gains.items():
+        done.append(f"{' and '.join(what)} brought into oneDNN's order of memory, {how}")
+    for kind, gain in gains.items():
         if gain < LEAST_GAIN:
-            done.append(f"linear maps {inputs} → {outputs} {LEFT}; in oneDNN's order {gain:.2f} times as fast")
+            done.append(f"{kind} {LEFT}; in oneDNN's order {gain:.2f} times as fast")
     return done
 
 
 def _fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
     if changed := _find_changed(tower):
         return [f"the ResNet {LEFT}: {changed} is hooked or adapted"]
-    gain = gain_of_fusing(tower.layer1[-1]) if has_operators else 0.0
+    gain = gain_of_fusing(tower) if has_operators else 0.0
     is_fused = gain >= LEAST_GAIN
     count = sum(isinstance(module, nn.BatchNorm2d) for module in tower.modules())
     for number in (1, 2, 3):
@@ -375,16 +402,31 @@ def _fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
     done = [f"BatchNorm folded into {count} convolutions"]
     if has_operators:
         how = "computed in the convolutions' pass," if is_fused else "not computed in the convolutions' pass, which is"
-        done.append(f"ReLU and sums {how} {gain:.2f} times as fast here")
+        done.append(f"ReLU and sums {how} with weights in oneDNN's order {gain:.2f} times as fast here")
     if all(_is_plain(linear) for linear in (pool.q_proj, pool.k_proj, pool.v_proj)):
         pool.__class__ = SingleQueryAttentionPool
         done.append("the attention pool multiplies its one query instead of all keys and values")
     return done
 
 
-def _work_in_parts_(tower: Any, rows_at_once: Callable[[Tensor], int]) -> None:
-    """Let a tower take so many rows of its input at a time; where all layers' outputs are asked for, all at once."""
+def _even_parts(batch: Tensor, most: int) -> tuple[Tensor, ...]:
+    """A batch in as few parts of at most so many rows as possible, of about the same size."""
+    return batch.chunk(-(-len(batch) // max(1, most)))
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _work_in_parts_(
+    tower: Any, rows_at_once: Callable[[Tensor], int], encode: Callable[..., Any] | None = None
+) -> None:
+    """Let a tower take so many rows of its input at a time; where all layers' outputs are asked for, all at once.
+
+    encode: the way of a part through the tower, if it differs from the tower's own
+    """
     whole = tower.forward
+    encode = encode or whole
     captured = ("output_hidden_states", "output_attentions")
 
     def forward(input: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -393,15 +435,46 @@ def _work_in_parts_(tower: Any, rows_at_once: Callable[[Tensor], int]) -> None:
         is_simple = is_simple and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         is_simple = is_simple and not any(isinstance(value, Tensor) for value in kwargs.values())
         is_simple = is_simple and not any(kwargs.get(name, getattr(tower.config, name, False)) for name in captured)
-        if not is_simple or len(input) <= (size := rows_at_once(input)):
+        if not is_simple:
             return whole(input, *args, **kwargs)
         as_dict = kwargs.pop("return_dict", tower.config.return_dict) is not False
-        parts = [whole(part, return_dict=True, **kwargs) for part in input.split(size)]
+        parts = [encode(part, return_dict=True, **kwargs) for part in _even_parts(input, rows_at_once(input))]
         fields = ("last_hidden_state", "pooler_output")
-        output = BaseModelOutputWithPooling(**{name: torch.cat([part[name] for part in parts]) for name in fields})
+        output = BaseModelOutputWithPooling(**{name: _join([part[name] for part in parts]) for name in fields})
         return output if as_dict else output.to_tuple()
 
     tower.forward = forward
+
+
+def _pictures_at_once(tower: Any, pixels: int, stage: int) -> int:
+    """How many pictures of so many pixels a ResNet's stage takes at once: its maps are half those of the one before."""
+    widest = 4 * tower.config.stem_width * pixels // 16 * tower.dtype.itemsize
+    return max(1, (MAP_BYTES_AT_ONCE << stage) // widest)
+
+
+def _work_depth_first_(tower: Any) -> None:
+    """Let a ResNet's stages take their maps while these are in the cache: few pictures at first, more in later stages.
+
+    A stage's part of the batch goes through the stages before in smaller parts.
+    """
+    whole = tower.forward
+    stages = [tower.get_submodule(name) for name in STAGES]
+    shape = (tower.config.num_channels, tower.config.image_size, tower.config.image_size)
+
+    def run(pictures: Tensor, last: int) -> Tensor:
+        maps = []
+        for part in _even_parts(pictures, _pictures_at_once(tower, pictures[0, 0].numel(), last)):
+            maps.append(stages[last](run(part, last - 1) if last else tower.stem(part)))
+        return _join(maps)
+
+    def encode(pictures: Tensor, **kwargs: Any) -> Any:
+        if pictures.shape[1:] != shape or not pictures.is_floating_point():
+            return whole(pictures, **kwargs)  # which may refuse them
+        feature_map = run(pictures.to(tower.dtype), len(stages) - 1)
+        pooled, _ = tower.attnpool(feature_map)
+        return BaseModelOutputWithPooling(last_hidden_state=feature_map, pooler_output=pooled)
+
+    _work_in_parts_(tower, lambda pictures: _pictures_at_once(tower, pictures[0, 0].numel(), len(stages) - 1), encode)
 
 
 def _encode_texts_by_length_(model: Any) -> None:
@@ -464,22 +537,38 @@ def _suit_the_cache_(model: Any) -> list[str]:
     for tower in [module for module in model.modules() if hasattr(module, "attnpool") or hasattr(module, "encoder")]:
         kind = tower.config.model_type
         if kind == "hf_clip_resnet":
-            _work_in_parts_(tower, lambda pictures: max(1, PIXELS_AT_ONCE // pictures[0, 0].numel()))
+            _work_depth_first_(tower)
         elif kind == "hf_clip_vit":
             area = tower.config.patch_size**2
-            _work_in_parts_(tower, lambda pictures: max(1, ROWS_AT_ONCE // (1 + pictures[0, 0].numel() // area)))  # noqa: B023
+            _work_in_parts_(tower, lambda pictures: ROWS_AT_ONCE // (1 + pictures[0, 0].numel() // area))  # noqa: B023
             if model.dtype == torch.bfloat16 and tower.config._attn_implementation == "sdpa":
                 heads, length = tower.config.num_attention_heads, 1 + tower.config.image_size**2 // area
                 width = tower.config.hidden_size // heads
                 if gain_of_products(heads, width, length, model.dtype) >= LEAST_GAIN:
                     _attend_by_products_(tower)
         else:
-            _work_in_parts_(tower, lambda ids: max(1, ROWS_AT_ONCE // ids.shape[1]))
-    done = [f"large batches cut into parts that stay in the cache ({ROWS_AT_ONCE} positions of a transformer)"]
+            _work_in_parts_(tower, lambda ids: ROWS_AT_ONCE // ids.shape[1])
+    done = ["large batches cut into parts that stay in the cache"]
+    if _keep_freed_memory():
+        done.append(f"up to {FREED_BYTES_KEPT >> 20} MiB of freed memory stay with this process, for the next layer")
     if hasattr(model, "encode_text"):
         _encode_texts_by_length_(model)
         done.append("encode_text sorts its texts by length and computes no padding")
     return done
+
+
+def _keep_freed_memory() -> bool:
+    """Ask glibc, where it is the C library, to keep what one layer frees for the next; whether it was asked.
+
+    Otherwise it gives the memory back and fetches it anew with every layer, or does not, by the chance of what was
+    freed before: measured with ViT-B/16 in bfloat16, up to 0.26 of the time went into fresh pages.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # of <malloc.h>
+    return set_option(mmap_threshold, FREED_BYTES_KEPT // 2) == 1 and set_option(trim_threshold, FREED_BYTES_KEPT) == 1
 
 
 def _attend_by_products_(tower: Any) -> None:

@@ -443,16 +443,19 @@ class HfClipResNetModel(HfClipPreTrainedModel):
         pictures = check_image_size(
             pixel_values, self.config, interpolate_pos_encoding, smallest=self.config.total_stride
         )
-        hidden_states = pictures.to(self.conv1.weight.dtype)
-        if suits_channels_last(hidden_states, self.bn1):
-            hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
-        hidden_states = self.bn1(self.conv1(hidden_states)).relu_()
-        hidden_states = self.bn2(self.conv2(hidden_states)).relu_()
-        hidden_states = self.pool(self.bn3(self.conv3(hidden_states)).relu_())  # (B, stem_width, Y / 4, X / 4)
+        hidden_states = self.stem(pictures.to(self.conv1.weight.dtype))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             hidden_states = stage(hidden_states)
         pooled, _ = self.attnpool(hidden_states, **kwargs)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def stem(self, pictures: Tensor) -> Tensor:
+        """Three convolutions and a pool: (B, C, Y, X) → (B, stem_width, Y / 4, X / 4)."""
+        if suits_channels_last(pictures, self.bn1):
+            pictures = pictures.contiguous(memory_format=torch.channels_last)
+        feature_map = self.bn1(self.conv1(pictures)).relu_()
+        feature_map = self.bn2(self.conv2(feature_map)).relu_()
+        return self.pool(self.bn3(self.conv3(feature_map)).relu_())
 
 
 def build_vision_tower(config: HfClipViTConfig | HfClipResNetConfig) -> "HfClipViTModel | HfClipResNetModel":
