@@ -120,7 +120,11 @@ def encode_images(
             except ValueError as error:
                 renumbered = re.sub(r"^images\[(\d+)\]", lambda match: f"images[{int(match[1]) + done}]", str(error))  # noqa: B023
                 raise ValueError(renumbered) from error
-            embeds = model(pixel_values=pixels.to(model.device, model.dtype)).image_embeds
+            pixels = pixels.to(model.device, model.dtype)
+            if getattr(model, "optimizations", None) and hasattr(model, "encode_image"):
+                embeds = model.encode_image(pixels)  # for which such a model leaves out what is not needed
+            else:
+                embeds = model(pixel_values=pixels).image_embeds  # which a compiled model compiles
             features.append(normalize(embeds.float(), dim=-1))
             done += len(batch)
             bar.update(len(batch))

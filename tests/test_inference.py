@@ -210,12 +210,13 @@ def test_what_does_not_pay_is_left_out(
         monkeypatch.setattr(inference, measured, lambda *_: 1.04)
     done = model.optimize_for_inference()
     assert all("1.04" in line for line in done if "left as before" in line)
-    assert sum("left as before" in line for line in done) == 2  # attention's shape and the first of the MLP's
+    # Attention's linear maps, the MLPs, and a ViT's patches.
+    assert sum("left as before" in line for line in done) == (3 if tower == "vit" else 2)
     assert any(
         "not computed in the convolutions' pass, which is with weights in oneDNN's order 1.04" in line for line in done
     ) == (tower == "resnet")
     for module in model.modules():
-        assert not isinstance(module, (inference.PackedLinear, PackedMLP))
+        assert not isinstance(module, (inference.PackedLinear, PackedMLP, inference.PackedPatches))
         assert not (isinstance(module, inference.InferenceConv2d) and module.is_fused)
     assert model.vision_model.config._attn_implementation == "sdpa"
     for name, found in outputs_of(model, tower, dtype).items():
@@ -263,6 +264,35 @@ def test_adapters_and_hooked_layers_stay(repositories: dict[str, Path], everythi
         assert distance(found, expected[name]) < 1e-5
     assert len(seen) == per_call
     assert isinstance(second.mlp.fc1, nn.Sequential)
+
+
+@pytest.mark.parametrize("hooked", [None, "", "encoder", "encoder.layers.2", "encoder.layers.2.self_attn"])
+def test_last_layer_of_image_features_is_computed_for_the_class_token(
+    repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, hooked: str | None
+):
+    model = AutoModel.from_pretrained(repositories["vit"]).eval()
+    monkeypatch.setattr(inference, "ROWS_AT_ONCE", 20)  # two pictures of ten positions
+    seen: list[str] = []
+    if hooked is not None:
+        model.vision_model.get_submodule(hooked).register_forward_hook(lambda *_: seen.append("hook"))
+    images = pictures("vit", 5)
+    expected = model.encode_image(images)
+    seen.clear()
+    rows: list[int] = []
+    last = model.vision_model.encoder.layers[-1]
+    last.layer_norm2.register_forward_pre_hook(lambda _, given: rows.append(given[0][..., 0].numel()))
+    done = model.optimize_for_inference()
+    with torch.no_grad():
+        found = model.encode_image(images)
+        assert distance(found, expected) < 1e-5
+        assert any("class token alone" in line for line in done) == (hooked is None)
+        assert rows == ([2, 2, 1] if hooked is None else [20, 20, 10])
+        assert bool(seen) == (hooked is not None)
+        with pytest.raises(ValueError, match="fits only 48x48"):
+            model.encode_image(images[..., :32, :32])
+        other = model.encode_image(images[..., :32, :40], interpolate_pos_encoding=True)  # 2 × 2 patches of 16
+        whole = model.vision_model(images[..., :32, :40], interpolate_pos_encoding=True).last_hidden_state
+        assert (other.shape, whole.shape[1]) == ((5, found.shape[1]), 5)
 
 
 @pytest.mark.parametrize("change", ["adapter", "hook on a block", "hook on the stem"])
