@@ -1,23 +1,16 @@
-"""What `optimize_for_inference()` puts in the place of a model's layers: fewer, fused, with weights in oneDNN's order.
+"""`optimize_for_inference()`: what is done to a whole model, and what it refuses afterwards.
 
 What it changes cannot be undone and cannot be trained, so an optimized model refuses to be trained, saved or moved.
-Two things are public arithmetic: BatchNorm goes into the convolution before it, and the attention pool, which has one
-query, multiplies that query instead of every key and value. On CPUs large batches are cut into parts that stay in the
-cache, `encode_text` leaves out padding, and bfloat16 attention of pictures may be two products.
-
-Also on CPUs, weights are brought into the order of memory that oneDNN wants once instead of in every call, and
-activations are computed in the same pass as the product. torch has that only as the operators that its own compiler
-emits, `torch.ops.mkldnn`, so they are tried out and timed before they are used: where they are missing, compute
-something else or gain less than `LEAST_GAIN`, the public ones stay.
-
-Dimensions: B batch, L positions, C channels, D width, H heads, E = D / H.
+BatchNorm goes into the convolution before it, and the attention pool, which has one query, multiplies that query
+instead of every key and value. On CPUs layers are replaced by those of packed_hf_clip where they are at least
+`LEAST_GAIN` times as fast on this processor, large batches are cut into parts that stay in the cache, `encode_text`
+leaves out padding, `encode_image` what is computed of a ViT's last layer for other positions than the class token.
 """
 
 import copy
 import ctypes
 import time
 from collections.abc import Callable
-from functools import cache
 from statistics import geometric_mean
 from typing import Any
 
@@ -25,19 +18,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import AttentionInterface
 
-from .resnet_hf_clip import HfClipAttentionPool, HfClipBottleneck, HfClipResNetStage
+from .packed_hf_clip import (
+    FUSED_ACTIVATIONS,
+    PRODUCT_ATTENTION,
+    ROWS_AT_ONCE,
+    InferenceBottleneck,
+    InferenceConv2d,
+    OptimizedModelError,
+    PackedLinear,
+    PackedMLP,
+    PackedPatches,
+    SingleQueryAttentionPool,
+    attention_by_products,
+    has_packed_operators,
+)
+from .resnet_hf_clip import HfClipBottleneck, HfClipResNetStage
 from .transformer_hf_clip import HfClipAttention, HfClipEncoderLayer, HfClipLinear, HfClipMLP, attend
 
-ROWS_AT_ONCE = 1600
-"""Positions that a transformer works on at once: more fall out of the processor's cache between layers."""
-
 MAP_BYTES_AT_ONCE = 8 * 2**20
-"""The same for a ResNet: how large the widest feature map of a stage may be, for all pictures of a part together."""
-
-SIZES_PACKED = 2
-"""For how many sizes of its input a convolution's weight is held in oneDNN's order: those of a batch, and of one."""
+"""How large a ResNet's widest feature map of a stage may be, for all pictures that the stage takes at once together."""
 
 FREED_BYTES_KEPT = 64 * 2**20
 """How much freed memory a process keeps before the C library gives it back: the most that glibc's own rule leads to."""
@@ -45,53 +45,13 @@ FREED_BYTES_KEPT = 64 * 2**20
 LEAST_GAIN = 1.05
 """How many times as fast something has to be, measured on this processor, to take a public operator's place."""
 
-FUSED_ACTIVATIONS = {"quick_gelu": ("swish", ""), "gelu": ("gelu", "none")}
-"""`hidden_act` → oneDNN's name of it and which algorithm; quick_gelu is swish of 1.702 x, divided by 1.702."""
-
-PRODUCT_ATTENTION = "hf_clip_products"
-
 LEFT = "left as before"
 """In the lines of a report that say what was not done."""
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-class OptimizedModelError(RuntimeError):
-    """An optimized model was asked for what it cannot do any more."""
-
-
-# --- the operators --------------------------------------------------------------------------------------------------
-
-
-@cache
-def has_packed_operators(dtype: torch.dtype) -> bool:
-    """Whether torch has oneDNN's fused operators for this type here, and they compute what is expected."""
-    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
-        return False
-    generator = torch.Generator().manual_seed(0)
-    rows, weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((64, 48), (32, 48), (32,)))
-    maps, kernel = (torch.randn(size, generator=generator).to(dtype) for size in ((2, 16, 6, 6), (16, 16, 3, 3)))
-    maps = maps.contiguous(memory_format=torch.channels_last)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(rows))
-        for name, algorithm in FUSED_ACTIVATIONS.values():
-            found = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, name, [], algorithm).float()
-            products = functional.linear(rows.float(), weight.float(), bias.float())
-            expected = functional.silu(products) if name == "swish" else functional.gelu(products)
-            if not _is_close(found, expected, tolerance):
-                return False
-        convolution = InferenceConv2d(kernel, bias[:16], (1, 1), (1, 1), has_relu=True, is_fused=True)
-        products = functional.conv2d(maps.float(), kernel.float(), bias[:16].float(), padding=1)
-        ends = (convolution(maps).float(), convolution.add_to(maps.clone(), maps).float())
-        expecteds = (products.relu(), (products + maps.float()).relu())
-        return all(_is_close(found, expected, tolerance) for found, expected in zip(ends, expecteds, strict=True))
-    except (RuntimeError, AttributeError, NotImplementedError, TypeError):
-        return False
-
-
-def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return bool((found - expected).norm() <= tolerance * expected.norm())
+# --- what is measured -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -152,205 +112,7 @@ def gain_of_products(heads: int, width: int, length: int, dtype: torch.dtype) ->
     )
 
 
-# --- layers ---------------------------------------------------------------------------------------------------------
-
-
-def _check_use(input: Tensor) -> None:
-    if input.requires_grad and torch.is_grad_enabled():
-        raise OptimizedModelError(
-            "This model was optimized for inference and gives no gradients; load it again for them."
-        )
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        raise OptimizedModelError(
-            "This model was optimized for inference and can be neither compiled nor exported; load it again for that."
-        )
-
-
-class PackedLinear(nn.Module):
-    """A linear map with its weight in oneDNN's order, and an activation if there is one: (…, inputs) → (…, outputs).
-
-    scale: what the weight is multiplied by, and if `scales_bias` the bias too
-    """
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        activation: tuple[str, str] = ("none", ""),
-        *,
-        scale: float = 1.0,
-        scales_bias: bool = True,
-    ):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.dtype, self.activation = linear.weight.dtype, activation
-        # Plain attributes: oneDNN's tensors can neither be saved nor moved.
-        weight = (linear.weight.detach().float() * scale).to(self.dtype)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_AT_ONCE)
-        self.bias = None if linear.bias is None else linear.bias.detach() * (scale if scales_bias else 1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        _check_use(input)
-        name, algorithm = self.activation
-        input = input.to(self.dtype)
-        return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, name, [], algorithm)
-
-
-class PackedMLP(nn.Module):
-    """HfClipMLP with its activation computed in the pass of the first product."""
-
-    def __init__(self, mlp: HfClipMLP, hidden_act: str):
-        super().__init__()
-        slope = 1.702 if hidden_act == "quick_gelu" else 1.0
-        self.fc1 = PackedLinear(mlp.fc1, FUSED_ACTIVATIONS[hidden_act], scale=slope)
-        self.fc2 = PackedLinear(mlp.fc2, scale=1 / slope, scales_bias=False)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.fc1(hidden_states))
-
-
-class PackedPatches(nn.Module):
-    """A ViT's patch embedding as what it is, a linear map of patches: (B, C, Y, X) → (B, D, Y / S, X / S).
-
-    As a convolution it takes twice as long for a batch, and five times as long for one picture.
-    """
-
-    def __init__(self, convolution: nn.Conv2d):
-        super().__init__()
-        self.size, self.weight = convolution.kernel_size[0], convolution.weight
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().flatten(1), ROWS_AT_ONCE)
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        _check_use(pictures)
-        rows, columns = (side // self.size for side in pictures.shape[-2:])
-        whole = pictures[..., : rows * self.size, : columns * self.size]
-        patches = whole.unflatten(3, (columns, self.size)).unflatten(2, (rows, self.size))  # (B, C, Y/S, S, X/S, S)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, Y/S, X/S, C * S * S)
-        tokens = torch.ops.mkldnn._linear_pointwise(patches, self.packed, None, "none", [], "")
-        return tokens.permute(0, 3, 1, 2)
-
-
-class InferenceConv2d(nn.Module):
-    """A convolution with BatchNorm's gain and shift in it, and ReLU after it: (B, C, Y, X) → (B, C', Y', X').
-
-    Fused, ReLU and the sum with a shortcut are computed in the pass of the convolution, whose weight is in oneDNN's
-    order. That order depends on the size of the input, so it is made for each size and held for the latest ones.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        has_relu: bool,
-        is_fused: bool,
-    ):
-        super().__init__()
-        self.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
-        self.stride, self.padding, self.has_relu, self.is_fused = stride, padding, has_relu, is_fused
-        self.packed: dict[tuple[int, ...], Tensor] = {}
-
-    @classmethod
-    @torch.no_grad()
-    def fold(cls, convolution: Any, norm: Any, has_relu: bool, is_fused: bool) -> "InferenceConv2d":
-        """y = gain · (w * x − mean) / √(variance + ε) + shift as one convolution, computed in float32 or better."""
-        exact = torch.promote_types(convolution.weight.dtype, torch.float32)
-        gain = norm.weight.to(exact) / (norm.running_var.to(exact) + norm.eps).sqrt()
-        weight = convolution.weight.to(exact) * gain[:, None, None, None]
-        bias = norm.bias.to(exact) - norm.running_mean.to(exact) * gain
-        dtype = convolution.weight.dtype
-        return cls(weight.to(dtype), bias.to(dtype), convolution.stride, convolution.padding, has_relu, is_fused)
-
-    def _arguments(self, input: Tensor) -> tuple[Any, ...]:
-        size = tuple(input.shape)
-        packed = self.packed.get(size)
-        if packed is None:
-            form = (self.padding, self.stride, (1, 1), 1, size)
-            packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *form)
-            for oldest in list(self.packed)[: 1 - SIZES_PACKED]:
-                self.packed.pop(oldest, None)  # another thread may have been faster
-            self.packed[size] = packed
-        return packed, self.bias, self.padding, self.stride, (1, 1), 1
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.is_fused:
-            _check_use(input)
-            name = "relu" if self.has_relu else "none"
-            return torch.ops.mkldnn._convolution_pointwise(input, *self._arguments(input), name, [], "")
-        output = functional.conv2d(input, self.weight, self.bias, self.stride, self.padding)
-        return output.relu_() if self.has_relu else output
-
-    def add_to(self, sum: Tensor, input: Tensor) -> Tensor:
-        """max(0, sum + this convolution of `input`), which may take the place of `sum`."""
-        if self.is_fused:
-            _check_use(input)
-            end: tuple[Any, ...] = ("add", 1.0, "relu", [], "")
-            return torch.ops.mkldnn._convolution_pointwise_.binary(sum, input, *self._arguments(input), *end)
-        return functional.conv2d(input, self.weight, self.bias, self.stride, self.padding).add_(sum).relu_()
-
-
-class InferenceBottleneck(nn.Module):
-    """HfClipBottleneck without BatchNorm; its result takes the memory of its input where the input is the shortcut."""
-
-    def __init__(self, block: HfClipBottleneck, is_fused: bool):
-        super().__init__()
-        self.conv1 = InferenceConv2d.fold(block.conv1, block.bn1, True, is_fused)
-        self.conv2 = InferenceConv2d.fold(block.conv2, block.bn2, True, is_fused)
-        self.conv3 = InferenceConv2d.fold(block.conv3, block.bn3, False, is_fused)
-        self.pool = block.pool
-        self.downsample = None
-        if block.downsample is not None:
-            convolution, norm = block.downsample
-            self.downsample = InferenceConv2d.fold(convolution, norm, False, is_fused)
-
-    def forward(self, feature_map: Tensor) -> Tensor:
-        branch = self.pool(self.conv2(self.conv1(feature_map)))
-        shortcut = feature_map if self.downsample is None else self.downsample(self.pool(feature_map))
-        return self.conv3.add_to(shortcut, branch)
-
-
-class SingleQueryAttentionPool(HfClipAttentionPool):
-    """The attention pool for its one query q: q · (K x) = (Kᵀ q) · x, and Σ aᵢ V xᵢ = V Σ aᵢ xᵢ.
-
-    So no key and no value is computed, but a direction and a mean of the cells for each head. What the keys' bias adds
-    is the same for all cells, and the softmax takes it out again.
-    """
-
-    def gather(self, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        batch, _, width = tokens.shape
-        by_head = (self.num_heads, width // self.num_heads, width)
-        query = self.q_proj(tokens[:, 0]).view(batch, *by_head[:2]).transpose(0, 1)  # (H, B, E)
-        directions = (query * by_head[1] ** -0.5) @ self.k_proj.weight.view(by_head)  # (H, B, D)
-        weights = (directions.transpose(0, 1) @ tokens.transpose(1, 2)).softmax(dim=-1)  # (B, H, L)
-        means = (weights @ tokens).transpose(0, 1)  # (H, B, D)
-        mixed = means @ self.v_proj.weight.view(by_head).transpose(1, 2)  # (H, B, E)
-        return mixed.transpose(0, 1).reshape(batch, 1, width) + self.v_proj.bias, weights[:, :, None]
-
-
-def attention_by_products(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention as two matrix products, which in bfloat16 on CPUs run twice as fast as torch's fused kernel.
-
-    Shapes are those of `eager_attention`; there is no mask, since this is for the image tower alone.
-    """
-    by_head = query.shape
-    query, key, value = (part.flatten(0, 1) for part in (query * scaling, key, value))  # (B * H, L, E)
-    weights = (query @ key.transpose(1, 2)).softmax(dim=-1)
-    return (weights @ value).view(by_head).transpose(1, 2), None
-
-
-AttentionInterface.register(PRODUCT_ATTENTION, attention_by_products)
-
-
-# --- the whole model ------------------------------------------------------------------------------------------------
+# --- what is replaced -----------------------------------------------------------------------------------------------
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -439,6 +201,9 @@ def _fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
         pool.__class__ = SingleQueryAttentionPool
         done.append("the attention pool multiplies its one query instead of all keys and values")
     return done
+
+
+# --- how batches are taken ------------------------------------------------------------------------------------------
 
 
 def _even_parts(batch: Tensor, most: int) -> tuple[Tensor, ...]:
@@ -535,6 +300,13 @@ def _encode_texts_by_length_(model: Any) -> None:
     model.encode_text = encode_text
 
 
+def _hides_only_ends(attention_mask: Tensor, lengths: Tensor) -> bool:
+    """Whether a mask shows each text to its end, and hides what follows, which changes nothing that comes before."""
+    shown = attention_mask.to(torch.bool)
+    is_needed = torch.arange(shown.shape[1], device=shown.device) < lengths[:, None]
+    return bool((shown | ~is_needed).all())
+
+
 def _encode_images_by_class_token_(model: Any) -> bool:
     """Let `encode_image` compute a ViT's last layer for the class token alone, which is all that it needs of it.
 
@@ -571,11 +343,7 @@ def _encode_images_by_class_token_(model: Any) -> bool:
     return True
 
 
-def _hides_only_ends(attention_mask: Tensor, lengths: Tensor) -> bool:
-    """Whether a mask shows each text to its end, and hides what follows, which changes nothing that comes before."""
-    shown = attention_mask.to(torch.bool)
-    is_needed = torch.arange(shown.shape[1], device=shown.device) < lengths[:, None]
-    return bool((shown | ~is_needed).all())
+# --- the whole model ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ TRAVELLING = (
     "image_processing_hf_clip",
     "inference_hf_clip",
     "modeling_hf_clip",
+    "packed_hf_clip",
     "pictures_hf_clip",
     "processing_hf_clip",
     "resizing_hf_clip",
