@@ -34,7 +34,14 @@ from .packed_hf_clip import (
     has_packed_operators,
 )
 from .resnet_hf_clip import HfClipBottleneck, HfClipResNetStage
-from .transformer_hf_clip import HfClipAttention, HfClipEncoderLayer, HfClipLinear, HfClipMLP, attend
+from .transformer_hf_clip import (
+    HfClipAttention,
+    HfClipEncoderLayer,
+    HfClipLinear,
+    HfClipMLP,
+    HfClipPatchEmbedding,
+    attend,
+)
 
 MAP_BYTES_AT_ONCE = 8 * 2**20
 """How large a ResNet's widest feature map of a stage may be, for all pictures that the stage takes at once together."""
@@ -148,7 +155,7 @@ def _pack_transformer_(model: nn.Module) -> list[str]:
     counts = {"linear maps": 0, "MLPs with their activations": 0, "patch embedding": 0}
     for module in model.modules():
         patches: Any = getattr(module, "patch_embedding", None)
-        is_plain = type(patches) is nn.Conv2d and not _is_hooked(patches)
+        is_plain = type(patches) is HfClipPatchEmbedding and not _is_hooked(patches)
         if is_plain and pays("the patch embedding", patches, embedding := PackedPatches(patches)):
             module.patch_embedding = embedding
             counts["patch embedding"] += 1

@@ -47,6 +47,7 @@ from .transformer_hf_clip import (
     HfClipAttention,
     HfClipEncoder,
     HfClipEncoderLayer,
+    HfClipPatchEmbedding,
     init_linear_bias_,
     init_text_layer_,
     init_vit_layer_,
@@ -310,9 +311,7 @@ class HfClipViTEmbeddings(nn.Module):
         super().__init__()
         self.grid_size = config.grid_size
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
-        )
+        self.patch_embedding = HfClipPatchEmbedding(config.num_channels, config.hidden_size, config.patch_size)
         self.position_embedding = nn.Embedding(1 + config.grid_size**2, config.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

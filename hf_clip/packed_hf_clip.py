@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers.modeling_utils import AttentionInterface
 
 from .resnet_hf_clip import HfClipAttentionPool, HfClipBottleneck
-from .transformer_hf_clip import HfClipMLP
+from .transformer_hf_clip import HfClipMLP, HfClipPatchEmbedding, cut_into_patches
 
 ROWS_AT_ONCE = 1600
 """Positions that a transformer works on at once: more fall out of the processor's cache between layers."""
@@ -120,22 +120,16 @@ class PackedMLP(nn.Module):
 
 
 class PackedPatches(nn.Module):
-    """A ViT's patch embedding as what it is, a linear map of patches: (B, C, Y, X) → (B, D, Y / S, X / S).
+    """HfClipPatchEmbedding with its weight in oneDNN's order: (B, C, Y, X) → (B, D, Y / S, X / S)."""
 
-    As a convolution it takes twice as long for a batch, and five times as long for one picture.
-    """
-
-    def __init__(self, convolution: nn.Conv2d):
+    def __init__(self, convolution: HfClipPatchEmbedding):
         super().__init__()
-        self.size, self.weight = convolution.kernel_size[0], convolution.weight
+        self.size, self.weight = convolution.stride[0], convolution.weight
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().flatten(1), ROWS_AT_ONCE)
 
     def forward(self, pictures: Tensor) -> Tensor:
         _check_use(pictures)
-        rows, columns = (side // self.size for side in pictures.shape[-2:])
-        whole = pictures[..., : rows * self.size, : columns * self.size]
-        patches = whole.unflatten(3, (columns, self.size)).unflatten(2, (rows, self.size))  # (B, C, Y/S, S, X/S, S)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, Y/S, X/S, C * S * S)
+        patches = cut_into_patches(pictures, self.size)
         tokens = torch.ops.mkldnn._linear_pointwise(patches, self.packed, None, "none", [], "")
         return tokens.permute(0, 3, 1, 2)
 

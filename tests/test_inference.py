@@ -16,7 +16,7 @@ import hf_clip.inference_hf_clip as inference
 import hf_clip.transformer_hf_clip as transformer
 from hf_clip import HfClipConfig, HfClipModel
 from hf_clip.inference_hf_clip import OptimizedModelError, PackedMLP, SingleQueryAttentionPool, has_packed_operators
-from hf_clip.transformer_hf_clip import HfClipLinear, HfClipQuickGELU
+from hf_clip.transformer_hf_clip import HfClipLinear, HfClipPatchEmbedding, HfClipQuickGELU
 
 from .small import CONTEXT_LENGTH, pictures, texts
 
@@ -67,6 +67,22 @@ def test_linear_map_and_its_gradients(by_convolution: list, shape: tuple[int, ..
     assert distance(rows.grad, exact.grad) < 1e-5
     for found, wanted in zip(linear.parameters(), plain.parameters(), strict=True):
         assert distance(found.grad, wanted.grad) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(48, 48), (50, 70)], ids=["whole", "with a rest"])
+def test_patches_and_their_gradients(size: tuple[int, int], layout: torch.memory_format):
+    torch.manual_seed(0)
+    patches, plain = HfClipPatchEmbedding(3, 32, 16), nn.Conv2d(3, 32, 16, stride=16, bias=False).double()
+    plain.load_state_dict(patches.state_dict())
+    images = torch.randn(2, 3, *size).contiguous(memory_format=layout).requires_grad_()
+    exact = images.detach().double().requires_grad_()
+    found, expected = patches(images), plain(exact)
+    assert found.shape == expected.shape
+    (found * found.detach().sin()).sum().backward()
+    (expected * expected.detach().sin()).sum().backward()
+    pairs = ((found, expected), (images.grad, exact.grad), (patches.weight.grad, plain.weight.grad))
+    assert all(distance(ours, theirs) < 1e-5 for ours, theirs in pairs)
 
 
 def test_rows_that_are_not_contiguous(by_convolution: list):
