@@ -121,7 +121,7 @@ def encode_images(
                 renumbered = re.sub(r"^images\[(\d+)\]", lambda match: f"images[{int(match[1]) + done}]", str(error))  # noqa: B023
                 raise ValueError(renumbered) from error
             pixels = pixels.to(model.device, model.dtype)
-            if getattr(model, "optimizations", None) and hasattr(model, "encode_image"):
+            if "encode_image" in vars(model):  # optimized
                 embeds = model.encode_image(pixels)  # for which such a model leaves out what is not needed
             else:
                 embeds = model(pixel_values=pixels).image_embeds  # which a compiled model compiles

@@ -9,8 +9,10 @@ leaves out padding, `encode_image` what is computed of a ViT's last layer for ot
 
 import copy
 import ctypes
+import os
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import geometric_mean
 from typing import Any
 
@@ -96,11 +98,11 @@ def gain_of_fusing(tower: Any) -> float:
     batches = ((1,) * len(STAGES), tuple(_pictures_at_once(tower, pixels, stage) for stage in range(len(STAGES))))
     gains = []
     for counts in batches:
-        shapes = [
-            (count, block.conv1.weight.shape[1], *2 * (tower.config.image_size >> 2 + stage,))
-            for stage, (count, block) in enumerate(zip(counts, public, strict=True))
-        ]
-        maps = [torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last) for shape in shapes]
+        maps = []
+        for stage, (count, block) in enumerate(zip(counts, public, strict=True)):
+            side = (tower.config.image_size >> 2 + stage) * getattr(block.pool, "kernel_size", 1)
+            shape = (count, block.conv1.weight.shape[1], side, side)
+            maps.append(torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last))
 
         def run(blocks: list[InferenceBottleneck], maps: list[Tensor] = maps) -> None:
             for block, map in zip(blocks, maps, strict=True):
@@ -129,7 +131,13 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return _has_hooks(module) or "forward" in vars(module)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether anyone listens here, but for transformers, which does when all layers' outputs have been asked for."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
 
 FOLDED = (nn.Conv2d, nn.AvgPool2d, nn.Identity, nn.Sequential, HfClipBottleneck, HfClipResNetStage)
@@ -147,16 +155,17 @@ def _find_changed(tower: Any) -> str | None:
 def _pack_transformer_(model: nn.Module) -> list[str]:
     gains: dict[str, float] = {}
 
-    def pays(kind: str, layer: nn.Module, packed: nn.Module) -> bool:
+    def packed_if_it_pays(kind: str, layer: Any, pack: Callable[[Any], nn.Module]) -> nn.Module | None:
         if kind not in gains:
-            gains[kind] = gain_of_packing(layer, packed)
-        return gains[kind] >= LEAST_GAIN
+            gains[kind] = gain_of_packing(layer, pack(layer))
+        return pack(layer) if gains[kind] >= LEAST_GAIN else None
 
     counts = {"linear maps": 0, "MLPs with their activations": 0, "patch embedding": 0}
     for module in model.modules():
         patches: Any = getattr(module, "patch_embedding", None)
         is_plain = type(patches) is HfClipPatchEmbedding and not _is_hooked(patches)
-        if is_plain and pays("the patch embedding", patches, embedding := PackedPatches(patches)):
+        is_plain = is_plain and type(patches.weight) is nn.Parameter
+        if is_plain and (embedding := packed_if_it_pays("the patch embedding", patches, PackedPatches)):
             module.patch_embedding = embedding
             counts["patch embedding"] += 1
         if not isinstance(module, HfClipEncoderLayer):
@@ -165,14 +174,14 @@ def _pack_transformer_(model: nn.Module) -> list[str]:
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             if _is_plain(linear := getattr(attention, name)):
                 kind = f"linear maps {linear.in_features} → {linear.out_features}"
-                if pays(kind, linear, packed := PackedLinear(linear)):
+                if packed := packed_if_it_pays(kind, linear, PackedLinear):
                     setattr(attention, name, packed)
                     counts["linear maps"] += 1
         hidden_act = attention.config.hidden_act
         is_plain = not (_is_hooked(mlp) or _is_hooked(mlp.activation_fn)) and _is_plain(mlp.fc1) and _is_plain(mlp.fc2)
         if is_plain and hidden_act in FUSED_ACTIVATIONS:
             kind = f"MLPs {mlp.fc1.in_features} → {mlp.fc1.out_features} → {mlp.fc2.out_features}"
-            if pays(kind, mlp, fused := PackedMLP(mlp, hidden_act)):
+            if fused := packed_if_it_pays(kind, mlp, partial(PackedMLP, hidden_act=hidden_act)):
                 module.mlp = fused  # type: ignore[assignment]
                 counts["MLPs with their activations"] += 1
     done = []
@@ -215,7 +224,7 @@ def _fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
 
 def _even_parts(batch: Tensor, most: int) -> tuple[Tensor, ...]:
     """A batch in as few parts of at most so many rows as possible, of about the same size."""
-    return batch.chunk(-(-len(batch) // max(1, most)))
+    return batch.tensor_split(-(-len(batch) // max(1, most)))
 
 
 def _join(parts: list[Tensor]) -> Tensor:
@@ -256,14 +265,20 @@ def _pictures_at_once(tower: Any, pixels: int, stage: int) -> int:
     return max(1, (MAP_BYTES_AT_ONCE << stage) // widest)
 
 
-def _work_depth_first_(tower: Any) -> None:
+def _is_of_own_size(pictures: Any, tower: Any) -> bool:
+    """Whether these are pictures as the tower takes them, with nothing to be resampled or refused."""
+    shape = (tower.config.num_channels, tower.config.image_size, tower.config.image_size)
+    return isinstance(pictures, Tensor) and pictures.shape[1:] == shape and pictures.is_floating_point()
+
+
+def _work_depth_first_(tower: Any, is_as_made: bool) -> None:
     """Let a ResNet's stages take their maps while these are in the cache: few pictures at first, more in later stages.
 
-    A stage's part of the batch goes through the stages before in smaller parts.
+    A stage's part of the batch goes through the stages before in smaller parts; if the tower's way of encoding is
+    another than these files', a part of the last stage's size goes that way.
     """
     whole = tower.forward
     stages = [tower.get_submodule(name) for name in STAGES]
-    shape = (tower.config.num_channels, tower.config.image_size, tower.config.image_size)
 
     def run(pictures: Tensor, last: int) -> Tensor:
         maps = []
@@ -272,7 +287,7 @@ def _work_depth_first_(tower: Any) -> None:
         return _join(maps)
 
     def encode(pictures: Tensor, **kwargs: Any) -> Any:
-        if pictures.shape[1:] != shape or not pictures.is_floating_point():
+        if not (is_as_made and _is_of_own_size(pictures, tower)):
             return whole(pictures, **kwargs)  # which may refuse them
         feature_map = run(pictures.to(tower.dtype), len(stages) - 1)
         pooled, _ = tower.attnpool(feature_map)
@@ -314,40 +329,46 @@ def _hides_only_ends(attention_mask: Tensor, lengths: Tensor) -> bool:
     return bool((shown | ~is_needed).all())
 
 
-def _encode_images_by_class_token_(model: Any) -> bool:
+def _encode_images_by_class_token_(model: Any) -> None:
     """Let `encode_image` compute a ViT's last layer for the class token alone, which is all that it needs of it.
 
-    Returns whether it does: not where parts that it passes by are hooked or not as they were made.
+    As long as nobody listens to the parts that it passes by.
     """
     whole, tower = model.encode_image, model.vision_model
-    last = tower.encoder.layers[-1]
-    attention, shape = last.self_attn, (tower.config.num_channels, tower.config.image_size, tower.config.image_size)
-    passed = (tower, tower.encoder, last, attention)
-    if any(module._forward_hooks or module._forward_pre_hooks for module in passed) or _is_hooked(last):
-        return False
-    if (type(last), type(attention)) != (HfClipEncoderLayer, HfClipAttention):
-        return False
 
     def encode(pictures: Tensor) -> Tensor:
+        *layers, last = tower.encoder.layers
         hidden_states = tower.pre_layrnorm(tower.embeddings(pictures))
-        for layer in tower.encoder.layers[:-1]:
+        for layer in layers:
             hidden_states = layer(hidden_states)
-        states, class_token = last.layer_norm1(hidden_states), hidden_states[:, :1]
+        states, class_token, attention = last.layer_norm1(hidden_states), hidden_states[:, :1], last.self_attn
         query, key, value = attention.q_proj(states[:, :1]), attention.k_proj(states), attention.v_proj(states)
         class_token = class_token + attention.out_proj(attend(attention, query, key, value)[0])
         class_token = class_token + last.mlp(last.layer_norm2(class_token))
         return model.visual_projection(tower.post_layernorm(class_token[:, 0]))
 
     def encode_image(pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        is_simple = isinstance(pixel_values, Tensor) and pixel_values.shape[1:] == shape and len(pixel_values) > 0
-        is_simple = is_simple and pixel_values.is_floating_point()
-        if not is_simple or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        is_simple = _is_of_own_size(pixel_values, tower) and len(pixel_values) > 0
+        is_simple = is_simple and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        if not is_simple or any(map(_has_hooks, _parts_around_the_last_layer(tower))):
             return whole(pixel_values, interpolate_pos_encoding)
         size = ROWS_AT_ONCE // (1 + tower.config.grid_size**2)
         return _join([encode(part) for part in _even_parts(pixel_values, size)])
 
     model.encode_image = encode_image
-    return True
+
+
+def _parts_around_the_last_layer(tower: Any) -> tuple[nn.Module, ...]:
+    last = tower.encoder.layers[-1]
+    return tower, tower.encoder, last, last.self_attn
+
+
+def _is_as_made(model: Any, tower: Any) -> bool:
+    """Whether a model and its image tower encode pictures in the way of these files, not of a subclass or a patch."""
+    names = {"HfClipModel.encode_image", "HfClipViTModel.forward", "HfClipResNetModel.forward"}
+    methods = (type(tower).forward, getattr(type(model), "encode_image", type(tower).forward))
+    is_patched = "forward" in vars(tower) or "encode_image" in vars(model)
+    return not is_patched and all(method.__qualname__ in names for method in methods)
 
 
 # --- the whole model ------------------------------------------------------------------------------------------------
@@ -364,6 +385,7 @@ def optimize_(model: Any) -> list[str]:
             f"can be optimized: load it without device_map."
         )
     on_cpu = places == {"cpu"}
+    keeps_memory = on_cpu and _keep_freed_memory()  # before anything is timed
     has_operators = on_cpu and has_packed_operators(model.dtype)
     done: list[str] = []
     for tower in [module for module in model.modules() if hasattr(module, "attnpool")]:
@@ -372,15 +394,22 @@ def optimize_(model: Any) -> list[str]:
         done += _pack_transformer_(model)
     if on_cpu:
         done += _suit_the_cache_(model)
+    if keeps_memory:
+        done.append(f"glibc gives freed memory back only beyond {FREED_BYTES_KEPT >> 20} MiB, in the whole process")
     return done
 
 
 def _suit_the_cache_(model: Any) -> list[str]:
     """On a CPU: work on as much at once as its cache holds, and on no padding."""
+    by_class_token = False
+    if hasattr(model, "encode_image") and hasattr(model.vision_model, "encoder"):
+        around, kinds = _parts_around_the_last_layer(model.vision_model), (HfClipEncoderLayer, HfClipAttention)
+        is_plain = tuple(map(type, around[2:])) == kinds and not any("forward" in vars(part) for part in around)
+        by_class_token = is_plain and _is_as_made(model, model.vision_model)
     for tower in [module for module in model.modules() if hasattr(module, "attnpool") or hasattr(module, "encoder")]:
         kind = tower.config.model_type
         if kind == "hf_clip_resnet":
-            _work_depth_first_(tower)
+            _work_depth_first_(tower, _is_as_made(model, tower))
         elif kind == "hf_clip_vit":
             area = tower.config.patch_size**2
             _work_in_parts_(tower, lambda pictures: ROWS_AT_ONCE // (1 + pictures[0, 0].numel() // area))  # noqa: B023
@@ -392,12 +421,11 @@ def _suit_the_cache_(model: Any) -> list[str]:
         else:
             _work_in_parts_(tower, lambda ids: ROWS_AT_ONCE // ids.shape[1])
     done = ["large batches cut into parts that stay in the cache"]
-    if _keep_freed_memory():
-        done.append(f"up to {FREED_BYTES_KEPT >> 20} MiB of freed memory stay with this process, for the next layer")
     if hasattr(model, "encode_text"):
         _encode_texts_by_length_(model)
         done.append("encode_text sorts its texts by length and computes no padding")
-        if hasattr(model.vision_model, "encoder") and _encode_images_by_class_token_(model):
+        if by_class_token:
+            _encode_images_by_class_token_(model)
             done.append("encode_image computes its last layer for the class token alone")
     return done
 
@@ -406,8 +434,11 @@ def _keep_freed_memory() -> bool:
     """Ask glibc, where it is the C library, to keep what one layer frees for the next; whether it was asked.
 
     Otherwise it gives the memory back and fetches it anew with every layer, or does not, by the chance of what was
-    freed before: measured with ViT-B/16 in bfloat16, up to 0.26 of the time went into fresh pages.
+    freed before: ViT-B/16 in bfloat16 was 1.10 to 1.26 times as fast without that. It is not asked where the user has
+    set it, or taken another allocator.
     """
+    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"} & os.environ.keys():
+        return False
     try:
         set_option = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):

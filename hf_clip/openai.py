@@ -55,10 +55,10 @@ class Visual:
     def __init__(self, hf_model: HfClipModel):
         self.input_resolution: int = hf_model.config.vision_config.image_size
         self.output_dim: int = hf_model.config.projection_dim
-        self._encode = hf_model.encode_image
+        self._model = hf_model
 
     def __call__(self, image: Tensor) -> Tensor:
-        return self._encode(image)
+        return self._model.encode_image(image)
 
 
 class OriginalCLIP(nn.Module):

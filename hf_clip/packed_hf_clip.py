@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 1600
 """Positions that a transformer works on at once: more fall out of the processor's cache between layers."""
 
 SIZES_PACKED = 2
-"""For how many sizes of its input a convolution's weight is held in oneDNN's order: those of a batch, and of one."""
+"""For how many sizes of its input a convolution's weight is held in oneDNN's order: for parts of a batch, and one."""
 
 FUSED_ACTIVATIONS = {"quick_gelu": ("swish", ""), "gelu": ("gelu", "none")}
 """`hidden_act` → oneDNN's name of it and which algorithm; quick_gelu is swish of 1.702 x, divided by 1.702."""
