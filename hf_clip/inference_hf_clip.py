@@ -466,10 +466,11 @@ class Optimizable:
         """Make this model as fast as it can be made for inference on the device and in the type it has now.
 
         BatchNorm goes into convolutions, weights into the processor's order of memory, and large batches are cut into
-        parts that stay in its cache; what doesn't pay on this processor is left out, and so are layers with hooks or
-        adapters. Outputs change by at most 1e-5 relative in float32, and by rounding in half precision. It cannot be
-        undone: the model cannot be trained, saved, exported or moved any more, other hooks may see parts of a batch, or
-        tensors that later layers overwrite, and autocast does not reach it: bring it into its type before.
+        parts that stay in its cache; glibc is asked to keep freed memory, in the whole process; what doesn't pay on
+        this processor is left out, and so are layers with hooks or adapters. Outputs change by at most 1e-5 relative
+        in float32, and by rounding in half precision. It cannot be undone: the model cannot be trained, saved,
+        exported or moved any more, other hooks may see parts of a batch, or tensors that later layers overwrite, and
+        autocast does not reach it: bring it into its type before.
 
         returns: what was done and what was left as it is, in words, which `optimizations` holds too. Where nothing
                  was done the model is as it was, and `optimizations` None
