@@ -11,6 +11,7 @@ are left out with a line that says so. Where there is a GPU, its rows are added.
 """
 
 import argparse
+import os
 import sys
 from argparse import ArgumentTypeError
 from importlib import import_module
@@ -28,14 +29,16 @@ from .reporting import as_json, draw, format_summary, format_table, import_pyplo
 from .settings import ALLOWED_ON, Settings
 
 SUBCOMMANDS = {
-    "image_encoder": "pictures per second, by five of the nine models",
-    "text_encoder": "prompts per second, in one call and one by one",
-    "load": "ViT-L/14 from disk, and the first picture of a fresh process",
-    "train_step": "both towers, the loss, backward, AdamW",
     "tokenizer": "captions to tensors",
     "image_processor": "pictures to pixels",
+    "load": "ViT-L/14 from disk, and the first picture of a fresh process",
+    "train_step": "both towers, the loss, backward, AdamW",
     "zero_shot": "the pipeline, and a classifier of 1,000 labels",
+    "text_encoder": "prompts per second, in one call and one by one",
+    "image_encoder": "pictures per second, by five of the nine models",
 }
+"""In the order in which they are measured: encoders last, since `optimize_for_inference` changes what the allocator of
+the process does, for everyone in it."""
 
 
 def at_least_one(text: str) -> int:
@@ -88,7 +91,7 @@ def load_subcommands(names: list[str]) -> dict[str, ModuleType]:
     for name in names:
         if name not in SUBCOMMANDS:
             raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(SUBCOMMANDS)}")
-    return {name: import_module(f"{__package__}.{name}") for name in dict.fromkeys(names or SUBCOMMANDS)}
+    return {name: import_module(f"{__package__}.{name}") for name in SUBCOMMANDS if name in names or not names}
 
 
 def check_options(options: argparse.Namespace, modules: dict[str, ModuleType]) -> None:
@@ -117,6 +120,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
     devices = (options.device,) if options.device else ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     if options.threads:
         torch.set_num_threads(options.threads)
+    os.environ["RAYON_NUM_THREADS"] = str(torch.get_num_threads())  # tokenizers written in Rust count by themselves
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32, in the reference above all
     settings = Settings(
         quick=options.quick,
@@ -137,6 +141,12 @@ def read_settings(options: argparse.Namespace) -> Settings:
     return settings
 
 
+def print_ceilings(settings: Settings) -> None:
+    for device in settings.devices:
+        for precision in dict.fromkeys(["float32", *settings.precisions_on(device)]):
+            print(f"ceiling: {settings.ceiling(device, precision) / 1e9:,.0f} GFLOP/s, {precision}, {device}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
@@ -151,13 +161,14 @@ def main(arguments: list[str] | None = None) -> int:
     facts = describe(settings.threads)
     print(headline(facts))
     tables: dict[str, list[Table]] = {name: [] for name in modules}
-    if any(module.NEEDS_CEILING for module in modules.values()):
-        for device in settings.devices:
-            for precision in dict.fromkeys(["float32", *settings.precisions_on(device)]):
-                print(f"ceiling: {settings.ceiling(device, precision) / 1e9:,.0f} GFLOP/s, {precision}, {device}")
     has_failed = False
     for name, module in modules.items():
+        if options.device == "cuda" and module.IS_ON_CPU:
+            print(f"\n{name} is left out: it runs on the CPU")
+            continue
         try:
+            if module.NEEDS_CEILING and not settings.ceilings:
+                print_ceilings(settings)
             for table in module.run(settings):
                 print(format_table(table), flush=True)
                 tables[name].append(table)
@@ -165,6 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
                     write_json(options.json, as_json(facts, settings.ceilings, tables))
                 if options.picture:
                     draw(options.picture, facts, [table for several in tables.values() for table in several])
+            if not tables[name]:
+                raise ValueError("nothing is measured with these options")
         except Exception as error:  # the others have their turn, and what was measured is not lost
             print(f"\nerror: {name} ended early: {first_line(error)}", file=sys.stderr)
             has_failed = True
@@ -172,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     if len(everything) > 1:
         print("\nhf_clip is so many times as fast as each, as it is loaded (and in its fastest way):\n")
         print(format_summary(everything))
-    return int(has_failed or any(table.is_without_ours for table in everything))
+    return int(has_failed or any(table.lacks_ours for table in everything))
 
 
 if __name__ == "__main__":

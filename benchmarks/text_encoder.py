@@ -27,8 +27,9 @@ from .tokenizer import prose
 OPTIONS = ("variants", "precision", "prompts")
 NEEDS_CEILING = True
 IS_ON_CPU = False
-VARIANTS, QUICK_VARIANTS = ("ViT-B/32", "ViT-L/14"), ("ViT-B/32",)
+VARIANTS = ("ViT-B/32",)
 PROMPTS, QUICK_PROMPTS = 512, 128
+SMALLER_ON_GPU = (256, 32)
 ROUNDS, QUICK_ROUNDS = 5, 3
 LENGTHS = (5, 20)
 ALONE_LENGTH = 10
@@ -78,15 +79,17 @@ def run(settings: Settings) -> Iterator[Table]:
     tokenizer = HfClipTokenizer.from_vocabulary_file(find_vocabulary(offline=True))
     prompts = make_prompts(settings.prompts or settings.choose(PROMPTS, QUICK_PROMPTS), tokenizer)
     alone = [min(prompts, key=lambda prompt: abs(len(tokenizer(prompt)["input_ids"]) - ALONE_LENGTH))]
-    for name in settings.variants or settings.choose(VARIANTS, QUICK_VARIANTS):
+    for name in settings.variants or VARIANTS:
         variant = get_variant(name)
-        title = f"{len(prompts)} prompts of {LENGTHS[0]} to {LENGTHS[1]} tokens"
+        title = f"{{}} prompts of {LENGTHS[0]} to {LENGTHS[1]} tokens"
         extra = partial(through_classifier, prompts, tokenizer)
-        workloads = [
-            make_workload(title, variant, prompts, tokenizer, extra),
-            make_workload("one prompt", variant, alone, tokenizer, is_main=False),
-        ]
         with weights_folder(variant) as folder:
             for device in settings.devices:
+                counts = [count for count in SMALLER_ON_GPU if device == "cuda" and count < len(prompts)]
+                workloads = [
+                    make_workload(title.format(len(prompts)), variant, prompts, tokenizer, extra),
+                    *(make_workload(title.format(n), variant, prompts[:n], tokenizer, is_main=False) for n in counts),
+                    make_workload("one prompt", variant, alone, tokenizer, is_main=False),
+                ]
                 case = Case(variant, folder, "text", device=device)
                 yield from encoder_tables(case, "texts", workloads, settings, rounds, (OURS, OPTIMIZED, CLASSIFIER))

@@ -56,11 +56,22 @@ class Written:
 
 
 def load_model(source: str | Path) -> HfClipModel:
-    """The model in float32. Raises ValueError for what must be converted first, OSError for what isn't there."""
+    """The model in float32.
+
+    Raises ValueError for what must be converted first and for a folder that holds a part of a model, OSError for what
+    isn't there.
+    """
     if str(source) in VARIANTS or Path(source).is_file():
         kind = "a file" if Path(source).is_file() else "one of OpenAI's checkpoints"
         raise ValueError(f"{source} is {kind}; make a folder of it first: python -m conversion.convert {source} FOLDER")
-    model = HfClipModel.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    model, loaded = HfClipModel.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    if absent := sorted(loaded["missing_keys"]):
+        raise ValueError(
+            f"{source} has no weights for {absent[0]} and {len(absent) - 1:,} more, which would be random numbers: it "
+            f"holds a part of a model, and both towers with their projections are needed."
+        )
     return model.eval()
 
 

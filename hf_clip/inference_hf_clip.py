@@ -24,7 +24,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .packed_hf_clip import (
     FUSED_ACTIVATIONS,
     PRODUCT_ATTENTION,
-    ROWS_AT_ONCE,
     InferenceBottleneck,
     InferenceConv2d,
     OptimizedModelError,
@@ -34,6 +33,7 @@ from .packed_hf_clip import (
     SingleQueryAttentionPool,
     attention_by_products,
     has_packed_operators,
+    rows_at_once,
 )
 from .resnet_hf_clip import HfClipBottleneck, HfClipResNetStage
 from .transformer_hf_clip import (
@@ -45,8 +45,8 @@ from .transformer_hf_clip import (
     attend,
 )
 
-MAP_BYTES_AT_ONCE = 8 * 2**20
-"""How large a ResNet's widest feature map of a stage may be, for all pictures that the stage takes at once together."""
+MAP_BYTES_OF_A_THREAD = 4 * 2**20
+"""How large a ResNet's widest feature map of a stage may be for each thread, all pictures that it takes at once."""
 
 FREED_BYTES_KEPT = 64 * 2**20
 """How much freed memory a process keeps before the C library gives it back: the most that glibc's own rule leads to."""
@@ -56,6 +56,9 @@ LEAST_GAIN = 1.05
 
 LEFT = "left as before"
 """In the lines of a report that say what was not done."""
+
+UNFINISHED = "begun, and not finished"
+"""All that is said of a model whose optimization was interrupted: parts of it are changed, so it is refused too."""
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -78,7 +81,7 @@ def _gain(before: Callable[[], object], after: Callable[[], object], repeats: in
 def gain_of_packing(layer: Any, packed: nn.Module) -> float:
     """How many times as fast a linear map, an MLP or a patch embedding is as its replacement, measured here."""
     weight = (layer.fc1 if isinstance(layer, HfClipMLP) else layer).weight
-    count = ROWS_AT_ONCE // 2
+    count = rows_at_once() // 2
     shape: tuple[int, ...] = (count, weight.shape[1])
     if isinstance(layer, nn.Conv2d):  # so many patches side by side
         shape = (1, weight.shape[1], weight.shape[2], count * weight.shape[3])
@@ -231,9 +234,7 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _work_in_parts_(
-    tower: Any, rows_at_once: Callable[[Tensor], int], encode: Callable[..., Any] | None = None
-) -> None:
+def _work_in_parts_(tower: Any, part_size: Callable[[Tensor], int], encode: Callable[..., Any] | None = None) -> None:
     """Let a tower take so many rows of its input at a time; where all layers' outputs are asked for, all at once.
 
     encode: the way of a part through the tower, if it differs from the tower's own
@@ -251,7 +252,7 @@ def _work_in_parts_(
         if not is_simple:
             return whole(input, *args, **kwargs)
         as_dict = kwargs.pop("return_dict", tower.config.return_dict) is not False
-        parts = [encode(part, return_dict=True, **kwargs) for part in _even_parts(input, rows_at_once(input))]
+        parts = [encode(part, return_dict=True, **kwargs) for part in _even_parts(input, part_size(input))]
         fields = ("last_hidden_state", "pooler_output")
         output = BaseModelOutputWithPooling(**{name: _join([part[name] for part in parts]) for name in fields})
         return output if as_dict else output.to_tuple()
@@ -259,10 +260,15 @@ def _work_in_parts_(
     tower.forward = forward
 
 
+def map_bytes_at_once() -> int:
+    """The size of a ResNet's widest feature map in its first stage, with as many threads as torch has now."""
+    return MAP_BYTES_OF_A_THREAD * torch.get_num_threads()
+
+
 def _pictures_at_once(tower: Any, pixels: int, stage: int) -> int:
     """How many pictures of so many pixels a ResNet's stage takes at once: its maps are half those of the one before."""
     widest = 4 * tower.config.stem_width * pixels // 16 * tower.dtype.itemsize
-    return max(1, (MAP_BYTES_AT_ONCE << stage) // widest)
+    return max(1, (map_bytes_at_once() << stage) // widest)
 
 
 def _is_of_own_size(pictures: Any, tower: Any) -> bool:
@@ -314,7 +320,7 @@ def _encode_texts_by_length_(model: Any) -> None:
         while first < len(order):
             # As many texts as make no more than so many positions; the last of a part is its longest.
             positions = torch.arange(1, len(order) - first + 1) * lengths[first:]
-            last = first + max(1, int((positions <= ROWS_AT_ONCE).sum()))
+            last = first + max(1, int((positions <= rows_at_once()).sum()))
             features.append(whole(input_ids[order[first:last], : int(lengths[last - 1])]))
             first = last
         return torch.cat(features)[order.argsort()]
@@ -352,7 +358,7 @@ def _encode_images_by_class_token_(model: Any) -> None:
         is_simple = is_simple and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         if not is_simple or any(map(_has_hooks, _parts_around_the_last_layer(tower))):
             return whole(pixel_values, interpolate_pos_encoding)
-        size = ROWS_AT_ONCE // (1 + tower.config.grid_size**2)
+        size = rows_at_once() // (1 + tower.config.grid_size**2)
         return _join([encode(part) for part in _even_parts(pixel_values, size)])
 
     model.encode_image = encode_image
@@ -374,9 +380,7 @@ def _is_as_made(model: Any, tower: Any) -> bool:
 # --- the whole model ------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def optimize_(model: Any) -> list[str]:
-    """Do to a model what is described above; returns what was done, in words."""
+def _refuse_if_spread(model: Any) -> None:
     places = {parameter.device.type for parameter in model.parameters()}
     mapped = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if len(places) > 1 or len(mapped) > 1 or "meta" in places:
@@ -384,7 +388,12 @@ def optimize_(model: Any) -> list[str]:
             f"This model is spread over {', '.join(sorted(places | mapped))}, and only one that is whole on one device "
             f"can be optimized: load it without device_map."
         )
-    on_cpu = places == {"cpu"}
+
+
+@torch.no_grad()
+def optimize_(model: Any) -> list[str]:
+    """Do to a model, which is whole on one device, what is described above; returns what was done, in words."""
+    on_cpu = model.device.type == "cpu"
     keeps_memory = on_cpu and _keep_freed_memory()  # before anything is timed
     has_operators = on_cpu and has_packed_operators(model.dtype)
     done: list[str] = []
@@ -412,14 +421,14 @@ def _suit_the_cache_(model: Any) -> list[str]:
             _work_depth_first_(tower, _is_as_made(model, tower))
         elif kind == "hf_clip_vit":
             area = tower.config.patch_size**2
-            _work_in_parts_(tower, lambda pictures: ROWS_AT_ONCE // (1 + pictures[0, 0].numel() // area))  # noqa: B023
+            _work_in_parts_(tower, lambda pictures: rows_at_once() // (1 + pictures[0, 0].numel() // area))  # noqa: B023
             if model.dtype == torch.bfloat16 and tower.config._attn_implementation == "sdpa":
                 heads, length = tower.config.num_attention_heads, 1 + tower.config.image_size**2 // area
                 width = tower.config.hidden_size // heads
                 if gain_of_products(heads, width, length, model.dtype) >= LEAST_GAIN:
                     _attend_by_products_(tower)
         else:
-            _work_in_parts_(tower, lambda ids: ROWS_AT_ONCE // ids.shape[1])
+            _work_in_parts_(tower, lambda ids: rows_at_once() // ids.shape[1])
     done = ["large batches cut into parts that stay in the cache"]
     if hasattr(model, "encode_text"):
         _encode_texts_by_length_(model)
@@ -474,19 +483,26 @@ class Optimizable:
 
         returns: what was done and what was left as it is, in words, which `optimizations` holds too. Where nothing
                  was done the model is as it was, and `optimizations` None
-        Raises OptimizedModelError for a model in training, on several devices, or a tower of which was optimized.
+        Raises OptimizedModelError for a model in training, on several devices, a tower of which was optimized, or
+        with which this was begun and interrupted.
         """
         if self.training:
             raise OptimizedModelError("This model is in training; call .eval() before optimize_for_inference().")
         if self.optimizations is None:
             self._refuse_if_optimized("optimized as a whole")
+            _refuse_if_spread(self)
+            parts = [module for module in self.modules() if isinstance(module, Optimizable)]
+            for part in parts:
+                part.optimizations = [UNFINISHED]  # in case of an interruption
             done = optimize_(self)
-            if all(LEFT in line for line in done):
+            is_changed = not all(LEFT in line for line in done)
+            for part in parts:
+                part.optimizations = done if is_changed else None
+            if not is_changed:
                 return done
             self.requires_grad_(False)
-            for module in self.modules():
-                if isinstance(module, Optimizable):
-                    module.optimizations = done
+        elif self.optimizations == [UNFINISHED]:
+            self._refuse_if_optimized("optimized to the end")
         return list(self.optimizations)
 
     def _refuse_if_optimized(self: Any, wish: str) -> None:

@@ -19,8 +19,8 @@ from transformers.modeling_utils import AttentionInterface
 from .resnet_hf_clip import HfClipAttentionPool, HfClipBottleneck
 from .transformer_hf_clip import HfClipMLP, HfClipPatchEmbedding, cut_into_patches
 
-ROWS_AT_ONCE = 1600
-"""Positions that a transformer works on at once: more fall out of the processor's cache between layers."""
+ROWS_OF_A_THREAD = 800
+"""Positions that a transformer works on at once for each thread: more fall out of the caches between layers."""
 
 SIZES_PACKED = 2
 """For how many sizes of its input a convolution's weight is held in oneDNN's order: for parts of a batch, and one."""
@@ -33,6 +33,11 @@ PRODUCT_ATTENTION = "hf_clip_products"
 
 class OptimizedModelError(RuntimeError):
     """An optimized model was asked for what it cannot do any more."""
+
+
+def rows_at_once() -> int:
+    """Positions that a transformer works on at once, with as many threads as torch has now."""
+    return ROWS_OF_A_THREAD * torch.get_num_threads()
 
 
 @cache
@@ -96,7 +101,7 @@ class PackedLinear(nn.Module):
         self.dtype, self.activation = linear.weight.dtype, activation
         # Plain attributes: oneDNN's tensors can neither be saved nor moved.
         weight = (linear.weight.detach().float() * scale).to(self.dtype)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_AT_ONCE)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows_at_once())
         self.bias = None if linear.bias is None else linear.bias.detach() * (scale if scales_bias else 1)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -125,7 +130,7 @@ class PackedPatches(nn.Module):
     def __init__(self, convolution: HfClipPatchEmbedding):
         super().__init__()
         self.size, self.weight = convolution.stride[0], convolution.weight
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().flatten(1), ROWS_AT_ONCE)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().flatten(1), rows_at_once())
 
     def forward(self, pictures: Tensor) -> Tensor:
         _check_use(pictures)

@@ -97,6 +97,7 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
             self._matrices[key] = known  # the last one used is the last one forgotten
             return known
         matrix = build_matrix(self.model, self.tokenizer, labels, template, tokenizer_settings=tokenizer_kwargs)
+        matrix.weights = matrix.weights.cpu()  # where transformers puts the features before `postprocess`
         self._matrices[key] = matrix
         if len(self._matrices) > MOST_MATRICES:
             self._matrices.popitem(last=False)

@@ -46,12 +46,23 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     pixels whose channels lie side by side, which costs no copy. Traced, compiled and exported models have the linear
     map itself, and so have weights of other kinds than plain tensors (quantised, sharded).
     """
-    if not _is_faster_as_convolution(input, weight):
-        return nn.functional.linear(input, weight, bias)
     outputs, inputs = weight.shape
-    pixels = input.reshape(1, -1, 1, inputs).permute(0, 3, 1, 2)  # (1, inputs, rows, 1)
-    maps = nn.functional.conv2d(pixels, weight[:, :, None, None], bias)  # (1, outputs, rows, 1)
+    is_faster = _is_faster_as_convolution(input, weight)
+    if not is_faster or not (count := _pictures_for_onednn(input.numel() // inputs)):
+        return nn.functional.linear(input, weight, bias)
+    pixels = input.reshape(count, -1, 1, inputs).permute(0, 3, 1, 2)  # (count, inputs, rows / count, 1)
+    maps = nn.functional.conv2d(pixels, weight[:, :, None, None], bias)  # (count, outputs, rows / count, 1)
     return maps.permute(0, 2, 3, 1).reshape(*input.shape[:-1], outputs)
+
+
+def _pictures_for_onednn(rows: int) -> int:
+    """Into how many pictures of equal size rows are put; 0 where it can't be done.
+
+    With several threads torch gives any 1×1 convolution to oneDNN, with one thread only those of 16 pictures or more.
+    """
+    if torch.get_num_threads() > 1:
+        return 1
+    return next((count for count in range(16, 33) if rows % count == 0), 0)
 
 
 def _is_faster_as_convolution(input: Tensor, weight: Tensor) -> bool:
@@ -86,8 +97,8 @@ def cut_into_patches(pictures: Tensor, size: int) -> Tensor:
 class HfClipPatchEmbedding(nn.Conv2d):
     """A ViT's first layer: (B, C, Y, X) → (B, D, Y / S, X / S).
 
-    Its convolution is a linear map of patches that do not overlap, and computed as that on CPUs: in a half to a fifth
-    of the time. Compiled, exported and traced models have the convolution.
+    Its convolution is a linear map of patches that do not overlap, and computed as that on CPUs: 1.5 to 8 times as
+    fast. Compiled, exported and traced models have the convolution.
     """
 
     def __init__(self, channels: int, width: int, patch_size: int):

@@ -14,11 +14,14 @@ from transformers import AutoModel, AutoProcessor, pipeline
 
 import hf_clip.inference_hf_clip as inference
 import hf_clip.transformer_hf_clip as transformer
-from hf_clip import HfClipConfig, HfClipModel
+from conversion.parity import random_texts
+from hf_clip import VARIANTS, HfClipConfig, HfClipModel
 from hf_clip.inference_hf_clip import OptimizedModelError, PackedMLP, SingleQueryAttentionPool, has_packed_operators
 from hf_clip.transformer_hf_clip import HfClipLinear, HfClipPatchEmbedding, HfClipQuickGELU
 
 from .small import CONTEXT_LENGTH, pictures, texts
+
+LARGER = [name for name in VARIANTS if name not in ("RN50", "ViT-B/32")]
 
 
 @pytest.fixture
@@ -60,7 +63,8 @@ def test_linear_map_and_its_gradients(by_convolution: list, shape: tuple[int, ..
     output, expected = linear(rows), plain(exact)
     (output * output.detach().sin()).sum().backward()
     (expected * expected.detach().sin()).sum().backward()
-    assert by_convolution == [(1, 64, rows[..., 0].numel(), 1)]
+    (shape_of_pixels,) = by_convolution
+    assert shape_of_pixels == (1, 64, rows[..., 0].numel(), 1) or torch.get_num_threads() == 1
     assert output.shape == expected.shape
     assert output.is_contiguous()
     assert distance(output, expected) < 1e-6
@@ -83,6 +87,21 @@ def test_patches_and_their_gradients(size: tuple[int, int], layout: torch.memory
     (expected * expected.detach().sin()).sum().backward()
     pairs = ((found, expected), (images.grad, exact.grad), (patches.weight.grad, plain.weight.grad))
     assert all(distance(ours, theirs) < 1e-5 for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(16 * 50, 16), (17 * 197, 17), (4 * 197, 0)])
+def test_one_thread_hands_rows_over_as_many_pictures(by_convolution: list, rows: int, count: int):
+    """torch gives a 1×1 convolution of few pictures to oneDNN only if there are several threads."""
+    linear, input = HfClipLinear(256, 512), torch.randn(rows, 256)
+    expected = functional.linear(input, linear.weight, linear.bias)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = linear(input)
+    finally:
+        torch.set_num_threads(threads)
+    assert distance(found, expected) < 1e-6
+    assert by_convolution == ([(count, 256, rows // count, 1)] if count else [])
 
 
 def test_rows_that_are_not_contiguous(by_convolution: list):
@@ -118,8 +137,11 @@ def test_weights_of_other_kinds_stay_linear(by_convolution: list):
 
 def test_traced_compiled_and_exported_maps_are_linear(by_convolution: list):
     linear, rows = HfClipLinear(64, 96).requires_grad_(False), torch.randn(4000, 64)
+    expected = functional.linear(rows, linear.weight, linear.bias)
     assert "convolution" not in str(torch.jit.trace(linear, rows, check_trace=False).graph)
     assert "conv" not in str(torch.export.export(linear, (rows,)).graph)
+    torch.compiler.reset()
+    assert distance(torch.compile(linear, fullgraph=True, backend="eager")(rows), expected) < 1e-6
     assert by_convolution == []
 
 
@@ -178,8 +200,8 @@ def test_optimized_model_computes_the_same(
     has_operators: bool,
     everything_pays: None,
 ):
-    monkeypatch.setattr(inference, "ROWS_AT_ONCE", rows_at_once)
-    monkeypatch.setattr(inference, "MAP_BYTES_AT_ONCE", rows_at_once * 128)
+    monkeypatch.setattr(inference, "rows_at_once", lambda: rows_at_once)
+    monkeypatch.setattr(inference, "map_bytes_at_once", lambda: rows_at_once * 128)
     if not has_operators:
         monkeypatch.setattr(inference, "has_packed_operators", lambda dtype: False)
     expected = outputs_of(model, tower)
@@ -253,6 +275,56 @@ def test_model_that_gains_nothing_stays_as_it_was(repositories: dict[str, Path],
     assert all(parameter.requires_grad for parameter in model.train().parameters())
 
 
+def test_interrupted_optimization_leaves_a_model_that_refuses_to_be_saved(
+    model: HfClipModel, tower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*_) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "_suit_the_cache_", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.optimize_for_inference()
+    for refused, call in (
+        ("saved", lambda: model.save_pretrained(tmp_path / "model")),
+        ("saved", lambda: model.vision_model.save_pretrained(tmp_path / "model")),
+        ("trained", model.train),
+        ("optimized to the end", model.optimize_for_inference),
+    ):
+        with pytest.raises(OptimizedModelError, match=f"cannot be {refused} any more; load it again"):
+            call()
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B/32", *(pytest.param(n, marks=pytest.mark.slow) for n in LARGER)])
+@torch.no_grad()
+def test_optimized_models_of_full_size_compute_the_same(name: str):
+    """Relative to the output, at most 1e-5; as many pictures and texts as are taken in parts."""
+    torch.manual_seed(0)
+    model = HfClipModel(HfClipConfig.from_variant(name)).eval()
+    size = model.config.vision_config.image_size
+    images = torch.randn(3 if size > 300 else 20, 3, size, size)
+    ids = random_texts((5, 20, 12, 77, 9, 31), 49408, 77)
+    expected = model.encode_image(images), model.encode_text(ids)
+    model.optimize_for_inference()
+    for found, wanted in zip((model.encode_image(images), model.encode_text(ids)), expected, strict=True):
+        assert distance(found, wanted) < 1e-5
+
+
+def test_model_loaded_in_half_precision_is_optimized(repository: Path, tower: str, everything_pays: None):
+    """`from_pretrained(dtype=...)` leaves BatchNorm in float32, where `.to(...)` does not."""
+    exact = AutoModel.from_pretrained(repository).eval().double()
+    half = AutoModel.from_pretrained(repository, dtype=torch.bfloat16).eval()
+    images, ids = pictures(tower), texts()
+    with torch.no_grad():
+        wanted = exact.encode_image(images.double()), exact.encode_text(ids)
+        before = half.encode_image(images.bfloat16()), half.encode_text(ids)
+        half.optimize_for_inference()
+        found = half.encode_image(images.bfloat16()), half.encode_text(ids)
+    for ours, theirs, right in zip(found, before, wanted, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert distance(ours, right) < 1.5 * distance(theirs, right) + 1e-3
+
+
 def test_operators_that_compute_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch):
     class Wrong:  # an operator that leaves out the activation, as another version might
         _reorder_linear_weight = staticmethod(lambda weight, rows: weight)
@@ -288,7 +360,7 @@ def test_last_layer_of_image_features_is_computed_for_the_class_token(
     repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, hooked: str | None
 ):
     model = AutoModel.from_pretrained(repositories["vit"]).eval()
-    monkeypatch.setattr(inference, "ROWS_AT_ONCE", 20)  # two pictures of ten positions
+    monkeypatch.setattr(inference, "rows_at_once", lambda: 20)  # two pictures of ten positions
     seen: list[str] = []
     if hooked is not None:
         model.vision_model.get_submodule(hooked).register_forward_hook(lambda *_: seen.append("hook"))
@@ -352,8 +424,8 @@ def test_towers_alone_can_be_optimized(repository: Path, tower: str):
 def test_outputs_of_all_layers_are_those_of_the_whole_batch(
     model: HfClipModel, tower: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(inference, "ROWS_AT_ONCE", 20)
-    monkeypatch.setattr(inference, "MAP_BYTES_AT_ONCE", 20)
+    monkeypatch.setattr(inference, "rows_at_once", lambda: 20)
+    monkeypatch.setattr(inference, "map_bytes_at_once", lambda: 20)
     expected = model.vision_model(pictures(tower), output_hidden_states=True).hidden_states
     expected_text = model.text_model(texts(), output_hidden_states=True).hidden_states
     model.optimize_for_inference()
@@ -377,7 +449,7 @@ def test_stages_of_a_resnet_take_as_many_pictures_as_suit_the_cache(
     images = pictures("resnet", 7)
     expected = model(images).pooler_output
     widest = 4 * model.config.stem_width * (model.config.image_size // 4) ** 2 * 4
-    monkeypatch.setattr(inference, "MAP_BYTES_AT_ONCE", widest)  # 1, 2, 4 and 8 pictures
+    monkeypatch.setattr(inference, "map_bytes_at_once", lambda: widest)  # 1, 2, 4 and 8 pictures
     model.optimize_for_inference()
     taken: dict[str, list[int]] = {name: [] for name in inference.STAGES}
     for name, counts in taken.items():

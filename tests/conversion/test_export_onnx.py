@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from conversion.convert import convert
 from conversion.export_onnx import export_onnx, main
 from conversion.onnx_graphs import GRAPHS, random_inputs
 from conversion.onnx_precision import Comparison, Deviation, open_session
-from hf_clip import VARIANTS, HfClipConfig, HfClipModel
+from hf_clip import VARIANTS, HfClipConfig, HfClipModel, HfClipVisionModelWithProjection
 
 from ..small import CONTEXT_LENGTH, pictures, texts
 
@@ -304,6 +305,18 @@ def test_deviation_keeps_what_is_no_number():
     found.add(0.1, 0.9)
     assert math.isnan(found.error)
     assert math.isnan(found.cosine)
+
+
+def test_part_of_a_model_is_not_filled_up_with_random_numbers(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    part = tmp_path / "part"
+    HfClipVisionModelWithProjection.from_pretrained(repository).save_pretrained(part)
+    before = listing(part)
+    assert main([str(part)]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"part has no weights for \S+ and \d+ more, which would be random numbers: it holds a", error)
+    assert listing(part) == before
 
 
 def test_what_cannot_be_exported_says_what_to_do(
