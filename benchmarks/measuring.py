@@ -3,13 +3,15 @@
 1. Every contender is called once, and what it returns is checked. Who computes something else, or cannot compute it
    here, is left out, with a line that says why: its speed would say nothing.
 2. Warm-up: three more unmeasured calls, or fewer once a second has passed.
-3. Rounds: everyone has one turn in each, so that all meet the same state of the machine. A turn is as many calls as
-   fill a tenth of a second. The figure is the median over the rounds.
+3. Rounds: everyone has one turn in each, so that all meet the same state of the machine, and each time in another
+   order, so that nobody always comes after the same one. A turn is as many calls as fill a tenth of a second. The
+   figure is the median over the rounds.
 
 Rounds end sooner when the table's time is used up, but not before the third.
 """
 
 import json
+import random
 import re
 import statistics
 import subprocess
@@ -202,13 +204,14 @@ def compare(table: Table, contenders: Sequence[Contender], *, rounds: int, secon
     for turn in range(rounds):
         if turn >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
-        for contender, count, seen in zip(present, calls, times, strict=True):
+        for place in random.Random(turn).sample(range(len(present)), len(present)):
+            contender, count = present[place], calls[place]
             say(f"round {turn + 1}, {contender.name}")
             start = time.perf_counter()
             for _ in range(count):
                 contender.work()
             synchronize(table.device)
-            seen.append((time.perf_counter() - start) / count)
+            times[place].append((time.perf_counter() - start) / count)
     say("")
     for contender, seen in zip(present, times, strict=True):
         facts = (contender.flops, contender.ceiling, contender.peak_memory)

@@ -81,7 +81,7 @@ def _gain(before: Callable[[], object], after: Callable[[], object], repeats: in
 def gain_of_packing(layer: Any, packed: nn.Module) -> float:
     """How many times as fast a linear map, an MLP or a patch embedding is as its replacement, measured here."""
     weight = (layer.fc1 if isinstance(layer, HfClipMLP) else layer).weight
-    count = rows_at_once() // 2
+    count = rows_at_once(weight.dtype) // 2
     shape: tuple[int, ...] = (count, weight.shape[1])
     if isinstance(layer, nn.Conv2d):  # so many patches side by side
         shape = (1, weight.shape[1], weight.shape[2], count * weight.shape[3])
@@ -271,6 +271,19 @@ def _pictures_at_once(tower: Any, pixels: int, stage: int) -> int:
     return max(1, (map_bytes_at_once() << stage) // widest)
 
 
+def _positions(tower: Any) -> int:
+    """Of a picture of a ViT's own size."""
+    return 1 + tower.config.grid_size**2
+
+
+def _rows_in_parts(tower: Any) -> Callable[[Tensor], int]:
+    """How many of these texts (B, L), or pictures (B, C, Y, X), a transformer takes at once."""
+    if tower.config.model_type == "hf_clip_text":
+        return lambda ids: rows_at_once(tower.dtype) // ids.shape[1]
+    area = tower.config.patch_size**2
+    return lambda pictures: rows_at_once(tower.dtype) // (1 + pictures[0, 0].numel() // area)
+
+
 def _is_of_own_size(pictures: Any, tower: Any) -> bool:
     """Whether these are pictures as the tower takes them, with nothing to be resampled or refused."""
     shape = (tower.config.num_channels, tower.config.image_size, tower.config.image_size)
@@ -316,11 +329,11 @@ def _encode_texts_by_length_(model: Any) -> None:
         if not is_simple:
             return whole(input_ids, attention_mask)
         lengths, order = lengths.sort()
-        features, first = [], 0
+        features, first, most = [], 0, rows_at_once(model.dtype)
         while first < len(order):
-            # As many texts as make no more than so many positions; the last of a part is its longest.
+            # As many texts as make no more than `most` positions; the last of a part is its longest.
             positions = torch.arange(1, len(order) - first + 1) * lengths[first:]
-            last = first + max(1, int((positions <= rows_at_once()).sum()))
+            last = first + max(1, int((positions <= most).sum()))
             features.append(whole(input_ids[order[first:last], : int(lengths[last - 1])]))
             first = last
         return torch.cat(features)[order.argsort()]
@@ -358,7 +371,7 @@ def _encode_images_by_class_token_(model: Any) -> None:
         is_simple = is_simple and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         if not is_simple or any(map(_has_hooks, _parts_around_the_last_layer(tower))):
             return whole(pixel_values, interpolate_pos_encoding)
-        size = rows_at_once() // (1 + tower.config.grid_size**2)
+        size = rows_at_once(tower.dtype) // _positions(tower)
         return _join([encode(part) for part in _even_parts(pixel_values, size)])
 
     model.encode_image = encode_image
@@ -417,18 +430,16 @@ def _suit_the_cache_(model: Any) -> list[str]:
         by_class_token = is_plain and _is_as_made(model, model.vision_model)
     for tower in [module for module in model.modules() if hasattr(module, "attnpool") or hasattr(module, "encoder")]:
         kind = tower.config.model_type
+        is_half_vit = kind == "hf_clip_vit" and tower.dtype == torch.bfloat16
+        if is_half_vit and tower.config._attn_implementation == "sdpa":
+            heads = tower.config.num_attention_heads
+            width = tower.config.hidden_size // heads
+            if gain_of_products(heads, width, _positions(tower), tower.dtype) >= LEAST_GAIN:
+                _attend_by_products_(tower)
         if kind == "hf_clip_resnet":
             _work_depth_first_(tower, _is_as_made(model, tower))
-        elif kind == "hf_clip_vit":
-            area = tower.config.patch_size**2
-            _work_in_parts_(tower, lambda pictures: rows_at_once() // (1 + pictures[0, 0].numel() // area))  # noqa: B023
-            if model.dtype == torch.bfloat16 and tower.config._attn_implementation == "sdpa":
-                heads, length = tower.config.num_attention_heads, 1 + tower.config.image_size**2 // area
-                width = tower.config.hidden_size // heads
-                if gain_of_products(heads, width, length, model.dtype) >= LEAST_GAIN:
-                    _attend_by_products_(tower)
         else:
-            _work_in_parts_(tower, lambda ids: rows_at_once() // ids.shape[1])
+            _work_in_parts_(tower, _rows_in_parts(tower))
     done = ["large batches cut into parts that stay in the cache"]
     if hasattr(model, "encode_text"):
         _encode_texts_by_length_(model)

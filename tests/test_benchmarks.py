@@ -111,10 +111,13 @@ def test_who_fails_is_left_out_and_what_is_ours_makes_the_table_a_failure():
 
 def test_everyone_has_a_turn_in_every_round():
     calls: list[str] = []
-    contenders = [Contender(name, lambda name=name: calls.append(name), 1) for name in "ab"]  # type: ignore[misc]
+    contenders = [Contender(name, lambda name=name: calls.append(name), 1) for name in "abc"]  # type: ignore[misc]
     table = compare(Table("title", "calls"), contenders, rounds=4)
-    assert calls == [*"aa", *"bb"] + [*"ab"] * 4  # a first call and a warm-up each, then the rounds
-    assert [len(row.seconds) for row in table.rows] == [4, 4]
+    assert calls[:6] == [*"aabbcc"]  # a first call and a warm-up each, then the rounds, in orders of their own
+    rounds = [tuple(calls[start : start + 3]) for start in range(6, len(calls), 3)]
+    assert [sorted(turns) for turns in rounds] == [[*"abc"]] * 4
+    assert len(set(rounds)) > 1
+    assert [len(row.seconds) for row in table.rows] == [4, 4, 4]
 
 
 def test_time_that_is_used_up_ends_the_rounds_after_the_third():

@@ -200,7 +200,7 @@ def test_optimized_model_computes_the_same(
     has_operators: bool,
     everything_pays: None,
 ):
-    monkeypatch.setattr(inference, "rows_at_once", lambda: rows_at_once)
+    monkeypatch.setattr(inference, "rows_at_once", lambda dtype: rows_at_once)
     monkeypatch.setattr(inference, "map_bytes_at_once", lambda: rows_at_once * 128)
     if not has_operators:
         monkeypatch.setattr(inference, "has_packed_operators", lambda dtype: False)
@@ -302,12 +302,30 @@ def test_optimized_models_of_full_size_compute_the_same(name: str):
     torch.manual_seed(0)
     model = HfClipModel(HfClipConfig.from_variant(name)).eval()
     size = model.config.vision_config.image_size
-    images = torch.randn(3 if size > 300 else 20, 3, size, size)
+    images = torch.randn(3 if size > 300 else 40 if name == "ViT-B/32" else 20, 3, size, size)
     ids = random_texts((5, 20, 12, 77, 9, 31), 49408, 77)
     expected = model.encode_image(images), model.encode_text(ids)
     model.optimize_for_inference()
     for found, wanted in zip((model.encode_image(images), model.encode_text(ids)), expected, strict=True):
         assert distance(found, wanted) < 1e-5
+
+
+def test_parts_grow_with_the_threads_and_shrink_with_the_type(repositories: dict[str, Path]):
+    """So that each thread has as much at once as where it was measured: on two threads."""
+    threads = torch.get_num_threads()
+    tower = AutoModel.from_pretrained(repositories["resnet"]).vision_model
+    pixels = 2240**2
+    try:
+        rows, pictures_at_once = [], []
+        for count in (1, 2, 64):
+            torch.set_num_threads(count)
+            rows.append([inference.rows_at_once(dtype) for dtype in (torch.float32, torch.bfloat16)])
+            pictures_at_once.append(inference._pictures_at_once(tower, pixels, 2))
+    finally:
+        torch.set_num_threads(threads)
+    assert rows == [[800, 1600], [1600, 3200], [51200, 102400]]
+    widest = 4 * tower.config.stem_width * (2240 // 4) ** 2 * 4
+    assert pictures_at_once == [max(1, count * (16 << 20) // widest) for count in (1, 2, 64)]
 
 
 def test_model_loaded_in_half_precision_is_optimized(repository: Path, tower: str, everything_pays: None):
@@ -360,7 +378,7 @@ def test_last_layer_of_image_features_is_computed_for_the_class_token(
     repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, hooked: str | None
 ):
     model = AutoModel.from_pretrained(repositories["vit"]).eval()
-    monkeypatch.setattr(inference, "rows_at_once", lambda: 20)  # two pictures of ten positions
+    monkeypatch.setattr(inference, "rows_at_once", lambda dtype: 20)  # two pictures of ten positions
     seen: list[str] = []
     if hooked is not None:
         model.vision_model.get_submodule(hooked).register_forward_hook(lambda *_: seen.append("hook"))
@@ -424,7 +442,7 @@ def test_towers_alone_can_be_optimized(repository: Path, tower: str):
 def test_outputs_of_all_layers_are_those_of_the_whole_batch(
     model: HfClipModel, tower: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(inference, "rows_at_once", lambda: 20)
+    monkeypatch.setattr(inference, "rows_at_once", lambda dtype: 20)
     monkeypatch.setattr(inference, "map_bytes_at_once", lambda: 20)
     expected = model.vision_model(pictures(tower), output_hidden_states=True).hidden_states
     expected_text = model.text_model(texts(), output_hidden_states=True).hidden_states
