@@ -488,9 +488,9 @@ class Optimizable:
         BatchNorm goes into convolutions, weights into the processor's order of memory, and large batches are cut into
         parts that stay in its cache; glibc is asked to keep freed memory, in the whole process; what doesn't pay on
         this processor is left out, and so are layers with hooks or adapters. Outputs change by at most 1e-5 relative
-        in float32, and by rounding in half precision. It cannot be undone: the model cannot be trained, saved,
-        exported or moved any more, other hooks may see parts of a batch, or tensors that later layers overwrite, and
-        autocast does not reach it: bring it into its type before.
+        in float32, and by rounding in half precision. It cannot be undone: the model cannot be trained, saved or
+        moved any more, nor, where weights were reordered, exported or compiled; autocast does not reach those layers,
+        so bring it into its type before. Other hooks may see parts of a batch, or tensors that later layers overwrite.
 
         returns: what was done and what was left as it is, in words, which `optimizations` holds too. Where nothing
                  was done the model is as it was, and `optimizations` None
