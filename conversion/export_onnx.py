@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from hf_clip import VARIANTS, HfClipImageProcessor, HfClipModel, HfClipProcessor
@@ -58,15 +59,17 @@ class Written:
 def load_model(source: str | Path) -> HfClipModel:
     """The model in float32.
 
-    Raises ValueError for what must be converted first and for a folder that holds a part of a model, OSError for what
-    isn't there.
+    Raises ValueError for what must be converted first and for a folder that holds a part of a model or a damaged file,
+    OSError for what isn't there.
     """
     if str(source) in VARIANTS or Path(source).is_file():
         kind = "a file" if Path(source).is_file() else "one of OpenAI's checkpoints"
         raise ValueError(f"{source} is {kind}; make a folder of it first: python -m conversion.convert {source} FOLDER")
-    model, loaded = HfClipModel.from_pretrained(
-        source, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
+    settings = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    try:
+        model, loaded = HfClipModel.from_pretrained(source, **settings)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {source} are damaged or cut off ({error}); copy them again.") from error
     if absent := sorted(loaded["missing_keys"]):
         raise ValueError(
             f"{source} has no weights for {absent[0]} and {len(absent) - 1:,} more, which would be random numbers: it "

@@ -46,10 +46,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     pixels whose channels lie side by side, which costs no copy. Traced, compiled and exported models have the linear
     map itself, and so have weights of other kinds than plain tensors (quantised, sharded).
     """
-    outputs, inputs = weight.shape
     is_faster = _is_faster_as_convolution(input, weight)
-    if not is_faster or not (count := _pictures_for_onednn(input.numel() // inputs)):
+    if not is_faster or not (count := _pictures_for_onednn(input.numel() // weight.shape[1])):
         return nn.functional.linear(input, weight, bias)
+    outputs, inputs = weight.shape
     pixels = input.reshape(count, -1, 1, inputs).permute(0, 3, 1, 2)  # (count, inputs, rows / count, 1)
     maps = nn.functional.conv2d(pixels, weight[:, :, None, None], bias)  # (count, outputs, rows / count, 1)
     return maps.permute(0, 2, 3, 1).reshape(*input.shape[:-1], outputs)

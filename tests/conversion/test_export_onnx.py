@@ -319,6 +319,19 @@ def test_part_of_a_model_is_not_filled_up_with_random_numbers(
     assert listing(part) == before
 
 
+@pytest.mark.parametrize("kept", [0, 1000], ids=["empty", "cut off"])
+def test_damaged_weights_are_one_line(
+    repositories: dict[str, Path], kept: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = shutil.copytree(repositories["vit"], tmp_path / "folder")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert main([str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"^error: The weights in \S+folder are damaged or cut off \(.+\); copy them again\.$", error, re.M)
+    assert not (folder / "onnx").exists()
+
+
 def test_what_cannot_be_exported_says_what_to_do(
     archives: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
