@@ -39,6 +39,7 @@ from .modeling_hf_clip import (
     HfClipViTModel,
 )
 from .openai import available_models, load, tokenize
+from .pictures_hf_clip import UnreadableImageError
 from .pipeline import register_pipeline as _register_pipeline
 from .processing_hf_clip import HfClipProcessor
 from .publishing import prepare_for_hub as _prepare_for_hub
@@ -89,6 +90,7 @@ __all__ = [
     "HfClipViTModel",
     "HfClipVisionModelOutput",
     "HfClipVisionModelWithProjection",
+    "UnreadableImageError",
     "Variant",
     "ZeroShotClassifier",
     "__version__",

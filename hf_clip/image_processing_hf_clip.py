@@ -26,7 +26,16 @@ from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload, find_foreign
-from .pictures_hf_clip import UNREADABLE, channel_axis, check_unit_range, flatten_pictures, is_to_be_opened, to_picture
+from .pictures_hf_clip import (
+    UNREADABLE,
+    UnreadableImageError,
+    at_place,
+    channel_axis,
+    check_unit_range,
+    flatten_pictures,
+    is_to_be_opened,
+    to_picture,
+)
 from .resizing_hf_clip import Layout, cut_centre, fit_inside, scale_and_cut, scale_and_cut_tensor, shorter_side_to
 
 OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -227,18 +236,14 @@ def _check_values(pixels: Tensor, first: int) -> None:
     if pixels.dtype == torch.uint8:
         return
     if not pixels.is_floating_point():
-        raise ValueError(
-            f"images[{first}] is a tensor of {pixels.dtype}, but uint8 from 0 to 255 or floats from 0 to 1 are needed."
-        )
+        problem = f" is a tensor of {pixels.dtype}, but uint8 from 0 to 255 or floats from 0 to 1 are needed."
+        raise UnreadableImageError(f"images[{first}]", problem, first)
     with torch.no_grad():
         flat = pixels.flatten(1)
         low, high = flat.amin(1), flat.amax(1)  # NaN wins both
         for index, (least, most) in enumerate(zip(low.tolist(), high.tolist(), strict=True), start=first):
-            if not np.isfinite((least, most)).all():
-                raise ValueError(
-                    f"images[{index}] has values that are not finite (NaN or infinity); repair it, or leave it out."
-                )
-            check_unit_range(least, most, f"images[{index}]")
+            with at_place(index):
+                check_unit_range(least, most, f"images[{index}]")
 
 
 class HfClipImageProcessor(HubUpload, BaseImageProcessor):
@@ -382,13 +387,13 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
         def process(index: int) -> np.ndarray:
             item, name = items[index], f"images[{index}]"
             is_scaled = hasattr(item, "dtype") and "float" in str(item.dtype)
-            picture = to_picture(item, name, data_format=data_format, draft=draft)
-            try:
-                write = steps.run(picture, is_scaled)
-            except UNREADABLE as error:
-                raise ValueError(
-                    f"{name} (mode {picture.mode}, {picture.width}x{picture.height}) cannot be processed: {error}"
-                ) from error
+            with at_place(index):
+                picture = to_picture(item, name, data_format=data_format, draft=draft)
+                try:
+                    write = steps.run(picture, is_scaled)
+                except UNREADABLE as error:
+                    described = f"mode {picture.mode}, {picture.width}x{picture.height}"
+                    raise UnreadableImageError(name, f" ({described}) cannot be processed: {error}") from error
             return write(None if batch is None else batch[index])
 
         workers = min(num_threads or torch.get_num_threads(), len(items))
@@ -414,10 +419,10 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
             axis = channel_axis(tuple(batch.shape[1:]), data_format, "images[0]") if len(batch) else 0
             groups = [batch.movedim(axis + 1, 1)]
         else:
-            tensors = [
-                _as_tensor(item, f"images[{index}]", steps, data_format, device, draft)
-                for index, item in enumerate(flatten_pictures(images))
-            ]
+            tensors = []
+            for index, item in enumerate(flatten_pictures(images)):
+                with at_place(index):
+                    tensors.append(_as_tensor(item, f"images[{index}]", steps, data_format, device, draft))
             kinds = {(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors}
             groups = [_stack(tensors)] if len(kinds) == 1 else [tensor[None] for tensor in tensors]
         if sum(map(len, groups)) == 0:

@@ -10,6 +10,8 @@ Dimensions: H × W pixels, C channels.
 import base64
 import binascii
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from io import BytesIO
 from typing import Any
@@ -27,6 +29,39 @@ SMALLEST_PICTURE = 30
 
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """What Pillow raises where a file is no picture, or only part of one."""
+
+
+class UnreadableImageError(ValueError):
+    """One image among those given cannot be opened, or is none.
+
+    Its text is `name` and `problem`, one after the other. Whoever knows more of where the image was calls `place`.
+
+    Attributes:
+        index: the image's place among all that were given, from 0, or None where it is the only one.
+        name: what the text calls it, e.g. "images[3]".
+        problem: what is wrong with it and what to do.
+    """
+
+    def __init__(self, name: str, problem: str = "", index: int | None = None):
+        super().__init__(name, problem, index)  # with all of them it can be pickled
+        self.name, self.problem, self.index = name, problem, index
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.problem}"
+
+    def place(self, index: int | None) -> None:
+        """Name the image by its place in what the user gave; None for a single image."""
+        self.index, self.name = index, "the image" if index is None else f"images[{index}]"
+
+
+@contextmanager
+def at_place(index: int | None) -> Iterator[None]:
+    """Whatever UnreadableImageError is raised in here names its image by this place; see `place`."""
+    try:
+        yield
+    except UnreadableImageError as error:
+        error.place(index)
+        raise
 
 
 def is_to_be_opened(item: Any) -> bool:
@@ -91,7 +126,7 @@ def turn_upright(picture: Image.Image) -> Image.Image:
 
 
 def open_picture(
-    source: Any, name: str = "the picture", *, timeout: float | None = None, draft: int | None = None
+    source: Any, name: str = "the image", *, timeout: float | None = None, draft: int | None = None
 ) -> Image.Image:
     """Open a picture, turned as its EXIF orientation says, in its own mode.
 
@@ -101,7 +136,7 @@ def open_picture(
     draft:   the shorter side that is wanted; a JPEG of more than four times that is decoded at a half, a quarter
              or an eighth of its size, which is faster and not exact
 
-    Raises ValueError that names the picture and what is wrong with it.
+    Raises UnreadableImageError, a ValueError that names the picture and what is wrong with it.
     """
     try:
         with Image.open(_content(source, timeout)) as picture:
@@ -110,14 +145,16 @@ def open_picture(
             picture.load()
             return turn_upright(picture)
     except FileNotFoundError:
-        raise ValueError(f"{name}: there is no file {str(source)[:200]!r}; check the path.") from None
+        raise UnreadableImageError(name, f": there is no file {str(source)[:200]!r}; check the path.") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{name} is too large: {error} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS, or scale it down."
+        raise UnreadableImageError(
+            name, f" is too large: {error} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS, or scale it down."
         ) from error
     except (*UNREADABLE, URLError, HTTPException, TypeError) as error:
         described = f"{str(source)[:80]!r}, " if isinstance(source, (str, os.PathLike)) else ""
-        raise ValueError(f"{name} cannot be opened ({described}{error}); replace it, or leave it out.") from error
+        raise UnreadableImageError(
+            name, f" cannot be opened ({described}{error}); replace it, or leave it out."
+        ) from error
 
 
 def _as_levels(array: np.ndarray, name: str) -> np.ndarray:
@@ -127,23 +164,27 @@ def _as_levels(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype == bool:
         return array.astype(np.uint8) * np.uint8(255)
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(
-            f"{name} is an array of {array.dtype}, but pictures are needed: pass Pillow pictures, arrays of uint8 from "
-            f"0 to 255, or of floats from 0 to 1."
+        raise UnreadableImageError(
+            name,
+            f" is an array of {array.dtype}, but pictures are needed: pass Pillow pictures, arrays of uint8 from "
+            f"0 to 255, or of floats from 0 to 1.",
         )
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} has values that are not finite (NaN or infinity); repair it, or leave it out.")
-    low, high = float(array.min(initial=0)), float(array.max(initial=0))
+    low, high = float(array.min(initial=0)), float(array.max(initial=0))  # NaN wins both
     check_unit_range(low, high, name)
     return np.round(array.clip(0, 1) * 255).astype(np.uint8)
 
 
 def check_unit_range(low: float, high: float, name: str) -> None:
     """Refuse float pictures that are not on the scale from 0 to 1."""
+    if not np.isfinite((low, high)).all():
+        raise UnreadableImageError(
+            name, " has values that are not finite (NaN or infinity); repair it, or leave it out."
+        )
     if low < -GREY_LEVEL or high > 1 + GREY_LEVEL:
-        raise ValueError(
-            f"{name} holds floats from {low:.4g} to {high:.4g}, but from 0 to 1 is needed. Divide pictures of 0 to 255 "
-            f"by 255 or pass them as uint8; pictures that are normalised already need no image processor."
+        raise UnreadableImageError(
+            name,
+            f" holds floats from {low:.4g} to {high:.4g}, but from 0 to 1 is needed. Divide pictures of 0 to 255 "
+            f"by 255 or pass them as uint8; pictures that are normalised already need no image processor.",
         )
 
 
@@ -153,9 +194,10 @@ def channel_axis(shape: tuple[int, ...], data_format: str | None, name: str) -> 
     likely = 0 if shape[0] in (1, 3) and shape[-1] not in (1, 3) else 2
     axis = likely if given is None else (0 if given == "channels_first" else 2)
     if shape[axis] not in (1, 3) or 0 in shape:
-        raise ValueError(
-            f"{name} is an array of shape {tuple(shape)}, but (H, W), (H, W, 3) or (3, H, W) is needed. Of four "
-            f"channels, leave the transparency out."
+        raise UnreadableImageError(
+            name,
+            f" is an array of shape {tuple(shape)}, but (H, W), (H, W, 3) or (3, H, W) is needed. Of four "
+            f"channels, leave the transparency out.",
         )
     return axis
 
@@ -171,11 +213,11 @@ def to_picture(
         item = open_picture(item, name, timeout=timeout, draft=draft)
     if isinstance(item, Image.Image):
         if 0 in item.size:
-            raise ValueError(f"{name} has {item.width}x{item.height} pixels; a picture needs at least one.")
+            raise UnreadableImageError(name, f" has {item.width}x{item.height} pixels; a picture needs at least one.")
         return item
     if not hasattr(item, "ndim"):
-        raise ValueError(
-            f"{name} is of type {type(item).__name__}, but pictures are needed: Pillow pictures, paths, or arrays."
+        raise UnreadableImageError(
+            name, f" is of type {type(item).__name__}, but pictures are needed: Pillow pictures, paths, or arrays."
         )
     if hasattr(item, "detach"):
         item = item.detach().cpu()
@@ -186,7 +228,7 @@ def to_picture(
         array = array.transpose(1, 2, 0) if axis == 0 else array
         array = array[..., 0] if array.shape[-1] == 1 else array
     elif array.ndim != 2 or array.size == 0:
-        raise ValueError(
-            f"{name} is an array of shape {tuple(array.shape)}, but (H, W), (H, W, 3) or (3, H, W) is needed."
+        raise UnreadableImageError(
+            name, f" is an array of shape {tuple(array.shape)}, but (H, W), (H, W, 3) or (3, H, W) is needed."
         )
     return Image.fromarray(np.ascontiguousarray(_as_levels(array, name)))

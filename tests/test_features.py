@@ -1,13 +1,15 @@
 """Features of texts and pictures: order, batches, and independence from who else is in the batch."""
 
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from hf_clip import HfClipModel
+from hf_clip import HfClipModel, UnreadableImageError
 from hf_clip.features import encode_images, encode_texts
 
 TEXTS = ["a cat", "the man on the moon", "coffee", "it’s a rocket", "a", "two dogs"]
@@ -45,6 +47,32 @@ def test_bad_picture_is_named_by_its_place_among_all(model: HfClipModel, process
         encode_images(model, processor, pictures, batch_size=2)
     with pytest.raises(ValueError, match="no pictures"):
         encode_images(model, processor, [])
+
+
+@pytest.mark.parametrize("backend", ["pil", "torch"])
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        ("nowhere.jpg", ": there is no file 'nowhere.jpg'"),
+        (b"text", " cannot be opened"),
+        (np.full((9, 9, 3), np.nan), " has values that are not finite"),
+        (np.full((9, 9, 3), 255.0), " holds floats from .* to 255"),
+        (np.zeros((9, 9, 3), np.int64), "of .*int64"),
+        (np.zeros((9, 9, 4), np.uint8), " is an array of shape"),
+        (7, " is of type int"),
+    ],
+    ids=["no-file", "no-image", "nan", "to-255", "int64", "four-channels", "number"],
+)
+def test_unreadable_image_is_told_by_an_index(processor, photographs: dict, backend: str, bad: object, problem: str):
+    images = [*list(photographs.values())[:3], bad]
+    with pytest.raises(UnreadableImageError, match=problem) as caught:
+        processor.image_processor(images, return_tensors="pt", backend=backend)
+    error = pickle.loads(pickle.dumps(caught.value))
+    for found in (error, caught.value):
+        assert found.index == 3
+        assert found.name == "images[3]"
+        assert str(found).startswith("images[3]")
+        assert isinstance(found, ValueError)
 
 
 def test_text_features_do_not_depend_on_padding(model: HfClipModel, processor):
