@@ -8,6 +8,7 @@ os.environ["TQDM_DISABLE"] = "1"
 os.environ.update({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,15 @@ from .small import DIMENSIONS, IMAGE_SIZES
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) -> None:
+    """Refuse a parameter whose bytes or path would become part of a test's name.
+
+    The workers of one run must collect equal names, and a path or compressed bytes may differ from process to process.
+    """
+    if isinstance(val, (bytes, bytearray, os.PathLike)):
+        raise pytest.UsageError(f"The parameter {argname} is {type(val).__name__}: give it a name, with ids=[...].")
 
 
 @pytest.fixture(params=["vit", "resnet"])

@@ -48,7 +48,7 @@ def test_sets_have_what_was_published():
         ([], "There are no templates"),
         (3, "templates is a int"),
         ([3], "The template 3 is no text and no function"),
-        (Path("no such file"), "The templates 'no such file' cannot be read"),
+        pytest.param(Path("no such file"), "The templates 'no such file' cannot be read", id="missing file"),
     ],
 )
 def test_bad_templates_are_refused(templates: object, message: str):

@@ -41,6 +41,7 @@ def test_archive_is_kept_once_its_checksum_is_right(index: dict[str, bytes], tmp
         (page("md5=0"), "gives no sha256 of"),
         (page("", name="transformers-0.1.tar.gz"), "has no transformers-"),
     ],
+    ids=["another sum", "no sum", "another version"],
 )
 def test_nothing_is_kept_of_anything_else(index: dict[str, bytes], tmp_path: Path, answer: bytes, message: str):
     index["https://index/simple/transformers/"] = answer

@@ -107,6 +107,7 @@ def test_files_with_fields(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "is no JSON"), (b'{"model_type": "hf_cl', "is no JSON"), (b"[]", "no object"), (None, "check the path")],
+    ids=["empty", "truncated", "a list", "missing"],
 )
 def test_damaged_config_of_a_checkpoint(
     content: bytes | None, message: str, archives: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture

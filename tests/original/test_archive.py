@@ -289,7 +289,9 @@ def test_endless_tree_of_modules_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "pickled", [b"\x80\x02Nr\xff\xff\xff\x0f.", b"\x80\x04\x8e" + b"\xff" * 8 + b".", b"\x80\x02(((((."]
+    "pickled",
+    [b"\x80\x02Nr\xff\xff\xff\x0f.", b"\x80\x04\x8e" + b"\xff" * 8 + b".", b"\x80\x02(((((."],
+    ids=["memo", "length", "marks"],
 )
 def test_pickle_that_asks_for_too_much_is_refused(tmp_path: Path, pickled: bytes):
     with pytest.raises(CheckpointError, match="file.pt (holds a pickle that is no checkpoint's|is truncated)"):
