@@ -7,7 +7,6 @@ Invariant: a token is handed to huggingface_hub and to nothing else; no message 
 """
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -176,15 +175,6 @@ def link_all(source: Path, target: Path) -> None:
             (target / upload.name).symlink_to((source / upload.name).resolve())
 
 
-def publish_trained(folder: str | Path, repo_id: str, message: str) -> str:
-    """Push what a training run has saved, which has its card already, with the code that loads it."""
-    with tempfile.TemporaryDirectory(prefix="publish-") as temporary:
-        link_all(Path(folder), Path(temporary))
-        if described_in(Path(temporary)).get("config.json", {}).get("model_type") in MODEL_MAPS:
-            add_remote_code(temporary)
-        return publish_folder(temporary, repo_id, message=message)
-
-
 def card_of_folder(folder: str | Path, repo_id: str) -> str:
     """A card for a model that nothing more is known of than its configuration."""
     config = HfClipConfig.from_pretrained(folder)
@@ -223,5 +213,4 @@ __all__ = [
     "list_uploads",
     "prepare_for_hub",
     "publish_folder",
-    "publish_trained",
 ]

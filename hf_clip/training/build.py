@@ -23,14 +23,11 @@ from .collator import PairCollator
 from .config import TrainingConfig
 from .data import PairLoader, build_loader
 from .lora import add_lora_
-from .optim import create_optimizer
+from .optim import create_optimizer, warmup_steps
 from .pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
 from .scratch import build_from_scratch, read_config
 from .surgery import set_image_size_, set_text_length_, switch_to_sigmoid_
 from .trainable import freeze_batch_norm_, lock_, synchronize_batch_norm_
-
-LONGEST_DEFAULT_WARMUP = 2000
-"""The paper's (table 18); shorter runs warm up for a twentieth of their steps."""
 
 MOST_CAPTIONED_ROWS = 1_000_000
 
@@ -173,9 +170,7 @@ def build_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.opt
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int) -> Any:
-    warmup = config.warmup_steps
-    if warmup is None:
-        warmup = min(total_steps // 20, LONGEST_DEFAULT_WARMUP)
+    warmup = warmup_steps(config.warmup_steps, total_steps)
     if warmup > total_steps:
         raise ValueError(f"warmup_steps is {warmup}, but the run has {total_steps} steps; take at most as many.")
     try:

@@ -32,6 +32,9 @@ BY_THE_TABLE = ("Adam", "AdamW", "Adam8bit", "AdamW8bit", "PagedAdam8bit", "Page
 EIGHT_BIT = ("Adam8bit", "AdamW8bit", "Lion8bit", "PagedAdam8bit", "PagedAdamW8bit", "PagedLion8bit", "SGD8bit")
 """Those of bitsandbytes."""
 
+LONGEST_DEFAULT_WARMUP = 2000
+"""The paper's (table 18); shorter runs warm up for a twentieth of their steps."""
+
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Where torch has one step for all parameters; on two CPU cores it took a quarter of the time."""
 
@@ -118,6 +121,11 @@ def parameter_groups(
         if part not in group["parts"]:
             group["parts"].append(part)
     return list(groups.values())
+
+
+def warmup_steps(given: int | None, total_steps: int) -> int:
+    """Steps until the peak rate: as given, else 5 % of the run, at most `LONGEST_DEFAULT_WARMUP`."""
+    return min(total_steps // 20, LONGEST_DEFAULT_WARMUP) if given is None else given
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -26,6 +26,7 @@ from ..modeling_hf_clip import HfClipModel
 from ..publishing import PublishingError
 from .averaging import MovingAverage, interpolate_weights
 from .bad_rows import BadRows, find_refusal
+from .card import RunFacts
 from .checkpoint import (
     RunState,
     find_checkpoint,
@@ -342,9 +343,13 @@ class Run:
             model.state_dict(),
             self.config,
             self.figures,
-            steps=self.state.step if self.saved_step is None else self.saved_step,
-            global_batch=self.global_batch,
-            alpha=self.alpha,
+            RunFacts(
+                step=self.state.step if self.saved_step is None else self.saved_step,
+                total_steps=self.total_steps,
+                global_batch=self.global_batch,
+                launched=self.launched,
+                alpha=self.alpha,
+            ),
         )
         if not has_curve:
             print("note: the curve of the card was not drawn: pip install matplotlib", file=sys.stderr)

@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 
+from hf_clip.remote_code import TRAVELLING
 from hf_clip.training.config import parse_config
-from hf_clip.training.results import is_repository, shown
 
 from ..finetuning import ROOT, launch, options, records, train, weights
 from ..hub_server import TOKEN, HubServer
@@ -49,7 +49,8 @@ def test_folder_is_complete_and_its_card_can_be_read_by_the_hub(digits: Path, tm
     chosen = {"max_steps": 4, "validation": "100", "checkpoint_steps": 2, "logging_steps": 2, "lock": "image:1"}
     out = train(digits, tmp_path / "my-digits", **chosen)
     names = {path.name for path in out.iterdir()}
-    assert names == {"README.md", "checkpoints", "config.json", "metrics.jsonl", "model.safetensors"} | {
+    code = {f"{name}.py" for name in TRAVELLING}
+    assert names == code | {"README.md", "checkpoints", "config.json", "metrics.jsonl", "model.safetensors"} | {
         *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
         *("training-curve.png", "training_config.json"),
     }
@@ -117,16 +118,6 @@ def test_tensorboard_gets_every_record(digits: Path, tmp_path: Path):
         expected = [(record["step"], record[name]) for record in records(out, key)]
         assert [step for step, _ in found] == [step for step, _ in expected] == [2, 4]
         assert [value for _, value in found] == pytest.approx([value for _, value in expected])
-
-
-def test_names_on_the_card_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my" / "pairs").mkdir(parents=True)
-    assert is_repository("openai/clip-vit-base-patch32")
-    assert not any(map(is_repository, [None, "my/pairs", "./a", "/a/b", "~/a", "a", "a/b/c"]))
-    assert not any(map(is_repository, ["shards/*.tar", "user/name:config", "data/pairs.csv", "a b/c"]))
-    assert (shown("openai/clip"), shown("my/pairs"), shown("/home/me/pairs")) == ("openai/clip", "pairs", "pairs")
-    assert (shown("user/name:config"), shown("shards/*.tar")) == ("user/name:config", "*.tar")
 
 
 # --- publication -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,199 @@
+"""The card of a trained model: what it comes from, everything that decided how it was trained, what was measured.
+
+Invariant: an option that decides what comes out of a run (`TrainingConfig.identity`) stands on the card wherever it has
+another value than its default, so a new option cannot be forgotten here.
+"""
+
+import dataclasses
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCard, EvalResult, ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..configuration_hf_clip import HfClipConfig
+from ..model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_section
+from .config import TrainingConfig
+from .optim import warmup_steps
+from .sources import parse_sources
+
+FILES = (".csv", ".json", ".jsonl", ".parquet", ".tar", ".txt")
+
+ALWAYS = ("learning_rate", "optimizer", "weight_decay", "scheduler", "augmentation", "seed")
+"""Options that stand on every card, with their defaults too."""
+
+SAID_OTHERWISE = ("model", "variant", "dataset", "loss", "warmup_steps")
+"""Options whose value stands on the card in other words: in its first sentence, or as what became of it."""
+
+LABELS = {"scheduler": "schedule", "lock": "locked", "lora_rank": "LoRA rank", "ema_decay": "moving average of weights"}
+"""Rows whose name is not the option's."""
+
+PRECISIONS = {"no": "float32", "bf16": "bfloat16 (mixed)", "fp16": "float16 (mixed)", "fp8": "float8 (mixed)"}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the options alone do not tell of a run.
+
+    Attributes:
+        step: after which the saved weights were.
+        total_steps: steps of the whole run.
+        global_batch: pairs of all processes that are contrasted with each other.
+        launched: see `launch_settings`.
+        alpha: with which the weights were averaged with the pretrained ones.
+    """
+
+    step: int
+    total_steps: int
+    global_batch: int
+    launched: dict[str, Any]
+    alpha: float | None = None
+
+
+def is_repository(name: str | None) -> bool:
+    """Whether this may be said on the Hub to be a repository: a local folder's name means nothing there."""
+    if name is None or name.count("/") != 1 or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return Path(name).suffix not in FILES
+
+
+def shown(name: str) -> str:
+    """A model's or a data set's name as it may be published: of a folder on this machine its last part."""
+    repository, _, configuration = name.partition(":")
+    if configuration and is_repository(repository):
+        return name
+    return name if is_repository(name) else Path(name).name
+
+
+@lru_cache(maxsize=64)
+def licence_of(name: str, kind: type[ModelCard] | type[DatasetCard] = ModelCard) -> str | None:
+    """The licence that a model's or data set's own card states; None where there is no card, or none can be had.
+
+    Args:
+        name: a folder or a repository on the Hub.
+        kind: `ModelCard` or `DatasetCard`.
+    """
+    path = Path(name)
+    if not path.is_dir() and not is_repository(name):
+        return None
+    with suppress(Exception):  # a card without network, without metadata or with others than the Hub's is no reason to
+        licence = kind.load(path / "README.md" if path.is_dir() else name).data.get("license")  # lose what was trained
+        return ", ".join(map(str, licence)) if isinstance(licence, list) else licence and str(licence)
+    return None
+
+
+def results_of(figures: dict[str, float], config: TrainingConfig) -> list[EvalResult]:
+    """Figures of the validation data for the model-index."""
+    sources = [shown(source.path) for source in parse_sources(config.dataset)]
+    return [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            dataset_type=sources[0],
+            dataset_name=" and ".join(sources),
+            dataset_split=f"validation ({config.validation})",
+            metric_type=metric.replace("@", "_at_"),
+            metric_name=metric.replace("_", " "),
+            metric_value=round(value, 4),
+        )
+        for metric, value in figures.items()
+    ]
+
+
+def licence_rows(config: TrainingConfig) -> dict[str, str]:
+    """What the cards of the base model and of the data say of their licences, each by its name."""
+    rows = {}
+    if config.model is not None:
+        rows["licence of the base model"] = licence_of(config.model) or "not stated where it was loaded from"
+    for source in parse_sources(config.dataset):
+        name = source.path.partition(":")[0] if not Path(source.path).exists() else source.path
+        rows[f"licence of {shown(source.path)}"] = licence_of(name, DatasetCard) or "not stated where it was read from"
+    return rows
+
+
+def row_name(option: str) -> str:
+    """What an option is called on the card."""
+    return LABELS.get(option, option.replace("_", " "))
+
+
+def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[str, str]:
+    """Everything that decided how a model was trained, by name."""
+    launched, accumulated = facts.launched, int(facts.launched["gradient_accumulation_steps"])
+    rows: dict[str, Any] = {
+        "steps": facts.step if facts.step == facts.total_steps else f"{facts.step} of {facts.total_steps}",
+        "epochs": config.epochs and f"{config.epochs:g}",
+        "pairs contrasted with each other": facts.global_batch,
+        "batches added up to a step": f"{accumulated}, each contrasted by itself" if accumulated > 1 else None,
+        "processes": launched["processes"],
+        "wrapper": None if launched["wrapper"] == "none" else launched["wrapper"],
+        "precision": PRECISIONS.get(launched["mixed_precision"], launched["mixed_precision"]),
+        "compiler": None if launched["compiler"] == "no" else launched["compiler"],
+        "loss": loss,
+        "warm-up steps": warmup_steps(config.warmup_steps, facts.total_steps),
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, value in config.identity().items():
+        if name not in SAID_OTHERWISE and value is not None and (name in ALWAYS or value != defaults[name]):
+            rows[row_name(name)] = "yes" if value is True else value
+    rows["averaged with the pretrained weights, α"] = facts.alpha
+    return {name: str(value) for name, value in rows.items() if value is not None} | licence_rows(config)
+
+
+def measured_section(figures: dict[str, float], config: TrainingConfig) -> list[str]:
+    """What was measured of the saved weights on the validation data."""
+    return [
+        "## What was measured",
+        f"On the validation pairs ({config.validation}), with the weights that are here. Pairs that share an image or "
+        f"a caption are right answers to each other.",
+        markdown_table(["", "%"], [[name.replace("_", " "), f"{100 * v:.1f}"] for name, v in figures.items()]),
+    ]
+
+
+def trained_card(
+    model_config: HfClipConfig,
+    config: TrainingConfig,
+    figures: dict[str, float],
+    facts: RunFacts,
+    curve: str | None = None,
+) -> str:
+    """The README.md of a trained model.
+
+    Args:
+        figures: of the saved weights on the validation data; empty where nothing was evaluated.
+        curve: file with the plot of the run, where it could be drawn.
+    """
+    repo_id = config.push_to_hub or Path(config.output_dir).resolve().name
+    names = [source.path.partition(":")[0] for source in parse_sources(config.dataset)]  # user/name:config
+    metadata = card_metadata(
+        repo_id,
+        license=licence_of(config.model) if config.model is not None else None,
+        tags=["generated_from_trainer"],
+        base_model=config.model if is_repository(config.model) else None,
+        datasets=[name for name in names if is_repository(name)],
+        results=results_of(figures, config),
+    )
+    sources = ", ".join(f"`{shown(source.path)}`" for source in parse_sources(config.dataset))
+    origin = f"fine-tuned from `{shown(config.model)}`" if config.model else "trained from scratch"
+    parts = [
+        f"# {name_of(repo_id)}",
+        f"A CLIP model {origin} on {sources}.",
+        architecture_table(model_config),
+        "## How it was trained",
+        markdown_table(["", ""], training_rows(config, facts, model_config.contrastive_loss).items()),
+    ]
+    if curve is not None:
+        parts.append(f"![Loss and retrieval over the steps of training]({curve})")
+    if figures:
+        parts += measured_section(figures, config)
+    parts.append("## How to use it")
+    if config.push_to_hub is None:
+        parts.append(f"The snippets name the folder `{repo_id}` as it is seen from the folder that it lies in.")
+    parts.append(usage_section(model_config, repo_id, stock=config.output_format == "transformers"))
+    return card_text(metadata, "\n\n".join(parts))
