@@ -56,7 +56,7 @@ def encode_alone(
     """The most memory, in bytes, of a process that encodes twice and does nothing else; inputs is a file of tensors."""
     torch.set_num_threads(threads)
     encode = build(name, Case(Variant(**variant), Path(folder), kind, precision, "cpu", threads))
-    batch = torch.load(inputs)
+    batch = torch.load(inputs, weights_only=True)
     gc.collect()
     forget_peak_memory()
     for _ in range(2):

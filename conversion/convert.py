@@ -122,7 +122,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", choices=["model", "ema"], help="of a training checkpoint that has both")
     parser.add_argument("--vocab", help="bpe_simple_vocab_16e6.txt.gz, if neither installed nor on the Hub")
     parser.add_argument("--overwrite", action="store_true", help="replace the model's files in an existing folder")
-    parser.add_argument("--no-verify", action="store_true", help="don't compare a published file's sha256")
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="don't compare a file's sha256 with the published one, or with the Hub's",
+    )
     parser.add_argument("--offline", action="store_true", help="download nothing (also: HF_HUB_OFFLINE=1)")
     return parser.parse_args(arguments)
 

@@ -104,8 +104,8 @@ class OriginalCLIP(nn.Module):
 
 
 def _model_of_checkpoint(path: Path, verify: bool) -> HfClipModel:
-    """An original checkpoint, converted in memory to float32."""
-    _, config, tensors = read_original(path, verify)
+    """An original checkpoint, converted in memory to float32. verify: compare checksums"""
+    _, config, tensors = read_original(path, verify, check_sums=verify)
     with torch.device("meta"):
         model = HfClipModel(config)
     own = {name: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for name, t in tensors.items()}

@@ -16,8 +16,8 @@ from transformers.utils import cached_file
 from ..configuration_hf_clip import HfClipConfig, find_foreign
 from ..image_processing_hf_clip import HfClipImageProcessor
 from ..original.archive import Checkpoint, CheckpointError, printable, read_checkpoint
-from ..original.download import find_original
-from ..original.keys import expected_shapes
+from ..original.download import find_original, verify_file
+from ..original.keys import check_dtypes, expected_shapes
 from ..original.reading import read_original
 from ..original.vocabulary import find_vocabulary
 from ..processing_hf_clip import HfClipProcessor
@@ -135,6 +135,10 @@ def _check_names(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) 
             raise CheckpointError(
                 f"{source} has {name} of shape {tuple(tensor.shape)} where its configuration needs {shapes[name]}."
             )
+    try:
+        check_dtypes(kept)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source} {error}") from None
     return kept
 
 
@@ -149,12 +153,17 @@ def _own_tokenizer(tokenizer: HfClipTokenizer, context_length: int) -> HfClipTok
     return own if own.get_vocab() == tokenizer.get_vocab() else tokenizer
 
 
-def _read_weights(source: Any, config: HfClipConfig, hub: dict[str, Any]) -> tuple[list[Checkpoint], dict[str, Tensor]]:
+def _read_weights(
+    source: Any, config: HfClipConfig, hub: dict[str, Any], *, verify: bool, check_sums: bool = True
+) -> tuple[list[Checkpoint], dict[str, Tensor]]:
     """The files behind a repository's weights, and those under our names, which are all that `config` needs."""
     if (foreign := find_foreign(source, hub)) is not None:
-        checkpoint, _, tensors = read_original(foreign.weights_file(), verify=False, config=config)
+        checkpoint, _, tensors = read_original(foreign.weights_file(), verify, check_sums=check_sums, config=config)
         return [checkpoint], tensors
-    checkpoints = [read_checkpoint(path) for path in _weight_files(source, hub)]
+    checkpoints = []
+    for path in _weight_files(source, hub):
+        is_verified = verify and verify_file(path)
+        checkpoints.append(read_checkpoint(path, check_sums=check_sums and not is_verified))
     tensors = {name: tensor for checkpoint in checkpoints for name, tensor in checkpoint.tensors.items()}
     return checkpoints, _check_names(source, tensors, config)
 
@@ -170,11 +179,11 @@ def check_model(source: str | Path, hub: dict[str, Any] | None = None) -> HfClip
         if Path(source).is_dir():
             check_folder(source)
         config = HfClipConfig.from_pretrained(source, **(hub or {}))
-        _read_weights(source, config, hub or {})
+        _read_weights(source, config, hub or {}, verify=False, check_sums=False)
         return config
 
 
-def _read_repository(source: Any, hub: dict[str, Any]) -> StoredModel:
+def _read_repository(source: Any, hub: dict[str, Any], verify: bool) -> StoredModel:
     """A folder or a repository on the Hub: ours, stock CLIP's or open_clip's. hub: as `from_pretrained` takes it"""
     if Path(source).is_dir():
         check_folder(source)
@@ -183,7 +192,7 @@ def _read_repository(source: Any, hub: dict[str, Any]) -> StoredModel:
         processor = HfClipProcessor.from_pretrained(source, **hub)
         for values in (config.__dict__, processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
             values.pop("auto_map", None)  # the code isn't taken along
-        checkpoints, tensors = _read_weights(source, config, hub)
+        checkpoints, tensors = _read_weights(source, config, hub, verify=verify)
     published = _published([checkpoint.path for checkpoint in checkpoints])
     tokenizer = _own_tokenizer(processor.tokenizer, config.text_config.max_position_embeddings)
     return StoredModel(config, tensors, tokenizer, processor.image_processor, checkpoints, published)
@@ -207,7 +216,8 @@ def read_model(
     config, activation, weights: for checkpoint files that don't say; see `read_original`. A `config` file may be
                 open_clip's or a config.json
     vocabulary: OpenAI's vocabulary file, for checkpoint files
-    verify:     a file that bears one of the nine published names must have that file's sha256
+    verify:     a file that bears one of the nine published names must have that file's sha256, and one in the Hub's
+                cache that which the Hub has
     progress:   called with a line that the user should read
 
     Raises FileNotFoundError, ConnectionError, CheckpointError or ValueError that says what to do.
@@ -220,7 +230,7 @@ def read_model(
         told = {"--config": config, "--activation": activation, "--weights": weights, "--vocab": vocabulary}
         if given := [flag for flag, value in told.items() if value is not None]:
             raise ValueError(f"{source} is a repository, which tells everything itself: leave out {', '.join(given)}.")
-        return _read_repository(source, {"local_files_only": True} if offline else {})
+        return _read_repository(source, {"local_files_only": True} if offline else {}, verify)
     given_config = None if config is None else read_config_file(config)
     vocabulary = find_vocabulary(vocabulary, offline)
     path = find_original(source, offline)

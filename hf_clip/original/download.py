@@ -6,6 +6,7 @@ when its sha256 is the published one.
 
 import hashlib
 import os
+import re
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -16,7 +17,7 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from ..variants import VARIANTS, Variant
-from .archive import CheckpointError
+from .errors import CheckpointError, printable
 
 PUBLISHED_AT = "https://openaipublic.azureedge.net/clip/models"
 """The published address is this, the file's sha256, and its name."""
@@ -47,19 +48,48 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def verify_published(path: Path) -> None:
-    """When a file bears one of OpenAI's nine names, it must be that file: its sha256 is compared with the table's.
+def published_sum(path: Path) -> str | None:
+    """The sha256 of the file that OpenAI published under this name; None for any other name."""
+    return next((variant.sha256 for variant in VARIANTS.values() if variant.checkpoint == path.name), None)
 
-    Raises CheckpointError with both sums when they differ.
+
+def cached_sum(path: Path) -> str | None:
+    """The sha256 that a file in the Hub's cache must have; None for files elsewhere.
+
+    The cache keeps large files under their sha256, `models--org--name/blobs/<sha256>`, and names of snapshots lead
+    there. Small ones have a git hash, which is shorter; where links are impossible, they are copied and have neither.
     """
-    expected = {variant.checkpoint: variant.sha256 for variant in VARIANTS.values()}.get(path.name)
-    if expected is None or not path.is_file():
-        return
-    if (found := sha256_of(path)) != expected:
+    target = path.resolve()
+    is_cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return target.name if is_cached and re.fullmatch("[0-9a-f]{64}", target.name) else None
+
+
+def verify_file(path: Path) -> bool:
+    """Compare a file's sha256 with the one that it is known to have: by a published name, or by the Hub's cache.
+
+    Returns:
+        Whether anything is known of it, and so the file is what it should be.
+
+    Raises:
+        CheckpointError: It has another one; the message has both.
+    """
+    if not path.is_file():
+        return False
+    published, cached = published_sum(path), cached_sum(path)
+    if published is None and cached is None:
+        return False
+    found = sha256_of(path)
+    if cached is not None and found != cached:
         raise CheckpointError(
-            f"{path} has sha256 {found}, but the published {path.name} has {expected}. Download it again; if it is a "
+            f"{path} has sha256 {found}, but the Hub's file has {cached}. Remove {path.resolve()} and load it again, "
+            f"which downloads it anew."
+        )
+    if published is not None and found != published:
+        raise CheckpointError(
+            f"{path} has sha256 {found}, but the published {path.name} has {published}. Download it again; if it is a "
             f"model of your own, rename it (the convert program also takes --no-verify)."
         )
+    return True
 
 
 def _download(url: str, unfinished: Path) -> None:
@@ -75,8 +105,8 @@ def _download(url: str, unfinished: Path) -> None:
     with response:
         if response.status != 206:  # the server sends the whole file, whatever was asked for
             start = 0
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        length = response.headers.get("Content-Length") or ""
+        total = start + int(length) if re.fullmatch("[0-9]{1,15}", length) else None  # anything else tells nothing
         with (
             unfinished.open("ab" if start else "wb") as file,
             byte_progress(f"Downloading {unfinished.stem}", total, start) as bar,
@@ -101,7 +131,7 @@ def fetch_original(variant: Variant, offline: bool = False, folder: str | Path |
     address = os.environ.get(ADDRESS_VARIABLE, PUBLISHED_AT).rstrip("/")
     url = f"{address}/{variant.sha256}/{variant.checkpoint}"
     if target.is_file():
-        verify_published(target)
+        verify_file(target)
         return target
     if offline or constants.HF_HUB_OFFLINE:
         raise FileNotFoundError(
@@ -117,8 +147,8 @@ def fetch_original(variant: Variant, offline: bool = False, folder: str | Path |
             _download(url, unfinished)
         except (HTTPError, URLError, HTTPException, OSError) as error:
             raise ConnectionError(
-                f"{variant.checkpoint} could not be downloaded from {url} ({error}). The same command goes on where it "
-                f"stopped; or put the file into {target.parent}."
+                f"{variant.checkpoint} could not be downloaded from {url} ({printable(str(error))}). The same command "
+                f"goes on where it stopped; or put the file into {target.parent}."
             ) from error
         if (found := sha256_of(unfinished)) != variant.sha256:
             unfinished.unlink()

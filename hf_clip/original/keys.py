@@ -21,10 +21,13 @@ from torch import Tensor
 from ..configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
 from ..modeling_hf_clip import HfClipModel
 from ..variants import VARIANTS, Variant
-from .archive import CheckpointError, printable
+from .errors import CheckpointError, printable
 
 HEAD_WIDTH = 64
 """All of OpenAI's towers, and the attention pools, have heads of this width; no tensor tells it."""
+
+TENSORS_OF_A_LAYER = 12
+"""The least that a layer of any tower has: weight and bias of two norms, of q, k and v, of three linear maps."""
 
 DESCRIPTIVE_SCALARS = ("input_resolution", "context_length", "vocab_size")
 """Original archives store these three beside the weights; shapes say the same."""
@@ -140,6 +143,11 @@ def _lookup(names: Iterable[str], rows: list[Row], templates_of: Callable[[Row],
     return found
 
 
+def _in_short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(lines[-1].strip())
+
+
 def _list_names(names: Iterable[str], most: int = 6) -> str:
     names = sorted(map(printable, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
@@ -165,26 +173,45 @@ def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def expected_shapes(config: HfClipConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model with this configuration; nothing is allocated."""
-    with torch.device("meta"):
-        model = HfClipModel(config)
+    """Name and shape of every tensor of a model with this configuration; nothing is allocated.
+
+    Raises CheckpointError when no tensor could be so large.
+    """
+    try:
+        with torch.device("meta"):
+            model = HfClipModel(config)
+    except (RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"describes a model that cannot be built ({_in_short(error)}).") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not floating-point numbers: the bits of some read as integers are those of no model.
+
+    Raises CheckpointError.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise CheckpointError(
+                f"has {printable(name)} of dtype {tensor.dtype}, but weights are floating-point numbers."
+            )
 
 
 def convert_names(state: Mapping[str, Tensor], config: HfClipConfig) -> dict[str, Tensor]:
     """Original names → ours. The result's tensors are views of the given ones, which stay as they are.
 
-    Raises CheckpointError that names every unknown or missing tensor, and every one of a wrong shape.
+    Raises CheckpointError that names every unknown or missing tensor, or one of a wrong shape or dtype.
     """
     weights = without_descriptions(state)
     rows = _lookup(weights, rows_for(config), lambda row: (row.original,))
     if unknown := weights.keys() - rows.keys():
         raise CheckpointError(f"holds tensors that no CLIP of this kind has: {_list_names(unknown)}.")
+    check_dtypes(weights)
     converted: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         row, values = rows[name]
         if not row.fits(tensor):
-            raise CheckpointError(f"has {name} of shape {tuple(tensor.shape)}, which no CLIP has.")
+            raise CheckpointError(f"has {printable(name)} of shape {tuple(tensor.shape)}, which no CLIP has.")
         converted |= zip((ours.format(**values) for ours in row.ours), row.forward(tensor), strict=True)
     expected = expected_shapes(config)
     if unknown := converted.keys() - expected.keys():
@@ -195,7 +222,9 @@ def convert_names(state: Mapping[str, Tensor], config: HfClipConfig) -> dict[str
         raise CheckpointError(f"lacks tensors of the model: {_list_names(original_names_of(missing, config))}.")
     for name, tensor in converted.items():
         if tuple(tensor.shape) != expected[name]:
-            raise CheckpointError(f"has {name} of shape {tuple(tensor.shape)} where {expected[name]} is needed.")
+            raise CheckpointError(
+                f"has {printable(name)} of shape {tuple(tensor.shape)} where {expected[name]} is needed."
+            )
     return converted
 
 
@@ -244,7 +273,11 @@ def _heads(name: str, width: int) -> int:
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    return len({match[1] for name in state if (match := re.match(pattern, name))})
+    """How many layers the names tell of. No more than the file has tensors for, since a model of them is built."""
+    count = len({match[1] for name in state if (match := re.match(pattern, name))})
+    if count * TENSORS_OF_A_LAYER > len(state):
+        raise CheckpointError(f"names {count} layers, but its {len(state)} tensors are too few for these.")
+    return count
 
 
 def _square_root(cells: int, name: str) -> int:
@@ -323,8 +356,7 @@ def config_from_shapes(state: Mapping[str, Any], activation: str = OPENAI_ACTIVA
     except CheckpointError:
         raise
     except (IndexError, ValueError, StrictDataclassError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"has tensors of shapes that no CLIP has ({reason}).") from error
+        raise CheckpointError(f"has tensors of shapes that no CLIP has ({_in_short(error)}).") from error
 
 
 def _architecture(values: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..configuration_hf_clip import HfClipConfig
 from .archive import Checkpoint, CheckpointError, read_checkpoint
-from .download import verify_published
+from .download import verify_file
 from .keys import OPENAI_ACTIVATION, config_from_shapes, convert_names, without_wrappers
 
 WEIGHTS = ("model", "ema")
@@ -32,13 +32,16 @@ def read_original(
     path: Path,
     verify: bool = True,
     *,
+    check_sums: bool = True,
     config: HfClipConfig | None = None,
     activation: str | None = None,
     weights: str | None = None,
 ) -> tuple[Checkpoint, HfClipConfig, dict[str, Tensor]]:
     """The checkpoint, its configuration, and its tensors under our names: views of the mapped file.
 
-    verify:     a file that bears one of the nine published names must have that file's sha256
+    verify:     a file that bears one of the nine published names must have that file's sha256, and one in the Hub's
+                cache that which the Hub has
+    check_sums: an archive's own checksums are compared, unless its sha256 was; see `read_checkpoint`
     config:     the model's configuration, where the file alone doesn't tell it all
     activation: "quick_gelu" or "gelu", for a training checkpoint that comes without a configuration
     weights:    "model" or "ema", for a training checkpoint that has both
@@ -46,9 +49,8 @@ def read_original(
     Raises FileNotFoundError, or CheckpointError for a file that is none of CLIP's, and for a training checkpoint whose
     activation nobody tells: no tensor shows it, and the wrong one spoils every feature by a little.
     """
-    if verify:
-        verify_published(path)
-    checkpoint = read_checkpoint(path)
+    is_verified = verify and verify_file(path)
+    checkpoint = read_checkpoint(path, check_sums=check_sums and not is_verified)
     try:
         stored = _choose_weights(checkpoint, weights)
         tensors = without_wrappers(stored)

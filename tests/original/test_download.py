@@ -25,6 +25,7 @@ class Server:
     stop_after: int | None = None
     knows_ranges: bool = True
     status: int | None = None
+    length: str | None = None
     requests: list[tuple[str, str | None]] = field(default_factory=list)
 
 
@@ -44,7 +45,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
                 self.send_error(416)
                 return
             self.send_response(206 if wanted and state.knows_ranges else 200)
-            self.send_header("Content-Length", str(len(state.content) - start))
+            self.send_header("Content-Length", state.length or str(len(state.content) - start))
             self.end_headers()
             end = len(state.content) if state.stop_after is None else start + state.stop_after
             self.wfile.write(state.content[start:end])
@@ -111,6 +112,12 @@ def test_server_without_ranges_is_asked_for_the_whole(server: Server, published:
     with pytest.raises(ConnectionError):
         fetch_original(VARIANTS["RN50"])
     server.stop_after, server.knows_ranges = None, False
+    assert fetch_original(VARIANTS["RN50"]).read_bytes() == published
+
+
+@pytest.mark.parametrize("length", ["many", "-5", "9" * 5000, "1e3"], ids=["word", "negative", "long", "float"])
+def test_length_that_is_no_number_tells_nothing(server: Server, published: bytes, length: str):
+    server.length = length
     assert fetch_original(VARIANTS["RN50"]).read_bytes() == published
 
 

@@ -170,3 +170,21 @@ def test_positions_must_form_a_square(state: dict[str, Tensor], tower: str):
         config_from_shapes(state | {name: torch.zeros(8, 128)})
     with pytest.raises(CheckpointError, match="but a square grid is needed"):
         config_from_shapes(state | {name: torch.zeros(0, 128)})
+
+
+def test_layers_without_tensors_are_refused_before_a_model_of_them_is_built(state: dict[str, Tensor]):
+    many = {f"transformer.resblocks.{n}.x": torch.zeros(1) for n in range(5000)}
+    with pytest.raises(CheckpointError, match=r"names 50\d\d layers, but its 5\d\d\d tensors are too few"):
+        config_from_shapes(state | many)
+
+
+def test_width_that_no_model_can_have_is_one_line(state: dict[str, Tensor]):
+    with pytest.raises(CheckpointError, match="describes a model that cannot be built"):
+        convert_names(state, config_from_shapes(state | {"ln_final.weight": torch.zeros(1).expand(2**40)}))
+
+
+def test_long_names_are_shown_in_short(state: dict[str, Tensor]):
+    config = config_from_shapes(state)
+    with pytest.raises(CheckpointError) as caught:
+        convert_names(state | {f"{n}" * 1000: torch.ones(1) for n in range(10)}, config)
+    assert len(str(caught.value)) < 1000
