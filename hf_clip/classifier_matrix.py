@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,11 +50,16 @@ class ClassifierMatrix:
     templates: list[str] | None = None
     fingerprint: Tensor | None = None
 
+    @property
+    def names(self) -> list[str | None]:
+        """What the columns of `score` stand for: the labels, then None where there are background labels."""
+        return [*self.labels, *([None] if self.weights.shape[1] > len(self.labels) else [])]
+
     def cosines(self, features: Tensor) -> Tensor:
         """(B, D) of any length → (B, C)."""
         if features.ndim != 2 or features.shape[1] != self.weights.shape[0]:
             raise ValueError(
-                f"The features have shape {tuple(features.shape)}, but this classifier was made for (pictures, "
+                f"The features have shape {tuple(features.shape)}, but this classifier was made for (images, "
                 f"{self.weights.shape[0]}): take the model whose text tower made it."
             )
         return normalize(features.float(), dim=-1) @ self.weights.to(features.device)
@@ -96,7 +102,7 @@ class ClassifierMatrix:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; name a file, e.g. {path / 'classifier.safetensors'}.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+        unfinished = path.with_name(f".{path.name}.unfinished-{uuid4().hex}")
         try:
             save_file(tensors, unfinished, metadata)
             os.replace(unfinished, path)

@@ -5,7 +5,7 @@ several names of one label.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,29 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
+
+class LabelError(ValueError):
+    """A label cannot be taken.
+
+    Attributes:
+        index: its place among the labels, or its image's place where the labels are those of images.
+    """
+
+    def __init__(self, message: str, index: int = -1):
+        super().__init__(message, index)
+        self.index = index
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 MARK = "\0label\0"
 """Stands for a label where a template is tried out."""
+
+
+def as_plain(text: Any) -> Any:
+    """A text as a `str`, also where it is one of NumPy's or another kind of `str`; anything else as it is."""
+    return str.__str__(text) if isinstance(text, str) else text
 
 
 def format_template(template: str) -> Template:
@@ -91,7 +112,7 @@ def read_templates(templates: Any) -> tuple[list[Template], list[str] | None]:
         templates = [templates]
     if not isinstance(templates, Iterable):
         raise ValueError(f"templates is a {type(templates).__name__}, but texts with {{}} or functions are needed.")
-    given = list(templates)
+    given = list(map(as_plain, templates))
     if not given:
         raise ValueError('There are no templates; pass at least one, e.g. "a photo of a {}.".')
     for template in given:
@@ -101,47 +122,58 @@ def read_templates(templates: Any) -> tuple[list[Template], list[str] | None]:
     return functions, given if all(isinstance(template, str) for template in given) else None
 
 
-def make_prompts(names: Iterable[str], templates: list[Template]) -> list[str]:
+def make_prompts(names: Iterable[str], templates: list[Template]) -> Iterator[str]:
     """Every name in every template: the templates of the first name, then those of the second, and so on."""
-    prompts = [template(name) for name in names for template in templates]
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise ValueError(f"A template made {prompt!r} of a label, but a text is needed.")
-    return prompts
+    for name in names:
+        for template in templates:
+            prompt = template(name)
+            if not isinstance(prompt, str):
+                raise ValueError(f"A template made {prompt!r} of a label, but a text is needed.")
+            yield prompt
 
 
 def read_labels(labels: Any) -> dict[str, list[str]]:
-    """Every label with its names.
+    """Every label with its names, as plain texts.
 
-    labels: a list of labels, each a text or a list of names of which the first is the label; a mapping from label to
-        name or names; or a `datasets.ClassLabel`
+    Args:
+        labels: a list (or any iterable, an array or a column of a data set) of labels, each a text or a list of names
+            of which the first is the label; a mapping from label to name or names; or a `datasets.ClassLabel`.
 
-    Raises ValueError for no labels, empty ones, and names that stand for two labels.
+    Returns:
+        The names of each label, in the order of the labels.
+
+    Raises:
+        LabelError: a ValueError with the `index` of a label that is empty, appears twice or has a name of another.
+        ValueError: there are no labels.
     """
-    if isinstance(labels, str) or not (isinstance(labels, Iterable) or hasattr(labels, "names")):
+    if hasattr(labels, "names") and not isinstance(labels, Iterable):
+        labels = labels.names
+    if isinstance(labels, str) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0:
         raise ValueError(
             f"labels is {labels!r:.60}, but a list of labels is needed, or a mapping from labels to names."
         )
-    if hasattr(labels, "names") and not isinstance(labels, Mapping):
-        labels = labels.names
     pairs = labels.items() if isinstance(labels, Mapping) else [(None, item) for item in labels]
     found: dict[str, list[str]] = {}
     owner: dict[str, str] = {}
     for place, (label, given) in enumerate(pairs):
-        names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+        several = isinstance(given, Iterable) and not isinstance(given, str) and getattr(given, "ndim", 1) > 0
+        names = list(map(as_plain, given)) if several else [as_plain(given)]
         for name in [*names, *([] if label is None else [label])]:
             if not isinstance(name, str) or not name.strip():
                 shown = given if label is None else {label: given}
-                raise ValueError(f"Label {place} is {shown!r:.60}, but a text with at least one letter is needed.")
+                raise LabelError(
+                    f"Label {place} is {shown!r:.60}, but a text with at least one letter is needed.", place
+                )
         if not names:
-            raise ValueError(f"Label {place} ({label!r}) has no names; give it at least one.")
-        label = names[0] if label is None else label
+            raise LabelError(f"Label {place} ({label!r}) has no names; give it at least one.", place)
+        label = names[0] if label is None else as_plain(label)
         if label in found:
-            raise ValueError(f"The label {label!r} appears twice; leave one out, or tell them apart by their names.")
+            twice = f"The label {label!r} appears twice; leave one out, or tell them apart by their names."
+            raise LabelError(twice, place)
         for name in names:
             if name in owner:
                 twice = f"for both {owner[name]!r} and {label!r}" if owner[name] != label else f"twice for {label!r}"
-                raise ValueError(f"The name {name!r} stands {twice}; a picture could not be told by it.")
+                raise LabelError(f"The name {name!r} stands {twice}; an image could not be told by it.", place)
             owner[name] = label
         found[label] = names
     if not found:

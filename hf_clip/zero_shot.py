@@ -1,16 +1,17 @@
-"""Zero-shot classification: labels × templates → a matrix of text features, made once; pictures × matrix → scores.
+"""Zero-shot classification: labels × templates → a matrix of text features, made once; images × matrix → scores.
 
 1. Every name of a label is put into every template and encoded; each feature is brought to length one.
 2. The features of a label are averaged, and the average is brought to length one again (section 3.1.4): a column.
-3. A picture's logits are its cosine similarities with the columns, times the logit scale.
+3. A image's logits are its cosine similarities with the columns, times the logit scale.
 
-Dimensions: B pictures, D embedding, L labels, K background labels, C = L + K columns.
+Dimensions: B images, D embedding, L labels, K background labels, C = L + K columns.
 """
 
 import math
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
+from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,28 @@ from torch.nn.functional import normalize
 
 from .calibration import fit_sigmoid, fit_softmax_scale, fit_thresholds
 from .classifier_matrix import SCORES, ClassifierMatrix, fingerprint_of
-from .features import encode_images, encode_texts, is_single_picture, tokenizer_of
-from .prompts import DEFAULT_TEMPLATE, make_prompts, read_labels, read_templates
+from .features import (
+    TextTooLongError,
+    check_batch_size,
+    check_texts,
+    encode_images,
+    encode_text_batches,
+    is_single_picture,
+    no_features,
+    progress_bar,
+    tokenizer_of,
+)
+from .prompts import DEFAULT_TEMPLATE, LabelError, Template, as_plain, make_prompts, read_labels, read_templates
 
 
 def default_scores(model: Any) -> str:
     """What the model was trained by."""
     return getattr(model.config, "contrastive_loss", "softmax")
+
+
+def check_top_k(top_k: Any) -> None:
+    if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
+        raise ValueError(f"top_k is {top_k!r}, but a whole number of at least 1 is needed, or None for all labels.")
 
 
 def check_parts(model: Any, processor: Any) -> None:
@@ -44,6 +60,47 @@ def check_parts(model: Any, processor: Any) -> None:
             f"processor is of type {type(processor).__name__}, but the model's HfClipProcessor is needed: "
             f"AutoProcessor.from_pretrained."
         )
+
+
+def sum_prompts(
+    model: Any,
+    processor: Any,
+    columns: list[list[str]],
+    templates: list[Template],
+    *,
+    batch_size: int,
+    progress: bool,
+    settings: dict[str, Any],
+) -> Tensor:
+    """The sums (C, D) of the features of every column's prompts, each of length one.
+
+    Each batch is added as soon as it is encoded, and prompts are made when they are encoded: what is held grows with
+    the columns and not with the prompts.
+    """
+    check_batch_size(batch_size)
+
+    def prompts() -> Iterator[str]:
+        return (prompt for column in columns for prompt in make_prompts(column, templates))
+
+    counts = torch.tensor([len(column) * len(templates) for column in columns])
+    owner = torch.arange(len(columns)).repeat_interleave(counts)
+    sums = no_features(model, len(columns))
+    try:
+        check_texts(model, processor, prompts(), len(owner), settings)
+        with progress_bar("Encoding texts", "text", len(owner), progress) as update:
+            batches = encode_text_batches(model, processor, prompts(), batch_size=batch_size, settings=settings)
+            for places, features in batches:
+                sums.index_add_(0, owner[places].to(sums.device), features.to(sums.device))
+                update(len(places))
+    except TextTooLongError as error:
+        raise TextTooLongError(
+            f"The prompt {next(islice(prompts(), error.index, None))[:200]!r} has {error.length} tokens, start and end "
+            f"included, but the model takes {error.limit}. Shorten the label or the template.",
+            int(owner[error.index]),
+            error.length,
+            error.limit,
+        ) from None
+    return sums
 
 
 def build_matrix(
@@ -73,22 +130,15 @@ def build_matrix(
     if both := names.keys() & others.keys():
         raise ValueError(f"{min(both)!r} is both a label and a background label; leave one out.")
     columns = [*names.values(), *others.values()]
-    prompts = [prompt for column in columns for prompt in make_prompts(column, functions)]
-    try:
-        features = encode_texts(
-            model, processor, prompts, batch_size=batch_size, progress=progress, **(tokenizer_settings or {})
-        )
-    except ValueError as error:
-        if not (found := re.match(r"Text (\d+) has (\d+) tokens.* takes (\d+)\.", str(error))):
-            raise
-        place, length, limit = map(int, found.groups())
-        raise ValueError(
-            f"The prompt {prompts[place]!r:.200} has {length} tokens, start and end included, but the model takes "
-            f"{limit}. Shorten the label or the template."
-        ) from None
-    counts = torch.tensor([len(column) * len(functions) for column in columns])
-    owner = torch.arange(len(columns)).repeat_interleave(counts).to(features.device)
-    sums = features.new_zeros(len(columns), features.shape[1]).index_add_(0, owner, features)
+    sums = sum_prompts(
+        model,
+        processor,
+        columns,
+        functions,
+        batch_size=batch_size,
+        progress=progress,
+        settings=tokenizer_settings or {},
+    )
     bias = getattr(model, "logit_bias", None)
     return ClassifierMatrix(
         weights=normalize(sums, dim=-1).T.contiguous(),
@@ -102,7 +152,7 @@ def build_matrix(
 
 
 class ZeroShotClassifier:
-    """Classify pictures by labels that are given as texts; the labels are encoded once, here.
+    """Classify images by labels that are given as texts; the labels are encoded once, here.
 
         classifier = ZeroShotClassifier(model, processor, ["cat", "dog"], templates="imagenet_7")
         classifier.classify("cat.jpg")   # [{"label": "cat", "score": 0.98}, {"label": "dog", "score": 0.02}]
@@ -172,9 +222,9 @@ class ZeroShotClassifier:
         return encode_images(self.model, self.processor, images, batch_size=batch_size, progress=progress, **settings)
 
     def logits(self, images: Any, *, batch_size: int = 16, progress: bool = False, **settings: Any) -> Tensor:
-        """Pictures → (B, C) float32: cosine similarities times the logit scale (plus the bias, where there is one).
+        """Images → (B, C) float32: cosine similarities times the logit scale (plus the bias, where there is one).
 
-        images:   a picture or any iterable of pictures: Pillow pictures, paths, URLs, bytes, arrays, rows of `datasets`
+        images:   an image or any iterable of images: Pillow images, paths, URLs, bytes, arrays, rows of `datasets`
         settings: for the image processor, e.g. fit="pad"
         """
         return self.matrix.logits(self._features(images, batch_size, progress, settings))
@@ -189,7 +239,7 @@ class ZeroShotClassifier:
         progress: bool = False,
         **settings: Any,
     ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
-        """Labels and scores of each picture, best first: one list for one picture, a list of lists for several.
+        """Labels and scores of each image, best first: one list for one image, a list of lists for several.
 
         images:     as in `logits`
         top_k:      how many to return (default: all)
@@ -197,21 +247,21 @@ class ZeroShotClassifier:
 
         Each entry is {"label": ..., "score": ...}; background labels are one entry, whose label is None.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}, but must be at least 1, or None for all labels.")
+        check_top_k(top_k)
         if not isinstance(thresholds, bool):
             raise ValueError(
                 f"thresholds is {thresholds!r:.40}, but True or False is needed: the thresholds are those that "
                 f"`calibrate` found. To cut elsewhere, compare the scores."
             )
-        if thresholds and self.matrix.thresholds is None:
-            raise ValueError("This classifier has no thresholds yet; `calibrate` finds them on pictures with labels.")
-        scores = self.matrix.score(self._features(images, batch_size, progress, settings)).cpu()
-        names: list[str | None] = [*self.labels, *([None] if scores.shape[1] > len(self.labels) else [])]
+        matrix = self.matrix  # once, as another thread may calibrate
+        if thresholds and matrix.thresholds is None:
+            raise ValueError("This classifier has no thresholds yet; `calibrate` finds them on images with labels.")
+        scores = matrix.score(self._features(images, batch_size, progress, settings)).cpu()
+        names = matrix.names
         least = [-math.inf] * len(names)
         ordered, places = scores.sort(dim=1, descending=True, stable=True)
-        if thresholds and self.matrix.thresholds is not None:
-            least = [*self.matrix.thresholds.tolist(), math.inf]
+        if thresholds and matrix.thresholds is not None:
+            least = [*matrix.thresholds.tolist(), math.inf]
         else:
             ordered, places = ordered[:, :top_k], places[:, :top_k]
         results = [
@@ -227,66 +277,72 @@ class ZeroShotClassifier:
     def calibrate(
         self, images: Any, labels: Any, *, batch_size: int = 16, progress: bool = True, **settings: Any
     ) -> dict[str, float]:
-        """Fit the logit scale, and a threshold for each label, on pictures whose labels are known.
+        """Fit the logit scale, and a threshold for each label, on images whose labels are known.
 
         images: as in `logits`
-        labels: for each picture its label or its number, or None for a picture of none of them; or the labels that it
+        labels: for each image its label or its number, or None for an image of none of them; or the labels that it
             has, a list or set of them; or a bool tensor (B, L)
 
-        With "softmax" scores a picture has one label, and the scale at which that is likeliest is found (temperature
+        With "softmax" scores an image has one label, and the scale at which that is likeliest is found (temperature
         scaling); with "sigmoid" a scale and a bias (Platt scaling); "cosine" scores have neither. The thresholds are
         those at which each label's F1 is highest. All of it is kept, saved, and used from now on.
 
-        Returns the logit scale and bias, and F1 over these pictures and all labels at the thresholds.
+        Returns the logit scale and bias, and F1 over these images and all labels at the thresholds.
+        Raises LabelError, a ValueError with the `index` of an image whose labels cannot be used.
         """
-        matrix = self.matrix
+        matrix = replace(self.matrix)  # takes its place when all of it is found, as another thread may classify
         is_right = self._read_truth(labels)  # (B, L)
         features = self._features(images, batch_size, progress, settings)
         if len(features) != len(is_right):
-            raise ValueError(
-                f"There are {len(features)} pictures and the labels of {len(is_right)}; one each is needed."
-            )
+            raise ValueError(f"There are {len(features)} images and the labels of {len(is_right)}; one each is needed.")
+        if len(features) == 0:
+            raise ValueError("There are no images to calibrate on; pass some with their labels.")
         is_right = is_right.to(features.device)
         cosines = matrix.cosines(features)
         if matrix.scores == "softmax":
             if (several := is_right.sum(-1) > 1).any():
-                raise ValueError(
-                    f"Picture {int(several.int().argmax())} has several labels, but a softmax shares one out among "
-                    f'them; build the classifier with scores="sigmoid".'
+                index = int(several.int().argmax())
+                raise LabelError(
+                    f"Image {index} has several labels, but a softmax shares one out among them; build the classifier "
+                    f'with scores="sigmoid".',
+                    index,
                 )
             is_none = ~is_right.any(-1, keepdim=True)
             count = cosines.shape[1] - is_right.shape[1]
             if is_none.any() and count == 0:
-                raise ValueError(
-                    f"Picture {int(is_none.int().argmax())} has none of the labels, but there are no background labels "
-                    f"for it; pass some to ZeroShotClassifier, or leave the picture out."
+                index = int(is_none.int().argmax())
+                raise LabelError(
+                    f"Image {index} has none of the labels, but there are no background labels for it; pass some to "
+                    f"ZeroShotClassifier, or leave the image out.",
+                    index,
                 )
             matrix.logit_scale = fit_softmax_scale(cosines, torch.cat([is_right, is_none.expand(-1, count)], dim=1))
         elif matrix.scores == "sigmoid":
             if is_right.all() or not is_right.any():
                 raise ValueError(
-                    f"All {is_right.numel()} pairs of picture and label are {'right' if is_right.any() else 'wrong'}; "
-                    f"to calibrate, pictures with and without a label are needed."
+                    f"All {is_right.numel()} pairs of image and label are {'right' if is_right.any() else 'wrong'}; "
+                    f"to calibrate, images with and without a label are needed."
                 )
-            matrix.logit_scale, matrix.logit_bias = fit_sigmoid(cosines[:, : len(self.labels)], is_right)
-        scores = matrix.score(features)[:, : len(self.labels)]
+            matrix.logit_scale, matrix.logit_bias = fit_sigmoid(cosines[:, : len(matrix.labels)], is_right)
+        scores = matrix.score(features)[:, : len(matrix.labels)]
         matrix.thresholds = fit_thresholds(scores, is_right).cpu()
         given = scores >= matrix.thresholds.to(scores.device)
         f1 = 2 * (given & is_right).sum() / (given.sum() + is_right.sum()).clamp(min=1)
+        self.matrix = matrix
         return {"logit_scale": matrix.logit_scale, "logit_bias": matrix.logit_bias, "f1": float(f1)}
 
     def _read_truth(self, labels: Any) -> Tensor:
         """Known labels as a bool tensor (B, L)."""
-        if isinstance(labels, Tensor) and labels.dtype == torch.bool:
+        if str(getattr(labels, "dtype", None)) in ("bool", "torch.bool"):
             if labels.ndim != 2 or labels.shape[1] != len(self.labels):
                 raise ValueError(
-                    f"labels have shape {tuple(labels.shape)}, but (pictures, {len(self.labels)}) is needed."
+                    f"labels have shape {tuple(labels.shape)}, but (images, {len(self.labels)}) is needed."
                 )
-            return labels
-        if isinstance(labels, (str, Tensor)) or not isinstance(labels, Sequence):
-            raise ValueError(
-                f"labels is a {type(labels).__name__}, but for each picture its label is needed, in a list."
-            )
+            return torch.as_tensor(labels)
+        labels = labels.tolist() if hasattr(labels, "tolist") else labels  # of an array or a tensor
+        if isinstance(labels, (str, Mapping, Set)) or not isinstance(labels, Iterable):
+            raise ValueError(f"labels is a {type(labels).__name__}, but for each image its label is needed, in a list.")
+        labels = list(labels)
         place = {label: index for index, label in enumerate(self.labels)}
         is_right = torch.zeros(len(labels), len(self.labels), dtype=torch.bool)
         for row, given in enumerate(labels):
@@ -295,9 +351,10 @@ class ZeroShotClassifier:
                 is_number = isinstance(label, Integral) and not isinstance(label, bool)
                 index = place.get(label, -1) if isinstance(label, str) else int(label) if is_number else -1
                 if not 0 <= index < len(self.labels):
-                    raise ValueError(
-                        f"Picture {row} has the label {label!r}, which is none of this classifier's; None stands for "
-                        f"none of them."
+                    raise LabelError(
+                        f"Image {row} has the label {as_plain(label)!r}, which is none of this classifier's; None "
+                        f"stands for none of them.",
+                        row,
                     )
                 is_right[row, index] = True
         return is_right
@@ -308,7 +365,7 @@ class ZeroShotClassifier:
 
     @classmethod
     def load(cls, path: str | Path, model: Any, processor: Any) -> "ZeroShotClassifier":
-        """A saved classifier with the model whose pictures it classifies; the text tower is not needed.
+        """A saved classifier with the model whose images it classifies; the text tower is not needed.
 
         model:     HfClipModel or HfClipVisionModelWithProjection
         processor: HfClipProcessor or HfClipImageProcessor

@@ -1,16 +1,25 @@
 """Features of texts and pictures: order, batches, and independence from who else is in the batch."""
 
 import pickle
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from hf_clip import HfClipModel, UnreadableImageError
-from hf_clip.features import encode_images, encode_texts
+from hf_clip import (
+    HfClipModel,
+    HfClipTextModelWithProjection,
+    HfClipVisionModelWithProjection,
+    UnreadableImageError,
+    features,
+)
+from hf_clip.features import TextTooLongError, encode_images, encode_texts
 
 TEXTS = ["a cat", "the man on the moon", "coffee", "it’s a rocket", "a", "two dogs"]
 
@@ -43,10 +52,59 @@ def test_pictures_come_back_in_their_order(model: HfClipModel, processor, photog
 
 def test_bad_picture_is_named_by_its_place_among_all(model: HfClipModel, processor, photographs: dict):
     pictures = [*list(photographs.values())[:5], "nowhere.jpg"]
-    with pytest.raises(ValueError, match=r"^images\[5\]: there is no file 'nowhere.jpg'"):
-        encode_images(model, processor, pictures, batch_size=2)
-    with pytest.raises(ValueError, match="no pictures"):
-        encode_images(model, processor, [])
+    for given in (pictures, iter(pictures)):
+        with pytest.raises(UnreadableImageError, match=r"^images\[5\]: there is no file 'nowhere.jpg'") as caught:
+            encode_images(model, processor, given, batch_size=2)
+        assert caught.value.index == 5
+    with pytest.raises(UnreadableImageError, match=r"^the image: there is no file 'nowhere.jpg'") as caught:
+        encode_images(model, processor, "nowhere.jpg")
+    assert caught.value.index is None
+
+
+def test_data_set_that_cannot_give_an_image_says_which(model: HfClipModel, processor, photographs: dict):
+    content = BytesIO()
+    photographs["chelsea"].save(content, "PNG")
+    rows = [{"bytes": content.getvalue(), "path": None}] * 5 + [{"bytes": b"text", "path": None}]
+    column = Dataset.from_dict({"image": rows}, features=Features({"image": ImageFeature()}))["image"]
+    assert encode_images(model, processor, column[:5]).shape == (5, 48)
+    with pytest.raises(UnreadableImageError, match=r"^images\[5\] could not be read from where it comes") as caught:
+        encode_images(model, processor, column, batch_size=2)
+    assert caught.value.index == 5
+
+
+def test_nothing_gives_no_features(repository: Path, processor):
+    parts = (HfClipVisionModelWithProjection, HfClipTextModelWithProjection)
+    tower, text_tower = (part.from_pretrained(repository).eval() for part in parts)
+    model = HfClipModel.from_pretrained(repository).eval()
+    for empty in ([], (), iter([])):
+        found = [encode_texts(kind, processor, empty) for kind in (model, text_tower)]
+        found += [encode_images(kind, processor, empty) for kind in (model, tower)]
+        assert {(rows.shape, rows.dtype) for rows in found} == {((0, 48), torch.float32)}
+    assert encode_images(model, processor, np.zeros((0, 9, 9, 3), np.uint8)).shape == (0, 48)
+
+
+def test_single_text_is_one_text(model: HfClipModel, processor):
+    assert torch.allclose(encode_texts(model, processor, "a cat"), encode_texts(model, processor, ["a cat"]))
+
+
+@pytest.mark.parametrize("texts_at_once", [1, 4, 100])
+def test_texts_that_cannot_be_read_are_told_before_any_is_encoded(
+    model: HfClipModel, processor, texts_at_once: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(features, "TEXTS_AT_ONCE", texts_at_once)
+    calls = []
+    model.text_model.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(
+        TextTooLongError, match=r"^texts\[5\] \('cat cat .*'\) has 62 tokens, .* model takes 20. Sho"
+    ) as caught:
+        encode_texts(model, processor, [*TEXTS[:5], "cat " * 30, "a cat"])
+    assert (caught.value.index, caught.value.length, caught.value.limit) == (5, 62, 20)
+    with pytest.raises(ValueError, match=r"^texts\[5\] is 7, a int, but a text is needed"):
+        encode_texts(model, processor, [*TEXTS[:5], 7])
+    assert calls == []
+    cut = encode_texts(model, processor, [*TEXTS[:5], "cat " * 30], truncation=True)
+    assert relative(cut[5:], encode_texts(model, processor, ["cat " * 9])) < 5e-6
+    assert relative(cut[:5], encode_texts(model, processor, TEXTS[:5])) < 5e-6
 
 
 @pytest.mark.parametrize("backend", ["pil", "torch"])

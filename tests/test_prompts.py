@@ -1,15 +1,18 @@
 """Labels and templates: what is taken, what they become, and what is refused."""
 
+import enum
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset
 
-from hf_clip.prompts import TEMPLATE_SETS, make_prompts, read_labels, read_templates
+from hf_clip.prompts import TEMPLATE_SETS, LabelError, make_prompts, read_labels, read_templates
 
 
 def prompts_of(templates: object, name: str = "cat") -> list[str]:
-    return make_prompts([name], read_templates(templates)[0])
+    return list(make_prompts([name], read_templates(templates)[0]))
 
 
 def test_templates_in_every_form(tmp_path: Path):
@@ -67,7 +70,7 @@ def test_file_without_templates_is_refused(tmp_path: Path):
 
 def test_template_that_makes_no_text_is_refused():
     with pytest.raises(ValueError, match="A template made 3 of a label"):
-        make_prompts(["cat"], read_templates(lambda name: len(name))[0])
+        list(make_prompts(["cat"], read_templates(lambda name: len(name))[0]))
 
 
 def test_labels_in_every_form():
@@ -76,6 +79,38 @@ def test_labels_in_every_form():
     assert read_labels({"n01": ["cat", "kitten"], "n02": "dog"}) == {"n01": ["cat", "kitten"], "n02": ["dog"]}
     assert read_labels(ClassLabel(names=["cat", "dog"])) == {"cat": ["cat"], "dog": ["dog"]}
     assert read_labels(name for name in "ab") == {"a": ["a"], "b": ["b"]}
+    assert read_labels(pd.Index(["a", "b"])) == read_labels(pd.Series(["a", "b"])) == {"a": ["a"], "b": ["b"]}
+
+
+class Kind(str, enum.Enum):
+    CAT = "cat"
+    DOG = "dog"
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array(["cat", "dog"]),
+        np.array(["cat", "dog"], dtype=object),
+        [np.str_("cat"), np.str_("dog")],
+        np.array([["cat"], ["dog"]]),
+        {np.str_("cat"): np.str_("cat"), np.str_("dog"): np.array(["dog"])},
+        {np.str_("cat"): np.array("cat").item(), "dog": ["dog"]},
+        list(Kind),
+        Dataset.from_dict({"label": ["cat", "dog"]})["label"],
+    ],
+    ids=["array", "objects", "scalars", "rows", "mapping", "item", "enumeration", "column"],
+)
+def test_labels_come_back_as_plain_texts(labels: object):
+    found = read_labels(labels)
+    assert found == {"cat": ["cat"], "dog": ["dog"]}
+    assert {type(text) for label, names in found.items() for text in (label, *names)} == {str}
+
+
+def test_templates_come_back_as_plain_texts():
+    functions, texts = read_templates(np.array(["a {}", "the {}"]))
+    assert texts == ["a {}", "the {}"]
+    assert {type(text) for text in [*texts, *make_prompts(["cat"], functions)]} == {str}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +118,9 @@ def test_labels_in_every_form():
     [
         ("cat", "labels is 'cat', but a list of labels is needed"),
         (7, "labels is 7, but a list"),
+        (np.array("cat"), r"labels is array\('cat'.*, but a list"),
+        (np.array([1, 2]), r"Label 0 is .*1.*, but a text"),
+        ([b"cat"], "Label 0 is b'cat', but a text"),
         ([], "There are no labels"),
         (["cat", ""], "Label 1 is '', but a text with at least one letter"),
         (["cat", "  "], "Label 1 is '  '"),
@@ -96,5 +134,17 @@ def test_labels_in_every_form():
     ],
 )
 def test_bad_labels_are_refused(labels: object, message: str):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         read_labels(labels)
+    if isinstance(caught.value, LabelError):
+        assert caught.value.index in (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "index"),
+    [(["cat", "dog", ""], 2), ([["cat"], []], 1), (["cat", "dog", "cat"], 2), ([["cat", "pet"], ["dog", "pet"]], 1)],
+)
+def test_bad_label_is_told_by_its_place(labels: list, index: int):
+    with pytest.raises(LabelError) as caught:
+        read_labels(labels)
+    assert caught.value.index == index

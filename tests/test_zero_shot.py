@@ -1,16 +1,24 @@
 """The zero-shot classifier against the paper's recipe, run on the reference implementation."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor
 
 from hf_clip import HfClipModel, HfClipVisionModelWithProjection, ZeroShotClassifier, features
+from hf_clip.classifier_matrix import ClassifierMatrix
+from hf_clip.features import TextTooLongError
+from hf_clip.prompts import LabelError
+
+from .largest_tensor import HeldMemory
 
 LABELS = ["cat", "man", "cup", "moon"]
 TEMPLATES = ["a {}.", "the {}", "art of {}"]
@@ -142,8 +150,112 @@ def test_saved_classifier_needs_no_text_tower(
     )
     assert loaded.labels == LABELS
     assert loaded.matrix.templates == TEMPLATES
-    assert torch.equal(loaded.logits(pictures), classifier.logits(pictures))
-    assert loaded.classify(pictures, thresholds=True) == classifier.classify(pictures, thresholds=True)
+    assert torch.equal(loaded.weights, classifier.weights)
+    assert loaded.thresholds == classifier.thresholds
+    torch.testing.assert_close(loaded.logits(pictures), classifier.logits(pictures), rtol=1e-5, atol=1e-4)
+    # Thresholds lie half-way between scores that were met, so that rounding takes none across.
+    found, expected = (kind.classify(pictures, thresholds=True) for kind in (loaded, classifier))
+    for entries, others in zip(found, expected, strict=True):
+        assert [entry["label"] for entry in entries] == [entry["label"] for entry in others]
+        assert [e["score"] for e in entries] == pytest.approx([e["score"] for e in others], abs=1e-5)
+
+
+def test_matrix_is_the_same_however_many_prompts_are_read_at_once(
+    model: HfClipModel, processor, monkeypatch: pytest.MonkeyPatch
+):
+    names = [["cat", "a small kitten"], ["moon"], ["cup", "mug", "a large glass of water"]]
+    whole = ZeroShotClassifier(model, processor, names, TEMPLATES, progress=False)
+    monkeypatch.setattr(features, "TEXTS_AT_ONCE", 4)
+    parts = ZeroShotClassifier(model, processor, names, TEMPLATES, progress=False)
+    assert (parts.weights - whole.weights).abs().max() < 1e-6
+
+
+def test_memory_grows_with_labels_and_not_with_prompts(repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    model = HfClipModel.from_pretrained(repositories["vit"]).eval()
+    processor = AutoProcessor.from_pretrained(repositories["vit"])
+    monkeypatch.setattr(features, "TEXTS_AT_ONCE", 64)
+    labels, most = [f"thing {number}" for number in range(100, 150)], []
+    for templates in (2, 30):  # whose prompts are all of one length, as every digit is a token
+        texts = [f"no. {number} of {{}}" for number in range(10, 10 + templates)]
+        with HeldMemory() as memory:
+            ZeroShotClassifier(model, processor, labels, texts, progress=False)
+        most.append(memory.most)
+    features_of_all = 28 * len(labels) * 48 * 4
+    assert most[1] - most[0] < features_of_all / 5  # which label each prompt belongs to
+
+
+def test_nothing_to_classify_gives_nothing(classifier: ZeroShotClassifier, model: HfClipModel, processor):
+    background = ZeroShotClassifier(model, processor, LABELS, background=["the sky"], progress=False)
+    for empty in ([], (), iter([])):
+        assert classifier.logits(empty).shape == (0, 4)
+        assert classifier.classify(empty) == []
+        assert background.classify(empty, top_k=1) == []
+    assert background.logits([]).shape == (0, 5)
+    with pytest.raises(ValueError, match="There are no images to calibrate on; pass some with their labels"):
+        classifier.calibrate([], [], progress=False)
+    with pytest.raises(ValueError, match="There are no labels; pass at least one"):
+        ZeroShotClassifier(model, processor, [])
+
+
+def test_truth_comes_in_many_ways(classifier: ZeroShotClassifier, pictures: list[Image.Image]):
+    truth = ["cat", "man", "cup", "moon", "cat", "cat"]
+    numbers = [LABELS.index(label) for label in truth]
+    expected = classifier.calibrate(pictures, truth, progress=False)
+    is_right = np.eye(4, dtype=bool)[numbers]
+    column = Dataset.from_dict({"label": truth})["label"]
+    for given in (np.array(truth), np.array(numbers), torch.tensor(numbers), is_right, column, iter(truth), numbers):
+        assert classifier.calibrate(pictures, given, progress=False) == pytest.approx(expected, rel=1e-4)
+
+
+def test_calibration_that_fails_changes_nothing(classifier: ZeroShotClassifier, pictures: list[Image.Image]):
+    classifier.calibrate(pictures, LABELS + LABELS[:2], progress=False)
+    before = classifier.matrix
+    with pytest.raises(LabelError, match="Image 5 has the label 'dog'") as caught:
+        classifier.calibrate(pictures, [*LABELS, "cat", "dog"], progress=False)
+    assert caught.value.index == 5
+    with pytest.raises(LabelError, match="Image 4 has several labels") as caught:
+        classifier.calibrate(pictures, [*LABELS, ["cat", "man"], "cat"], progress=False)
+    assert caught.value.index == 4
+    assert classifier.matrix is before
+
+
+def test_classifier_is_whole_while_another_thread_calibrates_and_saves(
+    classifier: ZeroShotClassifier, pictures: list[Image.Image], tmp_path: Path
+):
+    """Two calibrations take turns; every classification is that of one of them, and so is every file."""
+    ranked = [[entry["label"] for entry in entries] for entries in classifier.classify(pictures)]
+    truths = [[row[0] for row in ranked], [row[-1] for row in ranked]]
+    path, expected, scales = tmp_path / "classifier", [], []
+    for truth in truths:
+        scales.append(classifier.calibrate(pictures, truth, progress=False)["logit_scale"])
+        expected.append([row[0]["score"] for row in classifier.classify(pictures)])
+    assert abs(scales[0] - scales[1]) > 1e-3 * scales[0]
+    stop = threading.Event()
+
+    def calibrate() -> None:
+        while not stop.is_set():
+            for truth in truths:
+                classifier.calibrate(pictures, truth, progress=False)
+
+    def save(_: int) -> None:
+        for _ in range(10):
+            classifier.save(path)
+            found = ClassifierMatrix.load(path)
+            assert any(found.logit_scale == pytest.approx(scale, rel=1e-4) for scale in scales)
+
+    thread = threading.Thread(target=calibrate)
+    thread.start()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            saving = list(pool.map(save, range(2)))
+            for _ in range(5):
+                found = [row[0]["score"] for row in classifier.classify(pictures)]
+                assert any(found == pytest.approx(scores, abs=1e-4) for scores in expected)
+    finally:
+        stop.set()
+        thread.join()
+    assert saving == [None, None]
+    assert [file.name for file in tmp_path.iterdir()] == ["classifier"]
 
 
 def test_what_is_no_classifier_is_not_loaded(
@@ -237,15 +349,15 @@ def test_calibration_with_several_labels_and_with_none(model: HfClipModel, proce
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (["cat", "dog"], "Picture 1 has the label 'dog', which is none of this classifier's"),
-        (["cat", 4], "Picture 1 has the label 4"),
-        (["cat", 1.5], "Picture 1 has the label 1.5"),
-        ([[True, False], [False, True]], "Picture 0 has the label True"),
-        (["cat"], "There are 2 pictures and the labels of 1"),
-        ("cat", "labels is a str, but for each picture its label is needed"),
-        (["cat", None], "Picture 1 has none of the labels, but there are no background labels"),
-        (["cat", ["cat", "man"]], "Picture 1 has several labels, but a softmax"),
-        (torch.zeros(2, 3, dtype=torch.bool), r"labels have shape \(2, 3\), but \(pictures, 4\)"),
+        (["cat", "dog"], "Image 1 has the label 'dog', which is none of this classifier's"),
+        (["cat", 4], "Image 1 has the label 4"),
+        (["cat", 1.5], "Image 1 has the label 1.5"),
+        ([[True, False], [False, True]], "Image 0 has the label True"),
+        (["cat"], "There are 2 images and the labels of 1"),
+        ("cat", "labels is a str, but for each image its label is needed"),
+        (["cat", None], "Image 1 has none of the labels, but there are no background labels"),
+        (["cat", ["cat", "man"]], "Image 1 has several labels, but a softmax"),
+        (torch.zeros(2, 3, dtype=torch.bool), r"labels have shape \(2, 3\), but \(images, 4\)"),
     ],
 )
 def test_bad_truth_is_refused(
@@ -258,12 +370,12 @@ def test_bad_truth_is_refused(
 @pytest.mark.filterwarnings("ignore:This model was trained with a softmax")
 def test_sigmoid_cannot_be_calibrated_on_one_kind(model: HfClipModel, processor, pictures: list[Image.Image]):
     classifier = ZeroShotClassifier(model, processor, ["cat"], scores="sigmoid", progress=False)
-    with pytest.raises(ValueError, match="All 1 pairs of picture and label are right; to calibrate"):
+    with pytest.raises(ValueError, match="All 1 pairs of image and label are right; to calibrate"):
         classifier.calibrate(pictures[0], ["cat"], progress=False)
     assert math.isfinite(classifier.matrix.logit_scale)
     with pytest.raises(ValueError, match="batch_size is 0"):
         classifier.classify(pictures, batch_size=0)
-    with pytest.raises(ValueError, match=r"images\[1\] holds several pictures"):
+    with pytest.raises(ValueError, match=r"images\[1\] holds several images; pass one image or a flat"):
         classifier.classify([pictures[0], pictures[:2]])
 
 
@@ -290,8 +402,8 @@ def test_progress_is_shown_while_prompts_are_encoded(model: HfClipModel, process
     monkeypatch.setattr(features, "tqdm", lambda **settings: bars.append(settings) or real(**settings))
     ZeroShotClassifier(model, processor, LABELS, progress=True)
     ZeroShotClassifier(model, processor, LABELS, progress=False)
-    assert [bar.get("disable", "as TQDM_DISABLE says") for bar in bars] == ["as TQDM_DISABLE says", True]
-    assert bars[0]["total"] == len(LABELS)
+    assert [bar["total"] for bar in bars] == [len(LABELS)]  # none where none is shown: see `progress_bar`
+    assert "disable" not in bars[0]  # as TQDM_DISABLE says
 
 
 def test_parts_that_do_not_fit_are_refused(repository: Path, model: HfClipModel, processor):
@@ -305,9 +417,10 @@ def test_parts_that_do_not_fit_are_refused(repository: Path, model: HfClipModel,
     with pytest.raises(ValueError, match="processor is of type NoneType, but the model's HfClipProcessor"):
         ZeroShotClassifier(model, None, LABELS)
     with pytest.raises(
-        ValueError, match=r"The prompt 'a photo of a cat cat .* has \d+ tokens, .* takes 20. Shorten the"
-    ):
-        ZeroShotClassifier(model, processor, ["dog", "cat " * 30])
+        TextTooLongError, match=r"^The prompt 'a photo of a cat cat .* has \d+ tokens, .* takes 20. Shorten the"
+    ) as caught:
+        ZeroShotClassifier(model, processor, ["dog", "cat " * 30], ["a photo of a {}", "the {}"])
+    assert caught.value.index == 1
 
 
 def test_classifier_of_another_model_is_noticed(
