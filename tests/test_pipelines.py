@@ -1,6 +1,11 @@
 """`pipeline("zero-shot-image-classification")` on a converted folder, beside the stock class on the same model."""
 
-from collections.abc import Iterator
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -14,8 +19,8 @@ from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, pipeli
 from transformers.pipelines import ZeroShotImageClassificationPipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from hf_clip import HfClipModel, ZeroShotClassifier
-from hf_clip.pipeline import MOST_MATRICES, HfClipZeroShotPipeline
+from hf_clip import HfClipModel, UnreadableImageError, ZeroShotClassifier
+from hf_clip.pipeline import HfClipZeroShotPipeline
 
 LABELS = ["a cat", "an astronaut", "a cup of coffee", "a rocket"]
 TEMPLATE = "a photo of {}"
@@ -64,6 +69,7 @@ def test_zero_shot_pipeline(
 
 
 TASK = "zero-shot-image-classification"
+STOCK_TEMPLATE = "This is a photo of {}."
 
 
 def make_pipelines(model: HfClipModel, repository: Path) -> tuple:
@@ -76,6 +82,12 @@ def make_pipelines(model: HfClipModel, repository: Path) -> tuple:
 @pytest.fixture
 def classify(model: HfClipModel, repository: Path) -> HfClipZeroShotPipeline:
     return make_pipelines(model, repository)[0]
+
+
+@pytest.fixture
+def small(repositories: dict[str, Path]) -> HfClipZeroShotPipeline:
+    """For what has nothing to do with the kind of tower."""
+    return make_pipelines(HfClipModel.from_pretrained(repositories["vit"]).eval(), repositories["vit"])[0]
 
 
 def assert_same(found: list, expected: list, tolerance: float = 1e-5) -> None:
@@ -109,34 +121,201 @@ def test_other_models_keep_the_stock_pipeline(tokenizer, repository: Path):
     assert type(made) is ZeroShotImageClassificationPipeline
 
 
-def test_labels_are_encoded_once(classify: HfClipZeroShotPipeline, photographs: dict, monkeypatch: pytest.MonkeyPatch):
+def test_labels_are_encoded_once_a_call(
+    classify: HfClipZeroShotPipeline, photographs: dict, monkeypatch: pytest.MonkeyPatch
+):
     calls = {"texts": 0, "pictures": 0}
     towers = {"texts": classify.model.text_model, "pictures": classify.model.vision_model}
     for kind, tower in towers.items():
         tower.register_forward_hook(lambda *_, kind=kind: calls.update({kind: calls[kind] + 1}))
     pictures = list(photographs.values())
-    for _ in range(3):
-        classify(pictures, candidate_labels=LABELS)
-    classify(pictures[0], candidate_labels=LABELS)
-    assert calls == {"texts": 1, "pictures": 4}
-    classify(pictures[0], candidate_labels=LABELS[:2])
-    classify(pictures[0], candidate_labels=LABELS, hypothesis_template="{}")
+    expected = classify(pictures, candidate_labels=LABELS, batch_size=1)
+    assert calls == {"texts": 1, "pictures": 6}
+    assert_same(list(classify(iter(pictures), candidate_labels=LABELS)), expected)
+    assert calls == {"texts": 2, "pictures": 12}
+    known = ZeroShotClassifier(classify.model, classify.tokenizer, LABELS, STOCK_TEMPLATE, progress=False)
     assert calls["texts"] == 3
-    for number in range(MOST_MATRICES + 3):
-        classify(pictures[0], candidate_labels=[f"cat {number}", "cup"])
-    assert len(classify._matrices) == MOST_MATRICES
+    for picture, entries in zip(pictures, expected, strict=True):
+        assert_same([classify(picture, candidate_labels=known)], [entries])
+    assert_same(classify(pictures, candidate_labels=known), expected)
+    assert calls["texts"] == 3
 
 
-def test_no_matrix_outlives_its_weights(classify: HfClipZeroShotPipeline, photographs: dict):
-    picture = photographs["chelsea"]
-    before = classify(picture, candidate_labels=LABELS)
-    with torch.no_grad():
-        classify.model.text_projection.weight.mul_(torch.linspace(-1, 1, 48)[:, None])
-    assert [entry["score"] for entry in before] != [e["score"] for e in classify(picture, candidate_labels=LABELS)]
-    fresh = HfClipZeroShotPipeline(
-        model=classify.model, tokenizer=classify.tokenizer, image_processor=classify.image_processor
+def test_encoded_labels_are_taken_as_they_are(classify: HfClipZeroShotPipeline, photographs: dict, repository: Path):
+    processor = AutoProcessor.from_pretrained(repository)
+    known = ZeroShotClassifier(classify.model, processor, LABELS, background=["the sky"], progress=False)
+    pictures = list(photographs.values())
+    found = classify(pictures, candidate_labels=known)
+    assert None in [entry["label"] for entry in found[0]]
+    assert_same(found, known.classify(pictures))
+    made = pipeline(TASK, model=str(repository), candidate_labels=known, top_k=2)
+    assert_same(made(pictures), known.classify(pictures, top_k=2))
+    with pytest.raises(ValueError, match="hypothesis_template cannot be changed where candidate_labels is a ZeroShotC"):
+        classify(pictures, candidate_labels=known, hypothesis_template="a {}")
+
+
+def lora(pipe: HfClipZeroShotPipeline) -> None:
+    peft = pytest.importorskip("peft", reason="LoRA through PEFT needs the package peft")
+    torch.manual_seed(0)
+    targets = r"text_model.*(q_proj|v_proj)"
+    pipe.model.add_adapter(
+        peft.LoraConfig(r=8, lora_alpha=64, init_lora_weights=False, target_modules=targets), adapter_name="one"
     )
-    assert classify(picture, candidate_labels=LABELS) == fresh(picture, candidate_labels=LABELS)
+
+
+def weaken_lora(pipe: HfClipZeroShotPipeline) -> None:
+    for module in pipe.model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling["one"] /= 4
+
+
+def write_data(pipe: HfClipZeroShotPipeline) -> None:
+    pipe.model.text_projection.weight.data *= torch.linspace(-1, 1, 48)[:, None]
+
+
+def write_weights(pipe: HfClipZeroShotPipeline) -> None:
+    with torch.no_grad():
+        pipe.model.text_projection.weight.mul_(torch.linspace(1, -1, 48)[:, None])
+
+
+def hook(pipe: HfClipZeroShotPipeline) -> None:
+    pipe.model.text_model.final_layer_norm.register_forward_hook(lambda module, args, output: output.flip(-1))
+
+
+def replace_module(pipe: HfClipZeroShotPipeline) -> None:
+    pipe.model.text_model.encoder.layers[0].mlp = torch.nn.Identity()
+
+
+def replace_forward(pipe: HfClipZeroShotPipeline) -> None:
+    layer = pipe.model.text_model.encoder.layers[1].mlp
+    layer.forward = lambda hidden: 2 * type(layer).forward(layer, hidden)
+
+
+def change_config(pipe: HfClipZeroShotPipeline) -> None:
+    pipe.model.config.contrastive_loss = "sigmoid"
+
+
+def add_tokens(pipe: HfClipZeroShotPipeline) -> None:
+    pipe.tokenizer.add_tokens(["cat", "rocket"])
+    torch.manual_seed(0)
+    pipe.model.resize_token_embeddings(len(pipe.tokenizer))
+
+
+def other_tokenizer(pipe: HfClipZeroShotPipeline) -> None:
+    texts = ["a cat and an astronaut", "a cup of coffee beside a rocket"] * 3
+    pipe.tokenizer = type(pipe.tokenizer).train_from_iterator(texts, 560, pipe.tokenizer.model_max_length)
+    pipe.model.config.text_config.eos_token_id = pipe.tokenizer.eos_token_id
+
+
+CHANGES: list[Callable[[HfClipZeroShotPipeline], None]] = [
+    lora,
+    weaken_lora,
+    lambda pipe: pipe.model.disable_adapters(),
+    lambda pipe: pipe.model.enable_adapters(),
+    write_data,
+    write_weights,
+    hook,
+    replace_module,
+    replace_forward,
+    change_config,
+    add_tokens,
+    other_tokenizer,
+]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # the next one
+def test_no_labels_outlive_what_made_them(small: HfClipZeroShotPipeline, photographs: dict):
+    """One pipeline through all the changes, and after each one a pipeline that never saw another state."""
+    picture = photographs["chelsea"]
+    before = small(picture, candidate_labels=LABELS)
+    for change in CHANGES:
+        change(small)
+        found = small(picture, candidate_labels=LABELS)
+        parts = {"tokenizer": small.tokenizer, "image_processor": small.image_processor}
+        fresh = HfClipZeroShotPipeline(model=small.model, **parts)
+        assert_same([found], [fresh(picture, candidate_labels=LABELS)])
+        scores, earlier = ({entry["label"]: entry["score"] for entry in entries} for entries in (found, before))
+        assert any(abs(scores[label] - earlier[label]) > 1e-4 for label in LABELS), f"{change} changes nothing"
+        before = found
+
+
+CALLS = [
+    {"candidate_labels": LABELS, "top_k": 2},
+    {"candidate_labels": [f"a {word}" for word in ("cat", "dog", "cup", "moon")], "hypothesis_template": "{}"},
+    {"candidate_labels": ["cat", "dog"], "hypothesis_template": ["a {}", "the {}", "art of {}"]},
+    {"candidate_labels": [f"thing number {number}" for number in range(40)], "batch_size": 4},
+]
+
+
+def test_threads_share_one_pipeline(repository: Path, photographs: dict):
+    pictures = list(photographs.values())
+    alone = make_pipelines(HfClipModel.from_pretrained(repository).eval(), repository)[0]
+    expected = [alone(pictures, **call) for call in CALLS]
+    shared = make_pipelines(HfClipModel.from_pretrained(repository).eval(), repository)[
+        0
+    ]  # which has tokenized nothing
+    known = ZeroShotClassifier(shared.model, AutoProcessor.from_pretrained(repository), LABELS, progress=False)
+    together = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        together.wait()
+        for turn in range(3):
+            place = (number + turn) % len(CALLS)
+            assert_same(shared(pictures, **CALLS[place]), expected[place])
+            assert_same(known.classify(pictures), reference)
+
+    reference = known.classify(pictures)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+
+
+def ends_well(child: int, seconds: float) -> bool:
+    """Whether a forked process ends with 0 in time; else it is killed."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # which Python says from 3.12 on, of all threads
+def test_process_that_is_forked_while_another_thread_classifies_classifies_too(
+    small: HfClipZeroShotPipeline, photographs: dict
+):
+    picture = photographs["chelsea"].resize((64, 64))
+    expected = small(picture, candidate_labels=LABELS)
+    stop = threading.Event()
+
+    def go_on() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            small([picture, picture], candidate_labels=[f"a cat {number}", f"two cats {number}"])
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        children = []
+        for _ in range(12):
+            time.sleep(0.02)
+            if (child := os.fork()) == 0:
+                try:
+                    torch.set_num_threads(1)  # as in DataLoader's workers: OpenMP's threads stayed behind
+                    assert_same([small(picture, candidate_labels=LABELS)], [expected])
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            children.append(child)
+        assert [ends_well(child, seconds=60) for child in children] == [True] * len(children)
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_templates_are_averaged(classify: HfClipZeroShotPipeline, photographs: dict, repository: Path):
@@ -215,12 +394,16 @@ def test_sigmoid_model_gives_sigmoid_scores(repository: Path, photographs: dict)
 @pytest.mark.parametrize(
     ("images", "settings", "message"),
     [
-        (None, {"candidate_labels": LABELS}, "needs pictures"),
+        (None, {"candidate_labels": LABELS}, "needs images: pass them first"),
+        (7, {"candidate_labels": LABELS}, "images is of type int, but images are needed"),
         ("picture", {}, "needs candidate_labels, e.g."),
         ("picture", {"candidate_labels": "cat"}, "labels is 'cat', but a list of labels"),
         ("picture", {"candidate_labels": ["cat", "cat"]}, "The label 'cat' appears twice"),
         ("picture", {"candidate_labels": LABELS, "hypothesis_template": "a photo"}, "has no placeholder"),
         ("picture", {"candidate_labels": LABELS, "top_k": 0}, "top_k is 0"),
+        ("picture", {"candidate_labels": LABELS, "top_k": 2.0}, "top_k is 2.0, but a whole number"),
+        ("picture", {"candidate_labels": []}, "There are no labels; pass at least one"),
+        ([], {"candidate_labels": []}, "There are no labels; pass at least one"),
         ("nowhere.jpg", {"candidate_labels": LABELS}, "there is no file 'nowhere.jpg'"),
     ],
 )
@@ -229,8 +412,120 @@ def test_bad_calls_are_refused(classify, photographs: dict, images: object, sett
         classify(photographs["chelsea"] if images == "picture" else images, **settings)
 
 
-def test_no_pictures_no_results(classify: HfClipZeroShotPipeline):
-    assert classify([], candidate_labels=LABELS) == []
+def columns_of(images: list[bytes]) -> Dataset:
+    """A data set whose images are decoded when they are read."""
+    rows = {"image": [{"bytes": image, "path": None} for image in images]}
+    return Dataset.from_dict(rows, features=Features({"image": ImageFeature()}))
+
+
+EMPTY = {
+    "list": list,
+    "tuple": tuple,
+    "column": lambda: columns_of([])["image"],
+    "key data set": lambda: KeyDataset(columns_of([]), "image"),
+    "iterator": lambda: iter([]),
+    "generator": lambda: (picture for picture in []),
+}
+
+
+@pytest.mark.parametrize("source", EMPTY)
+def test_no_pictures_no_results(small: HfClipZeroShotPipeline, source: str):
+    assert list(small(EMPTY[source](), candidate_labels=LABELS)) == []
+    assert small([], candidate_labels=LABELS) == []
+
+
+def as_bytes(picture: Image.Image) -> bytes:
+    file = BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+MANY = {
+    "tuple": (tuple, list),
+    "column": (lambda images: columns_of([*map(as_bytes, images)])["image"], list),
+    "dictionary's values": (lambda images: dict(enumerate(images)).values(), list),
+    "map": (lambda images: map(Image.Image.copy, images), Iterator),
+    "iterator": (iter, Iterator),
+    "key data set": (lambda images: KeyDataset(columns_of([*map(as_bytes, images)]), "image"), Iterator),
+}
+
+
+@pytest.mark.parametrize("source", MANY)
+def test_images_come_in_many_ways(small: HfClipZeroShotPipeline, photographs: dict, source: str):
+    images = list(photographs.values())
+    make, kind = MANY[source]
+    results = small(make(images), candidate_labels=LABELS)
+    assert isinstance(results, list) == (kind is list)
+    assert_same(list(results), small(images, candidate_labels=LABELS))
+
+
+def test_rows_of_a_data_set_are_refused_by_name(small: HfClipZeroShotPipeline, photographs: dict):
+    rows = columns_of([as_bytes(photographs["chelsea"])])
+    with pytest.raises(ValueError, match=r"is a Dataset of rows with \['image'\].* pass one column, e.g. dataset"):
+        small(rows, candidate_labels=LABELS)
+
+
+BAD = {
+    "no file": "nowhere.jpg",
+    "no image": b"text",
+    "several": ["nowhere.jpg"],
+    "not finite": np.full((9, 9, 3), np.nan),
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("source", ["list", "generator", "key data set", "column"])
+@pytest.mark.parametrize("bad", BAD)
+def test_unreadable_image_is_told_by_its_place(
+    small: HfClipZeroShotPipeline, photographs: dict, source: str, bad: str, batch_size: int
+):
+    images = [photographs["chelsea"].resize((48, 48))] * 6
+    given: object = [*images[:5], BAD[bad], *images]
+    if source in ("key data set", "column"):  # whose own images are files' contents
+        rows = columns_of([*map(as_bytes, images[:5]), b"text", *map(as_bytes, images)])
+        given = rows["image"] if source == "column" else KeyDataset(rows, "image")
+    elif source == "generator":
+        given = (image for image in given)
+    with pytest.raises(UnreadableImageError, match=r"^images\[5\]") as caught:
+        list(small(given, candidate_labels=LABELS, batch_size=batch_size))
+    assert caught.value.index == 5
+    assert "\n" not in str(caught.value)
+
+
+def test_single_unreadable_image_has_no_place(small: HfClipZeroShotPipeline):
+    with pytest.raises(UnreadableImageError, match="^the image: there is no file 'nowhere.jpg'") as caught:
+        small("nowhere.jpg", candidate_labels=LABELS)
+    assert caught.value.index is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_workers_tell_the_place_too(small: HfClipZeroShotPipeline, photographs: dict, batch_size: int):
+    images = [photographs["chelsea"].resize((48, 48))] * 6
+    settings = {"candidate_labels": LABELS, "num_workers": 1, "batch_size": batch_size}
+    assert_same(small(images, **settings), small(images, candidate_labels=LABELS))
+    with pytest.raises(UnreadableImageError, match=r"^images\[5\]: there is no file 'nowhere.jpg'; .*path.$") as caught:
+        small([*images[:5], "nowhere.jpg", *images], **settings)
+    assert caught.value.index == 5
+
+
+def test_labels_of_numpy_come_back_as_plain_ones(small: HfClipZeroShotPipeline, photographs: dict):
+    picture = photographs["chelsea"]
+    expected = small(picture, candidate_labels=LABELS, hypothesis_template=TEMPLATE)
+    texts = Dataset.from_dict({"label": LABELS})["label"]
+    for labels in (np.array(LABELS), list(map(np.str_, LABELS)), np.array(LABELS, dtype=object), texts, iter(LABELS)):
+        found = small(picture, candidate_labels=labels, hypothesis_template=np.str_(TEMPLATE), top_k=np.int64(4))
+        assert_same([found], [expected])
+        assert {(type(entry["label"]), type(entry["score"])) for entry in found} == {(str, float)}
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only without an accelerator")
+@pytest.mark.parametrize("device", [0, 1, "cuda", "cuda:0", torch.device("cuda")], ids=str)
+def test_accelerator_that_is_not_there_is_refused(small: HfClipZeroShotPipeline, device: object):
+    model, parts = small.model, {"tokenizer": small.tokenizer, "image_processor": small.image_processor}
+    with pytest.raises(ValueError, match=r"device=.* asks for an accelerator, but torch .* finds none here; pass dev"):
+        pipeline(TASK, model=model, device=device, **parts)
+    for present in (None, -1, "cpu", torch.device("cpu")):
+        assert pipeline(TASK, model=model, device=present, **parts).device.type == "cpu"
 
 
 def test_labels_with_names_are_told_from_lists_of_names(classify: HfClipZeroShotPipeline, photographs: dict):
@@ -243,5 +538,5 @@ def test_labels_with_names_are_told_from_lists_of_names(classify: HfClipZeroShot
     )
     expected = classify(picture, candidate_labels=["cat", "dog"], hypothesis_template=["a {}", "the {}"])
     assert again == expected
-    with pytest.raises(ValueError, match="takes one picture or a flat list"):
+    with pytest.raises(ValueError, match="the image holds several images; pass one image or a flat list"):
         classify(np.zeros((2, 9, 9, 3), np.uint8), candidate_labels=["cat", "dog"])
