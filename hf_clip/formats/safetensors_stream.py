@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..original.archive import SAFETENSORS_DTYPES, CheckpointError
+from ..original.archive import SAFETENSORS_DTYPES
+from ..original.errors import CheckpointError, printable
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -55,4 +56,5 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); save or download it again.") from None
+        reason = printable(str(error))
+        raise CheckpointError(f"{path} is truncated or damaged ({reason}); save or download it again.") from None

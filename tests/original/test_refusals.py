@@ -1,14 +1,17 @@
 """Files that the checkpoint reader must refuse unread: those that ask for code, and those that fit no model."""
 
+import json
 import pickle
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from hf_clip.formats.safetensors_stream import read_metadata
 from hf_clip.original import CheckpointError, read_checkpoint
 
 from .hand_made import STATE, Planted, archive_of, pickled_tensor, planted_pickle, rewrite, word
@@ -236,4 +239,35 @@ def test_header_of_a_safetensors_file_that_lies(tmp_path: Path):
     header = b'{"a":{"dtype":"F32","shape":[1000],"data_offsets":[0,4000]}}'
     (tmp_path / "file.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
     with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read_checkpoint(tmp_path / "file.safetensors")
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, read_metadata], ids=["tensors", "metadata"])
+def test_long_words_of_a_safetensors_header_are_shown_in_short(tmp_path: Path, read: Callable[[Path], object]):
+    header = json.dumps({"a": {"dtype": "x" * 100_000, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "file.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.raises(CheckpointError, match="truncated or damaged") as caught:
+        read(tmp_path / "file.safetensors")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ('{"a":%s,"a":%s}', "two values of the same name"),
+        ('{"a":%s}', "of a shape that no CLIP has"),
+    ],
+    ids=["twice", "dimensions"],
+)
+def test_header_that_says_what_no_model_has(tmp_path: Path, header: str, message: str):
+    entry = json.dumps({"dtype": "F32", "shape": [1] * 9, "data_offsets": [0, 4]})
+    encoded = header.replace("%s", entry).encode()
+    (tmp_path / "file.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + b"\0" * 4)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "file.safetensors")
+
+
+def test_header_longer_than_any_models_is_refused(tmp_path: Path):
+    (tmp_path / "file.safetensors").write_bytes(struct.pack("<Q", 2**40) + b"{}" + b" " * 100)
+    with pytest.raises(CheckpointError, match="its header has 1099511627776 bytes"):
         read_checkpoint(tmp_path / "file.safetensors")
