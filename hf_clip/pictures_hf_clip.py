@@ -12,20 +12,30 @@ import binascii
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
-from io import BytesIO
+from io import BytesIO, UnsupportedOperation
 from typing import Any
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from .fetch_hf_clip import fetch, is_web_address
 
 GREY_LEVEL = 1 / 255
 """How far beyond 0 and 1 a float may lie: rounding in somebody's resize, not another scale."""
 
 SMALLEST_PICTURE = 30
 """Bytes; a text that is base64 of fewer is a path that was mistyped."""
+
+RASTER_FORMATS = frozenset(
+    "AVIF BLP BMP CUR DCX DDS DIB FITS FLI FPX FTEX GBR GIF HEIF ICNS ICO IM IMT JPEG JPEG2000 JXL MCIDAS MIC MSP PCD "
+    "PCX PIXAR PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM XVTHUMB".split()
+)
+"""Formats, by Pillow's names, that are opened: all that hold pixels and are decoded by Pillow or its plugins alone.
+
+Left out are EPS (PostScript), which Pillow has Ghostscript run; WMF, which Windows draws; IPTC, whose content Pillow
+opens as an image of any format, EPS included; BUFR, GRIB and HDF5, which are handed to whatever was registered for
+them; and MPEG, which has no pixels that Pillow reads.
+"""
 
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """What Pillow raises where a file is no picture, or only part of one."""
@@ -84,18 +94,14 @@ def _content(source: Any, timeout: float | None) -> Any:
         if source.get("bytes"):
             return BytesIO(source["bytes"])
         if source.get("path"):
-            return source["path"]
+            return _content(source["path"], timeout)
         raise ValueError("a picture's row needs `bytes` or a `path`, and has neither")
     if isinstance(source, (bytes, bytearray)):
         return BytesIO(source)
     if not isinstance(source, str):
         return source
-    if source.startswith(("http://", "https://")):
-        request = Request(source, headers={"User-Agent": "hf_clip"})  # some servers refuse Python's own name
-        with urlopen(request, timeout=timeout) as response:
-            return BytesIO(response.read())
-    if source.startswith("data:image/"):
-        return BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
+    if is_web_address(source):
+        return BytesIO(fetch(source, timeout))
     if os.path.exists(source):
         return source
     try:
@@ -105,6 +111,25 @@ def _content(source: Any, timeout: float | None) -> Any:
     if len(content) < SMALLEST_PICTURE:
         raise FileNotFoundError(source)
     return BytesIO(content)
+
+
+def open_raster(file: Any) -> Image.Image:
+    """`Image.open` of a path or file for RASTER_FORMATS alone, whatever the file's name ends in."""
+    if hasattr(file, "read"):
+        try:
+            file.seek(0)
+        except (AttributeError, UnsupportedOperation):
+            file = BytesIO(file.read())  # which is tried twice
+    for load in (Image.preinit, Image.init):  # the common formats first, as Pillow does: most files need no others
+        load()
+        try:
+            return Image.open(file, formats=[name for name in Image.ID if name in RASTER_FORMATS])
+        except UnidentifiedImageError:
+            continue
+    raise UnidentifiedImageError(
+        "cannot identify image file: it is damaged, or no raster image; PostScript, vector graphics and video are not "
+        "opened"
+    )
 
 
 def draft_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
@@ -132,14 +157,14 @@ def open_picture(
 
     source:  a path, a URL, a data URI, base64, bytes, an open file, or the {"bytes", "path"} of `datasets`
     name:    what to call it in an error, e.g. "images[3]"
-    timeout: seconds to wait for a server
+    timeout: seconds until an address is given up, all in all; see `fetch`
     draft:   the shorter side that is wanted; a JPEG of more than four times that is decoded at a half, a quarter
              or an eighth of its size, which is faster and not exact
 
     Raises UnreadableImageError, a ValueError that names the picture and what is wrong with it.
     """
     try:
-        with Image.open(_content(source, timeout)) as picture:
+        with open_raster(_content(source, timeout)) as picture:
             if draft is not None and picture.format in ("JPEG", "MPO"):
                 picture.draft(None, draft_size(picture.size, draft))
             picture.load()
@@ -150,7 +175,7 @@ def open_picture(
         raise UnreadableImageError(
             name, f" is too large: {error} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS, or scale it down."
         ) from error
-    except (*UNREADABLE, URLError, HTTPException, TypeError) as error:
+    except (*UNREADABLE, TypeError) as error:
         described = f"{str(source)[:80]!r}, " if isinstance(source, (str, os.PathLike)) else ""
         raise UnreadableImageError(
             name, f" cannot be opened ({described}{error}); replace it, or leave it out."

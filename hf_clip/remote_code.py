@@ -16,6 +16,7 @@ from typing import Any
 TRAVELLING = (
     "bpe_hf_clip",
     "configuration_hf_clip",
+    "fetch_hf_clip",
     "image_processing_hf_clip",
     "inference_hf_clip",
     "modeling_hf_clip",
