@@ -1,4 +1,4 @@
-"""An image's address on the web → its content. Nothing that a server does takes longer, or more memory, than is set here.
+"""An image's address on the web → its content. No server makes that take longer, or more memory, than is set here.
 
 One deadline holds for everything together: looking the name up, connecting, redirects, retries, a body that trickles.
 The size limit holds for what arrives and for what a compressed answer unpacks to, and is checked before more is kept.
@@ -7,6 +7,7 @@ Redirects are followed by hand, so that each one's scheme is checked and no redi
 
 import asyncio
 import base64
+import os
 import re
 import zlib
 from concurrent.futures import Future
@@ -120,6 +121,8 @@ def _first_cause(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         error, cause = cause, cause.__cause__ or cause.__context__
+    if isinstance(error, ConnectionError) and error.errno:
+        return os.strerror(error.errno)  # plainer than "Connect call failed"
     return str(error) or type(error).__name__
 
 
@@ -151,15 +154,15 @@ async def _with_retries(address: str, seconds: float) -> bytes:
 
 async def _ask(client: Any, address: str) -> bytes:
     """One request and the redirects that follow it."""
-    request = client.build_request("GET", address)
+    request, leads_to = client.build_request("GET", address), address
     for _ in range(MAX_REDIRECTS + 1):
-        if request.url.scheme not in ("http", "https"):
-            raise FetchError(address, f"it leads to {str(request.url)[:200]}, but only http and https are followed")
+        if request is None or request.url.scheme not in ("http", "https"):
+            raise FetchError(address, f"it leads to {leads_to[:200]!r}, but only http and https are followed")
         response = await client.send(request, stream=True)
         try:
-            if response.next_request is None:
+            if not response.has_redirect_location:
                 return await _content(response, address)
-            request = response.next_request
+            request, leads_to = response.next_request, response.headers["location"]
         finally:
             await response.aclose()
     raise FetchError(address, f"it is redirected more than {MAX_REDIRECTS} times")
@@ -172,7 +175,7 @@ async def _content(response: Any, address: str) -> bytes:
         raise FetchError(address, f"the server answered {status} {response.reason_phrase}{asked}", status, wait)
     too_large = FetchError(address, f"its content is larger than {MAX_BYTES // 2**20} MiB", response.status_code)
     claimed = response.headers.get("content-length", "")
-    if claimed.isdecimal() and (len(claimed) > 18 or int(claimed) > MAX_BYTES):
+    if claimed.isdecimal() and int(claimed) > MAX_BYTES:
         raise too_large
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):

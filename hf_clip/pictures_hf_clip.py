@@ -26,10 +26,11 @@ GREY_LEVEL = 1 / 255
 SMALLEST_PICTURE = 30
 """Bytes; a text that is base64 of fewer is a path that was mistyped."""
 
-RASTER_FORMATS = frozenset(
-    "AVIF BLP BMP CUR DCX DDS DIB FITS FLI FPX FTEX GBR GIF HEIF ICNS ICO IM IMT JPEG JPEG2000 JXL MCIDAS MIC MSP PCD "
-    "PCX PIXAR PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM XVTHUMB".split()
-)
+RASTER_FORMATS = {
+    "AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FPX", "FTEX", "GBR", "GIF", "HEIF", "ICNS",
+    "ICO", "IM", "IMT", "JPEG", "JPEG2000", "JXL", "MCIDAS", "MIC", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM",
+    "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB",
+}  # fmt: skip
 """Formats, by Pillow's names, that are opened: all that hold pixels and are decoded by Pillow or its plugins alone.
 
 Left out are EPS (PostScript), which Pillow has Ghostscript run; WMF, which Windows draws; IPTC, whose content Pillow

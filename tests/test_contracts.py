@@ -121,6 +121,7 @@ ALLOWED = {
         "configuration_hf_clip",
         "evaluation",
         "features",
+        "fetch_hf_clip",
         "formats",
         "image_processing_hf_clip",
         "model_card",

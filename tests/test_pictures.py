@@ -2,6 +2,8 @@
 
 import base64
 import http.server
+import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from io import BytesIO
@@ -12,10 +14,12 @@ import pytest
 import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from hf_clip import HfClipImageProcessor
-from hf_clip.pictures_hf_clip import open_picture
+from hf_clip.pictures_hf_clip import RASTER_FORMATS, UnreadableImageError, open_picture, open_raster
+from hf_clip.training.columns import UnusableRowError
+from hf_clip.training.pictures import open_content
 
 
 def as_jpeg(picture: Image.Image, orientation: int | None = None, quality: int = 95) -> bytes:
@@ -141,3 +145,107 @@ def test_draft_decodes_less_and_stays_near(photographs: dict[str, Image.Image]):
     assert np.abs(exact - quick).mean() < 0.02
     small = as_jpeg(photographs["astronaut"])  # less than twice as large as needed on its shorter side after a halving
     assert open_picture(small, draft=288).size == photographs["astronaut"].size
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+def encoded(picture: Image.Image, form: str) -> bytes | None:
+    """None where Pillow cannot write this mode."""
+    file = BytesIO()
+    try:
+        picture.save(file, form)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_every_kind_of_image_file_that_pillow_writes_is_opened(photographs: dict[str, Image.Image]):
+    Image.init()
+    small, opened = photographs["chelsea"].resize((48, 32)), set()
+    for form in sorted(set(Image.SAVE) - {"EPS", "PDF", "PALM"}):  # Pillow opens neither PDF nor PALM
+        for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "F"):
+            picture = small.convert("L").convert(mode) if mode in ("I;16", "F") else small.convert(mode)
+            if (data := encoded(picture, form)) is None:
+                continue
+            with Image.open(BytesIO(data)) as expected:
+                expected.load()
+                assert np.array_equal(np.asarray(open_raster(BytesIO(data)).copy()), np.asarray(expected)), (form, mode)
+                opened.add(expected.format)
+    assert opened >= {"BMP", "GIF", "ICO", "JPEG", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF"}
+
+
+def test_all_formats_but_those_that_are_more_than_pixels_are_opened():
+    """A format that a later Pillow brings stands here first: is it pixels, and opened by Pillow alone?"""
+    Image.init()
+    left_out = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+    assert left_out >= set(Image.ID) - RASTER_FORMATS
+    assert not left_out & RASTER_FORMATS
+
+
+def postscript() -> bytes:
+    data = encoded(Image.new("RGB", (64, 48), "red"), "EPS")
+    assert data is not None
+    return data
+
+
+def iptc(content: bytes) -> bytes:
+    """An IPTC file of 64x48 grey pixels, whose content Pillow opens as an image of its own."""
+
+    def entry(record: int, number: int, data: bytes) -> bytes:
+        return bytes([0x1C, record, number]) + len(data).to_bytes(2, "big") + data
+
+    about = [(60, b"\1\0"), (20, (64).to_bytes(2, "big")), (30, (48).to_bytes(2, "big")), (120, b"\x05")]
+    start = b"".join(entry(3, number, data) for number, data in about)
+    return start + b"".join(entry(8, 10, content[at : at + 8000]) for at in range(0, len(content), 8000))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "EPS with a preview", "IPTC"])
+def test_no_image_file_starts_another_program(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = postscript()
+    if kind == "EPS with a preview":
+        data = b"\xc5\xd0\xd3\xc6" + (32).to_bytes(4, "little") + len(data).to_bytes(4, "little") + bytes(20) + data
+    elif kind == "IPTC":
+        data = iptc(data)
+    started, programs = tmp_path / "started", tmp_path / "programs"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\necho started >> {started}\nexit 1\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    for plugin in ("gs_binary", "gs_windows_binary"):
+        monkeypatch.setattr(EpsImagePlugin, plugin, "gs" if plugin == "gs_binary" else None)
+    with Image.open(BytesIO(data)) as opened, pytest.raises((OSError, subprocess.CalledProcessError)):
+        opened.load()
+    assert started.exists()  # so Pillow by itself would have
+    started.unlink()
+    for name in ("a.jpg", "a.eps", "a"):
+        (tmp_path / name).write_bytes(data)
+    paths = [str(tmp_path / name) for name in ("a.jpg", "a.eps", "a")]
+    ways = [
+        *paths,
+        Path(paths[0]),
+        data,
+        BytesIO(data),
+        {"bytes": data, "path": None},
+        {"bytes": None, "path": paths[0]},
+    ]
+    ways += ["data:image/jpeg;base64," + base64.b64encode(data).decode(), base64.b64encode(data).decode()]
+    for way in ways:
+        for processor in (HfClipImageProcessor(), HfClipImageProcessor(backend="torch")):
+            with pytest.raises(UnreadableImageError, match="cannot identify image file: .*PostScript.*not opened"):
+                processor(way)
+    with pytest.raises(UnusableRowError, match=r"^its picture cannot be opened \(cannot identify image file: "):
+        open_content(data)
+    assert not started.exists()
+
+
+def test_file_that_cannot_be_wound_back_is_opened(jpeg: bytes):
+    class Pipe:
+        def __init__(self) -> None:
+            self.file = BytesIO(jpeg)
+
+        def read(self, size: int = -1) -> bytes:
+            return self.file.read(size)
+
+    assert np.array_equal(np.asarray(open_picture(Pipe())), np.asarray(open_picture(jpeg)))

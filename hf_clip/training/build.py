@@ -74,6 +74,7 @@ def build_data(config: TrainingConfig) -> Data:
         "caption_column": config.caption_column,
         "captions": config.captions,
         "streaming": config.streaming,
+        "image_folders": config.image_folders,
     }
     train = load_pairs(config.dataset, split=config.split, **chosen)
     if config.captions == "all" and isinstance(train, Pairs) and not train.has_several_captions:

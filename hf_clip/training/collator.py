@@ -105,7 +105,7 @@ class PairCollator:
             caption = spoken[int(rng.integers(len(spoken)))] if spoken else ""
         if not caption:
             raise UnusableRowError("its caption is empty")
-        content = picture_content(row.image, row.folder, self.timeout)
+        content = picture_content(row.image, row.places, self.timeout)
         picture = open_content(content, self.augmented.draft if self.augmented else None)
         try:
             if self.augmented:

@@ -44,7 +44,7 @@ RANGES = (
 MAY_CHANGE = (
     *("output_dir", "overwrite", "resume", "output_format", "push_to_hub", "hub_strategy", "report_to"),
     *("logging_steps", "checkpoint_steps", "keep_checkpoints", "patience", "average_with_pretrained"),
-    *("num_workers", "max_bad_fraction", "gradient_checkpointing"),
+    *("num_workers", "max_bad_fraction", "image_folders", "gradient_checkpointing"),
     *("batch_size", "epochs", "max_steps"),  # what counts is the global batch and the steps of the run, kept beside
 )
 """Options that a resumed run may have otherwise; all others decide what comes out of it."""
@@ -97,6 +97,9 @@ class DataOptions:
     image_column: str | None = _option(None, "Column with pictures, paths or URLs; default: the only possible one")
     caption_column: str | None = _option(
         None, 'Column with texts, or a template such as "a photo of a {label}."; default: the only possible one'
+    )
+    image_folders: list[str] = _option(
+        [], "Folders outside of the data sets' own whose images rows may name; only for rows that you trust"
     )
     captions: str = _option("one", "Of a row's several captions: one drawn in each epoch, or all as rows")
     mask_duplicates: bool = _option(False, "Don't take pairs with an equal picture or caption for negatives")

@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +28,7 @@ from .columns import (
     find_caption_column,
     find_image_column,
 )
+from .pictures import NOWHERE, ImagePlaces, find_image_places
 from .sources import (
     Source,
     describe_columns,
@@ -64,7 +64,7 @@ class Row:
     image: Any
     captions: list[str]
     label: int | None = None
-    folder: Path | None = None
+    places: ImagePlaces = NOWHERE
     reason: str | None = None
     """Why it cannot be used, where that is known already."""
 
@@ -78,7 +78,7 @@ class PairTable:
     image_column: str
     captions: CaptionReader
     label_column: str | None = None
-    folder: Path | None = None
+    places: ImagePlaces = NOWHERE
     weight: float | None = None
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
@@ -90,7 +90,7 @@ class PairTable:
 
     def row(self, stored: dict[str, Any], name: str) -> Row:
         label = stored.get(self.label_column) if self.label_column else None
-        row = Row(name, stored.get(self.image_column), [], label, self.folder)
+        row = Row(name, stored.get(self.image_column), [], label, self.places)
         try:
             row.captions = self.captions(stored)
             if self.label_column and label is None:
@@ -218,7 +218,7 @@ class PairStream:
             image = stored["path"] if stored["bytes"] is None else stored["bytes"]
             where = f" ({stored['path']})" if stored["path"] else ""
             name = f"row {number} that was read of {source.name}{where} in epoch {epoch}"
-            row = Row(name, image, stored["captions"], stored["label"], source.folder, stored["reason"])
+            row = Row(name, image, stored["captions"], stored["label"], source.places, stored["reason"])
             count = len(row.captions) if self.captions == "all" and row.captions else 0
             for caption in range(count) if count else [ANY]:
                 yield Draw(stored["source"], number, caption, epoch, row)
@@ -248,6 +248,7 @@ def load_pairs(
     captions: str = "one",
     streaming: bool = False,
     buffer: int = 1000,
+    image_folders: Sequence[str] = (),
 ) -> Pairs | PairStream:
     """Open sources of pairs, find their columns, and mix them.
 
@@ -259,6 +260,7 @@ def load_pairs(
     captions:       of a row with several, "one" is drawn in each epoch, or "all" make a row each
     streaming:      read the sources as they come, instead of preparing tables on disk first
     buffer:         rows of a stream among which the next is drawn
+    image_folders:  folders outside of the source's own whose images its rows may name; see `training.pictures`
 
     Raises FileNotFoundError for what isn't there, and ValueError for a split or column that is missing or ambiguous.
     """
@@ -281,8 +283,8 @@ def load_pairs(
         reader = CaptionReader(source.path, texts, features)
         if label_column is not None:
             check_label_column(source.path, features, label_column)
-        place = folder_of(source.path)
-        pair_table = PairTable(source.path, table, pictures, reader, label_column, place, source.weight)
+        places = find_image_places(source.path, folder_of(source.path), image_folders)
+        pair_table = PairTable(source.path, table, pictures, reader, label_column, places, source.weight)
         pair_table.table = table.select_columns(pair_table.columns)
         if not streaming:
             pair_table.rows = np.arange(len(table))

@@ -1,6 +1,8 @@
 """Rows that cannot be used: skipped, counted, logged, replaced; too many of them end the run."""
 
 import logging
+import os
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -9,8 +11,10 @@ import torch
 from transformers import ProcessorMixin
 
 from hf_clip.training.bad_rows import BadRows, find_refusal
+from hf_clip.training.columns import UnusableRowError
 from hf_clip.training.content import content_id
 from hf_clip.training.pairs import load_pairs
+from hf_clip.training.pictures import ImagePlaces, find_image_places, picture_content
 
 from .sources import COUNT, captions, loader_of, png, write_table
 
@@ -150,3 +154,129 @@ def test_count_of_bad_rows_outlives_an_interruption():
     rows.add(10, [("row 1", "broken")])
     later.load_state_dict(rows.state_dict())
     assert (later.drawn, later.bad, later.first) == (10, 1, "row 1: broken")
+
+
+# --- rows that point out of their data set ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with an image that no data set is to find, and the folder of a data set beside it."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "private.png").write_bytes(png(1))
+    with zipfile.ZipFile(tmp_path / "home" / "private.zip", "w") as archive:
+        archive.write(tmp_path / "home" / "private.png", "private.png")
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "own.png").write_bytes(png(2))
+    (tmp_path / "data" / "images" / "link.png").symlink_to(tmp_path / "home" / "private.png")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "home")
+    return tmp_path / "home"
+
+
+def ways_to(file: Path) -> list[str]:
+    """Every way in which a row may name a file of this machine that lies beside its data set's folder."""
+    archive, name = file.with_suffix(".zip"), file.name
+    return [
+        str(file), f"file://{file}", f"local://{file}", f"~/{name}", f"../{file.parent.name}/{name}", name,
+        f"images/../../{file.parent.name}/{name}", "images/link.png", f"linked/{name}", f"simplecache::file://{file}",
+        f"simplecache::{file}", f"filecache://{file}", f"simplecache://{name}::file://{file}", f"reference://::{file}",
+        f"zip://{name}::{archive}", f"zip://{name}::file://{archive}", f"zip://{name}::~/{archive.name}",
+        f"zip://{name}::simplecache::file://{archive}", f"dir://{name}::file://{file.parent}",
+        "hf://datasets/somebody/private/image.png", "s3://bucket/image.png", "ssh://host/image.png",
+    ]  # fmt: skip
+
+
+@STREAMING
+def test_rows_that_point_out_of_their_data_set_are_bad_rows(private: Path, streaming: bool):
+    data = private.parent / "data"
+    ways = ways_to(private / "private.png")
+    columns = {"image": ["images/own.png", str(data / "images" / "own.png"), *ways], "caption": captions(len(ways) + 2)}
+    pairs = load_pairs(str(write_table(data / "table.csv", columns)), streaming=streaming)
+    first, second, *others = [pairs.read(draw) for draw in pairs.draws(0, shuffle=False)]
+    assert picture_content(first.image, first.places) == picture_content(second.image, second.places) == png(2)
+    for row in others:
+        with pytest.raises(UnusableRowError) as error:
+            picture_content(row.image, row.places)
+        if row.image in ("private.png", f"simplecache::{private}/private.png"):  # none such in `data`
+            assert str(error.value) == f"there is no picture {row.image!r}"
+        else:
+            outside = f"its image {row.image!r} lies outside of the data set's folder {data}; if you trust the rows, al"
+            assert str(error.value).startswith(outside)
+
+
+def test_rows_from_elsewhere_name_no_file_of_this_machine(private: Path):
+    for source in ("user/pairs", "user/pairs:small", "https://example.org/pairs.csv", "hf://datasets/user/pairs/*.csv"):
+        places = find_image_places(source, None)
+        for way in ways_to(private / "private.png"):
+            for stored in (way, {"bytes": None, "path": way}):
+                with pytest.raises(UnusableRowError, match=r"^its image '.*' lies outside of the data set; if you tr"):
+                    picture_content(stored, places)
+    with pytest.raises(UnusableRowError, match="lies outside of the data set"):
+        picture_content(str(private / "private.png"), ImagePlaces())
+
+
+def test_rows_of_a_repository_find_what_was_downloaded_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hf_clip.training.pictures.HF_HUB_CACHE", str(tmp_path))
+    blob, snapshot = (tmp_path / "datasets--user--pairs" / name for name in ("blobs", "snapshots/1a2b"))
+    for folder in (blob, snapshot):
+        folder.mkdir(parents=True)
+    (blob / "3c4d").write_bytes(png(3))
+    (snapshot / "a.png").symlink_to("../../blobs/3c4d")  # as huggingface_hub keeps them
+    places = find_image_places("user/pairs:small", None)
+    assert picture_content(str(snapshot / "a.png"), places) == png(3)
+    for address, is_of_it in (("pairs/a.png", True), ("pairs@1a2b/a.png", True), ("pairs-2/a.png", False)):
+        assert f"hf://datasets/user/{address}".startswith(places.remote) == is_of_it
+    with pytest.raises(UnusableRowError, match="lies outside of the data set"):
+        picture_content(str(snapshot / "a.png"), find_image_places("user/other", None))
+
+
+def test_folders_that_the_user_names_are_allowed(private: Path):
+    data = private.parent / "data"
+    ways = ways_to(private / "private.png")
+    columns = {"image": ways, "caption": captions(len(ways))}
+    source = str(write_table(data / "table.csv", columns))
+    pairs = load_pairs(source, image_folders=["~", "memory://bucket"])
+    found = []
+    for draw in pairs.draws(0, shuffle=False):
+        row = pairs.read(draw)
+        try:
+            found.append((row.image, picture_content(row.image, row.places)))
+        except UnusableRowError as error:
+            assert "lies outside of" in str(error) or "there is no" in str(error)  # noqa: PT017
+    assert {content for _, content in found} == {png(1)}
+    names = {name for name, _ in found}
+    assert names >= {str(private / "private.png"), "~/private.png", "../home/private.png", "images/link.png"}
+    assert not any("cache" in name or name.startswith(("hf:", "s3:", "ssh:", "dir:")) for name in names)
+    import fsspec
+
+    with fsspec.open("memory://bucket/a.png", "wb") as file:
+        file.write(png(4))
+    places = find_image_places(source, data, ["memory://bucket"])
+    assert picture_content("memory://bucket/a.png", places) == png(4)
+    for address in ("memory://bucket/../a.png", "memory://bucketeer/a.png"):
+        with pytest.raises(UnusableRowError, match="lies outside of the data set's folder"):
+            picture_content(address, places)
+    with pytest.raises(ValueError, match=r"--image_folders names .*nowhere, which is no folder; check the path"):
+        load_pairs(source, image_folders=[str(private / "nowhere")])
+
+
+def test_what_is_no_plain_file_is_not_opened(tmp_path: Path):
+    os.mkfifo(tmp_path / "endless.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "circle.png").symlink_to("circle.png")
+    for name in ("endless.png", "folder.png", "circle.png", "a\0b.png", "x" * 5000):
+        with pytest.raises(UnusableRowError, match=r"^there is no picture|^its picture .* cannot be read") as error:
+            picture_content(name, find_image_places(str(tmp_path), tmp_path))
+        assert len(str(error.value)) < 1000
+
+
+def test_archive_member_is_limited_as_an_address_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hf_clip.training.pictures.MAX_BYTES", 2**20)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(2**20 + 1))
+    with pytest.raises(
+        UnusableRowError, match=r"its picture 'zip://a.png::a.zip' cannot be read \(it is larger than 1 "
+    ):
+        picture_content("zip://a.png::a.zip", find_image_places(str(tmp_path), tmp_path))

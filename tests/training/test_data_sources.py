@@ -17,7 +17,7 @@ from datasets import Image as ImageFeature
 
 from hf_clip.training.columns import UnusableRowError, describe_feature
 from hf_clip.training.pairs import Pairs, PairStream, Row, load_pairs
-from hf_clip.training.pictures import open_content, picture_content
+from hf_clip.training.pictures import find_image_places, open_content, picture_content
 from hf_clip.training.sources import Source, parse_sources
 
 from .sources import SMALL, WRITERS, captions, jpeg, png, write_pictures, write_table, write_tar
@@ -36,7 +36,7 @@ def rows_of(pairs: Pairs | PairStream, **how: Any) -> list[Row]:
 
 def grey(row: Row) -> int:
     """What the pictures of `png` show."""
-    return open_content(picture_content(row.image, row.folder)).convert("RGB").getpixel((0, 0))[0]
+    return open_content(picture_content(row.image, row.places)).convert("RGB").getpixel((0, 0))[0]
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -76,11 +76,13 @@ def test_pictures_are_fetched_by_their_urls(streaming: bool, tmp_path: Path, ser
 def test_picture_within_an_archive_is_read(tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
         archive.writestr("some/picture.png", png(4))
-    assert picture_content(f"zip://some/picture.png::{tmp_path / 'pictures.zip'}") == png(4)
-    assert picture_content({"bytes": None, "path": f"zip://some/picture.png::{tmp_path / 'pictures.zip'}"}) == png(4)
+    places = find_image_places(str(tmp_path), tmp_path)
+    address = f"zip://some/picture.png::{tmp_path / 'pictures.zip'}"
+    for stored in (address, {"bytes": None, "path": address}, "zip://some/picture.png::pictures.zip"):
+        assert picture_content(stored, places) == png(4)
     assert picture_content("data:image/png;base64," + base64.b64encode(png(5)).decode()) == png(5)
     with pytest.raises(UnusableRowError, match="picture 'zip://other.png"):
-        picture_content(f"zip://other.png::{tmp_path / 'pictures.zip'}")
+        picture_content(f"zip://other.png::{tmp_path / 'pictures.zip'}", places)
     with pytest.raises(UnusableRowError, match="its picture is missing"):
         picture_content({"bytes": None, "path": None})
 
@@ -108,8 +110,17 @@ def test_relative_paths_begin_at_the_tables_folder_and_else_where_the_program_ru
     (tmp_path / "b" / "there.png").write_bytes(png(3))
     monkeypatch.chdir(tmp_path / "b")
     columns = {"image": ["here.png", "there.png"], "caption": ["one", "two"]}
-    rows = rows_of(load_pairs(str(write_table(tmp_path / "a" / "table.csv", columns))))
+    source = str(write_table(tmp_path / "a" / "table.csv", columns))
+    rows = rows_of(load_pairs(source, image_folders=["."]))
     assert [grey(row) for row in rows] == [10, 30]
+    rows = rows_of(load_pairs(source))
+    assert grey(rows[0]) == 10
+    with pytest.raises(UnusableRowError, match=r"^there is no picture 'there.png'$"):
+        picture_content(rows[1].image, rows[1].places)
+    monkeypatch.chdir(tmp_path)
+    columns = {"image": ["a/here.png"], "caption": ["from the folder above"]}
+    (row,) = rows_of(load_pairs(str(write_table(tmp_path / "a" / "table.csv", columns))))
+    assert grey(row) == 10
 
 
 @STREAMING
