@@ -6,7 +6,7 @@ towers: the dictionary's `model_type`, or for lack of one the presence of `depth
 """
 
 import copy
-import json
+import math
 import os
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
+from .files_hf_clip import check_names, check_no_methods, one_line, read_object
 from .variants import get_variant
 
 LEGACY_END_OF_TEXT_ID = 2
@@ -25,6 +26,14 @@ STOCK_TYPES = {"clip": "hf_clip", "clip_text_model": "hf_clip_text", "clip_visio
 
 STOCK_TOWERS = {"text_config": "hf_clip_text", "vision_config": "hf_clip_vit"}
 """What stands under these names in the configuration of a whole stock CLIP."""
+
+MOST_LAYERS = 1000
+MOST_BLOCKS = 200
+MOST_WIDTH = 1 << 20
+MOST_IDS = 1 << 24
+MOST_PIXELS = 1 << 14
+MOST_CHANNELS = 1 << 10
+"""Far beyond any model. Larger ones are damage, or made to fill the memory and the time of whoever builds them."""
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -48,28 +57,27 @@ class HubUpload:
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 
 
+def read_config_object(path: Any) -> dict[str, Any]:
+    """The fields of a config.json. Raises ValueError for a damaged one, or one that names files elsewhere."""
+    values = read_object(path)
+    check_names(path, values, ("configuration_files", "transformers_weights"))
+    return values
+
+
 def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
     """The reader of a repository in another library's layout, or None for one that describes itself to transformers.
 
     arguments: those of `from_pretrained`, of which the Hub's are used
     """
-    if source is None or not FOREIGN_LAYOUTS or os.path.isfile(source):
+    if source is None or os.path.isfile(source):
         return None
     hub = {name: arguments[name] for name in HUB_ARGUMENTS if arguments.get(name) is not None}
     try:
         path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
     except OSError:
         return None  # what asked will say it better
-    if path is not None:
-        try:
-            with open(path, encoding="utf-8") as file:
-                values = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}); save or download it again.") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds no object of fields; save or download it again.")
-        if "model_type" in values:
-            return None
+    if path is not None and "model_type" in read_config_object(path):
+        return None
     return next((found for layout in FOREIGN_LAYOUTS if (found := layout(source, hub)) is not None), None)
 
 
@@ -79,8 +87,12 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
     A tower alone is read out of the whole, so each is made complete: repositories of 2022 nest its real values under
     `text_config_dict` and `vision_config_dict`, and the width of the shared space counts as the whole says it.
     """
-    if values.get("model_type") not in STOCK_TYPES:
+    if not isinstance(kind := values.get("model_type"), str) or kind not in STOCK_TYPES:
         return values
+    for name in STOCK_TOWERS:
+        for written in (name, f"{name}_dict"):
+            if not isinstance(values.get(written) or {}, dict):
+                raise ValueError(f"its {written} is a {type(values[written]).__name__}, but an object is needed.")
     values = values | {"model_type": STOCK_TYPES[values["model_type"]]}
     for name, model_type in STOCK_TOWERS.items():
         if nested := (values.get(name) or {}) | (values.get(f"{name}_dict") or {}):
@@ -96,17 +108,71 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        if (foreign := find_foreign(pretrained_model_name_or_path, kwargs)) is not None:
+        source = pretrained_model_name_or_path
+        if (foreign := find_foreign(source, kwargs)) is not None:
             return foreign.config.to_dict(), kwargs
-        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return _renamed(values), kwargs
+        if source is not None and os.path.isfile(source) and not kwargs.get("gguf_file"):
+            read_config_object(source)
+        values, kwargs = super().get_config_dict(source, **kwargs)
+        try:
+            return _renamed(values), kwargs
+        except ValueError as error:
+            raise ValueError(f"The configuration of {source} is refused: {error}") from None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As everywhere in transformers; raises ValueError in one line for values of any other kind than needed."""
+        source = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "this model"
+        try:
+            check_no_methods(cls, config_dict, "it")
+            return super().from_dict(config_dict, **kwargs)
+        except (
+            Exception
+        ) as error:  # transformers' own code meets values of any kind, and raises as many kinds of errors
+            said = one_line(error) if isinstance(error, ValueError) else one_line(f"{type(error).__name__}: {error}")
+            said = said.removeprefix("StrictDataclassFieldValidationError: ")
+            said = said.removeprefix("StrictDataclassClassValidationError: ")
+            raise ValueError(f"The configuration of {one_line(source, 200)} is refused: {said}") from error
+
+    def validate_kinds(self) -> None:
+        """Raises ValueError for a dtype that is none, and for numbers that are not finite."""
+        kind = type(self.dtype)
+        if self.dtype is not None and (kind.__module__, kind.__name__) != ("torch", "dtype") and kind is not str:
+            raise ValueError(
+                f"{type(self).__name__}: dtype is {self.dtype!r:.80}, but the name of a torch.dtype is needed, such as "
+                f"'float32'."
+            )
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{type(self).__name__}: {name} is {value}, but a finite number is needed.")
 
 
-def _require_positive(config: PreTrainedConfig, *names: str) -> None:
+def _require_positive(config: PreTrainedConfig, *names: str, most: int = MOST_WIDTH) -> None:
     for name in names:
         value = getattr(config, name)
         if value is None or value <= 0:
-            raise ValueError(f"{type(config).__name__}: {name} is {value!r}, but it must be a positive number.")
+            raise ValueError(f"{type(config).__name__}: {name} is {value!r:.80}, but it must be a positive number.")
+        _require_at_most(config, name, value, most)
+
+
+def _require_at_most(config: PreTrainedConfig, name: str, value: int, most: int) -> None:
+    if value > most:
+        raise ValueError(
+            f"{type(config).__name__}: {name} is {float(min(value, 10**300)):.4g}, but at most {most:,} can be built."
+        )
+
+
+def _require_layers(config: Any) -> None:
+    from transformers.activations import ACT2FN
+
+    if (layers := config.num_hidden_layers) < 0:
+        raise ValueError(f"{type(config).__name__}: num_hidden_layers is {layers}, but it must not be negative.")
+    _require_at_most(config, "num_hidden_layers", layers, MOST_LAYERS)
+    if (activation := config.hidden_act) not in ACT2FN:
+        raise ValueError(
+            f"{type(config).__name__}: hidden_act is {activation!r:.80}, but transformers has no activation of that "
+            f"name; OpenAI's models have 'quick_gelu'."
+        )
 
 
 def _require_divisible(config: PreTrainedConfig, whole: str, part: str, reason: str) -> None:
@@ -166,8 +232,10 @@ class HfClipTextConfig(HfClipPreTrainedConfig):
 
     def validate_architecture(self) -> None:
         _require_positive(
-            self, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"
+            self, "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "projection_dim"
         )
+        _require_positive(self, "vocab_size", most=MOST_IDS)
+        _require_layers(self)
         _require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
         if self.eos_token_id is None or not 0 <= self.eos_token_id < self.vocab_size:
             raise ValueError(
@@ -201,9 +269,10 @@ class HfClipViTConfig(HfClipPreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        _require_positive(
-            self, "hidden_size", "intermediate_size", "num_attention_heads", "num_channels", "image_size", "patch_size"
-        )
+        _require_positive(self, "hidden_size", "intermediate_size", "num_attention_heads", "projection_dim")
+        _require_positive(self, "image_size", "patch_size", most=MOST_PIXELS)
+        _require_positive(self, "num_channels", most=MOST_CHANNELS)
+        _require_layers(self)
         _require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
         if self.patch_size > self.image_size:
             raise ValueError(f"HfClipViTConfig: patch_size {self.patch_size} exceeds image_size {self.image_size}.")
@@ -249,11 +318,15 @@ class HfClipResNetConfig(HfClipPreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        _require_positive(self, "stem_width", "num_attention_heads", "num_channels", "image_size")
+        _require_positive(self, "stem_width", "num_attention_heads", "projection_dim")
+        _require_positive(self, "image_size", most=MOST_PIXELS)
+        _require_positive(self, "num_channels", most=MOST_CHANNELS)
         if len(self.depths) != 4 or min(self.depths) < 1:
             raise ValueError(
                 f"HfClipResNetConfig: depths is {self.depths}, but a CLIP ResNet has four stages of blocks."
             )
+        if max(self.depths) > MOST_BLOCKS:
+            raise ValueError(f"HfClipResNetConfig: a stage has at most {MOST_BLOCKS} blocks, but depths is larger.")
         if self.stem_width % 2:
             raise ValueError(
                 f"HfClipResNetConfig: stem_width is {self.stem_width}, but the stem starts with half of it."

@@ -7,10 +7,12 @@ resize in the picture's own mode, the same rounding of sizes and offsets, and th
 Dimensions: B batch, H × W pixels, C = 3 channels.
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,10 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload, find_foreign
+from .configuration_hf_clip import HUB_ARGUMENTS, MOST_PIXELS, HubUpload, find_foreign
+from .files_hf_clip import check_no_methods, find_files, in_one_kind, one_line, read_object
 from .pictures_hf_clip import (
     UNREADABLE,
     UnreadableImageError,
@@ -57,7 +61,16 @@ class HfClipImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[cal
 
 def check_fit(fit: Any) -> None:
     if fit not in FITS:
-        raise ValueError(f"fit is {fit!r}, but must be one of {', '.join(map(repr, FITS))}.")
+        raise ValueError(f"fit is {fit!r:.80}, but must be one of {', '.join(map(repr, FITS))}.")
+
+
+def _check_numbers(name: str, values: Any, positive: bool) -> None:
+    """Refuse what no pixel can be scaled by: words, NaN, infinity, and zero where pixels are divided."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"{name} holds {value!r:.80}, but a finite number is needed.")
+        if positive and value <= 0:
+            raise ValueError(f"{name} holds {value}, but pixels are divided by it: a positive number is needed.")
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,9 @@ class Steps:
 
     def __post_init__(self) -> None:
         size, crop = self.size, self.crop_size
+        for name in ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+            if (value := getattr(self, name)) not in (None, True, False):
+                raise ValueError(f"{name} is {value!r:.80}, but True or False is needed.")
         check_fit(self.fit)
         if self.fit != "crop" and not (self.do_resize and self.do_center_crop):
             raise ValueError(f"fit={self.fit!r} needs do_resize=True and do_center_crop=True.")
@@ -86,16 +102,29 @@ class Steps:
             raise ValueError(
                 f'size is {dict(size)}, but {{"shortest_edge": n}} or {{"height": h, "width": w}} is needed.'
             )
-        if self.do_resize and (isinstance(self.resample, str) or self.resample not in set(Image.Resampling)):
-            raise ValueError(f"resample is {self.resample!r}, but one of PIL.Image.Resampling is needed; 3 is bicubic.")
+        if self.do_resize and (isinstance(self.resample, str) or self.resample not in list(Image.Resampling)):
+            raise ValueError(
+                f"resample is {self.resample!r:.80}, but one of PIL.Image.Resampling is needed; 3 is bicubic."
+            )
         if self.do_center_crop and not (crop.height and crop.width):
             raise ValueError(f'crop_size is {dict(crop)}, but {{"height": h, "width": w}} is needed.')
-        colours = (self.image_mean, self.image_std)
-        if self.do_normalize and len({len(np.atleast_1d(values)) for values in colours} - {1, 3}):
-            raise ValueError(
-                f"image_mean {self.image_mean} and image_std {self.image_std} need one number, or one per channel: "
-                f"three."
-            )
+        for name, sides in (("size", size), ("crop_size", crop)):
+            for side in (sides.shortest_edge, sides.height, sides.width):
+                if side is not None and not (isinstance(side, Integral) and 0 < side <= MOST_PIXELS):
+                    raise ValueError(
+                        f"{name} has a side of {side!r:.80}, but a whole number of pixels from 1 to {MOST_PIXELS:,} is "
+                        f"needed."
+                    )
+        if self.do_rescale:
+            _check_numbers("rescale_factor", [self.rescale_factor], positive=True)
+        if self.do_normalize:
+            for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+                values = values if isinstance(values, (list, tuple, np.ndarray)) else [values]
+                if len(values) not in (1, 3):
+                    raise ValueError(
+                        f"{name} has {len(values)} values; images need one number, or one per channel: three."
+                    )
+                _check_numbers(name, values, positive=name == "image_std")
 
     def layout(self, size: tuple[int, int]) -> Layout:
         """What a picture of this width and height is scaled to, and what is cut out of that."""
@@ -291,7 +320,7 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self._set_attributes(**kwargs)
-        check_fit(self.fit)
+        self.steps()
 
     @classmethod
     def for_image_size(cls, image_size: int, **kwargs: Any) -> "HfClipImageProcessor":
@@ -306,7 +335,22 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
         """As everywhere in transformers; open_clip's repositories too, where the package is."""
         if (foreign := find_foreign(pretrained_model_name_or_path, kwargs)) is not None:
             return foreign.image_processor_values(), {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS}
-        return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        source = pretrained_model_name_or_path
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        for path in find_files(source, (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME), hub):
+            values = read_object(path)
+            check_no_methods(cls, values.get("image_processor", values), path)
+        return super().get_image_processor_dict(source, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers; raises ValueError in one line for damaged files and impossible settings."""
+        source = pretrained_model_name_or_path
+        try:
+            with in_one_kind(source):
+                return super().from_pretrained(source, *args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"The image processor of {one_line(source, 200)} is refused: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: how the model wants its pictures, not how this machine makes them."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -33,6 +34,7 @@ from .configuration_hf_clip import (
     HubUpload,
     find_foreign,
 )
+from .files_hf_clip import check_weights, one_line
 from .inference_hf_clip import Optimizable
 from .resnet_hf_clip import (
     HfClipAttentionPool,
@@ -127,7 +129,13 @@ class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
         source = pretrained_model_name_or_path
         foreign = None if kwargs.get("state_dict") is not None else find_foreign(source, kwargs)
         if foreign is None:
-            return super().from_pretrained(source, *args, **kwargs)
+            check_weights(source, kwargs.get("subfolder"))
+            try:
+                return super().from_pretrained(source, *args, **kwargs)
+            except SafetensorError as error:
+                raise ValueError(
+                    f"The weights in {source} are damaged or cut off ({one_line(error)}); copy them again."
+                ) from error
         own = {name: kwargs.pop(name) for name in ("config", "dtype", "torch_dtype") if name in kwargs}
         if isinstance(config := own.pop("config", None), PreTrainedConfig):
             given = kwargs

@@ -13,10 +13,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .files_hf_clip import read_object
+
 TRAVELLING = (
     "bpe_hf_clip",
     "configuration_hf_clip",
     "fetch_hf_clip",
+    "files_hf_clip",
     "image_processing_hf_clip",
     "inference_hf_clip",
     "modeling_hf_clip",
@@ -70,12 +73,7 @@ def described_in(folder: Path) -> dict[str, dict[str, Any]]:
     described = {}
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            try:
-                described[name] = json.loads((folder / name).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{folder / name} is no JSON ({error}); save it again.") from None
-            if not isinstance(described[name], dict):
-                raise ValueError(f"{folder / name} holds no object of fields; save it again.")
+            described[name] = read_object(folder / name)
     return described
 
 
@@ -91,8 +89,8 @@ def add_remote_code(folder: str | Path) -> list[Path]:
             f"{folder} has no config.json; name a folder that save_pretrained or convert has written."
         )
     kind = described.get("config.json", {"model_type": "hf_clip"}).get("model_type")
-    if kind not in MODEL_MAPS:
-        raise ValueError(f"{folder} holds a {kind!r} model; code is added to models of hf_clip alone.")
+    if not isinstance(kind, str) or kind not in MODEL_MAPS:
+        raise ValueError(f"{folder} holds a {kind!r:.80} model; code is added to models of hf_clip alone.")
     written = []
     for name in TRAVELLING:
         shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")

@@ -37,6 +37,7 @@ from .bpe_hf_clip import (
     words_of,
 )
 from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload
+from .files_hf_clip import TOKENIZER_CHECKS, check_tokenizer_file, find_files, in_one_kind, read_vocabulary
 
 BOUNDARY = "\0end_of_a_text\0"
 """A chunk that no text has: ftfy removes the character zero, and no entity gives it."""
@@ -155,7 +156,7 @@ def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
         return None
     if whole is not None or None in found:
         return None
-    vocab = json.loads(Path(found[0]).read_text(encoding="utf-8"))
+    vocab = read_vocabulary(found[0])
     backend = build_backend(read_merges(found[1], len(vocab)))
     if backend.get_vocab() != vocab:
         raise ValueError(f"The vocab.json of {source} numbers its tokens otherwise than CLIP's tokenizer does.")
@@ -204,14 +205,18 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As everywhere in transformers; repositories that have vocab.json and merges.txt alone too."""
         source = pretrained_model_name_or_path
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        for path in find_files(source, TOKENIZER_CHECKS, hub):
+            TOKENIZER_CHECKS.get(path.name, check_tokenizer_file)(path)
         try:
-            return super().from_pretrained(source, *args, **kwargs)
+            with in_one_kind(source):
+                return super().from_pretrained(source, *args, **kwargs)
         except (OSError, ValueError):
-            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
             backend = None if "tokenizer_object" in kwargs else read_backend(source, hub)
             if backend is None:
                 raise
-        return super().from_pretrained(source, *args, tokenizer_object=backend, **kwargs)
+        with in_one_kind(source):
+            return super().from_pretrained(source, *args, tokenizer_object=backend, **kwargs)
 
     @classmethod
     def from_merges(cls, merges: list[tuple[str, str]], model_max_length: int = 77) -> "HfClipTokenizer":

@@ -89,6 +89,7 @@ ALLOWED = {
     "formats": {
         "bpe_hf_clip",
         "configuration_hf_clip",
+        "files_hf_clip",
         "formats",
         "image_processing_hf_clip",
         "original",
@@ -107,7 +108,7 @@ ALLOWED = {
     },
     "prompts": set(),
     "publishing": {"configuration_hf_clip", "model_card", "remote_code"},
-    "remote_code": set(),
+    "remote_code": {"files_hf_clip"},
     "zero_shot": {"calibration", "classifier_matrix", "features", "prompts"},
     "openai": {
         "image_processing_hf_clip",

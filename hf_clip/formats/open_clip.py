@@ -7,15 +7,16 @@ tensor tells: the activation, QuickGELU or GELU, which silently exchanged costs 
 Every field is known or refused: one that changes the architecture and that CLIP doesn't have is an error.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.utils import cached_file
 
-from ..configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+from ..configuration_hf_clip import MOST_WIDTH, HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+from ..files_hf_clip import check_no_pointer, one_line, read_object
 from ..image_processing_hf_clip import OPENAI_MEAN, OPENAI_STD, HfClipImageProcessor
 from ..original.keys import HEAD_WIDTH
 from ..original.reading import read_original
@@ -54,6 +55,17 @@ TEXT_FIELDS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_
 MODEL_FIELDS = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias"}
 
 
+def _number(name: str, values: dict[str, Any], field: str, default: float | None, kind: type = int) -> Any:
+    """A field's number, of the kind that the architecture has there: a positive whole one, or any float."""
+    value = values.get(field, default)
+    kinds = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) <= MOST_WIDTH:
+        raise ValueError(f"its {name} has {field}={value!r:.80}, but a number is needed.")
+    if kind is int and value < 1:
+        raise ValueError(f"its {name} has {field}={value}, but a positive number is needed.")
+    return value
+
+
 def _check_fields(name: str, values: Any, known: set[str]) -> dict[str, Any]:
     """Refuse whatever asks for another architecture than CLIP's."""
     if not isinstance(values, dict):
@@ -62,10 +74,11 @@ def _check_fields(name: str, values: Any, known: set[str]) -> dict[str, Any]:
         if field in known or field in IGNORED[name] or value in (None, False, "", REQUIRED.get(name, {}).get(field)):
             continue
         raise ValueError(
-            f"its {name} has {field}={value!r}, which none of OpenAI's architectures has; open_clip itself reads it."
+            f"its {name} has {one_line(field, 80)}={value!r:.80}, which none of OpenAI's architectures "
+            f"has; open_clip itself reads it."
         )
     if not isinstance(values.get("norm_kwargs", {}) or {}, dict) or (values.get("norm_kwargs") or {}).keys() - {"eps"}:
-        raise ValueError(f"its {name} has norm_kwargs={values['norm_kwargs']!r}, but only eps is known here.")
+        raise ValueError(f"its {name} has norm_kwargs={values['norm_kwargs']!r:.80}, but only eps is known here.")
     return values
 
 
@@ -74,49 +87,52 @@ def _build_config(model: dict[str, Any]) -> HfClipConfig:
     text = _check_fields("text_cfg", model["text_cfg"], TEXT_FIELDS)
     vision = _check_fields("vision_cfg", model["vision_cfg"], VISION_FIELDS)
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    width, vocab_size = text.get("width", 512), text.get("vocab_size", 49408)
+    width, vocab_size = _number("text_cfg", text, "width", 512), _number("text_cfg", text, "vocab_size", 49408)
     text_config = HfClipTextConfig(
         vocab_size=vocab_size,
         hidden_size=width,
-        intermediate_size=int(width * text.get("mlp_ratio", 4.0)),
-        num_hidden_layers=text.get("layers", 12),
-        num_attention_heads=text.get("heads", 8),
-        max_position_embeddings=text.get("context_length", 77),
+        intermediate_size=int(width * _number("text_cfg", text, "mlp_ratio", 4.0, float)),
+        num_hidden_layers=_number("text_cfg", text, "layers", 12),
+        num_attention_heads=_number("text_cfg", text, "heads", 8),
+        max_position_embeddings=_number("text_cfg", text, "context_length", 77),
         hidden_act=activation,
-        layer_norm_eps=(text.get("norm_kwargs") or {}).get("eps", 1e-5),
+        layer_norm_eps=_number("text_cfg", text.get("norm_kwargs") or {}, "eps", 1e-5, float),
         bos_token_id=vocab_size - 2,
         eos_token_id=vocab_size - 1,
         pad_token_id=vocab_size - 1,
     )
-    image_size, layers = vision.get("image_size", 224), vision.get("layers", 12)
-    if isinstance(image_size, (list, tuple)):
-        if len(set(image_size)) != 1:
-            raise ValueError(f"its image_size is {image_size}, but OpenAI's architectures take square pictures.")
-        image_size = image_size[0]
-    head_width = vision.get("head_width", HEAD_WIDTH)
+    sizes, layers = vision.get("image_size", 224), vision.get("layers", 12)
+    height, *more = sizes if isinstance(sizes, list) and sizes else [sizes]
+    if any(side != height for side in more):
+        raise ValueError(f"its image_size is {sizes!r:.80}, but OpenAI's architectures take square images.")
+    image_size = _number("vision_cfg", {"image_size": height}, "image_size", None)
+    head_width = _number("vision_cfg", vision, "head_width", HEAD_WIDTH)
     vision_config: HfClipViTConfig | HfClipResNetConfig
-    if isinstance(layers, (list, tuple)):
-        width = vision.get("width", 64)
+    if isinstance(layers, list):
+        width = _number("vision_cfg", vision, "width", 64)
         vision_config = HfClipResNetConfig(
-            depths=list(layers), stem_width=width, num_attention_heads=width * 32 // head_width, image_size=image_size
+            depths=[_number("vision_cfg", {"layers": depth}, "layers", None) for depth in layers],
+            stem_width=width,
+            num_attention_heads=width * 32 // head_width,
+            image_size=image_size,
         )
     else:
-        width = vision.get("width", 768)
+        width = _number("vision_cfg", vision, "width", 768)
         vision_config = HfClipViTConfig(
             hidden_size=width,
-            intermediate_size=int(width * vision.get("mlp_ratio", 4.0)),
-            num_hidden_layers=layers,
+            intermediate_size=int(width * _number("vision_cfg", vision, "mlp_ratio", 4.0, float)),
+            num_hidden_layers=_number("vision_cfg", vision, "layers", 12),
             num_attention_heads=width // head_width,
             image_size=image_size,
-            patch_size=vision.get("patch_size", 16),
+            patch_size=_number("vision_cfg", vision, "patch_size", 16),
             hidden_act=activation,
-            layer_norm_eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
+            layer_norm_eps=_number("vision_cfg", vision.get("norm_kwargs") or {}, "eps", 1e-5, float),
         )
-    bias = model.get("init_logit_bias")
+    bias = None if model.get("init_logit_bias") is None else _number("model_cfg", model, "init_logit_bias", 0, float)
     return HfClipConfig(
         text_config=text_config,
         vision_config=vision_config,
-        projection_dim=model["embed_dim"],
+        projection_dim=_number("model_cfg", {"embed_dim": model["embed_dim"]}, "embed_dim", None),
         contrastive_loss="softmax" if bias is None else "sigmoid",
         logit_bias_init_value=-10.0 if bias is None else bias,
     )
@@ -132,6 +148,8 @@ def config_from_open_clip(values: dict[str, Any]) -> HfClipConfig:
         config = _build_config(model)
     except KeyError as error:
         raise ValueError(f"it has no {error}, which an open_clip configuration of a CLIP has.") from None
+    except StrictDataclassError as error:
+        raise ValueError(f"it describes no model that can be built ({one_line(error)}).") from None
     config.dtype = "float32"  # what to compute in, whatever the file stores
     return config
 
@@ -198,11 +216,9 @@ def open_clip_config(config: HfClipConfig, image_processor: HfClipImageProcessor
 
 def read_open_clip_config(path: str | Path) -> dict[str, Any]:
     """The content of a configuration file. Raises ValueError for a file that is none."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); name open_clip's configuration of the model.") from None
-    if not isinstance(values, dict) or "vision_cfg" not in values.get("model_cfg", values):
+    values = read_object(path)
+    model = values.get("model_cfg", values)
+    if not isinstance(model, dict) or "vision_cfg" not in model:
         raise ValueError(f"{path} is no configuration of open_clip's: it has neither model_cfg nor vision_cfg.")
     return values
 
@@ -227,6 +243,7 @@ class OpenClipRepository:
         """Raises FileNotFoundError when there is none."""
         for name in WEIGHT_FILES:
             if (path := self._file(name)) is not None:
+                check_no_pointer(path)
                 return path
         raise FileNotFoundError(f"{self.source} has {CONFIG_FILE}, but none of its weights: {', '.join(WEIGHT_FILES)}.")
 
@@ -238,19 +255,21 @@ class OpenClipRepository:
     def image_processor_values(self) -> dict[str, Any]:
         """The fields of an HfClipImageProcessor that prepares pictures as `preprocess_cfg` says."""
         pictures = self.values.get("preprocess_cfg") or {}
+        if not isinstance(pictures, dict):
+            raise ValueError(f"The {CONFIG_FILE} of {self.source} has a preprocess_cfg that is no object of fields.")
         interpolation, mode = pictures.get("interpolation", "bicubic"), pictures.get("resize_mode", "shortest")
         if interpolation == "random":  # a choice for training
             interpolation = "bicubic"
-        if interpolation not in RESAMPLE or mode not in FITS:
+        if interpolation not in list(RESAMPLE) or mode not in list(FITS):
             raise ValueError(
-                f"The {CONFIG_FILE} of {self.source} asks for interpolation {interpolation!r} and resize_mode "
-                f"{mode!r}; known are {', '.join(RESAMPLE)}, and {', '.join(FITS)}."
+                f"The {CONFIG_FILE} of {self.source} asks for interpolation {interpolation!r:.80} and resize_mode "
+                f"{mode!r:.80}; known are {', '.join(RESAMPLE)}, and {', '.join(FITS)}."
             )
         size = self.config.vision_config.image_size
         processor = HfClipImageProcessor.for_image_size(
             size,
-            image_mean=list(pictures.get("mean") or OPENAI_MEAN),
-            image_std=list(pictures.get("std") or OPENAI_STD),
+            image_mean=pictures.get("mean") or OPENAI_MEAN,
+            image_std=pictures.get("std") or OPENAI_STD,
             resample=RESAMPLE[interpolation],
             fit=FITS[mode],
         )

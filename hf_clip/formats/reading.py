@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import cached_file
 
-from ..configuration_hf_clip import HfClipConfig, find_foreign
+from ..configuration_hf_clip import HfClipConfig, HfClipResNetConfig, find_foreign
+from ..files_hf_clip import WEIGHT_FILES, check_no_pointer, list_shards, read_object
 from ..image_processing_hf_clip import HfClipImageProcessor
 from ..original.archive import Checkpoint, CheckpointError, printable, read_checkpoint
 from ..original.download import find_original, verify_file
@@ -23,11 +24,10 @@ from ..original.vocabulary import find_vocabulary
 from ..processing_hf_clip import HfClipProcessor
 from ..tokenization_hf_clip import HfClipTokenizer
 from ..variants import VARIANTS
-from .folders import check_folder, in_one_line, read_object
+from .folders import check_folder, in_one_line
 from .open_clip import config_from_open_clip, read_open_clip_config
 from .safetensors_stream import read_metadata
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 MOST_NAMED = 6
 PUBLISHED_KEY = "openai_checkpoint"
@@ -86,26 +86,18 @@ def _weight_files(source: Any, hub: dict[str, Any]) -> list[Path]:
 
     for name in WEIGHT_FILES:
         if (whole := find(name)) is not None:
+            check_no_pointer(whole)
             return [whole]
         if (index := find(f"{name}.index.json")) is not None:
-            shards = _shards_of(index)
+            shards = list_shards(index)
             files = [find(shard) for shard in shards]
             if missing := [shard for shard, file in zip(shards, files, strict=True) if file is None]:
                 raise FileNotFoundError(f"{source} lacks {', '.join(missing)}, which its {index.name} names.")
-            return [file for file in files if file is not None]
+            found = [file for file in files if file is not None]
+            for file in found:
+                check_no_pointer(file)
+            return found
     raise FileNotFoundError(f"{source} has no weights: none of {', '.join(WEIGHT_FILES)}, whole or in shards.")
-
-
-def _shards_of(index: Path) -> list[str]:
-    """The files that an index names, which lie beside it. Raises CheckpointError for any other."""
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [shard for shard in shards if shard in ("", ".", "..") or set(shard) & set("/\\:")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of weights ({type(error).__name__}); download it again.") from None
-    if outside:
-        raise CheckpointError(f"{index} is refused: it names the file {outside[0]!r}, which doesn't lie beside it.")
-    return shards
 
 
 def _published(files: list[Path]) -> str | None:
@@ -118,9 +110,20 @@ def published_weights(folder: str | Path) -> str | None:
     return _published(_weight_files(folder, {}))
 
 
+def _check_layers(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) -> None:
+    """Refuse more layers than there are tensors before any is built, which could take hours."""
+    vision = config.vision_config
+    blocks = sum(vision.depths) if isinstance(vision, HfClipResNetConfig) else vision.num_hidden_layers
+    if (layers := config.text_config.num_hidden_layers + blocks) > len(tensors):
+        raise CheckpointError(
+            f"{source} has {len(tensors)} tensors, too few for the {layers:,} layers of its config.json."
+        )
+
+
 def _check_names(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) -> dict[str, Tensor]:
     """The model's tensors alone. Repositories of before transformers 4.31 have counters of positions beside them."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("embeddings.position_ids")}
+    _check_layers(source, kept, config)
     shapes = expected_shapes(config)
 
     def listed(names: Iterable[str]) -> str:
@@ -185,16 +188,16 @@ def check_model(source: str | Path, hub: dict[str, Any] | None = None) -> HfClip
 
 def _read_repository(source: Any, hub: dict[str, Any], verify: bool) -> StoredModel:
     """A folder or a repository on the Hub: ours, stock CLIP's or open_clip's. hub: as `from_pretrained` takes it"""
-    if Path(source).is_dir():
-        check_folder(source)
     with in_one_line(source):
+        if Path(source).is_dir():
+            check_folder(source)
         config = HfClipConfig.from_pretrained(source, **hub)
         processor = HfClipProcessor.from_pretrained(source, **hub)
         for values in (config.__dict__, processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
             values.pop("auto_map", None)  # the code isn't taken along
         checkpoints, tensors = _read_weights(source, config, hub, verify=verify)
-    published = _published([checkpoint.path for checkpoint in checkpoints])
-    tokenizer = _own_tokenizer(processor.tokenizer, config.text_config.max_position_embeddings)
+        published = _published([checkpoint.path for checkpoint in checkpoints])
+        tokenizer = _own_tokenizer(processor.tokenizer, config.text_config.max_position_embeddings)
     return StoredModel(config, tensors, tokenizer, processor.image_processor, checkpoints, published)
 
 
@@ -234,6 +237,8 @@ def read_model(
     given_config = None if config is None else read_config_file(config)
     vocabulary = find_vocabulary(vocabulary, offline)
     path = find_original(source, offline)
+    if path.is_file():
+        check_no_pointer(path)
     checkpoint, read, tensors = read_original(path, verify, config=given_config, activation=activation, weights=weights)
     if checkpoint.container in ("state dict", "safetensors") and config is None and activation is None:
         progress(

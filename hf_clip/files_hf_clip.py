@@ -1,0 +1,273 @@
+"""Files that others wrote, read within limits before a library builds anything from them.
+
+A JSON file of a repository may hold any value of any depth and size. What transformers and tokenizers say of that is a
+traceback, if they end at all. Here it is one line that names the file.
+
+Invariant: a name that such a file holds never leads out of the folder in which the file lies.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from transformers.utils import cached_file
+
+MOST_BYTES = 16 << 20
+"""A configuration with the labels of ImageNet-21k takes 2 MB."""
+
+MOST_BYTES_OF_TOKENIZER = 64 << 20
+"""OpenAI's tokenizer.json takes 3.6 MB, those of the largest multilingual vocabularies 35 MB."""
+
+MOST_DEPTH = 32
+"""Levels of lists and objects; a tokenizer.json has about eight. Rust reads 128, Python's own writer about 1,000."""
+
+MOST_IDS = 1 << 24
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+LONGEST_MESSAGE = 400
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a Git-LFS pointer begins, which a clone without Git LFS has in place of a large file."""
+
+
+def one_line(message: object, most: int = LONGEST_MESSAGE) -> str:
+    """What an error or a stranger's value says, as one printable line of at most `most` characters."""
+    text = str(message)
+    text = " ".join(text[: 8 * most].split()) + (" …" if len(text) > 8 * most else "")
+    text = "".join(character if character.isprintable() else "�" for character in text)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def check_no_pointer(path: str | Path) -> None:
+    """Raises ValueError for a Git-LFS pointer, which names a large file that was not fetched."""
+    path = Path(path)
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{path} is a Git-LFS pointer, not the file itself: the repository was cloned without its large files. "
+                f"Run `git lfs pull` in {path.parent}, or download the repository with `hf download`."
+            )
+
+
+def _depth(values: Any) -> int:
+    """How many levels of lists and objects lie within one another; counted without recursion."""
+    depth, level = 0, [values]
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        depth += 1
+        if depth > MOST_DEPTH:
+            break
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def read_json(path: str | Path, most_bytes: int = MOST_BYTES) -> Any:
+    """The value in a JSON file.
+
+    Args:
+        path: The file.
+        most_bytes: The largest file that is read.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no JSON, too large, nested too deeply, or a Git-LFS pointer.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; check the path.")
+    check_no_pointer(path)
+    if (size := path.stat().st_size) > most_bytes:
+        raise ValueError(f"{path} has {size:,} bytes, but at most {most_bytes:,} are read of a file of its kind.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({one_line(error)}); save or download it again.") from None
+    except RecursionError:
+        values = None
+        depth = MOST_DEPTH + 1
+    else:
+        depth = _depth(values)
+    if depth > MOST_DEPTH:
+        raise ValueError(
+            f"{path} nests lists or objects more than {MOST_DEPTH} deep, which no file of a model does; save or "
+            f"download it again."
+        )
+    return values
+
+
+def read_object(path: str | Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """The fields that a JSON file holds. Raises as `read_json`, and ValueError for another value than an object."""
+    values = read_json(path, most_bytes)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no object of fields; save or download it again.")
+    return values
+
+
+def leads_outside(name: Any) -> bool:
+    """Whether a stranger's file name is anything but the plain name of a file beside the one that holds it."""
+    return not isinstance(name, str) or name in ("", ".", "..") or bool(re.search(r"[/\\:\0]", name))
+
+
+def check_names(path: str | Path, values: dict[str, Any], fields: tuple[str, ...]) -> None:
+    """Raises ValueError where one of `fields`, a name or a list of names, leads out of the folder of `path`."""
+    for field in fields:
+        names = values.get(field)
+        for name in names if isinstance(names, list) else [names]:
+            if name is not None and leads_outside(name):
+                raise ValueError(
+                    f"{path} is refused: its {field} names the file {one_line(repr(name), 80)}, which doesn't lie "
+                    f"beside it."
+                )
+
+
+def check_no_methods(kind: type, values: Any, path: object) -> None:
+    """Raises ValueError where fields bear the names of methods: transformers sets every field on the object."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is refused: it describes a {kind.__name__} with a {type(values).__name__}.")
+    if methods := [name for name in values if callable(getattr(kind, name, None))]:
+        raise ValueError(f"{path} is refused: its field {one_line(methods[0], 80)} is the name of a method.")
+
+
+def find_files(source: Any, names: Iterable[str], hub: dict[str, Any]) -> list[Path]:
+    """Those of the files that a folder or repository has; `source` itself where that is a file.
+
+    hub: arguments of the Hub, as `from_pretrained` takes them
+    """
+    if os.path.isfile(source):
+        return [Path(source)]
+    try:
+        found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names]
+    except OSError:
+        return []  # transformers asks the same next, and says it better
+    return [Path(path) for path in found if path is not None]
+
+
+def list_shards(index: str | Path) -> list[str]:
+    """The files that an index of weights names, which lie beside it. Raises ValueError for any other index."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} is no index of weights: it has no weight_map; download it again.")
+    for name in weight_map.values():
+        if leads_outside(name):
+            raise ValueError(
+                f"{index} is refused: it names the file {one_line(repr(name), 80)}, which doesn't lie beside it."
+            )
+    return sorted(set(weight_map.values()))
+
+
+def check_weights(source: Any, subfolder: str | None = None) -> None:
+    """Refuse a folder whose weights are Git-LFS pointers, or whose index leads out of it. Raises ValueError."""
+    if source is None or not os.path.isdir(source):
+        return
+    folder = Path(source, subfolder or "")
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            check_no_pointer(folder / name)
+        elif (index := folder / f"{name}.index.json").is_file():
+            for shard in list_shards(index):
+                if (folder / shard).is_file():
+                    check_no_pointer(folder / shard)
+
+
+def _check_vocabulary(path: Path, vocabulary: Any) -> None:
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        raise ValueError(f"{path} holds no vocabulary: an object of tokens and their numbers is needed.")
+    for token, number in vocabulary.items():
+        if type(number) is not int or not 0 <= number < MOST_IDS:
+            raise ValueError(
+                f"{path} numbers the token {one_line(repr(token), 80)} {one_line(repr(number), 80)}; whole numbers "
+                f"from 0 to {MOST_IDS:,} are needed."
+            )
+
+
+def read_vocabulary(path: str | Path) -> dict[str, int]:
+    """The content of a vocab.json: tokens and their numbers. Raises as `read_json`."""
+    vocabulary = read_object(path, MOST_BYTES_OF_TOKENIZER)
+    _check_vocabulary(Path(path), vocabulary)
+    return vocabulary
+
+
+def check_tokenizer_file(path: str | Path) -> None:
+    """Refuse a tokenizer.json that is none of a byte-pair encoding, or whose ids would fill the memory.
+
+    Raises ValueError.
+    """
+    path = Path(path)
+    values = read_object(path, MOST_BYTES_OF_TOKENIZER)
+    model, added = values.get("model"), values.get("added_tokens", [])
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise ValueError(f"{path} holds no byte-pair encoding, which CLIP's tokenizer is.")
+    _check_vocabulary(path, model.get("vocab"))
+    merges = model.get("merges")
+    if not isinstance(merges, list) or not all(
+        isinstance(merge, str) or (isinstance(merge, list) and [type(part) for part in merge] == [str, str])
+        for merge in merges
+    ):
+        raise ValueError(f"{path} holds no list of merges, each of two tokens.")
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) for token in added
+    ):
+        raise ValueError(f"{path} holds added_tokens that are no list of tokens with their content.")
+    _check_vocabulary(path, {"": 0} | {token["content"]: token.get("id") for token in added})
+
+
+def check_tokenizer_config(path: str | Path) -> None:
+    """Refuse a tokenizer_config.json that names files elsewhere, or no length. Raises ValueError."""
+    values = read_object(path)
+    check_names(path, values, ("fast_tokenizer_files", "gguf_file"))
+    if not isinstance(length := values.get("model_max_length", 1), (int, float)) or not length >= 1:
+        raise ValueError(f"{path}: model_max_length is {length!r:.80}, but a positive number is needed.")
+
+
+TOKENIZER_CHECKS: dict[str, Callable[[str | Path], Any]] = {
+    "tokenizer_config.json": check_tokenizer_config,
+    "special_tokens_map.json": read_object,
+    "added_tokens.json": read_vocabulary,
+    "tokenizer.json": check_tokenizer_file,
+    "vocab.json": read_vocabulary,
+}
+"""How each file of a tokenizer is looked at before transformers reads it."""
+
+
+@contextmanager
+def in_one_kind(name: object) -> Iterator[None]:
+    """Raises ValueError in place of the many kinds of errors that other libraries' readers have for damaged files.
+
+    name: what is read
+    """
+    try:
+        yield
+    except (OSError, ValueError, ImportError, MemoryError, HTTPError, StrictDataclassError):
+        raise
+    except BaseException as error:
+        # Rust's libraries end in an exception that nothing exports and that is none of Exception's.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"{one_line(name, 200)} is damaged: one of its files holds what no such file does ({type(error).__name__}: "
+            f"{one_line(error)}); save or download it again."
+        ) from error
+
+
+__all__ = [
+    "TOKENIZER_CHECKS",
+    "WEIGHT_FILES",
+    "check_names",
+    "check_no_methods",
+    "check_no_pointer",
+    "check_tokenizer_file",
+    "check_weights",
+    "find_files",
+    "in_one_kind",
+    "leads_outside",
+    "list_shards",
+    "one_line",
+    "read_json",
+    "read_object",
+    "read_vocabulary",
+]
