@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from hf_clip import VARIANTS, HfClipImageProcessor, HfClipModel, HfClipProcessor
+from hf_clip.files_hf_clip import read_object
+from hf_clip.formats.folders import in_one_line
 from hf_clip.formats.stock import stock_image_processor
 from hf_clip.whole_folder import check_destination, whole_folder
 
@@ -66,10 +67,8 @@ def load_model(source: str | Path) -> HfClipModel:
         kind = "a file" if Path(source).is_file() else "one of OpenAI's checkpoints"
         raise ValueError(f"{source} is {kind}; make a folder of it first: python -m conversion.convert {source} FOLDER")
     settings = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
-    try:
+    with in_one_line(source):
         model, loaded = HfClipModel.from_pretrained(source, **settings)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {source} are damaged or cut off ({error}); copy them again.") from error
     if absent := sorted(loaded["missing_keys"]):
         raise ValueError(
             f"{source} has no weights for {absent[0]} and {len(absent) - 1:,} more, which would be random numbers: it "
@@ -149,9 +148,9 @@ def describe_data_files(config: Path, earlier: Path, target: Path, written: list
 
     earlier: what an earlier export may have said of graphs that stay
     """
-    values = json.loads(config.read_text(encoding="utf-8"))
-    said = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else values
-    settings = said.get("transformers.js_config", {})
+    values = read_object(config)
+    settings = (read_object(earlier) if earlier.is_file() else values).get("transformers.js_config", {})
+    settings = settings if isinstance(settings, dict) else {}
     before = settings.get("use_external_data_format", {})
     known = dict(before) if isinstance(before, dict) else {}
     for file in written:
@@ -239,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         written = export_onnx(options.source, options.out, precisions=options.precision, force=options.force)
     except (ModuleNotFoundError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,7 @@ def check_fit(fit: Any) -> None:
 def _check_numbers(name: str, values: Any, positive: bool) -> None:
     """Refuse what no pixel can be scaled by: words, NaN, infinity, and zero where pixels are divided."""
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
             raise ValueError(f"{name} holds {value!r:.80}, but a finite number is needed.")
         if positive and value <= 0:
             raise ValueError(f"{name} holds {value}, but pixels are divided by it: a positive number is needed.")
@@ -110,7 +109,7 @@ class Steps:
             raise ValueError(f'crop_size is {dict(crop)}, but {{"height": h, "width": w}} is needed.')
         for name, sides in (("size", size), ("crop_size", crop)):
             for side in (sides.shortest_edge, sides.height, sides.width):
-                if side is not None and not (isinstance(side, Integral) and 0 < side <= MOST_PIXELS):
+                if side is not None and not (isinstance(side, (int, np.integer)) and 0 < side <= MOST_PIXELS):
                     raise ValueError(
                         f"{name} has a side of {side!r:.80}, but a whole number of pixels from 1 to {MOST_PIXELS:,} is "
                         f"needed."

@@ -133,7 +133,7 @@ class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
             try:
                 return super().from_pretrained(source, *args, **kwargs)
             except SafetensorError as error:
-                raise ValueError(
+                raise OSError(
                     f"The weights in {source} are damaged or cut off ({one_line(error)}); copy them again."
                 ) from error
         own = {name: kwargs.pop(name) for name in ("config", "dtype", "torch_dtype") if name in kwargs}

@@ -17,7 +17,7 @@ from hf_clip.remote_code import TRAVELLING
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_clip"
 
-THIRD_PARTY = {"PIL", "ftfy", "huggingface_hub", "numpy", "regex", "tokenizers", "torch", "transformers"}
+THIRD_PARTY = {"PIL", "ftfy", "huggingface_hub", "numpy", "regex", "safetensors", "tokenizers", "torch", "transformers"}
 """What they may import; a file that asks for more could not be loaded where only these are installed."""
 
 

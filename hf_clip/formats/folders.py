@@ -55,13 +55,14 @@ def check_folder(folder: str | Path) -> None:
 
 def _refused_by_the_hub(source: str | Path, error: BaseException) -> OSError | None:
     """What the Hub's answer means, where it is another than that there is no such repository."""
-    causes, cause = [], error
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
+    statuses = [getattr(getattr(error, "response", None), "status_code", None) for error in causes]
     status = next((status for status in statuses if status is not None), None)
-    gated = any(isinstance(cause, GatedRepoError) for cause in causes)
+    gated = any(isinstance(error, GatedRepoError) for error in causes)
     hub = constants.ENDPOINT
     if gated:
         return PermissionError(

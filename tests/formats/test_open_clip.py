@@ -373,7 +373,7 @@ def test_shards_outside_of_the_folder_are_refused(repositories: dict[str, Path],
     name = next(iter(values["weight_map"]))
     for bad in ("../secret.safetensors", "/etc/passwd", "..\\secret.safetensors", 3):
         index.write_text(json.dumps({"weight_map": values["weight_map"] | {name: bad}}))
-        with pytest.raises(CheckpointError, match=r"is refused: it names the file|is no index of weights"):
+        with pytest.raises(ValueError, match=r"is refused: it names the file"):
             convert(folder, tmp_path / "bad")
 
 
