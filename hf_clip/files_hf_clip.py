@@ -36,6 +36,17 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """How a Git-LFS pointer begins, which a clone without Git LFS has in place of a large file."""
 
 
+class DamagedWeightsError(OSError):
+    """A file of weights that its reader cannot read.
+
+    source: the folder or repository
+    """
+
+    def __init__(self, source: object, reason: object):
+        self.source = source
+        super().__init__(f"The weights in {source} are damaged or cut off ({one_line(reason)}); copy them again.")
+
+
 def one_line(message: object, most: int = LONGEST_MESSAGE) -> str:
     """What an error or a stranger's value says, as one printable line of at most `most` characters."""
     text = str(message)
@@ -257,6 +268,7 @@ def in_one_kind(name: object) -> Iterator[None]:
 __all__ = [
     "TOKENIZER_CHECKS",
     "WEIGHT_FILES",
+    "DamagedWeightsError",
     "check_names",
     "check_no_methods",
     "check_no_pointer",

@@ -34,7 +34,7 @@ from .configuration_hf_clip import (
     HubUpload,
     find_foreign,
 )
-from .files_hf_clip import check_weights, one_line
+from .files_hf_clip import DamagedWeightsError, check_weights
 from .inference_hf_clip import Optimizable
 from .resnet_hf_clip import (
     HfClipAttentionPool,
@@ -133,9 +133,7 @@ class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
             try:
                 return super().from_pretrained(source, *args, **kwargs)
             except SafetensorError as error:
-                raise OSError(
-                    f"The weights in {source} are damaged or cut off ({one_line(error)}); copy them again."
-                ) from error
+                raise DamagedWeightsError(source, error) from error
         own = {name: kwargs.pop(name) for name in ("config", "dtype", "torch_dtype") if name in kwargs}
         if isinstance(config := own.pop("config", None), PreTrainedConfig):
             given = kwargs

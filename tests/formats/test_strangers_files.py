@@ -28,11 +28,28 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 FIELDS = st.sampled_from(
-    (
-        "dtype id2label text_config vision_config_dict to_dict preprocess gguf_file tokenizer_file "
-        "added_tokens_decoder extra_special_tokens model_max_length auto_map size resample model_cfg "
-        "configuration_files transformers_weights quantization_config rope_scaling attribute_map"
-    ).split()
+    [
+        "dtype",
+        "id2label",
+        "text_config",
+        "vision_config_dict",
+        "to_dict",
+        "preprocess",
+        "gguf_file",
+        "tokenizer_file",
+        "added_tokens_decoder",
+        "extra_special_tokens",
+        "model_max_length",
+        "auto_map",
+        "size",
+        "resample",
+        "model_cfg",
+        "configuration_files",
+        "transformers_weights",
+        "quantization_config",
+        "rope_scaling",
+        "attribute_map",
+    ]
 )
 
 
