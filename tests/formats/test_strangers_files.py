@@ -29,26 +29,10 @@ VALUES = st.recursive(
 )
 FIELDS = st.sampled_from(
     [
-        "dtype",
-        "id2label",
-        "text_config",
-        "vision_config_dict",
-        "to_dict",
-        "preprocess",
-        "gguf_file",
-        "tokenizer_file",
-        "added_tokens_decoder",
-        "extra_special_tokens",
-        "model_max_length",
-        "auto_map",
-        "size",
-        "resample",
-        "model_cfg",
-        "configuration_files",
-        "transformers_weights",
-        "quantization_config",
-        "rope_scaling",
-        "attribute_map",
+        *("dtype", "id2label", "text_config", "vision_config_dict", "to_dict"),
+        *("preprocess", "gguf_file", "tokenizer_file", "added_tokens_decoder", "extra_special_tokens"),
+        *("model_max_length", "auto_map", "size", "resample", "model_cfg"),
+        *("configuration_files", "transformers_weights", "quantization_config", "rope_scaling", "attribute_map"),
     ]
 )
 
