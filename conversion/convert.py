@@ -59,8 +59,8 @@ def convert(
     config, activation, weights, vocabulary, verify, offline: see `hf_clip.formats.reading.read_model`
     remote_code: put the code beside the model that loads it where this package isn't installed
 
-    Raises FileNotFoundError, FileExistsError, ConnectionError, CheckpointError or ValueError, and then nothing is
-    written to `out`.
+    Raises OSError (a file or folder that is missing, in use or full; a download that failed) or ValueError (what a
+    file holds; CheckpointError is one), in one line, and then nothing is written to `out`.
     """
     if remote_code and format_name != "hf_clip":
         raise ValueError(f"--remote-code is for this package's own layout; --format {format_name} needs no code.")
@@ -75,7 +75,10 @@ def convert(
         offline=offline,
         progress=lambda message: print(message, file=sys.stderr),
     )
-    with whole_folder(out) as folder, byte_progress(f"Writing {out.name}", model.nbytes) as bar:
+    with (
+        whole_folder(out, overwrite=overwrite, needed=model.nbytes) as folder,
+        byte_progress(f"Writing {out.name}", model.nbytes) as bar,
+    ):
 
         def after_each(written: int) -> None:
             bar.update(written)

@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from .files_hf_clip import check_names, check_no_methods, one_line, read_object
+from .files_hf_clip import check_names, check_no_methods, one_line, read_object, writing_of
 from .variants import get_variant
 
 LEGACY_END_OF_TEXT_ID = 2
@@ -34,6 +34,9 @@ MOST_IDS = 1 << 24
 MOST_PIXELS = 1 << 14
 MOST_CHANNELS = 1 << 10
 """Far beyond any model. Larger ones are damage, or made to fill the memory and the time of whoever builds them."""
+
+BOOKKEEPING = ("architectures", "auto_map", "dtype", "transformers_version")
+"""What says nothing of how a model computes."""
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -125,7 +128,8 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
         source = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "this model"
         try:
             check_no_methods(cls, config_dict, "it")
-            return super().from_dict(config_dict, **kwargs)
+            read = dict(config_dict)
+            config = super().from_dict(config_dict, **kwargs)
         except (
             Exception
         ) as error:  # transformers' own code meets values of any kind, and raises as many kinds of errors
@@ -133,6 +137,35 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
             said = said.removeprefix("StrictDataclassFieldValidationError: ")
             said = said.removeprefix("StrictDataclassClassValidationError: ")
             raise ValueError(f"The configuration of {one_line(source, 200)} is refused: {said}") from error
+        whole = config[0] if isinstance(config, tuple) else config
+        whole._remember_writing(kwargs.get("name_or_path"), read)
+        return config
+
+    def _remember_writing(self, source: Any, read: dict[str, Any]) -> None:
+        """Keep which writing of a folder this is of. The Auto classes read it apart from the weights, and before them.
+
+        read: the fields that were found there
+        """
+        if not os.path.isfile(path := os.path.join(str(source or ""), "config.json")) or source is None:
+            return
+        writing = writing_of(source)
+        try:
+            found = read_object(path)
+        except (OSError, ValueError):
+            found = {"model_type": None}
+        is_same = all(read[name] == value for name, value in found.items() if name in read)
+        self._writing = (str(source), writing if is_same else None)
+
+    def is_of_this_writing(self, source: Any, subfolder: str | None = None) -> bool:
+        """Whether the folder that this was read from, by an Auto class, still is what it was then."""
+        read_from, writing = self.__dict__.pop("_writing", (None, None))
+        if read_from != str(source) or subfolder or writing == writing_of(source):
+            return True
+        found, own = type(self).from_pretrained(source).to_dict(), self.to_dict()  # it may have been saved there again
+        return all(own.get(name) == value for name, value in found.items() if name not in BOOKKEEPING)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "_writing"}
 
     def validate_kinds(self) -> None:
         """Raises ValueError for a dtype that is none, and for numbers that are not finite."""

@@ -28,12 +28,27 @@ MOST_DEPTH = 32
 
 MOST_IDS = 1 << 24
 
+MOST_READINGS = 10
+
+WRITTEN_LAST = ("config.json", "open_clip_config.json")
+
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 LONGEST_MESSAGE = 400
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """How a Git-LFS pointer begins, which a clone without Git LFS has in place of a large file."""
+
+
+class FolderReplacedError(OSError):
+    """A folder was replaced while it was read.
+
+    folder: which one
+    """
+
+    def __init__(self, folder: object):
+        self.folder = folder
+        super().__init__(f"{folder} was replaced by another model while it was being read; load it again.")
 
 
 class DamagedWeightsError(OSError):
@@ -134,6 +149,42 @@ def check_names(path: str | Path, values: dict[str, Any], fields: tuple[str, ...
                     f"{path} is refused: its {field} names the file {one_line(repr(name), 80)}, which doesn't lie "
                     f"beside it."
                 )
+
+
+def writing_of(source: Any, subfolder: str | None = None) -> tuple[Any, ...] | None:
+    """What tells one writing of a model's folder from the next; None for what is no folder.
+
+    While one of these files stays the same file, so do all files beside it: `whole_folder` moves them out first, and
+    in last.
+    """
+    if source is None or not os.path.isdir(source):
+        return None
+    found = []
+    for name in WRITTEN_LAST:
+        try:
+            state = os.stat(os.path.join(source, subfolder or "", name))
+        except OSError:
+            continue
+        found.append((name, state.st_ino, state.st_mtime_ns, state.st_size))
+    return tuple(found)
+
+
+def read_unchanged(source: Any, read: Callable[[], Any], subfolder: str | None = None) -> Any:
+    """What `read` makes of a folder's files, all of one writing: it is called again where a writer came in between.
+
+    Raises FolderReplacedError when that happens again and again, and what `read` raises.
+    """
+    for _ in range(MOST_READINGS):
+        before = writing_of(source, subfolder)
+        try:
+            result = read()
+        except Exception:
+            if writing_of(source, subfolder) == before:
+                raise
+            continue
+        if writing_of(source, subfolder) == before:
+            return result
+    raise FolderReplacedError(source)
 
 
 def check_no_methods(kind: type, values: Any, path: object) -> None:
@@ -269,6 +320,7 @@ __all__ = [
     "TOKENIZER_CHECKS",
     "WEIGHT_FILES",
     "DamagedWeightsError",
+    "FolderReplacedError",
     "check_names",
     "check_no_methods",
     "check_no_pointer",
@@ -281,5 +333,7 @@ __all__ = [
     "one_line",
     "read_json",
     "read_object",
+    "read_unchanged",
     "read_vocabulary",
+    "writing_of",
 ]

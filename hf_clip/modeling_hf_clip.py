@@ -28,13 +28,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_hf_clip import (
     HUB_ARGUMENTS,
     HfClipConfig,
+    HfClipPreTrainedConfig,
     HfClipResNetConfig,
     HfClipTextConfig,
     HfClipViTConfig,
     HubUpload,
     find_foreign,
 )
-from .files_hf_clip import DamagedWeightsError, check_weights
+from .files_hf_clip import DamagedWeightsError, FolderReplacedError, check_weights, read_unchanged
 from .inference_hf_clip import Optimizable
 from .resnet_hf_clip import (
     HfClipAttentionPool,
@@ -126,7 +127,14 @@ class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As everywhere in transformers; repositories of stock CLIP and, with the package, of open_clip too."""
-        source = pretrained_model_name_or_path
+        source, given = pretrained_model_name_or_path, kwargs.get("config")
+        model = read_unchanged(source, lambda: cls._read(source, *args, **kwargs), kwargs.get("subfolder"))
+        if isinstance(given, HfClipPreTrainedConfig) and not given.is_of_this_writing(source, kwargs.get("subfolder")):
+            raise FolderReplacedError(source)
+        return model
+
+    @classmethod
+    def _read(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
         foreign = None if kwargs.get("state_dict") is not None else find_foreign(source, kwargs)
         if foreign is None:
             check_weights(source, kwargs.get("subfolder"))

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from .configuration_hf_clip import HubUpload, find_foreign
+from .files_hf_clip import read_unchanged
 from .image_processing_hf_clip import HfClipImageProcessor
 from .tokenization_hf_clip import HfClipTokenizer
 
@@ -14,6 +15,13 @@ class HfClipProcessor(HubUpload, ProcessorMixin):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers; tokenizer and image processor are of the same writing of a folder."""
+        source = pretrained_model_name_or_path
+        read = super().from_pretrained
+        return read_unchanged(source, lambda: read(source, *args, **kwargs), kwargs.get("subfolder"))
 
     @classmethod
     def _get_arguments_from_pretrained(

@@ -1,11 +1,62 @@
-"""Folders that appear only when they are whole: written beside their place, then renamed."""
+"""Folders that appear only when they are whole: written beside their place, then moved in under a lock.
 
+A folder that is there keeps its place, and the files in it that are not the model's: it may be a mount point, a
+working folder, or hold a repository of git. So it is never exchanged for another one. Instead,
+
+1. config.json, then all other descriptions (*.json), then all other files that are replaced leave it;
+2. the new ones enter in the opposite order, config.json last.
+
+Invariant: while config.json stands in the folder, all files beside it are of the same writing. Who reads config.json
+before and after everything else, and finds the same file, has read one model; `hf_clip.files_hf_clip.read_unchanged`
+does so. In between there is no model to read, for less than a millisecond.
+
+A writer that was killed leaves hidden folders behind. Their owner held the lock, so the next one that holds it may
+remove them, and puts back what had left.
+"""
+
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL_WORDS = ("no space left", "disk quota exceeded", "file too large", "os error 28", "file write failed")
+"""How libraries that are not written in Python say so, in errors of any kind."""
+
+
+class FolderInUseError(OSError):
+    """Another process writes to the same folder.
+
+    folder: which one
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        super().__init__(
+            f"{folder} is being written by another process; wait until it is done, or name another folder."
+        )
+
+
+class DiskFullError(OSError):
+    """There is no room for a folder.
+
+    folder: where it was to be written.   needed, free: bytes; None where they aren't known
+    """
+
+    def __init__(self, folder: Path, needed: int | None, free: int | None):
+        self.folder, self.needed, self.free = folder, needed, free
+        amount = "" if needed is None else f" needs {needed:,} bytes"
+        left = "" if free is None else f" and {free:,} are free"
+        super().__init__(
+            f"No space left in {folder.parent}: {folder.name}{amount}{left}; nothing was written. Make room there, or "
+            f"name a folder on another disk."
+        )
 
 
 def check_destination(out: str | Path, overwrite: bool = False) -> Path:
@@ -14,10 +65,7 @@ def check_destination(out: str | Path, overwrite: bool = False) -> Path:
     Raises FileExistsError for a file, and for a folder that is not empty unless `overwrite`; PermissionError.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} exists and is a file; name a folder to write to.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(f"{out} exists and is not empty; name another, or pass --overwrite to replace its model.")
+    _check_unused(out, overwrite)
     nearest = next(folder for folder in [out.resolve(), *out.resolve().parents] if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"{out} cannot be written: {nearest} is no folder that you may write to.")
@@ -25,31 +73,108 @@ def check_destination(out: str | Path, overwrite: bool = False) -> Path:
         with tempfile.TemporaryFile(dir=nearest) as file:
             file.write(b"\0")
     except OSError as error:
+        if error.errno in FULL:
+            raise DiskFullError(out.resolve(), None, None) from None
         raise PermissionError(f"{out} cannot be written: {nearest} takes no files ({error.strerror}).") from None
     return out
 
 
+def _check_unused(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} exists and is a file; name a folder to write to.")
+    if overwrite or not out.is_dir():
+        return
+    if any(_left_by_a_writer(path, out.resolve()) is None for path in out.iterdir()):
+        raise FileExistsError(f"{out} exists and is not empty; name another, or pass --overwrite to replace its model.")
+
+
+def _hidden(out: Path, kind: str) -> str:
+    """How the names begin of the hidden folders that writing `out` takes."""
+    return f".{out.name}-{kind}-"
+
+
+def _left_by_a_writer(path: Path, out: Path) -> str | None:
+    """Which of a writer's own files this is: its lock, or a hidden folder's kind; None for all other files."""
+    if path.name == _lock_name(out):
+        return "lock"
+    found = re.fullmatch(rf"\.{re.escape(out.name)}-(unfinished|replaced|removed)-[a-z0-9_]{{8}}", path.name)
+    return found[1] if found else None
+
+
+def _lock_name(out: Path) -> str:
+    return f".{out.name}.lock"
+
+
+@contextmanager
+def _locked(out: Path, wait: float) -> Iterator[bool]:
+    """Keep other writers of `out` away; says whether the file system can. The kernel lets go of a killed one's lock.
+
+    The lock is a file beside the folder, so that it holds for all machines that share the disk, and is there before
+    the folder is. It is removed while it is held; filelock takes no lock of a file that has been removed.
+    """
+    place = out.parent if os.access(out.parent, os.W_OK | os.X_OK) else out
+    lock = FileLock(place / _lock_name(out), timeout=wait)
+    is_held = True
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FolderInUseError(out) from None
+    except (NotImplementedError, OSError) as error:  # some network file systems have no locks
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise DiskFullError(out, None, None) from None
+        is_held = False
+    try:
+        yield is_held
+    finally:
+        if is_held:
+            with suppress(OSError):  # Windows removes none that is open
+                os.unlink(place / _lock_name(out))
+            lock.release()
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Undo what a killed writer had begun. The lock must be held: nobody else's are there then."""
+    for place in {out, out.parent}:
+        if not place.is_dir():
+            continue
+        for path in list(place.iterdir()):
+            kind = _left_by_a_writer(path, out)
+            if kind == "replaced":
+                for old in sorted(path.iterdir(), key=_entrance):
+                    if (out / old.name).is_dir():
+                        shutil.rmtree(out / old.name)
+                    os.replace(old, out / old.name)
+            if kind not in (None, "lock"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _entrance(path: Path) -> tuple[bool, bool, str]:
+    """The order in which files enter: descriptions after what they describe, config.json last."""
+    return path.suffix == ".json", path.name == "config.json", path.name
+
+
 def _move_in(unfinished: Path, out: Path, instead_of: Sequence[str]) -> None:
     """Move everything in `unfinished` into `out`, all of it or nothing; what is replaced is put back on failure."""
-    replaced = Path(tempfile.mkdtemp(prefix=".replaced-", dir=out))
-    moved: list[str] = []
+    replaced = Path(tempfile.mkdtemp(prefix=_hidden(out, "replaced"), dir=out))
+    entering = sorted(unfinished.iterdir(), key=_entrance)
+    leaving = {out / name for name in (*instead_of, *(path.name for path in entering))}
+    moved: list[Path] = []
     try:
-        for name in instead_of:
-            if (out / name).exists():
-                os.replace(out / name, replaced / name)
-        for name in sorted(path.name for path in unfinished.iterdir()):
-            if (out / name).exists():
-                os.replace(out / name, replaced / name)
-            os.replace(unfinished / name, out / name)
-            moved.append(name)
-    except BaseException:
-        for name in moved:
-            os.replace(out / name, unfinished / name)
-        for path in replaced.iterdir():
+        for path in sorted(filter(os.path.lexists, leaving), key=_entrance, reverse=True):
+            os.replace(path, replaced / path.name)
+        for path in entering:
             os.replace(path, out / path.name)
+            moved.append(path)
+    except BaseException:
+        for path in reversed(moved):
+            os.replace(out / path.name, path)
+        for path in sorted(replaced.iterdir(), key=_entrance):
+            os.replace(path, out / path.name)
+        replaced.rmdir()
         raise
-    finally:
-        shutil.rmtree(replaced, ignore_errors=True)
+    removed = replaced.with_name(replaced.name.replace("-replaced-", "-removed-"))
+    os.replace(replaced, removed)  # from here on a killed process leaves the new model
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _open_to_others(folder: Path) -> None:
@@ -61,29 +186,78 @@ def _open_to_others(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
+def _is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    said = str(error).lower()
+    return isinstance(error, Exception) and any(words in said for words in FULL_WORDS)
+
+
+def _free(place: Path) -> int | None:
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return None
+
+
 @contextmanager
-def whole_folder(out: str | Path, instead_of: Sequence[str] = ()) -> Iterator[Path]:
+def whole_folder(
+    out: str | Path,
+    instead_of: Sequence[str] = (),
+    *,
+    overwrite: bool = True,
+    needed: int | None = None,
+    wait: float = 0.0,
+) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `out` when the block ends without an error.
 
     Where `out` has files already, the new ones replace those of the same name and those that `instead_of` names, and
     leave the others alone. When only the last step fails, the finished files are kept, and the error says where.
+
+    Args:
+        out: The folder to write; it need not be there.
+        instead_of: Names of files of `out` that go when the new ones come.
+        overwrite: Whether `out` may hold files, now that no other writer can put any there.
+        needed: Bytes that will be written, if known.
+        wait: Seconds for which another writer of the same folder is waited for.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        FolderInUseError: Another process writes to `out`.
+        FileExistsError: `out` holds files and `overwrite` is false.
+        DiskFullError: There is no room; nothing is left behind.
     """
     out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Inside a folder that exists, since it may be a file system of its own; else beside its place.
-    place = out if out.is_dir() else out.parent
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-unfinished-", dir=place))
-    try:
-        yield unfinished
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    try:
-        _open_to_others(unfinished)
-        if place == out:
-            _move_in(unfinished, out, instead_of)
-            unfinished.rmdir()
-        else:
-            os.replace(unfinished, out)
-    except OSError as error:
-        raise OSError(f"The finished files could not be moved to {out} ({error}); they are in {unfinished}.") from error
+    with _locked(out, wait) as is_held:
+        if is_held:
+            _clear_leftovers(out)
+        _check_unused(out, overwrite)
+        # Inside a folder that exists, since it may be a file system of its own; else beside its place.
+        place = out if out.is_dir() else out.parent
+        free = _free(place)
+        if needed is not None and free is not None and free < needed:
+            raise DiskFullError(out, needed, free)
+        unfinished = Path(tempfile.mkdtemp(prefix=_hidden(out, "unfinished"), dir=place))
+        try:
+            yield unfinished
+        except BaseException as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if _is_full(error):
+                raise DiskFullError(out, needed, _free(place)) from error
+            raise
+        try:
+            _open_to_others(unfinished)
+            if place == out:
+                _move_in(unfinished, out, instead_of)
+                unfinished.rmdir()
+            else:
+                os.replace(unfinished, out)
+        except OSError as error:
+            kept = unfinished.with_name(unfinished.name.replace("-unfinished-", "-finished-"))
+            with suppress(OSError):  # else the next writer would remove them
+                os.replace(unfinished, kept)
+            kept = kept if kept.exists() else unfinished
+            raise OSError(f"The finished files could not be moved to {out} ({error}); they are in {kept}.") from error

@@ -8,13 +8,13 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers.utils import cached_file
 
 from ..configuration_hf_clip import HfClipConfig, HfClipResNetConfig, find_foreign
-from ..files_hf_clip import WEIGHT_FILES, check_no_pointer, list_shards, read_object
+from ..files_hf_clip import WEIGHT_FILES, check_no_pointer, list_shards, read_object, read_unchanged
 from ..image_processing_hf_clip import HfClipImageProcessor
 from ..original.archive import Checkpoint, CheckpointError, printable, read_checkpoint
 from ..original.download import find_original, verify_file
@@ -233,7 +233,8 @@ def read_model(
         told = {"--config": config, "--activation": activation, "--weights": weights, "--vocab": vocabulary}
         if given := [flag for flag, value in told.items() if value is not None]:
             raise ValueError(f"{source} is a repository, which tells everything itself: leave out {', '.join(given)}.")
-        return _read_repository(source, {"local_files_only": True} if offline else {}, verify)
+        hub = {"local_files_only": True} if offline else {}
+        return cast(StoredModel, read_unchanged(source, lambda: _read_repository(source, hub, verify)))
     given_config = None if config is None else read_config_file(config)
     vocabulary = find_vocabulary(vocabulary, offline)
     path = find_original(source, offline)
