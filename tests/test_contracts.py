@@ -131,6 +131,7 @@ ALLOWED = {
         "pictures_hf_clip",
         "processing_hf_clip",
         "publishing",
+        "remote_code",
         "tokenization_hf_clip",
         "training",
         "whole_folder",
