@@ -7,12 +7,14 @@ From one CPU to many GPUs: the loss is that of all processes' pairs together. Th
 processor and card, metrics.jsonl, training_config.json and the checkpoints.
 """
 
-import json
 import os
-import shutil
 import sys
-from pathlib import Path
-from typing import Any
+
+# Threads that wait for work in a loop take the cores from whatever else runs. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -21,17 +23,18 @@ from tqdm import tqdm
 
 import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.publishing import PublishingError, check_repo_id
-from hf_clip.training import build, failures, sharding
+from hf_clip.training import build, failures, sharding, stopping
 from hf_clip.training.bad_rows import BadRows
-from hf_clip.training.checkpoint import FOLDER as CHECKPOINTS_FOLDER
 from hf_clip.training.checkpoint import find_checkpoint, read_state
-from hf_clip.training.config import LAUNCH, TrainingConfig, parse_config
-from hf_clip.training.data import Position
+from hf_clip.training.config import TrainingConfig, parse_config
 from hf_clip.training.evaluating import model_inputs
+from hf_clip.training.launching import launch_settings, make_accelerator
 from hf_clip.training.losses import global_contrastive_loss
 from hf_clip.training.optim import learning_rates
-from hf_clip.training.results import CONFIG_FILE, METRICS_FILE, check_output_format
-from hf_clip.training.run import Run, launch_settings, make_accelerator
+from hf_clip.training.output import held, prepare_output
+from hf_clip.training.results import check_output_format
+from hf_clip.training.run import Run
+from hf_clip.training.summary import count_parameters, run_in_words
 from hf_clip.whole_folder import check_destination
 
 
@@ -46,24 +49,22 @@ def check_ends(config: TrainingConfig, accelerator: Accelerator) -> None:
     build.check_start(config)
 
 
-def prepare_output(config: TrainingConfig, accelerator: Accelerator, launched: dict[str, Any]) -> None:
-    """Make the output folder, with the records of this run alone."""
-    if accelerator.is_main_process and config.resume is None:
-        output = Path(config.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(output / CHECKPOINTS_FOLDER, ignore_errors=True)
-        (output / METRICS_FILE).write_text("")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        content = config.to_dict() | {LAUNCH: launched}
-        (Path(config.output_dir) / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
-
-
 def train(config: TrainingConfig) -> None:
-    """Train one model as `config` says and save it. Raises OSError or ValueError for what cannot be done."""
-    accelerator = make_accelerator(config)
+    """Train one model as `config` says and save it.
+
+    Raises OSError or ValueError for what cannot be done, and `Stopped`, a KeyboardInterrupt, when a signal ends it.
+    """
+    signals = stopping.Signals()
+    with stopping.heeded(signals):
+        accelerator = make_accelerator(config)
+        check_ends(config, accelerator)
+        with stopping.others_watched(), held(config.output_dir) if accelerator.is_main_process else nullcontext():
+            train_alone(config, accelerator, signals)
+
+
+def train_alone(config: TrainingConfig, accelerator: Accelerator, signals: stopping.Signals) -> None:
+    """`train`, of one who holds the output folder."""
     launched = launch_settings(accelerator)
-    check_ends(config, accelerator)
     data = build.build_data(config)
     model, processor = build.build_model(config, data)
     check_output_format(model, processor, config)
@@ -80,26 +81,45 @@ def train(config: TrainingConfig) -> None:
         bad_rows=bad_rows,
         bad_validation_rows=bad_validation_rows,
     )
-    steps = build.count_steps(loader, config, accelerator.gradient_accumulation_steps)
+    batches_in_step = accelerator.gradient_accumulation_steps
+    steps = build.count_steps(loader, config, batches_in_step)
+    summary = run_in_words(
+        data.train,
+        data.validation,
+        count_parameters(model),
+        steps=steps,
+        pairs_in_step=config.batch_size * accelerator.num_processes * batches_in_step,
+        processes=accelerator.num_processes,
+    )
     optimizer = build.build_optimizer(model, config)
     scheduler = build.build_scheduler(optimizer, config, steps)
     wrapped, optimizer = sharding.prepare(accelerator, model, optimizer, config)
     counters = bad_rows, bad_validation_rows
     run = Run(
-        config, accelerator, wrapped, model, processor, optimizer, scheduler, counters, pretrained, steps, launched
+        config,
+        accelerator,
+        wrapped,
+        model,
+        processor,
+        optimizer,
+        scheduler,
+        counters,
+        pretrained,
+        steps,
+        launched,
+        signals,
     )
     run.set_validation(validation, data.class_prompts)
     run.start()
-    prepare_output(config, accelerator, launched)
     if accelerator.device.type == "cpu":
         warn_of_few_threads()
+    if accelerator.is_main_process:
+        print(summary)
 
     kind = model.config.contrastive_loss
     wrapped.train()
     with tqdm(total=steps, initial=run.state.step, desc="Training", disable=not accelerator.is_main_process) as run.bar:
-        for position, batch in loader.batches(Position(run.state.epoch, run.state.batch)):
-            if run.is_over():
-                break
+        for position, batch in run.batches(loader, partial(prepare_output, config, launched)):
             with accelerator.accumulate(wrapped):
                 outputs = wrapped(**model_inputs(batch, accelerator.device))
                 result = global_contrastive_loss(
@@ -144,10 +164,8 @@ def main() -> int:
         with failures.said_once():
             config = parse_config()
         train(config)
-    except KeyboardInterrupt:
-        with failures.said_once():
-            print("\ninterrupted; --resume latest goes on from the last checkpoint, if there is one", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return failures.report_stop(stop)
     except PublishingError as error:
         return failures.report(PublishingError(f"{error} The model itself is in the output folder."))
     except Exception as error:

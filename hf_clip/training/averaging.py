@@ -129,26 +129,49 @@ def _overwrite(model: nn.Module, weights: Mapping[str, Tensor], access: Access) 
             own[name].copy_(tensor)
 
 
+USUAL_WARMUP, SHORTEST_WARMUP = 9.0, 1.0
+"""k of `MovingAverage`: with 9 after step n the decay is at most (1 + n) / (10 + n), with 1 all steps count alike."""
+
+
+def spans_all_steps(decay: float, total_steps: int) -> bool:
+    """Whether a run is too short for a moving average of this decay, which would span more steps than it has."""
+    return total_steps * (1 - decay) < SHORTEST_WARMUP
+
+
 class MovingAverage:
     """An exponential moving average of what is trained, for evaluation and saving.
 
-    After step n (from 1) average ← d · average + (1 − d) · weights with d = min(decay, (1 + n) / (10 + n)): the
-    warm-up keeps a run's first steps from weighing for thousands, so no correction is needed afterwards. The average
-    starts at the weights it is made from.
+    After step n (from 1) average ← d · average + (1 − d) · weights with d = min(decay, (1 + n) / (1 + k + n)). The
+    average starts at the weights it is made from, and the warm-up keeps these and the first steps from weighing for
+    thousands, so no correction is needed afterwards. (It is that of timm's ModelEmaV3 with `warmup_power` 1 and
+    `warmup_gamma` k.) After step n the average spans about the last n / k steps.
+
+    k is 9, as usual, wherever the decay is reached within the run. In a shorter run of T steps the usual warm-up would
+    never end, and all decays give one result. There k = T · (1 − decay): the decay is reached at the end of the run.
+    k is at least 1, the mean of all steps, which is what a decay above 1 − 1 / T comes to: see `spans_all_steps`.
 
     It holds the trainable parameters and the running statistics in float32, since steps below bfloat16's resolution
     would be lost. Processes of one run hold the same parameters and so the same average of them; running statistics
     differ between processes, in the model as here, unless BatchNorm is synchronised or frozen.
 
-    Call it with the model itself, not with what it is wrapped in, after all surgery, locks and adapters. `state_dict`
-    and `load_state_dict` make it fit for `accelerator.register_for_checkpointing`.
+    Call it with the model itself, not with what it is wrapped in, after all surgery, locks and adapters.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, access: Access = at_any_time):
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float = 0.9999,
+        access: Access = at_any_time,
+        total_steps: int | None = None,
+    ):
+        """`total_steps`: of the run; None for a run of any length, with the usual warm-up."""
         if not 0 < decay < 1:
             raise ValueError(f"The moving average's decay is {decay}, but must be between 0 and 1, such as 0.9999.")
         self.decay, self.access = decay, access
         self.updates = 0
+        self.warmup = USUAL_WARMUP
+        if total_steps is not None:
+            self.warmup = min(max(total_steps * (1 - decay), SHORTEST_WARMUP), USUAL_WARMUP)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         with access():
@@ -164,7 +187,7 @@ class MovingAverage:
                 f"locks and adapters, and update it with the model itself, not with what it is wrapped in."
             )
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.decay, (1 + self.updates) / (1 + self.warmup + self.updates))
         with self.access():
             for name, average in self.weights.items():
                 average.lerp_(present[name].to(average.device, average.dtype), 1 - decay)

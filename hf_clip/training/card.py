@@ -6,7 +6,7 @@ another value than its default, so a new option cannot be forgotten here.
 
 import dataclasses
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class RunFacts:
         global_batch: pairs of all processes that are contrasted with each other.
         launched: see `launch_settings`.
         alpha: with which the weights were averaged with the pretrained ones.
+        start_figures: of the model that training started from; empty where it was not evaluated.
     """
 
     step: int
@@ -52,6 +53,7 @@ class RunFacts:
     global_batch: int
     launched: dict[str, Any]
     alpha: float | None = None
+    start_figures: dict[str, float] = field(default_factory=dict)
 
 
 def is_repository(name: str | None) -> bool:
@@ -146,13 +148,25 @@ def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[st
     return {name: str(value) for name, value in rows.items() if value is not None} | licence_rows(config)
 
 
-def measured_section(figures: dict[str, float], config: TrainingConfig) -> list[str]:
+def _figures_table(figures: dict[str, float], start_figures: dict[str, float]) -> str:
+    """In percent; before them those of the model that training started from, where it was measured."""
+    rows = [[name.replace("_", " "), f"{100 * value:.1f}"] for name, value in figures.items()]
+    if not start_figures:
+        return markdown_table(["", "%"], rows)
+    before = [f"{100 * start_figures[name]:.1f}" if name in start_figures else "" for name in figures]
+    rows = [[name, start, end] for (name, end), start in zip(rows, before, strict=True)]
+    return markdown_table(["", "%, before training", "%, these weights"], rows)
+
+
+def measured_section(
+    figures: dict[str, float], config: TrainingConfig, start_figures: dict[str, float]
+) -> list[str]:
     """What was measured of the saved weights on the validation data."""
     return [
         "## What was measured",
         f"On the validation pairs ({config.validation}), with the weights that are here. Pairs that share an image or "
         f"a caption are right answers to each other.",
-        markdown_table(["", "%"], [[name.replace("_", " "), f"{100 * v:.1f}"] for name, v in figures.items()]),
+        _figures_table(figures, start_figures),
     ]
 
 
@@ -191,7 +205,7 @@ def trained_card(
     if curve is not None:
         parts.append(f"![Loss and retrieval over the steps of training]({curve})")
     if figures:
-        parts += measured_section(figures, config)
+        parts += measured_section(figures, config, facts.start_figures)
     parts.append("## How to use it")
     if config.push_to_hub is None:
         parts.append(f"The snippets name the folder `{repo_id}` as it is seen from the folder that it lies in.")

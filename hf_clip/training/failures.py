@@ -11,6 +11,7 @@ A launcher ends all processes when one has ended: those that have nothing to say
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from .stopping import Stopped, wait_for_launchers_end
 
 KEY = "hf_clip_stopped"
 SECONDS = 3.0
@@ -79,3 +82,16 @@ def report(error: Exception) -> int:
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": line}, file)
     return 1
+
+
+def report_stop(stop: KeyboardInterrupt) -> int:
+    """Say in one line that a signal ended the run, and what remains; returns the exit status."""
+    signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
+    saved = stop.saved if isinstance(stop, Stopped) else ""
+    if signum == signal.SIGINT:
+        wait_for_launchers_end()
+    if _is_main():
+        remains = f"{saved}; --resume latest goes on from a checkpoint" if saved else "no step was lost that was saved"
+        sys.stderr.write(f"\nended by {signal.Signals(signum).name}: {remains}\n")
+        sys.stderr.flush()
+    return 128 + signum

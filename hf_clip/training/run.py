@@ -1,38 +1,35 @@
-"""A run between its steps: what is counted and logged, evaluated, kept and, at the end, saved.
+"""A run between its steps: what is counted and logged, evaluated and kept.
 
 The steps themselves are in finetune.py. `Run` knows what comes around them; every process has one and calls it alike.
 """
 
-import copy
 import json
 import math
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 from transformers import ProcessorMixin
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..modeling_hf_clip import HfClipModel
-from ..publishing import PublishingError
-from .averaging import MovingAverage, interpolate_weights
+from .averaging import MovingAverage, spans_all_steps
 from .bad_rows import BadRows, find_refusal
-from .card import RunFacts
 from .checkpoint import (
     RunState,
     find_checkpoint,
     list_checkpoints,
-    load_best,
     load_checkpoint,
+    remove_older,
     save_best,
     save_checkpoint,
     step_of,
@@ -42,52 +39,14 @@ from .collator import PairCollator
 from .config import TrainingConfig
 from .data import PairLoader, Position
 from .evaluating import NotFiniteError, evaluate
-from .lora import add_lora_, merge_lora_
-from .losses import ContrastiveResult
-from .results import METRICS_FILE, publish_results, read_metrics, save_results
-from .sharding import check_wrapper, whole_parameters, whole_weights
-from .trainable import lock_
-
-LONGEST_UPLOAD = timedelta(hours=6)
-DEFAULT_METRIC = "recall@1"
-TRACKERS = ("tensorboard", "wandb", "trackio")
-
-
-def make_accelerator(config: TrainingConfig) -> Any:
-    """What `accelerate launch` has set up. Raises ValueError for a wrapper or tracker that cannot be, ImportError for a
-    missing tracker."""
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    for name in config.report_to:
-        if name not in TRACKERS:
-            raise ValueError(f"report_to has {name!r}, but must be of {', '.join(TRACKERS)}.")
-        if find_spec(name) is None:  # accelerate would pass over it
-            raise ImportError(f"--report_to {name} needs a package that is not installed: pip install {name}")
-    handlers: list[Any] = []
-    if config.hub_strategy == "checkpoint":  # the others wait while the main process uploads
-        handlers.append(InitProcessGroupKwargs(timeout=LONGEST_UPLOAD))
-    accelerator = Accelerator(
-        log_with=config.report_to or None, project_dir=config.output_dir, kwargs_handlers=handlers or None
-    )
-    check_wrapper(accelerator, config)
-    unset_hf_deepspeed_config()  # models are built whole, then split
-    return accelerator
-
-
-def launch_settings(accelerator: Any) -> dict[str, Any]:
-    """What `accelerate launch` decides of a run, by name. Call it before anything is prepared."""
-    kind = accelerator.distributed_type.value
-    wrapper = {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO"}.get(kind, "DDP" if accelerator.num_processes > 1 else "none")
-    if kind == "DEEPSPEED":
-        wrapper = f"{wrapper} {accelerator.state.deepspeed_plugin.zero_stage}"
-    return {
-        "processes": accelerator.num_processes,
-        "wrapper": wrapper,
-        "mixed_precision": accelerator.mixed_precision,
-        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
-        "compiler": accelerator.state.dynamo_plugin.backend.value.lower(),
-    }
+from .failures import EXPECTED
+from .losses import ContrastiveResult, exchange_counts, world_size
+from .results import METRICS_FILE, read_metrics
+from .saving import DEFAULT_METRIC, finish, publish_checkpoint
+from .sharding import whole_parameters, whole_weights
+from .states import Resumable
+from .stopping import Signals, Stopped
+from .summary import figures_in_words
 
 
 def peak_memory(device: torch.device) -> int:
@@ -103,6 +62,7 @@ class Run:
 
     wrapped: the model as accelerate made it.   model: the model itself
     bad_rows: what counts those of the training data and those of the validation data
+    signals:  what the process was told from outside
     launched: see `launch_settings`
     """
 
@@ -119,27 +79,32 @@ class Run:
         pretrained: dict[str, Tensor] | None,
         total_steps: int,
         launched: dict[str, Any],
+        signals: Signals,
     ):
         self.config, self.accelerator, self.total_steps = config, accelerator, total_steps
-        self.launched = launched
+        self.launched, self.signals = launched, signals
         self.wrapped, self.model, self.processor, self.optimizer = wrapped, model, processor, optimizer
         (self.bad_rows, self.bad_validation_rows), self.pretrained = bad_rows, pretrained
         access = partial(whole_parameters, accelerator, model)
-        self.average = MovingAverage(model, config.ema_decay, access) if config.ema_decay is not None else None
-        accelerator.register_for_checkpointing(scheduler)
-        if self.average is not None:
-            accelerator.register_for_checkpointing(self.average)
+        decay = config.ema_decay
+        self.average = MovingAverage(model, decay, access, total_steps) if decay is not None else None
+        self.parts = Resumable(accelerator, wrapped, model, optimizer, scheduler, self.average)
         self.global_batch = config.batch_size * accelerator.num_processes
         self.state = RunState(identity=self._identity())
         self.validation: PairLoader | None = None
         self.class_tokens: dict[str, Tensor] | None = None
         self.figures: dict[str, float] = {}
+        self.start_figures: dict[str, float] = {}
         self.bar: Any = None
         self.evaluated_step = -1
         self.saved_step: int | None = None
         self.alpha: float | None = None
         self.seen, self.since = 0, time.perf_counter()
+        self.waited, self.trained, self.resumed_at = 0.0, 0.0, 0
         self.is_stopped = False
+        self.last_checkpoint: Path | None = None
+        self.is_last_checkpoint_proved = True
+        self._remember_step()
 
     def _identity(self) -> dict[str, Any]:
         counts = {"pairs in a batch": self.global_batch, "steps": self.total_steps}
@@ -151,19 +116,49 @@ class Run:
             self.class_tokens = PairCollator(self.processor).tokenize(class_prompts)
 
     def start(self) -> None:
-        """Begin, or go on from the checkpoint that `--resume` names."""
+        """Go on from the checkpoint that `--resume` names. Nothing is written before `begin`."""
+        if self.config.resume is None:
+            return
+        folder = find_checkpoint(self.config.output_dir, self.config.resume)
+        self.state = load_checkpoint(self.parts, folder, self._identity())
+        if self.state.bad_rows:
+            self.bad_rows.load_state_dict(self.state.bad_rows[self.accelerator.process_index])
+        if self.state.best is not None and step_of_best(self.config.output_dir) != self.state.best_step:
+            self.state.best = None  # a run that went back: the best weights are of a step that it will not reach
+        self.last_checkpoint, self.resumed_at = folder, self.state.step
+        self._remember_step()
+
+    def begin(self, prepare_output: Callable[[], None]) -> None:
+        """Evaluate the model that training starts from, then make the folder: what is refused here leaves none."""
+        is_new = self.config.resume is None
+        if is_new and self.validation is not None:
+            self.start_figures = self._measure()
+            self._check_metric(self.start_figures)
+            self._check_rows()
+        if self.accelerator.is_main_process:
+            prepare_output()
+        self.accelerator.wait_for_everyone()
         if self.config.report_to:
             plain = {k: v for k, v in self.config.to_dict().items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers("hf_clip", config=plain)
-        if self.config.resume is not None:
-            folder = find_checkpoint(self.config.output_dir, self.config.resume)
-            self.state = load_checkpoint(self.accelerator, folder, self._identity())
-            if self.state.bad_rows:
-                self.bad_rows.load_state_dict(self.state.bad_rows[self.accelerator.process_index])
-            if self.state.best is not None and step_of_best(self.config.output_dir) != self.state.best_step:
-                self.state.best = None  # a run that went back: the best weights are of a step that it will not reach
+        if not is_new:
             self._forget_records_after(self.state.step)
+            self.start_figures = self.figures_of(0)
+        elif self.start_figures:
+            self._take_figures(self.start_figures)
+            self._compare()
+        decay = self.config.ema_decay
+        if decay is not None and spans_all_steps(decay, self.total_steps):
+            self._say(
+                f"note: --ema_decay {decay:g} spans more steps than the {self.total_steps} of this run: all count "
+                f"alike, as with {1 - 1 / self.total_steps:.3g}."
+            )
+        self.signals.are_deferred = True
         self.since = time.perf_counter()
+
+    def _say(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
 
     def _forget_records_after(self, step: int) -> None:
         """Steps that are done again are recorded again."""
@@ -176,14 +171,75 @@ class Run:
     def is_over(self) -> bool:
         return self.is_stopped or self.state.step >= self.total_steps
 
-    # --- after every batch ------------------------------------------------------------------------------------------
+    def batches(
+        self, loader: PairLoader, prepare_output: Callable[[], None]
+    ) -> Iterator[tuple[Position, dict[str, Tensor]]]:
+        """What to train on, from where the run stands until it is over. With the first batch the run begins.
+
+        A signal to any process, and data that any process cannot read, end them all here, between two batches, with a
+        checkpoint of the last step.
+        """
+        found = loader.batches(Position(self.state.epoch, self.state.batch))
+        has_begun = False
+        while not self.is_over():
+            started, item, failure = time.perf_counter(), None, None
+            try:
+                item = next(found)
+            except Exception as error:  # a worker's error comes as any
+                failure = error
+            waited = time.perf_counter() - started
+            self._check_failures(failure)
+            if not has_begun:
+                self.begin(prepare_output)
+                has_begun = True
+            assert item is not None
+            started = time.perf_counter()
+            yield item
+            self.waited += waited
+            self.trained += waited + time.perf_counter() - started
+
+    def _check_failures(self, failure: Exception | None) -> None:
+        """Raise, in all processes, what any process says: a signal before an error, which may come from it."""
+        told = exchange_counts([self.signals.received or 0, int(failure is not None)], self.accelerator.device)
+        signum, has_failed = (max(column) for column in zip(*told, strict=True))
+        if signum:
+            saved = self._save_last_step()
+            raise Stopped(signum, f"the {self.state.step} steps so far are in {saved}" if saved is not None else "")
+        if not has_failed:
+            return
+        text = _first_text("" if failure is None else " ".join(str(failure).split()) or type(failure).__name__)
+        saved = self._save_last_step()
+        remains = "" if saved is None else f"The steps so far are in {saved}; --resume latest goes on from there."
+        if failure is not None and (saved is None or not isinstance(failure, EXPECTED)):
+            print(remains, file=sys.stderr)
+            raise failure
+        raise ValueError(f"{text} {remains}") from failure
+
+    def _remember_step(self) -> None:
+        """What of the state grows with each batch, as it is after a whole step."""
+        state = self.state
+        self.whole_step = (state.epoch, state.batch, [*state.losses], [*state.accuracies], self.bad_rows.state_dict())
+
+    def _save_last_step(self) -> Path | None:
+        """A checkpoint of the last whole step; None where there was none, the one that there is where it is saved."""
+        if self.state.step == 0:
+            return None
+        if self.last_checkpoint is None or step_of(self.last_checkpoint) != self.state.step:
+            self.state.epoch, self.state.batch, self.state.losses, self.state.accuracies, rows = self.whole_step
+            self.bad_rows.load_state_dict(rows)
+            self._save_checkpoint()
+        return self.last_checkpoint
 
     def check_loss(self, loss: Tensor) -> None:
         """Stop at a loss that is no number; all processes have the same, so all stop."""
         if not math.isfinite(loss.item()):
-            raise self._diverged(f"The loss became {loss.item()} at step {self.state.step + 1}")
+            raise self.diverged(f"The loss became {loss.item()} at step {self.state.step + 1}")
+        if not self.is_last_checkpoint_proved:
+            self.is_last_checkpoint_proved = True
+            if self.accelerator.is_main_process:
+                remove_older(self.config.output_dir, self.config.keep_checkpoints)
 
-    def _diverged(self, what: str) -> ValueError:
+    def diverged(self, what: str) -> ValueError:
         """The error for weights, as they are after the present step, that are of no use any more."""
         found = list_checkpoints(self.config.output_dir)
         # One of the present step has these same weights; of earlier ones the loss was still a number.
@@ -215,31 +271,55 @@ class Run:
             self.bar.update()
         if self.state.step % self.config.logging_steps == 0 or self.state.step == self.total_steps:
             self._log(rates)
+        self._remember_step()
         self._check_rows()
         every, started = self.config.checkpoint_steps, time.perf_counter()
         if every is not None and self.state.step % every == 0 and self.state.step < self.total_steps:
+            if self._is_told_to_stop():
+                return
             self._evaluate()
             self._compare()
             self._save_checkpoint()
             self._check_rows()
             if self.config.hub_strategy == "checkpoint":
-                self._publish_checkpoint()
-            self.since += time.perf_counter() - started  # the speed is that of training
+                publish_checkpoint(self)
+            besides = time.perf_counter() - started
+            self.since += besides  # the speed is that of training
+            self.trained -= besides
+
+    def _is_told_to_stop(self) -> bool:
+        return any(told for (told,) in exchange_counts([self.signals.received or 0], self.accelerator.device))
 
     def _save_checkpoint(self) -> Path:
+        """Older ones are removed when the next loss is a number: these weights may be those that give none."""
         from accelerate.utils import gather_object
 
+        if not self._are_weights_finite():
+            raise self.diverged(f"Weights became nan in step {self.state.step}")
         self.state.bad_rows = gather_object([self.bad_rows.state_dict()])
-        return save_checkpoint(self.accelerator, self.config.output_dir, self.state, self.config.keep_checkpoints)
+        self.last_checkpoint = save_checkpoint(self.parts, self.config.output_dir, self.state)
+        self.is_last_checkpoint_proved = False
+        return self.last_checkpoint
+
+    def _are_weights_finite(self) -> bool:
+        """Each process looks at its own part."""
+        parts = [getattr(p, "ds_tensor", p) for p in self.model.parameters() if p.requires_grad]
+        local = [part.to_local() if hasattr(part, "to_local") else part for part in parts]
+        is_finite = all(bool(part.detach().isfinite().all()) for part in local)
+        return all(finite for (finite,) in exchange_counts([int(is_finite)], self.accelerator.device))
 
     def _check_rows(self) -> None:
         """Stop when any process has met too many rows that cannot be used, without losing what was trained."""
         counters = [self.bad_rows, self.bad_validation_rows]
-        if refusal := find_refusal(counters, self.accelerator.device):
-            raise ValueError(
-                f"{refusal} Repair the data and start anew, or go on from {self._save_checkpoint()} with --resume "
-                f"latest and a higher --max_bad_fraction."
-            )
+        refusal = find_refusal(counters, self.accelerator.device)
+        if not refusal:
+            return
+        if (saved := self._save_last_step()) is None:
+            raise ValueError(f"{refusal} Repair the data, or pass a higher --max_bad_fraction.")
+        raise ValueError(
+            f"{refusal} Repair the data and start anew, or go on from {saved} with --resume latest and a higher "
+            f"--max_bad_fraction."
+        )
 
     def _log(self, rates: dict[str, float]) -> None:
         device = self.accelerator.device
@@ -258,7 +338,7 @@ class Run:
             record["logit_bias"] = self.model.logit_bias.item()
         self.state.losses, self.state.accuracies = [], []
         self.seen, self.since = 0, time.perf_counter()
-        self._record(record)
+        self.record(record)
         if self.bar is not None:
             self.bar.set_postfix(
                 loss=f"{record['loss']:.3f}",
@@ -268,7 +348,7 @@ class Run:
                 mem=f"{record['peak_memory_gb']:.1f}GB",
             )
 
-    def _record(self, record: dict[str, float]) -> None:
+    def record(self, record: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             with (Path(self.config.output_dir) / METRICS_FILE).open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -277,129 +357,78 @@ class Run:
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluate(self) -> None:
-        if self.validation is None:
-            return
-        self.evaluated_step = self.state.step
+    def _measure(self) -> dict[str, float]:
+        """The figures of the present weights, or of their average, on the validation data."""
+        assert self.validation is not None
         with self.average.swapped_in(self.model) if self.average is not None else nullcontext():
             self.bad_validation_rows.restart()
             try:
-                self.figures = evaluate(self.wrapped, self.validation, self.accelerator.device, self.class_tokens)
+                return evaluate(self.wrapped, self.validation, self.accelerator.device, self.class_tokens)
             except NotFiniteError:
-                raise self._diverged(f"Features became nan after step {self.state.step}") from None
-        self._record({"step": self.state.step, **self.figures})
+                if self.state.step == 0:
+                    raise
+                raise self.diverged(f"Features became nan after step {self.state.step}") from None
+
+    def _evaluate(self) -> None:
+        if self.validation is not None:
+            self._take_figures(self._measure())
+
+    def _take_figures(self, figures: dict[str, float]) -> None:
+        self.figures, self.evaluated_step = figures, self.state.step
+        self.record({"step": self.state.step, **figures})
+        name = f"step {self.state.step}" if self.state.step else "at the start"
+        self._say(f"{name}: {figures_in_words(figures)}")
 
     def _compare(self) -> None:
         """Keep the weights if they are the best so far; stop when there was no new best for too long."""
         metric = self.config.keep_best
         if metric is None:
             return
-        if metric not in self.figures:
-            raise ValueError(
-                f"--keep_best {metric} was not measured; measured were {', '.join(self.figures)}. Zero-shot accuracy "
-                f"needs captions made of labels by a template."
-            )
+        self._check_metric(self.figures)
         if self.state.best is None or self.figures[metric] > self.state.best:
             self.state.best, self.state.best_step = self.figures[metric], self.state.step
             self.state.evaluations_since = 0
-            save_best(self.accelerator, self.config.output_dir, self._weights(), self.state.step)
+            save_best(self.accelerator, self.config.output_dir, self.weights(), self.state.step)
         else:
             self.state.evaluations_since += 1
             patience = self.config.patience
             if patience is not None and self.state.evaluations_since >= patience:
                 self.is_stopped = True
 
-    def _weights(self) -> dict[str, Tensor]:
+    def _check_metric(self, figures: dict[str, float]) -> None:
+        metric = self.config.keep_best
+        if metric is not None and metric not in figures:
+            raise ValueError(
+                f"--keep_best {metric} was not measured; measured were {', '.join(figures)}. Zero-shot accuracy needs "
+                f"captions made of labels by a template."
+            )
+
+    def weights(self) -> dict[str, Tensor]:
         """The weights that count, whole, on the CPU; every process calls this."""
         with self.average.swapped_in(self.model) if self.average is not None else nullcontext():
             return whole_weights(self.accelerator, self.wrapped, self.model)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
-    def _publish_checkpoint(self) -> None:
-        """Save and push what there is so far; a push that fails is said and doesn't end the run."""
-        weights = self._weights()
-        if self.accelerator.is_main_process:
-            try:
-                self._save(self._merged(weights), f"Step {self.state.step}")
-            except PublishingError as error:
-                print(f"\nnote: {error}", file=sys.stderr)
-        self.accelerator.wait_for_everyone()
-
-    def _merged(self, weights: dict[str, Tensor]) -> HfClipModel:
-        """A model of its own on the CPU with these weights, adapters merged."""
-        with torch.device("meta"):  # a copy of the model would bring its wrapper along
-            model = HfClipModel(copy.deepcopy(self.model.config))
-            if self.config.lora_rank is not None:
-                lock_(model, self.config.lock)
-                add_lora_(model, self.config.lora_rank)
-        model.load_state_dict(weights, assign=True)
-        return merge_lora_(model) if self.config.lora_rank is not None else model
-
-    def _save(self, model: HfClipModel, message: str) -> None:
-        has_curve = save_results(
-            model,
-            self.processor,
-            model.state_dict(),
-            self.config,
-            self.figures,
-            RunFacts(
-                step=self.state.step if self.saved_step is None else self.saved_step,
-                total_steps=self.total_steps,
-                global_batch=self.global_batch,
-                launched=self.launched,
-                alpha=self.alpha,
-            ),
-        )
-        if not has_curve:
-            print("note: the curve of the card was not drawn: pip install matplotlib", file=sys.stderr)
-        if self.config.push_to_hub is not None:
-            print(publish_results(self.config, message))
-
-    def _average_with_pretrained(self, model: HfClipModel) -> None:
-        """WiSE-FT: the one α, or of a range the best on the validation data."""
-        assert self.pretrained is not None
-        finetuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        best: tuple[float, float] | None = None
-        metric = self.config.keep_best or DEFAULT_METRIC
-        alphas = self.config.alphas
-        chosen = alphas[0]
-        for alpha in alphas if self.validation is not None else []:
-            model.load_state_dict(interpolate_weights(self.pretrained, finetuned, alpha))
-            device = self.accelerator.device
-            figures = evaluate(model.to(device), self.validation, device, self.class_tokens)  # type: ignore[arg-type]
-            model.cpu()
-            self._record({"step": self.state.step, "alpha": alpha, **figures})
-            if best is None or figures[metric] > best[0]:
-                best, chosen, self.figures = (figures[metric], alpha), alpha, figures
-        model.load_state_dict(interpolate_weights(self.pretrained, finetuned, chosen))
-        self.alpha = chosen
-        if len(alphas) > 1 and self.accelerator.is_main_process:
-            print(f"averaged with the pretrained weights at α = {chosen:g}, the best of {len(alphas)} at {metric}")
-
     def finish(self) -> None:
-        """Save the result: the last weights or the best, averaged where asked for, and publish it."""
+        """Evaluate what there is not an evaluation of, and save the result."""
         self.bad_rows.complete()
         if self.evaluated_step != self.state.step:
             self._evaluate()
             self._compare()
         self._check_rows()
-        weights = self._weights()
-        if self.config.keep_best is not None and self.state.best_step != self.state.step:
-            weights = load_best(self.config.output_dir)
-            self.figures = self._figures_of(self.state.best_step)
-            self.saved_step = self.state.best_step
-        elif not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
-            raise self._diverged(f"Weights became nan in step {self.state.step}")
-        model = self._merged(weights)
-        if self.config.alphas:
-            self._average_with_pretrained(model)
-        if self.accelerator.is_main_process:
-            self._save(model, f"{self.state.step} steps of training")
-            print(f"Saved to {self.config.output_dir}")
-        self.accelerator.end_training()
+        finish(self)
 
-    def _figures_of(self, step: int) -> dict[str, float]:
+    def figures_of(self, step: int) -> dict[str, float]:
         records = read_metrics(Path(self.config.output_dir))
         found = [r for r in records if r["step"] == step and DEFAULT_METRIC in r and "alpha" not in r]
-        return {name: value for name, value in found[-1].items() if name != "step"}
+        return {name: value for name, value in found[-1].items() if name != "step"} if found else {}
+
+
+def _first_text(text: str) -> str:
+    """Of all processes' texts the first that is not empty."""
+    if world_size() == 1:
+        return text
+    texts = [""] * world_size()
+    dist.all_gather_object(texts, text)
+    return next(each for each in texts if each)

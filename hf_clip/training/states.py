@@ -1,0 +1,200 @@
+"""The files of a checkpoint. Reading them runs no code that they bring along.
+
+    model.safetensors             whole, by the model's own names
+    optimizer.pt                  tensors, numbers and containers: read with torch's `weights_only`
+    moving_average.safetensors    with --ema_decay
+    schedule.json                 scheduler, gradient scaler, the moving average's numbers
+    random_states_00000.json      of each process
+    zero/                         under DeepSpeed, in place of the first two: what its engine writes
+
+They are the same for one process, DDP and FSDP2, whose weights and optimizer are gathered. accelerate's `load_state`
+and torch's distributed checkpoints unpickle some of their files, so neither is used. DeepSpeed's engine reads its own
+files, with torch's `weights_only` forced upon it and the four classes allowed that it writes.
+
+Every process calls every function here.
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .averaging import MovingAverage
+from .sharding import is_deepspeed, is_fsdp2, whole_weights
+
+MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.pt", "moving_average.safetensors"
+SCHEDULE, ZERO = "schedule.json", "zero"
+
+ZERO_CLASSES = {
+    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+}
+"""What DeepSpeed's files hold besides tensors and containers: classes that keep numbers."""
+
+FORCED, FORCED_OFF = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+@dataclass
+class Resumable:
+    """What of a run goes on where it stopped.
+
+    wrapped, optimizer: as accelerate made them.   model: the model itself
+    """
+
+    accelerator: Any
+    wrapped: Any
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    average: MovingAverage | None
+
+
+def _random_states_file(process_index: int) -> str:
+    return f"random_states_{process_index:05}.json"
+
+
+def _random_states(device: torch.device) -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = numpy.random.get_state()  # noqa: NPY002  (of those who still draw from it)
+    states = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, numpy.asarray(keys).tolist(), *rest],
+        "torch": bytes(torch.get_rng_state().tolist()).hex(),
+    }
+    if device.type != "cpu":
+        states[device.type] = bytes(_device_generator(device).get_rng_state().tolist()).hex()
+    return states
+
+
+def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = states["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(torch.tensor(list(bytes.fromhex(states["torch"])), dtype=torch.uint8))
+    if device.type != "cpu":
+        stored = torch.tensor(list(bytes.fromhex(states[device.type])), dtype=torch.uint8)
+        _device_generator(device).set_rng_state(stored)
+
+
+def _device_generator(device: torch.device) -> Any:
+    """The module that has the random state of this process's accelerator, which is the current one."""
+    return torch.get_device_module(device)
+
+
+def save_states(parts: Resumable, folder: Path) -> None:
+    """Write all files of a checkpoint into a folder that exists."""
+    accelerator = parts.accelerator
+    if is_deepspeed(accelerator):
+        parts.wrapped.save_checkpoint(str(folder), ZERO)
+    else:
+        weights, optimizer = whole_weights(accelerator, parts.wrapped, parts.model), _optimizer_state(parts)
+        if accelerator.is_main_process:
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / MODEL)
+            torch.save(optimizer, folder / OPTIMIZER)
+    schedule = {"scheduler": parts.scheduler.state_dict()}
+    if accelerator.scaler is not None:
+        schedule["scaler"] = accelerator.scaler.state_dict()
+    if parts.average is not None:
+        average = parts.average.state_dict()
+        weights = average.pop("weights")
+        schedule["moving_average"] = average
+        if accelerator.is_main_process:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / AVERAGE)
+    if accelerator.is_main_process:
+        (folder / SCHEDULE).write_text(json.dumps(schedule))
+    states = _random_states(accelerator.device)
+    (folder / _random_states_file(accelerator.process_index)).write_text(json.dumps(states))
+
+
+def load_states(parts: Resumable, folder: Path) -> None:
+    """Restore what `save_states` wrote. Raises whatever a damaged file makes its reader raise."""
+    accelerator = parts.accelerator
+    schedule = json.loads((folder / SCHEDULE).read_text())
+    states = json.loads((folder / _random_states_file(accelerator.process_index)).read_text())
+    if accelerator.scaler is not None:
+        _check_names(schedule["scaler"], accelerator.scaler.state_dict())
+        accelerator.scaler.load_state_dict(schedule["scaler"])
+    if is_deepspeed(accelerator):
+        with _weights_only():
+            path, _ = parts.wrapped.load_checkpoint(str(folder), ZERO)
+        if path is None:
+            raise FileNotFoundError(f"there is no {ZERO} in it")
+    else:
+        _load_model(parts, folder)
+        _load_optimizer(parts, folder)
+    _check_names(schedule["scheduler"], parts.scheduler.state_dict())
+    parts.scheduler.load_state_dict(schedule["scheduler"])
+    if parts.average is not None:
+        weights: dict[str, Tensor] = load_file(folder / AVERAGE)
+        parts.average.load_state_dict(schedule["moving_average"] | {"weights": weights})
+    _set_random_states(states, accelerator.device)
+
+
+def _check_names(state: dict[str, Any], own: dict[str, Any]) -> None:
+    """Schedulers take whatever names a file has for attributes of theirs."""
+    if differing := sorted(state.keys() ^ own.keys()):
+        raise ValueError(f"{SCHEDULE} has other entries than this version's: {differing[0]}")
+
+
+def _load_model(parts: Resumable, folder: Path) -> None:
+    accelerator = parts.accelerator
+    if not is_fsdp2(accelerator):
+        parts.model.load_state_dict(load_file(folder / MODEL))
+        return
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+    state = load_file(folder / MODEL) if accelerator.is_main_process else {}
+    set_model_state_dict(parts.model, state, options=_gathered())
+
+
+def _optimizer_state(parts: Resumable) -> dict[str, Any]:
+    if not is_fsdp2(parts.accelerator):
+        return parts.optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    return get_optimizer_state_dict(parts.model, parts.optimizer, options=_gathered())
+
+
+def _load_optimizer(parts: Resumable, folder: Path) -> None:
+    accelerator = parts.accelerator
+    is_read = accelerator.is_main_process or not is_fsdp2(accelerator)
+    state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True) if is_read else {}
+    if not is_fsdp2(accelerator):
+        parts.optimizer.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    set_optimizer_state_dict(parts.model, parts.optimizer, state, options=_gathered())
+
+
+def _gathered() -> Any:
+    """FSDP2: whole on the main process, from which the others get their parts."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Within this block torch.load allows tensors, containers and DeepSpeed's classes, whatever it is called with."""
+    before = {name: os.environ.pop(name, None) for name in (FORCED, FORCED_OFF)}
+    os.environ[FORCED] = "1"
+    allowed = [getattr(import_module(module), name) for module, names in ZERO_CLASSES.items() for name in names]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    finally:
+        del os.environ[FORCED]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

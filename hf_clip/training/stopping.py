@@ -1,0 +1,227 @@
+"""What ends a run from outside: a signal, a launcher that is gone, a process that stands still.
+
+SIGINT, SIGTERM and SIGHUP end a run at once while it has nothing to lose. Within the steps they are remembered, and
+`Run` saves a checkpoint when the present step is done; a second one ends it there and then.
+
+A launcher that was killed would leave its processes training and writing. Each looks every second whether the process
+that started it is still there, and takes its end for a SIGTERM.
+
+Processes wait for each other in every step. One that was stopped, or whose machine is gone, would keep the others
+waiting. So each counts in the store through which they found each other, and watches the next one's count. This is a
+thread's work: it goes on while a step takes long.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import get_worker_info
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+
+INTERVAL = 1.0
+LONGEST_STILL = 300.0
+"""Seconds without a sign of life after which a process is taken for dead. A step that takes long gives signs."""
+
+LONGEST_END = 300.0
+"""Seconds that a process has for its checkpoint after its launcher is gone."""
+
+LONGEST_WAIT = timedelta(minutes=30)
+"""For another process in one exchange: the main process may write the result or publish it meanwhile."""
+
+WORKERS_RESPITE = 30
+"""Seconds that a worker which was told to end goes on: its process may need it for the present step."""
+
+PROGRAMS = ("accelerate", "accelerate-launch", "torchrun", "deepspeed")
+MODULES = ("accelerate.commands", "torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher")
+"""What starts processes and waits for them, as programs and as `python -m` knows them."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ends the run; `saved` says in words what remains of it."""
+
+    def __init__(self, signum: int, saved: str = ""):
+        super().__init__(signum)
+        self.signum, self.saved = signum, saved
+
+    @property
+    def status(self) -> int:
+        """The exit status, as of a process that the signal ended."""
+        return 128 + self.signum
+
+
+class Signals:
+    """What this process was told while it could not end at once; see `heeded`."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.are_deferred = False
+        self._process = os.getpid()
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+
+    def handle(self, signum: int, frame: Any) -> None:
+        if os.getpid() != self._process:
+            self._handle_in_child(signum)
+            return
+        if signum == getattr(signal, "SIGHUP", None):
+            self._leave_terminals()
+        if self.are_deferred and self.received is None:
+            self.received = signum
+            return
+        raise Stopped(signum)
+
+    def _leave_terminals(self) -> None:
+        """A terminal that has hung up refuses every line, and the first would end the run."""
+        for terminal in self._terminals:
+            with suppress(OSError), open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), terminal)
+
+    def _handle_in_child(self, signum: int) -> None:
+        """Ctrl-C and batch systems tell workers too, which their process ends itself when it is done with them."""
+        if get_worker_info() is None or (signum != signal.SIGINT and self.received is not None):
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        elif signum != signal.SIGINT:
+            self.received = signum
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(WORKERS_RESPITE)
+
+
+@contextmanager
+def heeded(signals: Signals) -> Iterator[None]:
+    """Within this block SIGINT, SIGTERM and SIGHUP do what the module says, but for those that are ignored (nohup)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    for signum, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(signum, signals.handle)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def find_launcher() -> int | None:
+    """The parent's process id where that is a launcher; a shell may leave its programs behind, a launcher may not."""
+    import psutil  # type: ignore[import-untyped]  # accelerate brings it
+
+    parent = os.getppid()
+    try:
+        words = psutil.Process(parent).cmdline()[:4]
+    except psutil.Error:
+        return None
+    is_launcher = any(os.path.basename(word) in PROGRAMS or word.startswith(MODULES) for word in words)
+    return parent if is_launcher else None
+
+
+def end_without_launcher(launcher: int, is_over: threading.Event) -> None:
+    """When the launcher is gone, end this process as a SIGTERM would, or without a word where that takes too long."""
+    while os.getppid() == launcher:
+        if is_over.wait(INTERVAL):
+            return
+    os.kill(os.getpid(), signal.SIGTERM)
+    if not is_over.wait(LONGEST_END):
+        os._exit(128 + signal.SIGTERM)
+
+
+ENDED = "ended"
+
+
+class SignsOfLife:
+    """Gives one process's and watches those of the next.
+
+    store: a connection of its own to the processes' store, since a store serves one call at a time
+    """
+
+    def __init__(self, store: Any, rank: int, count: int):
+        self.store, self.rank, self.next, self.count = store, rank, (rank + 1) % count, count
+        self.own = 0
+        self.seen, self.since = "", time.monotonic()
+
+    def give(self) -> None:
+        self.own += 1
+        self.store.set(f"hf_clip_alive_{self.rank}", f"process id {os.getpid()} on {socket.gethostname()}, {self.own}")
+
+    def find_still(self) -> str | None:
+        """The next process's name where it has stood still for too long."""
+        key = f"hf_clip_alive_{self.next}"
+        if not self.store.check([key]):
+            return None  # it has not begun, and whoever waits for it then has a time limit
+        seen = self.store.get(key).decode()
+        if seen != self.seen:
+            self.seen, self.since = seen, time.monotonic()
+        if seen == ENDED or time.monotonic() - self.since < LONGEST_STILL:
+            return None
+        return f"process {self.next} of {self.count} ({self.seen.rpartition(',')[0]})"
+
+    def watch(self, end: Callable[[str], None], is_over: threading.Event) -> None:
+        """Until the run is over; `end` is called with the name of a process that stands still."""
+        try:
+            while (still := self.find_still()) is None:
+                self.give()
+                if is_over.wait(INTERVAL):
+                    self.store.set(f"hf_clip_alive_{self.rank}", ENDED)
+                    return
+        except RuntimeError:  # the store is gone, and the run with it
+            return
+        end(still)
+
+
+def _end_because_of(still: str) -> None:
+    sys.stderr.write(
+        f"\nerror: {still} has given no sign of life for {LONGEST_STILL:.0f} s, and the others wait for it. It was "
+        f"stopped, or its machine is gone. End it, and go on with --resume latest.\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)
+
+
+@contextmanager
+def others_watched() -> Iterator[None]:
+    """Within this block threads look after the launcher and after the next process of the run."""
+    is_over = threading.Event()
+    threads = []
+    if (launcher := find_launcher()) is not None:
+        threads.append(threading.Thread(target=end_without_launcher, args=(launcher, is_over), daemon=True))
+    if (store := _connect()) is not None:
+        life = SignsOfLife(store, dist.get_rank(), dist.get_world_size())
+        threads.append(threading.Thread(target=life.watch, args=(_end_because_of, is_over), daemon=True))
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join(timeout=10 * INTERVAL)
+
+
+def _connect() -> Any:
+    """A connection to the store of a run of several processes; None where they found each other through another."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1 or not address or not port:
+        return None
+    try:
+        return dist.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=30))
+    except RuntimeError:
+        return None
+
+
+def wait_for_launchers_end(seconds: float = 1.5) -> None:
+    """After Ctrl-C: `accelerate launch` of one process gets it too and ends with a traceback; the last line is ours."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or (launcher := find_launcher()) is None:
+        return
+    until = time.monotonic() + seconds
+    while os.getppid() == launcher and time.monotonic() < until:
+        time.sleep(0.05)

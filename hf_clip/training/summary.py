@@ -1,0 +1,68 @@
+"""What a run tells the terminal: what it is about to do, what it measured, and what came of it."""
+
+from torch import nn
+
+from .pairs import Pairs, PairStream
+
+SHOWN = ("recall@1", "recall@5", "recall@10", "zero_shot_top1")
+
+
+def _rows(pairs: Pairs | PairStream | None) -> str:
+    if pairs is None:
+        return "none"
+    return "a stream of pairs" if isinstance(pairs, PairStream) else f"{len(pairs):,} pairs"
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Those that are trained, and all; before a wrapper splits them."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained, sum(parameter.numel() for parameter in model.parameters())
+
+
+def run_in_words(
+    train: Pairs | PairStream,
+    validation: Pairs | PairStream | None,
+    parameters: tuple[int, int],
+    *,
+    steps: int,
+    pairs_in_step: int,
+    processes: int,
+) -> str:
+    """The line before the first step. pairs_in_step: of all processes, and of all batches of one step"""
+    trained, whole = parameters
+    epochs = "" if isinstance(train, PairStream) else f", {steps * pairs_in_step / len(train):.3g} epochs"
+    over = f" over {processes} processes" if processes > 1 else ""
+    return (
+        f"Training on {_rows(train)}, validation: {_rows(validation)}. {trained:,} of {whole:,} parameters are "
+        f"trained. {steps:,} steps of {pairs_in_step:,} pairs{over}{epochs}."
+    )
+
+
+def figures_in_words(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {figures[name]:.3f}" for name in SHOWN if name in figures)
+
+
+def gain_in_words(
+    metric: str, start: dict[str, float], saved: tuple[int, float], last: tuple[int, float] | None, is_best_kept: bool
+) -> str:
+    """What training gained. saved, last: step and figure of what is saved, and of the last step where it is another"""
+    before, (step, after) = start[metric], saved
+    ended = f", {last[1]:.3f} at step {last[0]} (the last)" if last is not None else ""
+    if step == 0:
+        return (
+            f"{metric} {before:.3f} at the start (kept){ended}: no evaluation was better, and the model that is saved "
+            f"is the one that training began with."
+        )
+    kept = "kept" if is_best_kept else "saved"
+    line = f"{metric} {before:.3f} at the start, {after:.3f} at step {step} ({kept}){ended}"
+    if after < before:
+        advice = "" if is_best_kept else f"; --keep_best {metric} keeps the best, the start included"
+        return f"{line}: the model was better before training{advice}."
+    return f"{line}."
+
+
+def wait_in_words(waited: float, trained: float) -> str:
+    """The line about the data. waited: seconds in which the step had no batch, of `trained` seconds in all"""
+    share = waited / trained if trained > 0 else 0.0
+    advice = "; more --num_workers may help" if share > 0.1 else ""
+    return f"{trained:.0f} s of training, {waited:.0f} s of which ({share:.0%}) it waited for data{advice}."
