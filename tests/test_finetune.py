@@ -43,7 +43,8 @@ def test_digits_are_learned(digits: Path, tmp_path: Path, tower: str, loss: str)
     assert lines[-1]["accuracy"] > lines[0]["accuracy"] + 0.05
     assert max(line["learning_rate"] for line in lines) == pytest.approx(3e-3, rel=0.05)
     assert lines[-1]["learning_rate"] < 1e-4  # the cosine comes to its end
-    (figures,) = records(out, "recall@1")
+    (start, figures) = records(out, "recall@1")
+    assert (start["step"], figures["step"]) == (0, 80)
     assert figures["recall@10"] > 0.3  # by chance a tenth
 
 
@@ -101,8 +102,9 @@ def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, tmp_path:
     for name in ("loss", "accuracy", "learning_rate", "logit_scale"):
         found = [[line[name] for line in records(folder)] for folder in (tmp_path / "two", alone)]
         assert found[0] == pytest.approx(found[1], abs=1e-4), name
-    (first,), (second,) = (records(folder, "recall@1") for folder in (tmp_path / "two", alone))
-    assert first == pytest.approx(second, abs=0.005)  # of 718 pictures, one or two may change places
+    found = [records(folder, "recall@1") for folder in (tmp_path / "two", alone)]
+    for first, second in zip(*found, strict=True):
+        assert first == pytest.approx(second, abs=0.005)  # of 718 pictures, one or two may change places
     assert json.loads((tmp_path / "two" / "training_config.json").read_text())["launch"]["processes"] == 2
 
 
@@ -168,6 +170,9 @@ def test_divergence_says_where_and_what_to_do_and_saves_no_model(digits: Path, t
     chosen |= {"warmup_steps": 1}  # the first step's rate is zero
     with pytest.raises(ValueError, match=r"became nan at step 3 .*; the last good checkpoint is .*step-00000001\."):
         train(digits, tmp_path / "out", checkpoint_steps=1, overwrite=True, **chosen)
+    with pytest.raises(ValueError, match=r"became nan at step 3 .*; the last good checkpoint is .*step-00000001\."):
+        train(digits, tmp_path / "out", checkpoint_steps=1, keep_checkpoints=1, overwrite=True, **chosen)
+    assert (tmp_path / "out" / "checkpoints" / "step-00000001" / "run.json").is_file()
 
 
 @pytest.mark.parametrize(("rate", "validation"), [("1e18", "100"), ("1e38", None)])

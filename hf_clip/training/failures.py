@@ -91,7 +91,7 @@ def report_stop(stop: KeyboardInterrupt) -> int:
     if signum == signal.SIGINT:
         wait_for_launchers_end()
     if _is_main():
-        remains = f"{saved}; --resume latest goes on from a checkpoint" if saved else "no step was lost that was saved"
+        remains = saved or "no step was done that could be kept"
         sys.stderr.write(f"\nended by {signal.Signals(signum).name}: {remains}\n")
         sys.stderr.flush()
     return 128 + signum

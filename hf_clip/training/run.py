@@ -204,7 +204,8 @@ class Run:
         signum, has_failed = (max(column) for column in zip(*told, strict=True))
         if signum:
             saved = self._save_last_step()
-            raise Stopped(signum, f"the {self.state.step} steps so far are in {saved}" if saved is not None else "")
+            remains = f"the {self.state.step} steps so far are in {saved}; --resume latest goes on from there"
+            raise Stopped(signum, remains if saved is not None else "")
         if not has_failed:
             return
         text = _first_text("" if failure is None else " ".join(str(failure).split()) or type(failure).__name__)

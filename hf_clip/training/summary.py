@@ -9,7 +9,7 @@ SHOWN = ("recall@1", "recall@5", "recall@10", "zero_shot_top1")
 
 def _rows(pairs: Pairs | PairStream | None) -> str:
     if pairs is None:
-        return "none"
+        return ""
     return "a stream of pairs" if isinstance(pairs, PairStream) else f"{len(pairs):,} pairs"
 
 
@@ -33,8 +33,8 @@ def run_in_words(
     epochs = "" if isinstance(train, PairStream) else f", {steps * pairs_in_step / len(train):.3g} epochs"
     over = f" over {processes} processes" if processes > 1 else ""
     return (
-        f"Training on {_rows(train)}, validation: {_rows(validation)}. {trained:,} of {whole:,} parameters are "
-        f"trained. {steps:,} steps of {pairs_in_step:,} pairs{over}{epochs}."
+        f"Training on {_rows(train)}, validation on {_rows(validation) or 'none'}. "
+        f"{trained:,} of {whole:,} parameters are trained. {steps:,} steps of {pairs_in_step:,} pairs{over}{epochs}."
     )
 
 

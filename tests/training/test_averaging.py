@@ -13,6 +13,7 @@ from hf_clip.training.averaging import (
     copy_weights,
     interpolate_weights,
     parse_alphas,
+    spans_all_steps,
     weights_swapped_in,
 )
 from hf_clip.training.lora import add_lora_
@@ -153,6 +154,45 @@ def test_moving_average_is_that_of_a_hand():
         expected = decay * expected + (1 - decay) * step**2
         assert average.weights["weight"].item() == pytest.approx(expected, rel=1e-12)
     assert average.updates == 10
+
+
+def averaged(decay: float, steps: int, total_steps: int | None) -> float:
+    model = Scalar(0.0)
+    average = MovingAverage(model, decay, total_steps=total_steps)
+    for step in range(1, steps + 1):
+        model.weight.data.fill_(float(step))
+        average.update(model)
+    return average.weights["weight"].item()
+
+
+def test_decays_differ_in_short_runs_and_are_the_usual_ones_in_long_runs():
+    """The usual warm-up gives 60 steps one average for all decays from 0.88."""
+    usual = {averaged(decay, 60, None) for decay in (0.9, 0.95, 0.9999)}
+    assert len(usual) == 1
+    found = [averaged(decay, 60, 60) for decay in (0.5, 0.8, 0.9, 0.95, 0.98)]
+    assert all(later > earlier + 1 for earlier, later in zip(found[1:], found[:-1], strict=True))
+    # Where the usual warm-up ends within the run, at (10 · decay - 1) / (1 - decay), nothing is changed.
+    for decay, total in ((0.5, 60), (0.8, 60), (0.95, 200), (0.99, 1000)):
+        assert averaged(decay, 60, total) == averaged(decay, 60, None)
+
+
+def test_warm_up_of_a_short_run_ends_with_it_and_is_timms():
+    """timm's ModelEmaV3.get_decay with warmup_power 1: 1 - (1 + step / gamma) ** -1, at most the decay."""
+    average = MovingAverage(Scalar(0.0), 0.95, total_steps=100)
+    assert average.warmup == pytest.approx(5)
+    decays = [min(0.95, 1 - (1 + (n + 1) / average.warmup) ** -1) for n in range(1, 101)]
+    assert decays.index(0.95) + 1 == pytest.approx(95, abs=2)
+    expected = 0.0
+    for step, decay in enumerate(decays, start=1):
+        expected = decay * expected + (1 - decay) * step
+    assert averaged(0.95, 100, 100) == pytest.approx(expected, rel=1e-9)
+
+
+def test_decay_beyond_the_run_is_the_mean_of_all_steps():
+    """The start counts as one step more, twice at first: its weight is 2 / (steps + 2)."""
+    assert averaged(0.9999, 30, 30) == pytest.approx(sum(range(1, 31)) / 32)
+    assert spans_all_steps(0.9999, 60)
+    assert not spans_all_steps(0.98, 60)
 
 
 def test_moving_average_follows_a_run(model: HfClipModel, tower: str):

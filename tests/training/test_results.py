@@ -74,7 +74,8 @@ def test_folder_is_complete_and_its_card_can_be_read_by_the_hub(digits: Path, tm
     assert "# my-digits" in card.text
     assert "unfinished" not in card.content
     assert str(tmp_path) not in card.content  # no paths of this machine
-    assert f"| recall@1 | {100 * figures['recall@1']:.1f} |" in card.text
+    start = records(out, "recall@1")[0]
+    assert f"| recall@1 | {100 * start['recall@1']:.1f} | {100 * figures['recall@1']:.1f} |" in card.text
     assert "](training-curve.png)" in card.text
     classify = pipeline("zero-shot-image-classification", model=str(out))
     assert len(classify(str(picture), candidate_labels=LABELS)) == 2

@@ -1,7 +1,13 @@
 """A run that was interrupted and goes on ends as if nothing had happened."""
 
+import io
 import json
+import os
+import pickle
 import shutil
+import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 import finetune
+from hf_clip.training import stopping
 from hf_clip.training.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of_best
 
-from ..finetuning import launch, options, records, train, weights
+from ..finetuning import launch, options, records, train, weights, words
 
 SPEED = ("images_per_second", "peak_memory_gb")
 
@@ -127,8 +134,16 @@ def test_other_options_are_refused_and_change_nothing(
 
 
 def test_checkpoints_are_found_when_they_are_whole(tmp_path: Path):
-    for name in ("step-00000010", "step-00000009", ".step-00000011.unfinished", "step-00000012", "step-abc",
-                 "step-", "step-10-copy", "step-\u0661"):
+    for name in (
+        "step-00000010",
+        "step-00000009",
+        ".step-00000011.unfinished",
+        "step-00000012",
+        "step-abc",
+        "step-",
+        "step-10-copy",
+        "step-\u0661",
+    ):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         if name != "step-00000012":
             (tmp_path / "checkpoints" / name / "run.json").write_text(
@@ -163,6 +178,167 @@ def test_damaged_checkpoint_is_refused_and_others_are_named(
     assert len(str(error.value).splitlines()) == 1
     train(digits, out, **chosen(digits, resume=str(before)))
     assert plain(out) == plain(uninterrupted["vit"])
+
+
+class Planted:
+    """An object whose pickle makes a folder when it is read."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, (str(self.mark),))
+
+
+def planted_pickles(mark: Path) -> list[bytes]:
+    """As pickle and torch write them."""
+    buffer = io.BytesIO()
+    torch.save({"state": Planted(mark), "param_groups": []}, buffer)
+    return [pickle.dumps(Planted(mark)), buffer.getvalue()]
+
+
+def test_no_file_of_a_checkpoint_runs_code(digits: Path, uninterrupted: dict[str, Path], tmp_path: Path):
+    mark = tmp_path / "ran"
+    for pickled in planted_pickles(mark):
+        with suppress(Exception):
+            torch.load(io.BytesIO(pickled), weights_only=False)
+        with suppress(Exception):
+            pickle.loads(pickled)
+        assert mark.exists(), "the test's own pickles run"
+        mark.rmdir()
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted["vit"], out)
+    last = list_checkpoints(out)[-1]
+    paths = [*last.iterdir(), out / "checkpoints" / "best" / "model.safetensors"]
+    assert len(paths) == 7
+    for path in paths:
+        good = path.read_bytes()
+        for pickled in planted_pickles(mark):
+            path.write_bytes(pickled)
+            with pytest.raises(ValueError, match="damaged") as error:
+                train(digits, out, **chosen(digits, resume="latest"))
+            assert len(str(error.value).splitlines()) == 1
+            assert "weights_only" not in str(error.value)
+            assert not mark.exists(), path.name
+        path.write_bytes(good)
+    for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl", "scheduler.bin", "optimizer.bin", "scaler.pt"):
+        (last / name).write_bytes(pickled)  # what accelerate would read
+    train(digits, out, **chosen(digits, resume="latest"))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": None}, r"written by another version of hf_clip \(format 1, .*: some of its files could run code"),
+        ({"format": 3}, r"written by another version of hf_clip \(format 3, .*: this one cannot read it. Go on with"),
+        ({"step": "12"}, "is damaged .step in run.json is '12'"),
+        ({"batch": -1}, "is damaged .batch in run.json is '-1'"),
+        ({"best": []}, "is damaged .best in run.json is"),
+        ({"losses": ["x"]}, "is damaged .losses and accuracies in run.json are not all numbers"),
+        ({"more": 1}, "is damaged .*unexpected keyword argument 'more'"),
+    ],
+    ids=["older", "newer", "word", "negative", "list", "losses", "unknown"],
+)
+def test_states_that_no_run_wrote_are_refused(
+    uninterrupted: dict[str, Path], tmp_path: Path, change: dict, message: str
+):
+    values = json.loads((list_checkpoints(uninterrupted["vit"])[-1] / "run.json").read_text()) | change
+    folder = tmp_path / "checkpoints" / "step-00000012"
+    folder.mkdir(parents=True)
+    stored = {name: value for name, value in values.items() if value is not None or name == "best"}
+    (folder / "run.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=message):
+        read_state(folder, {})
+    for text in ("[" * 100_000, "[]", "3", '"step"', "{}x"):
+        (folder / "run.json").write_text(text)
+        with pytest.raises(ValueError, match="is damaged") as error:
+            read_state(folder, {})
+        assert len(str(error.value)) < 1000
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+def send(monkeypatch: pytest.MonkeyPatch, signum: int, at: int, times: int = 1) -> None:
+    """To this process, while batch number `at` is computed."""
+    check, seen = finetune.Run.check_loss, []
+
+    def check_loss(run: finetune.Run, loss: torch.Tensor) -> None:
+        check(run, loss)
+        seen.append(loss)
+        if len(seen) == at:
+            for _ in range(times):
+                os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(finetune.Run, "check_loss", check_loss)
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_signal_ends_the_run_with_a_checkpoint_of_its_step(
+    digits: Path,
+    tmp_path: Path,
+    uninterrupted: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+    signum: signal.Signals,
+    status: int,
+):
+    out = tmp_path / "out"
+    given = words(options(digits, out, **chosen(digits)))
+    handlers = [signal.getsignal(each) for each in stopping.SIGNALS]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["finetune.py", *given])
+        send(patch, signum, at=6)
+        assert finetune.main() == status
+    assert [signal.getsignal(each) for each in stopping.SIGNALS] == handlers
+    assert [path.name for path in list_checkpoints(out)] == ["step-00000004", "step-00000006"]
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "ended by" in line]
+    saved = out / "checkpoints" / "step-00000006"
+    assert line == f"ended by {signum.name}: the 6 steps so far are in {saved}; --resume latest goes on from there"
+    train(digits, out, **chosen(digits, resume="latest"))
+    first, second = weights(uninterrupted["vit"]), weights(out)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert plain(out) == plain(uninterrupted["vit"])
+    assert [path.name for path in list_checkpoints(out)] == ["step-00000008", "step-00000012"]
+
+
+def test_signal_within_an_accumulated_step_goes_back_to_the_last_whole_one(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    given = chosen(digits, max_steps=4, checkpoint_steps=None, keep_best=None, validation=None)
+    whole = train(digits, tmp_path / "whole", **given)
+    with monkeypatch.context() as patch:
+        send(patch, signal.SIGTERM, at=8)  # the second batch of the third step
+        with pytest.raises(stopping.Stopped):
+            train(digits, tmp_path / "out", **given)
+    (last,) = list_checkpoints(tmp_path / "out")
+    state = read_state(last, {})
+    assert (state.step, state.epoch, state.batch) == (2, 1, 1)  # six batches, five in an epoch
+    assert len(state.losses) == 6
+    out = train(digits, tmp_path / "out", resume="latest", **given)
+    assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(whole).items())
+    assert plain(out) == plain(whole)
+
+
+def test_second_signal_ends_at_once_and_one_before_the_steps_too(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        send(patch, signal.SIGINT, at=6, times=2)
+        with pytest.raises(KeyboardInterrupt):
+            train(digits, tmp_path / "out", **chosen(digits))
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["step-00000004"]
+
+    def build_data(config: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(finetune.build, "build_data", build_data)
+    with pytest.raises(stopping.Stopped) as stop:
+        train(digits, tmp_path / "early", **chosen(digits))
+    assert (stop.value.status, stop.value.saved) == (143, "")
+    assert not (tmp_path / "early").exists()
 
 
 def test_record_that_was_cut_off_is_passed_over(digits: Path, uninterrupted: dict[str, Path], tmp_path: Path):

@@ -12,6 +12,7 @@ from datasets import load_from_disk
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, pipeline
 
+import finetune
 from hf_clip.training.averaging import interpolate_weights
 
 from ..finetuning import largest_difference, records, train, weights
@@ -83,7 +84,7 @@ def test_best_of_a_range_of_averages(
     out = train(digits, tmp_path / "out", **chosen)
     tried = records(out, "alpha")
     assert [record["alpha"] for record in tried] == [0, 0.5, 1]
-    (end,) = (record for record in records(out, "recall@1") if "alpha" not in record)
+    (_, end) = (record for record in records(out, "recall@1") if "alpha" not in record)
     slack = 0 if precision == "no" else 0.1  # the averages are evaluated in float32
     assert tried[2]["recall@10"] == pytest.approx(end["recall@10"], abs=slack or 1e-6)
     assert tried[0]["recall@10"] + 0.1 < tried[2]["recall@10"]
@@ -92,11 +93,11 @@ def test_best_of_a_range_of_averages(
 
 
 def test_moving_average_is_saved(digits: Path, tmp_path: Path):
-    """After one step with decay min(0.9, 2 / 11)."""
+    """After one step of a run of one, with decay min(0.9, 2 / 3)."""
     chosen = {"max_steps": 1, "warmup_steps": 0}
     plain = weights(train(digits, tmp_path / "plain", **chosen))
     average = weights(train(digits, tmp_path / "average", ema_decay=0.9, **chosen))
-    expected = interpolate_weights(weights(digits / "vit"), plain, 9 / 11)
+    expected = interpolate_weights(weights(digits / "vit"), plain, 1 / 3)
     assert largest_difference(average, expected) < 1e-6
 
 
@@ -109,9 +110,9 @@ def test_best_weights_are_kept_and_patience_ends_the_run(digits: Path, tmp_path:
     evaluated = records(out, "recall@10")
     steps = [record["step"] for record in evaluated]
     best = max(evaluated, key=lambda record: record["recall@10"])
-    assert steps == list(range(2, best["step"] + 5, 2))  # two evaluations without a new best, each once
+    assert steps == list(range(0, best["step"] + 5, 2))  # two evaluations without a new best, each once
     assert steps[-1] < 40
-    stored = weights(out / "checkpoints" / f"step-{best['step']:08}")
+    stored = weights(out / "checkpoints" / f"step-{best['step']:08}" if best["step"] else digits / "vit")
     assert largest_difference(weights(out), stored) == 0
     assert f"{100 * best['recall@10']:.1f}" in (out / "README.md").read_text()
 
@@ -119,6 +120,46 @@ def test_best_weights_are_kept_and_patience_ends_the_run(digits: Path, tmp_path:
 def test_a_metric_that_was_not_measured_is_refused(digits: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="--keep_best zero_shot_top1 was not measured; measured were recall@1, "):
         train(digits, tmp_path / "out", validation="60", checkpoint_steps=1, keep_best="zero_shot_top1")
+
+
+def test_start_that_was_best_is_kept_and_the_run_says_so(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A trained model, and a rate that ruins it."""
+    chosen = {"max_steps": 30, "batch_size": 48, "augmentation": "none", "validation": "100"}
+    trained = train(digits, tmp_path / "trained", learning_rate="3e-3", warmup_steps=3, **chosen)
+    chosen |= {"model": str(trained), "max_steps": 4, "checkpoint_steps": 2, "keep_best": "recall@10"}
+    ruin = {"learning_rate": "0.1", "warmup_steps": 0}
+    capsys.readouterr()
+    out = train(digits, tmp_path / "out", **ruin, **chosen)
+    start, middle, end = records(out, "recall@10")
+    assert start["recall@10"] > max(middle["recall@10"], end["recall@10"])
+    assert largest_difference(weights(out), weights(trained)) == 0
+    printed = capsys.readouterr().out
+    assert f"at the start: recall@1 {start['recall@1']:.3f}, recall@5 {start['recall@5']:.3f}, " in printed
+    assert f"step 2: recall@1 {middle['recall@1']:.3f}, " in printed
+    said = (
+        f"recall@10 {start['recall@10']:.3f} at the start (kept), {end['recall@10']:.3f} at step 4 (the last): no eva"
+    )
+    assert said in printed
+    assert "Training on 540 pairs, validation on 100 pairs. " in printed
+    assert "4 steps of 48 pairs, 0.356 epochs." in printed
+    assert " s of training, " in printed
+
+    del chosen["keep_best"]
+    ruined = train(digits, tmp_path / "ruined", **ruin, **chosen)
+    said = f"{end['recall@1']:.3f} at step 4 (saved): the model was better before training; --keep_best recall@1 keeps"
+    assert said in capsys.readouterr().out
+    row = f"| recall@1 | {100 * start['recall@1']:.1f} | {100 * end['recall@1']:.1f} |"
+    assert row in (ruined / "README.md").read_text()
+
+
+def test_figures_of_the_start_are_those_of_the_model(digits: Path, tmp_path: Path):
+    """The first run ends with the model that the second starts from."""
+    chosen = {"max_steps": 2, "validation": "100"}
+    first = train(digits, tmp_path / "first", **chosen)
+    second = train(digits, tmp_path / "second", **chosen, model=str(first))
+    (_, end), (start, _) = records(first, "recall@1"), records(second, "recall@1")
+    assert (start.pop("step"), end.pop("step")) == (0, 2)
+    assert start == pytest.approx(end, abs=1e-6)
 
 
 # --- rows that cannot be used ---------------------------------------------------------------------------------------
@@ -154,9 +195,53 @@ def test_bad_rows_of_the_validation_data_are_logged_once_and_count(
     assert [line.split(" of ")[0] for line in lines] == ["skipped: row 7", "skipped: row 11"]
     assert "its picture cannot be opened" in lines[0]
     assert "its caption is empty" in lines[1]
-    message = r"2 of 60 rows cannot be used.*the first is row 7 of .*go on from .*step-00000001 with --resume latest"
+    message = r"2 of 60 rows cannot be used.*the first is row 7 of .*Repair the data, or pass a higher --max_bad_frac"
     with pytest.raises(ValueError, match=message):
         train(digits, tmp_path / "strict", **chosen)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_refused_rows_leave_nothing_that_blocks_the_corrected_call(digits: Path, tmp_path: Path):
+    rows = load_from_disk(str(digits / "pairs"))["train"].cast_column("image", datasets.Image(decode=False)).to_list()
+    broken = [row | {"image": {"bytes": b"no picture", "path": None}} for row in rows[:64]]
+    features = load_from_disk(str(digits / "pairs"))["train"].features
+    datasets.DatasetDict(train=datasets.Dataset.from_list(broken, features=features)).save_to_disk(tmp_path / "broken")
+    with pytest.raises(ValueError, match="row"):
+        train(digits, tmp_path / "out", dataset=str(tmp_path / "broken"), max_bad_fraction=1.0)
+    assert not (tmp_path / "out").exists()
+    assert (train(digits, tmp_path / "out", max_steps=1) / "model.safetensors").is_file()
+
+
+def test_data_that_goes_away_lose_no_step(
+    digits: Path, tmp_path: Path, prepared_here: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Pictures in a folder, which is gone after the third step of a run without checkpoints."""
+    pairs = load_from_disk(str(digits / "pairs"))["train"].select(range(200))
+    for place in ("kept", "gone"):
+        (tmp_path / place).mkdir()
+        for number, row in enumerate(pairs):
+            row["image"].save(tmp_path / place / f"{number}.png")
+        lines = [f'{number}.png,"{caption}"' for number, caption in enumerate(pairs["caption"][:])]
+        (tmp_path / place / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]) + "\n")
+    chosen = {"max_steps": 6, "batch_size": 32, "max_bad_fraction": 1.0}
+    whole = train(digits, tmp_path / "whole", dataset=str(tmp_path / "kept"), **chosen)
+
+    def after_step(run: finetune.Run, rates: dict[str, float]) -> None:
+        original(run, rates)
+        if run.state.step == 3:
+            (tmp_path / "gone").rename(tmp_path / "elsewhere")
+
+    original = finetune.Run.after_step
+    chosen |= {"dataset": str(tmp_path / "gone")}
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Run, "after_step", after_step)
+        message = r"The steps so far are in .*step-00000003; --resume latest goes on from there"
+        with pytest.raises(ValueError, match=message) as error:
+            train(digits, tmp_path / "out", **chosen)
+    assert len(str(error.value).splitlines()) == 1
+    (tmp_path / "elsewhere").rename(tmp_path / "gone")
+    out = train(digits, tmp_path / "out", resume="latest", **chosen)
+    assert largest_difference(weights(out), weights(whole)) == 0
 
 
 # --- what a run begins with ------------------------------------------------------------------------------------------
