@@ -118,7 +118,7 @@ def find_checkpoint(output_dir: str | Path, resume: str) -> Path:
 
 def _damaged(folder: Path, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, UnpicklingError):  # torch tells how to read it nevertheless
+    if isinstance(error, UnpicklingError) or "weights_only" in str(error):  # torch tells how to read it nevertheless
         reason = "one of its files holds other things than tensors and numbers, or is cut off"
     others = [str(path) for path in list_checkpoints(folder.parent.parent) if path.name != folder.name]
     advice = f"Go on from another with --resume {others[-1]}" if others else "There is no other: start anew"

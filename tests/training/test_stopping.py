@@ -2,12 +2,14 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,25 +26,29 @@ from ..finetuning import ROOT, options, records, train, words
 
 def test_folder_is_held_by_one_run_which_is_named(digits: Path, tmp_path: Path):
     out = tmp_path / "out"
-    holding = "import sys; from hf_clip.training.output import held\n"
-    holding += "with held(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", holding, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    assert holder.stdin is not None
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    for _ in range(2):
-        with pytest.raises(
-            FolderInUseError, match=r"out is in use by another run \(process \d+ on .*\). Wait"
-        ) as error:
-            train(digits, out)
-        assert error.value.holder.startswith(f"process {holder.pid} on ")
+    message = rf"out is in use by another run \(process {os.getpid()} on .*\). Wait for it or end it, or name another"
+    with held(out):
+        for _ in range(2):
+            with pytest.raises(FolderInUseError, match=message) as error:
+                train(digits, out)
+            assert error.value.holder == f"process {os.getpid()} on {socket.gethostname()}"
     assert not out.exists()
-    holder.kill()  # as a run that is killed
-    holder.communicate()
     train(digits, out, max_steps=1)
     train(digits, out, max_steps=1, overwrite=True)
+
+
+def test_killed_run_lets_go_of_its_folder(tmp_path: Path):
+    holding = "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); input()"
+    command = [sys.executable, "-c", holding, str(tmp_path / ".out.lock")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(FolderInUseError, match="is in use by another run"), held(tmp_path / "out"):
+        pass
+    holder.kill()
+    holder.communicate()
+    with held(tmp_path / "out"):
+        pass
 
 
 def test_next_run_removes_what_a_killed_one_left(tmp_path: Path):
@@ -95,13 +101,24 @@ def test_run_whose_launcher_is_killed_ends_with_a_checkpoint(digits: Path, tmp_p
     )
 
 
-def test_shell_may_end_before_its_program_and_a_launcher_is_known():
-    assert stopping.find_launcher() is None or "xdist" in sys.modules
-    program = "from hf_clip.training.stopping import find_launcher; print(find_launcher())"
-    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    plain = [sys.executable, "-c", launcher, program]
-    assert subprocess.run(plain, capture_output=True, text=True, check=True, env=env).stdout == "None\n"
+@pytest.mark.parametrize(
+    ("command", "is_launcher"),
+    [
+        ("/env/bin/python3.11 /env/bin/accelerate launch finetune.py", True),
+        ("/env/bin/python -m accelerate.commands.launch --num_processes 2 finetune.py", True),
+        ("/env/bin/python /env/bin/torchrun --nproc_per_node 2 finetune.py", True),
+        ("/env/bin/python -m torch.distributed.run finetune.py", True),
+        ("-bash", False),
+        ("sh -c cd accelerate && python finetune.py", False),
+        ("/env/bin/python /home/me/accelerate-runs/night.py finetune.py", False),
+        ("", False),
+    ],
+)
+def test_launchers_are_known_and_shells_may_end_before_their_programs(
+    monkeypatch: pytest.MonkeyPatch, command: str, is_launcher: bool
+):
+    monkeypatch.setattr(psutil, "Process", lambda _: SimpleNamespace(cmdline=lambda: command.split()))
+    assert (stopping.find_launcher() == os.getppid()) == is_launcher
 
 
 # --- the others ------------------------------------------------------------------------------------------------------
@@ -128,7 +145,7 @@ def test_process_that_stands_still_is_named(monkeypatch: pytest.MonkeyPatch):
     assert found == []
     lives[1].give()  # its last sign
     threads[0].join(timeout=10)
-    assert found == [f"process 1 of 2 (process id {os.getpid()} on {stopping.socket.gethostname()})"]
+    assert found == [f"process 1 of 2 (process id {os.getpid()} on {socket.gethostname()})"]
     overs[0].set()
 
 
