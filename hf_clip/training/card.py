@@ -158,9 +158,7 @@ def _figures_table(figures: dict[str, float], start_figures: dict[str, float]) -
     return markdown_table(["", "%, before training", "%, these weights"], rows)
 
 
-def measured_section(
-    figures: dict[str, float], config: TrainingConfig, start_figures: dict[str, float]
-) -> list[str]:
+def measured_section(figures: dict[str, float], config: TrainingConfig, start_figures: dict[str, float]) -> list[str]:
     """What was measured of the saved weights on the validation data."""
     return [
         "## What was measured",

@@ -143,7 +143,9 @@ class OutputOptions:
     resume: str | None = _option(None, "Go on from a checkpoint: latest, or its folder")
     keep_best: str | None = _option(None, f"Save the weights that were best at one of {', '.join(METRICS)}")
     patience: int | None = _option(None, "Stop after so many evaluations without a new best; with --keep_best")
-    ema_decay: float | None = _option(None, "Evaluate and save a moving average of the weights, such as 0.9999")
+    ema_decay: float | None = _option(
+        None, "Evaluate and save a moving average of the weights, over about 1/(1 - decay) steps: 0.999"
+    )
     average_with_pretrained: str | None = _option(
         None, "WiSE-FT: α of (1-α) pretrained + α fine-tuned: 0.5, or a range 0:1:0.1 of which the best is kept"
     )

@@ -1,6 +1,7 @@
 """What ends a run from outside, and what keeps two runs from one folder."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -38,7 +39,7 @@ def test_folder_is_held_by_one_run_which_is_named(digits: Path, tmp_path: Path):
 
 
 def test_killed_run_lets_go_of_its_folder(tmp_path: Path):
-    holding = "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); input()"
+    holding = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
     command = [sys.executable, "-c", holding, str(tmp_path / ".out.lock")]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
@@ -109,7 +110,7 @@ def test_run_whose_launcher_is_killed_ends_with_a_checkpoint(digits: Path, tmp_p
         ("/env/bin/python /env/bin/torchrun --nproc_per_node 2 finetune.py", True),
         ("/env/bin/python -m torch.distributed.run finetune.py", True),
         ("-bash", False),
-        ("sh -c cd accelerate && python finetune.py", False),
+        ("sh -c 'cd accelerate && python finetune.py'", False),
         ("/env/bin/python /home/me/accelerate-runs/night.py finetune.py", False),
         ("", False),
     ],
@@ -117,7 +118,7 @@ def test_run_whose_launcher_is_killed_ends_with_a_checkpoint(digits: Path, tmp_p
 def test_launchers_are_known_and_shells_may_end_before_their_programs(
     monkeypatch: pytest.MonkeyPatch, command: str, is_launcher: bool
 ):
-    monkeypatch.setattr(psutil, "Process", lambda _: SimpleNamespace(cmdline=lambda: command.split()))
+    monkeypatch.setattr(psutil, "Process", lambda _: SimpleNamespace(cmdline=lambda: shlex.split(command)))
     assert (stopping.find_launcher() == os.getppid()) == is_launcher
 
 
