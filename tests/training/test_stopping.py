@@ -39,7 +39,8 @@ def test_folder_is_held_by_one_run_which_is_named(digits: Path, tmp_path: Path):
 
 
 def test_killed_run_lets_go_of_its_folder(tmp_path: Path):
-    holding = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    holding = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()\n"
+    holding += "print('held', flush=True); input()"
     command = [sys.executable, "-c", holding, str(tmp_path / ".out.lock")]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
