@@ -12,6 +12,7 @@ import random
 import struct
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 
 from .hand_made import word
 
@@ -235,3 +236,28 @@ def safetensors(data: bytes, draw: random.Random) -> bytes:
         case _:
             changed = json.dumps(mutate_json(json.loads(header), draw)).encode()
     return struct.pack("<Q", len(changed)) + changed + payload
+
+
+def folder(path: Path, draw: random.Random) -> None:
+    """Change the files of a model's folder in place: their JSON, or that they are there."""
+    names = sorted(file.name for file in path.iterdir() if file.suffix == ".json")
+    file = path / draw.choice(names)
+    match draw.randrange(8):
+        case 0:
+            file.unlink()
+        case 1:
+            file.write_bytes(cut(file.read_bytes(), draw))
+        case 2:
+            file.write_bytes(flip(file.read_bytes(), draw))
+        case 3:
+            file.write_text(draw.choice(("", "null", "[]", "7", "[" * 100_000, '"' * 3, "{" * 10, "\ufeff{}")))
+        case 4:
+            (
+                path
+                / draw.choice(("open_clip_config.json", "vocab.json", "model.safetensors.index.json", "merges.txt"))
+            ).write_text(json.dumps(json_value(draw)))
+        case _:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            for _ in range(draw.randint(1, 2)):
+                values = mutate_json(values, draw)
+            file.write_text(json.dumps(values), encoding="utf-8")

@@ -12,6 +12,7 @@ The seed is in FUZZ_SEED, or 0, and every case has its number, so that what is f
 
 import os
 import random
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from conversion.convert import convert
 from conversion.reference import build_reference, write_archive
 from hf_clip.original import CheckpointError, read_checkpoint, read_original
 
@@ -156,6 +158,53 @@ def count(kind: str, cases: int, sources: dict[str, bytes], tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_checkpoints(kind: str, sources: dict[str, bytes], tmp_path: Path):
     count(kind, 32, sources, tmp_path)
+
+
+def folder_outcome(folder: Path, out: Path, expected: bytes) -> str:
+    try:
+        with time_limit():
+            convert(folder, out, offline=True)
+    except HangError:
+        return "hang"
+    except (OSError, ValueError) as error:
+        if out.exists():
+            return "changed: something is half-written"
+        line = " ".join(str(error).split())  # as the program prints it
+        return "refused" if len(line) < 1500 and line.isprintable() else f"traceback: {len(line)}: {line[:200]!r}"
+    except Exception as error:
+        return f"traceback: {type(error).__name__}: {str(error)[:200]}"
+    return "identical" if (out / "model.safetensors").read_bytes() == expected else "changed"
+
+
+def count_folders(cases: int, sources: dict[str, bytes], tmp_path: Path) -> None:
+    """Folders are judged by their weights: other numbers in a description are another model, as sound as the first."""
+    (tmp_path / "file.pt").write_bytes(sources["archive"])
+    whole, wrong = tmp_path / "whole", []
+    found: Counter[str] = Counter()
+    convert(tmp_path / "file.pt", whole)
+    expected = (whole / "model.safetensors").read_bytes()
+    for number in range(cases):
+        folder, out = tmp_path / f"{number}", tmp_path / f"{number}-out"
+        shutil.copytree(whole, folder)
+        damage.folder(folder, random.Random(f"{SEED} folder {number}"))
+        result = folder_outcome(folder, out, expected)
+        found[result.split(":")[0]] += 1
+        if result not in ("refused", "identical"):
+            wrong.append(f"case {number}: {result}")
+        shutil.rmtree(folder)
+        shutil.rmtree(out, ignore_errors=True)
+    print(f"seed {SEED}, folder: {dict(found)}")
+    assert not wrong, f"seed {SEED}, folder: " + "; ".join(wrong[:10])
+    assert found["refused"] > cases / 4
+
+
+def test_damaged_folders(sources: dict[str, bytes], tmp_path: Path):
+    count_folders(40, sources, tmp_path)
+
+
+@pytest.mark.slow
+def test_many_damaged_folders(sources: dict[str, bytes], tmp_path: Path):
+    count_folders(300, sources, tmp_path)
 
 
 @pytest.mark.slow
