@@ -40,11 +40,50 @@ def describe_feature(feature: Any) -> str:
     return "texts" if type(inner).__name__ == "Value" and describe_feature(inner) == "text" else "other"
 
 
+def with_fields(features: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns and, by names such as `json.caption`, the fields within those that hold records."""
+    found = dict(features)
+    for name, feature in features.items():
+        if isinstance(feature, Mapping) and describe_feature(feature) == "other":
+            found |= {f"{name}.{inner}": kind for inner, kind in with_fields(feature).items() if kind is not None}
+    return {**found, **features}
+
+
+def field_of(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, or of a field within one; None where there is none."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def column_of(name: str, features: Mapping[str, Any]) -> str:
+    """The column that is read for a name that may be a field's."""
+    return name if name in features else name.split(".")[0]
+
+
+class _Record(dict):
+    """A record whose fields a template may ask for as `{json.caption}` as well as by `{json[caption]}`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"there is no field {name!r}")
+        return self[name]
+
+
+def _as_record(value: Any) -> Any:
+    return _Record({key: _as_record(inner) for key, inner in value.items()}) if isinstance(value, Mapping) else value
+
+
 def _choose(source: str, kind: str, flag: str, candidates: list[str], columns: list[str], advice: str = "") -> str:
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
         raise ValueError(f"{source}: {' and '.join(candidates)} could all be the {kind}; name one with --{flag}.")
+    if len(columns) == 1 and (marks := [mark for mark in ";\t|" if mark in columns[0]]):
+        advice += f"; or write the table with commas, where it has {marks[0]!r}"
     raise ValueError(
         f"{source}: no column looks like the {kind}; its columns are {', '.join(columns)}. Name one with "
         f"--{flag}{advice}."
@@ -62,11 +101,13 @@ def find_image_column(source: str, features: Mapping[str, Any], named: str | Non
     """The column of pictures: the one that is named, or the only one that can be it."""
     kinds = {name: describe_feature(feature) for name, feature in features.items()}
     if named is not None:
-        _check_named(source, named, "image_column", list(features))
+        fields = with_fields(features)
+        _check_named(source, named, "image_column", list(fields))
         # Nothing is known of a column that is empty in all the rows that were looked at.
-        if kinds[named] not in ("picture", "stored picture", "bytes", "text") and features[named] is not None:
+        kind = describe_feature(fields[named])
+        if kind not in ("picture", "stored picture", "bytes", "text") and fields[named] is not None:
             raise ValueError(
-                f"{source}: the column {named!r} holds {features[named]}, but pictures are needed: pictures, their "
+                f"{source}: the column {named!r} holds {fields[named]}, but pictures are needed: pictures, their "
                 f"bytes, paths or URLs."
             )
         return named
@@ -83,17 +124,22 @@ def find_caption_column(source: str, features: Mapping[str, Any], named: str | N
     if named is None:
         texts = [name for name, kind in others.items() if kind in ("text", "texts") and not name.startswith("__")]
         known = [name for name in texts if name.lower() in CAPTION_NAMES]
+        if not texts:  # as in tars whose texts are in .json entries
+            inner = with_fields(features).items()
+            texts = [name for name, feature in inner if describe_feature(feature) in ("text", "texts") and "." in name]
+            texts = [name for name in texts if name.rpartition(".")[2].lower() in CAPTION_NAMES]
         labels = [name for name, kind in others.items() if kind == "label"]
         advice = f', or a template such as --caption_column "a photo of a {{{labels[0]}}}."' if labels else ""
         return _choose(source, "captions", "caption_column", known or texts, list(features), advice)
     if "{" in named:
         return named
-    _check_named(source, named, "caption_column", list(features))
+    fields = with_fields(features)
+    _check_named(source, named, "caption_column", list(fields))
     if named == image_column:
         raise ValueError(f"{source}: image_column and caption_column are both {named!r}; name one for each.")
-    if others[named] not in ("text", "texts") and features[named] is not None:
+    if describe_feature(fields[named]) not in ("text", "texts") and fields[named] is not None:
         raise ValueError(
-            f"{source}: the column {named!r} holds {features[named]}, but texts are needed: one for each row, or a "
+            f"{source}: the column {named!r} holds {fields[named]}, but texts are needed: one for each row, or a "
             f'list of them. Of labels a template makes captions: --caption_column "a photo of a {{{named}}}."'
         )
     return named
@@ -109,12 +155,13 @@ def check_label_column(source: str, features: Mapping[str, Any], named: str) -> 
 
 
 class CaptionReader:
-    """Row → its captions, out of a column of texts or lists of texts, or by a template over the row's columns."""
+    """Row → its captions, out of a column or a field (`json.caption`) of texts or lists of texts, or by a template over
+    the row's columns."""
 
     def __init__(self, source: str, column: str, features: Mapping[str, Any]):
         self.column = column
         self.is_template = "{" in column
-        self.columns = [column]
+        self.columns = [column] if self.is_template else [column_of(column, features)]
         self.names: dict[str, list[str]] = {}
         if self.is_template:
             try:
@@ -134,7 +181,7 @@ class CaptionReader:
     def __call__(self, row: Mapping[str, Any]) -> list[str]:
         """The row's captions, stripped of white space, at least one. Raises UnusableRowError where there is none."""
         if not self.is_template:
-            value = row.get(self.column)
+            value = field_of(row, self.column)
             captions = value if isinstance(value, (list, tuple)) else [value]
             texts = [caption.strip() if isinstance(caption, str) else "" for caption in captions]
             if any(texts):
@@ -150,7 +197,7 @@ class CaptionReader:
         if value is None or (isinstance(value, str) and not value.strip()):
             raise UnusableRowError(f"its {name} is empty")
         if name not in self.names:
-            return value
+            return _as_record(value)
         if not 0 <= int(value) < len(self.names[name]):
             raise UnusableRowError(f"its {name} is {value}, which has no name")
         return self.names[name][int(value)]

@@ -4,17 +4,18 @@ No option is silently without effect: one that the others leave nothing to do is
 """
 
 import dataclasses
-import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from .augment import Augmentation
 from .averaging import parse_alphas
 from .optim import find_optimizer, parse_optimizer, parse_rates
+from .option_file import LAUNCH, read_options, words_of
+from .option_names import hint
 from .trainable import parse_lock
 
 METRICS = (
@@ -50,8 +51,18 @@ MAY_CHANGE = (
 """Options that a resumed run may have otherwise; all others decide what comes out of it."""
 
 
-def _option(default: Any, help: str) -> Any:
-    metadata = {"help": help}
+DEFAULT_RATES = {
+    "from scratch": "5e-4",
+    "LoRA": "3e-4",
+    "the projections alone": "1e-3",
+    "fine-tuning": "1e-5",
+}
+"""The peak learning rate where none is given: what suits random weights, or moves few of those that are trained
+already, leaves a model that learns all over without what it knew."""
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    metadata = {"help": help, **more}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -102,7 +113,9 @@ class DataOptions:
         [], "Folders outside of the data sets' own whose images rows may name; only for rows that you trust"
     )
     captions: str = _option("one", "Of a row's several captions: one drawn in each epoch, or all as rows")
-    mask_duplicates: bool = _option(False, "Don't take pairs with an equal picture or caption for negatives")
+    mask_duplicates: str = _option(
+        "on", "Equal images or captions of a batch are no negatives of each other; off: they are", nargs="?", const="on"
+    )
     streaming: bool = _option(False, "Read as it comes, instead of preparing tables on disk")
     validation: str | None = _option(None, "A split, a number of rows (500) or a part (0.05) to evaluate on")
     augmentation: str = _option("crop=0.9", '"crop=0.9,flip=0.5,jitter=0.2" (smallest area, chance, strength) or none')
@@ -114,10 +127,14 @@ class DataOptions:
 class OptimizationOptions:
     _argument_group_name = "optimization"
 
-    batch_size: int = _option(256, "Pairs of each process in a step; all processes' pairs are negatives of each other")
+    batch_size: int = _option(256, "Pairs of each process in a step, at most as many as there are; all are negatives")
     epochs: float | None = _option(None, "Passes over the data")
     max_steps: int | None = _option(None, "Or optimizer steps")
-    learning_rate: str = _option("1e-5", 'Peak rate; by parts as "1e-5,temperature=1e-3" (image, text, projections)')
+    learning_rate: str | None = _option(
+        None,
+        'Peak rate; by parts as "1e-5,temperature=1e-3" (image, text, projections). Default: '
+        + ", ".join(f"{rate} for {mode}" for mode, rate in DEFAULT_RATES.items()),
+    )
     optimizer: str = _option(
         "AdamW",
         'A torch.optim or 8-bit bitsandbytes class: "SGD momentum=0.9". AdamW has the paper\'s options',
@@ -163,13 +180,44 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
     """All options of one run. Raises ValueError for values that cannot be meant, and for those without effect."""
 
     def __post_init__(self) -> None:
+        self._make_plain()
         self._check_needed()
         self._check_values()
         self._check_effects()
+        self._notes: list[str] = []
+        if self.learning_rate is None:
+            mode = self._mode()
+            self.learning_rate = DEFAULT_RATES[mode]
+            self._notes.append(f"--learning_rate is {self.learning_rate}, the default for {mode}.")
         # The grammars of single options, which raise with their own words.
         parse_rates(self.learning_rate)
         find_optimizer(parse_optimizer(self.optimizer)[0])
         Augmentation.parse(self.augmentation)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen where nothing was given, to be said when the run begins."""
+        return self._notes
+
+    def _make_plain(self) -> None:
+        """Paths, NumPy's numbers and arrays, single words for lists and YAML's `on` and `off` as what JSON can hold."""
+        for field in dataclasses.fields(self):
+            value = _plain(getattr(self, field.name))
+            if field.name in ("dataset", "report_to"):
+                value = [value] if isinstance(value, str) else list(value or [])
+            setattr(self, field.name, value)
+        switch = str(self.mask_duplicates).lower()
+        self.mask_duplicates = {"true": "on", "false": "off"}.get(switch, self.mask_duplicates)
+
+    def _mode(self) -> str:
+        """Which of `DEFAULT_RATES` this run is."""
+        lock = parse_lock(self.lock)
+        if self.variant is not None:
+            return "from scratch"
+        if self.lora_rank is not None:
+            return "LoRA"
+        are_both_locked = len(lock) == 2 and all(unlocked is None for unlocked in lock.values())
+        return "the projections alone" if are_both_locked else "fine-tuning"
 
     @property
     def alphas(self) -> list[float]:
@@ -183,6 +231,11 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
             raise ValueError("There is nothing to train on: name it with --dataset.")
         if not self.output_dir:
             raise ValueError("There is no place for the result: name a folder with --output_dir.")
+        if self.validation is not None and self.validation == self.split:
+            raise ValueError(
+                f"--validation {self.validation} is the split that is trained on, so that nothing would be measured: "
+                f"name another split, or hold rows out with a number (500) or a part (0.05) of them."
+            )
         if (self.epochs is None) == (self.max_steps is None):
             given = "neither" if self.epochs is None else "both"
             raise ValueError(f"Say how long to train with --epochs or --max_steps; {given} were given.")
@@ -202,6 +255,7 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         choices = {
             "loss": (None, "softmax", "sigmoid"),
             "captions": ("one", "all"),
+            "mask_duplicates": ("on", "off"),
             "output_format": ("hf_clip", "transformers"),
             "hub_strategy": ("end", "checkpoint"),
             "keep_best": (None, *METRICS),
@@ -272,51 +326,16 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
 INSTEAD = (("epochs", "max_steps"), ("model", "variant"), ("overwrite", "resume"))
 """Options of which a run has one: on the command line it takes the place of the other in a file."""
 
-LAUNCH = "launch"
-"""What a run's training_config.json says of its launcher; where that file is given as options it is passed over."""
-
 OPTIONS = [field.name for group in GROUPS for field in dataclasses.fields(group)]
 
 
-def _hint(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    """A file's options by name."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no configuration file {path}; check the path.")
-    import yaml  # type: ignore[import-untyped]  # transformers brings it
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" and text.strip() else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}. Write it anew.") from None
-    if values is None:
-        raise ValueError(f"{path} is empty; write options by name into it, such as batch_size: 64.")
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, but options by name are needed.")
-    values.pop(LAUNCH, None)
-    for name, value in values.items():
-        if name not in OPTIONS:
-            raise ValueError(f"{path} has an option {name!r} that there isn't.{_hint(str(name), OPTIONS)}")
-        inner = value if isinstance(value, list) else [value]
-        if any(isinstance(part, (dict, list)) for part in inner):
-            raise ValueError(f"{path}: {name} is {value!r}, but a single value, or a list of such, is needed.")
-    return values
-
-
-def _words_of(values: dict[str, Any]) -> list[str]:
-    """Options as the words of a command line, so that both are checked alike."""
-    words = []
-    for name, value in values.items():
-        if isinstance(value, list) and value:
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None and value != []:
-            words.append(f"--{name}={value}")
-    return words
+def _plain(value: Any) -> Any:
+    """Paths as text; NumPy's, torch's and pandas' numbers and arrays, and tuples, as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _without_replaced(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
@@ -360,14 +379,13 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
     )
     if words and words[0].endswith((".json", ".yaml", ".yml")):
         path, words = Path(words[0]), words[1:]
-        from_file = _words_of(_without_replaced(_read_file(path), words))
+        from_file = words_of(_without_replaced(read_options(path, OPTIONS), words))
         _check_words(parser, from_file, path)
         words = [*from_file, *words]
     values: dict[str, Any] = {}
     *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
-        hint = _hint(unknown[0].split("=")[0], [f"--{name}" for name in OPTIONS])
-        parser.error(f"there is no option {unknown[0]!r}.{hint}")
+        parser.error(f"there is no option {unknown[0]!r}.{hint(unknown[0], OPTIONS, dashes='--')}")
     for group in groups:
         values |= dataclasses.asdict(group)
     return TrainingConfig(**values)

@@ -24,9 +24,12 @@ from .columns import (
     CaptionReader,
     UnusableRowError,
     check_label_column,
+    column_of,
     describe_feature,
+    field_of,
     find_caption_column,
     find_image_column,
+    with_fields,
 )
 from .pictures import NOWHERE, ImagePlaces, find_image_places
 from .sources import (
@@ -81,16 +84,18 @@ class PairTable:
     places: ImagePlaces = NOWHERE
     weight: float | None = None
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    image_holder: str | None = None
+    """The column of records where `image_column` is a field."""
 
     @property
     def columns(self) -> list[str]:
         """Those that are read."""
         more = [self.label_column] if self.label_column else []
-        return list(dict.fromkeys([self.image_column, *self.captions.columns, *more]))
+        return list(dict.fromkeys([self.image_holder or self.image_column, *self.captions.columns, *more]))
 
     def row(self, stored: dict[str, Any], name: str) -> Row:
         label = stored.get(self.label_column) if self.label_column else None
-        row = Row(name, stored.get(self.image_column), [], label, self.places)
+        row = Row(name, field_of(stored, self.image_column), [], label, self.places)
         try:
             row.captions = self.captions(stored)
             if self.label_column and label is None:
@@ -104,11 +109,15 @@ def _items(source: PairTable, captions: str) -> tuple[np.ndarray, np.ndarray]:
     """The rows of a source's items and the captions' places in them, both (items,)."""
     if captions == "one" or source.captions.is_template:
         return source.rows, np.full(len(source.rows), ANY)
-    if describe_feature(source.table.features[source.captions.column]) != "texts":
+    name, features = source.captions.column, source.table.features
+    if describe_feature(with_fields(features)[name]) != "texts":
         return source.rows, np.full(len(source.rows), ANY)
     from pyarrow import compute  # type: ignore[import-untyped]
 
-    column = source.table.select_columns([source.captions.column]).with_format("arrow")[:].column(0)
+    holder = column_of(name, features)
+    column = source.table.select_columns([holder]).with_format("arrow")[:].column(0)
+    if holder != name:
+        column = compute.struct_field(column, name.split(".")[1:])
     counts = compute.fill_null(compute.list_value_length(column), 0).to_numpy().astype(np.int64)
     counts = np.maximum(counts, 1)[source.rows]  # a row without captions is met once, and then reported
     starts = np.repeat(np.cumsum(counts) - counts, counts)
@@ -285,6 +294,7 @@ def load_pairs(
             check_label_column(source.path, features, label_column)
         places = find_image_places(source.path, folder_of(source.path), image_folders)
         pair_table = PairTable(source.path, table, pictures, reader, label_column, places, source.weight)
+        pair_table.image_holder = column_of(pictures, features)
         pair_table.table = table.select_columns(pair_table.columns)
         if not streaming:
             pair_table.rows = np.arange(len(table))

@@ -7,9 +7,11 @@ opened by `datasets`, which is imported when it is first needed.
 import glob
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,11 @@ BUILDERS = {
 }
 PACKED = (".gz", ".zst", ".xz", ".bz2")
 
+SEPARATORS = (";", "\t", "|")
+"""What stands in place of commas in a CSV file whose first line has none."""
+
+LONGEST_HEAD = 1 << 20
+
 FIRST_ROWS = 16
 """Rows of a stream that are looked at where its columns' types aren't declared."""
 
@@ -38,6 +45,9 @@ def import_datasets() -> Any:
     except ImportError as error:
         raise ImportError('Reading data needs the package datasets: pip install "hf-clip[train]"') from error
     return datasets
+
+
+ONLY_SPLIT = "train"
 
 
 @dataclass(frozen=True)
@@ -60,16 +70,23 @@ class Source:
         try:
             weight = float(number)
         except ValueError:
+            if re.fullmatch(r"[\w.,+-]*", number):
+                raise ValueError(
+                    f"{text}: there is no such file, and {number!r} is no weight: write path=weight with a number."
+                ) from None
             return cls(text)
         if not 0 < weight < float("inf"):
             raise ValueError(f"{text}: the weight of a source must be above 0; leave the source out, or its weight.")
         return cls(path, weight)
 
 
-def parse_sources(sources: str | Source | Iterable[str | Source]) -> list[Source]:
+AnySource = str | os.PathLike | Source
+
+
+def parse_sources(sources: AnySource | Iterable[AnySource]) -> list[Source]:
     """One or several sources, of which all have weights or none has."""
-    given = [sources] if isinstance(sources, (str, Source)) else list(sources)
-    parsed = [source if isinstance(source, Source) else Source.parse(source) for source in given]
+    given = [sources] if isinstance(sources, (str, os.PathLike, Source)) else list(sources)
+    parsed = [source if isinstance(source, Source) else Source.parse(os.fspath(source)) for source in given]
     if not parsed:
         raise ValueError("There is no data set to read; name at least one.")
     without = [source.path for source in parsed if source.weight is None]
@@ -88,8 +105,36 @@ def _builder_of(path: str) -> str | None:
     return BUILDERS.get(os.path.splitext(name)[1])
 
 
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand_braces(path: str) -> list[str]:
+    """The names that a shell makes of `shards/{000..012}.tar` or `{train,extra}-{0..3}.tar`, nested ones too.
+
+    Numbers are filled up with zeros to the length of the longer one where either begins with a zero, as in a shell.
+    A name without braces stays as it is, and so does what exists under its whole name.
+    """
+    place = None if os.path.exists(path) else _BRACES.search(path)
+    if place is None:
+        return [path]
+    head, inner, tail = path[: place.start()], place[1], path[place.end() :]
+    if numbers := _RANGE.fullmatch(inner):
+        first, last = int(numbers[1]), int(numbers[2])
+        is_filled = any(len(number) > 1 and number[0] == "0" for number in numbers.groups())
+        width = max(map(len, numbers.groups())) if is_filled else 0
+        step = 1 if first <= last else -1
+        parts = [str(number).zfill(width) for number in range(first, last + step, step)]
+    elif "," in inner:
+        parts = inner.split(",")
+    else:
+        raise ValueError(f"{path}: {place[0]} is no range {{000..012}} and no list {{a,b}}; write one, or no braces.")
+    return list(dict.fromkeys(name for part in parts for name in expand_braces(f"{head}{part}{tail}")))
+
+
 def folder_of(path: str) -> Path | None:
-    """Where relative paths of pictures begin: the folder itself, or that of a data file."""
+    """Where relative paths of images begin: the folder itself, or that of a data file."""
+    path = expand_braces(path)[0]
     if "://" in path:
         return None
     place = Path(path).expanduser()
@@ -103,7 +148,36 @@ def folder_of(path: str) -> Path | None:
     return None
 
 
-def _load(path: str, streaming: bool) -> Any:
+def _check_files(names: list[str], builder: str) -> None:
+    """Every name of a list must be there: what is left out of a range would be missed by nobody."""
+    for name in names:
+        if _builder_of(name) != builder:
+            raise ValueError(f"{name} and {names[0]} are files of different kinds; name them apart")
+        if "://" in name:
+            continue
+        files = glob.glob(name, recursive=True)
+        if not files:
+            raise FileNotFoundError(f"no file has this name: {name}")
+        if empty := [file for file in files if os.path.isfile(file) and not os.path.getsize(file)]:
+            raise ValueError(f"{empty[0]} is empty")
+
+
+def _separator_of(name: str) -> str | None:
+    """What stands between the columns of a CSV file where that is no comma; None where it is, or isn't known."""
+    if ".tsv" in name.lower():
+        return "\t"
+    import fsspec  # type: ignore[import-untyped]
+
+    try:
+        path = name if "://" in name else sorted(glob.glob(name, recursive=True))[0]
+        with fsspec.open(path, "rb", compression="infer") as file:
+            head = file.readline(LONGEST_HEAD).decode("utf-8", errors="replace")
+    except Exception:  # `datasets` will say what is wrong with it
+        return None
+    return None if "," in head else max((mark for mark in SEPARATORS if mark in head), key=head.count, default=None)
+
+
+def _load(path: str, names: list[str], streaming: bool) -> Any:
     """Whatever `datasets` makes of it: a table or stream, or a mapping of splits to them."""
     datasets = import_datasets()
     place = Path(path).expanduser()
@@ -116,16 +190,11 @@ def _load(path: str, streaming: bool) -> Any:
         return saved.to_iterable_dataset()
     if place.is_dir():
         return datasets.load_dataset(str(place), streaming=streaming)
-    if builder := _builder_of(path):
-        if "://" not in path and not glob.glob(str(place), recursive=True):
-            raise FileNotFoundError(f"no file has this name: {place}")
-        files = [] if "://" in path else glob.glob(str(place), recursive=True)
-        if empty := [file for file in files if os.path.isfile(file) and not os.path.getsize(file)]:
-            raise ValueError(f"{empty[0]} is empty")
-        more = {"sep": "\t"} if ".tsv" in path.lower() else {}
-        return datasets.load_dataset(
-            builder, data_files=str(path if "://" in path else place), streaming=streaming, **more
-        )
+    if builder := _builder_of(names[0]):
+        _check_files(names, builder)
+        separator = _separator_of(names[0]) if builder == "csv" else None
+        more = {} if separator is None else {"sep": separator}
+        return datasets.load_dataset(builder, data_files=names, streaming=streaming, **more)
     name, _, configuration = path.partition(":") if "://" not in path else (path, "", "")
     return datasets.load_dataset(name, configuration or None, streaming=streaming)
 
@@ -135,13 +204,18 @@ def open_source(path: str, split: str = "train", streaming: bool = False) -> Any
 
     Raises FileNotFoundError where there is nothing, and ValueError where that cannot be read or has no such split.
     """
+    names = [os.path.expanduser(name) for name in expand_braces(path)]
     with readable(path):
-        loaded = _load(path, streaming)
-    if isinstance(loaded, dict):
-        if split not in loaded:
-            raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(map(str, loaded))}.")
-        loaded = loaded[split]
-    return loaded
+        loaded = _load(path, names, streaming)
+    # What has no splits is named as `datasets` names the only split of a file.
+    splits = loaded if isinstance(loaded, dict) else {ONLY_SPLIT: loaded}
+    if split not in splits:
+        near = get_close_matches(split, map(str, splits), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        if len(splits) == 1:
+            hint += " To evaluate on rows of it, hold out a number (--validation 500) or a part (--validation 0.05)."
+        raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(map(str, splits))}.{hint}")
+    return splits[split]
 
 
 @contextmanager
@@ -164,6 +238,9 @@ def readable(path: str) -> Iterator[None]:
         cause = _first_line(error.__cause__ or error)
         if "corresponds to no data" in cause:
             cause = "it has no rows"
+        if missing := re.match(r"BuilderConfig '(.*)' not found\. Available: \[(.*)\]", cause):
+            names = missing[2].replace("'", "")
+            raise ValueError(f"{path} has no configuration {missing[1]!r}; its configurations are {names}.") from error
         raise ValueError(
             f"The data set {path!r} cannot be read: {cause.rstrip('.')}. Check the file, or write it again."
         ) from error

@@ -1,0 +1,51 @@
+"""Options of a run out of a YAML or JSON file: by name, a value or a list of such, as on the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .option_names import hint
+
+LAUNCH = "launch"
+"""What a run's training_config.json says of its launcher; where that file is given as options it is passed over."""
+
+
+def read_options(path: Path, known: list[str]) -> dict[str, Any]:
+    """A file's options by name. Raises FileNotFoundError or ValueError that names the file.
+
+    Args:
+        path: a .yaml, .yml or .json file.
+        known: the options that there are.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration file {path}; check the path.")
+    import yaml  # type: ignore[import-untyped]  # transformers brings it
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" and text.strip() else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}. Write it anew.") from None
+    if values is None:
+        raise ValueError(f"{path} is empty; write options by name into it, such as batch_size: 64.")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, but options by name are needed.")
+    values.pop(LAUNCH, None)
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"{path} has an option {name!r} that there isn't.{hint(str(name), known)}")
+        inner = value if isinstance(value, list) else [value]
+        if any(isinstance(part, (dict, list)) for part in inner):
+            raise ValueError(f"{path}: {name} is {value!r}, but a single value, or a list of such, is needed.")
+    return values
+
+
+def words_of(values: dict[str, Any]) -> list[str]:
+    """Options as the words of a command line, so that both are checked alike."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, list) and value:
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None and value != []:
+            words.append(f"--{name}={value}")
+    return words
