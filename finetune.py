@@ -15,13 +15,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from tqdm import tqdm
 
 import hf_clip  # noqa: F401  (registers the classes)
+from hf_clip.extras import require
 from hf_clip.publishing import PublishingError, check_repo_id
 from hf_clip.training import build, failures, sharding, stopping
 from hf_clip.training.bad_rows import BadRows
@@ -38,7 +38,7 @@ from hf_clip.training.summary import count_parameters, run_in_words
 from hf_clip.whole_folder import check_destination
 
 
-def check_ends(config: TrainingConfig, accelerator: Accelerator) -> None:
+def check_ends(config: TrainingConfig, accelerator: Any) -> None:
     """Refuse, before any work is done, a folder that cannot be written or would lose something, or a missing model."""
     if config.resume is not None:
         read_state(find_checkpoint(config.output_dir, config.resume), identity={})
@@ -54,6 +54,7 @@ def train(config: TrainingConfig) -> None:
 
     Raises OSError or ValueError for what cannot be done, and `Stopped`, a KeyboardInterrupt, when a signal ends it.
     """
+    require("Training", "train")
     signals = stopping.Signals()
     with stopping.heeded(signals):
         accelerator = make_accelerator(config)
@@ -62,11 +63,15 @@ def train(config: TrainingConfig) -> None:
             train_alone(config, accelerator, signals)
 
 
-def train_alone(config: TrainingConfig, accelerator: Accelerator, signals: stopping.Signals) -> None:
+def train_alone(config: TrainingConfig, accelerator: Any, signals: stopping.Signals) -> None:
     """`train`, of one who holds the output folder."""
+    from accelerate.utils import set_seed
+
     launched = launch_settings(accelerator)
-    data = build.build_data(config)
+    data = build.build_data(config, accelerator.num_processes)
     model, processor = build.build_model(config, data)
+    if accelerator.is_main_process:
+        sys.stderr.writelines(f"{line}\n" for line in build.describe_start(config, data, processor))
     check_output_format(model, processor, config)
     set_seed(config.seed, device_specific=True)
     pretrained = build.prepare_training_(model, config, accelerator.device.type, accelerator.num_processes)
@@ -129,8 +134,8 @@ def train_alone(config: TrainingConfig, accelerator: Accelerator, signals: stopp
                     logit_bias=model.logit_bias,
                     kind=kind,
                     label_smoothing=config.label_smoothing,
-                    local_image_ids=batch["image_ids"] if config.mask_duplicates else None,
-                    local_text_ids=batch["text_ids"] if config.mask_duplicates else None,
+                    local_image_ids=batch["image_ids"] if config.mask_duplicates == "on" else None,
+                    local_text_ids=batch["text_ids"] if config.mask_duplicates == "on" else None,
                 )
                 run.check_loss(result.global_loss)
                 accelerator.backward(result.local_loss_to_backpropagate)

@@ -85,6 +85,7 @@ ALLOWED = {
     "calibration": set(),
     "classifier_matrix": set(),
     "evaluation": {"evaluation"},
+    "extras": set(),
     "features": {"image_processing_hf_clip"},
     "formats": {
         "bpe_hf_clip",
@@ -119,6 +120,7 @@ ALLOWED = {
     },
     "original": {"configuration_hf_clip", "modeling_hf_clip", "variants", "original"},
     "training": {
+        "bpe_hf_clip",
         "configuration_hf_clip",
         "evaluation",
         "features",

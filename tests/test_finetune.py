@@ -2,11 +2,13 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, load_from_disk
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
@@ -25,6 +27,7 @@ from demo.digits import (
 from .finetuning import ROOT, largest_difference, launch, options, records, train, weights, words
 
 FIGURES = {"step", "loss", "accuracy", "learning_rate", "logit_scale", "images_per_second", "peak_memory_gb"}
+FIGURES |= {"truncated_captions"}
 
 
 # --- learning --------------------------------------------------------------------------------------------------------
@@ -219,6 +222,12 @@ def test_failed_run_leaves_an_earlier_ones_model_as_it_was(digits: Path, tmp_pat
         ({"captions": "all"}, "--captions all would have no effect: a row of this data has one caption"),
         ({"checkpoint_steps": 6}, "--checkpoint_steps 6 would have no effect: the run has 6 steps in all"),
         ({"split": "nowhere"}, "has no split 'nowhere'"),
+        ({"split": "trian"}, "has no split 'trian'; its splits are train, held_out_images, unseen_combinations. Did y"),
+        ({"dataset": "HERE/table", "split": "trian"}, "has no split 'trian'; its splits are train. Did you mean"),
+        ({"dataset": "HERE/table", "validation": "test"}, "has no split 'test'; its splits are train. To evaluate"),
+        ({"validation": "train"}, "--validation train is the split that is trained on"),
+        ({"dataset": "HERE/paths.csv", "image_column": "text", "caption_column": "file"}, "two columns may be swap"),
+        ({"keep_best": "zero_shot_top1", "validation": "9", "checkpoint_steps": 2}, "--keep_best zero_shot_top1 cann"),
         ({"streaming": True, "max_steps": None, "epochs": 1}, "How long an epoch of a stream is isn't known"),
         ({"streaming": True, "validation": "0.1"}, "the length of a stream isn't known; hold out a number of its rows"),
         ({"report_to": "tensorbord"}, "report_to has 'tensorbord', but must be of tensorboard, wandb, trackio"),
@@ -241,8 +250,11 @@ def test_faults_are_one_line(
     change: dict,
     message: str,
 ):
+    (tmp_path / "paths.csv").write_text("file,text\na.png,a cat\nb.png,a dog\n")
+    if change.get("dataset", "").startswith("HERE/table"):
+        Dataset.from_dict({"image": [b""], "caption": ["a"]}).save_to_disk(tmp_path / "table")
     flags = options(digits, tmp_path / "out", **change)
-    command = [word.replace("DIGITS", str(digits)) for word in words(flags)]
+    command = [word.replace("HERE", str(tmp_path)).replace("DIGITS", str(digits)) for word in words(flags)]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *command])
     monkeypatch.setattr(finetune.Run, "count", None)  # none of these gets as far as a step
     assert finetune.main() == 1
@@ -250,6 +262,85 @@ def test_faults_are_one_line(
     assert lines[-1].startswith("error: ")
     assert message in lines[-1]
     assert not any("Traceback" in line for line in lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_chosen_and_what_is_odd_about_the_data_is_said_before_the_first_step(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """60 rows for a batch of 64, no learning rate, captions that are cut to one text and one that is hostile."""
+    pairs = load_from_disk(str(digits / "pairs"))["train"].select(range(60))
+    texts = [f"{'a photo of ' * 20} {index}" for index in range(30)] + [f"digit {index}" for index in range(30)]
+    texts[59] = f"&#{'9' * 5000};"
+    pairs.remove_columns("caption").add_column("caption", texts).save_to_disk(tmp_path / "data")
+    chosen = {"learning_rate": None, "max_steps": 2, "lora_rank": 2, "max_bad_fraction": 0.1}
+    out = train(digits, tmp_path / "out", dataset=str(tmp_path / "data"), **chosen)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("note: -", "warning: "))]
+    assert said[:2] == [
+        "note: --learning_rate is 3e-4, the default for LoRA.",
+        "note: --batch_size is 60, since an epoch has 60 pairs.",
+    ]
+    assert re.match(r"warning: 30 of (59|60) captions .* cut at the model's 24 tokens, and 30 of those differ", said[2])
+    written = json.loads((out / "training_config.json").read_text())
+    assert (written["learning_rate"], written["batch_size"], written["mask_duplicates"]) == ("3e-4", 60, "on")
+    assert records(out)[-1]["truncated_captions"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_two_processes_share_what_there_is(digits: Path, tmp_path: Path):
+    pairs = load_from_disk(str(digits / "pairs"))["train"].select(range(9))
+    pairs.save_to_disk(tmp_path / "data")
+    done = launch(options(digits, tmp_path / "out", dataset=str(tmp_path / "data"), max_steps=2), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("note: --batch_size is 4 in each of 2 processes, since an epoch has 9 pairs.") == 1
+    assert len(records(tmp_path / "out")) == 1
+
+
+def test_stream_that_is_shorter_than_a_batch_is_taken_whole(digits: Path, tmp_path: Path):
+    pairs = load_from_disk(str(digits / "pairs"))["train"].select(range(9))
+    pairs.save_to_disk(tmp_path / "data")
+    out = train(digits, tmp_path / "out", dataset=str(tmp_path / "data"), streaming=True, max_steps=2)
+    assert json.loads((out / "training_config.json").read_text())["batch_size"] == 9
+
+
+def test_vocabulary_is_learned_past_a_caption_that_cannot_be_read(digits: Path, tmp_path: Path):
+    pairs = load_from_disk(str(digits / "pairs"))["train"].select(range(40))
+    texts = [f"digit {index}" for index in range(39)] + [f"&#{'9' * 5000};"]
+    pairs.remove_columns("caption").add_column("caption", texts).save_to_disk(tmp_path / "data")
+    chosen = {"model": None, "variant": str(digits / "vit.json"), "max_bad_fraction": 0.1, "batch_size": 8}
+    out = train(digits, tmp_path / "out", dataset=str(tmp_path / "data"), max_steps=1, **chosen)
+    assert AutoProcessor.from_pretrained(out).tokenizer("digit 3").input_ids
+
+
+WITHOUT_EXTRAS = """
+import runpy, sys
+sys.modules |= dict.fromkeys(("accelerate", "datasets"))  # as if they were not installed
+import finetune
+for words in (["--help"], %r):
+    sys.argv = ["finetune.py", *words]
+    try:
+        print("ended with", finetune.main())
+    except SystemExit as end:
+        print("ended with", end.code)
+try:
+    runpy.run_module("demo", run_name="__main__")
+except SystemExit as end:
+    print("ended with", end.code)
+"""
+
+
+def test_help_and_refusal_without_the_extras(tmp_path: Path):
+    needed = words({"model": "m", "dataset": "d", "output_dir": str(tmp_path / "out"), "max_steps": 1})
+    command = [sys.executable, "-c", WITHOUT_EXTRAS % needed]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "--mask_duplicates" in done.stdout
+    missing = "needs accelerate, datasets, which this Python does not have: pip install"
+    assert re.findall("ended with .*", done.stdout) == [
+        "ended with 0",
+        "ended with 1",
+        f'ended with error: The demo {missing} "hf-clip[demo]"',
+    ]
+    assert done.stderr.splitlines()[-1] == f'error: Training {missing} "hf-clip[train]"'
     assert not (tmp_path / "out").exists()
 
 

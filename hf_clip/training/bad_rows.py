@@ -1,4 +1,4 @@
-"""Rows that cannot be used, and what becomes of a run that meets too many.
+"""Rows that cannot be used, and what becomes of a run that meets too many; captions that were cut are counted too.
 
 A loader that ended one process would leave the others waiting, and lose what was trained. So in a run nothing is
 raised where a row is met: after every step the processes add up what they have met; where that is too much, all save a
@@ -31,14 +31,16 @@ class BadRows:
         if not 0 <= max_fraction <= 1:
             raise ValueError(f"max_bad_fraction is {max_fraction}, but must be from 0 to 1.")
         self.max_fraction = max_fraction
-        self.drawn = self.bad = 0
+        self.drawn = self.bad = self.cut = 0
         self.first = ""
         self.is_complete = False
         self._logged: set[str] = set()
 
-    def add(self, drawn: int, skipped: list[tuple[str, str]]) -> None:
-        """Count a batch's rows; `skipped` are the names of those that cannot be used, with the reasons."""
+    def add(self, drawn: int, skipped: list[tuple[str, str]], cut: int = 0) -> None:
+        """Count a batch's rows; `skipped` are the names of those that cannot be used, with the reasons, `cut` those
+        whose captions were longer than the model takes."""
         self.drawn += drawn
+        self.cut += cut
         self.bad += len(skipped)
         for name, reason in skipped:
             self.first = self.first or f"{name}: {reason}"
@@ -52,13 +54,20 @@ class BadRows:
 
     def restart(self) -> None:
         """Count anew, as before each evaluation."""
-        self.drawn = self.bad = 0
+        self.drawn = self.bad = self.cut = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"drawn": self.drawn, "bad": self.bad, "first": self.first}
+        return {"drawn": self.drawn, "bad": self.bad, "first": self.first, "cut": self.cut}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.cut = state.get("cut", 0)  # older checkpoints have none
         self.drawn, self.bad, self.first = state["drawn"], state["bad"], state["first"]
+
+
+def part_cut(rows: BadRows, device: torch.device) -> float:
+    """The part of the rows drawn by all processes whose captions were cut. Every process calls this."""
+    drawn, cut = (sum(column) for column in zip(*exchange_counts([rows.drawn, rows.cut], device), strict=True))
+    return cut / max(drawn, 1)
 
 
 def _first_of_all(rows: BadRows) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin, get_scheduler
 
+from ..bpe_hf_clip import prepare_text
 from ..formats.folders import IMAGE_PROCESSOR_FILES, in_one_line, read_object
 from ..formats.reading import check_model
 from ..image_processing_hf_clip import HfClipImageProcessor
@@ -27,6 +28,7 @@ from .optim import create_optimizer, warmup_steps
 from .pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
 from .scratch import build_from_scratch, read_config
 from .surgery import set_image_size_, set_text_length_, switch_to_sigmoid_
+from .survey import LOOKED_AT, OPENED, describe_captions, look_at
 from .trainable import freeze_batch_norm_, lock_, synchronize_batch_norm_
 
 MOST_CAPTIONED_ROWS = 1_000_000
@@ -37,11 +39,13 @@ class Data:
     """Pairs to train on, those to evaluate on, and the names of their classes where the captions are made of labels.
 
     class_prompts: each class's caption, in the order of the labels
+    captions:      of rows to train on that were looked at
     """
 
     train: Pairs | PairStream
     validation: Pairs | PairStream | None
     class_prompts: list[str] | None
+    captions: list[str]
 
 
 def _find_labels(pairs: Pairs | PairStream) -> list[str] | None:
@@ -67,8 +71,11 @@ def check_start(config: TrainingConfig) -> None:
     check_model(config.model)
 
 
-def build_data(config: TrainingConfig) -> Data:
-    """Open the data. Raises FileNotFoundError and ValueError that say which source, split or column is wrong."""
+def build_data(config: TrainingConfig, num_processes: int = 1) -> Data:
+    """Open the data and look at some rows; `config` takes batches no larger than there are pairs.
+
+    Raises FileNotFoundError and ValueError that say which source, split or column is wrong.
+    """
     chosen: dict[str, Any] = {
         "image_column": config.image_column,
         "caption_column": config.caption_column,
@@ -87,7 +94,36 @@ def build_data(config: TrainingConfig) -> Data:
         else:
             train, validation = hold_out(train, amount, config.seed)
     prompts = None if validation is None else _find_labels(validation)
-    return Data(train, validation, prompts)
+    _check_metric(config.keep_best, prompts)
+    look = look_at(train, max(LOOKED_AT, config.batch_size * num_processes))
+    if validation is not None:
+        look_at(validation, OPENED)
+    if look.is_whole:
+        config.limit_batch_size(look.draws, num_processes, train.name)
+    return Data(train, validation, prompts, look.captions)
+
+
+def _check_metric(metric: str | None, class_prompts: list[str] | None) -> None:
+    """Refuse to keep what is best at something that this data cannot measure."""
+    if metric is None or not metric.startswith("zero_shot"):
+        return
+    if class_prompts is None:
+        raise ValueError(
+            f"--keep_best {metric} cannot be measured: zero-shot accuracy needs captions made of labels by a template, "
+            f'such as --caption_column "a photo of a {{label}}.".'
+        )
+    k = int(metric.rpartition("top")[2])
+    if len(class_prompts) <= k:
+        raise ValueError(
+            f"--keep_best {metric} cannot be measured: there are {len(class_prompts)} classes, of which {k} are always "
+            f"right or nearly so; take recall@1{' or zero_shot_top1' if len(class_prompts) > 1 < k else ''}."
+        )
+
+
+def describe_start(config: TrainingConfig, data: Data, processor: ProcessorMixin) -> list[str]:
+    """Lines to be said when a run begins: what was chosen where nothing was given, and what is odd about the data."""
+    is_masked = config.mask_duplicates == "on"
+    return config.notes + describe_captions(data.captions, PairCollator(processor), is_masked=is_masked)
 
 
 def build_model(config: TrainingConfig, data: Data) -> tuple[HfClipModel, HfClipProcessor]:
@@ -124,7 +160,17 @@ def _build_untrained(config: TrainingConfig, data: Data) -> tuple[HfClipModel, H
 def _captions(pairs: Pairs | PairStream) -> Iterator[str]:
     """The texts that a vocabulary is learned from."""
     for draw in islice(pairs.draws(0, shuffle=False), MOST_CAPTIONED_ROWS):
-        yield from pairs.read(draw).captions
+        yield from filter(_is_readable, pairs.read(draw).captions)
+
+
+def _is_readable(caption: str) -> bool:
+    """Whether a caption can be tokenized. It is left out here, and counted among the bad rows when it is drawn."""
+    try:
+        if "&" in caption:  # html entities are what may not be resolved
+            prepare_text(caption)
+    except Exception:  # whatever it is, it doesn't end the run
+        return False
+    return True
 
 
 def _set_loss_(model: HfClipModel, config: TrainingConfig) -> None:
@@ -161,6 +207,7 @@ def prepare_training_(
 
 
 def build_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.Optimizer:
+    assert config.learning_rate is not None
     return create_optimizer(
         model,
         config.optimizer,

@@ -1,4 +1,5 @@
-"""Drawn rows → a batch, in a worker process: pictures opened, augmented and scaled, captions padded to the longest.
+"""Drawn rows → a batch, in a worker process: pictures opened, augmented and scaled, captions tokenized one by one and
+padded to the longest.
 
 A row that cannot be used is left out and reported, and its place is taken by another: training batches stay full, so
 that every process of a distributed run has the same number of pairs, whatever it met. Which row steps in is a function
@@ -7,25 +8,26 @@ of the order of the data. In evaluation nothing steps in.
 Dimensions: B local batch, L text length, S model's side, C = 3 channels.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import ProcessorMixin
 
 from ..pictures_hf_clip import UNREADABLE
 from .augment import Augmentation, AugmentedPixels
 from .columns import UnusableRowError
-from .content import content_id
+from .content import content_id, tokens_id
 from .pairs import Draw, Pairs, PairStream, Row
 from .pictures import TIMEOUT, open_content, picture_content
 
 PAD_TO = 8
 """Text lengths are multiples of this, which suits tensor cores and keeps the number of shapes small."""
+
+LONGEST_REASON = 200
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,32 @@ class Plan:
 class Prepared:
     """A row as tensors, and what it shows and says as numbers.
 
-    pixels: (C, S, S), which in training are still to be normalised
+    pixels:    (C, S, S), which in training are still to be normalised
+    input_ids: the caption's tokens, not padded
+    is_cut:    whether the caption was longer than the model takes
     """
 
     pixels: Tensor
-    caption: str
+    input_ids: list[int]
+    is_cut: bool
     image_id: int
     label: int | None
 
 
 @dataclass
 class Batch:
-    """tensors: the model's and the loss's inputs   drawn: rows that were asked for   skipped: (row, reason) of some"""
+    """tensors: the model's and the loss's inputs   drawn: rows that were asked for   skipped: (row, reason) of some
+    cut: captions that were longer than the model takes
+    """
 
     tensors: dict[str, Tensor]
     drawn: int
     skipped: list[tuple[str, str]]
+    cut: int = 0
 
     def pin_memory(self) -> "Batch":
         """What DataLoader calls where pinned memory is asked for."""
-        return Batch({name: tensor.pin_memory() for name, tensor in self.tensors.items()}, self.drawn, self.skipped)
+        return replace(self, tensors={name: tensor.pin_memory() for name, tensor in self.tensors.items()})
 
 
 class PairCollator:
@@ -105,6 +113,7 @@ class PairCollator:
             caption = spoken[int(rng.integers(len(spoken)))] if spoken else ""
         if not caption:
             raise UnusableRowError("its caption is empty")
+        input_ids, is_cut = self.encode(caption)
         content = picture_content(row.image, row.places, self.timeout)
         picture = open_content(content, self.augmented.draft if self.augmented else None)
         try:
@@ -114,32 +123,50 @@ class PairCollator:
                 pixels = self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
         except UNREADABLE as error:
             raise UnusableRowError(f"its picture cannot be processed ({error})") from error
-        return Prepared(pixels, caption, content_id(content), row.label)
+        return Prepared(pixels, input_ids, is_cut, content_id(content), row.label)
 
     def collate(self, rows: Sequence[Prepared]) -> dict[str, Tensor]:
         """Rows as one batch, of which there may be none in evaluation."""
-        if not rows:
+        if rows:
+            pixels = torch.stack([row.pixels for row in rows])
+            pixels = self.augmented.normalised(pixels) if self.augmented else pixels
+        else:
             crop = dict(self.image_processor.crop_size)
-            shapes = {"input_ids": (0, PAD_TO), "attention_mask": (0, PAD_TO), "image_ids": (0,), "text_ids": (0,)}
             pixels = torch.zeros(0, 3, crop["height"], crop["width"])
-            integers = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
-            return {"pixel_values": pixels} | integers
-        pixels = torch.stack([row.pixels for row in rows])
-        tensors = {"pixel_values": self.augmented.normalised(pixels) if self.augmented else pixels}
-        tensors |= self.tokenize([row.caption for row in rows])
-        tensors["image_ids"] = torch.tensor([row.image_id for row in rows])
-        tensors["text_ids"] = torch.tensor([content_id(row.caption) for row in rows])
-        if all(row.label is not None for row in rows):
+        tensors = {"pixel_values": pixels} | self._padded([row.input_ids for row in rows])
+        tensors["image_ids"] = torch.tensor([row.image_id for row in rows], dtype=torch.int64)
+        # Of the tokens: captions that the model cannot tell apart are one.
+        tensors["text_ids"] = torch.tensor([tokens_id(row.input_ids) for row in rows], dtype=torch.int64)
+        if rows and all(row.label is not None for row in rows):
             tensors["labels"] = torch.tensor([row.label for row in rows])
         return tensors
 
-    def tokenize(self, captions: list[str]) -> dict[str, Tensor]:
+    def encode(self, caption: str) -> tuple[list[int], bool]:
+        """A caption's tokens, and whether it was cut at the model's length. Raises UnusableRowError."""
+        longest = self.tokenizer.model_max_length
+        try:
+            ids = self.tokenizer(caption, truncation=True, padding=False)["input_ids"]
+            if len(ids) < longest:
+                return ids, False
+            one_more = self.tokenizer(caption, truncation=True, max_length=longest + 1, padding=False)["input_ids"]
+        except Exception as error:  # whatever a tokenizer makes of what stands in a file
+            reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
+            raise UnusableRowError(f"its caption cannot be tokenized ({reason})") from error
+        return ids, len(one_more) > longest
+
+    def tokenize(self, captions: Iterable[str]) -> dict[str, Tensor]:
         """Ids and mask (B, L), L the longest caption's length made a multiple of 8, if the model takes that many."""
-        encoded = self.tokenizer(captions, truncation=True, padding=True, padding_side="right", return_tensors="pt")
-        length = encoded["input_ids"].shape[1]
-        more = max(0, min(-(-length // PAD_TO) * PAD_TO, self.tokenizer.model_max_length) - length)
-        fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0}
-        return {name: functional.pad(encoded[name], (0, more), value=fill) for name, fill in fills.items()}
+        return self._padded([self.encode(caption)[0] for caption in captions])
+
+    def _padded(self, ids: list[list[int]]) -> dict[str, Tensor]:
+        length = max(map(len, ids), default=1)
+        length = max(length, min(-(-length // PAD_TO) * PAD_TO, self.tokenizer.model_max_length))
+        input_ids = torch.full((len(ids), length), self.tokenizer.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for place, row in enumerate(ids):
+            input_ids[place, : len(row)] = torch.tensor(row)
+            attention_mask[place, : len(row)] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def __call__(self, plan: Plan, read: Callable[[Draw], Row]) -> Batch:
         """Carry out a plan. Raises ValueError where neither a row nor any of its spares can be used."""
@@ -154,7 +181,7 @@ class PairCollator:
                 if plan.spares:
                     turn = place % len(plan.spares)
                     prepared.append(self._first_usable(plan.spares[turn:] + plan.spares[:turn], read, skipped[-1]))
-        return Batch(self.collate(prepared), len(plan.draws), skipped)
+        return Batch(self.collate(prepared), len(plan.draws), skipped, sum(row.is_cut for row in prepared))
 
     def _first_usable(self, spares: list[Draw], read: Callable[[Draw], Row], skipped: tuple[str, str]) -> Prepared:
         for draw in spares:

@@ -5,7 +5,6 @@ No option is silently without effect: one that the others leave nothing to do is
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from .augment import Augmentation
 from .averaging import parse_alphas
 from .optim import find_optimizer, parse_optimizer, parse_rates
-from .option_file import LAUNCH, read_options, words_of
+from .option_file import LAUNCH, plain, read_options, words_of
 from .option_names import hint
 from .trainable import parse_lock
 
@@ -188,7 +187,7 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         if self.learning_rate is None:
             mode = self._mode()
             self.learning_rate = DEFAULT_RATES[mode]
-            self._notes.append(f"--learning_rate is {self.learning_rate}, the default for {mode}.")
+            self._notes.append(f"note: --learning_rate is {self.learning_rate}, the default for {mode}.")
         # The grammars of single options, which raise with their own words.
         parse_rates(self.learning_rate)
         find_optimizer(parse_optimizer(self.optimizer)[0])
@@ -199,10 +198,33 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         """What was chosen where nothing was given, to be said when the run begins."""
         return self._notes
 
+    def limit_batch_size(self, rows: int, num_processes: int, data: str) -> None:
+        """Take batches no larger than the data, and note it.
+
+        Args:
+            rows: how many pairs an epoch has.
+            num_processes: of the run, which share a batch.
+            data: what the data are called.
+
+        Raises:
+            ValueError: there are not even two pairs.
+        """
+        most = rows // num_processes
+        if self.batch_size <= most:
+            return
+        of_each = f" in each of {num_processes} processes" if num_processes > 1 else ""
+        if most * num_processes < 2:
+            raise ValueError(
+                f"{data}: an epoch has {rows} pairs{f' for {num_processes} processes' if of_each else ''}, but a pair "
+                f"is learned against others: at least {max(2, num_processes)} are needed."
+            )
+        self._notes.append(f"note: --batch_size is {most}{of_each}, since an epoch has {rows} pairs.")
+        self.batch_size = most
+
     def _make_plain(self) -> None:
         """Paths, NumPy's numbers and arrays, single words for lists and YAML's `on` and `off` as what JSON can hold."""
         for field in dataclasses.fields(self):
-            value = _plain(getattr(self, field.name))
+            value = plain(getattr(self, field.name))
             if field.name in ("dataset", "report_to"):
                 value = [value] if isinstance(value, str) else list(value or [])
             setattr(self, field.name, value)
@@ -327,15 +349,6 @@ INSTEAD = (("epochs", "max_steps"), ("model", "variant"), ("overwrite", "resume"
 """Options of which a run has one: on the command line it takes the place of the other in a file."""
 
 OPTIONS = [field.name for group in GROUPS for field in dataclasses.fields(group)]
-
-
-def _plain(value: Any) -> Any:
-    """Paths as text; NumPy's, torch's and pandas' numbers and arrays, and tuples, as Python's."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _without_replaced(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:

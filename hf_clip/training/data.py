@@ -88,7 +88,7 @@ class PairLoader:
                 raise batch
             assert isinstance(batch, Batch)
             if self.bad_rows is not None:
-                self.bad_rows.add(batch.drawn, batch.skipped)
+                self.bad_rows.add(batch.drawn, batch.skipped, batch.cut)
             yield batch.tensors
         if is_empty:
             raise ValueError(

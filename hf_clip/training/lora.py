@@ -6,7 +6,7 @@ its last blocks. They are put into the model itself, which keeps its class, its 
 Invariant: until `merge_lora_` every tensor of the model but the temperature stays bit-equal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,13 @@ def add_lora_(
     *,
     alpha: float | None = None,
     dropout: float = 0.0,
-    targets: Sequence[str] | None = None,
+    targets: str | Iterable[str] | None = None,
 ) -> list[str]:
     """Put adapters into an HfClipModel, freeze all else but the temperature, and return the adapted modules' names.
 
     rank:    width of the factors; `alpha` / `rank` scales their product, which is 1 unless alpha is given
     dropout: on what goes into the adapters
-    targets: ends of module names to adapt among `lora_targets`, e.g. ["q_proj", "v_proj"]; default all
+    targets: ends of module names to adapt among `lora_targets`, e.g. ["q_proj", "v_proj"], or one of them; default all
 
     Lock first. BatchNorms are frozen too. Raises ValueError.
     """
@@ -70,6 +70,9 @@ def add_lora_(
         )
     chosen = possible
     if targets is not None:
+        targets = [targets] if isinstance(targets, str) else [str(target) for target in targets]
+        if not targets:
+            raise ValueError("LoRA was given no targets to adapt; name some, or leave them out to adapt all matrices.")
         ends = [f".{target}" for target in targets]
         chosen = [name for name in possible if f".{name}".endswith(tuple(ends))]
         for target, end in zip(targets, ends, strict=True):

@@ -1,6 +1,7 @@
-"""Options of a run out of a YAML or JSON file: by name, a value or a list of such, as on the command line."""
+"""Options of a run out of a YAML or JSON file, or as a program gives them: by name, a value or a list of such."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,12 @@ def words_of(values: dict[str, Any]) -> list[str]:
         elif value is not None and value != []:
             words.append(f"--{name}={value}")
     return words
+
+
+def plain(value: Any) -> Any:
+    """Paths as text; NumPy's, torch's and pandas' numbers and arrays, and tuples, as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -23,7 +23,7 @@ from transformers import ProcessorMixin
 
 from ..modeling_hf_clip import HfClipModel
 from .averaging import MovingAverage, spans_all_steps
-from .bad_rows import BadRows, find_refusal
+from .bad_rows import BadRows, find_refusal, part_cut
 from .checkpoint import (
     RunState,
     find_checkpoint,
@@ -332,6 +332,7 @@ class Run:
             "logit_scale": self.model.logit_scale.exp().item(),
             "images_per_second": self.seen / (time.perf_counter() - self.since),
             "peak_memory_gb": peak_memory(device) / 1e9,
+            "truncated_captions": part_cut(self.bad_rows, device),
         }
         if len(set(rates.values())) > 1:
             record |= {f"learning_rate_{part}": rate for part, rate in rates.items()}

@@ -16,6 +16,7 @@ from transformers import ProcessorMixin
 
 from hf_clip.training.augment import Augmentation
 from hf_clip.training.collator import PairCollator
+from hf_clip.training.content import tokens_id
 from hf_clip.training.data import PairLoader, build_loader
 from hf_clip.training.pairs import Pairs, PairStream
 
@@ -158,3 +159,12 @@ WRITERS: dict[str, Callable[[Path], str]] = {
 def loader_of(pairs: Pairs | PairStream, processor: ProcessorMixin, batch_size: int = 4, **settings: Any) -> PairLoader:
     collator = PairCollator(processor, settings.pop("augmentation", STRONG), seed=settings.get("seed", 0))
     return build_loader(pairs, collator, batch_size, **settings)
+
+
+def text_id(processor: ProcessorMixin, caption: str) -> int:
+    """The number by which a batch knows a caption."""
+    return tokens_id(processor.tokenizer(caption, truncation=True).input_ids)
+
+
+def text_ids(processor: ProcessorMixin, texts: Sequence[str]) -> list[int]:
+    return [text_id(processor, text) for text in texts]

@@ -4,9 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hf_clip.training.config import GROUPS, MAY_CHANGE, TrainingConfig, parse_config
+from hf_clip.training.config import DEFAULT_RATES, GROUPS, MAY_CHANGE, OPTIONS, TrainingConfig, parse_config
+from hf_clip.training.option_names import KNOWN_AS, OF_THE_LAUNCHER, hint
 
 BASE = {"model": "m", "dataset": ["d"], "output_dir": "o", "max_steps": 10}
 NEEDED = ["--model", "m", "--dataset", "d", "--output_dir", "o", "--max_steps", "10"]
@@ -28,6 +30,8 @@ def config(**fields: object) -> TrainingConfig:
         ({"epochs": 0.0}, "Say how long to train with --epochs or --max_steps; both were given"),
         ({"model": ""}, "Name a model to start from with --model or --variant; neither were given"),
         ({"dataset": [""]}, "There is nothing to train on: name it with --dataset"),
+        ({"validation": "train"}, "--validation train is the split that is trained on, so that nothing would be meas"),
+        ({"validation": "a", "split": "a"}, "--validation a is the split that is trained on.* or hold rows out with a"),
     ],
 )
 def test_what_is_missing_is_named(fields: dict, message: str):
@@ -58,6 +62,7 @@ def test_what_is_missing_is_named(fields: dict, message: str):
         ({"learning_rate": "-1e-4"}, "The learning rate '-1e-4' must be finite and not negative"),
         ({"learning_rate": "1e-5,temprature=1"}, "Did you mean 'temperature'"),
         ({"loss": "hinge"}, "loss is 'hinge', but must be one of softmax, sigmoid"),
+        ({"mask_duplicates": "maybe"}, "mask_duplicates is 'maybe', but must be one of on, off"),
         ({"captions": "two"}, "captions is 'two', but must be one of one, all"),
         ({"output_format": "onnx"}, "output_format is 'onnx', but must be one of hf_clip, transformers"),
         ({"hub_strategy": "always"}, "hub_strategy is 'always', but must be one of end, checkpoint"),
@@ -111,6 +116,78 @@ def test_options_without_effect_are_refused(fields: dict, message: str):
     TrainingConfig(**(BASE | BEST | {"patience": 2, "keep_checkpoints": 3, "average_with_pretrained": "0:1:0.5"}))
 
 
+@pytest.mark.parametrize(
+    ("fields", "mode"),
+    [
+        ({}, "fine-tuning"),
+        ({"lock": "image"}, "fine-tuning"),
+        ({"lock": "image,text:2"}, "fine-tuning"),
+        ({"lora_rank": 8}, "LoRA"),
+        ({"lora_rank": 8, "lock": "image"}, "LoRA"),
+        ({"lock": "image,text"}, "the projections alone"),
+        (SCRATCH, "from scratch"),
+    ],
+)
+def test_learning_rate_is_chosen_by_what_is_trained_and_said(fields: dict, mode: str):
+    found = config(**fields)
+    assert found.learning_rate == DEFAULT_RATES[mode]
+    assert found.notes == [f"note: --learning_rate is {DEFAULT_RATES[mode]}, the default for {mode}."]
+    given = config(**fields, learning_rate="2e-5")
+    assert (given.learning_rate, given.notes) == ("2e-5", [])
+
+
+def test_adapters_learn_faster_than_what_they_adapt():
+    rates = {mode: float(rate) for mode, rate in DEFAULT_RATES.items()}
+    assert rates["fine-tuning"] * 10 <= min(rates[mode] for mode in rates if mode != "fine-tuning")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(True, "on"), (False, "off"), ("True", "on"), ("on", "on"), ("off", "off")],
+    ids=str,
+)
+def test_masking_is_on_or_off_as_yaml_says_it_too(given: object, expected: str):
+    assert config().mask_duplicates == "on"
+    assert config(mask_duplicates=given).mask_duplicates == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "processes", "expected", "note"),
+    [
+        (500, 1, 256, None),
+        (256, 1, 256, None),
+        (60, 1, 60, "note: --batch_size is 60, since an epoch has 60 pairs."),
+        (61, 2, 30, "note: --batch_size is 30 in each of 2 processes, since an epoch has 61 pairs."),
+        (2, 2, 1, "note: --batch_size is 1 in each of 2 processes, since an epoch has 2 pairs."),
+    ],
+)
+def test_batches_are_no_larger_than_the_data(rows: int, processes: int, expected: int, note: str | None):
+    found = config(learning_rate="1e-5")
+    found.limit_batch_size(rows, processes, "d")
+    assert (found.batch_size, found.notes) == (expected, [note] if note else [])
+
+
+@pytest.mark.parametrize(("rows", "processes", "least"), [(1, 1, 2), (3, 4, 4), (1, 2, 2)])
+def test_data_without_a_pair_to_compare_with_are_refused(rows: int, processes: int, least: int):
+    with pytest.raises(ValueError, match=f"d: an epoch has {rows} pairs.*: at least {least} are needed"):
+        config().limit_batch_size(rows, processes, "d")
+
+
+def test_numpy_pandas_and_paths_become_what_json_holds():
+    import pandas
+
+    chosen = {"model": Path("m"), "output_dir": Path("o"), "max_steps": np.int64(10), "weight_decay": np.float32(0.5)}
+    expected = config(weight_decay=0.5, dataset=["a", "b"])
+    for dataset in (np.array(["a", "b"]), pandas.Series(["a", "b"]), ("a", Path("b"))):
+        found = config(dataset=dataset, **chosen)
+        assert found == expected
+        assert json.loads(json.dumps(found.to_dict())) == expected.to_dict()
+    assert config(dataset="a").dataset == ["a"]
+    assert config(report_to="wandb").report_to == ["wandb"]
+    with pytest.raises(ValueError, match="There is nothing to train on"):
+        config(dataset=np.array([]))
+
+
 def test_a_resumed_run_may_differ_only_in_what_leaves_its_result_alone():
     assert set(MAY_CHANGE) < config().to_dict().keys()
     assert config(logging_steps=3, num_workers=7, batch_size=4).identity() == config().identity()
@@ -150,20 +227,69 @@ def test_unknown_flag_ends_with_usage(capsys: pytest.CaptureFixture):
     assert "--batch_size/--batch-size: invalid int value: 'many'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--lr", "--learning_rate"),
+        ("-lr=1e-4", "--learning_rate"),
+        ("--LR", "--learning_rate"),
+        ("--bs", "--batch_size"),
+        ("--per-device-train-batch-size", "--batch_size"),
+        ("--wd", "--weight_decay"),
+        ("--output", "--output_dir"),
+        ("--num_train_epochs", "--epochs"),
+        ("--num_train_epoch", "--epochs"),
+        ("--save_steps", "--checkpoint_steps"),
+        ("--resume_from_checkpoint", "--resume"),
+        ("--model_name_or_path", "--model"),
+        ("--train_data", "--dataset"),
+        ("--warmup", "--warmup_steps"),
+        ("--lora_r", "--lora_rank"),
+        ("--wieght_decay", "--weight_decay"),
+    ],
+)
+def test_option_is_found_by_the_name_that_people_know(word: str, expected: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        parse_config([*NEEDED, word])
+    assert f"there is no option {word!r}. Did you mean {expected!r}?" in capsys.readouterr().err
+
+
+def test_names_that_people_know_lead_to_options_and_each_to_one():
+    assert KNOWN_AS.keys() <= set(OPTIONS)
+    names = [name for names in (*KNOWN_AS.values(), *OF_THE_LAUNCHER.values()) for name in names.split()]
+    assert len(names) == len(set(names))
+    assert not set(names) & set(OPTIONS)
+    assert hint("--fp16", OPTIONS) == " That is the launcher's: accelerate launch --mixed_precision bf16."
+    assert hint("--xyzzy", OPTIONS) == ""
+
+
+def test_switch_may_stand_alone():
+    assert parse_config([*NEEDED, "--mask_duplicates"]).mask_duplicates == "on"
+    assert parse_config([*NEEDED, "--mask_duplicates", "off"]).mask_duplicates == "off"
+
+
 @pytest.mark.parametrize("kind", ["yaml", "json"])
 def test_file_gives_options_and_flags_go_over_it(tmp_path: Path, kind: str):
     path = tmp_path / f"run.{kind}"
     if kind == "yaml":
         text = "model: m\ndataset: [d, e]\noutput_dir: o\nmax_steps: 10\nlearning_rate: 1e-4\nvalidation: 500\n"
         text += "overwrite: true\nstreaming: false\nresume: null\nreport_to: []\naverage_with_pretrained: 0.5\n"
+        text += "mask_duplicates: off\n"
     else:
-        values = {"learning_rate": 0.0001, "validation": 500, "overwrite": True, "average_with_pretrained": 0.5}
+        values = {
+            "learning_rate": 0.0001,
+            "validation": 500,
+            "overwrite": True,
+            "mask_duplicates": False,
+            "average_with_pretrained": 0.5,
+        }
         text = json.dumps(BASE | {"dataset": ["d", "e"], "resume": None} | values)
     path.write_text(text)
     found = parse_config([str(path), "--max_steps", "20"])
     assert float(found.learning_rate) == 1e-4
     assert (found.dataset, found.max_steps, found.validation, found.overwrite) == (["d", "e"], 20, "500", True)
     assert found.alphas == [0.5]
+    assert found.mask_duplicates == "off"
     assert parse_config([str(path), "--dataset", "f"]).dataset == ["f"]
 
 
@@ -172,6 +298,7 @@ def test_file_gives_options_and_flags_go_over_it(tmp_path: Path, kind: str):
     [
         ("run.yaml", "learning_rat: 1\n", "run.yaml has an option 'learning_rat' that there isn't. Did you mean 'lear"),
         ("run.json", '{"batchsize": 1}', "run.json has an option 'batchsize' that there isn't. Did you mean 'batch_s"),
+        ("run.yaml", "lr: 1\n", "run.yaml has an option 'lr' that there isn't. Did you mean 'learning_rate'?"),
         ("run.yaml", "- model\n", "run.yaml holds a list, but options by name are needed"),
         ("run.json", "{model: 1}", "run.json cannot be read: Expecting property name"),
         ("run.yaml", "model: [\n", "run.yaml cannot be read: while parsing"),

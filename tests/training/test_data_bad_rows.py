@@ -10,13 +10,12 @@ import pytest
 import torch
 from transformers import ProcessorMixin
 
-from hf_clip.training.bad_rows import BadRows, find_refusal
+from hf_clip.training.bad_rows import BadRows, find_refusal, part_cut
 from hf_clip.training.columns import UnusableRowError
-from hf_clip.training.content import content_id
 from hf_clip.training.pairs import load_pairs
 from hf_clip.training.pictures import ImagePlaces, find_image_places, picture_content
 
-from .sources import COUNT, captions, loader_of, png, write_table
+from .sources import COUNT, captions, loader_of, png, text_ids, write_table
 
 pytestmark = [
     pytest.mark.usefixtures("prepared_here"),
@@ -45,7 +44,7 @@ def test_training_goes_past_pictures_that_cannot_be_decoded(
     assert [len(batch["text_ids"]) for batch in batches] == [11, 11]
     counts = Counter(number for batch in batches for number in batch["text_ids"].tolist())
     good = [text for index, text in enumerate(captions(COUNT)) if index not in (3, 4, 9)]
-    assert set(counts) == set(map(content_id, good))
+    assert set(counts) == set(text_ids(processor, good))
     assert (bad_rows.bad, bad_rows.drawn) == (3, 22)
     lines = sorted(record.getMessage() for record in caplog.records if record.name == "hf_clip.training.bad_rows")
     assert len(lines) == 3
@@ -66,7 +65,7 @@ def test_row_behind_the_batch_steps_in(tmp_path: Path, processor: ProcessorMixin
     in_order = pairs.draws
     pairs.draws = lambda epoch, **how: in_order(epoch, **(how | {"shuffle": False}))  # type: ignore[method-assign]
     batch = next(loader_of(pairs, processor, 4).epoch())
-    assert batch["text_ids"].tolist() == [content_id(f"caption number {index}") for index in (0, 6, 6, 3)]
+    assert batch["text_ids"].tolist() == text_ids(processor, [f"caption number {index}" for index in (0, 6, 6, 3)])
 
 
 def test_batch_that_loses_all_rows_is_full_all_the_same(tmp_path: Path, processor: ProcessorMixin):
@@ -78,8 +77,8 @@ def test_batch_that_loses_all_rows_is_full_all_the_same(tmp_path: Path, processo
         loader_of(pairs, processor, 2, num_processes=2, process_index=index, bad_rows=bad_rows) for index in range(2)
     ]
     first, second = (next(loader.epoch()) for loader in loaders)
-    assert first["text_ids"].tolist() == [content_id(f"caption number {index}") for index in (4, 5)]
-    assert second["text_ids"].tolist() == [content_id(f"caption number {index}") for index in (2, 3)]
+    assert first["text_ids"].tolist() == text_ids(processor, [f"caption number {index}" for index in (4, 5)])
+    assert second["text_ids"].tolist() == text_ids(processor, [f"caption number {index}" for index in (2, 3)])
     assert bad_rows.bad == 2
 
 
@@ -280,3 +279,87 @@ def test_archive_member_is_limited_as_an_address_is(tmp_path: Path, monkeypatch:
         UnusableRowError, match=r"its picture 'zip://a.png::a.zip' cannot be read \(it is larger than 1 "
     ):
         picture_content("zip://a.png::a.zip", find_image_places(str(tmp_path), tmp_path))
+
+
+# --- captions that cannot be tokenized -------------------------------------------------------------------------------
+
+HOSTILE = f"a cat &#{'9' * 5000}; on a mat"
+"""Python refuses to make a number of so many digits; a tokenizer may too."""
+
+
+@STREAMING
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [ValueError, OverflowError, RecursionError, KeyError, None], ids=str)
+def test_caption_that_cannot_be_tokenized_counts_as_a_bad_row(
+    tmp_path: Path,
+    processor: ProcessorMixin,
+    streaming: bool,
+    workers: int,
+    error: type[Exception] | None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Whatever is raised, or nothing: the others are trained on, and the accounting knows the row."""
+    if workers and error is not ValueError:
+        pytest.skip("the same in a worker")
+    if error is not None:
+        encode = type(processor.tokenizer).__call__
+
+        def refuse(self, text, *args, **kwargs):
+            if text == HOSTILE:
+                raise error(f"int has 5000 digits: {text}")
+            return encode(self, text, *args, **kwargs)
+
+        monkeypatch.setattr(type(processor.tokenizer), "__call__", refuse)
+    texts = captions(12)
+    texts[5] = HOSTILE
+    source = str(write_table(tmp_path / "table.parquet", {"image": [png(i) for i in range(12)], "caption": texts}))
+    bad_rows = BadRows(0.05)
+    loader = loader_of(load_pairs(source, streaming=streaming), processor, 4, num_workers=workers, bad_rows=bad_rows)
+    batches = list(loader.epoch())
+    assert [len(batch["input_ids"]) for batch in batches] == [4, 4, 4]
+    assert (bad_rows.drawn, bad_rows.bad) in ([(12, 1)] if error else [(12, 0), (12, 1)])
+    if error is not None:
+        assert find_refusal([bad_rows], CPU).startswith(
+            "1 of 12 rows cannot be used, more than --max_bad_fraction 0.05"
+        )
+        assert f"its caption cannot be tokenized ({error.__name__}: " in bad_rows.first
+        assert len(bad_rows.first) < 400  # and not five thousand digits
+
+
+def test_data_of_which_no_caption_can_be_tokenized_is_refused_in_one_line(
+    tmp_path: Path, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*args, **kwargs):
+        raise TypeError("no tokenizer")
+
+    source = str(write_table(tmp_path / "table.parquet", {"image": [png(0)] * 12, "caption": captions(12)}))
+    monkeypatch.setattr(type(processor.tokenizer), "__call__", refuse)
+    with pytest.raises(
+        ValueError, match=r"cannot be used \(its caption cannot be tokenized \(TypeError: no tokenizer\)"
+    ):
+        next(loader_of(load_pairs(source), processor).epoch())
+
+
+# --- captions that are cut -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_cut_captions_are_counted_over_all_processes_and_interruptions(
+    tmp_path: Path, processor: ProcessorMixin, workers: int
+):
+    texts = captions(12)
+    for place in (1, 4, 7):
+        texts[place] = " ".join(["word"] * 40)
+    texts[9] = " ".join("a" * 18)  # 20 tokens, which is what the model takes
+    source = str(write_table(tmp_path / "table.parquet", {"image": [png(i) for i in range(12)], "caption": texts}))
+    bad_rows = BadRows()
+    loader = loader_of(load_pairs(source), processor, 4, num_workers=workers, bad_rows=bad_rows)
+    list(loader.epoch())
+    assert (bad_rows.cut, bad_rows.bad) == (3, 0)
+    assert part_cut(bad_rows, CPU) == 3 / 12
+    later = BadRows()
+    assert part_cut(later, CPU) == 0
+    later.load_state_dict(bad_rows.state_dict())
+    assert part_cut(later, CPU) == 3 / 12
+    later.load_state_dict({"drawn": 1, "bad": 0, "first": ""})  # of a run before they were counted
+    assert part_cut(later, CPU) == 0

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import pandas
 import pytest
 import torch
+from datasets import Column
 from torch import Tensor
 from transformers import ProcessorMixin
 
@@ -15,7 +18,7 @@ from hf_clip.training.content import content_id
 from hf_clip.training.data import Position
 from hf_clip.training.pairs import load_pairs
 
-from .sources import COUNT, captions, jpeg, loader_of, png, write_table
+from .sources import COUNT, captions, jpeg, loader_of, png, text_id, text_ids, write_table
 
 pytestmark = [
     pytest.mark.usefixtures("prepared_here"),
@@ -73,11 +76,11 @@ def test_a_pair_stays_a_pair_and_evaluation_prepares_as_the_processor_does(
     length = expected["input_ids"].shape[1]
     assert torch.equal(batch["input_ids"][:, :length], expected["input_ids"])
     assert batch["image_ids"].tolist() == [content_id(jpeg(index)) for index in range(COUNT)]
-    assert batch["text_ids"].tolist() == [content_id(caption) for caption in captions(COUNT)]
+    assert batch["text_ids"].tolist() == text_ids(processor, captions(COUNT))
 
 
 def test_training_keeps_pairs_together_too(shard: str, processor: ProcessorMixin):
-    texts = {content_id(jpeg(index)): content_id(caption) for index, caption in enumerate(captions(COUNT))}
+    texts = {content_id(jpeg(index)): text_id(processor, caption) for index, caption in enumerate(captions(COUNT))}
     for batch in loader_of(load_pairs(shard), processor).epoch():
         for image, text in zip(batch["image_ids"].tolist(), batch["text_ids"].tolist(), strict=True):
             assert texts[image] == text
@@ -96,6 +99,31 @@ def test_captions_are_padded_to_a_multiple_of_eight_that_the_model_takes(
     assert tokens["input_ids"][1, min(words + 1, 19)] == processor.tokenizer.eos_token_id
 
 
+def test_lists_of_captions_may_be_empty_or_come_as_arrays(processor: ProcessorMixin):
+    collator = PairCollator(processor)
+    for nothing in ([], (), np.array([], dtype=str)):
+        tokens = collator.tokenize(nothing)
+        assert {name: tuple(t.shape) for name, t in tokens.items()} == {"input_ids": (0, 8), "attention_mask": (0, 8)}
+        assert all(tensor.dtype == torch.int64 for tensor in tokens.values())
+    texts = captions(5)
+    expected = collator.tokenize(texts)
+    for given in (tuple(texts), np.array(texts), pandas.Series(texts), Column(texts), iter(texts)):
+        found = collator.tokenize(given)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_captions_that_the_model_reads_alike_have_one_number(tmp_path: Path, processor: ProcessorMixin):
+    """Masking and evaluation go by what the model sees: not by case, white space or what stands behind the cut."""
+    long = " ".join(["word"] * 30)
+    texts = ["a Cat", "A  cat", f"{long} one", f"{long} two", "a dog"]
+    source = str(write_table(tmp_path / "table.parquet", {"image": [png(i) for i in range(5)], "caption": texts}))
+    (batch,) = loader_of(load_pairs(source), processor, 5, training=False).epoch()
+    cat, cats, one, two, dog = batch["text_ids"].tolist()
+    assert cat == cats
+    assert one == two
+    assert len({cat, one, dog}) == 3
+
+
 def test_equal_pictures_and_captions_are_known_by_their_ids(tmp_path: Path, processor: ProcessorMixin):
     (tmp_path / "a.png").write_bytes(png(1))
     (tmp_path / "b.png").write_bytes(png(1))
@@ -103,7 +131,7 @@ def test_equal_pictures_and_captions_are_known_by_their_ids(tmp_path: Path, proc
     pairs = load_pairs(str(write_table(tmp_path / "table.csv", columns)), label_column="class")
     (batch,) = loader_of(pairs, processor, 2, training=False).epoch()
     assert batch["image_ids"].tolist() == [content_id(png(1))] * 2
-    assert batch["text_ids"].tolist() == [content_id("same")] * 2
+    assert batch["text_ids"].tolist() == [text_id(processor, "same")] * 2
     assert batch["labels"].tolist() == [3, 5]
 
 
@@ -128,10 +156,10 @@ def test_one_of_several_captions_is_drawn_anew_in_each_epoch(tmp_path: Path, pro
     assert epochs[3] == drawn(3)
     for row in range(6):
         found = {epoch[content_id(png(row))] for epoch in epochs}
-        assert found <= {content_id(text) for text in texts[row]}
+        assert found <= set(text_ids(processor, texts[row]))
         assert len(found) > 1
     (batch,) = loader_of(load_pairs(source, captions="all"), processor, 24).epoch()
-    assert sorted(batch["text_ids"].tolist()) == sorted(content_id(text) for row in texts for text in row)
+    assert sorted(batch["text_ids"].tolist()) == sorted(text_ids(processor, [text for row in texts for text in row]))
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -147,7 +175,7 @@ def test_order_depends_on_seed_and_epoch_alone(shard: str, processor: ProcessorM
 
     orders = {(seed, epoch): order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
     assert len(set(map(tuple, orders.values()))) == 4
-    assert all(sorted(found) == sorted(map(content_id, captions(COUNT))) for found in orders.values())
+    assert all(sorted(found) == sorted(text_ids(processor, captions(COUNT))) for found in orders.values())
     torch.manual_seed(99)
     assert order(1, 1) == orders[1, 1]
 
@@ -244,14 +272,14 @@ def test_evaluation_has_every_row_once_and_may_leave_a_process_nothing(shard: st
         "text_ids": (0,),
     }
     found = [number for local in zip(*batches, strict=True) for batch in local for number in batch["text_ids"].tolist()]
-    assert found == list(map(content_id, captions(COUNT)))
+    assert found == text_ids(processor, captions(COUNT))
 
 
 def test_evaluation_leaves_bad_rows_out(shard_with_bad_rows: str, processor: ProcessorMixin):
     bad_rows = BadRows(0.5)
     loader = loader_of(load_pairs(shard_with_bad_rows), processor, 8, training=False, bad_rows=bad_rows)
     texts = [number for batch in loader.epoch() for number in batch["text_ids"].tolist()]
-    assert texts == [content_id(text) for index, text in enumerate(captions(COUNT)) if index not in (3, 4, 9)]
+    assert texts == [text_id(processor, text) for index, text in enumerate(captions(COUNT)) if index not in (3, 4, 9)]
     assert (bad_rows.bad, bad_rows.drawn) == (3, COUNT)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import http.server
+import re
 import sys
 import threading
 import zipfile
@@ -11,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Column, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 
-from hf_clip.training.columns import UnusableRowError, describe_feature
+from hf_clip.training.columns import UnusableRowError, describe_feature, find_image_column
 from hf_clip.training.pairs import Pairs, PairStream, Row, load_pairs
 from hf_clip.training.pictures import find_image_places, open_content, picture_content
-from hf_clip.training.sources import Source, parse_sources
+from hf_clip.training.sources import Source, expand_braces, parse_sources
 
 from .sources import SMALL, WRITERS, captions, jpeg, png, write_pictures, write_table, write_tar
 
@@ -233,6 +235,9 @@ def test_weight_is_told_from_a_path_with_an_equals_sign(tmp_path: Path, monkeypa
     ("sources", "message"),
     [
         (["a=1", "b"], "b has no weight, but others have; write path=weight for all, or for none"),
+        (["a.csv=x", "b=1"], "a.csv=x: there is no such file, and 'x' is no weight: write path=weight with a number"),
+        (["a="], "a=: there is no such file, and '' is no weight"),
+        (["a=nan"], "a=nan: the weight of a source must be above 0"),
         (["a=0", "b=1"], "a=0: the weight of a source must be above 0"),
         ([], "There is no data set to read"),
     ],
@@ -240,6 +245,103 @@ def test_weight_is_told_from_a_path_with_an_equals_sign(tmp_path: Path, monkeypa
 def test_wrong_weights_are_refused(sources: list[str], message: str):
     with pytest.raises(ValueError, match=message):
         parse_sources(sources)
+
+
+def test_sources_may_be_paths_and_come_in_any_list():
+    expected = [Source("a"), Source("b/c")]
+    for given in (["a", Path("b/c")], np.array(["a", "b/c"]), (name for name in ("a", "b/c")), Column(["a", "b/c"])):
+        assert parse_sources(given) == expected
+    assert parse_sources(Path("b/c")) == expected[1:]
+
+
+# --- names of files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{008..011}.tar", ["008.tar", "009.tar", "010.tar", "011.tar"]),
+        ("{8..11}.tar", ["8.tar", "9.tar", "10.tar", "11.tar"]),
+        ("{0..10..5}.tar", None),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{a,b}-{0..1}.tar", ["a-0.tar", "a-1.tar", "b-0.tar", "b-1.tar"]),
+        ("{a,b{0..1},c{x,y}}.tar", ["a.tar", "b0.tar", "b1.tar", "cx.tar", "cy.tar"]),
+        ("https://host/{00..01}.tar", ["https://host/00.tar", "https://host/01.tar"]),
+        ("x{,2}.tar", ["x.tar", "x2.tar"]),
+        ("{one}.tar", None),
+    ],
+)  # fmt: skip
+def test_braces_mean_what_they_mean_in_a_shell(name: str, expected: list[str] | None):
+    if expected is None:
+        with pytest.raises(ValueError, match=r"is no range \{000..012\} and no list \{a,b\}; write one, or no braces"):
+            expand_braces(name)
+    else:
+        assert expand_braces(name) == expected
+
+
+@STREAMING
+def test_tars_are_named_by_braces_and_none_may_be_missing(streaming: bool, tmp_path: Path):
+    for name, start in (("part-a", 0), ("part-b", 4)):
+        (tmp_path / name).mkdir()
+        for half in (0, 2):
+            place = start + half
+            write_tar(
+                tmp_path / name / f"{half // 2:03}.tar", [png(place), png(place + 1)], captions(8)[place : place + 2]
+            )
+    pairs = load_pairs(str(tmp_path / "part-{a,b}" / "{000..001}.tar"), streaming=streaming)
+    rows = rows_of(pairs)
+    assert [row.captions for row in rows] == [[caption] for caption in captions(8)]
+    assert [grey(row) for row in rows] == [10 * index for index in range(8)]
+    with pytest.raises(FileNotFoundError, match=r"no file has this name: .*part-a/002.tar"):
+        load_pairs(str(tmp_path / "part-{a,b}" / "{000..002}.tar"), streaming=streaming)
+    with pytest.raises(ValueError, match=r"are files of different kinds; name them apart"):
+        load_pairs(str(tmp_path / "part-a" / "{000.tar,001.csv}"), streaming=streaming)
+
+
+def test_file_with_braces_in_its_name_is_that_file(tmp_path: Path):
+    table = write_table(tmp_path / "a{1,2}.csv", {"image": ["x.png"], "caption": ["a cat"]})
+    assert rows_of(load_pairs(str(table)))[0].captions == ["a cat"]
+
+
+@STREAMING
+@pytest.mark.parametrize("mark", [";", "\t", "|"], ids=["semicolon", "tab", "bar"])
+def test_table_with_other_separators_than_commas_is_read(mark: str, streaming: bool, tmp_path: Path):
+    (tmp_path / "table.csv").write_text(f"image{mark}caption\nx.png{mark}a cat, asleep\ny.png{mark}a dog\n")
+    rows = rows_of(load_pairs(str(tmp_path / "table.csv"), streaming=streaming))
+    assert [(row.image, row.captions) for row in rows] == [("x.png", ["a cat, asleep"]), ("y.png", ["a dog"])]
+
+
+def test_table_that_came_as_one_column_is_told_what_is_in_the_way():
+    with pytest.raises(ValueError, match="its columns are image;caption. .*or write the table with commas, where it h"):
+        find_image_column("data", {"image;caption": Value("string")}, None)
+
+
+# --- fields within columns -------------------------------------------------------------------------------------------
+
+
+@STREAMING
+@pytest.mark.parametrize("column", ["json.long", "{json.long}", "{json[long]}"])
+def test_captions_are_fields_of_a_tars_json(column: str, streaming: bool, tmp_path: Path):
+    source = str(write_tar(tmp_path / "shard.tar", [png(0), png(1)], ["a cat", "a dog"]))
+    pairs = load_pairs(source, caption_column=column, streaming=streaming)
+    assert [row.captions for row in rows_of(pairs)] == [["a long a cat"], ["a long a dog"]]
+    with pytest.raises(ValueError, match="has no column 'json.short'; its columns are .*json.id, json.long"):
+        load_pairs(source, caption_column="json.short", streaming=streaming)
+    with pytest.raises(ValueError, match="the column 'json.id' holds .*int64.*, but texts are needed"):
+        load_pairs(source, caption_column="json.id", streaming=streaming)
+
+
+@STREAMING
+def test_fields_are_found_without_being_named_and_may_hold_several_captions(streaming: bool, tmp_path: Path):
+    about = [{"captions": ["a", "b"], "url": "x.png"}, {"captions": ["c"], "url": "y.png"}]
+    table = Dataset.from_dict({"image": [png(0), png(1)], "json": about})
+    table.save_to_disk(tmp_path / "data")
+    pairs = load_pairs(str(tmp_path / "data"), captions="all", streaming=streaming)
+    assert [(draw.row, draw.caption) for draw in pairs.draws(0, shuffle=False)] == [(0, 0), (0, 1), (1, 0)]
+    assert rows_of(pairs)[0].captions == ["a", "b"]
+    rows = rows_of(load_pairs(str(tmp_path / "data"), image_column="json.url", streaming=streaming))
+    assert [row.image for row in rows] == ["x.png", "y.png"]
 
 
 # --- what is there, and what isn't -----------------------------------------------------------------------------------
@@ -308,6 +410,28 @@ def test_split_that_is_missing_names_those_that_there_are(tmp_path: Path):
     assert len(load_pairs(str(tmp_path / "data"), split="test")) == 1
     with pytest.raises(ValueError, match="no split 'validation'; its splits are train, test"):
         load_pairs(str(tmp_path / "data"), split="validation")
+
+
+@STREAMING
+@pytest.mark.parametrize(
+    "kind", ["paths in .csv", "paths in .json", "webdataset", "save_to_disk", "folder with metadata.csv"]
+)
+def test_table_without_splits_is_its_split_train_and_no_other(kind: str, streaming: bool, tmp_path: Path):
+    source = WRITERS[kind](tmp_path)
+    assert len(rows_of(load_pairs(source, streaming=streaming))) == SMALL
+    for split in ("trian", "no-such-split", "test", "train[:10]"):
+        with pytest.raises(ValueError, match=f"has no split '{re.escape(split)}'; its splits are train") as error:
+            load_pairs(source, split=split, streaming=streaming)
+        assert "hold out a number (--validation 500) or a part (--validation 0.05)" in str(error.value)
+    with pytest.raises(ValueError, match="Did you mean 'train'"):
+        load_pairs(source, split="trian", streaming=streaming)
+
+
+@STREAMING
+def test_configuration_that_is_missing_names_those_that_there_are(streaming: bool, tmp_path: Path):
+    folder = WRITERS["folder with metadata.csv"](tmp_path)
+    with pytest.raises(ValueError, match=f"{folder}:smal has no configuration 'smal'; its configurations are default."):
+        load_pairs(f"{folder}:smal", streaming=streaming)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "no/such/table.csv", "some-user/some-data"])

@@ -5,6 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel
@@ -83,7 +84,7 @@ def test_a_lock_says_where_adapters_stand(model: HfClipModel, spec: str, prefixe
 
 
 def test_chosen_targets_alone_are_adapted(model: HfClipModel):
-    adapted = add_lora_(model, 2, targets=["q_proj", "mlp.fc2"])
+    adapted = add_lora_(model, 2, targets=np.array(["q_proj", "mlp.fc2"]))
     assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "fc2"}
 
 
@@ -141,6 +142,8 @@ def test_gradients_are_the_same_with_checkpointing(model: HfClipModel, tower: st
         ({"rank": 0}, "The LoRA rank is 0, but must be at least 1"),
         ({"rank": 100_000}, "The LoRA rank is 100000, but no matrix here has a rank above [0-9]+: take less"),
         ({"rank": 2, "dropout": 1.0}, "The LoRA dropout is 1.0, but must be at least 0 and below 1"),
+        ({"rank": 2, "targets": []}, "LoRA was given no targets to adapt; name some, or leave them out"),
+        ({"rank": 2, "targets": "query"}, "no matrix 'query' to adapt; there are .*fc1, fc2.*q_proj"),
         ({"rank": 2, "targets": ["query"]}, "no matrix 'query' to adapt; there are .*fc1, fc2.*q_proj"),
     ],
 )
