@@ -105,7 +105,6 @@ def _builder_of(path: str) -> str | None:
     return BUILDERS.get(os.path.splitext(name)[1])
 
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -115,21 +114,37 @@ def expand_braces(path: str) -> list[str]:
     Numbers are filled up with zeros to the length of the longer one where either begins with a zero, as in a shell.
     A name without braces stays as it is, and so does what exists under its whole name.
     """
-    place = None if os.path.exists(path) else _BRACES.search(path)
-    if place is None:
-        return [path]
-    head, inner, tail = path[: place.start()], place[1], path[place.end() :]
-    if numbers := _RANGE.fullmatch(inner):
-        first, last = int(numbers[1]), int(numbers[2])
-        is_filled = any(len(number) > 1 and number[0] == "0" for number in numbers.groups())
-        width = max(map(len, numbers.groups())) if is_filled else 0
-        step = 1 if first <= last else -1
-        parts = [str(number).zfill(width) for number in range(first, last + step, step)]
-    elif "," in inner:
-        parts = inner.split(",")
+    return [path] if os.path.exists(path) else _expand(path)
+
+
+def _expand(text: str) -> list[str]:
+    start = text.find("{")
+    if start < 0:
+        return [text]
+    depth, pieces, begin = 0, [], start + 1
+    for place in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0 or (depth == 1 and text[place] == ","):
+            pieces.append(text[begin:place])
+            begin = place + 1
+        if depth == 0:
+            break
     else:
-        raise ValueError(f"{path}: {place[0]} is no range {{000..012}} and no list {{a,b}}; write one, or no braces.")
-    return list(dict.fromkeys(name for part in parts for name in expand_braces(f"{head}{part}{tail}")))
+        return [text]
+    parts = _numbers(pieces[0], text) if len(pieces) == 1 else [part for piece in pieces for part in _expand(piece)]
+    tails = _expand(text[begin:])
+    return [text[:start] + part + tail for part in parts for tail in tails]
+
+
+def _numbers(inner: str, text: str) -> list[str]:
+    found = _RANGE.fullmatch(inner)
+    if found is None:
+        raise ValueError(f"{text}: {{{inner}}} is no range {{000..012}} and no list {{a,b}}; write one, or no braces.")
+    first, last = int(found[1]), int(found[2])
+    is_filled = any(len(number) > 1 and number[0] == "0" for number in found.groups())
+    width = max(map(len, found.groups())) if is_filled else 0
+    step = 1 if first <= last else -1
+    return [str(number).zfill(width) for number in range(first, last + step, step)]
 
 
 def folder_of(path: str) -> Path | None:

@@ -167,6 +167,6 @@ def describe_captions(captions: list[str], collator: PairCollator, *, is_masked:
         lines.append(
             f"note: {how} no negatives of each other (--mask_duplicates off makes them so)."
             if is_masked
-            else f"warning: {how} negatives of each other; --mask_duplicates on keeps them from it."
+            else f"note: {how} negatives of each other, as --mask_duplicates off says."
         )
     return lines

@@ -8,7 +8,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from datasets import Column
+from datasets import Dataset
 from torch import Tensor
 from transformers import ProcessorMixin
 
@@ -107,7 +107,13 @@ def test_lists_of_captions_may_be_empty_or_come_as_arrays(processor: ProcessorMi
         assert all(tensor.dtype == torch.int64 for tensor in tokens.values())
     texts = captions(5)
     expected = collator.tokenize(texts)
-    for given in (tuple(texts), np.array(texts), pandas.Series(texts), Column(texts), iter(texts)):
+    for given in (
+        tuple(texts),
+        np.array(texts),
+        pandas.Series(texts),
+        Dataset.from_dict({"text": texts})["text"],
+        iter(texts),
+    ):
         found = collator.tokenize(given)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from datasets import ClassLabel, Column, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 
 from hf_clip.training.columns import UnusableRowError, describe_feature, find_image_column
@@ -249,7 +249,12 @@ def test_wrong_weights_are_refused(sources: list[str], message: str):
 
 def test_sources_may_be_paths_and_come_in_any_list():
     expected = [Source("a"), Source("b/c")]
-    for given in (["a", Path("b/c")], np.array(["a", "b/c"]), (name for name in ("a", "b/c")), Column(["a", "b/c"])):
+    for given in (
+        ["a", Path("b/c")],
+        np.array(["a", "b/c"]),
+        (name for name in ("a", "b/c")),
+        Dataset.from_dict({"name": ["a", "b/c"]})["name"],
+    ):
         assert parse_sources(given) == expected
     assert parse_sources(Path("b/c")) == expected[1:]
 
@@ -268,6 +273,7 @@ def test_sources_may_be_paths_and_come_in_any_list():
         ("{a,b}-{0..1}.tar", ["a-0.tar", "a-1.tar", "b-0.tar", "b-1.tar"]),
         ("{a,b{0..1},c{x,y}}.tar", ["a.tar", "b0.tar", "b1.tar", "cx.tar", "cy.tar"]),
         ("https://host/{00..01}.tar", ["https://host/00.tar", "https://host/01.tar"]),
+        ("open{0.tar", ["open{0.tar"]),
         ("x{,2}.tar", ["x.tar", "x2.tar"]),
         ("{one}.tar", None),
     ],

@@ -150,7 +150,7 @@ def test_repeated_captions_are_said_with_what_becomes_of_them(processor: Process
         f"note: {how} no negatives of each other (--mask_duplicates off makes them so)."
     ]
     assert lines_of(processor, texts, is_masked=False) == [
-        f"warning: {how} negatives of each other; --mask_duplicates on keeps them from it."
+        f"note: {how} negatives of each other, as --mask_duplicates off says."
     ]
 
 
