@@ -225,7 +225,7 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         """Paths, NumPy's numbers and arrays, single words for lists and YAML's `on` and `off` as what JSON can hold."""
         for field in dataclasses.fields(self):
             value = plain(getattr(self, field.name))
-            if field.name in ("dataset", "report_to"):
+            if field.default_factory is not dataclasses.MISSING:
                 value = [value] if isinstance(value, str) else list(value or [])
             setattr(self, field.name, value)
         switch = str(self.mask_duplicates).lower()

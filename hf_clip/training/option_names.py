@@ -23,6 +23,7 @@ KNOWN_AS = {
         "caption caption_col caption_key csv_caption_key label_column prompt prompt_template target_column template "
         "text text_col text_column text_key"
     ),
+    "image_folders": "image_dir image_folder image_root images_dir img_dir",
     "mask_duplicates": "dedup deduplicate false_negatives ignore_duplicates",
     "streaming": "iterable stream",
     "validation": (

@@ -5,7 +5,6 @@ an address of another file system would put files of this machine, or of its use
 may name images on the web (http, https), within the data set, and nowhere else but where the user allows it.
 """
 
-import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from PIL import Image
 from ..fetch_hf_clip import MAX_BYTES, fetch, is_web_address
 from ..pictures_hf_clip import open_picture
 from .columns import UnusableRowError
-from .sources import import_datasets
+from .sources import import_datasets, is_pattern
 
 TIMEOUT = 20.0
 """Seconds until an address is given up, all in all."""
@@ -66,7 +65,7 @@ def find_image_places(source: str, folder: Path | None, allowed: Sequence[str] =
         local.append(folder)
     elif "://" in source:
         parent = source.rpartition("/")[0]
-        while glob.has_magic(parent):
+        while is_pattern(parent):
             parent = parent.rpartition("/")[0]
         remote.append(f"{parent}/")
     else:

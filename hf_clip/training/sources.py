@@ -147,18 +147,22 @@ def _numbers(inner: str, text: str) -> list[str]:
     return [str(number).zfill(width) for number in range(first, last + step, step)]
 
 
+def is_pattern(path: str) -> bool:
+    """Whether a name stands for several."""
+    return glob.has_magic(path) or "{" in path
+
+
 def folder_of(path: str) -> Path | None:
-    """Where relative paths of images begin: the folder itself, or that of a data file."""
-    path = expand_braces(path)[0]
+    """Where relative paths of images begin: the folder itself, that of a data file, or what a pattern's files share."""
     if "://" in path:
         return None
     place = Path(path).expanduser()
     if place.is_dir():
         return place
-    if _builder_of(path) is None:
+    if _builder_of(expand_braces(path)[0]) is None:
         return None
     for parent in place.parents:
-        if not glob.has_magic(str(parent)):
+        if parent.is_dir() or not is_pattern(str(parent)):
             return parent
     return None
 

@@ -123,7 +123,7 @@ def _open(row: Row) -> None:
     if row.reason is not None:
         raise UnusableRowError(row.reason)
     if not (isinstance(row.image, str) and row.image.startswith(("http://", "https://"))):
-        open_content(picture_content(row.image, row.folder))
+        open_content(picture_content(row.image, row.places))
 
 
 def describe_captions(captions: list[str], collator: PairCollator, *, is_masked: bool) -> list[str]:

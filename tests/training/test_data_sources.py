@@ -305,6 +305,18 @@ def test_tars_are_named_by_braces_and_none_may_be_missing(streaming: bool, tmp_p
         load_pairs(str(tmp_path / "part-a" / "{000.tar,001.csv}"), streaming=streaming)
 
 
+def test_relative_paths_begin_where_the_files_of_a_pattern_lie_together(tmp_path: Path):
+    """Rows of one folder never take the images of another that are called alike."""
+    for index, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(png(index))
+        write_table(tmp_path / name / "table.csv", {"image": [f"{name}/x.png"], "caption": [name]})
+    for pattern in ("{a,b}/table.csv", "[ab]/table.csv"):
+        rows = rows_of(load_pairs(str(tmp_path / pattern)))
+        assert [grey(row) for row in rows] == [0, 10]
+    assert find_image_places("https://host/x/{a,b}/{0..3}.csv", None).remote == ("https://host/x/",)
+
+
 def test_file_with_braces_in_its_name_is_that_file(tmp_path: Path):
     table = write_table(tmp_path / "a{1,2}.csv", {"image": ["x.png"], "caption": ["a cat"]})
     assert rows_of(load_pairs(str(table)))[0].captions == ["a cat"]
