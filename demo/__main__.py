@@ -7,14 +7,10 @@ Steps: make the data set, write a fresh model, `accelerate launch finetune.py`, 
 `pipeline`, measure top-1 on held-out images and on colour combinations that were never trained, draw a picture.
 """
 
-import os
-
-# As in finetune.py: threads that wait for work in a loop take the cores from whatever else runs.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import argparse
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
