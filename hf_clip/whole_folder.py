@@ -18,9 +18,10 @@ import errno
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -30,16 +31,20 @@ FULL_WORDS = ("no space left", "disk quota exceeded", "file too large", "os erro
 """How libraries that are not written in Python say so, in errors of any kind."""
 
 
-class FolderInUseError(OSError):
-    """Another process writes to the same folder.
+UNKNOWN_HOLDER = "which doesn't say who it is"
 
-    folder: which one
+
+class FolderInUseError(OSError):
+    """Another program writes to the same folder.
+
+    folder: which one.   holder: the process that does, in words, where it is known
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, holder: str):
+        self.folder, self.holder = folder, holder
         super().__init__(
-            f"{folder} is being written by another process; wait until it is done, or name another folder."
+            f"{folder} is in use by another program ({holder}); wait until it is done or end it, or name another "
+            f"folder."
         )
 
 
@@ -95,41 +100,57 @@ def _hidden(out: Path, kind: str) -> str:
 
 def _left_by_a_writer(path: Path, out: Path) -> str | None:
     """Which of a writer's own files this is: its lock, or a hidden folder's kind; None for all other files."""
-    if path.name == _lock_name(out):
+    if path.name in (_beside(out, "lock"), _beside(out, "holder")):
         return "lock"
     found = re.fullmatch(rf"\.{re.escape(out.name)}-(unfinished|replaced|removed)-[a-z0-9_]{{8}}", path.name)
     return found[1] if found else None
 
 
-def _lock_name(out: Path) -> str:
-    return f".{out.name}.lock"
+def _beside(out: Path, ending: str) -> str:
+    return f".{out.name}.{ending}"
 
 
 @contextmanager
-def _locked(out: Path, wait: float) -> Iterator[bool]:
-    """Keep other writers of `out` away; says whether the file system can. The kernel lets go of a killed one's lock.
+def held_folder(out: Path, wait: float = 0.0) -> Iterator[None]:
+    """Keep other writers of a folder away; what killed ones left there is removed.
 
-    The lock is a file beside the folder, so that it holds for all machines that share the disk, and is there before
-    the folder is. It is removed while it is held; filelock takes no lock of a file that has been removed.
+    The kernel lets go of the lock of a process that was killed. The lock is a file beside the folder, so that it holds
+    for all machines that share the disk, and is there before the folder is. It is removed while it is held; filelock
+    takes no lock of a file that has been removed. Where a file system has no locks, nobody is kept away.
+
+    Args:
+        out: The folder, which need not be there, by its absolute path.
+        wait: Seconds for which another holder is waited for.
+
+    Raises:
+        FolderInUseError: Another program holds it.
+        DiskFullError: There is no room for the lock.
     """
+    out.parent.mkdir(parents=True, exist_ok=True)
     place = out.parent if os.access(out.parent, os.W_OK | os.X_OK) else out
-    lock = FileLock(place / _lock_name(out), timeout=wait)
-    is_held = True
+    lock, holder = FileLock(place / _beside(out, "lock")), place / _beside(out, "holder")
     try:
-        lock.acquire()
+        lock.acquire(timeout=wait)
     except Timeout:
-        raise FolderInUseError(out) from None
+        who = UNKNOWN_HOLDER
+        with suppress(OSError):
+            who = holder.read_text(encoding="utf-8").strip() or who
+        raise FolderInUseError(out, who) from None
     except (NotImplementedError, OSError) as error:  # some network file systems have no locks
         if isinstance(error, OSError) and error.errno in FULL:
             raise DiskFullError(out, None, None) from None
-        is_held = False
+        yield
+        return
     try:
-        yield is_held
+        with suppress(OSError):  # a full disk keeps nobody from removing what fills it
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        _clear_leftovers(out)
+        yield
     finally:
-        if is_held:
+        for path in (holder, Path(lock.lock_file)):
             with suppress(OSError):  # Windows removes none that is open
-                os.unlink(place / _lock_name(out))
-            lock.release()
+                path.unlink()
+        lock.release()
 
 
 def _clear_leftovers(out: Path) -> None:
@@ -208,6 +229,7 @@ def whole_folder(
     overwrite: bool = True,
     needed: int | None = None,
     wait: float = 0.0,
+    is_held: bool = False,
 ) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `out` when the block ends without an error.
 
@@ -220,20 +242,18 @@ def whole_folder(
         overwrite: Whether `out` may hold files, now that no other writer can put any there.
         needed: Bytes that will be written, if known.
         wait: Seconds for which another writer of the same folder is waited for.
+        is_held: Whether the caller holds the folder already, see `held_folder`.
 
     Yields:
         The folder to fill.
 
     Raises:
-        FolderInUseError: Another process writes to `out`.
+        FolderInUseError: Another program writes to `out`.
         FileExistsError: `out` holds files and `overwrite` is false.
         DiskFullError: There is no room; nothing is left behind.
     """
     out = Path(out).resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out, wait) as is_held:
-        if is_held:
-            _clear_leftovers(out)
+    with nullcontext() if is_held else held_folder(out, wait):
         _check_unused(out, overwrite)
         # Inside a folder that exists, since it may be a file system of its own; else beside its place.
         place = out if out.is_dir() else out.parent

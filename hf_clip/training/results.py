@@ -80,7 +80,7 @@ def save_results(
     figures: dict[str, float],
     facts: RunFacts,
 ) -> bool:
-    """Write the trained model into the run's folder, all files at once.
+    """Write the trained model into the run's folder, which the caller holds, all files at once.
 
     The folder carries the code that loads it, as a repository does, so that it works wherever it is copied to.
 
@@ -93,7 +93,7 @@ def save_results(
         Whether the curve could be drawn.
     """
     out = Path(config.output_dir)
-    with whole_folder(out, instead_of=DESCRIPTIONS) as folder:
+    with whole_folder(out, instead_of=DESCRIPTIONS, is_held=True) as folder:
         model.save_pretrained(folder, state_dict=weights)
         if config.output_format == "transformers":
             write_stock_files(folder, model.config, processor.tokenizer, processor.image_processor)

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from hf_clip.training import stopping
 from hf_clip.training.checkpoint import list_checkpoints
-from hf_clip.training.output import FolderInUseError, held
+from hf_clip.training.output import held
+from hf_clip.whole_folder import FolderInUseError
 
 from ..finetuning import ROOT, options, records, train, words
 
@@ -27,7 +28,7 @@ from ..finetuning import ROOT, options, records, train, words
 
 def test_folder_is_held_by_one_run_which_is_named(digits: Path, tmp_path: Path):
     out = tmp_path / "out"
-    message = rf"out is in use by another run \(process {os.getpid()} on .*\). Wait for it or end it, or name another"
+    message = rf"out is in use by another program \(process {os.getpid()} on .*\); wait until it is done or end it, or"
     with held(out):
         for _ in range(2):
             with pytest.raises(FolderInUseError, match=message) as error:
@@ -45,7 +46,7 @@ def test_killed_run_lets_go_of_its_folder(tmp_path: Path):
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(FolderInUseError, match="is in use by another run"), held(tmp_path / "out"):
+    with pytest.raises(FolderInUseError, match="is in use by another program"), held(tmp_path / "out"):
         pass
     holder.kill()
     holder.communicate()
@@ -55,7 +56,7 @@ def test_killed_run_lets_go_of_its_folder(tmp_path: Path):
 
 def test_next_run_removes_what_a_killed_one_left(tmp_path: Path):
     out = tmp_path / "out[1]"
-    left = [out / ".out[1]-unfinished-abc", tmp_path / ".out[1]-unfinished-def"]
+    left = [out / ".out[1]-unfinished-abcdefgh", tmp_path / ".out[1]-unfinished-ijklmnop"]
     left += [out / "checkpoints" / ".step-00000003.unfinished"]
     kept = [out / "checkpoints" / "step-00000002", out / "checkpoints" / "step-abc", tmp_path / ".out1-unfinished-def"]
     for folder in left + kept:
