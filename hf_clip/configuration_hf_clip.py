@@ -35,7 +35,7 @@ MOST_PIXELS = 1 << 14
 MOST_CHANNELS = 1 << 10
 """Far beyond any model. Larger ones are damage, or made to fill the memory and the time of whoever builds them."""
 
-BOOKKEEPING = ("architectures", "auto_map", "dtype", "transformers_version")
+BOOKKEEPING = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 """What says nothing of how a model computes."""
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -104,6 +104,15 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _essence(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a configuration says of how a model computes."""
+    values = {name: value for name, value in config.to_dict().items() if name not in BOOKKEEPING}
+    for name, tower in vars(config).items():
+        if isinstance(tower, PreTrainedConfig):
+            values[name] = _essence(tower)
+    return values
+
+
 class HfClipPreTrainedConfig(PreTrainedConfig):
     """What all configurations here have in common: stock CLIP's and open_clip's are read as well."""
 
@@ -161,8 +170,7 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
         read_from, writing = self.__dict__.pop("_writing", (None, None))
         if read_from != str(source) or subfolder or writing == writing_of(source):
             return True
-        found, own = type(self).from_pretrained(source).to_dict(), self.to_dict()  # it may have been saved there again
-        return all(own.get(name) == value for name, value in found.items() if name not in BOOKKEEPING)
+        return _essence(type(self).from_pretrained(source)) == _essence(self)  # it may have been saved there again
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().to_dict().items() if name != "_writing"}

@@ -3,9 +3,13 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
 import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from conversion.convert import convert, main
 from conversion.reference import build_reference, halve, reference_dimensions, write_archive
 from hf_clip import VARIANTS, HfClipConfig, HfClipModel, HfClipProcessor
+from hf_clip import whole_folder as whole_folder_module
+from hf_clip.files_hf_clip import FolderReplacedError
 from hf_clip.formats import writing
 from hf_clip.formats.safetensors_stream import write_safetensors
 from hf_clip.original import CheckpointError
+from hf_clip.whole_folder import FolderInUseError, whole_folder
 
 from ..small import DIMENSIONS, IMAGE_SIZES, pictures, texts
 
@@ -316,3 +323,171 @@ def test_streamed_file_equals_what_the_library_reads(tmp_path: Path):
 
 def test_converted_weights_load_into_a_model_strictly(repository: Path, model: HfClipModel):
     model.load_state_dict(load_file(repository / "model.safetensors"), strict=True)
+
+
+# --- readers and writers at once -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_models(archives: dict[str, Path], tmp_path: Path, references: dict[str, nn.Module]) -> dict[str, Path]:
+    """Two checkpoints of one shape that differ in activation and weights: a mixture would load without an error."""
+    other = {name: tensor * 2 for name, tensor in references["vit"].state_dict().items()}
+    (tmp_path / "sources").mkdir()
+    for activation in ("quick_gelu", "gelu"):
+        state = other if activation == "gelu" else references["vit"].state_dict()
+        path = tmp_path / "sources" / f"{activation}.safetensors"
+        save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path)
+    return {name: tmp_path / "sources" / f"{name}.safetensors" for name in ("quick_gelu", "gelu")}
+
+
+def write(sources: dict[str, Path], name: str, out: Path) -> None:
+    convert(sources[name], out, activation=name, overwrite=True)
+
+
+def replace_once(monkeypatch: pytest.MonkeyPatch, replace: Callable[[], None]) -> None:
+    """Between the configuration and the weights of whoever loads next, another writer comes."""
+    real, left = HfClipConfig.from_dict.__func__, [replace]
+
+    def from_dict(cls: type, *args: object, **kwargs: object) -> object:
+        config = real(cls, *args, **kwargs)
+        if left:
+            left.pop()()
+        return config
+
+    monkeypatch.setattr(HfClipConfig, "from_dict", classmethod(from_dict))
+
+
+def is_whole(model: HfClipModel, references: dict[str, nn.Module]) -> bool:
+    scale = {"quick_gelu": 1, "gelu": 2}[model.config.text_config.hidden_act]
+    return torch.equal(model.logit_scale.detach(), references["vit"].logit_scale.detach() * scale)
+
+
+def test_model_of_a_folder_that_is_replaced_meanwhile_is_read_again(
+    two_models: dict[str, Path], references: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "out"
+    write(two_models, "quick_gelu", out)
+    replace_once(monkeypatch, lambda: write(two_models, "gelu", out))
+    model = HfClipModel.from_pretrained(out)
+    assert model.config.text_config.hidden_act == "gelu"
+    assert is_whole(model, references)
+
+
+def test_auto_class_that_has_read_another_configuration_is_refused(
+    two_models: dict[str, Path], references: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "out"
+    write(two_models, "quick_gelu", out)
+    replace_once(monkeypatch, lambda: write(two_models, "gelu", out))
+    with pytest.raises(FolderReplacedError, match="was replaced by another model while it was being read") as caught:
+        AutoModel.from_pretrained(out)
+    assert caught.value.folder == out
+    assert is_whole(AutoModel.from_pretrained(out), references)
+
+
+def test_configuration_that_was_changed_and_saved_by_the_reader_is_taken(repository: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(repository, out)
+    config = AutoConfig.from_pretrained(out)
+    config.text_config.hidden_act = "gelu"
+    config.save_pretrained(out)
+    assert "_writing" not in json.loads((out / "config.json").read_text())
+    model = AutoModel.from_pretrained(out, config=config)
+    assert model.config.text_config.hidden_act == "gelu"
+
+
+def test_conversion_of_a_folder_that_is_replaced_meanwhile_is_of_one_model(
+    two_models: dict[str, Path], references: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write(two_models, "quick_gelu", tmp_path / "source")
+    replace_once(monkeypatch, lambda: write(two_models, "gelu", tmp_path / "source"))
+    convert(tmp_path / "source", tmp_path / "out")
+    assert is_whole(HfClipModel.from_pretrained(tmp_path / "out"), references)
+
+
+def test_readers_beside_two_converters_see_no_mixture(
+    two_models: dict[str, Path], references: dict[str, nn.Module], tmp_path: Path
+):
+    out, over = tmp_path / "out", threading.Event()
+    write(two_models, "quick_gelu", out)
+    written = dict.fromkeys(two_models, 0)
+
+    def go_on_writing(name: str) -> None:
+        while not over.is_set():
+            try:
+                write(two_models, name, out)
+                written[name] += 1
+            except FolderInUseError:
+                pass
+            over.wait(0.2)
+
+    writers = [threading.Thread(target=go_on_writing, args=(name,)) for name in two_models]
+    for writer in writers:
+        writer.start()
+    read, mixtures = 0, 0
+    try:
+        for turn in range(8):
+            try:
+                model = (AutoModel if turn % 2 else HfClipModel).from_pretrained(out)
+            except OSError:  # between two, or replaced while it was read
+                continue
+            read += 1
+            mixtures += not is_whole(model, references)
+    finally:
+        over.set()
+        for writer in writers:
+            writer.join()
+    assert min(written.values()) > 0
+    assert read > 0
+    assert mixtures == 0
+
+
+def test_second_of_two_conversions_is_refused(archives: dict[str, Path], tmp_path: Path):
+    """Both find the place empty before they read; the second must find it again before it writes."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with whole_folder(out, overwrite=False) as folder:
+        with pytest.raises(FolderInUseError, match="is being written by another process"):
+            convert(archives["resnet"], out)
+        (folder / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        convert(archives["resnet"], out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    try:
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("no file system can be mounted here")
+    except FileNotFoundError:
+        pytest.skip("there is no mount")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("format_name", ["hf_clip", "openai"])
+@pytest.mark.parametrize("is_known", [True, False], ids=["before", "while writing"])
+def test_full_disk_is_one_line_and_leaves_nothing(
+    archives: dict[str, Path],
+    small_disk: Path,
+    format_name: str,
+    is_known: bool,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    if not is_known:  # as under a quota
+        monkeypatch.setattr(whole_folder_module, "_free", lambda place: None)
+    assert main([str(archives["vit"]), str(small_disk / "out"), "--format", format_name]) == 1
+    err = capsys.readouterr().err
+    assert "error: No space left in " in err
+    assert re.search(r"out needs [\d,]+ bytes", err)
+    assert err.rstrip().endswith("Make room there, or name a folder on another disk.")
+    assert "Traceback" not in err
+    assert list(small_disk.iterdir()) == []
