@@ -1,4 +1,4 @@
-"""CLIP's byte-level BPE: how a text is repaired and cut into words, and the Rust tokenizer that merges them.
+"""CLIP's byte-level BPE: the expression that cuts words, the vocabulary, and the Rust tokenizer that merges.
 
 OpenAI's tokenizer does this to a text:
 
@@ -6,23 +6,17 @@ OpenAI's tokenizer does this to a text:
 2. cut into words by one regular expression, which never crosses white space;
 3. encode each word as bytes and merge them by rank.
 
-Steps 1 and 2 are functions here, on the very same libraries, ftfy and regex; step 3 is Rust's. The backend that is
-built here, and saved as tokenizer.json, describes all three as closely as Rust can, for those who load it alone.
+Step 1 is in repairing_hf_clip, on the very same library, ftfy; step 2 is here, on the very same regex; step 3 is
+Rust's. The backend that is built here, and saved as tokenizer.json, describes all three as closely as Rust can, for
+those who load it alone.
 """
 
 import gzip
-import html
 import unicodedata
 from pathlib import Path
-from typing import Any
 
 import regex
-from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-try:
-    import ftfy
-except ImportError:  # texts in plain ASCII need no repair
-    ftfy = None
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 START_OF_TEXT = "<|startoftext|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -41,43 +35,6 @@ WORDS = regex.compile(
 
 RUST_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"""
 """The same for Rust, where texts arrive lower-cased; the one other letter that folds to these is the long s."""
-
-_UNUSUAL_ASCII = bytes([*range(9), 11, 12, *range(14, 32), 127]) + b"&"
-"""What repair may change in ASCII: control characters, but for tab and line ends, and entities."""
-
-STRAIGHT_QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"'})
-WITHOUT_DASHES = str.maketrans({"–": None, "—": None, "…": None})
-
-
-def is_plain(text: str) -> bool:
-    """Whether repair_text would do nothing to a text but fold white space and lower its case."""
-    return text.isascii() and len(text.encode().translate(None, _UNUSUAL_ASCII)) == len(text)
-
-
-def repair_text(text: str) -> str:
-    """What OpenAI's tokenizer does to a text before it cuts words: ftfy, html entities twice, spaces, lower case."""
-    if ftfy is None:
-        raise ImportError(f"Tokenizing {text[:40]!r} needs ftfy, which repairs Unicode text: pip install ftfy")
-    repaired = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return regex.sub(r"\s+", " ", repaired).strip().lower()
-
-
-def repair_where_needed(text: str) -> str:
-    """A text that gives the words of repair_text(text) when it is lowered; most texts need little or nothing.
-
-    Curly quotes are straightened here, for ftfy takes a hundred times as long. It does nothing else to a text whose
-    characters beyond plain ones are curly quotes, dashes and ellipses: in no single-byte encoding do these give valid
-    UTF-8, so that such a text can't be mojibake.
-    """
-    if is_plain(text):
-        return text
-    straight = text.translate(STRAIGHT_QUOTES)
-    return straight if is_plain(straight.translate(WITHOUT_DASHES)) else repair_text(text)
-
-
-def prepare_text(text: str) -> str:
-    """The text that is cut into words. Unless it had to be repaired, its characters stay in their places."""
-    return repair_where_needed(text).lower()
 
 
 def byte_alphabet() -> list[str]:
@@ -193,66 +150,3 @@ def read_merges(path: str | Path, vocab_size: int = OPENAI_VOCAB_SIZE) -> list[t
             f"OpenAI's bpe_simple_vocab_16e6.txt.gz."
         )
     return merges
-
-
-def words_of(text: str, added: list[str]) -> list[tuple[str, int]]:
-    """The words of a text and where each begins in the prepared text; added tokens are words of their own."""
-    parts = regex.split(f"({'|'.join(map(regex.escape, added))})", text) if added else [text]
-    words: list[tuple[str, int]] = []
-    place = 0
-    for part in parts:
-        if part in added:
-            words.append((part, place))
-        else:
-            part = prepare_text(part)
-            words += [(match[0], place + match.start()) for match in WORDS.finditer(part)]
-        place += len(part)
-    return words
-
-
-class PlacedEncoding:
-    """An encoding of a text that was cut into words, whose characters count from the beginning of the text.
-
-    `tokenizers` counts them from the beginning of each word. The text is the prepared one; special tokens stand
-    nowhere in it, at (0, 0).
-    """
-
-    def __init__(self, encoding: Encoding, words: list[tuple[str, int]]):
-        self.encoding = encoding
-        self.starts = [start for _, start in words]
-        self.offsets = [
-            (0, 0) if word is None else (self.starts[word] + start, self.starts[word] + end)
-            for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True)
-        ]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # pickling asks for those, and means this object
-            raise AttributeError(name)
-        return getattr(self.encoding, name)
-
-    def __len__(self) -> int:
-        return len(self.encoding)
-
-    def token_to_chars(self, token: int) -> tuple[int, int] | None:
-        return None if self.encoding.token_to_chars(token) is None else self.offsets[token]
-
-    def char_to_token(self, char: int, sequence: int = 0) -> int | None:
-        return next((token for token, (start, end) in enumerate(self.offsets) if start <= char < end), None)
-
-    def word_to_chars(self, word: int, sequence: int = 0) -> tuple[int, int] | None:
-        span = self.encoding.word_to_chars(word, sequence)
-        return span and (self.starts[word] + span[0], self.starts[word] + span[1])
-
-    def char_to_word(self, char: int, sequence: int = 0) -> int | None:
-        token = self.char_to_token(char)
-        return None if token is None else self.encoding.word_ids[token]
-
-
-def merging_backend(backend: Tokenizer) -> Tokenizer:
-    """The part of a backend that merges: for words that were cut before."""
-    merging = Tokenizer(backend.model)  # the two share it, which is a hundred times as fast as to read it anew
-    for _, token in sorted(backend.get_added_tokens_decoder().items()):
-        (merging.add_special_tokens if token.special else merging.add_tokens)([token])
-    merging.post_processor, merging.decoder = backend.post_processor, backend.decoder
-    merging.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return merging

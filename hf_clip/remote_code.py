@@ -17,20 +17,24 @@ from .files_hf_clip import read_object
 
 TRAVELLING = (
     "bpe_hf_clip",
+    "chunks_hf_clip",
     "configuration_hf_clip",
     "fetch_hf_clip",
     "files_hf_clip",
     "image_processing_hf_clip",
     "inference_hf_clip",
+    "layout_hf_clip",
     "modeling_hf_clip",
     "packed_hf_clip",
     "pictures_hf_clip",
     "processing_hf_clip",
+    "repairing_hf_clip",
     "resizing_hf_clip",
     "resnet_hf_clip",
     "tokenization_hf_clip",
     "transformer_hf_clip",
     "variants",
+    "words_hf_clip",
 )
 """The modules that a repository carries as remote code."""
 

@@ -1,22 +1,22 @@
 """CLIP's tokenizer as transformers has them, exact for every string, and fast.
 
-What makes it fast: a text of printable ASCII without an ampersand needs no repair but lower case; and since no word
-crosses white space, the ids of a text are those of its chunks between white space, one after the other, so every
-distinct chunk is cut and merged once and then remembered.
+What makes it fast: a text of printable ASCII without an ampersand needs no repair but lower case, and the ids of what
+stands between white space are remembered (`ChunkMemory`). Whatever else a tokenizer can be asked, `WordEncoder` does.
+
+Threads share a tokenizer: a call changes nothing but the memory, and neither memory nor encoders belong to its state.
 """
 
 import json
-from collections.abc import Iterable
-from itertools import accumulate, chain
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from itertools import chain
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer, trainers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .bpe_hf_clip import (
     END_OF_TEXT,
@@ -24,124 +24,68 @@ from .bpe_hf_clip import (
     FIXED_IDS,
     OPENAI_VOCAB_SIZE,
     START_OF_TEXT,
-    WORDS,
-    PlacedEncoding,
     build_backend,
     byte_alphabet,
     check_vocab_size,
-    is_plain,
-    merging_backend,
-    prepare_text,
     read_merges,
-    repair_where_needed,
-    words_of,
 )
+from .chunks_hf_clip import BOUNDARY, ChunkMemory
 from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload
 from .files_hf_clip import TOKENIZER_CHECKS, check_tokenizer_file, find_files, in_one_kind, read_vocabulary
+from .layout_hf_clip import EncodedTexts, Layout, as_columns, as_lists, without_texts
+from .repairing_hf_clip import TextError, is_plain, prepare_text, repair_where_needed
+from .words_hf_clip import WordEncoder, describe_token
 
-BOUNDARY = "\0end_of_a_text\0"
-"""A chunk that no text has: ftfy removes the character zero, and no entity gives it."""
+logger = logging.get_logger(__name__)
+Prepared = TypeVar("Prepared")
 
-MOST_CHUNKS = 1 << 18
-"""Chunks that a tokenizer remembers: some 60 MB at most."""
+EXTRAS = {
+    "return_token_type_ids": "token_type_ids",
+    "return_special_tokens_mask": "special_tokens_mask",
+    "return_offsets_mapping": "offset_mapping",
+    "return_length": "length",
+}
+"""What a call gives beyond ids and mask, where these arguments are true."""
 
-WORDS_AT_ONCE = 512
-
-
-class ChunkMemory:
-    """The ids of every chunk between white space that was met so far.
-
-    numbers: chunk → its number, the boundary between texts being 0
-    ids (N,), starts (C,), lengths (C,): all ids one after the other, and where each chunk's stand among them
-    ends_word (V,): whether a token is the last of its word, which its name tells
-    """
-
-    def __init__(self, merger: Tokenizer):
-        self.merger = merger
-        self.lock = Lock()
-        vocab = merger.get_vocab()
-        self.ends_word = np.zeros(max(vocab.values()) + 1, dtype=bool)
-        for token, number in vocab.items():
-            self.ends_word[number] = token.endswith(END_OF_WORD) or token in (START_OF_TEXT, END_OF_TEXT)
-        self.forget()
-
-    def forget(self) -> None:
-        self.numbers = {BOUNDARY: 0}
-        self.ids = np.zeros(0, dtype=np.int64)
-        self.starts = self.lengths = np.zeros(1, dtype=np.int64)
-
-    def look_up(self, chunks: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of texts given as chunks with boundaries between them (N,), and how many each text has (B,)."""
-        with self.lock:  # another thread may learn, or forget
-            try:
-                numbers = np.fromiter(map(self.numbers.__getitem__, chunks), np.int64, len(chunks))
-            except KeyError:
-                self.learn(set(chunks))
-                numbers = np.fromiter(map(self.numbers.__getitem__, chunks), np.int64, len(chunks))
-            known_ids, starts, lengths = self.ids, self.starts, self.lengths
-        counts = lengths[numbers]  # ids of each chunk; none of a boundary
-        ends = np.cumsum(counts)
-        total = int(ends[-1]) if len(ends) else 0
-        ids = known_ids[np.repeat(starts[numbers] - (ends - counts), counts) + np.arange(total)]
-        texts_end = np.append(ends[numbers == 0], total)
-        return ids, np.diff(texts_end, prepend=0)
-
-    def learn(self, chunks: set[str]) -> None:
-        """Cut and merge the chunks that are not known yet; when there are too many, the old ones are forgotten."""
-        if len(self.numbers) + len(chunks) > MOST_CHUNKS:
-            self.forget()
-        new = list(chunks - self.numbers.keys())
-        words = [WORDS.findall(chunk) for chunk in new]
-        ids, counts = self.merge(list(chain.from_iterable(words)))
-        chunk_of_word = np.repeat(np.arange(len(new)), np.fromiter(map(len, words), np.int64, len(new)))
-        lengths = np.bincount(chunk_of_word, weights=counts, minlength=len(new)).astype(np.int64)
-        self.starts = np.append(self.starts, len(self.ids) + np.cumsum(lengths) - lengths)
-        self.lengths = np.append(self.lengths, lengths)
-        self.ids = np.append(self.ids, ids)
-        self.numbers.update(zip(new, range(len(self.numbers), len(self.starts)), strict=True))
-
-    def merge(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of words one after the other (N,), and how many each word has (W,).
-
-        Many words go to Rust as one text: what a text costs there beyond its words is more than a word does.
-        """
-        texts = [words[start : start + WORDS_AT_ONCE] for start in range(0, len(words), WORDS_AT_ONCE)]
-        encodings = self.merger.encode_batch_fast(texts, is_pretokenized=True, add_special_tokens=False)
-        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64)
-        counts = np.diff(np.flatnonzero(self.ends_word[ids]), prepend=-1)
-        if len(counts) != len(words):  # a vocabulary learned from texts that spell the mark out
-            encodings = self.merger.encode_batch_fast(
-                [[word] for word in words], is_pretokenized=True, add_special_tokens=False
-            )
-            counts = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
-        return ids, counts
+MADE_WHEN_NEEDED = ("_memory", "_encoders")
+"""What a tokenizer makes for itself: no part of its state, be it pickled, copied or hashed."""
 
 
 def check_texts(text: Any) -> list[str]:
-    """A text, or a list or tuple of texts, as a list; anything else is refused with its place."""
+    """A text, or texts in any container that keeps an order, as a list; anything else is refused with its place.
+
+    Columns of NumPy, pandas, Arrow and `datasets` are such containers; an iterator is used up.
+    """
     if isinstance(text, str):
         return [text]
-    if not isinstance(text, (list, tuple)):
+    items = text.to_pylist() if hasattr(text, "to_pylist") else text  # Arrow's own items are no strings
+    if isinstance(items, (bytes, bytearray, Mapping, Set)) or not isinstance(items, Iterable):
         raise ValueError(f"HfClipTokenizer got {type(text).__name__}, but a text or a list of texts is needed.")
-    if len(text) == 0:
-        raise ValueError("HfClipTokenizer got an empty list of texts; pass at least one text.")
-    for index, item in enumerate(text):
+    if getattr(items, "ndim", 1) != 1:
+        raise ValueError(
+            f"HfClipTokenizer got {type(text).__name__} of {items.ndim} dimensions, but one column of texts is needed."
+        )
+    texts = list(items)
+    for index, item in enumerate(texts):
         if not isinstance(item, str):
-            raise ValueError(f"Text {index} is a {type(item).__name__}, but a list of texts is needed: {item!r:.60}.")
-    return list(text)
+            raise TextError(
+                f"Text {index} is a {type(item).__name__}, but a list of texts is needed: {item!r:.60}.", index
+            )
+    return texts
 
 
-def as_lists(rows: dict[str, np.ndarray], padded: bool) -> dict[str, list[list[int]]]:
-    """Rows of ids and masks (B, L) as lists; without padding, if there shall be none."""
-    ids, mask = rows["input_ids"], rows["attention_mask"]
-    if padded:
-        return {"input_ids": ids.tolist(), "attention_mask": mask.tolist()}
-    flat, lengths = ids[mask == 1].tolist(), mask.sum(axis=1).tolist()
-    ends = list(accumulate(lengths))
-    return {
-        "input_ids": [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)],
-        "attention_mask": [[1] * length for length in lengths],
-    }
+def prepare_each(prepare: Callable[[str], Prepared], texts: Iterable[str]) -> Iterator[Prepared]:
+    """Do the same to each text. Raises TextError that says which text it cannot be done to."""
+    for index, text in enumerate(texts):
+        try:
+            yield prepare(text)
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:
+            raise TextError(
+                f"Text {index} cannot be tokenized: {str(error) or type(error).__name__}. Leave it out, or clean it.",
+                index,
+            ) from error
 
 
 def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
@@ -163,42 +107,21 @@ def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
     return backend
 
 
-class EncodedTexts(BatchEncoding):
-    """Ids and masks at once; `tokenizers`' encodings, which few ask for and which take long, when first asked for."""
-
-    def __init__(self, data: dict[str, Any], encodings: Any, tensor_type: Any = None):
-        super().__init__(data, tensor_type=tensor_type, n_sequences=1)
-        self._encodings = encodings
-
-    @property
-    def _encodings(self) -> list[PlacedEncoding]:
-        if callable(self.__dict__["made_encodings"]):
-            self.__dict__["made_encodings"] = self.__dict__["made_encodings"]()
-        return self.__dict__["made_encodings"]
-
-    @_encodings.setter
-    def _encodings(self, encodings: Any) -> None:
-        self.__dict__["made_encodings"] = encodings
-
-    @property
-    def is_fast(self) -> bool:
-        return True
-
-
 # diffusers finds out how to load a component by looking for this base class, under this name, in its module.
 class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     """CLIP's tokenizer: ids equal OpenAI's, in batches, padded to the longest text by default.
 
     Calling it returns `input_ids` and `attention_mask`, each (B, L) with `return_tensors`, else lists together with
     `tokenizers`' encodings. Padding stands on the right and repeats the end of text. A text longer than
-    `model_max_length` (77) is an error unless `truncation=True`, which keeps the end-of-text token. Offsets refer to
-    the text as it is cut: a plain one as it was given, any other as it was repaired (`prepare_text`).
+    `model_max_length` (77) is kept whole, with a warning, unless `truncation=True`, which keeps the end-of-text token;
+    the model refuses it. Offsets refer to the text as it is cut: a plain one as it was given, any other as it was
+    repaired (`prepare_text`). Without texts the arrays are (0, L). A text that cannot be tokenized is a TextError, a
+    ValueError whose `index` says which.
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
-    _word_tokenizer: tuple[Any, PreTrainedTokenizerFast] | None = None
     _memory: ChunkMemory | None = None
 
     @classmethod
@@ -254,7 +177,7 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
             end_of_word_suffix=END_OF_WORD,
             show_progress=False,
         )
-        backend.train_from_iterator((prepare_text(text) for text in texts), trainer)
+        backend.train_from_iterator(prepare_each(prepare_text, texts), trainer)
         learned = json.loads(backend.to_str())["model"]["merges"]
         merges = [(left, right) for left, right in learned]
         return cls.from_merges(merges[: vocab_size - FIXED_IDS], model_max_length)
@@ -284,155 +207,101 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
             )
         if is_split_into_words:
             raise ValueError("HfClipTokenizer cuts words itself; pass whole texts, without is_split_into_words=True.")
+        if getattr(text, "ndim", 1) == 0:
+            text = text.item()  # NumPy's way of holding a single text
         texts = check_texts(text)
-        padded = padding_strategy != PaddingStrategy.DO_NOT_PAD
-        truncated = truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE
-
-        def encode_by_words(**more: Any) -> BatchEncoding:
-            return self._encode_by_words(
-                texts,
-                truncated=truncated,
-                add_special_tokens=add_special_tokens,
-                padding_strategy=padding_strategy,
-                truncation_strategy=truncation_strategy,
-                max_length=max_length,
-                pad_to_multiple_of=pad_to_multiple_of,
-                padding_side=padding_side or self.padding_side,
-                return_attention_mask=return_attention_mask,
-                **more,
-            )
-
-        asks_for_more = any(value for name, value in kwargs.items() if name not in ("verbose", "stride"))
-        if asks_for_more or self._added_tokens() or (return_tensors is not None and not padded):
-            encoded = encode_by_words(**kwargs)
-            data, encodings = encoded.data, encoded.encodings or []
+        is_truncated = truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE
+        layout = Layout(
+            add_special_tokens=add_special_tokens,
+            limit=(max_length or self.model_max_length) if is_truncated else None,
+            truncation_side=self.truncation_side,
+            is_padded=padding_strategy != PaddingStrategy.DO_NOT_PAD,
+            to_length=(max_length or self.model_max_length) if padding_strategy == PaddingStrategy.MAX_LENGTH else 0,
+            multiple=pad_to_multiple_of or 1,
+            padding_side=padding_side or self.padding_side,
+            **self._special_tokens(),
+        )
+        split, with_overflow = (bool(kwargs.get(f"{n}_tokens")) for n in ("split_special", "return_overflowing"))
+        extras = [name for argument, name in EXTRAS.items() if kwargs.get(argument)]
+        encoder = self._encoder(split)
+        by_encodings = extras or with_overflow or split or encoder.contents
+        data: dict[str, Any]
+        encodings: Any
+        if texts and (by_encodings or (return_tensors is not None and not layout.is_padded)):
+            parts = layout.encode(encoder, list(prepare_each(encoder.words_of, texts)), kwargs.get("stride") or 0)
+            lengths = np.array([sum(first.attention_mask) for first, *_ in parts])
+            parts = parts if with_overflow else [part[:1] for part in parts]
+            data = as_columns(parts, {"input_ids", "attention_mask", *extras}, with_overflow)
+            encodings = list(chain.from_iterable(parts))
         else:
-            ids, lengths = self._ids_of(texts)
-            self._refuse_too_long(lengths, truncated, add_special_tokens)
-            special = 2 if add_special_tokens else 0
-            limit = (max_length or self.model_max_length) if truncated else None
-            to_length = (max_length or self.model_max_length) if padding_strategy == PaddingStrategy.MAX_LENGTH else 0
-            on_left = (padding_side or self.padding_side) == "left"
-            data = self._arrange(ids, lengths, special, limit, to_length, pad_to_multiple_of or 1, on_left)
+            ids, lengths = self._ids_of(texts, encoder)
+            data = layout.arrange(ids, lengths)
+            lengths = lengths + layout.special
+            if not texts:
+                data |= without_texts(extras, data)
             if return_tensors is None:
-                data = as_lists(data, padded)
+                data = as_lists(data, layout.is_padded) if texts else {name: [] for name in data}
             elif return_tensors == "pt":
                 import torch
 
                 data = {name: torch.from_numpy(values) for name, values in data.items()}  # which copies nothing
-            if return_attention_mask is False:
-                del data["attention_mask"]
-            encodings = lambda: encode_by_words().encodings  # noqa: E731
-        if isinstance(text, str) and return_tensors is None and "overflow_to_sample_mapping" not in data:
-            data = {name: value[0] for name, value in data.items()}
+            encodings = lambda: [first for first, *_ in layout.encode(encoder, list(map(encoder.words_of, texts)))]  # noqa: E731
+        if return_attention_mask is False:
+            del data["attention_mask"]
+        if add_special_tokens and not is_truncated and kwargs.get("verbose", True):
+            self._warn_of_too_long(lengths)
+        if isinstance(text, str) and return_tensors is None and not with_overflow:
+            data = {name: value[0] if isinstance(value[0], list) else value for name, value in data.items()}
         return EncodedTexts(data, encodings, tensor_type=return_tensors)
 
-    def _encode_by_words(
-        self, texts: list[str], truncated: bool, add_special_tokens: bool, **kwargs: Any
-    ) -> BatchEncoding:
-        """Lists and encodings, as a stock tokenizer makes them of words; slower, and for everything it can be asked."""
-        added = self._added_tokens()
-        words = [words_of(item, added) for item in texts]
-        encoded = self._by_words()._encode_plus(
-            [[word for word, _ in row] for row in words],
-            add_special_tokens=add_special_tokens,
-            is_split_into_words=True,
-            **kwargs,
-        )
-        lengths = np.array([sum(encoding.attention_mask) for encoding in encoded.encodings or []])
-        self._refuse_too_long(lengths - 2 * add_special_tokens, truncated, add_special_tokens)
-        texts_of_rows = encoded.get("overflow_to_sample_mapping", range(len(texts)))
-        placed = [
-            PlacedEncoding(encoding, words[row])
-            for row, encoding in zip(texts_of_rows, encoded.encodings or [], strict=True)
-        ]
-        if "offset_mapping" in encoded:
-            encoded["offset_mapping"] = [encoding.offsets for encoding in placed]
-        return EncodedTexts(encoded.data, placed)
-
-    def _added_tokens(self) -> list[str]:
-        """Tokens that were added to the published ones, longest first."""
-        added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        return sorted(added - {START_OF_TEXT, END_OF_TEXT}, key=len, reverse=True)
-
-    def _by_words(self) -> PreTrainedTokenizerFast:
-        """A stock tokenizer for texts that have been cut into words: it merges, truncates, pads and converts."""
-        state = (self._tokenizer.get_vocab_size(), self.pad_token, self.truncation_side, self.model_max_length)
-        if self._word_tokenizer is None or self._word_tokenizer[0] != state:
-            inner = PreTrainedTokenizerFast(
-                tokenizer_object=merging_backend(self._tokenizer),
-                pad_token=self.pad_token,
-                truncation_side=self.truncation_side,
-                model_input_names=self.model_input_names,
-            )
-            self._word_tokenizer = (state, inner)
-        return self._word_tokenizer[1]
-
-    def _ids_of(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, one after the other and without special tokens (N,), and how many each has (B,)."""
-        if not is_plain("".join(texts)):
-            texts = list(map(repair_where_needed, texts))
-        # Lower case stays as it is when lowered again, and repaired text has no white space but single spaces.
-        chunks = f" {BOUNDARY} ".join(texts).lower().split()
-        memory = self._memory
-        if memory is None:
-            memory = self._memory = ChunkMemory(merging_backend(self._tokenizer))
-        return memory.look_up(chunks)
-
-    def _arrange(
-        self,
-        ids: np.ndarray,
-        lengths: np.ndarray,
-        special: int,
-        limit: int | None,
-        to_length: int,
-        multiple: int,
-        on_left: bool,
-    ) -> dict[str, np.ndarray]:
-        """Lay texts out in rows: ids (N,) and lengths (B,) → input_ids and attention_mask, (B, L).
-
-        special: 2 with start and end of text, else 0.   limit: tokens to keep of each, those included
-        """
+    def _special_tokens(self) -> dict[str, Any]:
         if None in (self.bos_token_id, self.eos_token_id, self.pad_token_id):
             raise ValueError(
                 f"HfClipTokenizer has bos_token {self.bos_token!r}, eos_token {self.eos_token!r} and pad_token "
                 f"{self.pad_token!r}, but needs all three: they mark start and end of a text and fill up shorter ones. "
                 f"Load it without setting them to None."
             )
-        kept = lengths if limit is None else np.minimum(lengths, max(limit - special, 0))
-        if (kept < lengths).any():
-            place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # within its text
-            first = lengths - kept if self.truncation_side == "left" else np.zeros_like(lengths)
-            ids = ids[(place >= np.repeat(first, lengths)) & (place < np.repeat(first + kept, lengths))]
-        whole = kept + special
-        width = max(int(whole.max()), to_length)
-        width = -(-width // multiple) * multiple
-        start = (width - whole if on_left else np.zeros_like(whole))[:, None]  # (B, 1)
-        columns = np.arange(width)
-        mask = (columns >= start) & (columns < start + whole[:, None])  # (B, L)
-        rows = np.full((len(lengths), width), self.pad_token_id, dtype=np.int64)
-        body = mask
-        if special:
-            ends = start + whole[:, None] - 1
-            body = mask & (columns > start) & (columns < ends)
-            np.put_along_axis(rows, start, self.bos_token_id, axis=1)
-            np.put_along_axis(rows, ends, self.eos_token_id, axis=1)
-        rows[body] = ids
-        return {"input_ids": rows, "attention_mask": mask.astype(np.int64)}
+        ids = {"start_id": self.bos_token_id, "end_id": self.eos_token_id, "pad_id": self.pad_token_id}
+        return ids | {"pad_token": self.pad_token}
 
-    def _refuse_too_long(self, lengths: np.ndarray, truncated: bool, add_special_tokens: bool) -> None:
-        """Stock tokenizers warn here, and the model fails. Without special tokens, texts are being measured."""
-        if not truncated and add_special_tokens and (longest := int(lengths.max()) + 2) > self.model_max_length:
-            raise ValueError(
-                f"Text {int(lengths.argmax())} has {longest} tokens, start and end included, but the model takes "
-                f"{self.model_max_length}. Shorten it, or pass truncation=True, which keeps the end of the text marked."
+    def _encoder(self, split_special_tokens: bool) -> WordEncoder:
+        """What cuts and merges texts thoroughly, for the added tokens that there are now."""
+        tokens = tuple(map(describe_token, self._tokenizer.get_added_tokens_decoder().items()))
+        encoders = self.__dict__.setdefault("_encoders", {})
+        known_tokens, encoder = encoders.get(split_special_tokens, (None, None))
+        if encoder is None or known_tokens != tokens:
+            encoder = WordEncoder(self._tokenizer, split_special_tokens)
+            encoders[split_special_tokens] = (tokens, encoder)
+        return encoder
+
+    def _ids_of(self, texts: list[str], encoder: WordEncoder) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, one after the other and without special tokens (N,), and how many each has (B,)."""
+        if not texts:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        if not is_plain("".join(texts)):
+            texts = list(prepare_each(repair_where_needed, texts))
+        # Lower case stays as it is when lowered again, and repaired text has no white space but single spaces.
+        chunks = f" {BOUNDARY} ".join(texts).lower().split()
+        memory = self._memory
+        if memory is None:
+            memory = self._memory = ChunkMemory(encoder.merger)
+        return memory.look_up(chunks)
+
+    def _warn_of_too_long(self, lengths: np.ndarray) -> None:
+        """Once, as stock tokenizers do. lengths (B,): tokens of each text, special ones included."""
+        known = "sequence-length-is-longer-than-the-specified-maximum"
+        if lengths.max(initial=0) > self.model_max_length and not self.deprecation_warnings.get(known):
+            self.deprecation_warnings[known] = True
+            logger.warning(
+                f"Text {int(lengths.argmax())} has {int(lengths.max())} tokens, start and end included, but the model "
+                f"takes {self.model_max_length} and refuses more. Shorten it, or pass truncation=True, which keeps the "
+                f"end of the text marked."
             )
 
-    def _eventual_warn_about_too_long_sequence(self, *args: Any, **kwargs: Any) -> None:
-        """Too long a text is an error here, above."""
-
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_word_tokenizer": None, "_memory": None}
+        """What the tokenizer is: pickled, copied and hashed alike before and after it was used."""
+        state = {name: value for name, value in self.__dict__.items() if name not in MADE_WHEN_NEEDED}
+        return state | {"deprecation_warnings": {}}
 
 
 __all__ = ["HfClipTokenizer"]

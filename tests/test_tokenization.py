@@ -88,22 +88,51 @@ def test_padding_can_be_chosen(tokenizer: HfClipTokenizer):
     assert [len(ids) for ids in tokenizer(["a", "a cat"], padding=False).input_ids] == [3, 4]
 
 
-def test_text_that_is_too_long_is_an_error_unless_truncated(tokenizer: HfClipTokenizer):
+def test_text_that_is_too_long_is_kept_with_a_warning_unless_truncated(
+    vocabulary: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from hf_clip.tokenization_hf_clip import logger
+
+    tokenizer, warnings = HfClipTokenizer.from_vocabulary_file(vocabulary), []
+    monkeypatch.setattr(logger, "warning", warnings.append)
     texts = ["short", "word " * 76]
-    with pytest.raises(
-        ValueError, match="Text 1 has 78 tokens, start and end included, but the model takes 77"
-    ) as caught:
-        tokenizer(texts)
-    assert "truncation=True" in str(caught.value)
+    assert tokenizer(texts, return_tensors="pt").input_ids.shape == (2, 78)
+    assert tokenizer(texts, return_offsets_mapping=True).input_ids[1][-1] == 49407
+    assert warnings == [
+        "Text 1 has 78 tokens, start and end included, but the model takes 77 and refuses more. Shorten it, or pass "
+        "truncation=True, which keeps the end of the text marked."
+    ]  # once, as stock tokenizers do
     batch = tokenizer(texts, truncation=True, return_tensors="pt")
     assert batch.input_ids.shape == (2, 77)
     assert batch.input_ids[1, -1] == 49407
     assert tokenizer("word " * 75, return_tensors="pt").input_ids.shape == (1, 77)
 
 
-def test_empty_list_is_an_error(tokenizer: HfClipTokenizer):
-    with pytest.raises(ValueError, match="empty list of texts"):
-        tokenizer([])
+EXTRAS = ["return_offsets_mapping", "return_special_tokens_mask", "return_token_type_ids", "return_length"]
+
+
+@pytest.mark.parametrize("kind", ["pt", "np"])
+def test_no_texts_give_arrays_of_no_row(tokenizer: HfClipTokenizer, kind: str):
+    """As long as the shortest text's rows, so that a model can take them."""
+    for settings, length in (({}, 2), ({"padding": "max_length"}, 77), ({"pad_to_multiple_of": 8}, 8)):
+        batch = tokenizer([], return_tensors=kind, **settings)
+        assert batch.input_ids.shape == batch.attention_mask.shape == (0, length)
+        assert batch.input_ids.dtype == tokenizer(["a"], return_tensors=kind).input_ids.dtype
+    some = tokenizer(["a"], return_tensors=kind, **dict.fromkeys(EXTRAS, True))
+    none = tokenizer([], return_tensors=kind, **dict.fromkeys(EXTRAS, True))
+    assert some.keys() == none.keys()
+    for name in some:
+        assert none[name].ndim == some[name].ndim and len(none[name]) == 0, name
+
+
+def test_no_texts_give_empty_lists(tokenizer: HfClipTokenizer):
+    assert dict(tokenizer([])) == {"input_ids": [], "attention_mask": []}
+    assert dict(tokenizer([], padding=False, return_length=True)) == {
+        "input_ids": [],
+        "attention_mask": [],
+        "length": [],
+    }
+    assert tokenizer([]).encodings == []
 
 
 def test_decoding_gives_the_words_back(tokenizer: HfClipTokenizer):
@@ -327,14 +356,14 @@ def test_words_cut_elsewhere_are_refused(tokenizer: HfClipTokenizer):
 
 
 def test_memory_of_chunks_is_bounded(vocabulary: Path, monkeypatch: pytest.MonkeyPatch):
-    from hf_clip import tokenization_hf_clip as module
+    from hf_clip import chunks_hf_clip as module
 
     monkeypatch.setattr(module, "MOST_CHUNKS", 50)
     tokenizer = HfClipTokenizer.from_vocabulary_file(vocabulary)
     for start in range(0, 400, 40):
         texts = [f"number {number}" for number in range(start, start + 40)]
         found = tokenizer(texts, padding=False).input_ids
-        assert len(tokenizer._memory.numbers) <= 91
+        assert len(tokenizer._memory.known.numbers) <= 91
         assert found == [tokenizer(text).input_ids for text in texts]
 
 
@@ -399,7 +428,7 @@ def test_forked_process_tokenizes_without_a_warning(vocabulary: Path):
 
 
 def test_threads_share_one_tokenizer(vocabulary: Path, monkeypatch: pytest.MonkeyPatch):
-    from hf_clip import tokenization_hf_clip as module
+    from hf_clip import chunks_hf_clip as module
 
     monkeypatch.setattr(module, "MOST_CHUNKS", 300)
     tokenizer = HfClipTokenizer.from_vocabulary_file(vocabulary)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from conversion.reference import load_reference_module
 from hf_clip import HfClipTokenizer
-from hf_clip.bpe_hf_clip import is_plain, repair_text, repair_where_needed
+from hf_clip.repairing_hf_clip import is_plain, repair_text, repair_where_needed
 
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
