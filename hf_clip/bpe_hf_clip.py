@@ -28,10 +28,14 @@ FIXED_IDS = 2 * 256 + 2
 OPENAI_VOCAB_SIZE = 49408
 """The published vocabulary file lists more merges than there are ids for; the rest is ignored."""
 
-WORDS = regex.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
-)
-"""The published expression: contractions, letters, single digits, everything else but spaces."""
+_SPECIAL_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|"
+_PLAIN_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+WORDS = regex.compile(_SPECIAL_WORDS + _PLAIN_WORDS, regex.IGNORECASE)
+"""The published expression: special tokens, contractions, letters, single digits, everything else but spaces."""
+
+WORDS_OF_PLAIN_TEXT = regex.compile(_PLAIN_WORDS, regex.IGNORECASE)
+"""The same where special tokens within a text are text like any other, `split_special_tokens=True`."""
 
 RUST_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"""
 """The same for Rust, where texts arrive lower-cased; the one other letter that folds to these is the long s."""

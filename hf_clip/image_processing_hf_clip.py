@@ -46,6 +46,9 @@ OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
 
 FITS = ("crop", "pad", "squash")
 BACKENDS = ("pil", "torch")
+TOKENIZER_BACKENDS = ("tokenizers", "sentencepiece", "custom", "mistral_common")
+"""Other processors of transformers hand the `backend` of their tokenizer to the image processor, too."""
+
 TORCH_FILTERS = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 
 
@@ -391,6 +394,8 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
         steps = Steps(**{name: settings[name] for name in Steps.__dataclass_fields__})
         if do_pad:
             raise ValueError('do_pad=True is not known here; fit="pad" scales the whole picture and adds margins.')
+        if backend in TOKENIZER_BACKENDS:
+            backend = self.backend
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}, but must be one of {', '.join(map(repr, BACKENDS))}.")
         if num_threads is not None and num_threads < 1:

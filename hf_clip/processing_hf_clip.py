@@ -34,13 +34,5 @@ class HfClipProcessor(HubUpload, ProcessorMixin):
         tokenizer = None if foreign is None else foreign.tokenizer()
         return [image_processor, tokenizer or HfClipTokenizer.from_pretrained(source, **kwargs)]
 
-    def _merge_kwargs(self, *args: Any, tokenizer_init_kwargs: dict | None = None, **kwargs: Any) -> dict:
-        """Sort the arguments of a call by modality.
-
-        A tokenizer too has a `backend`, which transformers would hand to the image processor.
-        """
-        tokenizer_init_kwargs = {k: v for k, v in (tokenizer_init_kwargs or {}).items() if k != "backend"}
-        return super()._merge_kwargs(*args, tokenizer_init_kwargs=tokenizer_init_kwargs, **kwargs)
-
 
 __all__ = ["HfClipProcessor"]

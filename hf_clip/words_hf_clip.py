@@ -13,7 +13,7 @@ from typing import Any
 import regex
 from tokenizers import AddedToken, Encoding, Tokenizer, models, pre_tokenizers
 
-from .bpe_hf_clip import END_OF_TEXT, START_OF_TEXT, WORDS
+from .bpe_hf_clip import END_OF_TEXT, START_OF_TEXT, WORDS, WORDS_OF_PLAIN_TEXT
 from .repairing_hf_clip import prepare_text
 
 Word = tuple[str, int, int]
@@ -59,19 +59,35 @@ def fold_spaces(text: str) -> tuple[str, Callable[[int], int]]:
     return regex.sub(r"\s+", " ", text), places.__getitem__
 
 
-class TokenFinder:
-    """Finds tokens in a text. Where several begin at one place the longest counts, and their flags are heeded."""
+def prepare_between(text: str) -> str:
+    """The part of a text between two tokens, prepared; with white space at its ends, of which tokens may be."""
+    part = prepare_text(text)
+    before = " " if text[:1].isspace() and not part[:1].isspace() else ""
+    return before + part + (" " if text[-1:].isspace() and not part[-1:].isspace() else "")
 
-    def __init__(self, tokens: list[tuple[str, int, AddedToken]]):
+
+class TokenFinder:
+    """Finds tokens in a text. Where several begin at one place the longest counts, and their flags are heeded.
+
+    The published special tokens are found too, so that no other token is found within one, but are left to what cuts
+    words: it finds them by OpenAI's rules.
+    """
+
+    def __init__(self, tokens: list[tuple[str, int, AddedToken]], with_published: bool, split_special_tokens: bool):
         """tokens: what is looked for, the id that it stands for, the token whose flags count."""
         self.unknown = "\0" * (1 + max((len(text) for text, _, _ in tokens), default=0))
         self.finder = Tokenizer(models.WordLevel({self.unknown: 0}, unk_token=self.unknown))
         self.ids: dict[int, int] = {}
         for text, number, token in tokens:
-            flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip")}
+            flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "special")}
             if self.finder.token_to_id(text) is None:
-                self.finder.add_tokens([AddedToken(text, normalized=False, **flags)])
+                add = self.finder.add_special_tokens if token.special else self.finder.add_tokens
+                add([AddedToken(text, normalized=False, **flags)])
                 self.ids[self.finder.token_to_id(text)] = number
+        if self.ids and with_published:
+            published = [AddedToken(token, normalized=False) for token in (START_OF_TEXT, END_OF_TEXT)]
+            self.finder.add_special_tokens(published)
+        self.finder.encode_special_tokens = split_special_tokens
 
     def split(self, text: str) -> list[tuple[int, int, int | None]]:
         """The parts of a text, in order: where each begins and ends, and the id of those that are tokens."""
@@ -80,9 +96,13 @@ class TokenFinder:
         if regex.search(r"\p{Cs}", text):  # halves of characters, which Rust has not
             text = regex.sub(r"\p{Cs}", "\ufffd", text)
         found = self.finder.encode(text, add_special_tokens=False)
-        return [
-            (start, end, self.ids.get(number)) for number, (start, end) in zip(found.ids, found.offsets, strict=True)
-        ]
+        parts: list[tuple[int, int, int | None]] = []
+        for number, (start, end) in zip(found.ids, found.offsets, strict=True):
+            token = self.ids.get(number)
+            if token is None and parts and parts[-1][2] is None:
+                start = parts.pop()[0]
+            parts.append((start, end, token))
+        return parts
 
 
 class WordEncoder:
@@ -93,18 +113,18 @@ class WordEncoder:
 
     def __init__(self, backend: Tokenizer, split_special_tokens: bool = False):
         added = sorted(added_tokens_of(backend).items(), key=lambda item: (not item[1].special, item[0]))
-        sought = [(number, token) for number, token in added if not (split_special_tokens and token.special)]
-        normal = [(number, token) for number, token in sought if token.normalized]
+        raw = [(token.content, number, token) for number, token in added if not token.normalized]
+        normalized = [(fold_spaces(prepare_text(t.content))[0], number, t) for number, t in added if t.normalized]
+        self.raw = TokenFinder(raw, True, split_special_tokens)
+        normalized = [token for token in normalized if token[0]]
+        self.normalized = TokenFinder(normalized, not split_special_tokens, split_special_tokens)
         self.contents = {number: token.content for number, token in added}
-        self.raw = TokenFinder([(token.content, number, token) for number, token in sought if not token.normalized])
-        repaired = [(fold_spaces(prepare_text(token.content))[0], number, token) for number, token in normal]
-        self.normalized = TokenFinder([(text, number, token) for text, number, token in repaired if text])
+        self.pattern = WORDS_OF_PLAIN_TEXT if split_special_tokens else WORDS
         # A token is merged as a word that no text has. Were it merged as itself, it would be found where its flags
         # forbid it. The word's id is above all others, and `true_ids` says which is meant.
         first = max([backend.get_vocab_size(), *(number + 1 for number in self.contents)])
         self.words = {number: f"\0added {number}\0" for number in self.contents}
         self.merger = merging_backend(backend, self.words.values(), first)
-        self.merger.encode_special_tokens = split_special_tokens
         self.true_ids = {self.merger.token_to_id(word): number for number, word in self.words.items()}
 
     def words_of(self, text: str) -> list[Word]:
@@ -113,7 +133,7 @@ class WordEncoder:
         place = 0
         for start, end, token in self.raw.split(text):
             if token is None:
-                part = prepare_text(text[start:end])
+                part = prepare_between(text[start:end])
                 words += [(word, place + first, place + last) for word, first, last in self._words_of_prepared(part)]
                 place += len(part)
             else:
@@ -123,12 +143,12 @@ class WordEncoder:
 
     def _words_of_prepared(self, text: str) -> list[Word]:
         if not self.normalized.ids:
-            return [(match[0], *match.span()) for match in WORDS.finditer(text)]
+            return [(match[0], *match.span()) for match in self.pattern.finditer(text)]
         words: list[Word] = []
         folded, place = fold_spaces(text)
         for start, end, token in self.normalized.split(folded):
             if token is None:
-                found = WORDS.finditer(folded[start:end])
+                found = self.pattern.finditer(folded[start:end])
                 words += [
                     (match[0], place(start + match.start()), place(start + match.end() - 1) + 1) for match in found
                 ]

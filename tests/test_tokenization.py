@@ -122,7 +122,7 @@ def test_no_texts_give_arrays_of_no_row(tokenizer: HfClipTokenizer, kind: str):
     none = tokenizer([], return_tensors=kind, **dict.fromkeys(EXTRAS, True))
     assert some.keys() == none.keys()
     for name in some:
-        assert none[name].ndim == some[name].ndim and len(none[name]) == 0, name
+        assert (none[name].ndim, len(none[name])) == (some[name].ndim, 0), name
 
 
 def test_no_texts_give_empty_lists(tokenizer: HfClipTokenizer):
