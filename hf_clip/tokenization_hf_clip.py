@@ -47,9 +47,6 @@ EXTRAS = {
 }
 """What a call gives beyond ids and mask, where these arguments are true."""
 
-MADE_WHEN_NEEDED = ("_memory", "_encoders")
-"""What a tokenizer makes for itself: no part of its state, be it pickled, copied or hashed."""
-
 
 def check_texts(text: Any) -> list[str]:
     """A text, or texts in any container that keeps an order, as a list; anything else is refused with its place.
@@ -122,7 +119,8 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
-    _memory: ChunkMemory | None = None
+    # What a tokenizer makes for itself is no part of its state. `datasets` hashes `__dict__`, where slots are not.
+    __slots__ = ("_encoders", "_has_warned", "_memory")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -267,11 +265,11 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     def _encoder(self, split_special_tokens: bool) -> WordEncoder:
         """What cuts and merges texts thoroughly, for the added tokens that there are now."""
         tokens = tuple(map(describe_token, self._tokenizer.get_added_tokens_decoder().items()))
-        encoders = self.__dict__.setdefault("_encoders", {})
+        encoders = getattr(self, "_encoders", {})
         known_tokens, encoder = encoders.get(split_special_tokens, (None, None))
         if encoder is None or known_tokens != tokens:
             encoder = WordEncoder(self._tokenizer, split_special_tokens)
-            encoders[split_special_tokens] = (tokens, encoder)
+            self._encoders = encoders | {split_special_tokens: (tokens, encoder)}
         return encoder
 
     def _ids_of(self, texts: list[str], encoder: WordEncoder) -> tuple[np.ndarray, np.ndarray]:
@@ -282,16 +280,15 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
             texts = list(prepare_each(repair_where_needed, texts))
         # Lower case stays as it is when lowered again, and repaired text has no white space but single spaces.
         chunks = f" {BOUNDARY} ".join(texts).lower().split()
-        memory = self._memory
+        memory = getattr(self, "_memory", None)
         if memory is None:
             memory = self._memory = ChunkMemory(encoder.merger)
         return memory.look_up(chunks)
 
     def _warn_of_too_long(self, lengths: np.ndarray) -> None:
         """Once, as stock tokenizers do. lengths (B,): tokens of each text, special ones included."""
-        known = "sequence-length-is-longer-than-the-specified-maximum"
-        if lengths.max(initial=0) > self.model_max_length and not self.deprecation_warnings.get(known):
-            self.deprecation_warnings[known] = True
+        if lengths.max(initial=0) > self.model_max_length and not getattr(self, "_has_warned", False):
+            self._has_warned = True
             logger.warning(
                 f"Text {int(lengths.argmax())} has {int(lengths.max())} tokens, start and end included, but the model "
                 f"takes {self.model_max_length} and refuses more. Shorten it, or pass truncation=True, which keeps the "
@@ -299,9 +296,7 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What the tokenizer is: pickled, copied and hashed alike before and after it was used."""
-        state = {name: value for name, value in self.__dict__.items() if name not in MADE_WHEN_NEEDED}
-        return state | {"deprecation_warnings": {}}
+        return self.__dict__.copy()
 
 
 __all__ = ["HfClipTokenizer"]
