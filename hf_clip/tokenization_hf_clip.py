@@ -121,6 +121,15 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     padding_side = "right"
     # What a tokenizer makes for itself is no part of its state. `datasets` hashes `__dict__`, where slots are not.
     __slots__ = ("_encoders", "_has_warned", "_memory")
+    _encoders: dict[bool, tuple[Any, WordEncoder]]
+    _has_warned: bool
+    _memory: ChunkMemory | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "HfClipTokenizer":
+        tokenizer = super().__new__(cls)
+        for name, value in (("_encoders", {}), ("_has_warned", False), ("_memory", None)):
+            object.__setattr__(tokenizer, name, value)  # transformers' own needs what `__init__` makes
+        return tokenizer
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -265,11 +274,10 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     def _encoder(self, split_special_tokens: bool) -> WordEncoder:
         """What cuts and merges texts thoroughly, for the added tokens that there are now."""
         tokens = tuple(map(describe_token, self._tokenizer.get_added_tokens_decoder().items()))
-        encoders = getattr(self, "_encoders", {})
-        known_tokens, encoder = encoders.get(split_special_tokens, (None, None))
+        known_tokens, encoder = self._encoders.get(split_special_tokens, (None, None))
         if encoder is None or known_tokens != tokens:
             encoder = WordEncoder(self._tokenizer, split_special_tokens)
-            self._encoders = encoders | {split_special_tokens: (tokens, encoder)}
+            self._encoders[split_special_tokens] = (tokens, encoder)
         return encoder
 
     def _ids_of(self, texts: list[str], encoder: WordEncoder) -> tuple[np.ndarray, np.ndarray]:
@@ -280,14 +288,14 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
             texts = list(prepare_each(repair_where_needed, texts))
         # Lower case stays as it is when lowered again, and repaired text has no white space but single spaces.
         chunks = f" {BOUNDARY} ".join(texts).lower().split()
-        memory = getattr(self, "_memory", None)
+        memory = self._memory
         if memory is None:
             memory = self._memory = ChunkMemory(encoder.merger)
         return memory.look_up(chunks)
 
     def _warn_of_too_long(self, lengths: np.ndarray) -> None:
         """Once, as stock tokenizers do. lengths (B,): tokens of each text, special ones included."""
-        if lengths.max(initial=0) > self.model_max_length and not getattr(self, "_has_warned", False):
+        if lengths.max(initial=0) > self.model_max_length and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 f"Text {int(lengths.argmax())} has {int(lengths.max())} tokens, start and end included, but the model "
