@@ -58,9 +58,9 @@ def check_texts(text: Any) -> list[str]:
     items = text.to_pylist() if hasattr(text, "to_pylist") else text  # Arrow's own items are no strings
     if isinstance(items, (bytes, bytearray, Mapping, Set)) or not isinstance(items, Iterable):
         raise ValueError(f"HfClipTokenizer got {type(text).__name__}, but a text or a list of texts is needed.")
-    if getattr(items, "ndim", 1) != 1:
+    if (dimensions := getattr(items, "ndim", 1)) != 1:
         raise ValueError(
-            f"HfClipTokenizer got {type(text).__name__} of {items.ndim} dimensions, but one column of texts is needed."
+            f"HfClipTokenizer got {type(text).__name__} of {dimensions} dimensions, but one column of texts is needed."
         )
     texts = list(items)
     for index, item in enumerate(texts):

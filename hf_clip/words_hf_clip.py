@@ -14,7 +14,7 @@ import regex
 from tokenizers import AddedToken, Encoding, Tokenizer, models, pre_tokenizers
 
 from .bpe_hf_clip import END_OF_TEXT, START_OF_TEXT, WORDS, WORDS_OF_PLAIN_TEXT
-from .repairing_hf_clip import prepare_text
+from .repairing_hf_clip import TextError, prepare_text
 
 Word = tuple[str, int, int]
 """What is merged, and where it begins and ends in the prepared text."""
@@ -77,13 +77,16 @@ class TokenFinder:
         """tokens: what is looked for, the id that it stands for, the token whose flags count."""
         self.unknown = "\0" * (1 + max((len(text) for text, _, _ in tokens), default=0))
         self.finder = Tokenizer(models.WordLevel({self.unknown: 0}, unk_token=self.unknown))
-        self.ids: dict[int, int] = {}
-        for text, number, token in tokens:
-            flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "special")}
-            if self.finder.token_to_id(text) is None:
-                add = self.finder.add_special_tokens if token.special else self.finder.add_tokens
-                add([AddedToken(text, normalized=False, **flags)])
-                self.ids[self.finder.token_to_id(text)] = number
+        numbers: dict[str, int] = {}  # of several tokens that are looked for as one text the first counts
+        wanted: dict[bool, list[AddedToken]] = {True: [], False: []}
+        for text, number, token in sorted(tokens, key=lambda item: not item[2].special):
+            if text not in numbers:
+                numbers[text] = number
+                flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "special")}
+                wanted[token.special].append(AddedToken(text, normalized=False, **flags))
+        self.finder.add_special_tokens(wanted[True])
+        self.finder.add_tokens(wanted[False])
+        self.ids: dict[int, int] = dict(enumerate(numbers.values(), start=1))
         if self.ids and with_published:
             published = [AddedToken(token, normalized=False) for token in (START_OF_TEXT, END_OF_TEXT)]
             self.finder.add_special_tokens(published)
@@ -95,7 +98,14 @@ class TokenFinder:
             return [(0, len(text), None)]
         if regex.search(r"\p{Cs}", text):  # halves of characters, which Rust has not
             text = regex.sub(r"\p{Cs}", "\ufffd", text)
-        found = self.finder.encode(text, add_special_tokens=False)
+        try:
+            found = self.finder.encode(text, add_special_tokens=False)
+        except BaseException as error:  # a panic of Rust, which is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise TextError(
+                "its added tokens overlap in white space, which one has and another takes with lstrip or rstrip"
+            ) from None
         parts: list[tuple[int, int, int | None]] = []
         for number, (start, end) in zip(found.ids, found.offsets, strict=True):
             token = self.ids.get(number)
@@ -112,7 +122,7 @@ class WordEncoder:
     """
 
     def __init__(self, backend: Tokenizer, split_special_tokens: bool = False):
-        added = sorted(added_tokens_of(backend).items(), key=lambda item: (not item[1].special, item[0]))
+        added = sorted(added_tokens_of(backend).items())
         raw = [(token.content, number, token) for number, token in added if not token.normalized]
         normalized = [(fold_spaces(prepare_text(t.content))[0], number, t) for number, t in added if t.normalized]
         self.raw = TokenFinder(raw, True, split_special_tokens)
@@ -191,7 +201,7 @@ class PlacedEncoding:
         ]
         if encoder.true_ids:
             for place, (number, word) in enumerate(zip(encoding.ids, encoding.word_ids, strict=True)):
-                if (true_id := encoder.true_ids.get(number)) is not None:
+                if word is not None and (true_id := encoder.true_ids.get(number)) is not None:
                     self.ids[place], self.tokens[place] = true_id, encoder.contents[true_id]
                     self.offsets[place] = self.spans[word]
 

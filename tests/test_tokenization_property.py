@@ -1,14 +1,27 @@
 """For every string the ids are OpenAI's: arbitrary Unicode, and captions with everything that spoils them."""
 
+import html
 import random
+import sys
+import unicodedata
 
+import ftfy
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conversion.reference import load_reference_module
-from hf_clip import HfClipTokenizer
-from hf_clip.repairing_hf_clip import is_plain, repair_text, repair_where_needed
+from hf_clip import HfClipTokenizer, repairing_hf_clip
+from hf_clip.repairing_hf_clip import (
+    LONG_TEXT,
+    TextError,
+    fix_long_text,
+    is_plain,
+    repair_text,
+    repair_where_needed,
+    sort_marks,
+    unescape,
+)
 
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
@@ -147,3 +160,114 @@ def test_ids_do_not_depend_on_company(tokenizer: HfClipTokenizer, texts: list[st
 def test_decoding_gives_what_the_references_decoding_gives(tokenizer: HfClipTokenizer, reference, text: str):
     ids = reference.encode(text)
     assert tokenizer.decode(ids) == reference.decode(ids).removesuffix(" ")
+
+
+# --- long texts, whose repair would take quadratic time -----------------------------------------------------------
+
+LAYERED = [
+    "&amp;amp;amp;", "&" + "amp;" * 9, "&" + "amp;" * 40 + "lt;", "&" + "amp;" * 5 + "eacute;", "&#38;#38;#38;amp;",
+    "&#x3" * 5 + "5" + ";" * 5, "&amp;Atilde;", "&Atilde;&amp;#x83;", "&am&#112;;", "＆ａｍｐ；",
+    "&amp;amp;cent;&copy;", "Ã" + "\x83" * 7, "Ãƒƒƒ", "ÃÂ\x83Â\x83Â\x83", "ÃƒÂƒÃ‚Â©", "Ã\u0192Â©", "â€œ", "â€�", "í\xa0½í¸\x8d", "À\x80", "�",
+    "\u0301\u0316\u0301\u0316", "a\u0316\u0f73\u0f73\u0301", "\u01d6\u0316\u0301", "\ud55c\u0301\u1161", "\u0344",
+    "\n", "\r\n", "\r", "<", "Ã ", "à ", "œ", "”", "“", "é", "€", "\ud83d", "\ude00", "\x1b[", "m", "1;",
+]  # fmt: skip
+MOJIBAKE = "ÃÂâà€ƒ™œ¢©\x82\x83\xa0 a&;é”“’íÀ½¸\u0301\u0316"
+
+
+def layered(generator: random.Random) -> str:
+    if generator.random() < 0.3:
+        return "".join(generator.choices(MOJIBAKE, k=generator.randint(1, 20)))
+    pools = generator.choices([LAYERED, SPOILERS, WORDS], weights=[7, 2, 1], k=generator.randint(1, 12))
+    return "".join(generator.choice(pool) for pool in pools)
+
+
+def test_rounds_of_long_texts_give_what_ftfy_gives():
+    generator = random.Random(2)
+    for make in [layered] * 4000 + [mutate] * 1000:
+        text = make(generator)
+        assert fix_long_text(text) == ftfy.fix_text(text), ascii(text)
+
+
+def test_ids_of_long_texts_on_either_side_of_the_limit(tokenizer: HfClipTokenizer, reference):
+    """Texts as long as `LONG_TEXT`, a little less, a little more; also what stands behind the 75th token matters."""
+    generator = random.Random(3)
+    for number in range(60):
+        text = ""
+        while len(text) < LONG_TEXT - 40:
+            text += generator.choice([mutate, layered])(generator) + generator.choice(["", " ", "\n"])
+        text = text[: LONG_TEXT - 2] + "x" * (number % 5)
+        assert len(text) >= LONG_TEXT - 40
+        expected = [49406, *reference.encode(text), 49407]
+        assert tokenizer([text], padding=False, verbose=False).input_ids[0] == expected, ascii(text)
+        assert_same_ids(tokenizer, reference, text)
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=QUIET, derandomize=True)
+@given(text=st.text(st.characters(min_codepoint=0x2F0, max_codepoint=0x1FFF) | st.sampled_from("a\u0301\u0316\u0f73ǖ")))
+def test_sorted_marks_have_the_same_composition(text: str):
+    assert unicodedata.normalize("NFC", sort_marks(text)) == unicodedata.normalize("NFC", text)
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=QUIET, derandomize=True)
+@given(
+    text=st.lists(st.sampled_from(["&#", "&#x", "&#X", "&amp;#", "0", "00000000", "9", "38", "65", ";", "x"])).map(
+        "".join
+    )
+)
+def test_numbers_are_unescaped_as_python_does_where_it_can(text: str):
+    assert unescape(text) == html.unescape(text)
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "0" * 5000 + "65", "x" + "0" * 5000 + "41", "0" * 5000 + "9" * 5000])
+@pytest.mark.parametrize("before", ["&", "&amp;", "&amp;amp;", "&lt;&amp;", "<&amp;"])
+def test_ids_of_numbers_with_more_digits_than_python_converts(
+    tokenizer: HfClipTokenizer, reference, before: str, number: str
+):
+    """What OpenAI's code gives where Python's limit is lifted."""
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        expected = reference.encode(f"a {before}#{number}; cat")
+    finally:
+        sys.set_int_max_str_digits(limit)
+    assert tokenizer(f"a {before}#{number}; cat").input_ids == [49406, *expected, 49407]
+
+
+def test_texts_that_would_take_quadratic_time(tokenizer: HfClipTokenizer, reference):
+    """Their ids follow from those of short texts: entities end as one, marks in their order."""
+    nested = "&" + "amp;" * 50_000
+    for end in (" cat", "eacute; cat", "lt;b&" + "amp;" * 70_000 + "gt;"):
+        short = "“a” &amp;" + end.replace("amp;" * 70_000, "amp;")
+        assert tokenizer(f"“a” {nested}{end}").input_ids == [49406, *reference.encode(short), 49407]
+    marks = "a" + "\u0301\u0316" * 50_000
+    assert repair_text(marks) == "\xe1" + "\u0316" * 50_000 + "\u0301" * 49_999
+    word = tokenizer(marks, truncation=True).input_ids
+    assert word == [49406, *reference.encode("\xe1" + "\u0316" * 500)[:75], 49407]
+
+
+HOSTILE = {
+    "numbers within numbers": "&#x3" * 4_000 + "5" + ";" * 4_000,
+    "chain of mojibake": "Ã" + "ƒ" * 16_000,
+    "chain within other text": "漢é" + "Ã" + "Â\x83" * 16_000,
+    "chains in many lines": ("Ã" + "ƒ" * 990 + "\n") * 15,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_text_whose_repair_would_not_end_is_an_error_with_its_index(tokenizer: HfClipTokenizer, name: str):
+    for arguments in ({}, {"return_offsets_mapping": True}):
+        message = "Text 1 cannot be tokenized: its .* characters, .*still change after 64 rounds of repair"
+        with pytest.raises(TextError, match=message) as caught:
+            tokenizer(["a cat", HOSTILE[name], "a dog"], truncation=True, **arguments)
+        assert caught.value.index == 1
+    assert len(str(caught.value)) < 1000
+
+
+def test_whatever_fails_within_repair_carries_the_index(tokenizer: HfClipTokenizer, monkeypatch: pytest.MonkeyPatch):
+    def fail(text: str) -> str:
+        raise AssertionError
+
+    monkeypatch.setattr(repairing_hf_clip.ftfy, "fix_text", fail)
+    with pytest.raises(ValueError, match="Text 2 cannot be tokenized: AssertionError. Leave it out") as caught:
+        tokenizer(["a", "b", "schÃ¶n"])
+    assert caught.value.index == 2
