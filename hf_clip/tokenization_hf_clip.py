@@ -7,7 +7,7 @@ Threads share a tokenizer: a call changes nothing but the memory, and neither me
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,7 +56,7 @@ def check_texts(text: Any) -> list[str]:
     if isinstance(text, str):
         return [text]
     items = text.to_pylist() if hasattr(text, "to_pylist") else text  # Arrow's own items are no strings
-    if isinstance(items, (bytes, bytearray, Mapping, Set)) or not isinstance(items, Iterable):
+    if isinstance(items, (bytes, bytearray, Mapping, set, frozenset)) or not isinstance(items, Iterable):
         raise ValueError(f"HfClipTokenizer got {type(text).__name__}, but a text or a list of texts is needed.")
     if (dimensions := getattr(items, "ndim", 1)) != 1:
         raise ValueError(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, CLIPProcessor, VisionTextDualEncoderProcessor
 
 from hf_clip import HfClipImageProcessor, HfClipProcessor, HfClipTokenizer
 
@@ -49,3 +49,27 @@ def test_files_are_opened_as_by_the_image_processor(tokenizer: HfClipTokenizer, 
             assert torch.equal(processor(images=given, return_tensors="pt").pixel_values, expected)
     with pytest.raises(ValueError, match=r"images\[1\]: there is no file"):
         processor(images=[str(path), "nowhere.jpg"])
+
+
+@pytest.mark.parametrize("backend", ["pil", "torch"])
+@pytest.mark.parametrize("kind", [HfClipProcessor, CLIPProcessor, VisionTextDualEncoderProcessor])
+def test_image_processor_within_any_processor_keeps_its_own_backend(
+    tokenizer: HfClipTokenizer, photographs: dict, kind: type, backend: str
+):
+    """transformers hands the tokenizer's `backend`, which is another thing, to the image processor."""
+    processor = kind(HfClipImageProcessor(backend=backend), tokenizer)
+    inputs = processor(text=["a", "a cat"], images=photographs["chelsea"], return_tensors="pt")
+    expected = processor.image_processor(photographs["chelsea"], return_tensors="pt").pixel_values
+    assert torch.equal(inputs.pixel_values, expected)
+    assert torch.equal(inputs.input_ids, tokenizer(["a", "a cat"], return_tensors="pt").input_ids)
+    other = processor(text="a", images=photographs["chelsea"], backend="torch", return_tensors="pt").pixel_values
+    assert torch.equal(
+        other, HfClipImageProcessor(backend="torch")(photographs["chelsea"], return_tensors="pt").pixel_values
+    )
+    with pytest.raises(ValueError, match="backend is 'numpy', but must be one of 'pil', 'torch'"):
+        processor(text="a", images=photographs["chelsea"], backend="numpy")
+
+
+def test_no_texts_through_the_processor(tokenizer: HfClipTokenizer):
+    processor = HfClipProcessor(HfClipImageProcessor(), tokenizer)
+    assert processor(text=[], return_tensors="pt").input_ids.shape == (0, 2)

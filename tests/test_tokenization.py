@@ -1,5 +1,6 @@
 """The tokenizer against the reference implementation's, and what surrounds it: padding, errors, files."""
 
+import copy
 import gzip
 import os
 import pickle
@@ -7,16 +8,20 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conversion.reference import load_reference_module
 from demo.digits import COMBINATIONS, PHRASES
-from hf_clip import HfClipConfig, HfClipTokenizer
+from hf_clip import HfClipConfig, HfClipImageProcessor, HfClipProcessor, HfClipTokenizer
 from hf_clip.bpe_hf_clip import byte_alphabet, read_merges
+from hf_clip.repairing_hf_clip import TextError
 
 CAPTIONS = [
     "a photo of a cat",
@@ -437,3 +442,177 @@ def test_threads_share_one_tokenizer(vocabulary: Path, monkeypatch: pytest.Monke
         found = list(pool.map(lambda texts: tokenizer(texts, padding=False).input_ids, batches))
     fresh = HfClipTokenizer.from_vocabulary_file(vocabulary)
     assert found == [fresh(texts, padding=False).input_ids for texts in batches]
+
+
+def test_threads_with_different_settings_disturb_nobody(vocabulary: Path):
+    """Truncation, padding, offsets, overflow and added tokens of one call never reach another's."""
+    tokenizer = HfClipTokenizer.from_vocabulary_file(vocabulary)
+    tokenizer.add_tokens(["<toy>"])
+    text = "a photo of a large red cat with a <toy> on a small green house near the sea"
+    calls = [
+        {
+            "truncation": True,
+            "max_length": length,
+            "return_offsets_mapping": True,
+            "padding": padding,
+            "padding_side": side,
+        }
+        for length, padding, side in [
+            (5, True, "left"),
+            (9, "max_length", "right"),
+            (12, False, "left"),
+            (70, True, "right"),
+        ]
+    ]
+    calls += [{"truncation": True, "max_length": 6, "return_overflowing_tokens": True, "stride": 2}]
+    wanted = [dict(tokenizer([text, "a cat"], **call)) for call in calls]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        found = list(pool.map(lambda turn: dict(tokenizer([text, "a cat"], **calls[turn % 5])), range(1500)))
+    assert all(found[turn] == wanted[turn % 5] for turn in range(1500))
+
+
+def test_threads_may_ask_one_result_for_its_encodings(tokenizer: HfClipTokenizer):
+    for _ in range(100):
+        found = tokenizer(["a cat", "a dog sits"])
+        with ThreadPoolExecutor(4) as pool:
+            tokens = list(pool.map(lambda row: found.tokens(row), [0, 1, 0, 1]))  # noqa: B023
+        assert [len(row) for row in tokens] == [5, 5, 5, 5]
+
+
+FORKING_BESIDE_A_THREAD = """
+import os, sys, threading, time
+from hf_clip import HfClipTokenizer
+tokenizer = HfClipTokenizer.from_vocabulary_file(sys.argv[1])
+expected = tokenizer("a new wordling").input_ids
+over = threading.Event()
+
+def work():
+    number = 0
+    while not over.is_set():
+        number += 1
+        tokenizer([f"word{number}x{k}" for k in range(50)])
+        tokenizer([f"word{number}y{k}" for k in range(5)], return_offsets_mapping=True)
+
+threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+[thread.start() for thread in threads]
+for turn in range(25):
+    child = os.fork()
+    if child == 0:
+        same = tokenizer("a new wordling").input_ids == expected
+        same = same and tokenizer(f"learnt in the child {turn}").input_ids[-1] == 49407
+        os._exit(0 if same and tokenizer("a new wordling", return_offsets_mapping=True).input_ids == expected else 1)
+    end = time.time() + 30
+    while (done := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.time() > end:
+            os.kill(child, 9)
+            sys.exit("a child hangs")
+        time.sleep(0.002)
+    if done[1]:
+        sys.exit("a child failed")
+over.set()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_fork_while_other_threads_tokenize(vocabulary: Path):
+    command = [sys.executable, "-W", "ignore", "-c", FORKING_BESIDE_A_THREAD, str(vocabulary)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# --- what a tokenizer is, and what it only remembers ---------------------------------------------------------------
+
+
+def test_use_changes_nothing_of_what_a_tokenizer_is(vocabulary: Path):
+    """The fingerprint of `datasets`, by which `map` finds its results again, and what is pickled or copied."""
+    from datasets.fingerprint import Hasher
+
+    tokenizer = HfClipTokenizer.from_vocabulary_file(vocabulary)
+    processor = HfClipProcessor(HfClipImageProcessor(), tokenizer)
+    before = Hasher.hash(tokenizer), Hasher.hash(processor), pickle.dumps(tokenizer)
+    tokenizer("cat")
+    tokenizer(["a", "word " * 100], truncation=True, return_offsets_mapping=True, padding="max_length")
+    tokenizer("word " * 100)  # which warns
+    tokenizer("a", split_special_tokens=True)
+    processor(text="a cat", images=Image.new("RGB", (9, 9)), return_tensors="pt")
+    assert (Hasher.hash(tokenizer), Hasher.hash(processor), pickle.dumps(tokenizer)) == before
+    for other in (copy.deepcopy(tokenizer), copy.copy(tokenizer), pickle.loads(before[2])):
+        assert other("a photo of a cat").input_ids == tokenizer("a photo of a cat").input_ids
+        assert Hasher.hash(other) == before[0]
+    tokenizer.add_tokens(["<toy>"])
+    assert Hasher.hash(tokenizer) != before[0]
+
+
+def test_memory_of_long_chunks_is_bounded(vocabulary: Path, monkeypatch: pytest.MonkeyPatch):
+    from hf_clip import chunks_hf_clip as module
+
+    monkeypatch.setattr(module, "MOST_CHARACTERS", 5000)
+    tokenizer = HfClipTokenizer.from_vocabulary_file(vocabulary)
+    texts = [f"http://a.b/{number}" + "x" * 800 for number in range(20)]
+    found = [tokenizer(text, verbose=False).input_ids for text in texts]
+    assert len(tokenizer._memory.known.numbers) <= 8
+    assert found == tokenizer(texts, padding=False, verbose=False).input_ids
+
+
+# --- containers of texts -------------------------------------------------------------------------------------------
+
+
+def columns() -> dict[str, Any]:
+    import datasets
+    import pandas
+    import pyarrow
+
+    texts = ["a cat", "it’s a dog"]
+    return {
+        "tuple": tuple(texts),
+        "array": np.array(texts),
+        "array of objects": np.array(texts, dtype=object),
+        "NumPy strings": [np.str_(text) for text in texts],
+        "column": datasets.Dataset.from_dict({"text": texts})["text"],
+        "iterable column": datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()["text"],
+        "series": pandas.Series(texts, index=[5, 6]),
+        "Arrow": pyarrow.array(texts),
+        "Arrow in chunks": pyarrow.chunked_array([texts[:1], texts[1:]]),
+        "map": map(str, texts),
+        "generator": (text for text in texts),
+        "keys": dict.fromkeys(texts).keys(),
+    }
+
+
+def test_any_column_of_texts_is_taken(tokenizer: HfClipTokenizer):
+    expected = tokenizer(["a cat", "it’s a dog"]).input_ids
+    for name, column in columns().items():
+        assert tokenizer(column).input_ids == expected, name
+    assert tokenizer(np.array("a cat")).input_ids == tokenizer(np.str_("a cat")).input_ids == expected[0][:4]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text": "a cat"}, "got dict, but a text or a list of texts is needed"),
+        ({"a cat"}, "got set, but a text or a list of texts is needed"),
+        (b"a cat", "got bytes, but a text or a list of texts is needed"),
+        (7, "got int, but a text or a list of texts is needed"),
+        (np.array([["a", "b"]]), "got ndarray of 2 dimensions, but one column of texts is needed"),
+        (np.array(7), "got int, but a text or a list of texts is needed"),
+    ],
+    ids=["dict", "set", "bytes", "int", "table", "number"],
+)
+def test_what_holds_no_texts_in_order_is_refused(tokenizer: HfClipTokenizer, given: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        tokenizer(given)
+
+
+def test_what_is_no_text_in_a_column_is_told_by_its_index(tokenizer: HfClipTokenizer):
+    import pandas
+    import pyarrow
+
+    for column in (
+        ["a", None],
+        np.array(["a", 7], dtype=object),
+        pandas.Series(["a", None]),
+        pyarrow.array(["a", None]),
+    ):
+        with pytest.raises(TextError, match="Text 1 is a ") as caught:
+            tokenizer(column)
+        assert pickle.loads(pickle.dumps(caught.value)).index == caught.value.index == 1

@@ -111,6 +111,13 @@ def test_stable_diffusion_draws_the_same_images(parts: dict[str, Any], ours: HfC
     assert abs(pictures[0] - pictures[1]).max() > 1e-4  # so prompts do matter to that random network
 
 
+def test_stable_diffusion_measures_and_cuts_a_long_prompt(parts: dict[str, Any], ours: HfClipTextModel):
+    """It tokenizes the prompt a second time, without truncation, to say what it leaves out."""
+    pipeline = build(parts, ours)
+    kept = pipeline.tokenizer.model_max_length - 2
+    assert_equal(embed(pipeline, ["cat " * 100])[0], embed(pipeline, ["cat " * kept])[0])
+
+
 def test_stable_diffusion_xl_takes_pooled_and_penultimate(parts: dict[str, Any], repositories: dict[str, Path]):
     first = HfClipTextModel.from_pretrained(repositories["vit"]).eval()
     second = HfClipTextModelWithProjection.from_pretrained(repositories["vit"]).eval()
