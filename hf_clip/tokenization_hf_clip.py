@@ -7,7 +7,7 @@ Threads share a tokenizer: a call changes nothing but the memory, and neither me
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,18 +71,23 @@ def check_texts(text: Any) -> list[str]:
     return texts
 
 
-def prepare_each(prepare: Callable[[str], Prepared], texts: Iterable[str]) -> Iterator[Prepared]:
+def prepare_one(prepare: Callable[[str], Prepared], text: str, index: int) -> Prepared:
+    """prepare(text). Raises TextError that carries the text's index where that fails."""
+    try:
+        return prepare(text)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise TextError(f"Text {index} cannot be tokenized: {reason}. Leave it out, or clean it.", index) from error
+
+
+def prepare_each(prepare: Callable[[str], Prepared], texts: list[str]) -> list[Prepared]:
     """Do the same to each text. Raises TextError that says which text it cannot be done to."""
-    for index, text in enumerate(texts):
-        try:
-            yield prepare(text)
-        except (ImportError, MemoryError):
-            raise
-        except Exception as error:
-            raise TextError(
-                f"Text {index} cannot be tokenized: {str(error) or type(error).__name__}. Leave it out, or clean it.",
-                index,
-            ) from error
+    try:
+        return list(map(prepare, texts))
+    except Exception:
+        return [prepare_one(prepare, text, index) for index, text in enumerate(texts)]
 
 
 def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
@@ -184,7 +189,8 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
             end_of_word_suffix=END_OF_WORD,
             show_progress=False,
         )
-        backend.train_from_iterator(prepare_each(prepare_text, texts), trainer)
+        prepared = (prepare_one(prepare_text, text, index) for index, text in enumerate(texts))
+        backend.train_from_iterator(prepared, trainer)
         learned = json.loads(backend.to_str())["model"]["merges"]
         merges = [(left, right) for left, right in learned]
         return cls.from_merges(merges[: vocab_size - FIXED_IDS], model_max_length)
@@ -235,7 +241,7 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         data: dict[str, Any]
         encodings: Any
         if texts and (by_encodings or (return_tensors is not None and not layout.is_padded)):
-            parts = layout.encode(encoder, list(prepare_each(encoder.words_of, texts)), kwargs.get("stride") or 0)
+            parts = layout.encode(encoder, prepare_each(encoder.words_of, texts), kwargs.get("stride") or 0)
             lengths = np.array([sum(first.attention_mask) for first, *_ in parts])
             parts = parts if with_overflow else [part[:1] for part in parts]
             data = as_columns(parts, {"input_ids", "attention_mask", *extras}, with_overflow)
@@ -285,7 +291,7 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         if not texts:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         if not is_plain("".join(texts)):
-            texts = list(prepare_each(repair_where_needed, texts))
+            texts = prepare_each(repair_where_needed, texts)
         # Lower case stays as it is when lowered again, and repaired text has no white space but single spaces.
         chunks = f" {BOUNDARY} ".join(texts).lower().split()
         memory = self._memory
