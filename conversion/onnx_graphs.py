@@ -102,9 +102,10 @@ def random_inputs(config: HfClipConfig, texts: int, length: int, images: int, se
     input_ids = torch.randint(0, text.vocab_size, (texts, length), generator=random)
     ends = torch.tensor([length - 1 - row % length for row in range(texts)])[:, None]  # (T, 1)
     positions = torch.arange(length)
-    words = input_ids.where(input_ids != text.eos_token_id, (text.eos_token_id + 1) % text.vocab_size)
+    end = text.vocab_size - 1 if text.eos_token_id is None else text.eos_token_id
+    words = input_ids.where(input_ids != end, (end + 1) % text.vocab_size)
     return {
-        "input_ids": words.where(positions < ends, text.eos_token_id),
+        "input_ids": words.where(positions < ends, end),
         "pixel_values": torch.randn(images, vision.num_channels, *[vision.image_size] * 2, generator=random),
         "attention_mask": (positions <= ends).long(),
     }

@@ -43,6 +43,7 @@ from .pictures_hf_clip import UnreadableImageError
 from .pipeline import register_pipeline as _register_pipeline
 from .processing_hf_clip import HfClipProcessor
 from .publishing import prepare_for_hub as _prepare_for_hub
+from .text_ends_hf_clip import EndOfTextError
 from .tokenization_hf_clip import HfClipTokenizer
 from .variants import VARIANTS, Variant
 from .zero_shot import ZeroShotClassifier
@@ -72,6 +73,7 @@ _BEFORE_UPLOAD.append(_prepare_for_hub)
 
 __all__ = [
     "VARIANTS",
+    "EndOfTextError",
     "HfClipConfig",
     "HfClipForImageClassification",
     "HfClipImageProcessor",

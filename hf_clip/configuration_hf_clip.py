@@ -19,10 +19,21 @@ from .files_hf_clip import check_names, check_no_methods, one_line, read_object,
 from .variants import get_variant
 
 LEGACY_END_OF_TEXT_ID = 2
-"""Stock CLIP repositories from before transformers 4.31 say `eos_token_id: 2`, which is no token of theirs."""
+"""Stock CLIP repositories from before transformers 4.31 say `eos_token_id: 2`, which is no token of theirs.
+
+Stock CLIP then takes the feature at the highest id of each text, as OpenAI's code does.
+"""
+
+OPENAI_VOCAB_SIZE = 49408
+
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 STOCK_TYPES = {"clip": "hf_clip", "clip_text_model": "hf_clip_text", "clip_vision_model": "hf_clip_vit"}
 """Stock CLIP's model types and those that read them."""
+
+STOCK_TEXT = "clip_text_model"
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 STOCK_TOWERS = {"text_config": "hf_clip_text", "vision_config": "hf_clip_vit"}
 """What stands under these names in the configuration of a whole stock CLIP."""
@@ -67,11 +78,31 @@ def read_config_object(path: Any) -> dict[str, Any]:
     return values
 
 
+def refuse_checkpoint_file(source: Any) -> None:
+    """Raise ValueError for a file of weights, which `from_pretrained` takes from its repository only."""
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
+    is_repository = os.path.isdir(name) or (name.count("/") == 1 and not name.startswith((".", "/", "~")))
+    if not name.endswith(CHECKPOINT_SUFFIXES) or (is_repository and not os.path.isfile(name)):
+        return
+    folder = os.path.dirname(name) or "."
+    if os.path.isfile(name) and os.path.isfile(os.path.join(folder, "config.json")):
+        raise ValueError(
+            f"{name} is a file, but from_pretrained takes the folder that describes it too: pass {folder}."
+        )
+    raise ValueError(
+        f"{name} is a checkpoint file, but from_pretrained takes a folder or a repository. Convert it once, by "
+        f"`python -m conversion.convert {name} FOLDER`, and pass that folder."
+    )
+
+
 def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
     """The reader of a repository in another library's layout, or None for one that describes itself to transformers.
 
     arguments: those of `from_pretrained`, of which the Hub's are used
+
+    Raises ValueError for a file of weights.
     """
+    refuse_checkpoint_file(source)
     if source is None or os.path.isfile(source):
         return None
     hub = {name: arguments[name] for name in HUB_ARGUMENTS if arguments.get(name) is not None}
@@ -82,6 +113,18 @@ def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
     if path is not None and "model_type" in read_config_object(path):
         return None
     return next((found for layout in FOREIGN_LAYOUTS if (found := layout(source, hub)) is not None), None)
+
+
+def repair_special_ids(values: dict[str, Any]) -> dict[str, Any]:
+    """A stock text configuration whose end of text is a token, or None where only the rule of the highest id is known.
+
+    In OpenAI's vocabulary the end of text is the highest id of every text. In others it may be any.
+    """
+    if values.get("eos_token_id") != LEGACY_END_OF_TEXT_ID:
+        return values
+    is_openai = values.get("vocab_size", OPENAI_VOCAB_SIZE) == OPENAI_VOCAB_SIZE
+    start, end = (OPENAI_VOCAB_SIZE - 2, OPENAI_VOCAB_SIZE - 1) if is_openai else (None, None)
+    return values | {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +143,9 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
     for name, model_type in STOCK_TOWERS.items():
         if nested := (values.get(name) or {}) | (values.get(f"{name}_dict") or {}):
             shared = {"projection_dim": values["projection_dim"]} if "projection_dim" in values else {}
+            nested = repair_special_ids(nested) if name == "text_config" else nested
             values[name] = nested | shared | {"model_type": model_type}
-    return values
+    return repair_special_ids(values) if values["model_type"] == "hf_clip_text" else values
 
 
 def _essence(config: PreTrainedConfig) -> dict[str, Any]:
@@ -243,7 +287,8 @@ class HfClipTextConfig(HfClipPreTrainedConfig):
     max_position_embeddings:  longest text in tokens, start and end included
     hidden_act:               `quick_gelu` for OpenAI's weights
     initializer_range:        standard deviation of token embeddings; position embeddings take half of it
-    eos_token_id:             the id whose first occurrence gives the text feature
+    eos_token_id:             the id whose first occurrence gives the text feature; None: it is taken at the highest id
+                              of each text, as by OpenAI's code and by stock configurations that say 2
     """
 
     model_type = "hf_clip_text"
@@ -266,9 +311,12 @@ class HfClipTextConfig(HfClipPreTrainedConfig):
     eos_token_id: int | None = 49407
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_kind(self, kwargs.pop("model_type", None), stock="clip_text_model")
-        if self.eos_token_id == LEGACY_END_OF_TEXT_ID and self.vocab_size == 49408:
-            self.bos_token_id, self.eos_token_id, self.pad_token_id = 49406, 49407, 49407
+        kind = kwargs.pop("model_type", None)
+        _check_kind(self, kind, stock=STOCK_TEXT)
+        if kind == STOCK_TEXT or self.vocab_size == OPENAI_VOCAB_SIZE:
+            ids = {name: getattr(self, name) for name in ("vocab_size", *SPECIAL_IDS)}
+            for name, value in repair_special_ids(ids).items():
+                setattr(self, name, value)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -278,10 +326,10 @@ class HfClipTextConfig(HfClipPreTrainedConfig):
         _require_positive(self, "vocab_size", most=MOST_IDS)
         _require_layers(self)
         _require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
-        if self.eos_token_id is None or not 0 <= self.eos_token_id < self.vocab_size:
+        if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
             raise ValueError(
                 f"HfClipTextConfig: eos_token_id is {self.eos_token_id}, but the text feature is taken at that id, so "
-                f"it must be one of the {self.vocab_size} ids of the vocabulary."
+                f"it must be one of the {self.vocab_size} ids of the vocabulary, or None for the highest of a text."
             )
 
 
@@ -414,6 +462,7 @@ def _values_of(name: str, given: Any) -> dict[str, Any]:
 
 
 def _build_text_config(values: dict[str, Any]) -> HfClipTextConfig:
+    values = repair_special_ids(values) if values.get("model_type") == STOCK_TEXT else values
     return HfClipTextConfig(**{name: value for name, value in values.items() if name != "model_type"})
 
 

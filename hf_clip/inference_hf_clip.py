@@ -23,7 +23,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .packed_hf_clip import (
     FUSED_ACTIVATIONS,
-    PRODUCT_ATTENTION,
     InferenceBottleneck,
     InferenceConv2d,
     OptimizedModelError,
@@ -36,13 +35,16 @@ from .packed_hf_clip import (
     rows_at_once,
 )
 from .resnet_hf_clip import HfClipBottleneck, HfClipResNetStage
+from .text_ends_hf_clip import EndOfTextError, find_ends, find_starts
 from .transformer_hf_clip import (
+    PRODUCT_ATTENTION,
     HfClipAttention,
     HfClipEncoderLayer,
-    HfClipLinear,
     HfClipMLP,
-    HfClipPatchEmbedding,
+    apply_linear,
+    apply_patch_embedding,
     attend,
+    is_plain_patch_embedding,
 )
 
 MAP_BYTES_OF_A_THREAD = 4 * 2**20
@@ -86,7 +88,9 @@ def gain_of_packing(layer: Any, packed: nn.Module) -> float:
     if isinstance(layer, nn.Conv2d):  # so many patches side by side
         shape = (1, weight.shape[1], weight.shape[2], count * weight.shape[3])
     input = torch.zeros(shape, dtype=weight.dtype)
-    return _gain(lambda: layer(input), lambda: packed(input))
+    kinds = {nn.Linear: apply_linear, nn.Conv2d: apply_patch_embedding}
+    apply = kinds.get(type(layer), nn.Module.__call__)
+    return _gain(lambda: apply(layer, input), lambda: packed(input))
 
 
 def gain_of_fusing(tower: Any) -> float:
@@ -129,7 +133,7 @@ def gain_of_products(heads: int, width: int, length: int, dtype: torch.dtype) ->
 
 def _is_plain(module: nn.Module) -> bool:
     """An ordinary linear map: no adapter, no quantised weight, nothing hooked to it."""
-    is_linear = type(module) in (nn.Linear, HfClipLinear) and type(module.weight) is nn.Parameter
+    is_linear = type(module) is nn.Linear and type(module.weight) is nn.Parameter
     return is_linear and not _is_hooked(module)
 
 
@@ -166,9 +170,9 @@ def _pack_transformer_(model: nn.Module) -> list[str]:
     counts = {"linear maps": 0, "MLPs with their activations": 0, "patch embedding": 0}
     for module in model.modules():
         patches: Any = getattr(module, "patch_embedding", None)
-        is_plain = type(patches) is HfClipPatchEmbedding and not _is_hooked(patches)
-        is_plain = is_plain and type(patches.weight) is nn.Parameter
-        if is_plain and (embedding := packed_if_it_pays("the patch embedding", patches, PackedPatches)):
+        if is_plain_patch_embedding(patches) and (
+            embedding := packed_if_it_pays("the patch embedding", patches, PackedPatches)
+        ):
             module.patch_embedding = embedding
             counts["patch embedding"] += 1
         if not isinstance(module, HfClipEncoderLayer):
@@ -252,7 +256,10 @@ def _work_in_parts_(tower: Any, part_size: Callable[[Tensor], int], encode: Call
         if not is_simple:
             return whole(input, *args, **kwargs)
         as_dict = kwargs.pop("return_dict", tower.config.return_dict) is not False
-        parts = [encode(part, return_dict=True, **kwargs) for part in _even_parts(input, part_size(input))]
+        try:
+            parts = [encode(part, return_dict=True, **kwargs) for part in _even_parts(input, part_size(input))]
+        except EndOfTextError:
+            return whole(input, **kwargs)  # which names the rows of the whole batch
         fields = ("last_hidden_state", "pooler_output")
         output = BaseModelOutputWithPooling(**{name: _join([part[name] for part in parts]) for name in fields})
         return output if as_dict else output.to_tuple()
@@ -318,15 +325,15 @@ def _work_depth_first_(tower: Any, is_as_made: bool) -> None:
 def _encode_texts_by_length_(model: Any) -> None:
     """Let `encode_text` sort its texts by length and leave out the columns behind their ends."""
     whole = model.encode_text
-    end_of_text_id = model.config.text_config.eos_token_id
 
     def encode_text(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         is_simple = isinstance(input_ids, Tensor) and input_ids.ndim == 2 and min(input_ids.shape) > 0
-        is_simple = is_simple and not torch.jit.is_tracing()
-        lengths = (input_ids == end_of_text_id).int().argmax(dim=1) + 1 if is_simple else torch.zeros(0)
-        if is_simple and attention_mask is not None:
-            is_simple = attention_mask.shape == input_ids.shape and _hides_only_ends(attention_mask, lengths)
+        is_simple = is_simple and not input_ids.is_floating_point() and not torch.jit.is_tracing()
+        is_simple = is_simple and find_starts(attention_mask) is None
         if not is_simple:
+            return whole(input_ids, attention_mask)
+        lengths = find_ends(input_ids, None, model.config.text_config)[0] + 1
+        if attention_mask is not None and not _hides_only_ends(attention_mask, lengths, input_ids):
             return whole(input_ids, attention_mask)
         lengths, order = lengths.sort()
         features, first, most = [], 0, rows_at_once(model.dtype)
@@ -341,8 +348,10 @@ def _encode_texts_by_length_(model: Any) -> None:
     model.encode_text = encode_text
 
 
-def _hides_only_ends(attention_mask: Tensor, lengths: Tensor) -> bool:
+def _hides_only_ends(attention_mask: Tensor, lengths: Tensor, input_ids: Tensor) -> bool:
     """Whether a mask shows each text to its end, and hides what follows, which changes nothing that comes before."""
+    if attention_mask.shape != input_ids.shape:
+        return False
     shown = attention_mask.to(torch.bool)
     is_needed = torch.arange(shown.shape[1], device=shown.device) < lengths[:, None]
     return bool((shown | ~is_needed).all())
@@ -361,8 +370,9 @@ def _encode_images_by_class_token_(model: Any) -> None:
         for layer in layers:
             hidden_states = layer(hidden_states)
         states, class_token, attention = last.layer_norm1(hidden_states), hidden_states[:, :1], last.self_attn
-        query, key, value = attention.q_proj(states[:, :1]), attention.k_proj(states), attention.v_proj(states)
-        class_token = class_token + attention.out_proj(attend(attention, query, key, value)[0])
+        query = apply_linear(attention.q_proj, states[:, :1])
+        key, value = apply_linear(attention.k_proj, states), apply_linear(attention.v_proj, states)
+        class_token = class_token + apply_linear(attention.out_proj, attend(attention, query, key, value)[0])
         class_token = class_token + last.mlp(last.layer_norm2(class_token))
         return model.visual_projection(tower.post_layernorm(class_token[:, 0]))
 

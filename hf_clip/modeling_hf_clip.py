@@ -21,7 +21,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import PrefixChange
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -41,16 +41,20 @@ from .resnet_hf_clip import (
     HfClipAttentionPool,
     HfClipBottleneck,
     HfClipResNetStage,
+    channels_last,
     init_attention_pool_,
     init_convolution_,
     init_last_norm_,
+    relu_of_norm,
     suits_channels_last,
 )
+from .text_ends_hf_clip import count_positions, find_ends, find_starts, pool_at
 from .transformer_hf_clip import (
+    BUILT_IN_ATTENTION,
     HfClipAttention,
     HfClipEncoder,
     HfClipEncoderLayer,
-    HfClipPatchEmbedding,
+    apply_patch_embedding,
     init_linear_bias_,
     init_text_layer_,
     init_vit_layer_,
@@ -162,15 +166,6 @@ class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
         super()._initialize_weights(module)
 
 
-def pool_at_end_of_text(hidden: Tensor, input_ids: Tensor, end_of_text_id: int) -> Tensor:
-    """Select each text's hidden state at its first end-of-text token; padding may reuse that id.
-
-    hidden (B, L, W), input_ids (B, L) → (B, W). A row without the token gives its first position.
-    """
-    first = (input_ids == end_of_text_id).int().argmax(dim=-1)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), first.to(hidden.device)]
-
-
 class HfClipTextEmbeddings(nn.Module):
     """Token plus position embeddings: (B, L) → (B, L, W)."""
 
@@ -210,13 +205,39 @@ def check_input_ids(input_ids: Tensor | None, attention_mask: Tensor | None) -> 
             f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}, but integers of shape (batch, length) "
             f'are needed: pass what HfClipTokenizer returns with return_tensors="pt".'
         )
-    input_ids = input_ids.view(-1, input_ids.shape[-1])
+    input_ids = input_ids[None] if input_ids.ndim == 1 else input_ids.flatten(0, -2)
     if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids have {tuple(input_ids.shape)}; "
             f"pass both as the tokenizer returned them."
         )
     return input_ids
+
+
+HEEDED = {"return_dict", "attention_mask", "use_cache", "debug_io", "debug_io_dir", "prune_layers"}
+HEEDED |= {*TransformersKwargs.__annotations__} - {"position_ids"}
+"""Arguments beyond those that a `forward` names which it, its attention or transformers' wrappers around it know."""
+
+BY_PRODUCTS = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping"}
+"""What tokenizers return beside ids and mask, of which nobody expects an effect here."""
+
+INSTEAD = {
+    "labels": "the loss of pairs is had by return_loss=True, that of classes from HfClipForImageClassification",
+    "inputs_embeds": "texts are taken as input_ids",
+}
+
+
+def refuse_ignored(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Raise TypeError for an argument that would have no effect, as Python does for functions without `**kwargs`.
+
+    What is None or False asks for nothing. Attention of the user's own may know any argument.
+    """
+    if model.config._attn_implementation not in BUILT_IN_ATTENTION:
+        return
+    for name, value in arguments.items():
+        if name not in HEEDED and name not in BY_PRODUCTS and value is not None and value is not False:
+            reason = INSTEAD.get(name, "it would be ignored")
+            raise TypeError(f"{type(model).__name__} takes no argument {name!r}: {reason}. Leave it out.")
 
 
 _POSITION_COUNTERS = r"embeddings\.position_ids$"  # in stock repositories from before transformers 4.31
@@ -269,19 +290,26 @@ class HfClipTextModel(HfClipPreTrainedModel):
         """Encode texts.
 
         input_ids:      (B, L)  with the end-of-text id in every row
-        attention_mask: (B, L)  optional: with padding on the right the feature is the same without it
-        position_ids:   (B, L)  optional
+        attention_mask: (B, L)  optional: with padding on the right the feature is the same without it; padding on the
+            left needs it, and then gives the features of padding on the right
+        position_ids:   (B, L)  optional; by default they count from the first token that the mask shows
         returns: last_hidden_state (B, L, W) and pooler_output (B, W), both after the final LayerNorm
+
+        Raises EndOfTextError for a row without its end; on GPUs and in graphs its pooler_output is NaN instead.
         """
+        refuse_ignored(self, kwargs)
         input_ids = check_input_ids(input_ids, attention_mask)
+        starts = find_starts(attention_mask)
+        ends, is_endless = find_ends(input_ids, starts, self.config)
+        if position_ids is None and starts is not None:
+            position_ids = count_positions(starts, input_ids.shape[-1]).to(input_ids.device)
         hidden_states = self.embeddings(input_ids, position_ids)
         causal_mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
         )
         hidden_states = self.final_layer_norm(self.encoder(hidden_states, causal_mask, **kwargs))
         return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states,
-            pooler_output=pool_at_end_of_text(hidden_states, input_ids, self.config.eos_token_id),
+            last_hidden_state=hidden_states, pooler_output=pool_at(hidden_states, ends, is_endless)
         )
 
 
@@ -325,11 +353,13 @@ class HfClipViTEmbeddings(nn.Module):
         super().__init__()
         self.grid_size = config.grid_size
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
-        self.patch_embedding = HfClipPatchEmbedding(config.num_channels, config.hidden_size, config.patch_size)
+        size = config.patch_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, size, stride=size, bias=False)
         self.position_embedding = nn.Embedding(1 + config.grid_size**2, config.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (B, W, Y / S, X / S)
+        pixels = pixel_values.to(self.patch_embedding.weight.dtype)
+        patches = apply_patch_embedding(self.patch_embedding, pixels)  # (B, W, Y / S, X / S)
         height, width = patches.shape[-2:]
         # Called, not read: where weights are offloaded, a module's call is what brings them back.
         cells = torch.arange(1 + self.grid_size**2, device=patches.device)
@@ -384,6 +414,7 @@ class HfClipViTModel(HfClipPreTrainedModel):
         interpolate_pos_encoding: ... the position table is to be resampled to the pictures' own size
         returns: last_hidden_state (B, P, W) and pooler_output (B, W), the class token after the last LayerNorm
         """
+        refuse_ignored(self, kwargs)
         pictures = check_image_size(
             pixel_values, self.config, interpolate_pos_encoding, smallest=self.config.patch_size
         )
@@ -453,6 +484,7 @@ class HfClipResNetModel(HfClipPreTrainedModel):
         returns: last_hidden_state (B, W, Y / 32, X / 32) and pooler_output (B, W); hidden states are the stem's
             and the four stages' feature maps, attentions the attention pool's (B, heads, 1, 1 + cells)
         """
+        refuse_ignored(self, kwargs)
         pictures = check_image_size(
             pixel_values, self.config, interpolate_pos_encoding, smallest=self.config.total_stride
         )
@@ -465,10 +497,10 @@ class HfClipResNetModel(HfClipPreTrainedModel):
     def stem(self, pictures: Tensor) -> Tensor:
         """Three convolutions and a pool: (B, C, Y, X) → (B, stem_width, Y / 4, X / 4)."""
         if suits_channels_last(pictures, self.bn1):
-            pictures = pictures.contiguous(memory_format=torch.channels_last)
-        feature_map = self.bn1(self.conv1(pictures)).relu_()
-        feature_map = self.bn2(self.conv2(feature_map)).relu_()
-        return self.pool(self.bn3(self.conv3(feature_map)).relu_())
+            pictures = channels_last(pictures)
+        feature_map = relu_of_norm(self.conv1, self.bn1, pictures)
+        feature_map = relu_of_norm(self.conv2, self.bn2, feature_map)
+        return self.pool(relu_of_norm(self.conv3, self.bn3, feature_map))
 
 
 def build_vision_tower(config: HfClipViTConfig | HfClipResNetConfig) -> "HfClipViTModel | HfClipResNetModel":
@@ -581,14 +613,17 @@ class HfClipModel(HfClipPreTrainedModel):
         input_ids:    (T, L)        pixel_values: (I, C, Y, X)
         return_loss:  the contrastive loss that the configuration names too, for which image i belongs to text i
         """
+        refuse_ignored(self, kwargs)
         if input_ids is None and pixel_values is None:
             raise ValueError("HfClipModel got neither input_ids nor pixel_values; pass at least one of them.")
         if return_loss and (input_ids is None or pixel_values is None or len(input_ids) != len(pixel_values)):
-            texts, images = (None if batch is None else len(batch) for batch in (input_ids, pixel_values))
+            texts, images = ("no" if batch is None else len(batch) for batch in (input_ids, pixel_values))
             raise ValueError(
-                f"return_loss=True needs as many texts as images, pair by pair, but got {texts or 'no'} texts and "
-                f"{images or 'no'} images."
+                f"return_loss=True needs as many texts as images, pair by pair, but got {texts} texts and {images} "
+                f"images."
             )
+        if return_loss and input_ids is not None and len(input_ids) == 0:
+            raise ValueError("return_loss=True needs at least one pair, but the batch is empty: a loss is a mean.")
         image_embeds = text_embeds = logits_per_image = logits_per_text = loss = None
         vision = text = None
         if pixel_values is not None:
@@ -662,6 +697,7 @@ class HfClipTextModelWithProjection(HfClipPreTrainedModel):
         **kwargs: Any,
     ) -> HfClipTextModelOutput:
         """input_ids (B, L) → text_embeds (B, D) and the tower's own outputs."""
+        refuse_ignored(self, kwargs)
         outputs = self.text_model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, **(kwargs | {"return_dict": True})
         )
@@ -710,6 +746,7 @@ class HfClipVisionModelWithProjection(HfClipPreTrainedModel):
         self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> HfClipVisionModelOutput:
         """pixel_values (B, C, Y, X) → image_embeds (B, D) and the tower's own outputs."""
+        refuse_ignored(self, kwargs)
         outputs = self.vision_model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **(kwargs | {"return_dict": True})
         )
@@ -763,6 +800,9 @@ class HfClipForImageClassification(HfClipPreTrainedModel):
                       `config.problem_type` says which, and is inferred as everywhere in transformers when unset
         returns: logits (B, num_labels), and the loss if there are labels
         """
+        refuse_ignored(self, kwargs)
+        if labels is not None and len(labels) == 0:
+            raise ValueError("labels are empty, and a loss is a mean; leave them out for an empty batch.")
         outputs = self.vision_model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **(kwargs | {"return_dict": True})
         )

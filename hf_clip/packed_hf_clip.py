@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers.modeling_utils import AttentionInterface
 
 from .resnet_hf_clip import HfClipAttentionPool, HfClipBottleneck
-from .transformer_hf_clip import HfClipMLP, HfClipPatchEmbedding, cut_into_patches
+from .transformer_hf_clip import PRODUCT_ATTENTION, HfClipMLP, cut_into_patches
 
 ROWS_OF_A_THREAD = 800
 """Positions in float32 that a transformer works on at once for each thread: more fall out of the caches."""
@@ -27,8 +27,6 @@ SIZES_PACKED = 2
 
 FUSED_ACTIVATIONS = {"quick_gelu": ("swish", ""), "gelu": ("gelu", "none")}
 """`hidden_act` → oneDNN's name of it and which algorithm; quick_gelu is swish of 1.702 x, divided by 1.702."""
-
-PRODUCT_ATTENTION = "hf_clip_products"
 
 
 class OptimizedModelError(RuntimeError):
@@ -129,9 +127,9 @@ class PackedMLP(nn.Module):
 
 
 class PackedPatches(nn.Module):
-    """HfClipPatchEmbedding with its weight in oneDNN's order: (B, C, Y, X) → (B, D, Y / S, X / S)."""
+    """A ViT's patch embedding with its weight in oneDNN's order: (B, C, Y, X) → (B, D, Y / S, X / S)."""
 
-    def __init__(self, convolution: HfClipPatchEmbedding):
+    def __init__(self, convolution: nn.Conv2d):
         super().__init__()
         self.size, self.weight = convolution.stride[0], convolution.weight
         weight = self.weight.detach().flatten(1)

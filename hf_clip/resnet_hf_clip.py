@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_hf_clip import HfClipResNetConfig
-from .transformer_hf_clip import HfClipLinear, attend, init_linear_bias_, resize_position_table
+from .transformer_hf_clip import apply_linear, attend, init_linear_bias_, is_hooked, resize_position_table
 
 EXPANSION = 4
 """A bottleneck's output has four times the channels of its 3×3 convolution."""
@@ -33,6 +33,28 @@ def suits_channels_last(pictures: Tensor, norm: nn.BatchNorm2d) -> bool:
     device = pictures.device.type
     in_tensor_cores = device == "cuda" and (pictures.itemsize == 2 or torch.is_autocast_enabled("cuda"))
     return in_tensor_cores or (device == "cpu" and not norm.training)
+
+
+def is_unseen(convolution: nn.Module, norm: nn.Module) -> bool:
+    """Whether nobody else has a norm's output, so that what follows may be computed in its place.
+
+    A hook may keep it, or hand it on as a view that autograd protects. A norm may have been replaced by nothing at all,
+    and its output be the convolution's.
+    """
+    return not (is_hooked(norm) or is_hooked(convolution))
+
+
+def relu_of_norm(convolution: nn.Module, norm: nn.Module, feature_map: Tensor) -> Tensor:
+    """max(0, norm(convolution(x))): (B, C, Y, X) → (B, C', Y', X')."""
+    output = norm(convolution(feature_map))
+    return output.relu_() if is_unseen(convolution, norm) else output.relu()
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The same (B, C, Y, X) with the channels of a pixel side by side in memory."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return images.contiguous(memory_format=torch.channels_last)
+    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.vmap knows no memory formats
 
 
 @contextmanager
@@ -72,11 +94,12 @@ class HfClipBottleneck(GradientCheckpointingLayer):
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(width * EXPANSION))
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        branch = self.bn1(self.conv1(feature_map)).relu_()
-        branch = self.bn2(self.conv2(branch)).relu_()
+        branch = relu_of_norm(self.conv1, self.bn1, feature_map)
+        branch = relu_of_norm(self.conv2, self.bn2, branch)
         branch = self.bn3(self.conv3(self.pool(branch)))
         shortcut = feature_map if self.downsample is None else self.downsample(self.pool(feature_map))
-        return branch.add_(shortcut).relu_()
+        is_ours = is_unseen(self.conv3, self.bn3)
+        return (branch.add_(shortcut) if is_ours else branch + shortcut).relu_()
 
     # Gradient checkpointing runs a block twice. BatchNorm must count the batch in the first run only, or
     # its running statistics would depend on whether memory was saved. transformers stores its checkpoint
@@ -133,9 +156,9 @@ class HfClipAttentionPool(nn.Module):
         self.is_causal = False
         self.grid_size = config.grid_size
         self.positional_embedding = nn.Parameter(torch.empty(1 + config.grid_size**2, config.hidden_size))
-        self.q_proj = HfClipLinear(config.hidden_size, config.hidden_size)
-        self.k_proj = HfClipLinear(config.hidden_size, config.hidden_size)
-        self.v_proj = HfClipLinear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, feature_map: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Returns the pooled vector (B, D) and the attention weights (B, H, 1, 1 + Y * X), if there are any."""
@@ -150,7 +173,8 @@ class HfClipAttentionPool(nn.Module):
 
     def gather(self, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """The first token's attention over all: (B, 1 + Y * X, D) → (B, 1, D) and the weights."""
-        query, key, value = self.q_proj(tokens[:, :1]), self.k_proj(tokens), self.v_proj(tokens)
+        query = apply_linear(self.q_proj, tokens[:, :1])
+        key, value = apply_linear(self.k_proj, tokens), apply_linear(self.v_proj, tokens)
         return attend(self, query, key, value, **kwargs)
 
 

@@ -30,7 +30,7 @@ from .bpe_hf_clip import (
     read_merges,
 )
 from .chunks_hf_clip import BOUNDARY, ChunkMemory
-from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload
+from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload, refuse_checkpoint_file
 from .files_hf_clip import TOKENIZER_CHECKS, check_tokenizer_file, find_files, in_one_kind, read_vocabulary
 from .layout_hf_clip import EncodedTexts, Layout, as_columns, as_lists, without_texts
 from .repairing_hf_clip import TextError, is_plain, prepare_text, repair_where_needed
@@ -140,6 +140,7 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As everywhere in transformers; repositories that have vocab.json and merges.txt alone too."""
         source = pretrained_model_name_or_path
+        refuse_checkpoint_file(source)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         for path in find_files(source, TOKENIZER_CHECKS, hub):
             TOKENIZER_CHECKS.get(path.name, check_tokenizer_file)(path)

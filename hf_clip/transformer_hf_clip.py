@@ -10,10 +10,11 @@ import platform
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,6 +24,13 @@ from .configuration_hf_clip import HfClipTextConfig, HfClipViTConfig
 
 FEWEST_ROWS, FEWEST_PRODUCTS = 64, 2**23
 """Below, handing the weight to oneDNN in its own order of memory costs more than the product gains."""
+
+PRODUCT_ATTENTION = "hf_clip_products"
+"""Of optimized models on CPUs."""
+
+BUILT_IN_ATTENTION = {None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"}
+BUILT_IN_ATTENTION |= {PRODUCT_ATTENTION}
+"""Kinds of attention whose arguments are known."""
 
 
 @cache
@@ -79,11 +87,26 @@ def _is_faster_as_convolution(input: Tensor, weight: Tensor) -> bool:
     )
 
 
-class HfClipLinear(nn.Linear):
-    """`nn.Linear` by the faster way: (…, inputs) → (…, outputs)."""
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to this module's calls, or has put another function in their place."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    is_replaced = "forward" in vars(module) or module._compiled_call_impl is not None
+    return any(own) or is_replaced or _has_any_global_hook()
 
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+
+def apply_linear(layer: nn.Module, input: Tensor) -> Tensor:
+    """`layer(input)` by the faster way where the layer is an ordinary linear map: (…, inputs) → (…, outputs).
+
+    The layers themselves are plain `nn.Linear`, since quantisation and other tools ask for exactly that type.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(layer) is not nn.Linear
+        or is_hooked(layer)
+        or not isinstance(input, Tensor)
+    ):
+        return layer(input)
+    return linear(input, layer.weight, layer.bias)
 
 
 def cut_into_patches(pictures: Tensor, size: int) -> Tensor:
@@ -94,21 +117,22 @@ def cut_into_patches(pictures: Tensor, size: int) -> Tensor:
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
-class HfClipPatchEmbedding(nn.Conv2d):
+def apply_patch_embedding(layer: nn.Module, images: Tensor) -> Tensor:
     """A ViT's first layer: (B, C, Y, X) → (B, D, Y / S, X / S).
 
     Its convolution is a linear map of patches that do not overlap, and computed as that on CPUs: 1.5 to 8 times as
     fast. Compiled, exported and traced models have the convolution.
     """
+    is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if is_graph or not is_plain_patch_embedding(layer) or not images.device.type == layer.weight.device.type == "cpu":
+        return layer(images)
+    return linear(cut_into_patches(images, layer.stride[0]), layer.weight.flatten(1)).permute(0, 3, 1, 2)
 
-    def __init__(self, channels: int, width: int, patch_size: int):
-        super().__init__(channels, width, patch_size, stride=patch_size, bias=False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        is_plain = type(self.weight) is nn.Parameter and input.device.type == self.weight.device.type == "cpu"
-        if not is_plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return super().forward(input)
-        return linear(cut_into_patches(input, self.stride[0]), self.weight.flatten(1)).permute(0, 3, 1, 2)
+def is_plain_patch_embedding(layer: Any) -> TypeGuard[nn.Conv2d]:
+    """Whether a ViT's first layer is as it was made: no adapter, no quantised weight, nothing hooked to it."""
+    is_plain = type(layer) is nn.Conv2d and type(layer.weight) is nn.Parameter and layer.bias is None
+    return is_plain and layer.kernel_size == layer.stride and not is_hooked(layer)
 
 
 class HfClipQuickGELU(nn.Module):
@@ -116,8 +140,10 @@ class HfClipQuickGELU(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         scaled = input * 1.702
-        # Not in place of the input, which hooks may look at; and where gradients are wanted, silu needs its own.
-        return nn.functional.silu(scaled, inplace=not torch.is_grad_enabled()).mul_(1 / 1.702)
+        # Not in place of the input, which hooks may look at; and where gradients are wanted, silu needs its own. A
+        # trace must not depend on whether they are: torch.jit.trace compares it with one made under no_grad.
+        in_place = not (torch.is_grad_enabled() or torch.jit.is_tracing())
+        return nn.functional.silu(scaled, inplace=in_place).mul_(1 / 1.702)
 
 
 def eager_attention(
@@ -152,13 +178,15 @@ def attend(
     Returns (B, Lq, D) and the weights (B, H, Lq, L), which only `eager` has.
     """
     batch, query_length, width = query.shape
-    heads = (batch, -1, module.num_heads, width // module.num_heads)
-    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
+    heads = (module.num_heads, width // module.num_heads)  # with these written out, an empty batch has a shape too
+    is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    kind = "eager" if not is_graph and batch == 0 else module.config._attn_implementation  # others need rows
+    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)
     mixed, weights = attention(
         module,
-        query.view(heads).transpose(1, 2),  # (B, H, Lq, E)
-        key.view(heads).transpose(1, 2),
-        value.view(heads).transpose(1, 2),
+        query.unflatten(-1, heads).transpose(1, 2),  # (B, H, Lq, E)
+        key.unflatten(-1, heads).transpose(1, 2),
+        value.unflatten(-1, heads).transpose(1, 2),
         attention_mask,
         scaling=(width // module.num_heads) ** -0.5,
         dropout=module.dropout if module.training else 0.0,
@@ -176,17 +204,17 @@ class HfClipAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_dropout
         self.is_causal = is_causal
-        self.q_proj = HfClipLinear(config.hidden_size, config.hidden_size)
-        self.k_proj = HfClipLinear(config.hidden_size, config.hidden_size)
-        self.v_proj = HfClipLinear(config.hidden_size, config.hidden_size)
-        self.out_proj = HfClipLinear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        query, key, value = (apply_linear(p, hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         mixed, weights = attend(self, query, key, value, attention_mask, **kwargs)
-        return self.out_proj(mixed), weights
+        return apply_linear(self.out_proj, mixed), weights
 
 
 class HfClipMLP(nn.Module):
@@ -197,11 +225,11 @@ class HfClipMLP(nn.Module):
         if config.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act is {config.hidden_act!r}, but must be one of {', '.join(sorted(ACT2FN))}.")
         self.activation_fn = HfClipQuickGELU() if config.hidden_act == "quick_gelu" else ACT2FN[config.hidden_act]
-        self.fc1 = HfClipLinear(config.hidden_size, config.intermediate_size)
-        self.fc2 = HfClipLinear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        return apply_linear(self.fc2, self.activation_fn(apply_linear(self.fc1, hidden_states)))
 
 
 class HfClipEncoderLayer(GradientCheckpointingLayer):

@@ -17,7 +17,7 @@ import hf_clip.transformer_hf_clip as transformer
 from conversion.parity import random_texts
 from hf_clip import VARIANTS, HfClipConfig, HfClipModel
 from hf_clip.inference_hf_clip import OptimizedModelError, PackedMLP, SingleQueryAttentionPool, has_packed_operators
-from hf_clip.transformer_hf_clip import HfClipLinear, HfClipPatchEmbedding, HfClipQuickGELU
+from hf_clip.transformer_hf_clip import HfClipQuickGELU, apply_linear, apply_patch_embedding
 
 from .small import CONTEXT_LENGTH, pictures, texts
 
@@ -55,12 +55,12 @@ def by_convolution(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_map_and_its_gradients(by_convolution: list, shape: tuple[int, ...], bias: bool):
     torch.manual_seed(0)
-    linear, plain = HfClipLinear(64, 96, bias=bias), nn.Linear(64, 96, bias=bias)
+    linear, plain = nn.Linear(64, 96, bias=bias), nn.Linear(64, 96, bias=bias)
     plain.load_state_dict(linear.state_dict())
     plain.double()
     rows = torch.randn(shape, requires_grad=True)
     exact = rows.detach().double().requires_grad_()
-    output, expected = linear(rows), plain(exact)
+    output, expected = apply_linear(linear, rows), plain(exact)
     (output * output.detach().sin()).sum().backward()
     (expected * expected.detach().sin()).sum().backward()
     (shape_of_pixels,) = by_convolution
@@ -77,11 +77,12 @@ def test_linear_map_and_its_gradients(by_convolution: list, shape: tuple[int, ..
 @pytest.mark.parametrize("size", [(48, 48), (50, 70)], ids=["whole", "with a rest"])
 def test_patches_and_their_gradients(size: tuple[int, int], layout: torch.memory_format):
     torch.manual_seed(0)
-    patches, plain = HfClipPatchEmbedding(3, 32, 16), nn.Conv2d(3, 32, 16, stride=16, bias=False).double()
+    patches, plain = (nn.Conv2d(3, 32, 16, stride=16, bias=False) for _ in range(2))
+    plain.double()
     plain.load_state_dict(patches.state_dict())
     images = torch.randn(2, 3, *size).contiguous(memory_format=layout).requires_grad_()
     exact = images.detach().double().requires_grad_()
-    found, expected = patches(images), plain(exact)
+    found, expected = apply_patch_embedding(patches, images), plain(exact)
     assert found.shape == expected.shape
     (found * found.detach().sin()).sum().backward()
     (expected * expected.detach().sin()).sum().backward()
@@ -92,12 +93,12 @@ def test_patches_and_their_gradients(size: tuple[int, int], layout: torch.memory
 @pytest.mark.parametrize(("rows", "count"), [(16 * 50, 16), (17 * 197, 17), (4 * 197, 0)])
 def test_one_thread_hands_rows_over_as_many_pictures(by_convolution: list, rows: int, count: int):
     """torch gives a 1×1 convolution of few pictures to oneDNN only if there are several threads."""
-    linear, input = HfClipLinear(256, 512), torch.randn(rows, 256)
+    linear, input = nn.Linear(256, 512), torch.randn(rows, 256)
     expected = functional.linear(input, linear.weight, linear.bias)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = linear(input)
+        found = apply_linear(linear, input)
     finally:
         torch.set_num_threads(threads)
     assert distance(found, expected) < 1e-6
@@ -105,8 +106,8 @@ def test_one_thread_hands_rows_over_as_many_pictures(by_convolution: list, rows:
 
 
 def test_rows_that_are_not_contiguous(by_convolution: list):
-    linear, rows = HfClipLinear(64, 96), torch.randn(64, 50, 80).transpose(0, 2)
-    assert distance(linear(rows), functional.linear(rows, linear.weight, linear.bias)) < 1e-6
+    linear, rows = nn.Linear(64, 96), torch.randn(64, 50, 80).transpose(0, 2)
+    assert distance(apply_linear(linear, rows), functional.linear(rows, linear.weight, linear.bias)) < 1e-6
     assert len(by_convolution) == 1
 
 
@@ -114,14 +115,14 @@ def test_rows_that_are_not_contiguous(by_convolution: list):
     ("rows", "dtype"), [(10, torch.float32), (4000, torch.bfloat16), (4000, torch.float64)], ids=["few", "bf16", "f64"]
 )
 def test_small_and_other_products_stay_linear(by_convolution: list, rows: int, dtype: torch.dtype):
-    linear = HfClipLinear(64, 96).to(dtype)
-    linear(torch.randn(rows, 64, dtype=dtype))
+    linear = nn.Linear(64, 96).to(dtype)
+    apply_linear(linear, torch.randn(rows, 64, dtype=dtype))
     assert by_convolution == []
 
 
 def test_autocast_stays_linear(by_convolution: list):
     with torch.autocast("cpu", torch.bfloat16):
-        assert HfClipLinear(64, 96)(torch.randn(4000, 64)).dtype == torch.bfloat16
+        assert apply_linear(nn.Linear(64, 96), torch.randn(4000, 64)).dtype == torch.bfloat16
     assert by_convolution == []
 
 
@@ -129,19 +130,27 @@ def test_weights_of_other_kinds_stay_linear(by_convolution: list):
     class Quantised(Tensor):
         pass
 
-    linear = HfClipLinear(64, 96)
+    linear = nn.Linear(64, 96)
     linear.weight = nn.Parameter(torch.randn(96, 64).as_subclass(Quantised))
-    linear(torch.randn(4000, 64))
+    apply_linear(linear, torch.randn(4000, 64))
     assert by_convolution == []
 
 
 def test_traced_compiled_and_exported_maps_are_linear(by_convolution: list):
-    linear, rows = HfClipLinear(64, 96).requires_grad_(False), torch.randn(4000, 64)
-    expected = functional.linear(rows, linear.weight, linear.bias)
-    assert "convolution" not in str(torch.jit.trace(linear, rows, check_trace=False).graph)
-    assert "conv" not in str(torch.export.export(linear, (rows,)).graph)
+    class Applied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 96).requires_grad_(False)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return apply_linear(self.linear, rows)
+
+    applied, rows = Applied(), torch.randn(4000, 64)
+    expected = functional.linear(rows, applied.linear.weight, applied.linear.bias)
+    assert "convolution" not in str(torch.jit.trace(applied, rows, check_trace=False).inlined_graph)
+    assert "conv" not in str(torch.export.export(applied, (rows,)).graph)
     torch.compiler.reset()
-    assert distance(torch.compile(linear, fullgraph=True, backend="eager")(rows), expected) < 1e-6
+    assert distance(torch.compile(applied, fullgraph=True, backend="eager")(rows), expected) < 1e-6
     assert by_convolution == []
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor
 from transformers.utils import cached_file
 
-from ..configuration_hf_clip import HfClipConfig, HfClipResNetConfig, find_foreign
+from ..configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, find_foreign
 from ..files_hf_clip import WEIGHT_FILES, check_no_pointer, list_shards, read_object, read_unchanged
 from ..image_processing_hf_clip import HfClipImageProcessor
 from ..original.archive import Checkpoint, CheckpointError, printable, read_checkpoint
@@ -156,6 +156,13 @@ def _own_tokenizer(tokenizer: HfClipTokenizer, context_length: int) -> HfClipTok
     return own if own.get_vocab() == tokenizer.get_vocab() else tokenizer
 
 
+def _name_special_ids(config: HfClipTextConfig, tokenizer: HfClipTokenizer) -> None:
+    """Where a text's feature is taken at its highest id, say which that is, if the tokenizer's is always its end."""
+    if config.eos_token_id is None and tokenizer.eos_token_id == len(tokenizer) - 1:
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+
+
 def _read_weights(
     source: Any, config: HfClipConfig, hub: dict[str, Any], *, verify: bool, check_sums: bool = True
 ) -> tuple[list[Checkpoint], dict[str, Tensor]]:
@@ -198,6 +205,7 @@ def _read_repository(source: Any, hub: dict[str, Any], verify: bool) -> StoredMo
         checkpoints, tensors = _read_weights(source, config, hub, verify=verify)
         published = _published([checkpoint.path for checkpoint in checkpoints])
         tokenizer = _own_tokenizer(processor.tokenizer, config.text_config.max_position_embeddings)
+        _name_special_ids(config.text_config, tokenizer)
     return StoredModel(config, tensors, tokenizer, processor.image_processor, checkpoints, published)
 
 

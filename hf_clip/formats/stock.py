@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CLIPConfig
 
-from ..configuration_hf_clip import HfClipConfig, HfClipResNetConfig
+from ..configuration_hf_clip import LEGACY_END_OF_TEXT_ID, HfClipConfig, HfClipResNetConfig
 from ..image_processing_hf_clip import HfClipImageProcessor
 from ..tokenization_hf_clip import HfClipTokenizer
 
@@ -34,6 +34,11 @@ def why_not_stock(config: HfClipConfig) -> str | None:
     return None
 
 
+def stock_special_ids(text: dict[str, Any]) -> dict[str, Any]:
+    """A text configuration for transformers' CLIP, which takes the highest id of a text where 2 is named as its end."""
+    return text | {"eos_token_id": LEGACY_END_OF_TEXT_ID} if text["eos_token_id"] is None else text
+
+
 def stock_config(config: HfClipConfig) -> CLIPConfig:
     """The stock configuration of the same model. Raises ValueError for a model that has none."""
     if reason := why_not_stock(config):
@@ -43,6 +48,7 @@ def stock_config(config: HfClipConfig) -> CLIPConfig:
         name: {field: value for field, value in values.pop(name).items() if field not in TOWER_FIELDS}
         for name in ("text_config", "vision_config")
     }
+    towers["text_config"] = stock_special_ids(towers["text_config"])
     kept = {name: value for name, value in values.items() if name not in OWN_FIELDS | {"auto_map"}}
     return CLIPConfig(**kept, **towers, architectures=["CLIPModel"], dtype="float32")
 
@@ -87,4 +93,11 @@ def write_stock_files(
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
-__all__ = ["stock_config", "stock_image_processor", "why_not_stock", "write_stock_files", "write_tokenizer"]
+__all__ = [
+    "stock_config",
+    "stock_image_processor",
+    "stock_special_ids",
+    "why_not_stock",
+    "write_stock_files",
+    "write_tokenizer",
+]

@@ -28,7 +28,7 @@ from .open_clip import CONFIG_FILE, open_clip_config
 from .open_clip import WEIGHT_FILES as OPEN_CLIP_WEIGHT_FILES
 from .reading import PUBLISHED_KEY, StoredModel
 from .safetensors_stream import write_safetensors
-from .stock import TOWER_FIELDS, write_stock_files, write_tokenizer
+from .stock import TOWER_FIELDS, stock_special_ids, write_stock_files, write_tokenizer
 
 AfterEach = Callable[[int], None]
 Writer = Callable[[Path, StoredModel, AfterEach], None]
@@ -67,7 +67,7 @@ def write_transformers(folder: Path, model: StoredModel, after_each: AfterEach) 
 
 def check_pooling(config: HfClipTextConfig, program: str) -> None:
     """Refuse a text tower whose end of text isn't the last id, at which those programs take the feature."""
-    if config.eos_token_id != config.vocab_size - 1:
+    if config.eos_token_id not in (None, config.vocab_size - 1):
         raise ValueError(
             f"{program} takes a text's feature at its largest id, but this model's end of text is "
             f"{config.eos_token_id} of {config.vocab_size} ids; its features would be wrong there."
@@ -123,7 +123,8 @@ def write_diffusers(folder: Path, model: StoredModel, after_each: AfterEach) -> 
     (folder / "text_encoder").mkdir()
     (folder / "tokenizer").mkdir()
     values = model.config.text_config.to_dict()
-    config = CLIPTextConfig(**{name: value for name, value in values.items() if name not in TOWER_FIELDS})
+    kept = {name: value for name, value in values.items() if name not in TOWER_FIELDS}
+    config = CLIPTextConfig(**stock_special_ids(kept))
     config.architectures = ["CLIPTextModel"]
     config.dtype = "float32"
     config.save_pretrained(folder / "text_encoder")

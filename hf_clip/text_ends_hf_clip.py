@@ -1,0 +1,116 @@
+"""Where texts begin and end in a batch of token ids: padding on the left, and the place of the text feature.
+
+The feature is taken at the first end-of-text id; where the configuration names none, at the highest id of the row, as
+by OpenAI's code and by stock configurations that say `eos_token_id: 2`. Padding on the left is what `attention_mask`
+hides before the first token that it shows; positions are counted from there, and an end of text before it is none.
+
+Invariant: a row whose end is not found never gives a feature that looks like one. On CPUs it is an EndOfTextError. On
+GPUs, which would have to be waited for, and in graphs (compiled, exported, traced, vmapped) its feature is NaN.
+
+Dimensions: T texts, L text length, W tower width.
+"""
+
+import torch
+from torch import Tensor
+
+from .configuration_hf_clip import HfClipTextConfig
+
+MOST_ROWS_NAMED = 5
+
+
+class EndOfTextError(ValueError):
+    """The ends of some texts cannot be found.
+
+    Attributes:
+        rows: Their places in the batch.
+    """
+
+    def __init__(self, message: str, rows: list[int]):
+        super().__init__(message)
+        self.rows = rows
+
+    def __reduce__(self) -> tuple[type, tuple[str, list[int]]]:
+        return type(self), (str(self), self.rows)
+
+
+def find_starts(attention_mask: Tensor | None) -> Tensor | None:
+    """How many positions a mask (T, L) hides before each text → (T, 1), or None where none is known to be hidden."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    shown = attention_mask.ne(0)
+    return None if _rows(~shown[:, 0]) == [] else shown.int().argmax(dim=-1, keepdim=True)
+
+
+def count_positions(starts: Tensor, length: int) -> Tensor:
+    """Positions (T, L) that begin with 0 at each text's start, whatever is before it."""
+    return (torch.arange(length, device=starts.device) - starts).clamp(min=0)
+
+
+def find_ends(input_ids: Tensor, starts: Tensor | None, config: HfClipTextConfig) -> tuple[Tensor, Tensor | None]:
+    """Where each text's feature is taken.
+
+    Args:
+        input_ids: (T, L)
+        starts: (T, 1), from `find_starts`, or None where every row begins with its text.
+        config: Says which id is the end, and which the start.
+
+    Returns:
+        The positions (T,); and for rows that cannot be looked at here which of them have no end (T,), else None.
+
+    Raises:
+        EndOfTextError: A row has no end, or padding on the left that no mask hides.
+    """
+    starts = None if starts is None else starts.to(input_ids.device)
+    is_text = None if starts is None else torch.arange(input_ids.shape[-1], device=input_ids.device) >= starts
+    shown = input_ids if is_text is None else input_ids.where(is_text, -1)
+    if config.eos_token_id is None:
+        return shown.int().argmax(dim=-1), None
+    is_end = shown == config.eos_token_id
+    is_endless = ~is_end.any(dim=-1)
+    rows = _rows(is_endless)
+    if rows:
+        raise EndOfTextError(
+            f"input_ids hold no end-of-text id {config.eos_token_id} in {_named(rows)}, but the text feature is taken "
+            f"there. Tokenize with the tokenizer that was saved with the model; it keeps the end when it truncates.",
+            rows,
+        )
+    # A start that is no neighbour of the end is a default that nobody looked at, and may be any word.
+    if config.bos_token_id is not None and config.bos_token_id + 1 == config.eos_token_id:
+        is_start = shown == config.bos_token_id
+        is_first = is_start[:, 0] if starts is None else is_start.gather(1, starts)[:, 0]
+        is_late = is_start.any(dim=-1) & ~is_first
+        if late := _rows(is_late):
+            raise EndOfTextError(
+                f"input_ids begin with other tokens than the start-of-text id {config.bos_token_id} in {_named(late)}: "
+                f"padding on the left. Pass the tokenizer's attention_mask too, or pad on the right.",
+                late,
+            )
+        is_endless = is_endless | is_late
+    return is_end.int().argmax(dim=-1), is_endless if rows is None else None
+
+
+def pool_at(hidden: Tensor, ends: Tensor, is_endless: Tensor | None) -> Tensor:
+    """Select each text's hidden state at its end: (T, L, W), (T,) → (T, W), NaN for rows without one."""
+    ends = ends.to(hidden.device)
+    pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), ends]
+    if is_endless is None:
+        return pooled
+    return pooled.masked_fill(is_endless.to(hidden.device)[:, None], float("nan"))
+
+
+def _rows(flags: Tensor) -> list[int] | None:
+    """The places of the flags (T,) that are set; None where they cannot be looked at: on a GPU, in a graph."""
+    if flags.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    try:
+        return flags.nonzero().flatten().tolist() if bool(flags.any()) else []
+    except RuntimeError:  # torch.vmap, and tensors without values
+        return None
+
+
+def _named(rows: list[int]) -> str:
+    more = f" and {len(rows) - MOST_ROWS_NAMED} more" if len(rows) > MOST_ROWS_NAMED else ""
+    return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:MOST_ROWS_NAMED]))}{more}"
+
+
+__all__ = ["EndOfTextError"]
