@@ -6,20 +6,26 @@
     logits_per_image, logits_per_text = model(image, text)
 
 What differs: weights are float32 on every device (`model.half()` for the original's precision on a GPU), texts are
-computed as far as they go, not as far as the context length, and TorchScript is never run.
+computed as far as they go, not as far as the context length, and TorchScript is never run. Layers and parameters are
+those of `model.hf_model`, under its names. What is the same thing in both is found, and can be set, by the original's
+name too (`logit_scale`, `token_embedding`, `visual.conv1`, `visual.layer4`, …); of what is not, an AttributeError says
+where it is. `load_state_dict` takes the original's names as well as its own.
 """
 
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from .image_processing_hf_clip import HfClipImageProcessor
-from .modeling_hf_clip import HfClipModel
+from .modeling_hf_clip import HfClipModel, HfClipResNetModel
+from .original import convert_names
 from .original.download import fetch_original
 from .original.reading import read_original
 from .original.vocabulary import find_vocabulary
@@ -37,47 +43,119 @@ def available_models() -> list[str]:
 
 
 class Preprocess:
-    """A picture → (3, H, W) float32, as the model of this size wants it. To be used as a data set's transform."""
+    """An image → (3, H, W) float32, as the model of this size wants it. To be used as a data set's transform."""
 
     def __init__(self, image_processor: HfClipImageProcessor):
         self.image_processor = image_processor
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        return self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+        given: Any = picture
+        many = isinstance(given, (list, tuple))
+        pixel_values = () if many else self.image_processor(given, return_tensors="pt")["pixel_values"]
+        if len(pixel_values) != 1:
+            raise TypeError(
+                f"preprocess takes one image, but got a {type(given).__name__} of {len(given)}; for several, "
+                f"torch.stack([preprocess(image) for image in images])."
+            )
+        return pixel_values[0]
 
     def __repr__(self) -> str:
         return f"Preprocess({dict(self.image_processor.crop_size)})"
 
 
-class Visual:
-    """What code for the original asks `model.visual`: sizes, and pictures to be encoded."""
+class OriginalNames(nn.Module):
+    """A module with further names of the original's.
+
+    same:  name → where it is here, for what is the same thing in both; it can be set too
+    moved: name → where something like it is here
+    """
+
+    def __init__(self, same: dict[str, str], moved: dict[str, str]):
+        super().__init__()
+        self.same, self.moved = same, moved
+
+    def __getattr__(self, name: str) -> Any:
+        if place := self.__dict__.get("same", {}).get(name):
+            return attrgetter(place)(self)
+        self._refuse_moved(name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if place := self.__dict__.get("same", {}).get(name):
+            *owner, last = place.split(".")
+            return setattr(attrgetter(".".join(owner))(self), last, value)
+        self._refuse_moved(name)
+        return super().__setattr__(name, value)
+
+    def _refuse_moved(self, name: str) -> None:
+        if place := self.__dict__.get("moved", {}).get(name):
+            raise AttributeError(f"{name!r} of the original is not in hf_clip; what is like it is {place}.", name=name)
+
+
+SAME_IN_VIT = {
+    "conv1": "vision_model.embeddings.patch_embedding",
+    "class_embedding": "vision_model.embeddings.class_embedding",
+    "positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "ln_pre": "vision_model.pre_layrnorm",
+    "ln_post": "vision_model.post_layernorm",
+}
+MOVED_IN_VIT = {
+    "transformer": "visual.vision_model.encoder, which takes (B, L, W)",
+    "proj": "visual.visual_projection, whose weight is (D, W)",
+}
+SAME_IN_RESNET = {
+    name: f"vision_model.{name}"
+    for name in ["conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "layer1", "layer2", "layer3", "layer4"]
+}
+MOVED_IN_RESNET = {"attnpool": "visual.vision_model.attnpool, without its c_proj, which is visual.visual_projection"}
+
+
+class Visual(OriginalNames):
+    """The image tower with its projection, as the original's `visual`: pixel values (B, 3, H, W) → (B, D)."""
 
     def __init__(self, hf_model: HfClipModel):
+        is_resnet = isinstance(hf_model.vision_model, HfClipResNetModel)
+        super().__init__(*((SAME_IN_RESNET, MOVED_IN_RESNET) if is_resnet else (SAME_IN_VIT, MOVED_IN_VIT)))
         self.input_resolution: int = hf_model.config.vision_config.image_size
         self.output_dim: int = hf_model.config.projection_dim
-        self._model = hf_model
+        self.vision_model = hf_model.vision_model
+        self.visual_projection = hf_model.visual_projection
+        self.__dict__["hf_model"] = hf_model  # no part of this module, whose parameters are the image tower's
+        self.training = hf_model.training
 
-    def __call__(self, image: Tensor) -> Tensor:
-        return self._model.encode_image(image)
+    def forward(self, image: Tensor) -> Tensor:
+        return self.hf_model.encode_image(image)
 
 
-class OriginalCLIP(nn.Module):
+class OriginalCLIP(OriginalNames):
     """HfClipModel, called as the original model is.
 
-    The model itself, with its layers and `save_pretrained`, is `hf_model`; the original's own layers are not here.
+    The model itself, with its layers and `save_pretrained`, is `hf_model`. Parameters, and the tensors of `state_dict`,
+    have its names. Another module can be put in the place of `visual`.
     """
 
     def __init__(self, hf_model: HfClipModel):
-        super().__init__()
+        same = {
+            "logit_scale": "hf_model.logit_scale",
+            "token_embedding": "hf_model.text_model.embeddings.token_embedding",
+            "positional_embedding": "hf_model.text_model.embeddings.position_embedding.weight",
+            "ln_final": "hf_model.text_model.final_layer_norm",
+        }
+        moved = {
+            "transformer": "hf_model.text_model.encoder, which takes (B, L, W) and a mask",
+            "text_projection": "hf_model.text_projection, whose weight is (D, W)",
+        }
+        super().__init__(same, moved)
         self.hf_model = hf_model
         config = hf_model.config
         self.context_length: int = config.text_config.max_position_embeddings
         self.vocab_size: int = config.text_config.vocab_size
-        self.visual = Visual(hf_model)
+        self.__dict__["visual"] = Visual(hf_model)  # no child: its tensors would have two names each
+        self.register_load_state_dict_pre_hook(_take_original_names)
 
-    @property
-    def logit_scale(self) -> nn.Parameter:
-        return self.hf_model.logit_scale
+    def train(self, mode: bool = True) -> "OriginalCLIP":
+        self.visual.train(mode)
+        return super().train(mode)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,7 +163,7 @@ class OriginalCLIP(nn.Module):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, D), not normalised."""
-        return self.hf_model.encode_image(image.to(self.dtype))
+        return self.visual(image.to(self.dtype))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Ids (B, L), padded with zeros → (B, D), not normalised."""
@@ -94,13 +172,35 @@ class OriginalCLIP(nn.Module):
         return self.hf_model.encode_text(text[:, :length])
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures and ids → logits_per_image (I, T) and logits_per_text (T, I)."""
+        """Images and ids → logits_per_image (I, T) and logits_per_text (T, I)."""
         image_features = nn.functional.normalize(self.encode_image(image), dim=-1)
         text_features = nn.functional.normalize(self.encode_text(text), dim=-1)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
         if self.hf_model.logit_bias is not None:
             logits_per_image = logits_per_image + self.hf_model.logit_bias
         return logits_per_image, logits_per_image.T
+
+
+def _take_original_names(model: OriginalCLIP, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the tensors of a state dictionary with the original's names ours, before they are loaded."""
+    if f"{prefix}positional_embedding" not in state:
+        return
+    own = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
+    for name, tensor in convert_names(own, model.hf_model.config).items():
+        state[f"{prefix}hf_model.{name}"] = tensor
+
+
+def _usable_device(device: str | int | torch.device | None) -> torch.device:
+    """The device that was asked for, or the best there is. Raises ValueError for one that is not here."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = default if device is None else device
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise ValueError(
+            f"device={device!r} cannot be used here: {reason}. Leave device out for {default!r}, or name another."
+        ) from None
 
 
 def _model_of_checkpoint(path: Path, verify: bool) -> HfClipModel:
@@ -115,11 +215,11 @@ def _model_of_checkpoint(path: Path, verify: bool) -> HfClipModel:
 
 def load(
     name: str | Path,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     jit: bool = False,
     download_root: str | Path | None = None,
 ) -> tuple[OriginalCLIP, Preprocess]:
-    """A model in evaluation mode, and the function that prepares pictures for it.
+    """A model in evaluation mode, and the function that prepares images for it.
 
     name:          one of `available_models()`, the path of an original checkpoint, the folder of a converted one, or a
                    repository on the Hub
@@ -132,6 +232,7 @@ def load(
     """
     if jit:
         raise ValueError("jit=True would run a program out of the checkpoint, which hf_clip never does; leave it out.")
+    place = _usable_device(device)
     path, known, processor = Path(name), str(name), None
     if LIKE_A_VARIANT.match(known) and not path.exists():
         get_variant(known)  # raises with the nearest name, before the Hub is asked for what cannot be there
@@ -157,9 +258,8 @@ def load(
     else:
         get_variant(known)  # raises, with the nearest name
         raise AssertionError
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = processor or HfClipImageProcessor.for_image_size(model.config.vision_config.image_size)
-    return OriginalCLIP(model.to(device)).eval(), Preprocess(processor)
+    return OriginalCLIP(model.to(place)).eval(), Preprocess(processor)
 
 
 @lru_cache(maxsize=1)

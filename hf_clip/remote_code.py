@@ -31,6 +31,7 @@ TRAVELLING = (
     "repairing_hf_clip",
     "resizing_hf_clip",
     "resnet_hf_clip",
+    "text_ends_hf_clip",
     "tokenization_hf_clip",
     "transformer_hf_clip",
     "variants",

@@ -180,7 +180,9 @@ def attend(
     batch, query_length, width = query.shape
     heads = (module.num_heads, width // module.num_heads)  # with these written out, an empty batch has a shape too
     is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    kind = "eager" if not is_graph and batch == 0 else module.config._attn_implementation  # others need rows
+    kind = module.config._attn_implementation
+    if not is_graph and batch == 0:  # which the other kinds cannot do, whatever mask they have
+        kind, attention_mask = "eager", None
     attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)
     mixed, weights = attention(
         module,
