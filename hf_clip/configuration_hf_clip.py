@@ -123,8 +123,17 @@ def repair_special_ids(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("eos_token_id") != LEGACY_END_OF_TEXT_ID:
         return values
     is_openai = values.get("vocab_size", OPENAI_VOCAB_SIZE) == OPENAI_VOCAB_SIZE
-    start, end = (OPENAI_VOCAB_SIZE - 2, OPENAI_VOCAB_SIZE - 1) if is_openai else (None, None)
-    return values | {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    return values | (last_special_ids(OPENAI_VOCAB_SIZE) if is_openai else dict.fromkeys(SPECIAL_IDS))
+
+
+def last_special_ids(vocab_size: int) -> dict[str, int | None]:
+    """The special ids of a vocabulary in OpenAI's order, whose last two are start and end.
+
+    All are None for a table of more rows than OpenAI's vocabulary: rows were added, or nobody uses them.
+    """
+    if vocab_size > OPENAI_VOCAB_SIZE:
+        return dict.fromkeys(SPECIAL_IDS)
+    return dict(zip(SPECIAL_IDS, (vocab_size - 2, vocab_size - 1, vocab_size - 1), strict=True))
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:

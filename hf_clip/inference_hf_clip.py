@@ -10,6 +10,7 @@ leaves out padding, `encode_image` what is computed of a ViT's last layer for ot
 import copy
 import ctypes
 import os
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -486,6 +487,20 @@ def _attend_by_products_(tower: Any) -> None:
             module.config = config
 
 
+_lock = threading.Lock()
+"""Held while a model is optimized: threads that ask for the same model wait, and find it done."""
+
+
+def _renew_lock() -> None:
+    """In a forked process the thread that held it is not there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 class Optimizable:
     """What a model is asked by `optimize_for_inference`, and what it refuses afterwards."""
 
@@ -507,6 +522,10 @@ class Optimizable:
         Raises OptimizedModelError for a model in training, on several devices, a tower of which was optimized, or
         with which this was begun and interrupted.
         """
+        with _lock:  # for the model, and for what is timed
+            return self._optimize_alone()
+
+    def _optimize_alone(self: Any) -> list[str]:
         if self.training:
             raise OptimizedModelError("This model is in training; call .eval() before optimize_for_inference().")
         if self.optimizations is None:

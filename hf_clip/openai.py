@@ -51,7 +51,7 @@ class Preprocess:
     def __call__(self, picture: Image.Image) -> Tensor:
         given: Any = picture
         many = isinstance(given, (list, tuple))
-        pixel_values = () if many else self.image_processor(given, return_tensors="pt")["pixel_values"]
+        pixel_values: Any = () if many else self.image_processor(given, return_tensors="pt")["pixel_values"]
         if len(pixel_values) != 1:
             raise TypeError(
                 f"preprocess takes one image, but got a {type(given).__name__} of {len(given)}; for several, "

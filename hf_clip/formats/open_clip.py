@@ -15,7 +15,15 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.utils import cached_file
 
-from ..configuration_hf_clip import MOST_WIDTH, HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+from ..configuration_hf_clip import (
+    MOST_WIDTH,
+    OPENAI_VOCAB_SIZE,
+    HfClipConfig,
+    HfClipResNetConfig,
+    HfClipTextConfig,
+    HfClipViTConfig,
+    last_special_ids,
+)
 from ..files_hf_clip import check_no_pointer, one_line, read_object
 from ..image_processing_hf_clip import OPENAI_MEAN, OPENAI_STD, HfClipImageProcessor
 from ..original.keys import HEAD_WIDTH
@@ -97,9 +105,7 @@ def _build_config(model: dict[str, Any]) -> HfClipConfig:
         max_position_embeddings=_number("text_cfg", text, "context_length", 77),
         hidden_act=activation,
         layer_norm_eps=_number("text_cfg", text.get("norm_kwargs") or {}, "eps", 1e-5, float),
-        bos_token_id=vocab_size - 2,
-        eos_token_id=vocab_size - 1,
-        pad_token_id=vocab_size - 1,
+        **last_special_ids(vocab_size),
     )
     sizes, layers = vision.get("image_size", 224), vision.get("layers", 12)
     height, *more = sizes if isinstance(sizes, list) and sizes else [sizes]
@@ -285,7 +291,7 @@ class OpenClipRepository:
         merges = self._file("merges.txt")
         return HfClipTokenizer.from_vocabulary_file(
             merges or find_vocabulary(offline=bool(self.hub.get("local_files_only"))),
-            vocab_size=text.vocab_size,
+            vocab_size=min(text.vocab_size, OPENAI_VOCAB_SIZE),  # a larger table has rows that no token has
             model_max_length=text.max_position_embeddings,
         )
 

@@ -13,7 +13,13 @@ from typing import Any, cast
 from torch import Tensor
 from transformers.utils import cached_file
 
-from ..configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, find_foreign
+from ..configuration_hf_clip import (
+    OPENAI_VOCAB_SIZE,
+    HfClipConfig,
+    HfClipResNetConfig,
+    HfClipTextConfig,
+    find_foreign,
+)
 from ..files_hf_clip import WEIGHT_FILES, check_no_pointer, list_shards, read_object, read_unchanged
 from ..image_processing_hf_clip import HfClipImageProcessor
 from ..original.archive import Checkpoint, CheckpointError, printable, read_checkpoint
@@ -256,8 +262,12 @@ def read_model(
         )
     text = read.text_config
     tokenizer = HfClipTokenizer.from_vocabulary_file(
-        vocabulary, vocab_size=text.vocab_size, model_max_length=text.max_position_embeddings
+        vocabulary,
+        # OpenAI's code and open_clip have this one tokenizer, however many rows a table has.
+        vocab_size=min(text.vocab_size, OPENAI_VOCAB_SIZE),
+        model_max_length=text.max_position_embeddings,
     )
+    _name_special_ids(text, tokenizer)
     image_processor = HfClipImageProcessor.for_image_size(read.vision_config.image_size)
     is_as_published = verify and config is None and activation is None and weights is None
     verified = {variant.checkpoint: variant.name for variant in VARIANTS.values()} if is_as_published else {}

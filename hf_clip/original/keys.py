@@ -18,7 +18,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from ..configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+from ..configuration_hf_clip import (
+    HfClipConfig,
+    HfClipResNetConfig,
+    HfClipTextConfig,
+    HfClipViTConfig,
+    last_special_ids,
+)
 from ..modeling_hf_clip import HfClipModel
 from ..variants import VARIANTS, Variant
 from .errors import CheckpointError, printable
@@ -330,9 +336,7 @@ def config_from_shapes(state: Mapping[str, Any], activation: str = OPENAI_ACTIVA
             num_hidden_layers=_count(state, r"transformer\.resblocks\.(\d+)\."),
             num_attention_heads=_heads("text tower", width),
             max_position_embeddings=state["positional_embedding"].shape[0],
-            bos_token_id=vocab_size - 2,
-            eos_token_id=vocab_size - 1,
-            pad_token_id=vocab_size - 1,
+            **last_special_ids(vocab_size),
             hidden_act=activation,
         )
         vision = _resnet_config(state) if "visual.layer1.0.conv1.weight" in state else _vit_config(state, activation)
