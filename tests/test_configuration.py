@@ -7,7 +7,18 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
-from hf_clip import VARIANTS, HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+from hf_clip import (
+    VARIANTS,
+    HfClipConfig,
+    HfClipImageProcessor,
+    HfClipModel,
+    HfClipProcessor,
+    HfClipResNetConfig,
+    HfClipTextConfig,
+    HfClipTextModel,
+    HfClipTokenizer,
+    HfClipViTConfig,
+)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -88,6 +99,21 @@ def test_end_of_text_id_two_is_kept_where_the_vocabulary_is_another():
     assert HfClipTextConfig(vocab_size=600, bos_token_id=1, eos_token_id=2, pad_token_id=2).eos_token_id == 2
 
 
+@pytest.mark.parametrize("vocab_size", [600, 49409])
+def test_end_of_text_id_two_of_a_stock_configuration_is_the_rule_of_the_highest_id(vocab_size: int, tmp_path: Path):
+    text = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    whole, tower = CLIPConfig(text_config=text), CLIPTextConfig(**text)
+    whole.save_pretrained(tmp_path / "whole")
+    tower.save_pretrained(tmp_path / "tower")
+    found = [HfClipConfig(text_config=tower).text_config, HfClipConfig(**whole.to_dict()).text_config]
+    found += [HfClipTextConfig(**tower.to_dict()), HfClipConfig.from_pretrained(tmp_path / "whole").text_config]
+    found += [HfClipTextConfig.from_pretrained(tmp_path / name) for name in ("whole", "tower")]
+    found[0].save_pretrained(tmp_path / "ours")
+    found.append(HfClipTextConfig.from_pretrained(tmp_path / "ours"))
+    for config in found:
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+
+
 def test_nested_dictionaries_of_2022_repositories_are_read():
     config = HfClipConfig(text_config_dict={"hidden_size": 768, "num_attention_heads": 12}, vision_config_dict=None)
     assert config.text_config.hidden_size == 768
@@ -102,7 +128,7 @@ def test_nested_dictionaries_of_2022_repositories_are_read():
             "hidden_size is 100 and num_attention_heads is 3",
         ),
         (HfClipTextConfig, {"eos_token_id": 60000}, "eos_token_id is 60000"),
-        (HfClipTextConfig, {"eos_token_id": None}, "the text feature is taken at that id"),
+        (HfClipTextConfig, {"eos_token_id": -1}, "or None for the highest of a text"),
         (HfClipTextConfig, {"vocab_size": 0}, "vocab_size is 0, but it must be a positive number"),
         (HfClipConfig, {"contrastive_loss": "triplet"}, "contrastive_loss is 'triplet', but must be 'softmax' or"),
         (HfClipTextConfig, {"vocab_size": "many"}, "'vocab_size' expected int, got str"),
@@ -144,3 +170,23 @@ def test_given_tower_configuration_is_left_as_it_was():
 def test_tower_of_a_wrong_type_is_refused():
     with pytest.raises(ValueError, match="text_config is a list, but a dictionary or a configuration is needed"):
         HfClipConfig(text_config=[])
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "missing.ckpt"])
+@pytest.mark.parametrize(
+    "kind", [HfClipModel, HfClipTextModel, HfClipConfig, HfClipProcessor, HfClipTokenizer, HfClipImageProcessor]
+)
+def test_checkpoint_file_names_the_command_that_converts_it(kind: type, name: str, tmp_path: Path):
+    if name != "missing.ckpt":
+        (tmp_path / name).write_bytes(b"weights")
+    command = f"python -m conversion.convert {tmp_path / name} FOLDER"
+    for given in (tmp_path / name, str(tmp_path / name)):
+        with pytest.raises(ValueError, match=f"is a checkpoint file, but .* by `{command}`, and pass that folder"):
+            kind.from_pretrained(given)
+
+
+def test_weights_of_a_folder_name_the_folder(repositories: dict[str, Path]):
+    folder = repositories["vit"]
+    with pytest.raises(ValueError, match=f"takes the folder that describes it too: pass {folder}"):
+        HfClipModel.from_pretrained(folder / "model.safetensors")
+    assert HfClipConfig.from_pretrained(folder / "config.json").projection_dim == 48

@@ -3,6 +3,8 @@
 import copy
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -675,6 +677,30 @@ def test_what_an_optimized_model_refuses(model: HfClipModel, tower: str, tmp_pat
 
 
 @needs_onednn
+@torch.no_grad()
+def test_empty_batch_of_an_optimized_model(model: HfClipModel, tower: str, everything_pays: None):
+    model.optimize_for_inference()
+    images, ids = pictures(tower, 0), texts()[:0]
+    assert model.encode_image(images).shape == model.encode_text(ids).shape == (0, 48)
+    assert model.get_image_features(images).pooler_output.shape == model.get_text_features(ids).pooler_output.shape
+    assert model(input_ids=texts(), pixel_values=images).logits_per_image.shape == (0, 4)
+
+
+def test_threads_that_optimize_one_model_at_once(model: HfClipModel, tower: str, everything_pays: None):
+    """One does it, and the others find it done; the result is one optimization, not several on top of one another."""
+    expected, together = outputs_of(model, tower), threading.Barrier(8)
+
+    def optimize(_: int) -> list[str]:
+        together.wait()
+        return model.optimize_for_inference()
+
+    with ThreadPoolExecutor(8) as pool:
+        reports = list(pool.map(optimize, range(8)))
+    assert all(report == model.optimizations for report in reports)
+    for name, found in outputs_of(model, tower).items():
+        assert distance(found, expected[name]) < 1e-5, name
+
+
 def test_gradients_through_an_optimized_model_are_refused(model: HfClipModel, tower: str, everything_pays: None):
     model.optimize_for_inference()
     with pytest.raises(OptimizedModelError, match="gives no gradients"):

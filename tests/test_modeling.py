@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPConfig, CLIPModel, PreTrainedModel
+from transformers import AttentionInterface, AutoModel, CLIPConfig, CLIPModel, PreTrainedModel
 
 from conversion.reference import build_reference, load_reference_module, reference_dimensions
 from hf_clip import (
@@ -24,6 +24,7 @@ from hf_clip import (
 )
 from hf_clip.modeling_hf_clip import contrastive_loss, sigmoid_loss
 from hf_clip.original import convert_names
+from hf_clip.transformer_hf_clip import eager_attention
 
 from .closeness import assert_same_features
 from .small import DIMENSIONS, pictures, texts
@@ -350,12 +351,106 @@ def test_input_embeddings_are_the_token_table(model: HfClipModel):
             r"have shape \(3, 48, 48\), but \(batch, 3, height, width\) is needed",
         ),
         ({"pixel_values": torch.zeros(1, 1, 48, 48)}, r"have shape \(1, 1, 48, 48\)"),
+        (
+            {"input_ids": texts()[:0], "pixel_values": pictures("vit", 0), "return_loss": True},
+            "needs at least one pair, but the batch is empty",
+        ),
+        (
+            {"input_ids": texts()[:0], "pixel_values": pictures("vit", 3), "return_loss": True},
+            "got 0 texts and 3 images",
+        ),
     ],
 )
 def test_wrong_input_says_what_is_needed(repositories: dict[str, Path], inputs: dict, message: str):
     model = AutoModel.from_pretrained(repositories["vit"])
     with pytest.raises(ValueError, match=message):
         model(**inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_empty_batch_gives_no_features(repository: Path, tower: str, attention: str):
+    model = HfClipModel.from_pretrained(repository, attn_implementation=attention).eval()
+    images, ids = pictures(tower, 0), texts()[:0]
+    assert model.encode_image(images).shape == model.get_image_features(images).pooler_output.shape == (0, 48)
+    for mask in (None, torch.ones_like(ids)):
+        assert model.encode_text(ids, mask).shape == model.get_text_features(ids, mask).pooler_output.shape == (0, 48)
+    assert model(input_ids=ids, pixel_values=pictures(tower, 2)).logits_per_image.shape == (2, 0)
+    assert model(input_ids=texts(), pixel_values=images).logits_per_image.shape == (0, 4)
+    both = model(input_ids=ids, pixel_values=images, output_hidden_states=True)
+    assert both.logits_per_text.shape == (0, 0)
+    assert all(len(state) == 0 for state in both.vision_model_output.hidden_states)
+
+
+def test_empty_batch_of_a_classifier(repository: Path, tower: str):
+    model = HfClipForImageClassification.from_pretrained(repository, num_labels=3).eval()
+    assert model(pictures(tower, 0)).logits.shape == (0, 3)
+    with pytest.raises(ValueError, match="labels are empty, and a loss is a mean"):
+        model(pictures(tower, 0), labels=torch.zeros(0, dtype=torch.long))
+
+
+def test_argument_without_effect_is_refused(repository: Path, model: HfClipModel, tower: str):
+    images, ids = pictures(tower), texts()
+    calls = {
+        "HfClipModel": lambda **more: model(input_ids=ids, pixel_values=images, **more),
+        "HfClipTextModel": lambda **more: model.get_text_features(ids, **more),
+        type(model.vision_model).__name__: lambda **more: model.get_image_features(images, **more),
+        "HfClipTextModelWithProjection": lambda **more: texts_alone(ids, **more),
+        "HfClipVisionModelWithProjection": lambda **more: images_alone(images, **more),
+        "HfClipForImageClassification": lambda **more: classifier(images, **more),
+    }
+    texts_alone = HfClipTextModelWithProjection.from_pretrained(repository)
+    images_alone = HfClipVisionModelWithProjection.from_pretrained(repository)
+    classifier = HfClipForImageClassification.from_pretrained(repository)
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"{name} takes no argument 'output_hiddenstates': it would be ignored"):
+            call(output_hiddenstates=True)
+        call(output_hidden_states=True, inputs_embeds=None, token_type_ids=ids, num_items_in_batch=4)
+    with pytest.raises(TypeError, match="no argument 'labels': the loss of pairs is had by return_loss=True"):
+        model(input_ids=ids, pixel_values=images, labels=torch.arange(4))
+
+
+def test_arguments_of_a_users_own_attention_are_handed_on(model: HfClipModel, tower: str):
+    seen = []
+
+    def attention(module, query, key, value, attention_mask, scaling, temperature=1.0, **kwargs):
+        seen.append(temperature)
+        return eager_attention(module, query, key, value, attention_mask, scaling)
+
+    AttentionInterface.register("with_temperature", attention)
+    model.set_attn_implementation("with_temperature")
+    model.get_image_features(pictures(tower), temperature=2.0)
+    assert set(seen) == {2.0}
+
+
+def test_hooks_on_the_norms_of_a_resnet_see_what_norms_return(repositories: dict[str, Path]):
+    """Nothing that a hook was given is overwritten later, and backward hooks work (Grad-CAM)."""
+    tower = AutoModel.from_pretrained(repositories["resnet"]).vision_model.eval()
+    images = pictures("resnet", 2)
+    expected = tower(images).pooler_output
+    kept, copies, gradients = {}, {}, {}
+    for name, module in tower.named_modules():
+        if not list(module.children()):
+
+            def keep(_: nn.Module, __: tuple, output: Tensor | tuple, name: str = name) -> None:
+                kept[name], copies[name] = output, output.detach().clone()
+
+            module.register_forward_hook(keep)
+            module.register_full_backward_hook(lambda _, __, output, name=name: gradients.update({name: output[0]}))
+    found = tower(images.requires_grad_()).pooler_output
+    found.sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert len(kept) > 20
+    assert kept.keys() == gradients.keys()
+    for name, output in kept.items():
+        assert torch.equal(output, copies[name]), name
+    assert all(kept[name].min() < 0 for name in kept if "bn" in name)
+    norm = dict(tower.named_modules())["layer1.0.bn3"]
+    twin = copy.deepcopy(tower)  # a norm that was replaced by nothing has the convolution's output
+    twin.layer1[0].bn3 = nn.Identity()
+    twin(images)
+    assert torch.equal(kept["layer1.0.conv3"], copies["layer1.0.conv3"])
+    assert isinstance(norm, nn.BatchNorm2d)
 
 
 def test_unknown_activation_is_refused():

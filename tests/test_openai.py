@@ -1,9 +1,13 @@
 """The original module's functions, beside the original: `import hf_clip as clip`."""
 
+import copy
 import pickle
 import shutil
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
@@ -63,6 +67,108 @@ def test_preprocess_is_the_original_transform(tower: str, archives: dict[str, Pa
     for function in (preprocess, pickle.loads(pickle.dumps(preprocess))):
         found = function(photographs["chelsea"])
         assert torch.equal(found, openai_transform(photographs["chelsea"], model.visual.input_resolution))
+
+
+def test_preprocess_takes_one_image(archives: dict[str, Path], photographs: dict):
+    _, preprocess = clip.load(archives["vit"], device="cpu")
+    image = photographs["chelsea"]
+    batch = np.stack([np.asarray(image)] * 2)
+    for several, kind in (([image, image], "list of 2"), ((image,), "tuple of 1"), (batch, "ndarray of 2")):
+        with pytest.raises(TypeError, match=rf"takes one image, but got a {kind}; for several, torch.stack\("):
+            preprocess(several)
+
+
+def test_visual_is_a_module_of_the_image_tower(tower: str, archives: dict[str, Path], reference: nn.Module):
+    model, _ = clip.load(archives[tower], device="cpu")
+    expected = {
+        id(p) for part in ("vision_model", "visual_projection") for p in getattr(model.hf_model, part).parameters()
+    }
+    assert {id(parameter) for parameter in model.visual.parameters()} == expected
+    names = [name for name, _ in model.named_parameters()]
+    assert len(names) == len(set(names)) == len({id(p) for p in model.parameters()})
+    assert not any(module.training for module in model.visual.modules())
+    assert all(module.training for module in model.train().visual.modules())
+    model.eval().visual.double()
+    assert model.visual.conv1.weight.dtype == torch.float64
+    image = pictures(tower)
+    seen = []
+    model.visual.float().register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(image), seen[0])
+        twin = copy.deepcopy(model)
+        twin.visual.conv1.weight.zero_()
+        assert not torch.equal(twin.encode_image(image), seen[0])
+        assert torch.equal(model.encode_image(image), seen[0])
+        model.visual = nn.Flatten()
+        assert model.encode_image(image).shape == (4, image[0].numel())
+
+
+def test_the_originals_names_of_what_is_the_same(tower: str, archives: dict[str, Path], reference: nn.Module):
+    model, _ = clip.load(archives[tower], device="cpu")
+    same = ["logit_scale", "token_embedding.weight", "positional_embedding", "ln_final.weight", "visual.conv1.weight"]
+    same += ["visual.ln_pre.bias", "visual.ln_post.weight", "visual.class_embedding", "visual.positional_embedding"] * (
+        tower == "vit"
+    )
+    same += ["visual.bn3.bias", "visual.layer4.0.conv3.weight"] * (tower == "resnet")
+    for name in same:
+        assert torch.equal(attrgetter(name)(model), attrgetter(name)(reference)), name
+    image, text = pictures(tower), texts()
+    with torch.no_grad():
+        before = model(image, text)[0]
+        model.logit_scale = nn.Parameter(torch.zeros(()))
+        assert model.hf_model.logit_scale.item() == 0
+        torch.testing.assert_close(model(image, text)[0], before / reference.logit_scale.exp(), rtol=1e-4, atol=1e-5)
+        assert "logit_scale" not in dict(model.named_parameters())
+        model.ln_final = nn.Identity()
+        assert isinstance(model.hf_model.text_model.final_layer_norm, nn.Identity)
+
+
+def test_names_of_what_is_not_the_same_say_where_it_is(tower: str, archives: dict[str, Path]):
+    model, _ = clip.load(archives[tower], device="cpu")
+    moved = [
+        (model, "transformer", "text_model.encoder"),
+        (model, "text_projection", r"hf_model.text_projection, .*D, W"),
+    ]
+    moved.append((model.visual, *(("proj", "visual_projection") if tower == "vit" else ("attnpool", "c_proj"))))
+    for module, name, place in moved:
+        assert not hasattr(module, name)
+        for use in (lambda m=module, n=name: getattr(m, n), lambda m=module, n=name: setattr(m, n, nn.Identity())):
+            with pytest.raises(AttributeError, match=f"'{name}' of the original is not in hf_clip; .*{place}"):
+                use()
+    with pytest.raises(AttributeError, match="has no attribute 'surprise'"):
+        _ = model.surprise
+
+
+def test_state_dicts_of_both_kinds_are_loaded(tower: str, archives: dict[str, Path], reference: nn.Module):
+    model, _ = clip.load(archives[tower], device="cpu")
+    image, text = pictures(tower), texts()
+    with torch.no_grad():
+        expected = model(image, text)[0]
+        own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        originals = {name: tensor for name, tensor in reference.state_dict().items() if not name.endswith("attn_mask")}
+        around = nn.ModuleDict({"clip": model})
+        within = {f"clip.{name}": tensor for name, tensor in originals.items()}
+        for target, state in ((model, own), (model, originals), (around, within)):
+            for parameter in model.parameters():
+                parameter.zero_()
+            target.load_state_dict(state)
+            assert torch.equal(model(image, text)[0], expected)
+        with pytest.raises(CheckpointError, match="lacks tensors of the model: .*ln_final.weight"):
+            model.load_state_dict({name: tensor for name, tensor in originals.items() if name != "ln_final.weight"})
+
+
+def test_empty_batches(tower: str, archives: dict[str, Path]):
+    model, _ = clip.load(archives[tower], device="cpu")
+    with torch.no_grad():
+        assert model.encode_image(pictures(tower, 0)).shape == model.encode_text(texts()[:0]).shape == (0, 48)
+        assert [tuple(logits.shape) for logits in model(pictures(tower, 0), texts())] == [(0, 4), (4, 0)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", 0, torch.device("cuda")], ids=repr)
+def test_device_that_is_not_here_is_refused_before_anything_is_read(device: Any):
+    with pytest.raises(ValueError, match=r"device=.* cannot be used here: .*\. Leave device out for 'cpu', or name"):
+        clip.load("nowhere.pt", device=device)
 
 
 def original_tokenize(texts: list[str], context_length: int = 77, truncate: bool = False) -> torch.Tensor:

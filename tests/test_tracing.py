@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
+from transformers import PreTrainedModel
 
 from hf_clip import VARIANTS, HfClipConfig, HfClipModel
 
@@ -48,6 +50,45 @@ def test_one_compiled_graph_serves_all_batch_sizes_and_text_lengths(model: HfCli
         found, expected = compiled(**inputs(tower, *size)), model(**inputs(tower, *size))
         torch.testing.assert_close(found.logits_per_image, expected.logits_per_image, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_every_part_can_be_traced_with_gradients(model: HfClipModel, tower: str):
+    """torch.jit.trace compares its graph with one made without gradients."""
+    calls: dict[str, tuple[nn.Module, tuple, dict]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (PreTrainedModel, nn.ModuleList)):
+
+            def keep(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
+                kind = f"{type(module).__name__} {name.split('.')[0]}"
+                calls.setdefault(kind, (module, args, kwargs))
+
+            module.register_forward_pre_hook(keep, with_kwargs=True)
+    model(**inputs(tower, *SIZES[0]))
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks_with_kwargs.clear()
+    assert len(calls) > 12
+    for kind, (module, args, kwargs) in calls.items():
+        assert torch.is_grad_enabled()
+        given = tuple(
+            arg.detach().requires_grad_() if arg.is_floating_point() else arg for arg in args if arg is not None
+        )
+        assert not any(isinstance(value, torch.Tensor) for value in kwargs.values()), kind
+        traced, expected = torch.jit.trace(module, given)(*given), module(*given)
+        first = expected[0] if isinstance(expected, tuple) else expected
+        torch.testing.assert_close(traced[0] if isinstance(traced, tuple) else traced, first, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("gradients", [True, False])
+def test_vmap_over_images_and_texts(model: HfClipModel, tower: str, gradients: bool):
+    images, ids = pictures(tower, 3), texts((5, 9, 20))
+    with torch.set_grad_enabled(gradients):
+        found = torch.vmap(lambda image: model.encode_image(image[None])[0])(images)
+        torch.testing.assert_close(found, model.encode_image(images), rtol=1e-4, atol=1e-5)
+        found = torch.vmap(lambda row: model.encode_text(row[None])[0])(ids)
+        torch.testing.assert_close(found, model.encode_text(ids), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
