@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from .configuration_hf_clip import HubUpload, find_foreign
+from .configuration_hf_clip import HubUpload, find_foreign, refuse_checkpoint_file
 from .files_hf_clip import read_unchanged
 from .image_processing_hf_clip import HfClipImageProcessor
 from .tokenization_hf_clip import HfClipTokenizer
@@ -20,6 +20,7 @@ class HfClipProcessor(HubUpload, ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As everywhere in transformers; tokenizer and image processor are of the same writing of a folder."""
         source = pretrained_model_name_or_path
+        refuse_checkpoint_file(source)
         read = super().from_pretrained
         return read_unchanged(source, lambda: read(source, *args, **kwargs), kwargs.get("subfolder"))
 

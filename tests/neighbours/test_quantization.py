@@ -49,6 +49,7 @@ def test_bitsandbytes_int8(repository: Path, model: HfClipModel, tower: str):
     assert_close_to(quantized, model, tower)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch says that it will go
 def test_dynamic_quantization_reaches_every_linear_map(model: HfClipModel, tower: str):
     """torch's own asks for the exact type `nn.Linear`."""
     matrices = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
