@@ -300,10 +300,10 @@ class HfClipTextModel(HfClipPreTrainedModel):
         refuse_ignored(self, kwargs)
         input_ids = check_input_ids(input_ids, attention_mask)
         starts = find_starts(attention_mask)
-        ends, is_endless = find_ends(input_ids, starts, self.config)
         if position_ids is None and starts is not None:
             position_ids = count_positions(starts, input_ids.shape[-1]).to(input_ids.device)
         hidden_states = self.embeddings(input_ids, position_ids)
+        ends, is_endless = find_ends(input_ids, starts, self.config)
         causal_mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
         )
