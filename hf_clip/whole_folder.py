@@ -27,8 +27,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-FULL_WORDS = ("no space left", "disk quota exceeded", "file too large", "os error 28")
-FULL_WORDS += ("file write failed", "iostream error", "unexpected pos")  # torch.save's writer
+FULL_WORDS = (
+    *("no space left", "disk quota exceeded", "file too large", "os error 28"),
+    *("file write failed", "iostream error", "unexpected pos"),  # torch.save's writer
+)
 """How libraries that are not written in Python say so, in errors of any kind."""
 
 

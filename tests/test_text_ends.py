@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
+from conversion.convert import convert
 from conversion.reference import build_reference
-from hf_clip import EndOfTextError, HfClipConfig, HfClipModel, HfClipTextModel, HfClipTextModelWithProjection
+from hf_clip import (
+    EndOfTextError,
+    HfClipConfig,
+    HfClipImageProcessor,
+    HfClipModel,
+    HfClipProcessor,
+    HfClipTextModel,
+    HfClipTextModelWithProjection,
+    HfClipTokenizer,
+)
 from hf_clip.original import config_from_shapes, convert_names
 
 from .small import DIMENSIONS, VOCAB_SIZE, pictures, texts
@@ -76,6 +86,30 @@ def test_features_of_old_stock_repositories_are_stocks(vocab_size: int, tmp_path
     )
     saved.optimize_for_inference()
     assert relative_error(saved.encode_text(ids), expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("added", [False, True], ids=["as trained", "with an added token"])
+def test_converted_stock_repository_names_its_end(added: bool, tmp_path: Path):
+    """Where the tokenizer's end is its highest id it is named; else stock's rule stays. The 2 never does."""
+    tokenizer = HfClipTokenizer.train_from_iterator(["a cat", "two dogs"], vocab_size=600, model_max_length=12)
+    if added:
+        tokenizer.add_tokens(["sks"])
+    text = TEXT | {"vocab_size": len(tokenizer) + 7}  # a table may have more rows than there are tokens
+    torch.manual_seed(0)
+    stock = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)).eval()
+    stock.save_pretrained(tmp_path / "stock")
+    HfClipProcessor(HfClipImageProcessor.for_image_size(32), tokenizer).save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "ours")
+    saved = json.loads((tmp_path / "ours" / "config.json").read_text())["text_config"]
+    expected = None if added else tokenizer.eos_token_id
+    assert (saved["eos_token_id"], saved["pad_token_id"]) == (expected, expected)
+    ids = tokenizer(["a cat", "two sks dogs", ""], return_tensors="pt").input_ids
+    ours = AutoModel.from_pretrained(tmp_path / "ours").eval()
+    assert relative_error(ours.encode_text(ids), stock.get_text_features(ids).pooler_output) < 1e-5
+    convert(tmp_path / "ours", tmp_path / "back", format_name="transformers")
+    back = CLIPModel.from_pretrained(tmp_path / "back").eval()
+    assert torch.equal(back.get_text_features(ids).pooler_output, stock.get_text_features(ids).pooler_output)
 
 
 @torch.no_grad()

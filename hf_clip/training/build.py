@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin, get_scheduler
 
-from ..bpe_hf_clip import prepare_text
 from ..formats.folders import IMAGE_PROCESSOR_FILES, in_one_line, read_object
 from ..formats.reading import check_model
 from ..image_processing_hf_clip import HfClipImageProcessor
 from ..modeling_hf_clip import HfClipModel
 from ..processing_hf_clip import HfClipProcessor
+from ..repairing_hf_clip import prepare_text
 from ..variants import VARIANTS
 from .augment import Augmentation
 from .averaging import copy_weights
