@@ -40,8 +40,15 @@ def _embed(model: Any, batch: dict[str, Tensor], device: torch.device) -> tuple[
     if count == 0:
         inputs = {name: torch.zeros((1, *t.shape[1:]), dtype=t.dtype, device=device) for name, t in inputs.items()}
         inputs["attention_mask"] += 1
+        inputs["input_ids"] += _end_of_text_id(model)  # a text without its end would be refused
     outputs = model(**inputs)
     return outputs.image_embeds.float()[:count], outputs.text_embeds.float()[:count]
+
+
+def _end_of_text_id(model: Any) -> int:
+    while hasattr(model, "module"):  # DDP's and DeepSpeed's wrappers
+        model = model.module
+    return model.config.text_config.eos_token_id
 
 
 def group_pairs(image_ids: Tensor, text_ids: Tensor) -> Tensor:
