@@ -120,7 +120,6 @@ ALLOWED = {
     },
     "original": {"configuration_hf_clip", "modeling_hf_clip", "variants", "original"},
     "training": {
-        "bpe_hf_clip",
         "configuration_hf_clip",
         "evaluation",
         "features",

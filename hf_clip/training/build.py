@@ -15,7 +15,6 @@ from ..formats.reading import check_model
 from ..image_processing_hf_clip import HfClipImageProcessor
 from ..modeling_hf_clip import HfClipModel
 from ..processing_hf_clip import HfClipProcessor
-from ..repairing_hf_clip import prepare_text
 from ..variants import VARIANTS
 from .augment import Augmentation
 from .averaging import copy_weights
@@ -160,17 +159,7 @@ def _build_untrained(config: TrainingConfig, data: Data) -> tuple[HfClipModel, H
 def _captions(pairs: Pairs | PairStream) -> Iterator[str]:
     """The texts that a vocabulary is learned from."""
     for draw in islice(pairs.draws(0, shuffle=False), MOST_CAPTIONED_ROWS):
-        yield from filter(_is_readable, pairs.read(draw).captions)
-
-
-def _is_readable(caption: str) -> bool:
-    """Whether a caption can be tokenized. It is left out here, and counted among the bad rows when it is drawn."""
-    try:
-        if "&" in caption:  # html entities are what may not be resolved
-            prepare_text(caption)
-    except Exception:  # whatever it is, it doesn't end the run
-        return False
-    return True
+        yield from pairs.read(draw).captions
 
 
 def _set_loss_(model: HfClipModel, config: TrainingConfig) -> None:
