@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .image_processing_hf_clip import HfClipImageProcessorKwargs
 from .pictures_hf_clip import UNREADABLE, UnreadableImageError, at_place
+from .repairing_hf_clip import TextError
 
 TEXTS_AT_ONCE = 4096
 """Texts that are tokenized and sorted together; their ids are all that is held of them."""
@@ -85,7 +86,7 @@ def tokenize(
 
     first: the first text's place, for the error
 
-    Raises TextTooLongError, unless the settings say truncation=True.
+    Raises TextError; and TextTooLongError, unless the settings say truncation=True.
     """
     for place, text in enumerate(texts, start=first):
         if not isinstance(text, str):
@@ -97,7 +98,13 @@ def tokenize(
     is_cut = settings.get("truncation") not in (None, False, "do_not_truncate")
     if not is_cut:
         settings |= {"truncation": True, "max_length": limit + 1}  # one more than fits is enough to tell
-    tokens = tokenizer(texts, **settings)
+    try:
+        tokens = tokenizer(texts, **settings)
+    except TextError as error:
+        if error.index is None:
+            raise
+        place = first + error.index
+        raise TextError(error.problem, place, f"texts[{place}] ({texts[error.index][:80]!r})") from error
     lengths = tokens["attention_mask"].sum(dim=1)
     if not is_cut and (too_long := lengths > limit).any():
         row = int(too_long.int().argmax())
@@ -142,7 +149,7 @@ def encode_text_batches(
 
 def no_features(model: Any, count: int = 0) -> Tensor:
     """(count, D) float32 zeros on the model's device."""
-    return torch.zeros(count, model.config.projection_dim, device=model.device)
+    return torch.zeros(count, model.config.projection_dim, dtype=torch.float32, device=model.device)
 
 
 @torch.no_grad()
@@ -170,6 +177,7 @@ def encode_texts(
 
     Raises:
         TextTooLongError: a ValueError whose `index` is the place of a text that is longer than the model takes.
+        TextError: a ValueError whose `index` is the place of a text that cannot be tokenized.
     """
     check_batch_size(batch_size)
     texts = [texts] if isinstance(texts, str) else list(texts)

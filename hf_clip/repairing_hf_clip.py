@@ -41,11 +41,17 @@ _TOO_LARGE = re.compile(r"(?<=&#)[1-9][0-9]{7,}")
 
 
 class TextError(ValueError):
-    """A text that cannot be tokenized. `index` is its place in the list of texts, None where it is not known."""
+    """A text that cannot be tokenized.
 
-    def __init__(self, message: str, index: int | None = None):
-        super().__init__(message)
-        self.index = index
+    Attributes:
+        problem: what is wrong with it, which follows its name in the message.
+        index: its place among the texts, None where it is not known; of a prompt, its label's place.
+    """
+
+    def __init__(self, problem: str, index: int | None = None, name: str | None = None):
+        name = f"Text {index}" if name is None and index is not None else name
+        super().__init__(problem if name is None else f"{name} {problem}")
+        self.problem, self.index = problem, index
 
 
 def is_plain(text: str) -> bool:

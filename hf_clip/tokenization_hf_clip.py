@@ -22,7 +22,6 @@ from .bpe_hf_clip import (
     END_OF_TEXT,
     END_OF_WORD,
     FIXED_IDS,
-    OPENAI_VOCAB_SIZE,
     START_OF_TEXT,
     build_backend,
     byte_alphabet,
@@ -30,7 +29,7 @@ from .bpe_hf_clip import (
     read_merges,
 )
 from .chunks_hf_clip import BOUNDARY, ChunkMemory
-from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload, refuse_checkpoint_file
+from .configuration_hf_clip import HUB_ARGUMENTS, OPENAI_VOCAB_SIZE, HubUpload, refuse_checkpoint_file
 from .files_hf_clip import TOKENIZER_CHECKS, check_tokenizer_file, find_files, in_one_kind, read_vocabulary
 from .layout_hf_clip import EncodedTexts, Layout, as_columns, as_lists, without_texts
 from .repairing_hf_clip import TextError, is_plain, prepare_text, repair_where_needed
@@ -65,9 +64,7 @@ def check_texts(text: Any) -> list[str]:
     texts = list(items)
     for index, item in enumerate(texts):
         if not isinstance(item, str):
-            raise TextError(
-                f"Text {index} is a {type(item).__name__}, but a list of texts is needed: {item!r:.60}.", index
-            )
+            raise TextError(f"is a {type(item).__name__}, but a list of texts is needed: {item!r:.60}.", index)
     return texts
 
 
@@ -79,7 +76,7 @@ def prepare_one(prepare: Callable[[str], Prepared], text: str, index: int) -> Pr
         raise
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise TextError(f"Text {index} cannot be tokenized: {reason}. Leave it out, or clean it.", index) from error
+        raise TextError(f"cannot be tokenized: {reason}. Leave it out, or clean it.", index) from error
 
 
 def prepare_each(prepare: Callable[[str], Prepared], texts: list[str]) -> list[Prepared]:

@@ -2,7 +2,7 @@
 
 1. Every name of a label is put into every template and encoded; each feature is brought to length one.
 2. The features of a label are averaged, and the average is brought to length one again (section 3.1.4): a column.
-3. A image's logits are its cosine similarities with the columns, times the logit scale.
+3. An image's logits are its cosine similarities with the columns, times the logit scale.
 
 Dimensions: B images, D embedding, L labels, K background labels, C = L + K columns.
 """
@@ -34,6 +34,7 @@ from .features import (
     tokenizer_of,
 )
 from .prompts import DEFAULT_TEMPLATE, LabelError, Template, as_plain, make_prompts, read_labels, read_templates
+from .repairing_hf_clip import TextError
 
 
 def default_scores(model: Any) -> str:
@@ -92,6 +93,11 @@ def sum_prompts(
             for places, features in batches:
                 sums.index_add_(0, owner[places].to(sums.device), features.to(sums.device))
                 update(len(places))
+    except TextError as error:
+        if error.index is None:
+            raise
+        prompt = next(islice(prompts(), error.index, None))
+        raise TextError(error.problem, int(owner[error.index]), f"The prompt {prompt[:200]!r}") from error
     except TextTooLongError as error:
         raise TextTooLongError(
             f"The prompt {next(islice(prompts(), error.index, None))[:200]!r} has {error.length} tokens, start and end "

@@ -20,6 +20,7 @@ from hf_clip import (
     features,
 )
 from hf_clip.features import TextTooLongError, encode_images, encode_texts
+from hf_clip.repairing_hf_clip import TextError
 
 TEXTS = ["a cat", "the man on the moon", "coffee", "it’s a rocket", "a", "two dogs"]
 
@@ -101,6 +102,13 @@ def test_texts_that_cannot_be_read_are_told_before_any_is_encoded(
     assert (caught.value.index, caught.value.length, caught.value.limit) == (5, 62, 20)
     with pytest.raises(ValueError, match=r"^texts\[5\] is 7, a int, but a text is needed"):
         encode_texts(model, processor, [*TEXTS[:5], 7])
+    with pytest.raises(
+        TextError, match=r"^texts\[5\] \('&#x3.*'\) cannot be tokenized: its .* 64 rounds of"
+    ) as unending:
+        encode_texts(model, processor, [*TEXTS[:5], "&#x3" * 4_000 + "5" + ";" * 4_000, "a cat"])
+    assert unending.value.index == 5
+    copy = pickle.loads(pickle.dumps(unending.value))
+    assert (str(copy), copy.index, copy.problem) == (str(unending.value), 5, unending.value.problem)
     assert calls == []
     cut = encode_texts(model, processor, [*TEXTS[:5], "cat " * 30], truncation=True)
     assert relative(cut[5:], encode_texts(model, processor, ["cat " * 9])) < 5e-6
