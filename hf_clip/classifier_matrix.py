@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .files_hf_clip import one_line
+
 FINGERPRINT = 8
 """Rows and columns of the visual projection that are kept."""
 
@@ -131,16 +133,33 @@ class ClassifierMatrix:
             raise ValueError(
                 f"{path} is no zero-shot classifier of hf_clip's ({FILE_FORMAT}); ZeroShotClassifier.save writes one."
             )
-        matrix = cls(
-            weights=tensors["weights"],
-            labels=json.loads(metadata["labels"]),
-            scores=metadata["scores"],
-            logit_scale=tensors["logit_scale"].item(),
-            logit_bias=tensors["logit_bias"].item(),
-            thresholds=tensors.get("thresholds"),
-            fingerprint=tensors.get("fingerprint"),
-            templates=json.loads(metadata["templates"]) if "templates" in metadata else None,
-        )
-        if matrix.weights.ndim != 2 or matrix.weights.shape[1] < len(matrix.labels) or matrix.scores not in SCORES:
-            raise ValueError(f"{path} contradicts itself: {len(matrix.labels)} labels, {tuple(matrix.weights.shape)}.")
+        try:
+            matrix = cls(
+                weights=tensors["weights"],
+                labels=json.loads(metadata["labels"]),
+                scores=metadata["scores"],
+                logit_scale=tensors["logit_scale"].item(),
+                logit_bias=tensors["logit_bias"].item(),
+                thresholds=tensors.get("thresholds"),
+                fingerprint=tensors.get("fingerprint"),
+                templates=json.loads(metadata["templates"]) if "templates" in metadata else None,
+            )
+        except (KeyError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError
+            reason = one_line(f"{type(error).__name__}: {error}")
+            raise ValueError(f"{path} is damaged ({reason}); save the classifier anew.") from error
+        if problem := matrix._contradiction():
+            raise ValueError(f"{path} is damaged: {problem}; save the classifier anew.")
         return matrix
+
+    def _contradiction(self) -> str | None:
+        """What of a file's content does not belong together, for a message."""
+        if not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels):
+            return "its labels are no list of texts"
+        if self.weights.ndim != 2 or self.weights.shape[1] < len(self.labels) or self.weights.dtype != torch.float32:
+            shape = tuple(self.weights.shape)
+            return f"it has {len(self.labels)} labels and weights of {self.weights.dtype} and shape {shape}"
+        if self.scores not in SCORES:
+            return f"its scores are {one_line(repr(self.scores), 80)}, none of {', '.join(SCORES)}"
+        if self.thresholds is not None and self.thresholds.shape != (len(self.labels),):
+            return f"it has {len(self.labels)} labels and thresholds of shape {tuple(self.thresholds.shape)}"
+        return None

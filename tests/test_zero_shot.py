@@ -1,5 +1,6 @@
 """The zero-shot classifier against the paper's recipe, run on the reference implementation."""
 
+import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,8 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor
 
@@ -17,6 +20,7 @@ from hf_clip import HfClipModel, HfClipVisionModelWithProjection, ZeroShotClassi
 from hf_clip.classifier_matrix import ClassifierMatrix
 from hf_clip.features import TextTooLongError
 from hf_clip.prompts import LabelError
+from hf_clip.repairing_hf_clip import TextError
 
 from .largest_tensor import HeldMemory
 
@@ -271,6 +275,23 @@ def test_what_is_no_classifier_is_not_loaded(
     with pytest.raises(IsADirectoryError, match="name a file"):
         classifier.save(tmp_path)
     classifier.save(tmp_path / "classifier")
+    with safe_open(tmp_path / "classifier", "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    damages: list[tuple[dict[str, str], dict[str, Tensor], str]] = [
+        ({"labels": "[["}, {}, r"is damaged \(JSONDecodeError: "),
+        ({"labels": "[" * 100_000}, {}, r"is damaged \(RecursionError: "),
+        ({"labels": "[1, 2]"}, {}, "its labels are no list of texts"),
+        ({"labels": json.dumps(["a"] * 99)}, {}, "it has 99 labels and weights of torch.float32 and shape "),
+        ({"scores": "best"}, {}, "its scores are 'best', none of softmax, sigmoid, cosine"),
+        ({}, {"weights": tensors["weights"].int()}, "weights of torch.int32"),
+        ({}, {"logit_scale": torch.zeros(2)}, r"is damaged \(RuntimeError: "),
+        ({}, {"thresholds": torch.zeros(99)}, r"thresholds of shape \(99,\)"),
+    ]
+    for changed, others, message in damages:
+        save_file(tensors | others, tmp_path / "damaged", metadata | changed)
+        with pytest.raises(ValueError, match=message) as caught:
+            ZeroShotClassifier.load(tmp_path / "damaged", model, processor)
+        assert "\n" not in str(caught.value)
     model.config.projection_dim = 7
     with pytest.raises(ValueError, match="made by a model with features of 48, but this one has 7"):
         ZeroShotClassifier.load(tmp_path / "classifier", model, processor)
@@ -421,6 +442,10 @@ def test_parts_that_do_not_fit_are_refused(repository: Path, model: HfClipModel,
     ) as caught:
         ZeroShotClassifier(model, processor, ["dog", "cat " * 30], ["a photo of a {}", "the {}"])
     assert caught.value.index == 1
+    unending = "&#x3" * 4_000 + "5" + ";" * 4_000
+    with pytest.raises(TextError, match=r"^The prompt 'the &#x3.*' cannot be tokenized: its .* after 64 rounds") as bad:
+        ZeroShotClassifier(model, processor, ["dog", "cat", unending], ["the {}", "a {}"])
+    assert bad.value.index == 2
 
 
 def test_classifier_of_another_model_is_noticed(
