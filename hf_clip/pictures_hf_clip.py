@@ -8,7 +8,6 @@ Dimensions: H × W pixels, C channels.
 """
 
 import base64
-import binascii
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,7 +106,7 @@ def _content(source: Any, timeout: float | None) -> Any:
         return source
     try:
         content = base64.b64decode("".join(source.split()), validate=True)
-    except binascii.Error:
+    except ValueError:  # other letters than those of base64
         content = b""
     if len(content) < SMALLEST_PICTURE:
         raise FileNotFoundError(source)

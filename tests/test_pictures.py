@@ -120,6 +120,7 @@ def test_bad_pictures_are_named_by_their_place(jpeg: bytes, tmp_path: Path, monk
         (b"no picture at all", r"images\[1\] cannot be opened"),
         (str(tmp_path / "notes.jpg"), r"images\[1\] cannot be opened \('.*', cannot identify"),
         (str(tmp_path / "none.jpg"), r"images\[1\]: there is no file '.*none.jpg'; check the path"),
+        ("bücher.jpg", r"images\[1\]: there is no file 'bücher.jpg'; check the path"),
         (tmp_path, r"images\[1\] cannot be opened"),
         ({"bytes": None, "path": None}, r"images\[1\] cannot be opened \(a picture's row needs"),
         (Image.new("RGB", (0, 30)), r"images\[1\] has 0x30 pixels"),
