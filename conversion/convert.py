@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from hf_clip import HfClipConfig
-from hf_clip.bpe_hf_clip import OPENAI_VOCAB_SIZE
+from hf_clip.configuration_hf_clip import OPENAI_VOCAB_SIZE
 from hf_clip.formats.folders import DESCRIPTIONS
 from hf_clip.formats.reading import read_model
 from hf_clip.formats.writing import FORMATS, write_model

@@ -18,15 +18,14 @@ from pathlib import Path
 import regex
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from .configuration_hf_clip import OPENAI_VOCAB_SIZE
+
 START_OF_TEXT = "<|startoftext|>"
 END_OF_TEXT = "<|endoftext|>"
 END_OF_WORD = "</w>"
 
 FIXED_IDS = 2 * 256 + 2
 """Every byte, every byte that ends a word, and the two special tokens."""
-
-OPENAI_VOCAB_SIZE = 49408
-"""The published vocabulary file lists more merges than there are ids for; the rest is ignored."""
 
 _SPECIAL_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|"
 _PLAIN_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

@@ -25,6 +25,7 @@ Stock CLIP then takes the feature at the highest id of each text, as OpenAI's co
 """
 
 OPENAI_VOCAB_SIZE = 49408
+"""The published vocabulary file lists more merges than there are ids for; the rest is ignored."""
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
@@ -192,9 +193,7 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
             check_no_methods(cls, config_dict, "it")
             read = dict(config_dict)
             config = super().from_dict(config_dict, **kwargs)
-        except (
-            Exception
-        ) as error:  # transformers' own code meets values of any kind, and raises as many kinds of errors
+        except Exception as error:  # transformers meets values of any kind, and raises as many kinds of errors
             said = one_line(error) if isinstance(error, ValueError) else one_line(f"{type(error).__name__}: {error}")
             said = said.removeprefix("StrictDataclassFieldValidationError: ")
             said = said.removeprefix("StrictDataclassClassValidationError: ")

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from ..configuration_hf_clip import (
+    CHECKPOINT_SUFFIXES,
     OPENAI_VOCAB_SIZE,
     HfClipConfig,
     HfClipResNetConfig,
@@ -34,7 +35,6 @@ from .folders import check_folder, in_one_line
 from .open_clip import config_from_open_clip, read_open_clip_config
 from .safetensors_stream import read_metadata
 
-CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 MOST_NAMED = 6
 PUBLISHED_KEY = "openai_checkpoint"
 """In the header of weights that come from a published file: its name. Whoever changes the weights writes a new file."""
@@ -252,8 +252,6 @@ def read_model(
     given_config = None if config is None else read_config_file(config)
     vocabulary = find_vocabulary(vocabulary, offline)
     path = find_original(source, offline)
-    if path.is_file():
-        check_no_pointer(path)
     checkpoint, read, tensors = read_original(path, verify, config=given_config, activation=activation, weights=weights)
     if checkpoint.container in ("state dict", "safetensors") and config is None and activation is None:
         progress(

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig
 
-from ..bpe_hf_clip import OPENAI_VOCAB_SIZE
-from ..configuration_hf_clip import HfClipTextConfig
+from ..configuration_hf_clip import OPENAI_VOCAB_SIZE, HfClipTextConfig
 from ..original.keys import original_names
 from ..processing_hf_clip import HfClipProcessor
 from .open_clip import CONFIG_FILE, open_clip_config
