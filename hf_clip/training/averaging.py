@@ -138,6 +138,11 @@ def spans_all_steps(decay: float, total_steps: int) -> bool:
     return total_steps * (1 - decay) < SHORTEST_WARMUP
 
 
+def warmup_of(decay: float, total_steps: int | None) -> float:
+    """k of `MovingAverage`, for a run of so many steps; None is for a run of any length."""
+    return USUAL_WARMUP if total_steps is None else min(max(total_steps * (1 - decay), SHORTEST_WARMUP), USUAL_WARMUP)
+
+
 class MovingAverage:
     """An exponential moving average of what is trained, for evaluation and saving.
 
@@ -169,9 +174,7 @@ class MovingAverage:
             raise ValueError(f"The moving average's decay is {decay}, but must be between 0 and 1, such as 0.9999.")
         self.decay, self.access = decay, access
         self.updates = 0
-        self.warmup = USUAL_WARMUP
-        if total_steps is not None:
-            self.warmup = min(max(total_steps * (1 - decay), SHORTEST_WARMUP), USUAL_WARMUP)
+        self.warmup = warmup_of(decay, total_steps)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         with access():

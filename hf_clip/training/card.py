@@ -17,19 +17,26 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..configuration_hf_clip import HfClipConfig
 from ..model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_section
-from .config import TrainingConfig
+from .averaging import warmup_of
+from .config import WITHOUT_WARMUP, TrainingConfig
 from .optim import warmup_steps
 from .sources import parse_sources
 
 FILES = (".csv", ".json", ".jsonl", ".parquet", ".tar", ".txt")
 
-ALWAYS = ("learning_rate", "optimizer", "weight_decay", "scheduler", "augmentation", "seed")
+ALWAYS = ("learning_rate", "optimizer", "weight_decay", "scheduler", "augmentation", "mask_duplicates", "seed")
 """Options that stand on every card, with their defaults too."""
 
 SAID_OTHERWISE = ("model", "variant", "dataset", "loss", "warmup_steps")
 """Options whose value stands on the card in other words: in its first sentence, or as what became of it."""
 
-LABELS = {"scheduler": "schedule", "lock": "locked", "lora_rank": "LoRA rank", "ema_decay": "moving average of weights"}
+LABELS = {
+    "scheduler": "schedule",
+    "lock": "locked",
+    "lora_rank": "LoRA rank",
+    "mask_duplicates": "equal images and captions masked",
+    "ema_decay": "decay of the moving average of weights",
+}
 """Rows whose name is not the option's."""
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 (mixed)", "fp16": "float16 (mixed)", "fp8": "float8 (mixed)"}
@@ -46,6 +53,7 @@ class RunFacts:
         launched: see `launch_settings`.
         alpha: with which the weights were averaged with the pretrained ones.
         start_figures: of the model that training started from; empty where it was not evaluated.
+        part_cut: of the captions, those that were longer than the model takes.
     """
 
     step: int
@@ -54,6 +62,7 @@ class RunFacts:
     launched: dict[str, Any]
     alpha: float | None = None
     start_figures: dict[str, float] = field(default_factory=dict)
+    part_cut: float = 0.0
 
 
 def is_repository(name: str | None) -> bool:
@@ -138,12 +147,18 @@ def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[st
         "precision": PRECISIONS.get(launched["mixed_precision"], launched["mixed_precision"]),
         "compiler": None if launched["compiler"] == "no" else launched["compiler"],
         "loss": loss,
-        "warm-up steps": warmup_steps(config.warmup_steps, facts.total_steps),
+        "warm-up steps": None
+        if config.scheduler in WITHOUT_WARMUP
+        else warmup_steps(config.warmup_steps, facts.total_steps),
+        "captions cut at the model's length": f"{100 * facts.part_cut:.2g} %" if facts.part_cut else None,
     }
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, value in config.identity().items():
         if name not in SAID_OTHERWISE and value is not None and (name in ALWAYS or value != defaults[name]):
             rows[row_name(name)] = "yes" if value is True else value
+    if config.ema_decay is not None:
+        k = warmup_of(config.ema_decay, facts.total_steps)
+        rows["its decay after step n"] = f"at most (1 + n) / ({1 + k:.3g} + n)"
     rows["averaged with the pretrained weights, α"] = facts.alpha
     return {name: str(value) for name, value in rows.items() if value is not None} | licence_rows(config)
 

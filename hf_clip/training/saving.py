@@ -5,6 +5,7 @@ Every process calls `finish` and `publish_checkpoint` alike.
 
 import copy
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from .card import RunFacts
 from .checkpoint import load_best
 from .evaluating import evaluate
 from .lora import add_lora_, merge_lora_
-from .results import publish_results, save_results
+from .results import publish_results, read_metrics, save_results
 from .stopping import Stopped
 from .summary import gain_in_words, wait_in_words
 from .trainable import lock_
@@ -91,10 +92,16 @@ def _save(run: "Run", model: HfClipModel) -> None:
             launched=run.launched,
             alpha=run.alpha,
             start_figures=run.start_figures,
+            part_cut=_last_part_cut(run),
         ),
     )
     if not has_curve:
         print("note: the curve of the card was not drawn: pip install matplotlib", file=sys.stderr)
+
+
+def _last_part_cut(run: "Run") -> float:
+    records = read_metrics(Path(run.config.output_dir))
+    return next((r["truncated_captions"] for r in reversed(records) if "truncated_captions" in r), 0.0)
 
 
 def _average_with_pretrained(run: "Run", model: HfClipModel) -> None:

@@ -45,6 +45,9 @@ MODULES = ("accelerate.commands", "torch.distributed.run", "torch.distributed.la
 """What starts processes and waits for them, as programs and as `python -m` knows them."""
 
 
+AT_ONCE = "at the second signal, in the midst of a step; --resume latest goes on from the last checkpoint, if any"
+
+
 class Stopped(KeyboardInterrupt):
     """A signal ends the run; `saved` says in words what remains of it."""
 
@@ -76,7 +79,7 @@ class Signals:
         if self.are_deferred and self.received is None:
             self.received = signum
             return
-        raise Stopped(signum)
+        raise Stopped(signum, "" if self.received is None else AT_ONCE)
 
     def _leave_terminals(self) -> None:
         """A terminal that has hung up refuses every line, and the first would end the run."""
@@ -101,10 +104,11 @@ def heeded(signals: Signals) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    for signum, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(signum, signals.handle)
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    # None is a handler that was not set from Python, and could not be set again.
+    before = {signum: handler for signum, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for signum in before:
+        signal.signal(signum, signals.handle)
     try:
         yield
     finally:
@@ -148,20 +152,24 @@ class SignsOfLife:
         self.store, self.rank, self.next, self.count = store, rank, (rank + 1) % count, count
         self.own = 0
         self.seen, self.since = "", time.monotonic()
+        self.looked = self.since
 
     def give(self) -> None:
         self.own += 1
         self.store.set(f"hf_clip_alive_{self.rank}", f"process id {os.getpid()} on {socket.gethostname()}, {self.own}")
 
     def find_still(self) -> str | None:
-        """The next process's name where it has stood still for too long."""
+        """The next process's name where it has stood still for too long, while this one did not."""
+        now, looked = time.monotonic(), self.looked
+        self.looked = now
         key = f"hf_clip_alive_{self.next}"
         if not self.store.check([key]):
             return None  # it has not begun, and whoever waits for it then has a time limit
         seen = self.store.get(key).decode()
-        if seen != self.seen:
-            self.seen, self.since = seen, time.monotonic()
-        if seen == ENDED or time.monotonic() - self.since < LONGEST_STILL:
+        # All processes may have been stopped and go on: by Ctrl-Z, a batch system, or a machine that slept.
+        if seen != self.seen or now - looked > LONGEST_STILL / 2:
+            self.seen, self.since = seen, now
+        if seen == ENDED or now - self.since < LONGEST_STILL:
             return None
         return f"process {self.next} of {self.count} ({self.seen.rpartition(',')[0]})"
 

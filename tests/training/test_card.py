@@ -56,6 +56,18 @@ def test_card_says_what_the_launcher_decided():
     )
 
 
+def test_card_says_what_a_run_chose_by_itself():
+    facts = RunFacts(step=50, total_steps=50, global_batch=60, launched=LAUNCHED, part_cut=0.125)
+    rows = card_rows(facts, model="org/clip", lora_rank=4)
+    assert (rows["learning rate"], rows["equal images and captions masked"]) == ("3e-4", "on")
+    assert (rows["warm-up steps"], rows["captions cut at the model's length"]) == ("2", "12 %")
+    assert "its decay after step n" not in rows
+    rows = card_rows(facts, model="org/clip", ema_decay=0.9, scheduler="constant", mask_duplicates="off")
+    assert (rows["learning rate"], rows["equal images and captions masked"]) == ("1e-5", "off")
+    assert "warm-up steps" not in rows  # a constant rate has none
+    assert (rows[row_name("ema_decay")], rows["its decay after step n"]) == ("0.9", "at most (1 + n) / (6 + n)")
+
+
 OTHER_VALUES = {
     "loss": "sigmoid",
     "image_size": 64,
@@ -66,6 +78,7 @@ OTHER_VALUES = {
     "image_column": "photo",
     "caption_column": "alt",
     "captions": "all",
+    "mask_duplicates": "off",
     "validation": "test",
     "augmentation": "none",
     "learning_rate": "3e-4",
@@ -81,7 +94,7 @@ OTHER_VALUES = {
     "ema_decay": 0.99,
 }
 NEEDED_WITH = {"label_smoothing": {"loss": "softmax"}, "keep_best": {"validation": "test", "checkpoint_steps": 5}}
-SWITCHES = {"mask_duplicates": True, "streaming": True}
+SWITCHES = {"streaming": True}
 
 
 def test_every_option_that_decides_the_result_stands_on_the_card():

@@ -152,6 +152,23 @@ def test_process_that_stands_still_is_named(monkeypatch: pytest.MonkeyPatch):
     overs[0].set()
 
 
+def test_processes_that_all_stood_still_go_on(monkeypatch: pytest.MonkeyPatch):
+    """As after Ctrl-Z and fg: the other's count is as old as this one's last look."""
+    now = [1000.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    store = SimpleNamespace(check=lambda keys: True, get=lambda key: b"process id 7 on here, 1")
+    life = stopping.SignsOfLife(store, 0, 2)
+    for still, passed in [
+        (None, 1),
+        (None, 3600),
+        (None, 100),
+        (None, 100),
+        ("process 1 of 2 (process id 7 on here)", 100),
+    ]:
+        now[0] += passed
+        assert life.find_still() == still
+
+
 def test_ignored_signals_stay_ignored():
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
