@@ -25,6 +25,10 @@ class NotFiniteError(ValueError):
     """The model's features are no numbers any more."""
 
 
+class TooFewPairsError(ValueError):
+    """Fewer than two pairs of the validation data can be used."""
+
+
 INPUTS = ("pixel_values", "input_ids", "attention_mask")
 
 
@@ -98,7 +102,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Figures of a model, wrapped or not, which is put into evaluation mode and back. All processes get all figures.
 
-    Raises, on all processes, NotFiniteError for features that are no numbers, ValueError for fewer than two pairs.
+    Raises, on all processes, NotFiniteError for features that are no numbers, and TooFewPairsError.
 
     class_tokens: input_ids and attention_mask of each class's prompt, (C, L), where the loader has labels
     """
@@ -121,7 +125,7 @@ def evaluate(
     if not all(bool(whole[name].isfinite().all()) for name in ("image", "text")):
         raise NotFiniteError("The model gives features that are no numbers; its weights are broken.")
     if sum(counts) < 2:
-        raise ValueError(f"The validation data has {sum(counts)} usable pairs, but at least 2 are needed.")
+        raise TooFewPairsError(f"The validation data has {sum(counts)} usable pairs, but at least 2 are needed.")
     figures = retrieval(whole["image"], whole["text"], whole["image_ids"], whole["text_ids"])
     if class_tokens is not None and sum(label_counts) == sum(counts):
         classes = model(**{name: tensor.to(device) for name, tensor in class_tokens.items()}).text_embeds.float().cpu()

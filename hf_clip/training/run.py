@@ -38,7 +38,7 @@ from .checkpoint import (
 from .collator import PairCollator
 from .config import TrainingConfig
 from .data import PairLoader, Position
-from .evaluating import NotFiniteError, evaluate
+from .evaluating import NotFiniteError, TooFewPairsError, evaluate
 from .failures import EXPECTED
 from .losses import ContrastiveResult, exchange_counts, world_size
 from .results import METRICS_FILE, read_metrics
@@ -144,6 +144,7 @@ class Run:
         if not is_new:
             self._forget_records_after(self.state.step)
             self.start_figures = self.figures_of(0)
+            self._catch_up()
         elif self.start_figures:
             self._take_figures(self.start_figures)
             self._compare()
@@ -155,6 +156,16 @@ class Run:
             )
         self.signals.are_deferred = True
         self.since = time.perf_counter()
+
+    def _catch_up(self) -> None:
+        """Evaluate a checkpoint's step that was to be evaluated, but was told to stop before."""
+        every, step = self.config.checkpoint_steps, self.state.step
+        if self.validation is None or every is None or step % every or step >= self.total_steps:
+            return
+        is_missing = self.accelerator.is_main_process and not self.figures_of(step)
+        if any(missing for (missing,) in exchange_counts([int(is_missing)], self.accelerator.device)):
+            self._evaluate()
+            self._compare()
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
@@ -192,17 +203,25 @@ class Run:
             if not has_begun:
                 self.begin(prepare_output)
                 has_begun = True
+                if self.is_over():
+                    return
             assert item is not None
             started = time.perf_counter()
             yield item
             self.waited += waited
             self.trained += waited + time.perf_counter() - started
+        if not has_begun:  # it goes on behind its last step
+            self.begin(prepare_output)
 
     def _check_failures(self, failure: Exception | None) -> None:
-        """Raise, in all processes, what any process says: a signal before an error, which may come from it."""
+        """Raise, in all processes, what any process says: a signal before an error, which may come from it.
+
+        A signal waits for the end of an accumulated step, whose batches count in BatchNorm's statistics already.
+        """
         told = exchange_counts([self.signals.received or 0, int(failure is not None)], self.accelerator.device)
         signum, has_failed = (max(column) for column in zip(*told, strict=True))
-        if signum:
+        is_within_step = (self.state.epoch, self.state.batch) != self.whole_step[:2]
+        if signum and (has_failed or not is_within_step):
             saved = self._save_last_step()
             remains = f"the {self.state.step} steps so far are in {saved}; --resume latest goes on from there"
             raise Stopped(signum, remains if saved is not None else "")
@@ -212,7 +231,8 @@ class Run:
         saved = self._save_last_step()
         remains = "" if saved is None else f"The steps so far are in {saved}; --resume latest goes on from there."
         if failure is not None and (saved is None or not isinstance(failure, EXPECTED)):
-            print(remains, file=sys.stderr)
+            if remains:
+                print(remains, file=sys.stderr)
             raise failure
         raise ValueError(f"{text} {remains}") from failure
 
@@ -362,14 +382,18 @@ class Run:
     def _measure(self) -> dict[str, float]:
         """The figures of the present weights, or of their average, on the validation data."""
         assert self.validation is not None
-        with self.average.swapped_in(self.model) if self.average is not None else nullcontext():
-            self.bad_validation_rows.restart()
-            try:
+        try:
+            with self.average.swapped_in(self.model) if self.average is not None else nullcontext():
+                self.bad_validation_rows.restart()
                 return evaluate(self.wrapped, self.validation, self.accelerator.device, self.class_tokens)
-            except NotFiniteError:
-                if self.state.step == 0:
-                    raise
-                raise self.diverged(f"Features became nan after step {self.state.step}") from None
+        except NotFiniteError:
+            if self.state.step == 0:
+                raise
+            raise self.diverged(f"Features became nan after step {self.state.step}") from None
+        except TooFewPairsError as error:  # data that are gone
+            if (saved := self._save_last_step()) is None:
+                raise
+            raise ValueError(f"{error} The steps so far are in {saved}; --resume latest goes on from there.") from error
 
     def _evaluate(self) -> None:
         if self.validation is not None:

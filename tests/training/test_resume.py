@@ -7,7 +7,9 @@ import pickle
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 import finetune
 from hf_clip.training import stopping
 from hf_clip.training.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of_best
+from hf_clip.training.data import PairLoader, Position
 
 from ..finetuning import launch, options, records, train, weights, words
 
@@ -274,7 +277,10 @@ def send(monkeypatch: pytest.MonkeyPatch, signum: int, at: int, times: int = 1) 
     monkeypatch.setattr(finetune.Run, "check_loss", check_loss)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "status", "at"),
+    [(signal.SIGTERM, 143, 6), (signal.SIGHUP, 129, 8), (signal.SIGINT, 130, 6)],  # step 8 is one to be evaluated
+)
 def test_signal_ends_the_run_with_a_checkpoint_of_its_step(
     digits: Path,
     tmp_path: Path,
@@ -283,19 +289,20 @@ def test_signal_ends_the_run_with_a_checkpoint_of_its_step(
     capfd: pytest.CaptureFixture,
     signum: signal.Signals,
     status: int,
+    at: int,
 ):
     out = tmp_path / "out"
     given = words(options(digits, out, **chosen(digits)))
     handlers = [signal.getsignal(each) for each in stopping.SIGNALS]
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["finetune.py", *given])
-        send(patch, signum, at=6)
+        send(patch, signum, at=at)
         assert finetune.main() == status
     assert [signal.getsignal(each) for each in stopping.SIGNALS] == handlers
-    assert [path.name for path in list_checkpoints(out)] == ["step-00000004", "step-00000006"]
+    assert [path.name for path in list_checkpoints(out)] == ["step-00000004", f"step-{at:08}"]
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "ended by" in line]
-    saved = out / "checkpoints" / "step-00000006"
-    assert line == f"ended by {signum.name}: the 6 steps so far are in {saved}; --resume latest goes on from there"
+    saved = out / "checkpoints" / f"step-{at:08}"
+    assert line == f"ended by {signum.name}: the {at} steps so far are in {saved}; --resume latest goes on from there"
     train(digits, out, **chosen(digits, resume="latest"))
     first, second = weights(uninterrupted["vit"]), weights(out)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -303,7 +310,7 @@ def test_signal_ends_the_run_with_a_checkpoint_of_its_step(
     assert [path.name for path in list_checkpoints(out)] == ["step-00000008", "step-00000012"]
 
 
-def test_signal_within_an_accumulated_step_goes_back_to_the_last_whole_one(
+def test_signal_waits_for_an_accumulated_step_and_a_failure_goes_back_to_the_last_whole_one(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
@@ -313,13 +320,25 @@ def test_signal_within_an_accumulated_step_goes_back_to_the_last_whole_one(
         send(patch, signal.SIGTERM, at=8)  # the second batch of the third step
         with pytest.raises(stopping.Stopped):
             train(digits, tmp_path / "out", **given)
-    (last,) = list_checkpoints(tmp_path / "out")
-    state = read_state(last, {})
-    assert (state.step, state.epoch, state.batch) == (2, 1, 1)  # six batches, five in an epoch
-    assert len(state.losses) == 6
-    out = train(digits, tmp_path / "out", resume="latest", **given)
-    assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(whole).items())
-    assert plain(out) == plain(whole)
+    original = PairLoader.batches
+
+    def batches(loader: PairLoader, position: Position) -> Iterator[Any]:
+        yield from islice(original(loader, position), 8)
+        raise ValueError("the data are gone.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PairLoader, "batches", batches)
+        with pytest.raises(ValueError, match=r"the data are gone. The steps so far are in .*step-00000002; --resume"):
+            train(digits, tmp_path / "gone", **given)
+    # Six or nine batches, five in an epoch.
+    for name, where in (("out", (3, 1, 4)), ("gone", (2, 1, 1))):
+        (last,) = list_checkpoints(tmp_path / name)
+        state = read_state(last, {})
+        assert (state.step, state.epoch, state.batch) == where
+        assert len(state.losses) == 3 * state.step
+        out = train(digits, tmp_path / name, resume="latest", **given)
+        assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(whole).items())
+        assert plain(out) == plain(whole)
 
 
 def test_second_signal_ends_at_once_and_one_before_the_steps_too(
@@ -327,11 +346,12 @@ def test_second_signal_ends_at_once_and_one_before_the_steps_too(
 ):
     with monkeypatch.context() as patch:
         send(patch, signal.SIGINT, at=6, times=2)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(stopping.Stopped) as stop:
             train(digits, tmp_path / "out", **chosen(digits))
+    assert stop.value.saved.endswith("--resume latest goes on from the last checkpoint, if any")
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["step-00000004"]
 
-    def build_data(config: Any) -> None:
+    def build_data(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(finetune.build, "build_data", build_data)

@@ -245,6 +245,36 @@ def test_data_that_goes_away_lose_no_step(
     assert largest_difference(weights(out), weights(whole)) == 0
 
 
+def test_validation_data_that_go_away_lose_no_step(
+    digits: Path, tmp_path: Path, prepared_here: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Gone when the third step is evaluated, before its checkpoint is written."""
+    (tmp_path / "data").mkdir()
+    pairs = load_from_disk(str(digits / "pairs"))["train"].select(range(120))
+    for number, row in enumerate(pairs):
+        row["image"].save(tmp_path / "data" / f"{number}.png")
+    lines = [f'{number}.png,"{caption}"' for number, caption in enumerate(pairs["caption"][:])]
+    (tmp_path / "data" / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]) + "\n")
+    chosen = {"dataset": str(tmp_path / "data"), "validation": "20", "max_steps": 6, "checkpoint_steps": 3}
+    chosen |= {"batch_size": 32, "max_bad_fraction": 1.0, "ema_decay": 0.9}
+    original = finetune.Run._evaluate
+
+    def _evaluate(run: finetune.Run) -> None:
+        (tmp_path / "data").rename(tmp_path / "elsewhere")
+        original(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Run, "_evaluate", _evaluate)
+        message = r"0 usable pairs.*The steps so far are in .*step-00000003; --resume latest goes on from there"
+        with pytest.raises(ValueError, match=message):
+            train(digits, tmp_path / "out", **chosen)
+    (tmp_path / "elsewhere").rename(tmp_path / "data")
+    out = train(digits, tmp_path / "out", resume="latest", **chosen)
+    assert [record["step"] for record in records(out) if "recall@1" in record] == [0, 3, 6]
+    whole = train(digits, tmp_path / "whole", **chosen)
+    assert largest_difference(weights(out), weights(whole)) == 0
+
+
 # --- what a run begins with ------------------------------------------------------------------------------------------
 
 
