@@ -16,8 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .files_hf_clip import one_line
-
 FINGERPRINT = 8
 """Rows and columns of the visual projection that are kept."""
 
@@ -145,7 +143,7 @@ class ClassifierMatrix:
                 templates=json.loads(metadata["templates"]) if "templates" in metadata else None,
             )
         except (KeyError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError
-            reason = one_line(f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {str(error)[:200]!r}"
             raise ValueError(f"{path} is damaged ({reason}); save the classifier anew.") from error
         if problem := matrix._contradiction():
             raise ValueError(f"{path} is damaged: {problem}; save the classifier anew.")
@@ -159,7 +157,7 @@ class ClassifierMatrix:
             shape = tuple(self.weights.shape)
             return f"it has {len(self.labels)} labels and weights of {self.weights.dtype} and shape {shape}"
         if self.scores not in SCORES:
-            return f"its scores are {one_line(repr(self.scores), 80)}, none of {', '.join(SCORES)}"
+            return f"its scores are {self.scores[:80]!r}, none of {', '.join(SCORES)}"
         if self.thresholds is not None and self.thresholds.shape != (len(self.labels),):
             return f"it has {len(self.labels)} labels and thresholds of shape {tuple(self.thresholds.shape)}"
         return None

@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .configuration_hf_clip import CHECKPOINT_SUFFIXES
 from .image_processing_hf_clip import HfClipImageProcessor
 from .modeling_hf_clip import HfClipModel, HfClipResNetModel
 from .original import convert_names
@@ -34,6 +33,7 @@ from .tokenization_hf_clip import HfClipTokenizer
 from .variants import VARIANTS, get_variant
 
 UNLIMITED = 1 << 30
+FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 LIKE_A_VARIANT = re.compile(r"(vit-[a-z]+[/-]|rn)\d+(x\d+)?(@\d+px)?$", re.IGNORECASE)
 
 
@@ -240,7 +240,7 @@ def load(
         model = _model_of_checkpoint(fetch_original(VARIANTS[known], folder=download_root), verify=False)
     elif path.is_file():
         model = _model_of_checkpoint(path, verify=True)
-    elif path.is_dir() or (known.count("/") == 1 and path.suffix not in CHECKPOINT_SUFFIXES):
+    elif path.is_dir() or (known.count("/") == 1 and path.suffix not in FILE_SUFFIXES):
         try:
             model = HfClipModel.from_pretrained(name, dtype=torch.float32)
             processor = HfClipImageProcessor.from_pretrained(name)

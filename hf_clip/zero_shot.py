@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 from .calibration import fit_sigmoid, fit_softmax_scale, fit_thresholds
 from .classifier_matrix import SCORES, ClassifierMatrix, fingerprint_of
 from .features import (
+    TextError,
     TextTooLongError,
     check_batch_size,
     check_texts,
@@ -34,7 +35,6 @@ from .features import (
     tokenizer_of,
 )
 from .prompts import DEFAULT_TEMPLATE, LabelError, Template, as_plain, make_prompts, read_labels, read_templates
-from .repairing_hf_clip import TextError
 
 
 def default_scores(model: Any) -> str:

@@ -86,7 +86,7 @@ ALLOWED = {
     "classifier_matrix": set(),
     "evaluation": {"evaluation"},
     "extras": set(),
-    "features": {"image_processing_hf_clip", "pictures_hf_clip"},
+    "features": {"image_processing_hf_clip", "pictures_hf_clip", "repairing_hf_clip"},
     "formats": {
         "bpe_hf_clip",
         "configuration_hf_clip",

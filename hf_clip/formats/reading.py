@@ -252,6 +252,8 @@ def read_model(
     given_config = None if config is None else read_config_file(config)
     vocabulary = find_vocabulary(vocabulary, offline)
     path = find_original(source, offline)
+    if path.is_file():
+        check_no_pointer(path)
     checkpoint, read, tensors = read_original(path, verify, config=given_config, activation=activation, weights=weights)
     if checkpoint.container in ("state dict", "safetensors") and config is None and activation is None:
         progress(

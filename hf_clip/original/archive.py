@@ -30,7 +30,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files_hf_clip import LFS_POINTER
 from .errors import CheckpointError, printable
 from .pickle_machine import LONGEST_NAME, MOST_PICKLED_BYTES, OpcodeBudget, PickleMachine
 from .stored_values import MOST_DIMENSIONS, Record, Storage, StoredTensor, Table
@@ -59,6 +58,7 @@ MOST_HEADER_BYTES = 1 << 24
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass

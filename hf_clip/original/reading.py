@@ -5,7 +5,6 @@ from pathlib import Path
 from torch import Tensor
 
 from ..configuration_hf_clip import HfClipConfig
-from ..files_hf_clip import check_no_pointer
 from .archive import Checkpoint, CheckpointError, read_checkpoint
 from .download import verify_file
 from .keys import OPENAI_ACTIVATION, config_from_shapes, convert_names, without_wrappers
@@ -47,12 +46,9 @@ def read_original(
     activation: "quick_gelu" or "gelu", for a training checkpoint that comes without a configuration
     weights:    "model" or "ema", for a training checkpoint that has both
 
-    Raises FileNotFoundError, ValueError for a Git-LFS pointer, CheckpointError for a file that is none of CLIP's, and
-    for a training checkpoint whose activation nobody tells: no tensor shows it, and the wrong one spoils every feature
-    by a little.
+    Raises FileNotFoundError, or CheckpointError for a file that is none of CLIP's, and for a training checkpoint whose
+    activation nobody tells: no tensor shows it, and the wrong one spoils every feature by a little.
     """
-    if path.is_file():
-        check_no_pointer(path)  # before its sha256 is compared, which is another's
     is_verified = verify and verify_file(path)
     checkpoint = read_checkpoint(path, check_sums=check_sums and not is_verified)
     try:
