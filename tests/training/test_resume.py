@@ -335,7 +335,7 @@ def test_signal_waits_for_an_accumulated_step_and_a_failure_goes_back_to_the_las
         (last,) = list_checkpoints(tmp_path / name)
         state = read_state(last, {})
         assert (state.step, state.epoch, state.batch) == where
-        assert len(state.losses) == 3 * state.step
+        assert len(state.losses) == 3 * (state.step % 3)  # those since the last record, of every third step
         out = train(digits, tmp_path / name, resume="latest", **given)
         assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(whole).items())
         assert plain(out) == plain(whole)
