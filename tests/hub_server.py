@@ -1,7 +1,7 @@
 """A Hub for tests: the part of its protocol that pushing and pulling models uses, on this machine, in memory.
 
 Tokens: "writer" may do everything with repositories of `org`; all others are unknown. Repositories of `others` are
-forbidden. `fail_after` uploads of large files the connection is cut, once.
+forbidden; those named `org/answers-403` and so on answer with that status. `fail_after` uploads of large files the connection is cut, once.
 """
 
 import base64
@@ -98,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
+        if match := re.match(r"/(?:api/models/)?org/answers-(\d+)/", f"{path}/"):
+            return self.refuse(int(match[1]), "Not now")
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.send_file(*match.groups())
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):

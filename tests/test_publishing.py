@@ -394,3 +394,35 @@ def test_other_kinds_of_folders_are_named(repositories: dict[str, Path], tmp_pat
     (tmp_path / "stock" / "config.json").write_text("{broken")
     with pytest.raises(ValueError, match=r"config\.json is no JSON"):
         publish(tmp_path / "stock", "org/x", dry_run=True)
+
+
+REFUSED = """
+import time
+from conversion.convert import main
+real, slept = time.sleep, []
+time.sleep = slept.append  # what the client waits between its own tries
+print_errors = {}
+for name in sys.argv[2:]:
+    print_errors[name] = call(main, [name, str(Path(sys.argv[1], "out"))])
+report(found=print_errors, left=[path.name for path in Path(sys.argv[1]).iterdir() if path.name.startswith("out")])
+"""
+
+ANSWERS = {
+    "org/answers-401": "is no public model of the Hub (401): check the name; a private one needs a token that may read",
+    "org/answers-403": "forbids to read org/answers-403 with this token or from this address (403)",
+    "org/answers-429": "was asked too often and refuses org/answers-429 for now (429): try again in some minutes",
+    "org/answers-500": "failed to send org/answers-500 (500); try again later",
+    "org/answers-503": "failed to send org/answers-503 (503); try again later",
+    "org/missing": "There is no folder 'org/missing', and no model of that name could be loaded from the Hub",
+}
+
+
+def test_what_the_hub_answers_is_told_from_a_name_that_it_does_not_know(server: HubServer, tmp_path: Path):
+    done = run(REFUSED, server, tmp_path, tmp_path, *ANSWERS)
+    for name, message in ANSWERS.items():
+        status, out, err = done["found"][name]
+        assert (status, out) == (1, "")
+        assert message in err
+        assert err.count("\n") == 1
+        assert ("There is no folder" in err) == (name == "org/missing")
+    assert done["left"] == []

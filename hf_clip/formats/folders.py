@@ -68,6 +68,11 @@ def _refused_by_the_hub(source: str | Path, error: BaseException) -> OSError | N
         return PermissionError(
             f"{source} is gated: accept its conditions on {hub}/{source}, and log in with `hf auth login` or HF_TOKEN."
         )
+    if status == 401:
+        return PermissionError(
+            f"{source} is no public model of the Hub (401): check the name; a private one needs a token that may read "
+            f"it, by `hf auth login` or HF_TOKEN."
+        )
     if status == 403:
         return PermissionError(f"The Hub ({hub}) forbids to read {source} with this token or from this address (403).")
     if status == 429:
