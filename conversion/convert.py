@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hf_clip import HfClipConfig
 from hf_clip.configuration_hf_clip import OPENAI_VOCAB_SIZE
+from hf_clip.files_hf_clip import LONGEST_LINE, one_line
 from hf_clip.formats.folders import DESCRIPTIONS
 from hf_clip.formats.reading import read_model
 from hf_clip.formats.writing import FORMATS, write_model
@@ -151,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
             remote_code=options.remote_code,
         )
     except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_LINE)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)

@@ -22,7 +22,7 @@ import torch
 from transformers.utils import cached_file
 
 from hf_clip import VARIANTS, HfClipImageProcessor, HfClipModel, HfClipProcessor
-from hf_clip.files_hf_clip import read_object
+from hf_clip.files_hf_clip import LONGEST_LINE, one_line, read_object
 from hf_clip.formats.folders import in_one_line
 from hf_clip.formats.stock import stock_image_processor
 from hf_clip.whole_folder import check_destination, whole_folder
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         written = export_onnx(options.source, options.out, precisions=options.precision, force=options.force)
     except (ModuleNotFoundError, OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_LINE)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hf_clip import HfClipConfig
+from hf_clip.files_hf_clip import LONGEST_LINE, one_line
 from hf_clip.formats.reading import check_model, published_weights, read_model
 from hf_clip.formats.stock import why_not_stock
 from hf_clip.formats.writing import write_model
@@ -160,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
             variant_name=options.variant,
         )
     except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_LINE)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -35,6 +35,8 @@ WRITTEN_LAST = ("config.json", "open_clip_config.json")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 LONGEST_MESSAGE = 400
+"""Of what another library says; and of a whole line that a program prints:"""
+LONGEST_LINE = 990
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """How a Git-LFS pointer begins, which a clone without Git LFS has in place of a large file."""
@@ -317,6 +319,7 @@ def in_one_kind(name: object) -> Iterator[None]:
 
 
 __all__ = [
+    "LONGEST_LINE",
     "TOKENIZER_CHECKS",
     "WEIGHT_FILES",
     "DamagedWeightsError",

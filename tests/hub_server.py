@@ -1,7 +1,8 @@
 """A Hub for tests: the part of its protocol that pushing and pulling models uses, on this machine, in memory.
 
 Tokens: "writer" may do everything with repositories of `org`; all others are unknown. Repositories of `others` are
-forbidden; those named `org/answers-403` and so on answer with that status. `fail_after` uploads of large files the connection is cut, once.
+forbidden; those named `org/answers-403` and so on answer with that status.
+`fail_after` uploads of large files the connection is cut, once.
 """
 
 import base64

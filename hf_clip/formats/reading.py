@@ -5,6 +5,8 @@ Nothing is computed and no model is built.
 """
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +217,15 @@ def _read_repository(source: Any, hub: dict[str, Any], verify: bool) -> StoredMo
     return StoredModel(config, tensors, tokenizer, processor.image_processor, checkpoints, published)
 
 
+def _meant(name: str) -> str | None:
+    """A file beside, with a suffix that was left out, or one of OpenAI's names, that was probably meant."""
+    for suffix in CHECKPOINT_SUFFIXES:
+        if os.path.isfile(f"{name}{suffix}"):
+            return f"{name}{suffix}"
+    spelled = {re.sub(r"[^a-z0-9]", "", variant.lower()): variant for variant in VARIANTS}
+    return spelled.get(re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("clip-")))
+
+
 def read_model(
     source: str | Path,
     *,
@@ -243,6 +254,8 @@ def read_model(
     is_file = name in VARIANTS or path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or "/" not in name
     if name.startswith((".", "/", "~")) and not path.exists():
         raise FileNotFoundError(f"There is no checkpoint file or folder {source}; check the path.")
+    if name not in VARIANTS and not os.path.exists(source) and (meant := _meant(name)) is not None:
+        raise FileNotFoundError(f"There is no checkpoint file or folder {source}; did you mean {meant}?")
     if path.is_dir() or not is_file:
         told = {"--config": config, "--activation": activation, "--weights": weights, "--vocab": vocabulary}
         if given := [flag for flag, value in told.items() if value is not None]:

@@ -34,7 +34,10 @@ def find_vocabulary(path: str | Path | None = None, offline: bool = False) -> Pa
         return Path(path)
     if installed := installed_vocabulary():
         return installed
-    advice = f"Install it with `pip install openai-clip`; conversion also takes the path of {FILE_NAME}, as --vocab."
+    advice = (
+        f'Install it with `pip install "hf-clip[convert]"`, which brings openai-clip; conversion also takes the path '
+        f"of {FILE_NAME}, as --vocab."
+    )
     if offline or constants.HF_HUB_OFFLINE:
         raise FileNotFoundError(
             f"OpenAI's vocabulary file is not installed, and the Hub is not asked offline. {advice}"

@@ -230,6 +230,26 @@ def test_command_line_says_one_line_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_name_that_is_nearly_right_is_answered_with_the_right_one(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "model.pt").write_bytes(b"")
+    for given, meant in [
+        (str(tmp_path / "model"), str(tmp_path / "model.pt")),
+        ("ViT-B-32", "ViT-B/32"),
+        ("vit-l/14@336", None),
+        ("clip-vit-l14-336px", "ViT-L/14@336px"),
+        ("rn50", "RN50"),
+    ]:
+        assert main([given, str(tmp_path / "out"), "--offline"]) == 1
+        err = capsys.readouterr().err
+        assert (f"did you mean {meant}?" in err) == (meant is not None), err
+        assert err.count("\n") == 1
+
+
+def test_message_is_cut_whatever_was_given(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["x" * 5000, str(tmp_path / "out")]) == 1
+    assert len(capsys.readouterr().err) < 1000
+
+
 def test_wrong_vocabulary_is_refused_before_anything_is_written(archives: dict[str, Path], tmp_path: Path):
     (tmp_path / "words.txt").write_text("a b\n")
     with pytest.raises(ValueError, match=r"words.txt doesn't fit 1000 ids"):
@@ -447,7 +467,7 @@ def test_second_of_two_conversions_is_refused(archives: dict[str, Path], tmp_pat
     out = tmp_path / "out"
     out.mkdir()
     with whole_folder(out, overwrite=False) as folder:
-        with pytest.raises(FolderInUseError, match="is being written by another process"):
+        with pytest.raises(FolderInUseError, match="out is in use by another program"):
             convert(archives["resnet"], out)
         (folder / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is not empty"):
