@@ -252,10 +252,10 @@ def read_model(
     """
     name, path = str(source), Path(source)
     is_file = name in VARIANTS or path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or "/" not in name
-    if name.startswith((".", "/", "~")) and not path.exists():
-        raise FileNotFoundError(f"There is no checkpoint file or folder {source}; check the path.")
     if name not in VARIANTS and not os.path.exists(source) and (meant := _meant(name)) is not None:
         raise FileNotFoundError(f"There is no checkpoint file or folder {source}; did you mean {meant}?")
+    if name.startswith((".", "/", "~")) and not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint file or folder {source}; check the path.")
     if path.is_dir() or not is_file:
         told = {"--config": config, "--activation": activation, "--weights": weights, "--vocab": vocabulary}
         if given := [flag for flag, value in told.items() if value is not None]:
