@@ -224,8 +224,6 @@ class HfClipMLP(nn.Module):
 
     def __init__(self, config: HfClipTextConfig | HfClipViTConfig):
         super().__init__()
-        if config.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act is {config.hidden_act!r}, but must be one of {', '.join(sorted(ACT2FN))}.")
         self.activation_fn = HfClipQuickGELU() if config.hidden_act == "quick_gelu" else ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
