@@ -27,7 +27,7 @@ from hf_clip.modeling_hf_clip import contrastive_loss, sigmoid_loss
 from hf_clip.original import convert_names
 from hf_clip.transformer_hf_clip import eager_attention
 
-from .closeness import assert_same_features
+from .closeness import assert_same_features, assert_same_gradients
 from .small import DIMENSIONS, pictures, texts
 
 
@@ -237,8 +237,7 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_statistics(
             tuned.enable_input_require_grads()
             tuned.vision_model.enable_input_require_grads()
     expected, found = gradients(plain, tower), gradients(saving, tower)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert_same_gradients(found, expected)
     for (name, mine), (_, other) in zip(saving.named_buffers(), plain.named_buffers(), strict=True):
         assert torch.equal(mine, other), name
     if tower == "resnet":
