@@ -1,9 +1,11 @@
 """Fixtures: data sets that leave nothing behind, and a process group of this process alone."""
 
 import gc
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -52,3 +54,18 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal() -> Iterator[None]:
+    """Signals end this process as one that a person started; `nohup` and a script's background ignore some."""
+    ends: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    ignored = [signum for signum in ends if signal.getsignal(signum) is signal.SIG_IGN]
+    before = {signum: signal.signal(signum, ends[signum]) for signum in ignored}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
