@@ -43,7 +43,9 @@ def read_config(source: str | Path) -> HfClipConfig:
         size = text.get("vocab_size", HfClipTextConfig.vocab_size)
         values["text_config"] = text | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": size}
     with in_one_line(file):
-        return HfClipConfig.from_dict(values)
+        config = HfClipConfig.from_dict(values, name_or_path=str(file))  # for the words of an error
+    config.name_or_path = ""
+    return config
 
 
 def _build_tokenizer(
