@@ -56,8 +56,9 @@ def test_gradient_checkpointing_gives_the_same_weights(
     chosen = {"max_steps": 3, "batch_size": 16, "learning_rate": "1e-3"}
     plain = train(digits, tmp_path / "plain", tower, **chosen)
     again = train(digits, tmp_path / "again", tower, gradient_checkpointing=True, **chosen)
-    assert largest_difference(weights(plain), weights(again)) < 1e-6
-    assert largest_difference(weights(plain), weights(digits / tower)) > 1e-4
+    # Checkpointing hooks a ViT's patches, which then go by another product; Adam makes much of such rounding.
+    assert largest_difference(weights(plain), weights(again)) < 1e-4
+    assert largest_difference(weights(plain), weights(digits / tower)) > 1e-3
     assert all(t.dtype in (torch.float32, torch.int64) for t in weights(plain).values())
 
 
