@@ -27,7 +27,7 @@ $(VENV)/.demo-installed $(VENV)/.dev-installed $(VENV)/.bench-installed: $(VENV)
 demo: $(VENV)/.demo-installed  ## train a small CLIP on digits and look at it (TOWER=vit or resnet; about 3 minutes)
 	$(BIN)/python -m demo --tower $(TOWER)
 
-test: $(VENV)/.dev-installed  ## run the tests (below 15 minutes on two cores)
+test: $(VENV)/.dev-installed  ## run the tests (two workers)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/.dev-installed  ## run the tests, the long ones too

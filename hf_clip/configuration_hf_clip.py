@@ -453,9 +453,6 @@ class HfClipResNetConfig(HfClipPreTrainedConfig):
         return super().to_dict() | {"hidden_size": self.hidden_size}
 
 
-VISION_CONFIGS = {config.model_type: config for config in (HfClipViTConfig, HfClipResNetConfig)}
-
-
 def _values_of(name: str, given: Any) -> dict[str, Any]:
     """A tower's fields, whichever way they were given; a stock CLIP configuration is one of them."""
     if given is None:
