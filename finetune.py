@@ -1,4 +1,4 @@
-"""Contrastive training of a CLIP on pictures with captions.
+"""Contrastive training of a CLIP on images with captions.
 
     accelerate launch finetune.py --model clip-vit-b32/ --dataset my/pairs --epochs 3 --output_dir fine-tuned/
     accelerate launch finetune.py run.yaml --max_steps 100
@@ -21,12 +21,13 @@ import torch
 from tqdm import tqdm
 
 import hf_clip  # noqa: F401  (registers the classes)
+from hf_clip.checkpoints.whole_folder import check_destination
 from hf_clip.extras import require
-from hf_clip.publishing import PublishingError, check_repo_id
+from hf_clip.hub.publish import PublishingError, check_repo_id
 from hf_clip.training import build, failures, sharding, stopping
-from hf_clip.training.bad_rows import BadRows
 from hf_clip.training.checkpoint import find_checkpoint, read_state
 from hf_clip.training.config import TrainingConfig, parse_config
+from hf_clip.training.data.bad_rows import BadRows
 from hf_clip.training.evaluating import model_inputs
 from hf_clip.training.launching import launch_settings, make_accelerator
 from hf_clip.training.losses import global_contrastive_loss
@@ -35,7 +36,6 @@ from hf_clip.training.output import held, prepare_output
 from hf_clip.training.results import check_output_format
 from hf_clip.training.run import Run
 from hf_clip.training.summary import count_parameters, run_in_words
-from hf_clip.whole_folder import check_destination
 
 
 def check_ends(config: TrainingConfig, accelerator: Any) -> None:

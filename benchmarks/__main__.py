@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 import transformers
 
-from hf_clip.variants import get_variant
+from hf_clip.model.variants import get_variant
 
 from .machine import describe, headline
 from .measuring import PRECISIONS, Table, first_line

@@ -25,7 +25,7 @@ TEXT_LAYERS = 12
 def as_convolution(rows: Tensor, weight: Tensor) -> Tensor:
     """(N, inputs) × (outputs, inputs) → (16, outputs, N / 16, 1): a linear map as a 1×1 convolution, without a copy.
 
-    With one thread torch gives it to oneDNN only if there are so many pictures.
+    With one thread torch gives it to oneDNN only if there are so many images.
     """
     pixels = rows.view(16, len(rows) // 16, 1, -1).permute(0, 3, 1, 2)  # (16, inputs, N / 16, 1), channels last
     return conv2d(pixels, weight[:, :, None, None])

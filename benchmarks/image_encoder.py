@@ -1,4 +1,4 @@
-"""How fast pictures are encoded: RN50, RN50x4, ViT-B/32, ViT-B/16 and ViT-L/14, in batches of 16 and one at a time.
+"""How fast images are encoded: RN50, RN50x4, ViT-B/32, ViT-B/16 and ViT-L/14, in batches of 16 and one at a time.
 
 Random weights, pixels from a generator, inference mode.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from hf_clip import Variant
-from hf_clip.variants import get_variant
+from hf_clip.model.variants import get_variant
 
 from .ceiling import image_flops
 from .encoders import Workload, encoder_tables
@@ -40,4 +40,4 @@ def run(settings: Settings) -> Iterator[Table]:
                 batches = settings.batches or settings.choose(BATCHES, QUICK_BATCHES)[device]
                 workloads = [make_workload(variant, batch, batch == max(batches)) for batch in batches]
                 case = Case(variant, folder, "image", device=device)
-                yield from encoder_tables(case, "pictures", workloads, settings, rounds, (OURS, OPTIMIZED))
+                yield from encoder_tables(case, "images", workloads, settings, rounds, (OURS, OPTIMIZED))

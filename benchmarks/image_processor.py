@@ -1,4 +1,4 @@
-"""How fast pictures become the model's input, beside transformers' own processor on Pillow.
+"""How fast images become the model's input, beside transformers' own processor on Pillow.
 
 Photographs of 640x480 pixels, one at a time on one thread, and lists of 32 on one thread and on all. The pixels are
 compared first: the default backend's grey levels with those of transformers, torch's with Pillow's. Then a JPEG of
@@ -31,14 +31,14 @@ PEER = "transformers CLIPImageProcessorPil"
 
 
 def photograph(size: tuple[int, int]) -> Image.Image:
-    """A real picture that ships with scikit-image, at another size."""
+    """A real image that ships with scikit-image, at another size."""
     from skimage import data
 
     return Image.fromarray(data.chelsea()).resize(size, Image.Resampling.LANCZOS)
 
 
-def grey_levels(processor: Callable[..., dict], picture: object, **settings: object) -> np.ndarray:
-    pixels = processor(picture, do_normalize=False, return_tensors="np", **settings)["pixel_values"][0]
+def grey_levels(processor: Callable[..., dict], image: object, **settings: object) -> np.ndarray:
+    pixels = processor(image, do_normalize=False, return_tensors="np", **settings)["pixel_values"][0]
     return np.round(pixels * 255).astype(int)
 
 
@@ -55,42 +55,40 @@ def within(levels: int, expected: Tensor, processor: HfClipImageProcessor) -> Ch
     return check
 
 
-def one_picture(
-    ours: HfClipImageProcessor, stock: CLIPImageProcessorPil, picture: Image.Image, rounds: int, seconds: float
+def one_image(
+    ours: HfClipImageProcessor, stock: CLIPImageProcessorPil, image: Image.Image, rounds: int, seconds: float
 ) -> Table:
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    expected = stock(picture, return_tensors="pt")["pixel_values"]
-    quick = np.abs(grey_levels(ours, picture, backend="torch") - grey_levels(ours, picture))
-    shape = "portrait" if picture.height > picture.width else "landscape"
-    table = Table(
-        f"{shape} of {picture.width}x{picture.height} pixels, alone, one thread", "pictures", ours=(OURS, QUICK)
-    )
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    expected = stock(image, return_tensors="pt")["pixel_values"]
+    quick = np.abs(grey_levels(ours, image, backend="torch") - grey_levels(ours, image))
+    shape = "portrait" if image.height > image.width else "landscape"
+    table = Table(f"{shape} of {image.width}x{image.height} pixels, alone, one thread", "images", ours=(OURS, QUICK))
     table.notes.append(
-        f"backend='torch': gets a uint8 tensor, the others a Pillow picture; {(quick > 0).mean():.2%} of the values "
+        f"backend='torch': gets a uint8 tensor, the others a Pillow image; {(quick > 0).mean():.2%} of the values "
         f"differ, by one grey level"
     )
     contenders = [
-        Contender(OURS, lambda: ours(picture, return_tensors="pt"), 1, check=within(0, expected, ours)),
+        Contender(OURS, lambda: ours(image, return_tensors="pt"), 1, check=within(0, expected, ours)),
         Contender(
             QUICK, lambda: ours(pixels, backend="torch", return_tensors="pt"), 1, check=within(1, expected, ours)
         ),
-        Contender(PEER, lambda: stock(picture, return_tensors="pt"), 1, check=within(0, expected, ours)),
+        Contender(PEER, lambda: stock(image, return_tensors="pt"), 1, check=within(0, expected, ours)),
     ]
     return compare(table, contenders, rounds=rounds, seconds=seconds)
 
 
 def lists(
-    ours: HfClipImageProcessor, stock: CLIPImageProcessorPil, picture: Image.Image, settings: Settings, rounds: int
+    ours: HfClipImageProcessor, stock: CLIPImageProcessorPil, image: Image.Image, settings: Settings, rounds: int
 ) -> Table:
-    pictures, threads = [picture] * LIST_LENGTH, settings.threads
-    check = within(0, stock(pictures, return_tensors="pt")["pixel_values"], ours)
+    images, threads = [image] * LIST_LENGTH, settings.threads
+    check = within(0, stock(images, return_tensors="pt")["pixel_values"], ours)
     several, one = f"{OURS}, {threads} threads", f"{OURS}, one thread"
-    calls: dict[str, Callable[[], object]] = {one: lambda: ours(pictures, num_threads=1, return_tensors="pt")}
+    calls: dict[str, Callable[[], object]] = {one: lambda: ours(images, num_threads=1, return_tensors="pt")}
     if threads > 1:
-        calls = {several: lambda: ours(pictures, num_threads=threads, return_tensors="pt")} | calls
-    calls[PEER] = lambda: stock(pictures, return_tensors="pt")
+        calls = {several: lambda: ours(images, num_threads=threads, return_tensors="pt")} | calls
+    calls[PEER] = lambda: stock(images, return_tensors="pt")
     contenders = [Contender(name, call, LIST_LENGTH, check=check) for name, call in calls.items()]
-    table = Table(f"lists of {LIST_LENGTH}, 640x480 pixels", "pictures", ours=tuple(calls)[:-1])
+    table = Table(f"lists of {LIST_LENGTH}, 640x480 pixels", "images", ours=tuple(calls)[:-1])
     return compare(table, contenders, rounds=rounds, seconds=settings.seconds)
 
 
@@ -99,7 +97,7 @@ def draft(ours: HfClipImageProcessor, rounds: int, seconds: float) -> Table:
     photograph((4000, 3000)).save(file, "JPEG", quality=90)
     data = file.getvalue()
     error = np.abs(grey_levels(ours, data, draft=True) - grey_levels(ours, data))
-    table = Table("a JPEG of 12 megapixels, from its bytes", "pictures", ours=(f"{OURS}, draft",))
+    table = Table("a JPEG of 12 megapixels, from its bytes", "images", ours=(f"{OURS}, draft",))
     table.notes.append(f"draft: grey levels are {error.mean():.2f} off on average, {error.max()} at most")
     contenders = [
         Contender(f"{OURS}, draft", lambda: ours(data, draft=True, return_tensors="pt"), 1),
@@ -108,19 +106,19 @@ def draft(ours: HfClipImageProcessor, rounds: int, seconds: float) -> Table:
     return compare(table, contenders, rounds=rounds, seconds=seconds)
 
 
-def on_device(ours: HfClipImageProcessor, picture: Image.Image, device: str, settings: Settings, rounds: int) -> Table:
+def on_device(ours: HfClipImageProcessor, image: Image.Image, device: str, settings: Settings, rounds: int) -> Table:
     """A batch of uint8 tensors, from the memory of the CPU and from the device's own, beside Pillow on the CPU."""
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).expand(LIST_LENGTH, -1, -1, -1).contiguous()
-    there, pictures = pixels.to(device), [picture] * LIST_LENGTH
-    expected = ours(pictures, return_tensors="pt")["pixel_values"]
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).expand(LIST_LENGTH, -1, -1, -1).contiguous()
+    there, images = pixels.to(device), [image] * LIST_LENGTH
+    expected = ours(images, return_tensors="pt")["pixel_values"]
     settings_of_ours = {"backend": "torch", "device": device, "return_tensors": "pt"}
     calls: dict[str, Callable[[], dict]] = {
         f"{OURS}, on the device": lambda: ours(there, **settings_of_ours),
         f"{OURS}, copied there": lambda: ours(pixels, **settings_of_ours),
-        "Pillow, on the CPU": lambda: ours(pictures, return_tensors="pt").to(device),
+        "Pillow, on the CPU": lambda: ours(images, return_tensors="pt").to(device),
     }
     contenders = [Contender(name, call, LIST_LENGTH, check=within(1, expected, ours)) for name, call in calls.items()]
-    table = Table(f"tensors in batches of {LIST_LENGTH}, {device}", "pictures", ours=tuple(calls)[:1], device=device)
+    table = Table(f"tensors in batches of {LIST_LENGTH}, {device}", "images", ours=tuple(calls)[:1], device=device)
     return compare(table, contenders, rounds=rounds, seconds=settings.seconds)
 
 
@@ -131,8 +129,8 @@ def run(settings: Settings) -> Iterator[Table]:
     if "cpu" in settings.devices:
         torch.set_num_threads(1)
         try:
-            for picture in (landscape, landscape.transpose(Image.Transpose.ROTATE_90)):
-                yield one_picture(ours, stock, picture, rounds, settings.seconds)
+            for image in (landscape, landscape.transpose(Image.Transpose.ROTATE_90)):
+                yield one_image(ours, stock, image, rounds, settings.seconds)
         finally:
             torch.set_num_threads(settings.threads)
         yield lists(ours, stock, landscape, settings, rounds)

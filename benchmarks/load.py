@@ -1,10 +1,10 @@
-"""How long ViT-L/14 takes to load and what it adds to memory, and how soon a fresh process has classified a picture.
+"""How long ViT-L/14 takes to load and what it adds to memory, and how soon a fresh process has classified an image.
 
 Loading: `from_pretrained` of a file in the page cache, each time in a process of its own that has imported everything
 beforehand; once with the file's own dtype, and once from float16 matrices, as OpenAI's checkpoints are stored, to
 float32. Anonymous memory is what a process needs beyond pages of files, which the system can share and drop.
 
-First picture: one and the same program on our repository and on a stock one (ViT-B/32), from the start of Python to the
+First image: one and the same program on our repository and on a stock one (ViT-B/32), from the start of Python to the
 printed scores: import, load, preprocess, encode. Only ours says `import hf_clip`.
 """
 
@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
 
 from hf_clip import HfClipConfig, HfClipImageProcessor, HfClipModel, HfClipProcessor, HfClipTokenizer, Variant
-from hf_clip.bpe_hf_clip import read_merges
-from hf_clip.original.vocabulary import find_vocabulary
-from hf_clip.variants import get_variant
+from hf_clip.checkpoints.vocabulary import find_vocabulary
+from hf_clip.model.bpe import read_merges
+from hf_clip.model.variants import get_variant
 
 from .measuring import OURS, Check, Contender, Row, Table, compare, memory_of_this_process, run_alone, say
 from .peers import STOCK, weights_folder
@@ -40,7 +40,7 @@ OPTIONS = ()
 NEEDS_CEILING = False
 IS_ON_CPU = True
 VARIANT, QUICK_VARIANT = "ViT-L/14", "ViT-B/32"
-FIRST_PICTURE_VARIANT = "ViT-B/32"
+FIRST_IMAGE_VARIANT = "ViT-B/32"
 ROUNDS, QUICK_ROUNDS = 7, 3
 LABELS = ["a photo of a cat", "a photo of a dog"]
 WEIGHTS = "model.safetensors"
@@ -53,11 +53,11 @@ import transformers
 from PIL import Image
 from transformers import AutoModel, AutoProcessor{its_own_import}
 
-folder, picture, labels, threads = json.loads(sys.argv[1])
+folder, image, labels, threads = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 model = AutoModel.from_pretrained(folder).eval()
 processor = AutoProcessor.from_pretrained(folder)
-inputs = processor(text=labels, images=Image.open(picture), return_tensors="pt", padding=True)
+inputs = processor(text=labels, images=Image.open(image), return_tensors="pt", padding=True)
 with torch.inference_mode():
     scores = model(**inputs).logits_per_image.softmax(dim=-1)[0]
 print(json.dumps(scores.tolist()))
@@ -148,8 +148,8 @@ def write_processors(folders: dict[str, Path], image_size: int) -> None:
     CLIPProcessor(CLIPImageProcessorPil(**ours.to_dict()), stock).save_pretrained(folders[STOCK])
 
 
-def classify_in_fresh_process(name: str, folder: Path, picture: Path, threads: int) -> list[float]:
-    arguments = json.dumps([str(folder), str(picture), LABELS, threads])
+def classify_in_fresh_process(name: str, folder: Path, image: Path, threads: int) -> list[float]:
+    arguments = json.dumps([str(folder), str(image), LABELS, threads])
     program = PROGRAM.format(its_own_import=OWN_IMPORT[name])
     command = [sys.executable, "-W", "ignore", "-c", program, arguments]
     root = Path(__file__).resolve().parents[1]
@@ -167,17 +167,17 @@ def same_scores(expected: list[float]) -> Check:
     return check
 
 
-def first_picture(variant: Variant, folders: dict[str, Path], settings: Settings, rounds: int) -> Table:
+def first_image(variant: Variant, folders: dict[str, Path], settings: Settings, rounds: int) -> Table:
     write_processors(folders, variant.image_size)
-    picture = folders[OURS] / "picture.png"
-    Image.effect_mandelbrot((640, 480), (-2.2, -1.5, 0.8, 1.5), 60).convert("RGB").save(picture)
+    image = folders[OURS] / "image.png"
+    Image.effect_mandelbrot((640, 480), (-2.2, -1.5, 0.8, 1.5), 60).convert("RGB").save(image)
     works: dict[str, Callable[[], list[float]]] = {
-        name: partial(classify_in_fresh_process, name, folder, picture, settings.threads)
+        name: partial(classify_in_fresh_process, name, folder, image, settings.threads)
         for name, folder in folders.items()
     }
     check = same_scores(works[STOCK]())
     contenders = [Contender(name, work, 1, check=check) for name, work in works.items()]
-    table = Table(f"first picture of a fresh process, {variant.name}", "programs")
+    table = Table(f"first image of a fresh process, {variant.name}", "programs")
     return compare(table, contenders, rounds=rounds, seconds=settings.seconds)
 
 
@@ -188,6 +188,6 @@ def run(settings: Settings) -> Iterator[Table]:
         yield loading(folders, f"loading {variant.name}, float32 as in the file", rounds, settings.threads)
         halve_matrices(folders)
         yield loading(folders, f"loading {variant.name}, float16 matrices to float32", rounds, settings.threads)
-    variant = get_variant(FIRST_PICTURE_VARIANT)
+    variant = get_variant(FIRST_IMAGE_VARIANT)
     with twin_folders(variant) as folders:
-        yield first_picture(variant, folders, settings, rounds)
+        yield first_image(variant, folders, settings, rounds)

@@ -47,7 +47,7 @@ class LeftOutError(Exception):
 
 @dataclass
 class Contender:
-    """One implementation at work: `work` is one call, which handles `amount` pictures, texts or whatever is counted."""
+    """One implementation at work: `work` is one call, which handles `amount` images, texts or whatever is counted."""
 
     name: str
     work: Callable[[], Any]

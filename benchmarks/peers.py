@@ -24,8 +24,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from conversion.reference import build_reference, load_open_clip_module, load_reference_module, reference_dimensions
 from hf_clip import HfClipConfig, HfClipModel, Variant
-from hf_clip.original import convert_names
-from hf_clip.original.keys import original_names
+from hf_clip.checkpoints.keys import convert_names, original_names
 
 from .ceiling import TEXT_LAYERS
 from .measuring import OURS, PRECISIONS, LeftOutError, first_line

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from hf_clip import HfClipTokenizer, Variant, ZeroShotClassifier
-from hf_clip.original.vocabulary import find_vocabulary
-from hf_clip.variants import get_variant
+from hf_clip.checkpoints.vocabulary import find_vocabulary
+from hf_clip.model.variants import get_variant
 
 from .ceiling import text_flops
 from .encoders import Extra, Workload, encoder_tables

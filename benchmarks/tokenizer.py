@@ -16,8 +16,8 @@ from transformers import CLIPTokenizer
 
 from conversion.reference import load_reference_module
 from hf_clip import HfClipTokenizer
-from hf_clip.bpe_hf_clip import read_merges
-from hf_clip.original.vocabulary import find_vocabulary
+from hf_clip.checkpoints.vocabulary import find_vocabulary
+from hf_clip.model.bpe import read_merges
 
 from .measuring import OURS, Contender, Table, compare
 from .settings import Settings

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from conversion.parity import random_texts
 from conversion.reference import load_open_clip_module
 from hf_clip import HfClipConfig, HfClipModel
-from hf_clip.original.keys import original_names
+from hf_clip.checkpoints.keys import original_names
+from hf_clip.model.variants import get_variant
 from hf_clip.training.losses import global_contrastive_loss
 from hf_clip.training.optim import clamp_logit_scale_, create_optimizer
-from hf_clip.variants import get_variant
 
 from .ceiling import image_flops, text_flops
 from .measuring import (

@@ -1,7 +1,7 @@
-"""How fast pictures are classified zero-shot, beside the stock pipeline and OpenAI's recipe.
+"""How fast images are classified zero-shot, beside the stock pipeline and OpenAI's recipe.
 
 Our pipeline runs on our model, the stock one on transformers' own model, tokenizer and image processor; both hold the
-same random weights in float32 and get the same pictures and labels through the same call. Ours encodes its labels in
+same random weights in float32 and get the same images and labels through the same call. Ours encodes its labels in
 every call of the first row; in the second it gets them encoded, as a ZeroShotClassifier. Then a classifier of 1,000
 labels and 7 templates is built: by us, and by OpenAI's recipe, which pads every prompt to 77 tokens and encodes label
 by label, on OpenAI's own model with the same weights (a part of the labels, since it is slow).
@@ -27,13 +27,13 @@ from hf_clip import (
     Variant,
     tokenize,
 )
-from hf_clip.bpe_hf_clip import read_merges
-from hf_clip.original import convert_names
-from hf_clip.original.vocabulary import find_vocabulary
-from hf_clip.pipeline import STOCK_TEMPLATE, HfClipZeroShotPipeline
-from hf_clip.prompts import TEMPLATE_SETS
-from hf_clip.variants import get_variant
-from hf_clip.zero_shot import ZeroShotClassifier, build_matrix
+from hf_clip.checkpoints.keys import convert_names
+from hf_clip.checkpoints.vocabulary import find_vocabulary
+from hf_clip.model.bpe import read_merges
+from hf_clip.model.variants import get_variant
+from hf_clip.zero_shot.classifier import ZeroShotClassifier, build_matrix
+from hf_clip.zero_shot.pipeline import STOCK_TEMPLATE, HfClipZeroShotPipeline
+from hf_clip.zero_shot.prompts import TEMPLATE_SETS
 
 from .measuring import OURS, Check, Contender, Table, agrees_with, compare
 from .settings import Settings
@@ -42,7 +42,7 @@ OPTIONS = ("variants",)
 NEEDS_CEILING = False
 IS_ON_CPU = False
 VARIANTS = ("ViT-B/32",)
-PICTURES, QUICK_PICTURES, LABELS = 32, 16, 100
+IMAGES, QUICK_IMAGES, LABELS = 32, 16, 100
 CLASSES, QUICK_CLASSES, CLASSES_BY_RECIPE = 1000, 100, 20
 ROUNDS, QUICK_ROUNDS = 3, 2
 LARGEST_DIFFERENCE_OF_SCORES = 1e-5
@@ -50,12 +50,12 @@ STOCK_BATCHES = (1, 8)
 
 
 def photographs(count: int) -> list[Image.Image]:
-    """Real pictures that ship with scikit-image, at 640x480."""
+    """Real images that ship with scikit-image, at 640x480."""
     from skimage import data
 
     names = ("astronaut", "chelsea", "coffee", "rocket")
-    pictures = [Image.fromarray(getattr(data, name)()).resize((640, 480)) for name in names]
-    return [pictures[index % len(pictures)] for index in range(count)]
+    images = [Image.fromarray(getattr(data, name)()).resize((640, 480)) for name in names]
+    return [images[index % len(images)] for index in range(count)]
 
 
 def class_names(count: int) -> list[str]:
@@ -102,19 +102,19 @@ def same_scores(expected: list[list[dict[str, Any]]]) -> Check:
 def pipelines(
     ours: HfClipZeroShotPipeline, stock: ZeroShotImageClassificationPipeline, title: str, count: int
 ) -> tuple[Table, list[Contender]]:
-    pictures, labels = photographs(count), class_names(LABELS)
-    check = same_scores(stock(pictures, candidate_labels=labels, batch_size=8))
+    images, labels = photographs(count), class_names(LABELS)
+    check = same_scores(stock(images, candidate_labels=labels, batch_size=8))
 
     known = ZeroShotClassifier(ours.model, ours.tokenizer, labels, STOCK_TEMPLATE, progress=False)
     works: dict[str, Callable[[], object]] = {
-        f"{OURS}, first call": lambda: ours(pictures, candidate_labels=labels),
-        f"{OURS}, labels known": lambda: ours(pictures, candidate_labels=known),
+        f"{OURS}, first call": lambda: ours(images, candidate_labels=labels),
+        f"{OURS}, labels known": lambda: ours(images, candidate_labels=known),
     }
     for size in STOCK_BATCHES:
-        works[f"stock, batch {size}"] = partial(stock, pictures, candidate_labels=labels, batch_size=size)
-    title = f"{title}, pipeline, {count} pictures of 640x480 pixels, {LABELS} labels"
+        works[f"stock, batch {size}"] = partial(stock, images, candidate_labels=labels, batch_size=size)
+    title = f"{title}, pipeline, {count} images of 640x480 pixels, {LABELS} labels"
     contenders = [Contender(name, work, count, check=check) for name, work in works.items()]
-    return Table(title, "pictures", ours=tuple(works)[:2]), contenders
+    return Table(title, "images", ours=tuple(works)[:2]), contenders
 
 
 def classifiers(
@@ -152,7 +152,7 @@ def tables_of(variant: Variant, device: str, settings: Settings) -> Iterator[tup
         device=device,
     )
     title = variant.name if device == "cpu" else f"{variant.name} on the GPU"
-    yield pipelines(ours, stock, title, settings.choose(PICTURES, QUICK_PICTURES))
+    yield pipelines(ours, stock, title, settings.choose(IMAGES, QUICK_IMAGES))
     processor = HfClipProcessor(image_processor, tokenizer)
     encode: Any = reference.encode_text
     count = settings.choose(CLASSES, QUICK_CLASSES)

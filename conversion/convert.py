@@ -14,15 +14,15 @@ import sys
 from pathlib import Path
 
 from hf_clip import HfClipConfig
-from hf_clip.configuration_hf_clip import OPENAI_VOCAB_SIZE
-from hf_clip.files_hf_clip import LONGEST_LINE, one_line
-from hf_clip.formats.folders import DESCRIPTIONS
-from hf_clip.formats.reading import read_model
-from hf_clip.formats.writing import FORMATS, write_model
-from hf_clip.original import identify_variant
-from hf_clip.original.download import byte_progress
-from hf_clip.remote_code import add_remote_code
-from hf_clip.whole_folder import check_destination, whole_folder
+from hf_clip.checkpoints.download import byte_progress
+from hf_clip.checkpoints.folders import DESCRIPTIONS
+from hf_clip.checkpoints.keys import identify_variant
+from hf_clip.checkpoints.read import read_model
+from hf_clip.checkpoints.whole_folder import check_destination, whole_folder
+from hf_clip.checkpoints.write import FORMATS, write_model
+from hf_clip.hub.remote_code import add_remote_code
+from hf_clip.model.checked_files import LONGEST_LINE, one_line
+from hf_clip.model.configuration_hf_clip import OPENAI_VOCAB_SIZE
 
 
 def check_leftovers(out: Path, folder: Path) -> None:
@@ -56,8 +56,8 @@ def convert(
     """Convert one model into the folder `out`; see the module. Returns the model's configuration.
 
     source:      a checkpoint file, one of OpenAI's nine names, a folder, or a repository on the Hub
-    format_name: one of `hf_clip.formats.writing.FORMATS`
-    config, activation, weights, vocabulary, verify, offline: see `hf_clip.formats.reading.read_model`
+    format_name: one of `hf_clip.checkpoints.write.FORMATS`
+    config, activation, weights, vocabulary, verify, offline: see `hf_clip.checkpoints.read.read_model`
     remote_code: put the code beside the model that loads it where this package isn't installed
 
     Raises OSError (a file or folder that is missing, in use or full; a download that failed) or ValueError (what a

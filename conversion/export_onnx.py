@@ -22,10 +22,10 @@ import torch
 from transformers.utils import cached_file
 
 from hf_clip import VARIANTS, HfClipImageProcessor, HfClipModel, HfClipProcessor
-from hf_clip.files_hf_clip import LONGEST_LINE, one_line, read_object
-from hf_clip.formats.folders import in_one_line
-from hf_clip.formats.stock import stock_image_processor
-from hf_clip.whole_folder import check_destination, whole_folder
+from hf_clip.checkpoints.folders import in_one_line
+from hf_clip.checkpoints.stock import stock_image_processor
+from hf_clip.checkpoints.whole_folder import check_destination, whole_folder
+from hf_clip.model.checked_files import LONGEST_LINE, one_line, read_object
 
 from .onnx_graphs import GRAPHS, Graph, check_packages, write_graph
 from .onnx_int8 import write_quantized
@@ -135,11 +135,11 @@ def write_descriptions(source: str | Path, out: Path, folder: Path, model: HfCli
     describe_data_files(config, out / "config.json", folder / "config.json", written)
     if found["preprocessor_config.json"] is None:
         try:
-            pictures = stock_image_processor(HfClipImageProcessor.from_pretrained(source))
+            images = stock_image_processor(HfClipImageProcessor.from_pretrained(source))
         except (OSError, ValueError) as error:
             print(f"note: there is no preprocessor_config.json for transformers.js: {error}", file=sys.stderr)
             return
-        text = json.dumps(pictures, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(images, indent=2, sort_keys=True) + "\n"
         (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 

@@ -7,7 +7,7 @@
 | vision_model | pixel_values                            | image_embeds                                   |
 
 As in the classes that carry these names, the whole model's embeddings have length one and a tower's have not. Batch
-sizes and the text length are free, the pictures' size is the model's. Attention is spelled out, since its mask is
+sizes and the text length are free, the images' size is the model's. Attention is spelled out, since its mask is
 finite: a text of padding alone gives numbers in every engine, in float16 too. A mask changes no feature of a text that
 is padded on the right, so the text tower's graph asks for none.
 

@@ -3,7 +3,7 @@
 float16 halves the weights. Inputs and outputs stay float32, and so does the arithmetic of what adds up many values:
 LayerNorm, softmax and the norm of an embedding.
 
-Dimensions: N texts or pictures, D embedding.
+Dimensions: N texts or images, D embedding.
 """
 
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from hf_clip import VARIANTS, HfClipModel, Variant
-from hf_clip.variants import get_variant
+from hf_clip.model.variants import get_variant
 
 from .convert import convert
 from .reference import build_reference, halve, reference_dimensions, write_archive
@@ -37,7 +37,7 @@ IMAGES = 2
 
 @dataclass
 class Errors:
-    """Relative errors of one variant, in the order in which a picture and a text pass through the model."""
+    """Relative errors of one variant, in the order in which an image and a text pass through the model."""
 
     image_tower: float
     image_features: float

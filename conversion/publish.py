@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hf_clip import HfClipConfig
-from hf_clip.files_hf_clip import LONGEST_LINE, one_line
-from hf_clip.formats.reading import check_model, published_weights, read_model
-from hf_clip.formats.stock import why_not_stock
-from hf_clip.formats.writing import write_model
-from hf_clip.model_card import name_of
-from hf_clip.original import identify_variant
-from hf_clip.publishing import Upload, check_repo_id, link_all, list_uploads, publish_folder
-from hf_clip.remote_code import add_remote_code, described_in
-from hf_clip.variants import get_variant
+from hf_clip.checkpoints.keys import identify_variant
+from hf_clip.checkpoints.read import check_model, published_weights, read_model
+from hf_clip.checkpoints.stock import why_not_stock
+from hf_clip.checkpoints.write import write_model
+from hf_clip.hub.model_card import name_of
+from hf_clip.hub.publish import Upload, check_repo_id, link_all, list_uploads, publish_folder
+from hf_clip.hub.remote_code import add_remote_code, described_in
+from hf_clip.model.checked_files import LONGEST_LINE, one_line
+from hf_clip.model.variants import get_variant
 from model_cards import CHART, render_card, render_custom_card
 
 FORMATS = ("hf_clip", "transformers")

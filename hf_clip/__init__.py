@@ -15,17 +15,19 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .configuration_hf_clip import BEFORE_UPLOAD as _BEFORE_UPLOAD
-from .configuration_hf_clip import FOREIGN_LAYOUTS as _FOREIGN_LAYOUTS
-from .configuration_hf_clip import (
+from .checkpoints.open_clip import find_open_clip as _find_open_clip
+from .hub.publish import prepare_for_hub as _prepare_for_hub
+from .inference.optimize import optimize_for_inference as _optimize_for_inference
+from .model.configuration_hf_clip import BEFORE_UPLOAD as _BEFORE_UPLOAD
+from .model.configuration_hf_clip import FOREIGN_LAYOUTS as _FOREIGN_LAYOUTS
+from .model.configuration_hf_clip import (
     HfClipConfig,
     HfClipResNetConfig,
     HfClipTextConfig,
     HfClipViTConfig,
 )
-from .formats.open_clip import find_open_clip as _find_open_clip
-from .image_processing_hf_clip import HfClipImageProcessor
-from .modeling_hf_clip import (
+from .model.image_processing_hf_clip import HfClipImageProcessor
+from .model.modeling_hf_clip import (
     HfClipForImageClassification,
     HfClipModel,
     HfClipOutput,
@@ -38,15 +40,15 @@ from .modeling_hf_clip import (
     HfClipVisionModelWithProjection,
     HfClipViTModel,
 )
+from .model.open_image import UnreadableImageError
+from .model.optimized import OPTIMIZERS as _OPTIMIZERS
+from .model.processing_hf_clip import HfClipProcessor
+from .model.text_ends import EndOfTextError
+from .model.tokenization_hf_clip import HfClipTokenizer
+from .model.variants import VARIANTS, Variant
 from .openai import available_models, load, tokenize
-from .pictures_hf_clip import UnreadableImageError
-from .pipeline import register_pipeline as _register_pipeline
-from .processing_hf_clip import HfClipProcessor
-from .publishing import prepare_for_hub as _prepare_for_hub
-from .text_ends_hf_clip import EndOfTextError
-from .tokenization_hf_clip import HfClipTokenizer
-from .variants import VARIANTS, Variant
-from .zero_shot import ZeroShotClassifier
+from .zero_shot.classifier import ZeroShotClassifier
+from .zero_shot.pipeline import register_pipeline as _register_pipeline
 
 __version__ = "0.1.0.dev0"
 
@@ -70,6 +72,7 @@ AutoProcessor.register(HfClipConfig, HfClipProcessor, exist_ok=True)
 _register_pipeline()
 _FOREIGN_LAYOUTS.append(_find_open_clip)
 _BEFORE_UPLOAD.append(_prepare_for_hub)
+_OPTIMIZERS.append(_optimize_for_inference)
 
 __all__ = [
     "VARIANTS",

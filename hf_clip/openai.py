@@ -23,14 +23,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .image_processing_hf_clip import HfClipImageProcessor
-from .modeling_hf_clip import HfClipModel, HfClipResNetModel
-from .original import convert_names
-from .original.download import fetch_original
-from .original.reading import read_original
-from .original.vocabulary import find_vocabulary
-from .tokenization_hf_clip import HfClipTokenizer
-from .variants import VARIANTS, get_variant
+from .checkpoints.download import fetch_original
+from .checkpoints.keys import convert_names
+from .checkpoints.original import read_original
+from .checkpoints.vocabulary import find_vocabulary
+from .model.image_processing_hf_clip import HfClipImageProcessor
+from .model.modeling_hf_clip import HfClipModel, HfClipResNetModel
+from .model.tokenization_hf_clip import HfClipTokenizer
+from .model.variants import VARIANTS, get_variant
 
 UNLIMITED = 1 << 30
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -48,8 +48,8 @@ class Preprocess:
     def __init__(self, image_processor: HfClipImageProcessor):
         self.image_processor = image_processor
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        given: Any = picture
+    def __call__(self, image: Image.Image) -> Tensor:
+        given: Any = image
         many = isinstance(given, (list, tuple))
         pixel_values: Any = () if many else self.image_processor(given, return_tensors="pt")["pixel_values"]
         if len(pixel_values) != 1:

@@ -8,8 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from hf_clip.variants import VARIANTS
-from hf_clip.whole_folder import whole_folder
+from hf_clip.checkpoints.whole_folder import whole_folder
+from hf_clip.model.variants import VARIANTS
 
 from .cards import CHART, FOLDER, render_card
 from .chart import draw, drawn_points, points

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_clip import HfClipConfig
-from hf_clip.model_card import (
+from hf_clip.hub.model_card import (
     architecture_table,
     card_metadata,
     card_text,
@@ -18,14 +18,14 @@ from hf_clip.model_card import (
     name_of,
     usage_section,
 )
-from hf_clip.variants import Variant, get_variant
+from hf_clip.model.variants import Variant, get_variant
 
 from .published import DATA_SETS, LINEAR_PROBE, OPEN_CLIP, PARITY, PRETRAINING, ZERO_SHOT
 
 FOLDER = Path(__file__).parent
 
 CHART = FOLDER / "imagenet-against-gflops.png"
-"""The picture that a card shows; it belongs beside the card, under its own name."""
+"""The image that a card shows; it belongs beside the card, under its own name."""
 
 PAPER_URL = "https://arxiv.org/abs/2103.00020"
 OPEN_CLIP_URL = "https://github.com/mlfoundations/open_clip/blob/main/docs"
@@ -44,10 +44,10 @@ OPEN_CLIP_RESULTS = [
     ("ImageNet_top1", "ImageNet", "imagenet-1k", "top-1"),
     ("ImageNetV2_top1", "ImageNet V2", "imagenet-v2", "top-1"),
     ("average_38_datasets", "open_clip's 38 data sets", "openclip-38", "average"),
-    ("Flickr30k_image_R@1", "Flickr30k", "flickr30k", "picture for a text, recall at 1"),
-    ("Flickr30k_text_R@1", "Flickr30k", "flickr30k", "text for a picture, recall at 1"),
-    ("COCO_image_R@1", "COCO captions", "coco-captions", "picture for a text, recall at 1"),
-    ("COCO_text_R@1", "COCO captions", "coco-captions", "text for a picture, recall at 1"),
+    ("Flickr30k_image_R@1", "Flickr30k", "flickr30k", "image for a text, recall at 1"),
+    ("Flickr30k_text_R@1", "Flickr30k", "flickr30k", "text for an image, recall at 1"),
+    ("COCO_image_R@1", "COCO captions", "coco-captions", "image for a text, recall at 1"),
+    ("COCO_text_R@1", "COCO captions", "coco-captions", "text for an image, recall at 1"),
 ]
 
 
@@ -155,10 +155,10 @@ def render_card(variant_name: str, repo_id: str, *, stock: bool = False) -> str:
     variant = get_variant(variant_name)
     config = HfClipConfig.from_variant(variant_name)
     parameters = (
-        f"{variant.total_parameters / 1e6:,.1f} million: {variant.image_parameters / 1e6:,.1f} for pictures, "
+        f"{variant.total_parameters / 1e6:,.1f} million: {variant.image_parameters / 1e6:,.1f} for images, "
         f"{variant.text_parameters / 1e6:,.1f} for texts"
     )
-    work = {"Parameters": parameters, "Work per picture": f"{variant.image_gflops:,.1f} GFLOPs"}
+    work = {"Parameters": parameters, "Work per image": f"{variant.image_gflops:,.1f} GFLOPs"}
     body = _fill_in(
         "template.md",
         variant=variant,

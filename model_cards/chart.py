@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from hf_clip.variants import VARIANTS, Variant
+from hf_clip.model.variants import VARIANTS, Variant
 
 from .published import ZERO_SHOT
 

@@ -1,4 +1,4 @@
-"""Fixtures: reduced reference models, the repositories they convert to, OpenAI's tokenizer, real pictures."""
+"""Fixtures: reduced reference models, the repositories they convert to, OpenAI's tokenizer, real images."""
 
 import os
 
@@ -20,7 +20,7 @@ from transformers import AutoModel
 from conversion.convert import convert
 from conversion.reference import build_reference, write_archive
 from hf_clip import HfClipModel, HfClipTokenizer
-from hf_clip.original.vocabulary import installed_vocabulary
+from hf_clip.checkpoints.vocabulary import installed_vocabulary
 
 from .small import DIMENSIONS, IMAGE_SIZES
 
@@ -108,7 +108,7 @@ def tokenizer(vocabulary: Path) -> HfClipTokenizer:
 
 @pytest.fixture(scope="session")
 def photographs() -> dict[str, Image.Image]:
-    """Real pictures that ship with scikit-image: landscape, portrait, grey, nearly square."""
+    """Real images that ship with scikit-image: landscape, portrait, grey, nearly square."""
     from skimage import data
 
     names = ("astronaut", "chelsea", "coffee", "camera", "rocket")

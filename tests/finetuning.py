@@ -32,7 +32,7 @@ LABELLED_CAPTION = "the digit {label}"
 
 
 def write_digits(folder: Path) -> None:
-    """Below `folder`: `pairs`, `several` captions to a picture, `labelled`, configurations and models of both kinds."""
+    """Below `folder`: `pairs`, `several` captions to an image, `labelled`, configurations and models of both kinds."""
     pairs = make_dataset(16, 640)
     pairs.save_to_disk(folder / "pairs")
     _several(pairs["train"]).save_to_disk(folder / "several")
@@ -55,13 +55,13 @@ def _stored(pairs: Dataset) -> Any:
 
 
 def _several(pairs: Dataset) -> DatasetDict:
-    """128 pictures with five captions each; two of them cannot be opened."""
+    """128 images with five captions each; two of them cannot be opened."""
     rows = [
         {"image": row["image"], "captions": [COMBINATIONS[row["target"]].caption(phrase) for phrase in PHRASES]}
         for row in _stored(pairs.select(range(128)))
     ]
     for place in (30, 70):
-        rows[place]["image"] = {"bytes": b"no picture", "path": None}
+        rows[place]["image"] = {"bytes": b"no image", "path": None}
     features = Features({"image": Image(), "captions": List(Value("string"))})
     return DatasetDict(train=Dataset.from_list(rows, features=features))
 

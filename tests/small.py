@@ -26,7 +26,7 @@ DIMENSIONS = {
 IMAGE_SIZES = {tower: dimensions["image_resolution"] for tower, dimensions in DIMENSIONS.items()}
 
 
-def pictures(tower: str, count: int = 4, seed: int = 0) -> Tensor:
+def random_images(tower: str, count: int = 4, seed: int = 0) -> Tensor:
     """pixel_values (count, 3, size, size)."""
     size = IMAGE_SIZES[tower]
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))

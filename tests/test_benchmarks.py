@@ -16,7 +16,7 @@ from benchmarks.ceiling import as_convolution, measure_ceiling, text_flops
 from benchmarks.measuring import Contender, LeftOutError, Row, Table, agrees_with, compare, run_alone
 from benchmarks.settings import Settings
 from hf_clip import VARIANTS, HfClipImageProcessor, Variant
-from hf_clip.variants import get_variant
+from hf_clip.model.variants import get_variant
 
 TINY = {"embed_dim": 32, "text_width": 64, "text_heads": 1, "image_gflops": 0.01, "image_size": 64}
 TOWERS = {
@@ -131,7 +131,7 @@ def example_table() -> Table:
         Row("hf_clip, optimized", "float32", 16, [0.25]),
         Row("openai-clip", "float32", 16, [1.0, 1.0, 9.0], flops=16e9, ceiling=64e9),
     ]
-    return Table("ViT-B/32", "pictures", rows, ours=("hf_clip", "hf_clip, optimized"), left_out=["peer is left out: …"])
+    return Table("ViT-B/32", "images", rows, ours=("hf_clip", "hf_clip, optimized"), left_out=["peer is left out: …"])
 
 
 def test_ratios_and_fraction_come_from_medians():
@@ -148,7 +148,7 @@ def test_ratios_and_fraction_come_from_medians():
 def test_table_shows_the_columns_that_have_values():
     assert reporting.format_table(example_table()).splitlines() == [
         "",
-        "ViT-B/32: pictures",
+        "ViT-B/32: images",
         "                    precision  per second  hf_clip is  optimized is  of ceiling  peak memory",
         "hf_clip               float32        32.0                2.00 times        0.50      1.50 GB",
         "hf_clip, optimized    float32        64.0  0.50 times",
@@ -257,9 +257,9 @@ def test_rows_of_a_gpu_run_the_same_code_on_a_cpu(
     monkeypatch.setattr(encoders, "ON_CPU", [name for name in peers.ON_GPU if "compiled" not in name])
     (table,) = import_module("benchmarks.image_encoder").run(tiny_settings(vit, precisions=("bf16",)))
     assert {"hf_clip, without flash", "transformers, without flash"} <= set(names_of(table))
-    picture = image_processor.photograph((64, 48))
+    image = image_processor.photograph((64, 48))
     ours = HfClipImageProcessor.for_image_size(32)
-    table = image_processor.on_device(ours, picture, "cpu", tiny_settings(), rounds=1)
+    table = image_processor.on_device(ours, image, "cpu", tiny_settings(), rounds=1)
     assert names_of(table) == ["hf_clip, on the device", "hf_clip, copied there", "Pillow, on the CPU"]
 
 
@@ -283,12 +283,12 @@ def test_loading_is_measured_in_fresh_processes(vit: Variant):
     assert "hf_clip: anonymous memory added" in table.notes[0]
 
 
-def test_first_picture_gets_the_same_scores_from_both_repositories(vit: Variant, tmp_path: Path):
-    picture = tmp_path / "picture.png"
-    Image.effect_noise((64, 48), 50).convert("RGB").save(picture)
+def test_first_image_gets_the_same_scores_from_both_repositories(vit: Variant, tmp_path: Path):
+    image = tmp_path / "image.png"
+    Image.effect_noise((64, 48), 50).convert("RGB").save(image)
     with load.twin_folders(vit) as folders:
         load.write_processors(folders, vit.image_size)
-        scores = {name: load.classify_in_fresh_process(name, folder, picture, 1) for name, folder in folders.items()}
+        scores = {name: load.classify_in_fresh_process(name, folder, image, 1) for name, folder in folders.items()}
     assert load.same_scores(scores["transformers"])(scores["hf_clip"]) is None
     assert load.same_scores([0.4, 0.6])([0.5, 0.5]) == "its scores are [0.5, 0.5], not [0.4, 0.6]"
 
@@ -306,7 +306,7 @@ def test_training_steps_have_the_same_loss(vit: Variant, monkeypatch: pytest.Mon
 
 def test_zero_shot_answers_agree(vit: Variant, monkeypatch: pytest.MonkeyPatch):
     module = import_module("benchmarks.zero_shot")
-    for name, value in (("QUICK_PICTURES", 2), ("LABELS", 3), ("QUICK_CLASSES", 4), ("CLASSES_BY_RECIPE", 2)):
+    for name, value in (("QUICK_IMAGES", 2), ("LABELS", 3), ("QUICK_CLASSES", 4), ("CLASSES_BY_RECIPE", 2)):
         monkeypatch.setattr(module, name, value)
     pipeline, classifier = module.run(tiny_settings(vit))
     assert names_of(pipeline) == ["hf_clip, first call", "hf_clip, labels known", "stock, batch 1", "stock, batch 8"]
@@ -324,17 +324,17 @@ def test_image_processors_agree(monkeypatch: pytest.MonkeyPatch):
 
 def test_summary_has_a_row_for_each_table_and_a_column_for_who_is_in_several():
     captions = Table("captions", "captions", [Row("hf_clip", "", 1, [0.5]), Row("stock, batch 1", "", 1, [1.25])])
-    alone = Table("alone", "pictures", [Row("hf_clip", "", 1, [0.5])])
-    without = Table("failed", "pictures", [Row("openai-clip", "", 1, [0.5])])
+    alone = Table("alone", "images", [Row("hf_clip", "", 1, [0.5])])
+    without = Table("failed", "images", [Row("openai-clip", "", 1, [0.5])])
     tables = [example_table(), captions, example_table(), alone, example_table(), without]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in reporting.format_summary(tables).splitlines()]
-    vit = ["ViT-B/32", "64.0 pictures", "2.00 (4.00)", ""]
+    vit = ["ViT-B/32", "64.0 images", "2.00 (4.00)", ""]
     assert lines[0] == ["measured", "per second, fastest", "openai-clip", "others"]
     assert lines[2:] == [
         vit,
         ["captions", "2.0 captions", "", "stock, batch 1 2.50"],
         vit,
-        ["alone", "2.0 pictures", "", ""],
+        ["alone", "2.0 images", "", ""],
         vit,
     ]
 
@@ -359,8 +359,8 @@ def test_report_holds_machine_versions_and_raw_seconds(tmp_path: Path, capsys: p
     assert row.keys() >= {"precision", "per_second", "fraction_of_ceiling", "peak_memory_bytes", "amount", "seconds"}
     assert len(row["seconds"]) == 2
     assert row["ours_is_times"]["hf_clip"] > 0
-    with Image.open(tmp_path / "ratios.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open(tmp_path / "ratios.png") as image:
+        assert image.format == "PNG"
     assert {path.name for path in tmp_path.iterdir()} == {"figures.json", "ratios.png"}
 
 
@@ -376,7 +376,7 @@ def test_report_holds_machine_versions_and_raw_seconds(tmp_path: Path, capsys: p
             ["tokenizer", "--json", "no/such/folder.json"],
             "error: no/such/folder.json cannot be written: name a file in",
         ),
-        (["tokenizer", "--picture", "ratios"], "error: ratios is no picture's name; it must end in .png, .svg or .pdf"),
+        (["tokenizer", "--picture", "ratios"], "error: ratios is no image's name; it must end in .png, .svg or .pdf"),
         (["image_encoder", "--device", "cpu", "--precision", "fp16"], "error: --precision fp16 is not measured here"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import hf_clip
-from hf_clip.remote_code import TRAVELLING
+from hf_clip.hub.remote_code import MODEL_FOLDER, TRAVELLING
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_clip"
@@ -44,7 +44,7 @@ def test_version_is_in_the_changelog():
 
 @pytest.mark.parametrize("name", sorted(TRAVELLING))
 def test_travelling_file_imports_flat_files_and_declared_packages_only(name: str):
-    for node in imports_of(PACKAGE / f"{name}.py"):
+    for node in imports_of(MODEL_FOLDER / f"{name}.py"):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1, ast.unparse(node)
             assert node.module in TRAVELLING, ast.unparse(node)
@@ -54,107 +54,79 @@ def test_travelling_file_imports_flat_files_and_declared_packages_only(name: str
                 assert top in THIRD_PARTY or top in sys.stdlib_module_names, ast.unparse(node)
 
 
-def test_what_travels_is_every_file_that_is_named_so_and_all_that_they_import():
-    named = {path.stem for path in PACKAGE.glob("*_hf_clip.py")}
+def test_what_travels_is_all_that_the_named_classes_need():
     reached, waiting = set(), {"modeling_hf_clip", "processing_hf_clip", "tokenization_hf_clip"}
     waiting |= {"configuration_hf_clip", "image_processing_hf_clip"}  # those are the ones that `auto_map` names
     while waiting:
         name = waiting.pop()
         reached.add(name)
-        nodes = imports_of(PACKAGE / f"{name}.py")
+        nodes = imports_of(MODEL_FOLDER / f"{name}.py")
         waiting |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level} - reached
-    assert reached == set(TRAVELLING) == named | {"variants"}
+    assert reached == set(TRAVELLING)
+    assert not [path for path in MODEL_FOLDER.iterdir() if path.is_dir() and path.name != "__pycache__"]
 
 
 def test_import_statements_do_not_stand_in_the_text_of_travelling_files():
     """The Hub's loader reads imports by regular expression, in docstrings too."""
     for name in TRAVELLING:
-        source = (PACKAGE / f"{name}.py").read_text()
+        source = (MODEL_FOLDER / f"{name}.py").read_text()
         found = re.findall(r"^\s*from\s+\.(\S+)\s+import", source, flags=re.MULTILINE)
-        statements = [n.module for n in imports_of(PACKAGE / f"{name}.py") if isinstance(n, ast.ImportFrom) and n.level]
+        statements = [
+            n.module for n in imports_of(MODEL_FOLDER / f"{name}.py") if isinstance(n, ast.ImportFrom) and n.level
+        ]
         assert sorted(found) == sorted(map(str, statements))
 
 
 def test_configuration_imports_no_torch():
     for name in ("configuration_hf_clip", "variants"):
-        for node in imports_of(PACKAGE / f"{name}.py"):
+        for node in imports_of(MODEL_FOLDER / f"{name}.py"):
             assert not any(module.split(".")[0] == "torch" for module in modules_of(node))
 
 
-ALLOWED = {
-    "calibration": set(),
-    "classifier_matrix": set(),
-    "evaluation": {"evaluation"},
-    "extras": set(),
-    "features": {"image_processing_hf_clip", "pictures_hf_clip", "repairing_hf_clip"},
-    "formats": {
-        "bpe_hf_clip",
-        "configuration_hf_clip",
-        "files_hf_clip",
-        "formats",
-        "image_processing_hf_clip",
-        "original",
-        "processing_hf_clip",
-        "tokenization_hf_clip",
-        "variants",
-    },
-    "model_card": {"configuration_hf_clip"},
-    "pipeline": {
-        "classifier_matrix",
-        "configuration_hf_clip",
-        "features",
-        "pictures_hf_clip",
-        "prompts",
-        "zero_shot",
-    },
-    "prompts": set(),
-    "publishing": {"configuration_hf_clip", "model_card", "remote_code"},
-    "remote_code": {"files_hf_clip"},
-    "zero_shot": {"calibration", "classifier_matrix", "features", "prompts"},
-    "openai": {
-        "image_processing_hf_clip",
-        "modeling_hf_clip",
-        "original",
-        "tokenization_hf_clip",
-        "variants",
-    },
-    "original": {"configuration_hf_clip", "modeling_hf_clip", "variants", "original"},
-    "training": {
-        "configuration_hf_clip",
-        "evaluation",
-        "features",
-        "fetch_hf_clip",
-        "formats",
-        "image_processing_hf_clip",
-        "model_card",
-        "modeling_hf_clip",
-        "original",
-        "pictures_hf_clip",
-        "processing_hf_clip",
-        "publishing",
-        "remote_code",
-        "tokenization_hf_clip",
-        "training",
-        "whole_folder",
-        "transformer_hf_clip",
-        "variants",
-    },
-    "whole_folder": set(),
-}
-"""Which of the package's own modules each part that doesn't travel may import. Imports point one way."""
+ORDER = (
+    ("commands",),
+    ("serve",),
+    ("search",),
+    ("training",),
+    ("evaluation",),
+    ("zero_shot",),
+    ("inference", "hub"),
+    ("checkpoints",),
+    ("model",),
+    ("extras",),
+)
+"""The package's parts, from the top down. A part imports from those below it, never from one above or beside it."""
+
+RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
+TOP = {"__init__", "openai"}
+"""What a user imports: it may import every part, and no part imports it."""
 
 
-@pytest.mark.parametrize("part", sorted(ALLOWED))
-def test_imports_point_one_way(part: str):
-    files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").is_file() else sorted((PACKAGE / part).rglob("*.py"))
-    assert files
-    for path in files:
-        folder = path.relative_to(PACKAGE).parent.parts
-        for node in imports_of(path):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                above = folder[: len(folder) - node.level + 1]
-                target = [*above, *(node.module or "").split(".")][0]
-                assert target in ALLOWED[part], f"{path.name}: {ast.unparse(node)}"
+def part_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def test_every_file_belongs_to_a_part():
+    assert {part_of(path) for path in PACKAGE.rglob("*.py")} == {*RANKS, *TOP}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path):
+    part, folder = part_of(path), path.relative_to(PACKAGE).parent.parts
+    for node in imports_of(path):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = folder[: len(folder) - node.level + 1]
+            whole = [*above, *(node.module.split(".") if node.module else ())]
+            targets = [whole[0]] if whole else [alias.name for alias in node.names]
+        else:
+            named = [module.split(".") for module in modules_of(node)]
+            targets = [names[1] if len(names) > 1 else "__init__" for names in named if names[0] == "hf_clip"]
+        for target in targets:
+            if part in TOP or target == part:
+                continue
+            assert target in RANKS, ast.unparse(node)
+            assert RANKS[target] > RANKS[part], ast.unparse(node)
 
 
 def test_package_never_imports_the_programs_around_it():
@@ -214,7 +186,7 @@ def test_import_works_where_no_optional_package_is_installed():
         "    try: return real(name, package)\n"
         "    except ModuleNotFoundError: return None\n"
         "importlib.util.find_spec = find_spec\n"
-        "import hf_clip, hf_clip.original, hf_clip.training.config\n"
+        "import hf_clip, hf_clip.checkpoints.read, hf_clip.training.config\n"
         "model = hf_clip.HfClipModel(hf_clip.HfClipConfig(text_config={'num_hidden_layers': 1, 'vocab_size': 600,"
         " 'eos_token_id': 599, 'bos_token_id': 1, 'pad_token_id': 1}, vision_config={'num_hidden_layers': 1}))\n"
         "print('accelerate' in sys.modules, 'datasets' in sys.modules)"

@@ -107,7 +107,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, tmp_path:
         assert found[0] == pytest.approx(found[1], abs=1e-4), name
     found = [records(folder, "recall@1") for folder in (tmp_path / "two", alone)]
     for first, second in zip(*found, strict=True):
-        assert first == pytest.approx(second, abs=0.005)  # of 718 pictures, one or two may change places
+        assert first == pytest.approx(second, abs=0.005)  # of 718 images, one or two may change places
     assert json.loads((tmp_path / "two" / "training_config.json").read_text())["launch"]["processes"] == 2
 
 
@@ -425,8 +425,8 @@ def test_demo_runs_from_data_to_picture(tower: str, tmp_path: Path, monkeypatch:
     scores = demo.run(tower, tmp_path, seed=0)
     assert scores.keys() == {"held_out_images", "unseen_combinations"}
     assert scores["held_out_images"] > 10 / 560
-    with Image.open(tmp_path / f"demo-{tower}.png") as picture:
-        assert picture.size[0] > 1000
+    with Image.open(tmp_path / f"demo-{tower}.png") as image:
+        assert image.size[0] > 1000
     assert json.loads((tmp_path / f"demo-{tower}.json").read_text()) == scores
     out = capfd.readouterr().out
     assert "held out images" in out

@@ -19,8 +19,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from conversion.convert import convert
 from conversion.publish import staged
 from hf_clip import VARIANTS, HfClipConfig
-from hf_clip.model_card import USAGE, card_metadata, card_text, markdown_table
-from hf_clip.remote_code import TRAVELLING, add_remote_code
+from hf_clip.hub.model_card import USAGE, card_metadata, card_text, markdown_table
+from hf_clip.hub.remote_code import TRAVELLING, add_remote_code
 from model_cards import CHART, render_card, render_custom_card
 from model_cards import __main__ as command
 from model_cards.chart import draw, drawn_points
@@ -92,7 +92,7 @@ def test_every_snippet_runs(
     assert results["image_features"].shape == (1, width)
     assert results["text_features"].shape == (2, width)
     assert results["outputs"].logits_per_image.shape == (1, 2)
-    assert type(results["classify"]).__module__ == "hf_clip.pipeline"
+    assert type(results["classify"]).__module__ == "hf_clip.zero_shot.pipeline"
     assert results["classifier"].matrix.labels == ["cat", "dog"]
     run_without_hf_clip(others, tmp_path)
 
@@ -223,7 +223,7 @@ def test_tables_show_the_figures_of_the_files(variant: str):
             ["20.3 % on CLEVR", "42.2 % on the distance", "66.6 % on the handwritten", "| ImageNet | top-1 | 59.82 |"],
         ),
         ("ViT-B/32", ["| ImageNet | accuracy | 63.2 | 76.1 |", "ε 1e-6", "5e-4, 2,000 steps", "8.8 GFLOPs"]),
-        ("RN50x64", ["592 V100 for 18 days", "β₂ 0.999, ε 1e-8", "623.3 million: 420.4 for pictures, 202.9 for texts"]),
+        ("RN50x64", ["592 V100 for 18 days", "β₂ 0.999, ε 1e-8", "623.3 million: 420.4 for images, 202.9 for texts"]),
         (
             "ViT-L/14@336px",
             ["88.3 % on the handwritten", "37.2 % on aircraft", "32, then 1 at 336 pixels", "the 88 % of this model"],
@@ -299,8 +299,8 @@ def test_picture_has_the_nine_points(tmp_path: Path):
     for path in (CHART, tmp_path / "chart.png"):
         expected = {name: (row.image_gflops, row.imagenet_zero_shot_top1) for name, row in VARIANTS.items()}
         assert drawn_points(path) == expected
-        with Image.open(path) as picture:
-            assert picture.width > picture.height > 600
+        with Image.open(path) as image:
+            assert image.width > image.height > 600
 
 
 def test_without_matplotlib_nothing_is_written(
@@ -309,7 +309,7 @@ def test_without_matplotlib_nothing_is_written(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(command, "FOLDER", tmp_path)
     assert command.main([]) == 1
-    assert "error: The picture is drawn with matplotlib: pip install matplotlib" in capsys.readouterr().err
+    assert "error: The image is drawn with matplotlib: pip install matplotlib" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

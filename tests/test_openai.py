@@ -16,11 +16,11 @@ from torch import nn
 
 import hf_clip as clip
 from conversion.reference import load_reference_module
-from hf_clip.original import CheckpointError
+from hf_clip.checkpoints.errors import CheckpointError
 
 from .closeness import assert_same_features
-from .small import pictures, texts
-from .test_image_processing import openai_transform
+from .model.test_image_processing import openai_transform
+from .small import random_images, texts
 
 TEXTS = ["a diagram", "a dog", "it’s a &quot;cat&quot;", "x" * 40]
 
@@ -38,7 +38,7 @@ def test_loaded_model_computes_what_the_original_does(
     model, _ = clip.load(name, device="cpu", jit=False)
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    image, text = pictures(tower), texts()
+    image, text = random_images(tower), texts()
     with torch.no_grad():
         expected_image, expected_text = reference.encode_image(image), reference.encode_text(text)
         assert (model.encode_image(image) - expected_image).norm() / expected_image.norm() < 1e-5
@@ -56,7 +56,7 @@ def test_loaded_model_can_be_trained(tower: str, archives: dict[str, Path]):
     before = archives[tower].read_bytes()
     model, _ = clip.load(archives[tower], device="cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    logits, _ = model(pictures(tower), texts())
+    logits, _ = model(random_images(tower), texts())
     nn.functional.cross_entropy(logits, torch.arange(4)).backward()
     optimizer.step()
     assert archives[tower].read_bytes() == before
@@ -90,7 +90,7 @@ def test_visual_is_a_module_of_the_image_tower(tower: str, archives: dict[str, P
     assert all(module.training for module in model.train().visual.modules())
     model.eval().visual.double()
     assert model.visual.conv1.weight.dtype == torch.float64
-    image = pictures(tower)
+    image = random_images(tower)
     seen = []
     model.visual.float().register_forward_hook(lambda _, __, output: seen.append(output))
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_the_originals_names_of_what_is_the_same(tower: str, archives: dict[str,
     same += ["visual.bn3.bias", "visual.layer4.0.conv3.weight"] * (tower == "resnet")
     for name in same:
         assert torch.equal(attrgetter(name)(model), attrgetter(name)(reference)), name
-    image, text = pictures(tower), texts()
+    image, text = random_images(tower), texts()
     with torch.no_grad():
         before = model(image, text)[0]
         model.logit_scale = nn.Parameter(torch.zeros(()))
@@ -141,7 +141,7 @@ def test_names_of_what_is_not_the_same_say_where_it_is(tower: str, archives: dic
 
 def test_state_dicts_of_both_kinds_are_loaded(tower: str, archives: dict[str, Path], reference: nn.Module):
     model, _ = clip.load(archives[tower], device="cpu")
-    image, text = pictures(tower), texts()
+    image, text = random_images(tower), texts()
     with torch.no_grad():
         expected = model(image, text)[0]
         own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -160,8 +160,8 @@ def test_state_dicts_of_both_kinds_are_loaded(tower: str, archives: dict[str, Pa
 def test_empty_batches(tower: str, archives: dict[str, Path]):
     model, _ = clip.load(archives[tower], device="cpu")
     with torch.no_grad():
-        assert model.encode_image(pictures(tower, 0)).shape == model.encode_text(texts()[:0]).shape == (0, 48)
-        assert [tuple(logits.shape) for logits in model(pictures(tower, 0), texts())] == [(0, 4), (4, 0)]
+        assert model.encode_image(random_images(tower, 0)).shape == model.encode_text(texts()[:0]).shape == (0, 48)
+        assert [tuple(logits.shape) for logits in model(random_images(tower, 0), texts())] == [(0, 4), (4, 0)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -5,7 +5,7 @@ model that gives everything one score finds nothing, and no result depends on th
 looks at thresholds, where equal scores pass together (as scikit-learn has it).
 
 Retrieval names what belongs together by numbers: a gallery row is right for a query if their ids are equal. So five
-captions of one picture, or a picture that several captions share, need no more than equal ids.
+captions of one image, or an image that several captions share, need no more than equal ids.
 
 Dimensions: N examples, C classes, Q queries, G gallery rows, D embedding, K results looked at.
 """

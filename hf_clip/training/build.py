@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin, get_scheduler
 
-from ..formats.folders import IMAGE_PROCESSOR_FILES, in_one_line, read_object
-from ..formats.reading import check_model
-from ..image_processing_hf_clip import HfClipImageProcessor
-from ..modeling_hf_clip import HfClipModel
-from ..processing_hf_clip import HfClipProcessor
-from ..variants import VARIANTS
-from .augment import Augmentation
+from ..checkpoints.folders import IMAGE_PROCESSOR_FILES, in_one_line, read_object
+from ..checkpoints.read import check_model
+from ..model.image_processing_hf_clip import HfClipImageProcessor
+from ..model.modeling_hf_clip import HfClipModel
+from ..model.processing_hf_clip import HfClipProcessor
+from ..model.variants import VARIANTS
 from .averaging import copy_weights
-from .bad_rows import BadRows
-from .collator import PairCollator
 from .config import TrainingConfig
-from .data import PairLoader, build_loader
+from .data.augment import Augmentation
+from .data.bad_rows import BadRows
+from .data.collator import PairCollator
+from .data.loader import PairLoader, build_loader
+from .data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
+from .data.survey import LOOKED_AT, OPENED, describe_captions, look_at
 from .lora import add_lora_
 from .optim import create_optimizer, warmup_steps
-from .pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
 from .scratch import build_from_scratch, read_config
 from .surgery import set_image_size_, set_text_length_, switch_to_sigmoid_
-from .survey import LOOKED_AT, OPENED, describe_captions, look_at
 from .trainable import freeze_batch_norm_, lock_, synchronize_batch_norm_
 
 MOST_CAPTIONED_ROWS = 1_000_000

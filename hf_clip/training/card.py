@@ -15,12 +15,12 @@ from huggingface_hub import DatasetCard, EvalResult, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..configuration_hf_clip import HfClipConfig
-from ..model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_section
+from ..hub.model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_section
+from ..model.configuration_hf_clip import HfClipConfig
 from .averaging import warmup_of
 from .config import WITHOUT_WARMUP, TrainingConfig
+from .data.sources import parse_sources
 from .optim import warmup_steps
-from .sources import parse_sources
 
 FILES = (".csv", ".json", ".jsonl", ".parquet", ".tar", ".txt")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .augment import Augmentation
 from .averaging import parse_alphas
+from .data.augment import Augmentation
 from .optim import find_optimizer, parse_optimizer, parse_rates
 from .option_file import LAUNCH, plain, read_options, words_of
 from .option_names import hint
@@ -78,7 +78,7 @@ class ModelOptions:
         "is learned from the captions), or a folder with one, a tokenizer and perhaps an image processor",
     )
     loss: str | None = _option(None, "softmax (CLIP) or sigmoid (SigLIP); default: what the model was trained with")
-    image_size: int | None = _option(None, "Go over to pictures of this size (FixRes); the position table is resized")
+    image_size: int | None = _option(None, "Go over to images of this size (FixRes); the position table is resized")
     max_text_length: int | None = _option(None, "Go over to texts of this many tokens (Long-CLIP)")
 
 
@@ -104,7 +104,7 @@ class DataOptions:
         "Pairs: a repository, a folder with metadata.csv or classes, CSV, JSON, parquet, tars; several as a=3 b=1",
     )
     split: str = _option("train", "Split to train on")
-    image_column: str | None = _option(None, "Column with pictures, paths or URLs; default: the only possible one")
+    image_column: str | None = _option(None, "Column with images, paths or URLs; default: the only possible one")
     caption_column: str | None = _option(
         None, 'Column with texts, or a template such as "a photo of a {label}."; default: the only possible one'
     )
@@ -119,7 +119,7 @@ class DataOptions:
     validation: str | None = _option(None, "A split, a number of rows (500) or a part (0.05) to evaluate on")
     augmentation: str = _option("crop=0.9", '"crop=0.9,flip=0.5,jitter=0.2" (smallest area, chance, strength) or none')
     max_bad_fraction: float = _option(0.01, "End the run when more rows than this part cannot be used")
-    num_workers: int = _option(1, "Processes that open and prepare pictures, for each process of the run")
+    num_workers: int = _option(1, "Processes that open and prepare images, for each process of the run")
 
 
 @dataclass
@@ -385,7 +385,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
     parser = HfArgumentParser(
         GROUPS,
         prog="finetune.py",
-        description="Contrastive training of a CLIP on pictures with captions. Options may stand in a file: "
+        description="Contrastive training of a CLIP on images with captions. Options may stand in a file: "
         "finetune.py run.yaml --max_steps 100",
         usage="finetune.py [run.yaml] --model MODEL --dataset DATASET --output_dir FOLDER --epochs N [options]",
         allow_abbrev=False,

@@ -1,8 +1,8 @@
 """Evaluation while training: retrieval in both directions on held-out pairs, and zero-shot accuracy where there are
 labels.
 
-Pairs that share a picture or a caption, directly or through others, are right answers to each other: a picture's
-other captions, and the other pictures of one caption. Every picture and every caption counts once.
+Pairs that share an image or a caption, directly or through others, are right answers to each other: an image's
+other captions, and the other images of one caption. Every image and every caption counts once.
 
 Invariant: the same figures with any number of processes.
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.metrics import recall_at_k, top_k_accuracy
-from .data import PairLoader
+from .data.loader import PairLoader
 from .losses import exchange_counts, gather_with_gradients
 
 KS = (1, 5, 10)
@@ -56,7 +56,7 @@ def _end_of_text_id(model: Any) -> int:
 
 
 def group_pairs(image_ids: Tensor, text_ids: Tensor) -> Tensor:
-    """The number of the group that each pair is in: pairs with an equal picture or caption are in one, (N,) → (N,)."""
+    """The number of the group that each pair is in: pairs with an equal image or caption are in one, (N,) → (N,)."""
     parent = list(range(len(image_ids)))
 
     def find(item: int) -> int:
@@ -81,15 +81,15 @@ def _first_of_each(ids: Tensor) -> Tensor:
 
 
 def retrieval(image_embeds: Tensor, text_embeds: Tensor, image_ids: Tensor, text_ids: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10, from pictures to texts, from texts to pictures, and the mean of both.
+    """Recall at 1, 5 and 10, from images to texts, from texts to images, and the mean of both.
 
     image_embeds, text_embeds: (N, D) of length one.   image_ids, text_ids: (N,) what is equal has an equal number
     """
     groups = group_pairs(image_ids, text_ids)
     images, texts = _first_of_each(image_ids), _first_of_each(text_ids)
-    pictures, captions = (image_embeds[images], groups[images]), (text_embeds[texts], groups[texts])
+    image_side, text_side = (image_embeds[images], groups[images]), (text_embeds[texts], groups[texts])
     found: dict[str, float] = {}
-    for name, query, gallery in [("image_to_text", pictures, captions), ("text_to_image", captions, pictures)]:
+    for name, query, gallery in [("image_to_text", image_side, text_side), ("text_to_image", text_side, image_side)]:
         recalls = recall_at_k(query[0], gallery[0], query[1], gallery[1], KS)
         found |= {f"{name}_recall@{k}": value for k, value in recalls.items()}
     both = {f"recall@{k}": (found[f"image_to_text_recall@{k}"] + found[f"text_to_image_recall@{k}"]) / 2 for k in KS}

@@ -266,7 +266,7 @@ def global_contrastive_loss(
     logit_scale:      ()  the scale's logarithm, as the model has it
     logit_bias:       ()  for the sigmoid loss
     label_smoothing:  what part of a row's target is spread evenly over its positive and negatives; softmax only
-    local_image_ids, local_text_ids: (B,) integers, `content_id` of pictures and captions: pairs with an equal one are
+    local_image_ids, local_text_ids: (B,) integers, `content_id` of images and captions: pairs with an equal one are
                       not counted as each other's negatives. Either may be left out.
 
     Raises ValueError, on all processes, for a global batch of fewer than two pairs, for embeddings or ids of different

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..whole_folder import held_folder
+from ..checkpoints.whole_folder import held_folder
 from .checkpoint import FOLDER, remove_unfinished
 from .config import LAUNCH, TrainingConfig
 from .results import CONFIG_FILE, METRICS_FILE

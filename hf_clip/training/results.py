@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from ..formats.folders import DESCRIPTIONS
-from ..formats.stock import stock_image_processor, why_not_stock, write_stock_files
-from ..modeling_hf_clip import HfClipModel
-from ..publishing import publish_folder
-from ..remote_code import add_remote_code
-from ..whole_folder import whole_folder
+from ..checkpoints.folders import DESCRIPTIONS
+from ..checkpoints.stock import stock_image_processor, why_not_stock, write_stock_files
+from ..checkpoints.whole_folder import whole_folder
+from ..hub.publish import publish_folder
+from ..hub.remote_code import add_remote_code
+from ..model.modeling_hf_clip import HfClipModel
 from .card import RunFacts, trained_card
 from .config import TrainingConfig
 

@@ -21,9 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from ..modeling_hf_clip import HfClipModel
+from ..model.modeling_hf_clip import HfClipModel
 from .averaging import MovingAverage, spans_all_steps
-from .bad_rows import BadRows, find_refusal, part_cut
 from .checkpoint import (
     RunState,
     find_checkpoint,
@@ -35,9 +34,10 @@ from .checkpoint import (
     step_of,
     step_of_best,
 )
-from .collator import PairCollator
 from .config import TrainingConfig
-from .data import PairLoader, Position
+from .data.bad_rows import BadRows, find_refusal, part_cut
+from .data.collator import PairCollator
+from .data.loader import PairLoader, Position
 from .evaluating import NotFiniteError, TooFewPairsError, evaluate
 from .failures import EXPECTED
 from .losses import ContrastiveResult, exchange_counts, world_size

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..modeling_hf_clip import HfClipModel
-from ..publishing import PublishingError
+from ..hub.publish import PublishingError
+from ..model.modeling_hf_clip import HfClipModel
 from .averaging import interpolate_weights
 from .card import RunFacts
 from .checkpoint import load_best

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..configuration_hf_clip import HfClipConfig, HfClipTextConfig
-from ..formats.folders import in_one_line, read_object
-from ..image_processing_hf_clip import HfClipImageProcessor
-from ..modeling_hf_clip import HfClipModel
-from ..original.vocabulary import find_vocabulary
-from ..processing_hf_clip import HfClipProcessor
-from ..tokenization_hf_clip import HfClipTokenizer
-from ..variants import VARIANTS
+from ..checkpoints.folders import in_one_line, read_object
+from ..checkpoints.vocabulary import find_vocabulary
+from ..model.configuration_hf_clip import HfClipConfig, HfClipTextConfig
+from ..model.image_processing_hf_clip import HfClipImageProcessor
+from ..model.modeling_hf_clip import HfClipModel
+from ..model.processing_hf_clip import HfClipProcessor
+from ..model.tokenization_hf_clip import HfClipTokenizer
+from ..model.variants import VARIANTS
 
 
 def read_config(source: str | Path) -> HfClipConfig:

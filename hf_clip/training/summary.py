@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .pairs import Pairs, PairStream
+from .data.pairs import Pairs, PairStream
 
 SHOWN = ("recall@1", "recall@5", "recall@10", "zero_shot_top1")
 

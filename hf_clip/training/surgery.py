@@ -1,4 +1,4 @@
-"""A model made to take other pictures, longer texts or another loss, before it is trained on.
+"""A model made to take other images, longer texts or another loss, before it is trained on.
 
 Invariant: what the change doesn't concern stays bit-equal, and model, configuration and processor change together, so
 the saved folder works by itself. Change a model before it is locked, adapted, given to an optimizer or wrapped.
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import image_processor_of, tokenizer_of
-from ..transformer_hf_clip import resize_position_table
+from ..model.position_table import resize_position_table
+from ..zero_shot.features import image_processor_of, tokenizer_of
 from .losses import INITIAL_SIGMOID_LOGIT_BIAS, INITIAL_SIGMOID_LOGIT_SCALE
 
 KEPT_POSITIONS = 20
@@ -33,7 +33,7 @@ def _replace_embedding(module: Any, table: Tensor) -> None:
 
 @torch.no_grad()
 def set_image_size_(model: Any, processor: Any, image_size: int) -> None:
-    """Make an HfClipModel take pictures of another size (Touvron et al. 2019, FixRes), and its processor make them.
+    """Make an HfClipModel take images of another size (Touvron et al. 2019, FixRes), and its processor make them.
 
     The position table of a ViT or an attention pool is resampled bicubically. The processor's `size` keeps its ratio to
     the crop. Raises ValueError for a size that patches or strides don't divide.
@@ -45,7 +45,7 @@ def set_image_size_(model: Any, processor: Any, image_size: int) -> None:
         below, above = max(image_size // unit, 1) * unit, (max(image_size, 0) // unit + 1) * unit
         near = " or ".join(map(str, sorted({below, above})))
         raise ValueError(
-            f"image_size is {image_size}, but this image tower divides pictures by {unit}: take {near}, for example."
+            f"image_size is {image_size}, but this image tower divides images by {unit}: take {near}, for example."
         )
     old_size, old_grid, grid = vision.config.image_size, vision.config.grid_size, image_size // unit
     if grid != old_grid:

@@ -132,8 +132,8 @@ def _freeze(norm: _BatchNorm) -> None:
 def freeze_batch_norm_(model: nn.Module) -> int:
     """Freeze statistics, gains and biases of every BatchNorm, for good; returns how many there are (a ViT has none).
 
-    For fine-tuning: the statistics of few or narrow batches would replace those of 400 million pictures, and a
-    gradient cache needs the same output for a picture whichever batch it is in.
+    For fine-tuning: the statistics of few or narrow batches would replace those of 400 million images, and a
+    gradient cache needs the same output for an image whichever batch it is in.
     """
     norms = [norm for _, norm in _batch_norms(model)]
     for norm in norms:

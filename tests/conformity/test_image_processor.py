@@ -12,7 +12,7 @@ mixins = load("test_image_processing_common")
 FOUR_CHANNELS = "passes arrays of four channels, which are refused with a message: nothing says what the fourth one is"
 
 
-class PictureTester(mixins.ImageProcessingTester):
+class ImageTester(mixins.ImageProcessingTester):
     def __init__(self, parent: Any):
         super().__init__(parent, size={"shortest_edge": 20}, crop_size={"height": 18, "width": 18}, do_convert_rgb=True)
 
@@ -21,7 +21,7 @@ class PictureTester(mixins.ImageProcessingTester):
 
 
 class HfClipImageProcessorTest(mixins.ImageProcessingTestMixin, unittest.TestCase):
-    image_processor_tester_class = PictureTester
+    image_processor_tester_class = ImageTester
     inapplicable = {
         "test_call_numpy_4_channels": FOUR_CHANNELS,
         "test_convert_to_rgb_mixed_input_batch_2": FOUR_CHANNELS,

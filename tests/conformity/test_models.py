@@ -140,8 +140,8 @@ class WholeTester:
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Any]]:
         _, texts = self.text_model_tester.prepare_config_and_inputs_for_common()
-        config, pictures = self.vision_model_tester.prepare_config_and_inputs_for_common()
-        return config, texts | pictures | {"return_loss": True}
+        config, images = self.vision_model_tester.prepare_config_and_inputs_for_common()
+        return config, texts | images | {"return_loss": True}
 
 
 class ModelTests(mixins.ModelTesterMixin):

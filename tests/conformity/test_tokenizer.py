@@ -4,7 +4,7 @@ import tempfile
 import unittest
 
 from hf_clip import HfClipTokenizer
-from hf_clip.original.vocabulary import installed_vocabulary
+from hf_clip.checkpoints.vocabulary import installed_vocabulary
 
 from .sdist import load
 

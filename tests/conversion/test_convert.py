@@ -22,14 +22,14 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from conversion.convert import convert, main
 from conversion.reference import build_reference, halve, reference_dimensions, write_archive
 from hf_clip import VARIANTS, HfClipConfig, HfClipModel, HfClipProcessor
-from hf_clip import whole_folder as whole_folder_module
-from hf_clip.files_hf_clip import FolderReplacedError
-from hf_clip.formats import writing
-from hf_clip.formats.safetensors_stream import write_safetensors
-from hf_clip.original import CheckpointError
-from hf_clip.whole_folder import FolderInUseError, whole_folder
+from hf_clip.checkpoints import whole_folder as whole_folder_module
+from hf_clip.checkpoints import write as writing
+from hf_clip.checkpoints.errors import CheckpointError
+from hf_clip.checkpoints.safetensors_stream import write_safetensors
+from hf_clip.checkpoints.whole_folder import FolderInUseError, whole_folder
+from hf_clip.model.checked_files import FolderReplacedError
 
-from ..small import DIMENSIONS, IMAGE_SIZES, pictures, texts
+from ..small import DIMENSIONS, IMAGE_SIZES, random_images, texts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,7 +57,7 @@ def test_folder_is_complete_and_loads(repository: Path, tower: str, reference: n
     assert len(processor.tokenizer) == 1000
     with torch.no_grad():
         torch.testing.assert_close(
-            model.encode_image(pictures(tower)), reference.encode_image(pictures(tower)), rtol=1e-4, atol=1e-5
+            model.encode_image(random_images(tower)), reference.encode_image(random_images(tower)), rtol=1e-4, atol=1e-5
         )
 
 

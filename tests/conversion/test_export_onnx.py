@@ -18,7 +18,7 @@ from conversion.onnx_graphs import GRAPHS, random_inputs
 from conversion.onnx_precision import Comparison, Deviation, open_session
 from hf_clip import VARIANTS, HfClipConfig, HfClipModel, HfClipVisionModelWithProjection
 
-from ..small import CONTEXT_LENGTH, pictures, texts
+from ..small import CONTEXT_LENGTH, random_images, texts
 
 pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
@@ -90,7 +90,7 @@ def test_text_graph_equals_the_model_at_any_batch_size_and_length(
 @torch.no_grad()
 @pytest.mark.parametrize("count", [1, 5])
 def test_image_graph_equals_the_model_at_any_batch_size(exported: Path, model: HfClipModel, tower: str, count: int):
-    batch = pictures(tower, count)
+    batch = random_images(tower, count)
     found = run(exported / "onnx" / "vision_model.onnx", pixel_values=batch)["image_embeds"]
     torch.testing.assert_close(found, model.encode_image(batch), rtol=1e-4, atol=1e-4)
 
@@ -110,7 +110,7 @@ def test_masking_the_padding_changes_nothing(exported: Path, tower: str):
     masks = [torch.ones_like(ids), (ids != 0).long()]
     assert not torch.equal(*masks)
     graph = exported / "onnx" / "model.onnx"
-    whole, masked = (run(graph, input_ids=ids, attention_mask=m, pixel_values=pictures(tower)) for m in masks)
+    whole, masked = (run(graph, input_ids=ids, attention_mask=m, pixel_values=random_images(tower)) for m in masks)
     torch.testing.assert_close(whole["text_embeds"], masked["text_embeds"], rtol=1e-4, atol=1e-5)
     alone = run(exported / "onnx" / "text_model.onnx", input_ids=ids)["text_embeds"]
     normalised = torch.nn.functional.normalize(alone, dim=-1)
@@ -125,7 +125,7 @@ def test_text_padded_on_the_left_and_text_of_padding_alone_are_numbers(exported:
     ids[0] = ids[0].roll(5)
     mask[0, :5], mask[1] = 0, 0
     found = run(
-        exported / "onnx" / f"model{end}.onnx", input_ids=ids, attention_mask=mask, pixel_values=pictures(tower)
+        exported / "onnx" / f"model{end}.onnx", input_ids=ids, attention_mask=mask, pixel_values=random_images(tower)
     )
     assert all(tensor.isfinite().all() for tensor in found.values())
 
@@ -172,10 +172,10 @@ def test_no_graph_carries_paths_of_the_machine_that_wrote_it(exported: Path):
 def test_exported_folder_is_still_a_repository(exported: Path, repository: Path):
     for name in DESCRIPTIONS - {"preprocessor_config.json"}:
         assert (exported / name).read_bytes() == (repository / name).read_bytes()
-    pictures = json.loads((exported / "preprocessor_config.json").read_text())
-    assert pictures["image_processor_type"] == "CLIPImageProcessor"
+    images = json.loads((exported / "preprocessor_config.json").read_text())
+    assert images["image_processor_type"] == "CLIPImageProcessor"
     assert (
-        pictures["crop_size"]
+        images["crop_size"]
         == json.loads((repository / "processor_config.json").read_text())["image_processor"]["crop_size"]
     )
 
@@ -250,8 +250,8 @@ def test_folders_of_other_layouts_are_exported(
     export_onnx(tmp_path / "source", tmp_path / "out")
     kind = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
     assert kind == ("clip" if layout == "transformers" else "hf_clip")
-    pictures = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
-    assert pictures["image_processor_type"] == "CLIPImageProcessor"
+    images = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert images["image_processor_type"] == "CLIPImageProcessor"
     assert listing(tmp_path / "out") >= {"onnx/text_model.onnx", "tokenizer.json", "tokenizer_config.json"}
 
 

@@ -11,9 +11,9 @@ from transformers import AutoModel
 
 from conversion.parity import TEXT_LENGTHS, check_variant, compare, main, random_texts, relative_error, table
 from hf_clip import VARIANTS, HfClipModel
-from hf_clip.original import config_from_shapes, convert_names
+from hf_clip.checkpoints.keys import config_from_shapes, convert_names
 
-from ..small import pictures, texts
+from ..small import random_images, texts
 
 TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -50,7 +50,7 @@ CHANGES: dict[str, Callable[[HfClipModel], Tensor]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_comparison_sees_a_small_change_of_any_part(model: HfClipModel, reference: nn.Module, tower: str, change: str):
     """A yardstick that cannot fail would prove nothing: one tensor is moved by a thousandth."""
-    images, ids = pictures(tower), texts()
+    images, ids = random_images(tower), texts()
     assert compare(model, reference, images, ids).largest <= TOLERANCE
     with torch.no_grad():
         tensor = CHANGES[change](model)
@@ -61,7 +61,7 @@ def test_comparison_sees_a_small_change_of_any_part(model: HfClipModel, referenc
 def test_comparison_sees_changed_batch_norm_statistics(repositories: dict[str, Path], references: dict):
     model = AutoModel.from_pretrained(repositories["resnet"]).eval()
     model.vision_model.layer2[1].bn2.running_var.mul_(1.01)
-    assert compare(model, references["resnet"], pictures("resnet"), texts()).largest > TOLERANCE
+    assert compare(model, references["resnet"], random_images("resnet"), texts()).largest > TOLERANCE
 
 
 def reference_loss(reference: nn.Module, images: Tensor, ids: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def test_gradients_of_every_parameter_equal_the_references(
     """In training mode BatchNorm normalises by the batch: another path through the ResNet, and its statistics."""
     reference = copy.deepcopy(reference).train(training)
     model.train(training)
-    images, ids = pictures(tower), texts()
+    images, ids = random_images(tower), texts()
     expected = reference_loss(reference, images, ids)
     expected.backward()
     found = model(input_ids=ids, pixel_values=images, return_loss=True).loss

@@ -49,10 +49,10 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(node: Path, folder: Path, photograph: Image.Image, dtype: str) -> dict[str, Any]:
-    """What transformers.js makes of the texts and the picture."""
-    picture = folder.parent / "picture.png"
-    photograph.save(picture)
-    question = {"texts": TEXTS, "picture": str(picture), "labels": LABELS, "dtype": dtype}
+    """What transformers.js makes of the texts and the image."""
+    image = folder.parent / "image.png"
+    photograph.save(image)
+    question = {"texts": TEXTS, "image": str(image), "labels": LABELS, "dtype": dtype}
     done = subprocess.run(
         ["node", SCRIPT.name, str(folder.parent), folder.name],
         cwd=node,

@@ -123,15 +123,15 @@ def test_retrieval_checked_by_hand(chunk: int):
         assert found == pytest.approx(sum(by_hand) / 4)
 
 
-def test_several_captions_and_a_caption_of_several_pictures():
-    """Pictures 1 and 2; captions of picture 1, of 1, of 2. A second copy of picture 2 shares its caption."""
-    pictures = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]])
+def test_several_captions_and_a_caption_of_several_images():
+    """Images 1 and 2; captions of image 1, of 1, of 2. A second copy of image 2 shares its caption."""
+    images = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]])
     captions = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.3, 0.7]])
-    picture_ids, caption_ids = torch.tensor([1, 2, 2]), torch.tensor([1, 1, 2])
-    # Picture 1 finds its second caption first; both pictures 2 find picture 1's first caption before their own.
-    assert recall_at_k(pictures, captions, picture_ids, caption_ids, ks=(1, 2)) == {1: pytest.approx(1 / 3), 2: 1.0}
-    # Caption 0 finds pictures 2 first, twice; the other two are right at once.
-    assert ranks_of_first_right(captions, pictures, caption_ids, picture_ids).tolist() == [2, 0, 0]
+    image_ids, caption_ids = torch.tensor([1, 2, 2]), torch.tensor([1, 1, 2])
+    # Image 1 finds its second caption first; both images 2 find image 1's first caption before their own.
+    assert recall_at_k(images, captions, image_ids, caption_ids, ks=(1, 2)) == {1: pytest.approx(1 / 3), 2: 1.0}
+    # Caption 0 finds images 2 first, twice; the other two are right at once.
+    assert ranks_of_first_right(captions, images, caption_ids, image_ids).tolist() == [2, 0, 0]
 
 
 def test_equal_similarities_are_not_found():

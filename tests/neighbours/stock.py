@@ -7,7 +7,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 
 from hf_clip import HfClipModel, HfClipTextModel, HfClipTextModelWithProjection
 
-from ..small import pictures, texts
+from ..small import random_images, texts
 
 
 def stock_model(ours: HfClipModel) -> CLIPModel:
@@ -28,5 +28,5 @@ def _with_weights_of(ours: nn.Module, stock: Any) -> Any:
 
 
 def pairs(tower: str) -> dict[str, Tensor]:
-    """Four texts and the pictures that belong to them."""
-    return {"input_ids": texts(), "pixel_values": pictures(tower)}
+    """Four texts and the images that belong to them."""
+    return {"input_ids": texts(), "pixel_values": random_images(tower)}

@@ -105,10 +105,10 @@ def test_stable_diffusion_draws_the_same_images(parts: dict[str, Any], ours: HfC
     for found, expected in zip(embed(mine, PROMPTS), embed(theirs, PROMPTS), strict=True):
         assert found.shape == (2, 20, WIDTH)  # padded to the tokenizer's length
         assert_equal(found, expected)
-    pictures = [draw(mine, prompt) for prompt in PROMPTS]
-    for prompt, picture in zip(PROMPTS, pictures, strict=True):
-        np.testing.assert_allclose(picture, draw(theirs, prompt), atol=1e-5)
-    assert abs(pictures[0] - pictures[1]).max() > 1e-4  # so prompts do matter to that random network
+    images = [draw(mine, prompt) for prompt in PROMPTS]
+    for prompt, image in zip(PROMPTS, images, strict=True):
+        np.testing.assert_allclose(image, draw(theirs, prompt), atol=1e-5)
+    assert abs(images[0] - images[1]).max() > 1e-4  # so prompts do matter to that random network
 
 
 def test_stable_diffusion_measures_and_cuts_a_long_prompt(parts: dict[str, Any], ours: HfClipTextModel):
@@ -185,7 +185,7 @@ def test_textual_inversion_adds_a_word(parts: dict[str, Any], ours: HfClipTextMo
         pipeline.load_textual_inversion({"<mine>": vector}, token="<mine>")
         ids = pipeline.tokenizer("a <mine>").input_ids
         assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[ids[-2]], vector[0])
-    mine, theirs = (embed(pipeline, ["a picture of <mine>"]) for pipeline in pipelines)
+    mine, theirs = (embed(pipeline, ["an image of <mine>"]) for pipeline in pipelines)
     assert_equal(mine[0], theirs[0])
 
 
@@ -214,7 +214,7 @@ def test_lora_of_a_text_encoder_loads(parts: dict[str, Any], ours: HfClipTextMod
 def test_image_encoder_of_a_pipeline(
     parts: dict[str, Any], ours: HfClipTextModel, repository: Path, photographs: dict[str, Image.Image], tmp_path: Path
 ):
-    """Pictures as prompts (IP-Adapter) are encoded by an image tower with its projection, a ResNet too."""
+    """Images as prompts (IP-Adapter) are encoded by an image tower with its projection, a ResNet too."""
     tower = HfClipVisionModelWithProjection.from_pretrained(repository).eval()
     processor = AutoProcessor.from_pretrained(repository).image_processor
     pipeline = build(parts, ours, image_encoder=tower, feature_extractor=processor)

@@ -136,7 +136,9 @@ def test_adapter_loads_without_peft_model(
     by_base = AutoModel.from_pretrained(folder).eval()
     assert type(by_base) is HfClipModel
     assert_close(logits(by_base, tower), expected)
-    by_auto_mapping = peft.AutoPeftModel.from_pretrained(folder, import_allowlist=["hf_clip.modeling_hf_clip"]).eval()
+    by_auto_mapping = peft.AutoPeftModel.from_pretrained(
+        folder, import_allowlist=["hf_clip.model.modeling_hf_clip"]
+    ).eval()
     assert_close(logits(by_auto_mapping, tower), expected)
 
 

@@ -1,4 +1,4 @@
-"""sentence-transformers: a repository as it is serves as a model for texts and pictures, with and without the package.
+"""sentence-transformers: a repository as it is serves as a model for texts and images, with and without the package.
 
 It finds a model's modalities by the return annotations of `get_*_features`, in remote code too.
 """
@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from hf_clip import HfClipModel, HfClipProcessor
-from hf_clip.remote_code import TRAVELLING, add_remote_code
+from hf_clip.hub.remote_code import TRAVELLING, add_remote_code
 
 from ..without_hf_clip import BLOCK_HF_CLIP
 
@@ -41,13 +41,13 @@ results = []
 for folder in folders:
     model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
     model.save_pretrained(folder + "-saved")
-    picture = Image.open(folder + "/picture.png")
+    image = Image.open(folder + "/image.png")
     for found in (model, SentenceTransformer(folder + "-saved", trust_remote_code=True, device="cpu")):
         results.append([
             type(found[0].model).__module__.split(".")[0],
             found.modalities,
             found.encode(texts).tolist(),
-            found.encode([picture]).tolist(),
+            found.encode([image]).tolist(),
         ])
 print("RESULT" + json.dumps(results))
 """
@@ -55,11 +55,11 @@ print("RESULT" + json.dumps(results))
 
 
 @torch.no_grad()
-def our_vectors(folder: Path, picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """What `encode_text` and `encode_image` give for `TEXTS` and the picture."""
+def our_vectors(folder: Path, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """What `encode_text` and `encode_image` give for `TEXTS` and the image."""
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     ids = processor(text=TEXTS, return_tensors="pt").input_ids
-    pixels = processor(images=[picture], return_tensors="pt").pixel_values
+    pixels = processor(images=[image], return_tensors="pt").pixel_values
     return model.encode_text(ids).numpy(), model.encode_image(pixels).numpy()
 
 
@@ -68,20 +68,20 @@ def assert_same_vectors(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 def test_plugin_is_enough(repository: Path, photographs: dict[str, Image.Image], tmp_path: Path):
-    picture = photographs["chelsea"]
-    picture.save(tmp_path / "picture.png")
+    image = photographs["chelsea"]
+    image.save(tmp_path / "image.png")
     model = sentence_transformers.SentenceTransformer(str(repository), device="cpu")
     assert (type(model[0].model), type(model[0].processor)) == (HfClipModel, HfClipProcessor)
     assert model.modalities == ["text", "image"]
     assert (model.max_seq_length, model.get_embedding_dimension()) == (20, 48)
-    of_texts, of_picture = our_vectors(repository, picture)
+    of_texts, of_image = our_vectors(repository, image)
     assert_same_vectors(model.encode(TEXTS), of_texts)
-    assert_same_vectors(model.encode([picture]), of_picture)
-    assert_same_vectors(model.encode([str(tmp_path / "picture.png")]), of_picture)
+    assert_same_vectors(model.encode([image]), of_image)
+    assert_same_vectors(model.encode([str(tmp_path / "image.png")]), of_image)
     assert model.encode(["a cat " * 80]).shape == (1, 48)  # cut to the table's length
-    norms = np.linalg.norm(of_texts, axis=1, keepdims=True), np.linalg.norm(of_picture, axis=1)
-    cosines = (of_texts / norms[0]) @ (of_picture / norms[1]).T
-    assert_same_vectors(model.similarity(model.encode(TEXTS), model.encode([picture])).numpy(), cosines)
+    norms = np.linalg.norm(of_texts, axis=1, keepdims=True), np.linalg.norm(of_image, axis=1)
+    cosines = (of_texts / norms[0]) @ (of_image / norms[1]).T
+    assert_same_vectors(model.similarity(model.encode(TEXTS), model.encode([image])).numpy(), cosines)
 
 
 def test_published_repositories_work_where_hf_clip_is_not_installed(
@@ -92,7 +92,7 @@ def test_published_repositories_work_where_hf_clip_is_not_installed(
         folders.append(tmp_path / tower)
         shutil.copytree(repository, folders[-1])
         add_remote_code(folders[-1])
-        photographs["coffee"].save(folders[-1] / "picture.png")
+        photographs["coffee"].save(folders[-1] / "image.png")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WITHOUT_HF_CLIP],
         input=json.dumps([TEXTS, [str(folder) for folder in folders]]),
@@ -105,12 +105,12 @@ def test_published_repositories_work_where_hf_clip_is_not_installed(
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.rpartition("RESULT")[2])
     assert len(results) == 2 * len(folders)  # each as published, and as saved again from there
-    for number, (package, modalities, of_texts, of_picture) in enumerate(results):
+    for number, (package, modalities, of_texts, of_image) in enumerate(results):
         assert package == "transformers_modules"
         assert modalities == ["text", "image"]
         expected = our_vectors(folders[number // 2], photographs["coffee"])
         assert_same_vectors(np.array(of_texts), expected[0])
-        assert_same_vectors(np.array(of_picture), expected[1])
+        assert_same_vectors(np.array(of_image), expected[1])
     for folder in folders:
         saved = {path.name for path in folder.with_name(f"{folder.name}-saved").iterdir()}
         assert {f"{name}.py" for name in TRAVELLING} | {"modules.json"} <= saved
@@ -124,8 +124,8 @@ def test_trainer_takes_a_step(repository: Path, photographs: dict[str, Image.Ima
 
     model = sentence_transformers.SentenceTransformer(str(repository), device="cpu")
     clip = model[0].model
-    pictures, captions = [photographs[name] for name in CAPTIONS], list(CAPTIONS.values())
-    inputs = model[0].processor(text=captions, images=pictures, return_tensors="pt")
+    images, captions = [photographs[name] for name in CAPTIONS], list(CAPTIONS.values())
+    inputs = model[0].processor(text=captions, images=images, return_tensors="pt")
     with torch.no_grad():
         expected = copy.deepcopy(clip).train()(**inputs, return_loss=True).loss.item()
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
@@ -142,7 +142,7 @@ def test_trainer_takes_a_step(repository: Path, photographs: dict[str, Image.Ima
             save_strategy="no",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_dict({"text": captions, "image": pictures}),
+        train_dataset=Dataset.from_dict({"text": captions, "image": images}),
         loss=MultipleNegativesRankingLoss(
             model,
             scale=clip.logit_scale.exp().item(),

@@ -36,17 +36,17 @@ def processor(repositories: dict[str, Path]) -> ProcessorMixin:
 
 @pytest.fixture(scope="session")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
-    pictures = [jpeg(index) for index in range(COUNT)]
-    return str(write_tar(tmp_path_factory.mktemp("shard") / "shard.tar", pictures, captions(COUNT)))
+    images = [jpeg(index) for index in range(COUNT)]
+    return str(write_tar(tmp_path_factory.mktemp("shard") / "shard.tar", images, captions(COUNT)))
 
 
 @pytest.fixture(scope="session")
 def shard_with_bad_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """22 pictures, of which those in places 3, 4 and 9 cannot be decoded, and 6 has a damaged EXIF block."""
-    pictures = [jpeg(index) for index in range(COUNT)]
+    """22 images, of which those in places 3, 4 and 9 cannot be decoded, and 6 has a damaged EXIF block."""
+    images = [jpeg(index) for index in range(COUNT)]
     bad = broken()
-    pictures[3], pictures[4], pictures[9], pictures[6] = bad["truncated"], bad["text"], bad["nothing"], corrupt_exif()
-    return str(write_tar(tmp_path_factory.mktemp("bad") / "shard.tar", pictures, captions(COUNT)))
+    images[3], images[4], images[9], images[6] = bad["truncated"], bad["text"], bad["nothing"], corrupt_exif()
+    return str(write_tar(tmp_path_factory.mktemp("bad") / "shard.tar", images, captions(COUNT)))
 
 
 @pytest.fixture

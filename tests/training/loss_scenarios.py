@@ -16,7 +16,7 @@ import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.training.losses import ContrastiveResult, global_contrastive_loss
 
 from ..largest_tensor import LargestTensor
-from ..small import pictures, texts
+from ..small import random_images, texts
 
 EVEN, UNEVEN, EMPTY = {2: [4, 4], 3: [3, 3, 3]}, {2: [5, 2], 3: [4, 3, 1]}, {2: [0, 3], 3: [3, 0, 2]}
 
@@ -98,7 +98,7 @@ def run_model(folder: Path, tower: str, kind: str, process: int) -> dict[str, An
     model = AutoModel.from_pretrained(folder, contrastive_loss=kind).eval()
     mine = slice(0, 3) if process == 0 else slice(3, 4)
     towers = DistributedDataParallel(model)
-    outputs = towers(input_ids=texts()[mine], pixel_values=pictures(tower)[mine])
+    outputs = towers(input_ids=texts()[mine], pixel_values=random_images(tower)[mine])
     result = global_contrastive_loss(
         outputs.image_embeds, outputs.text_embeds, model.logit_scale, logit_bias=model.logit_bias, kind=kind
     )

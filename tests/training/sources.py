@@ -1,4 +1,4 @@
-"""Pictures and captions in every form that a data set comes in, small enough to be made anew for each test."""
+"""Images and captions in every form that a data set comes in, small enough to be made anew for each test."""
 
 import csv
 import io
@@ -14,11 +14,11 @@ from datasets import Dataset
 from PIL import Image
 from transformers import ProcessorMixin
 
-from hf_clip.training.augment import Augmentation
-from hf_clip.training.collator import PairCollator
-from hf_clip.training.content import tokens_id
-from hf_clip.training.data import PairLoader, build_loader
-from hf_clip.training.pairs import Pairs, PairStream
+from hf_clip.training.data.augment import Augmentation
+from hf_clip.training.data.collator import PairCollator
+from hf_clip.training.data.content import tokens_id
+from hf_clip.training.data.loader import PairLoader, build_loader
+from hf_clip.training.data.pairs import Pairs, PairStream
 
 SMALL = 6
 """Rows of the sources of every kind."""
@@ -34,7 +34,7 @@ def captions(count: int = SMALL) -> list[str]:
 
 
 def png(index: int, size: tuple[int, int] = (60, 48)) -> bytes:
-    """A picture that shows its number: all of it has one grey level."""
+    """An image that shows its number: all of it has one grey level."""
     buffer = BytesIO()
     Image.new("RGB", size, (index * 10,) * 3).save(buffer, "PNG")
     return buffer.getvalue()
@@ -51,12 +51,12 @@ def jpeg(seed: int = 0, size: tuple[int, int] = (60, 48), orientation: int | Non
 
 
 def broken() -> dict[str, bytes]:
-    """Pictures that cannot be decoded, by what is wrong with them."""
-    return {"truncated": jpeg(1, (200, 160))[:2000], "text": b"this is no picture", "nothing": b""}
+    """Images that cannot be decoded, by what is wrong with them."""
+    return {"truncated": jpeg(1, (200, 160))[:2000], "text": b"this is no image", "nothing": b""}
 
 
 def corrupt_exif() -> bytes:
-    """A picture whose EXIF block is damaged, and which can be shown all the same."""
+    """An image whose EXIF block is damaged, and which can be shown all the same."""
     data = bytearray(jpeg(2, orientation=6))
     place = data.index(b"Exif\0\0") + 6
     data[place : place + 20] = b"\xff" * 20
@@ -65,7 +65,7 @@ def corrupt_exif() -> bytes:
 
 def write_pictures(folder: Path, count: int = SMALL) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"picture{index}.png" for index in range(count)]
+    names = [f"image{index}.png" for index in range(count)]
     for index, name in enumerate(names):
         (folder / name).write_bytes(png(index))
     return names
@@ -89,11 +89,11 @@ def write_table(path: Path, columns: dict[str, Sequence[Any]]) -> Path:
     return path
 
 
-def write_tar(path: Path, pictures: Sequence[bytes], texts: Sequence[str], start: int = 0) -> Path:
+def write_tar(path: Path, images: Sequence[bytes], texts: Sequence[str], start: int = 0) -> Path:
     with tarfile.open(path, "w") as archive:
-        for index, (picture, text) in enumerate(zip(pictures, texts, strict=True), start=start):
+        for index, (image, text) in enumerate(zip(images, texts, strict=True), start=start):
             about = json.dumps({"id": index, "long": f"a long {text}"}).encode()
-            for name, content in (("jpg", picture), ("txt", text.encode()), ("json", about)):
+            for name, content in (("jpg", image), ("txt", text.encode()), ("json", about)):
                 member = tarfile.TarInfo(f"{index:05d}.{name}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
@@ -102,29 +102,29 @@ def write_tar(path: Path, pictures: Sequence[bytes], texts: Sequence[str], start
 
 def _folder(ending: str) -> Callable[[Path], str]:
     def write(folder: Path) -> str:
-        names = write_pictures(folder / "pictures")
-        write_table(folder / "pictures" / f"metadata{ending}", {"file_name": names, "caption": captions()})
-        return str(folder / "pictures")
+        names = write_pictures(folder / "images")
+        write_table(folder / "images" / f"metadata{ending}", {"file_name": names, "caption": captions()})
+        return str(folder / "images")
 
     return write
 
 
 def _paths(ending: str) -> Callable[[Path], str]:
     def write(folder: Path) -> str:
-        names = [f"pictures/{name}" for name in write_pictures(folder / "pictures")]
+        names = [f"images/{name}" for name in write_pictures(folder / "images")]
         return str(write_table(folder / f"table{ending}", {"image_path": names, "text": captions()}))
 
     return write
 
 
 def _bytes(folder: Path) -> str:
-    pictures = [png(index) for index in range(SMALL)]
-    return str(write_table(folder / "table.parquet", {"image": pictures, "caption": captions(), "id": range(SMALL)}))
+    images = [png(index) for index in range(SMALL)]
+    return str(write_table(folder / "table.parquet", {"image": images, "caption": captions(), "id": range(SMALL)}))
 
 
 def _stored(folder: Path) -> str:
-    pictures = [{"bytes": png(index), "path": f"{index}.png"} for index in range(SMALL)]
-    return str(write_table(folder / "table.parquet", {"image": pictures, "caption": captions()}))
+    images = [{"bytes": png(index), "path": f"{index}.png"} for index in range(SMALL)]
+    return str(write_table(folder / "table.parquet", {"image": images, "caption": captions()}))
 
 
 def _tar(folder: Path) -> str:
@@ -132,9 +132,9 @@ def _tar(folder: Path) -> str:
 
 
 def _tars(folder: Path) -> str:
-    pictures, half = [png(index) for index in range(SMALL)], SMALL // 2
-    write_tar(folder / "shard-0.tar", pictures[:half], captions()[:half])
-    write_tar(folder / "shard-1.tar", pictures[half:], captions()[half:], start=half)
+    images, half = [png(index) for index in range(SMALL)], SMALL // 2
+    write_tar(folder / "shard-0.tar", images[:half], captions()[:half])
+    write_tar(folder / "shard-1.tar", images[half:], captions()[half:], start=half)
     return str(folder / "shard-*.tar")
 
 
@@ -148,7 +148,7 @@ WRITERS: dict[str, Callable[[Path], str]] = {
     **{f"folder with metadata{ending}": _folder(ending) for ending in (".csv", ".jsonl", ".parquet")},
     **{f"paths in {ending}": _paths(ending) for ending in (".csv", ".tsv", ".json", ".jsonl", ".parquet")},
     "bytes in .parquet": _bytes,
-    "stored pictures in .parquet": _stored,
+    "stored images in .parquet": _stored,
     "webdataset": _tar,
     "several webdatasets": _tars,
     "save_to_disk": _saved,

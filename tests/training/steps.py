@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from hf_clip.training.optim import clamp_logit_scale_
 
-from ..small import pictures, texts
+from ..small import random_images, texts
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -21,7 +21,9 @@ def take_steps(model: nn.Module, tower: str, optimizer: torch.optim.Optimizer, s
     """Train as finetune.py does, in training mode."""
     model.train()
     for step in range(steps):
-        model(pixel_values=pictures(tower, seed=step), input_ids=texts(seed=step), return_loss=True).loss.backward()
+        model(
+            pixel_values=random_images(tower, seed=step), input_ids=texts(seed=step), return_loss=True
+        ).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         clamp_logit_scale_(model)

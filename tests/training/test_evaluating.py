@@ -9,8 +9,8 @@ from transformers import AutoModel, AutoProcessor
 from hf_clip import ZeroShotClassifier
 from hf_clip.training.build import build_data
 from hf_clip.training.config import TrainingConfig
+from hf_clip.training.data.images import open_content
 from hf_clip.training.evaluating import group_pairs, retrieval
-from hf_clip.training.pictures import open_content
 
 from ..finetuning import LABELLED_CAPTION, options, records, train
 
@@ -24,8 +24,8 @@ def same(groups: torch.Tensor) -> list[set[int]]:
     ("images", "texts", "groups"),
     [
         ([1, 2, 3], [4, 5, 6], [{0}, {1}, {2}]),
-        ([1, 1, 2], [4, 5, 6], [{0, 1}, {2}]),  # two captions of a picture
-        ([1, 2, 3], [4, 5, 4], [{0, 2}, {1}]),  # two pictures of a caption
+        ([1, 1, 2], [4, 5, 6], [{0, 1}, {2}]),  # two captions of an image
+        ([1, 2, 3], [4, 5, 4], [{0, 2}, {1}]),  # two images of a caption
         ([1, 1, 2, 3, 3], [4, 5, 5, 6, 4], [{0, 1, 2, 3, 4}]),  # through others, whatever their order
         ([1, 2, 3, 1], [9, 8, 7, 7], [{0, 2, 3}, {1}]),
     ],
@@ -35,19 +35,19 @@ def test_pairs_that_share_something_are_in_one_group(images: list[int], texts: l
 
 
 def test_retrieval_by_hand():
-    """Three pictures, the first with two captions; text 2 looks most like picture 0."""
+    """Three images, the first with two captions; text 2 looks most like image 0."""
     images = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]])
     texts = torch.tensor([[0.9, 0.1, 0], [0, 0.2, 0.8], [0.8, 0.6, 0], [0, 0.4, 0.5]])
     figures = retrieval(images, texts, torch.tensor([7, 7, 8, 9]), torch.tensor([1, 2, 3, 4]))
-    # Picture 0 finds text 0, picture 1 its text 2 with 0.6, and picture 2 text 1 before its own.
+    # Image 0 finds text 0, image 1 its text 2 with 0.6, and image 2 text 1 before its own.
     assert figures["image_to_text_recall@1"] == pytest.approx(2 / 3)
-    # Text 0 finds picture 0, text 1 picture 2 and text 2 picture 0, both wrong, and text 3 its own.
+    # Text 0 finds image 0, text 1 image 2 and text 2 image 0, both wrong, and text 3 its own.
     assert figures["text_to_image_recall@1"] == pytest.approx(2 / 4)
     assert figures["recall@1"] == pytest.approx((2 / 3 + 2 / 4) / 2)
     assert figures["recall@5"] == figures["recall@10"] == 1
 
 
-def test_equal_pictures_and_captions_count_once():
+def test_equal_images_and_captions_count_once():
     images, texts = torch.eye(3)[[0, 0, 1, 2]], torch.eye(3)[[0, 0, 1, 0]]
     figures = retrieval(images, texts, torch.tensor([1, 1, 2, 3]), torch.tensor([1, 1, 2, 3]))
     # Of three captions the first and the last look alike, so each is beaten by the other: a tie counts as wrong.

@@ -15,8 +15,8 @@ from hf_clip.training.lora import add_lora_, merge_lora_, save_adapter
 from hf_clip.training.optim import create_optimizer
 from hf_clip.training.trainable import count_trainable, lock_
 
-from ..small import pictures, texts
-from ..test_modeling import enable_checkpointing
+from ..model.test_modeling import enable_checkpointing
+from ..small import random_images, texts
 from .steps import changed, take_steps, weights_of
 
 LAYER = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"]
@@ -28,7 +28,7 @@ def base_name(name: str) -> str:
 
 @torch.no_grad()
 def logits(model: HfClipModel, tower: str) -> torch.Tensor:
-    return model.eval()(pixel_values=pictures(tower), input_ids=texts()).logits_per_image
+    return model.eval()(pixel_values=random_images(tower), input_ids=texts()).logits_per_image
 
 
 def train(model: HfClipModel, tower: str) -> None:
@@ -130,7 +130,7 @@ def test_gradients_are_the_same_with_checkpointing(model: HfClipModel, tower: st
         if checkpointed:
             enable_checkpointing(model, use_reentrant=False)
         model.train().zero_grad()
-        model(pixel_values=pictures(tower), input_ids=texts(), return_loss=True).loss.backward()
+        model(pixel_values=random_images(tower), input_ids=texts(), return_loss=True).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)

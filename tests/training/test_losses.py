@@ -15,15 +15,15 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 from transformers import AutoModel
 
 from hf_clip import HfClipConfig
-from hf_clip.modeling_hf_clip import contrastive_loss, sigmoid_loss
-from hf_clip.training.content import content_id
+from hf_clip.model.modeling_hf_clip import contrastive_loss, sigmoid_loss
+from hf_clip.training.data.content import content_id
 from hf_clip.training.losses import (
     INITIAL_SIGMOID_LOGIT_BIAS,
     INITIAL_SIGMOID_LOGIT_SCALE,
     global_contrastive_loss,
 )
 
-from ..small import pictures, texts
+from ..small import random_images, texts
 from .loss_scenarios import SCENARIOS, run_process, run_scenario
 
 Records = dict[int, list[dict[str, Any]]]
@@ -70,7 +70,7 @@ def test_several_processes_equal_one_on_the_whole_batch(processes: int, name: st
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_two_processes_train_a_model_as_its_own_loss_does(tower: str, kind: str, repository: Path, records: Records):
     model = AutoModel.from_pretrained(repository, contrastive_loss=kind).eval()
-    loss = model(input_ids=texts(), pixel_values=pictures(tower), return_loss=True).loss
+    loss = model(input_ids=texts(), pixel_values=random_images(tower), return_loss=True).loss
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert ("logit_bias" in gradients) == (kind == "sigmoid")
@@ -208,7 +208,7 @@ def test_duplicates_are_no_negatives_of_the_sigmoid_loss():
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_batch_of_one_picture_only_has_finite_gradients(kind: str):
+def test_batch_of_one_image_only_has_finite_gradients(kind: str):
     images, texts = (embeds.requires_grad_() for embeds in embeds_of(3))
     bias = torch.tensor(-3.0) if kind == "sigmoid" else None
     result = global_contrastive_loss(

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from hf_clip.remote_code import TRAVELLING
+from hf_clip.hub.remote_code import TRAVELLING
 from hf_clip.training.config import parse_config
 
 from ..finetuning import ROOT, launch, options, records, train, weights
@@ -25,18 +25,18 @@ WITHOUT_HF_CLIP = (
     + """
 import json
 from transformers import CLIPModel, pipeline
-folder, picture = sys.argv[1:]
+folder, image = sys.argv[1:]
 assert type(CLIPModel.from_pretrained(folder)) is CLIPModel
 classify = pipeline("zero-shot-image-classification", model=folder)
-print("RESULT" + json.dumps(classify(picture, candidate_labels=["a red seven", "a blue nine"])))
+print("RESULT" + json.dumps(classify(image, candidate_labels=["a red seven", "a blue nine"])))
 """
 )
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    Image.effect_noise((16, 16), 90).convert("RGB").save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+def image(tmp_path: Path) -> Path:
+    Image.effect_noise((16, 16), 90).convert("RGB").save(tmp_path / "image.png")
+    return tmp_path / "image.png"
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def server() -> Iterator[HubServer]:
         yield running
 
 
-def test_folder_is_complete_and_its_card_can_be_read_by_the_hub(digits: Path, tmp_path: Path, picture: Path):
+def test_folder_is_complete_and_its_card_can_be_read_by_the_hub(digits: Path, tmp_path: Path, image: Path):
     chosen = {"max_steps": 4, "validation": "100", "checkpoint_steps": 2, "logging_steps": 2, "lock": "image:1"}
     out = train(digits, tmp_path / "my-digits", **chosen)
     names = {path.name for path in out.iterdir()}
@@ -78,15 +78,15 @@ def test_folder_is_complete_and_its_card_can_be_read_by_the_hub(digits: Path, tm
     assert f"| recall@1 | {100 * start['recall@1']:.1f} | {100 * figures['recall@1']:.1f} |" in card.text
     assert "](training-curve.png)" in card.text
     classify = pipeline("zero-shot-image-classification", model=str(out))
-    assert len(classify(str(picture), candidate_labels=LABELS)) == 2
+    assert len(classify(str(image), candidate_labels=LABELS)) == 2
 
 
-def test_stock_layout_needs_no_code_of_ours(digits: Path, tmp_path: Path, picture: Path):
+def test_stock_layout_needs_no_code_of_ours(digits: Path, tmp_path: Path, image: Path):
     chosen = {"max_steps": 2, "batch_size": 16}
     stock = train(digits, tmp_path / "stock", output_format="transformers", **chosen)
     ours = train(digits, tmp_path / "ours", **chosen)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_HF_CLIP, str(stock), str(picture)],
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_HF_CLIP, str(stock), str(image)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -94,7 +94,7 @@ def test_stock_layout_needs_no_code_of_ours(digits: Path, tmp_path: Path, pictur
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.rpartition("RESULT")[2])
-    expected = pipeline("zero-shot-image-classification", model=str(ours))(str(picture), candidate_labels=LABELS)
+    expected = pipeline("zero-shot-image-classification", model=str(ours))(str(image), candidate_labels=LABELS)
     assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
     assert found[0]["score"] == pytest.approx(expected[0]["score"], abs=1e-4)
     card = (stock / "README.md").read_text()

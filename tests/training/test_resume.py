@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import finetune
 from hf_clip.training import stopping
 from hf_clip.training.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of_best
-from hf_clip.training.data import PairLoader, Position
+from hf_clip.training.data.loader import PairLoader, Position
 
 from ..finetuning import launch, options, records, train, weights, words
 
@@ -32,7 +32,7 @@ class Interrupted(Exception):  # noqa: N818
 
 
 def chosen(digits: Path, **fields: Any) -> dict[str, Any]:
-    """Several captions, pictures that are cropped and turned, bad rows, a moving average, a place within an epoch."""
+    """Several captions, images that are cropped and turned, bad rows, a moving average, a place within an epoch."""
     given = {"dataset": [str(digits / "several")], "batch_size": 24, "max_bad_fraction": 0.5, "max_steps": 14}
     given |= {"augmentation": "crop=0.5,flip=0.5,jitter=0.2", "ema_decay": 0.9, "logging_steps": 3}
     return given | {"checkpoint_steps": 4, "validation": "20", "keep_best": "recall@10"} | fields

@@ -21,8 +21,8 @@ LABELS = ["a red seven", "a blue nine"]
 
 
 def classify(folder: Path, size: int) -> list[dict]:
-    picture = Image.new("RGB", (size, size), (220, 30, 30))
-    return pipeline("zero-shot-image-classification", model=str(folder))(picture, candidate_labels=LABELS)
+    image = Image.new("RGB", (size, size), (220, 30, 30))
+    return pipeline("zero-shot-image-classification", model=str(folder))(image, candidate_labels=LABELS)
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -186,16 +186,16 @@ def test_bad_rows_of_the_validation_data_are_logged_once_and_count(
     pairs = load_from_disk(str(digits / "pairs"))
     held = pairs["held_out_images"].select(range(60)).cast_column("image", datasets.Image(decode=False))
     rows = held.to_list()
-    rows[7]["image"] = {"bytes": b"no picture", "path": None}
+    rows[7]["image"] = {"bytes": b"no image", "path": None}
     rows[11]["caption"] = " "
     held = datasets.Dataset.from_list(rows, features=pairs["train"].features)
     datasets.DatasetDict(train=pairs["train"], held=held).save_to_disk(tmp_path / "data")
     chosen = {"dataset": str(tmp_path / "data"), "validation": "held", "max_steps": 2, "checkpoint_steps": 1}
     with caplog.at_level(logging.WARNING):
         train(digits, tmp_path / "out", max_bad_fraction=0.05, **chosen)
-    lines = [record.getMessage() for record in caplog.records if record.name == "hf_clip.training.bad_rows"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "hf_clip.training.data.bad_rows"]
     assert [line.split(" of ")[0] for line in lines] == ["skipped: row 7", "skipped: row 11"]
-    assert "its picture cannot be opened" in lines[0]
+    assert "its image cannot be opened" in lines[0]
     assert "its caption is empty" in lines[1]
     message = r"2 of 60 rows cannot be used.*the first is row 7 of .*Repair the data, or pass a higher --max_bad_frac"
     with pytest.raises(ValueError, match=message):
@@ -205,7 +205,7 @@ def test_bad_rows_of_the_validation_data_are_logged_once_and_count(
 
 def test_refused_rows_leave_nothing_that_blocks_the_corrected_call(digits: Path, tmp_path: Path):
     rows = load_from_disk(str(digits / "pairs"))["train"].cast_column("image", datasets.Image(decode=False)).to_list()
-    broken = [row | {"image": {"bytes": b"no picture", "path": None}} for row in rows[:64]]
+    broken = [row | {"image": {"bytes": b"no image", "path": None}} for row in rows[:64]]
     features = load_from_disk(str(digits / "pairs"))["train"].features
     datasets.DatasetDict(train=datasets.Dataset.from_list(broken, features=features)).save_to_disk(tmp_path / "broken")
     with pytest.raises(ValueError, match="row"):
@@ -217,7 +217,7 @@ def test_refused_rows_leave_nothing_that_blocks_the_corrected_call(digits: Path,
 def test_data_that_goes_away_lose_no_step(
     digits: Path, tmp_path: Path, prepared_here: None, monkeypatch: pytest.MonkeyPatch
 ):
-    """Pictures in a folder, which is gone after the third step of a run without checkpoints."""
+    """Images in a folder, which is gone after the third step of a run without checkpoints."""
     pairs = load_from_disk(str(digits / "pairs"))["train"].select(range(200))
     for place in ("kept", "gone"):
         (tmp_path / place).mkdir()

@@ -16,10 +16,10 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from hf_clip.checkpoints.whole_folder import FolderInUseError
 from hf_clip.training import stopping
 from hf_clip.training.checkpoint import list_checkpoints
 from hf_clip.training.output import held
-from hf_clip.whole_folder import FolderInUseError
 
 from ..finetuning import ROOT, options, records, train, words
 

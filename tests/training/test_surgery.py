@@ -1,4 +1,4 @@
-"""Other picture sizes, longer texts, the other loss: what must stay the same, and what the saved folder does."""
+"""Other image sizes, longer texts, the other loss: what must stay the same, and what the saved folder does."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from hf_clip.training.optim import create_optimizer
 from hf_clip.training.surgery import set_image_size_, set_text_length_, stretch_positions, switch_to_sigmoid_
 
 from ..closeness import assert_same_features
-from ..small import IMAGE_SIZES, pictures, texts
+from ..small import IMAGE_SIZES, random_images, texts
 from .steps import changed, take_steps, weights_of
 
 TABLE = {
@@ -57,7 +57,7 @@ def test_same_image_size_changes_nothing(model: HfClipModel, processor: HfClipPr
 
 
 @torch.no_grad()
-def test_larger_pictures_give_the_features_of_a_resampled_table(
+def test_larger_images_give_the_features_of_a_resampled_table(
     model: HfClipModel, processor: HfClipProcessor, tower: str
 ):
     size = IMAGE_SIZES[tower] * 2
@@ -70,7 +70,7 @@ def test_larger_pictures_give_the_features_of_a_resampled_table(
     for name, tensor in model.state_dict().items():
         assert name == TABLE[tower] or torch.equal(tensor, before[name])
     with pytest.raises(ValueError, match=f"position table fits only {size}x{size}"):
-        model.encode_image(pictures(tower))
+        model.encode_image(random_images(tower))
 
 
 def test_saved_folder_works_at_the_new_size(
@@ -116,7 +116,7 @@ def test_image_size_that_does_not_divide_is_refused(
     unit = {"vit": 16, "resnet": 32}[tower]
     before = weights_of(model)
     near = f"{100 // unit * unit} or {100 // unit * unit + unit}" if size == 100 else str(unit)
-    with pytest.raises(ValueError, match=f"image_size is {size}, but .* divides pictures by {unit}: take {near}"):
+    with pytest.raises(ValueError, match=f"image_size is {size}, but .* divides images by {unit}: take {near}"):
         set_image_size_(model, processor, size)
     assert not changed(before, model)
 
@@ -204,7 +204,7 @@ def test_switched_model_takes_the_sigmoid_by_itself(
         "logit_bias": True,
     }
     assert {name for name in model.state_dict() if name not in before} == {"logit_bias"}
-    outputs = model(pixel_values=pictures(tower), input_ids=texts(), return_loss=True)
+    outputs = model(pixel_values=random_images(tower), input_ids=texts(), return_loss=True)
     cosines = outputs.text_embeds @ outputs.image_embeds.T
     torch.testing.assert_close(outputs.logits_per_text, cosines * 10 - 10, rtol=1e-4, atol=1e-4)
     signs = 2 * torch.eye(4) - 1

@@ -24,8 +24,8 @@ from hf_clip.training.trainable import (
 )
 
 from ..closeness import assert_same_gradients
-from ..small import pictures, texts
-from ..test_modeling import enable_checkpointing
+from ..model.test_modeling import enable_checkpointing
+from ..small import random_images, texts
 from .steps import changed, take_steps, weights_of
 
 TOP = {"vit": ("vision_model.post_layernorm",), "resnet": ("vision_model.attnpool",)}
@@ -143,9 +143,9 @@ def test_frozen_batch_norm_stays_while_everything_else_trains(model: HfClipModel
     assert {"visual_projection.weight", "logit_scale"} <= changed(before, model)
 
 
-def test_frozen_batch_norm_makes_a_picture_independent_of_its_batch(repositories: dict[str, Path]):
+def test_frozen_batch_norm_makes_a_image_independent_of_its_batch(repositories: dict[str, Path]):
     model = AutoModel.from_pretrained(repositories["resnet"]).train()
-    images = pictures("resnet", 6)
+    images = random_images("resnet", 6)
     assert not torch.allclose(model.encode_image(images)[:2], model.encode_image(images[:2]), rtol=1e-3)
     freeze_batch_norm_(model)
     expected = model.eval().encode_image(images)
@@ -183,7 +183,7 @@ def test_gradients_are_the_same_with_checkpointing(model: HfClipModel, tower: st
         if checkpointed:
             enable_checkpointing(model, use_reentrant=False)
         model.zero_grad()
-        model(pixel_values=pictures(tower), input_ids=texts(), return_loss=True).loss.backward()
+        model(pixel_values=random_images(tower), input_ids=texts(), return_loss=True).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     plain, checkpointed = gradients
     assert plain.keys() == trained(model)
@@ -196,7 +196,7 @@ def test_locks_hold_under_ddp(model: HfClipModel, tower: str, one_process: None)
     before = weights_of(model)
     optimizer = create_optimizer(model, rates=1e-3)
     wrapped = DistributedDataParallel(model).train()
-    wrapped(pixel_values=pictures(tower), input_ids=texts(), return_loss=True).loss.backward()
+    wrapped(pixel_values=random_images(tower), input_ids=texts(), return_loss=True).loss.backward()
     optimizer.step()
     assert changed(before, model) <= trained(model)
     assert "visual_projection.weight" in changed(before, model)

@@ -1,0 +1,115 @@
+"""Whether the files of a model are there and can be read, asked before anything is built of them.
+
+What transformers says of a missing or damaged file is a traceback, several lines, or names no file. Here it is one
+line that does, and says what to do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, StrictDataclassError
+
+from ..model.checked_files import TOKENIZER_CHECKS, in_one_kind, one_line, read_object
+from .open_clip import CONFIG_FILE
+
+WHOLE_MODELS = ("hf_clip", "clip")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+DESCRIPTIONS = ("config.json", *IMAGE_PROCESSOR_FILES, CONFIG_FILE)
+"""The files by which a folder's readers tell what it holds: those of two layouts beside each other mislead them."""
+OBJECTS = ("config.json", *IMAGE_PROCESSOR_FILES, CONFIG_FILE)
+
+
+def check_folder(folder: str | Path) -> None:
+    """Refuse a folder that is no model's, or whose configuration, tokenizer or image processor is missing or damaged.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    folder = Path(folder)
+    names = [name for name in (*OBJECTS, *TOKENIZER_CHECKS) if (folder / name).is_file()]
+    if "config.json" not in names and CONFIG_FILE not in names:
+        raise FileNotFoundError(
+            f"{folder} is a folder without a model: it has neither config.json nor {CONFIG_FILE}. Name a checkpoint "
+            f"file such as ViT-B-32.pt, or the folder of a model."
+        )
+    found = {name: read_object(folder / name) for name in names if name in OBJECTS}
+    for name in set(names) - found.keys():
+        TOKENIZER_CHECKS[name](folder / name)
+    kind = found.get("config.json", {}).get("model_type")
+    if kind is None and CONFIG_FILE in names:
+        return  # open_clip's own layout, which needs neither tokenizer nor image processor
+    if kind not in WHOLE_MODELS:
+        found_kind = (
+            "a config.json without a model_type" if kind is None else f"a {kind!r:.80} model by its config.json"
+        )
+        raise ValueError(f"{folder} holds {found_kind}; a whole CLIP is needed, {' or '.join(WHOLE_MODELS)}.")
+    for what, files in (("tokenizer", TOKENIZER_FILES), ("image processor", IMAGE_PROCESSOR_FILES)):
+        if not set(files) & set(names):
+            raise FileNotFoundError(
+                f"{folder} has no {what} ({' or '.join(files)}); save the model's processor there: "
+                f"processor.save_pretrained({str(folder)!r})."
+            )
+
+
+def _refused_by_the_hub(source: str | Path, error: BaseException) -> OSError | None:
+    """What the Hub's answer means, where it is another than that there is no such repository."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    statuses = [getattr(getattr(error, "response", None), "status_code", None) for error in causes]
+    status = next((status for status in statuses if status is not None), None)
+    gated = any(isinstance(error, GatedRepoError) for error in causes)
+    hub = constants.ENDPOINT
+    if gated:
+        return PermissionError(
+            f"{source} is gated: accept its conditions on {hub}/{source}, and log in with `hf auth login` or HF_TOKEN."
+        )
+    if status == 401:
+        return PermissionError(
+            f"{source} is no public model of the Hub (401): check the name; a private one needs a token that may read "
+            f"it, by `hf auth login` or HF_TOKEN."
+        )
+    if status == 403:
+        return PermissionError(f"The Hub ({hub}) forbids to read {source} with this token or from this address (403).")
+    if status == 429:
+        return ConnectionError(
+            f"The Hub ({hub}) was asked too often and refuses {source} for now (429): try again in some minutes, and "
+            f"log in, which allows for more."
+        )
+    if status is not None and status >= 500:
+        return ConnectionError(f"The Hub ({hub}) failed to send {source} ({status}); try again later.")
+    return None
+
+
+@contextmanager
+def in_one_line(source: str | Path) -> Iterator[None]:
+    """What transformers and the Hub say of a model's folder or repository as one line, which says what to do.
+
+    Raises OSError or ValueError, whatever the block raises: readers of other libraries meet values of any kind in a
+    damaged file, and have no one kind of error for that.
+    """
+    name = one_line(source, 200)
+    try:
+        with in_one_kind(name):
+            yield
+    except StrictDataclassError as error:
+        raise ValueError(f"The configuration of {name} is refused: {one_line(error)}") from error
+    except (OSError, HFValidationError) as error:
+        # Errors of ours, and of the file system, are of narrower kinds.
+        if (refused := _refused_by_the_hub(name, error)) is not None:
+            raise refused from error
+        if Path(source).exists() or type(error) not in (OSError, HFValidationError):
+            raise
+        raise FileNotFoundError(
+            f"There is no folder {name!r}, and no model of that name could be loaded from the Hub ({one_line(error)}) "
+            f"Check the path or the name; without a network only models are found that were downloaded before."
+        ) from error
+    except HTTPError as error:
+        raise ConnectionError(f"{name} could not be loaded from the Hub ({one_line(error)}); try again.") from error
+
+
+__all__ = ["DESCRIPTIONS", "IMAGE_PROCESSOR_FILES", "check_folder", "in_one_line", "read_object"]

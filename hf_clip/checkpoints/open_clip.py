@@ -1,0 +1,311 @@
+"""open_clip's layout: `open_clip_config.json` beside weights that bear OpenAI's tensor names.
+
+Repositories such as `timm/vit_base_patch32_clip_224.openai` are read in place: `from_pretrained` of the model, its
+towers, the processor and the image processor find the reader through `FOREIGN_LAYOUTS`. The configuration says what no
+tensor tells: the activation, QuickGELU or GELU, which silently exchanged costs a few points of accuracy.
+
+Every field is known or refused: one that changes the architecture and that CLIP doesn't have is an error.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers.utils import cached_file
+
+from ..model.checked_files import check_no_pointer, one_line, read_object
+from ..model.configuration_hf_clip import (
+    MOST_WIDTH,
+    OPENAI_VOCAB_SIZE,
+    HfClipConfig,
+    HfClipResNetConfig,
+    HfClipTextConfig,
+    HfClipViTConfig,
+    last_special_ids,
+)
+from ..model.image_processing_hf_clip import OPENAI_MEAN, OPENAI_STD, HfClipImageProcessor
+from ..model.tokenization_hf_clip import HfClipTokenizer
+from .keys import HEAD_WIDTH
+from .original import read_original
+from .vocabulary import find_vocabulary
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+FITS = {"shortest": "crop", "squash": "squash"}
+"""open_clip's `resize_mode` and our `fit`. Its "longest" has black margins, our "pad" those of `image_mean`."""
+
+RESAMPLE = {"bicubic": 3, "bilinear": 2}
+
+IGNORED = {
+    "model_cfg": {"custom_text", "init_logit_scale", "nonscalar_logit_scale", "cast_dtype", "output_dict"},
+    "vision_cfg": {
+        *("patch_dropout", "output_tokens", "pos_embed_type", "attn_pooler_queries", "attn_pooler_heads"),
+        *("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+    },
+    "text_cfg": {
+        *("hf_tokenizer_name", "pad_id", "eos_id", "output_tokens"),
+        *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "hf_model_config"),
+    },
+}
+"""Fields that say nothing about how a trained CLIP computes, or that matter for other architectures only."""
+
+REQUIRED = {
+    "vision_cfg": {"pool_type": "tok", "block_type": "default"},
+    "text_cfg": {"pool_type": "argmax", "proj_type": "linear", "block_type": "default"},
+}
+"""Fields that must be left out, or have this value; all others that are not known must be false or empty."""
+
+VISION_FIELDS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs"}
+TEXT_FIELDS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs"}
+MODEL_FIELDS = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias"}
+
+
+def _number(name: str, values: dict[str, Any], field: str, default: float | None, kind: type = int) -> Any:
+    """A field's number, of the kind that the architecture has there: a positive whole one, or any float."""
+    value = values.get(field, default)
+    kinds = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) <= MOST_WIDTH:
+        raise ValueError(f"its {name} has {field}={value!r:.80}, but a number is needed.")
+    if kind is int and value < 1:
+        raise ValueError(f"its {name} has {field}={value}, but a positive number is needed.")
+    return value
+
+
+def _check_fields(name: str, values: Any, known: set[str]) -> dict[str, Any]:
+    """Refuse whatever asks for another architecture than CLIP's."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} is a {type(values).__name__}, but an object of fields is needed.")
+    for field, value in values.items():
+        if field in known or field in IGNORED[name] or value in (None, False, "", REQUIRED.get(name, {}).get(field)):
+            continue
+        raise ValueError(
+            f"its {name} has {one_line(field, 80)}={value!r:.80}, which none of OpenAI's architectures "
+            f"has; open_clip itself reads it."
+        )
+    if not isinstance(values.get("norm_kwargs", {}) or {}, dict) or (values.get("norm_kwargs") or {}).keys() - {"eps"}:
+        raise ValueError(f"its {name} has norm_kwargs={values['norm_kwargs']!r:.80}, but only eps is known here.")
+    return values
+
+
+def _build_config(model: dict[str, Any]) -> HfClipConfig:
+    model = _check_fields("model_cfg", model, MODEL_FIELDS)
+    text = _check_fields("text_cfg", model["text_cfg"], TEXT_FIELDS)
+    vision = _check_fields("vision_cfg", model["vision_cfg"], VISION_FIELDS)
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    width, vocab_size = _number("text_cfg", text, "width", 512), _number("text_cfg", text, "vocab_size", 49408)
+    text_config = HfClipTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=int(width * _number("text_cfg", text, "mlp_ratio", 4.0, float)),
+        num_hidden_layers=_number("text_cfg", text, "layers", 12),
+        num_attention_heads=_number("text_cfg", text, "heads", 8),
+        max_position_embeddings=_number("text_cfg", text, "context_length", 77),
+        hidden_act=activation,
+        layer_norm_eps=_number("text_cfg", text.get("norm_kwargs") or {}, "eps", 1e-5, float),
+        **last_special_ids(vocab_size),
+    )
+    sizes, layers = vision.get("image_size", 224), vision.get("layers", 12)
+    height, *more = sizes if isinstance(sizes, list) and sizes else [sizes]
+    if any(side != height for side in more):
+        raise ValueError(f"its image_size is {sizes!r:.80}, but OpenAI's architectures take square images.")
+    image_size = _number("vision_cfg", {"image_size": height}, "image_size", None)
+    head_width = _number("vision_cfg", vision, "head_width", HEAD_WIDTH)
+    vision_config: HfClipViTConfig | HfClipResNetConfig
+    if isinstance(layers, list):
+        width = _number("vision_cfg", vision, "width", 64)
+        vision_config = HfClipResNetConfig(
+            depths=[_number("vision_cfg", {"layers": depth}, "layers", None) for depth in layers],
+            stem_width=width,
+            num_attention_heads=width * 32 // head_width,
+            image_size=image_size,
+        )
+    else:
+        width = _number("vision_cfg", vision, "width", 768)
+        vision_config = HfClipViTConfig(
+            hidden_size=width,
+            intermediate_size=int(width * _number("vision_cfg", vision, "mlp_ratio", 4.0, float)),
+            num_hidden_layers=_number("vision_cfg", vision, "layers", 12),
+            num_attention_heads=width // head_width,
+            image_size=image_size,
+            patch_size=_number("vision_cfg", vision, "patch_size", 16),
+            hidden_act=activation,
+            layer_norm_eps=_number("vision_cfg", vision.get("norm_kwargs") or {}, "eps", 1e-5, float),
+        )
+    bias = None if model.get("init_logit_bias") is None else _number("model_cfg", model, "init_logit_bias", 0, float)
+    return HfClipConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        projection_dim=_number("model_cfg", {"embed_dim": model["embed_dim"]}, "embed_dim", None),
+        contrastive_loss="softmax" if bias is None else "sigmoid",
+        logit_bias_init_value=-10.0 if bias is None else bias,
+    )
+
+
+def config_from_open_clip(values: dict[str, Any]) -> HfClipConfig:
+    """The configuration that `open_clip_config.json`, or one of open_clip's model configurations, describes.
+
+    Raises ValueError for one that is no CLIP of OpenAI's architectures: other towers, poolings or blocks.
+    """
+    model = values.get("model_cfg", values)
+    try:
+        config = _build_config(model)
+    except KeyError as error:
+        raise ValueError(f"it has no {error}, which an open_clip configuration of a CLIP has.") from None
+    except StrictDataclassError as error:
+        raise ValueError(f"it describes no model that can be built ({one_line(error)}).") from None
+    config.dtype = "float32"  # what to compute in, whatever the file stores
+    return config
+
+
+def open_clip_config(config: HfClipConfig, image_processor: HfClipImageProcessor) -> dict[str, Any]:
+    """The content of `open_clip_config.json` for a model and its images: the inverse of the above.
+
+    Raises ValueError for a model that open_clip cannot express.
+    """
+    text, vision = config.text_config, config.vision_config
+    activations = {text.hidden_act} | ({vision.hidden_act} if isinstance(vision, HfClipViTConfig) else set())
+    if activations not in ({"quick_gelu"}, {"gelu"}):
+        raise ValueError(
+            f"open_clip has quick_gelu or gelu, one for both towers, but this model has "
+            f"{', '.join(sorted(activations))}."
+        )
+    vision_cfg: dict[str, Any] = {"image_size": vision.image_size}
+    if isinstance(vision, HfClipResNetConfig):
+        vision_cfg |= {"layers": list(vision.depths), "width": vision.stem_width, "patch_size": None}
+    else:
+        vision_cfg |= {
+            "layers": vision.num_hidden_layers,
+            "width": vision.hidden_size,
+            "patch_size": vision.patch_size,
+            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+        }
+        if vision.layer_norm_eps != 1e-5:
+            vision_cfg["norm_kwargs"] = {"eps": vision.layer_norm_eps}
+    head_width = vision.hidden_size // vision.num_attention_heads
+    if head_width != HEAD_WIDTH:
+        vision_cfg["head_width"] = head_width
+    text_cfg = {
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "layers": text.num_hidden_layers,
+        "mlp_ratio": text.intermediate_size / text.hidden_size,
+    }
+    if text.layer_norm_eps != 1e-5:
+        text_cfg["norm_kwargs"] = {"eps": text.layer_norm_eps}
+    model_cfg: dict[str, Any] = {"embed_dim": config.projection_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    if "quick_gelu" in activations:
+        model_cfg["quick_gelu"] = True
+    if config.contrastive_loss == "sigmoid":
+        model_cfg["init_logit_bias"] = config.logit_bias_init_value
+    modes = {fit: mode for mode, fit in FITS.items()}
+    interpolations = {number: name for name, number in RESAMPLE.items()}
+    if image_processor.fit not in modes:
+        raise ValueError(
+            f"open_clip's margins are black and those of fit={image_processor.fit!r} have the colour of image_mean, so "
+            f"that images would be others there; choose fit='crop' or 'squash'."
+        )
+    if image_processor.resample not in interpolations:
+        raise ValueError(f"open_clip resizes by bicubic or bilinear; this processor has {image_processor.resample}.")
+    preprocess_cfg = {
+        "mean": list(image_processor.image_mean),
+        "std": list(image_processor.image_std),
+        "interpolation": interpolations[image_processor.resample],
+        "resize_mode": modes[image_processor.fit],
+    }
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+
+
+def read_open_clip_config(path: str | Path) -> dict[str, Any]:
+    """The content of a configuration file. Raises ValueError for a file that is none."""
+    values = read_object(path)
+    model = values.get("model_cfg", values)
+    if not isinstance(model, dict) or "vision_cfg" not in model:
+        raise ValueError(f"{path} is no configuration of open_clip's: it has neither model_cfg nor vision_cfg.")
+    return values
+
+
+@dataclass
+class OpenClipRepository:
+    """A folder or a repository on the Hub in open_clip's layout.
+
+    source: the folder, or the repository's name.   hub: arguments of the Hub, as `from_pretrained` takes them
+    """
+
+    source: Any
+    hub: dict[str, Any]
+    values: dict[str, Any]
+    config: HfClipConfig
+
+    def _file(self, name: str) -> Path | None:
+        found = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False, **self.hub)
+        return None if found is None else Path(found)
+
+    def weights_file(self) -> Path:
+        """Raises FileNotFoundError when there is none."""
+        for name in WEIGHT_FILES:
+            if (path := self._file(name)) is not None:
+                check_no_pointer(path)
+                return path
+        raise FileNotFoundError(f"{self.source} has {CONFIG_FILE}, but none of its weights: {', '.join(WEIGHT_FILES)}.")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights under our names: views of the mapped file, in the dtypes that it has."""
+        _, _, tensors = read_original(self.weights_file(), verify=False, config=self.config)
+        return tensors
+
+    def image_processor_values(self) -> dict[str, Any]:
+        """The fields of an HfClipImageProcessor that prepares images as `preprocess_cfg` says."""
+        images = self.values.get("preprocess_cfg") or {}
+        if not isinstance(images, dict):
+            raise ValueError(f"The {CONFIG_FILE} of {self.source} has a preprocess_cfg that is no object of fields.")
+        interpolation, mode = images.get("interpolation", "bicubic"), images.get("resize_mode", "shortest")
+        if interpolation == "random":  # a choice for training
+            interpolation = "bicubic"
+        if interpolation not in list(RESAMPLE) or mode not in list(FITS):
+            raise ValueError(
+                f"The {CONFIG_FILE} of {self.source} asks for interpolation {interpolation!r:.80} and resize_mode "
+                f"{mode!r:.80}; known are {', '.join(RESAMPLE)}, and {', '.join(FITS)}."
+            )
+        size = self.config.vision_config.image_size
+        processor = HfClipImageProcessor.for_image_size(
+            size,
+            image_mean=images.get("mean") or OPENAI_MEAN,
+            image_std=images.get("std") or OPENAI_STD,
+            resample=RESAMPLE[interpolation],
+            fit=FITS[mode],
+        )
+        return processor.to_dict()
+
+    def tokenizer(self) -> HfClipTokenizer:
+        """The repository's own tokenizer; where it has none, OpenAI's, which open_clip's has the ids of."""
+        text = self.config.text_config
+        if self._file("tokenizer.json") is not None:
+            return HfClipTokenizer.from_pretrained(
+                self.source, model_max_length=text.max_position_embeddings, **self.hub
+            )
+        merges = self._file("merges.txt")
+        return HfClipTokenizer.from_vocabulary_file(
+            merges or find_vocabulary(offline=bool(self.hub.get("local_files_only"))),
+            vocab_size=min(text.vocab_size, OPENAI_VOCAB_SIZE),  # a larger table has rows that no token has
+            model_max_length=text.max_position_embeddings,
+        )
+
+
+def find_open_clip(source: Any, hub: dict[str, Any]) -> OpenClipRepository | None:
+    """The reader of `source` if it has an `open_clip_config.json`. Raises ValueError for an architecture not known."""
+    path = cached_file(source, CONFIG_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        return None
+    try:
+        values = read_open_clip_config(path)
+        return OpenClipRepository(source, hub, values, config_from_open_clip(values))
+    except ValueError as error:
+        raise ValueError(f"The {CONFIG_FILE} of {source} cannot be read as a CLIP of OpenAI's: {error}") from None
+
+
+__all__ = ["OpenClipRepository", "config_from_open_clip", "find_open_clip", "open_clip_config", "read_open_clip_config"]

@@ -1,0 +1,72 @@
+"""A checkpoint with OpenAI's tensor names, by whichever program it was written → a configuration and our names."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from ..model.configuration_hf_clip import HfClipConfig
+from .archive import Checkpoint, CheckpointError, read_checkpoint
+from .download import verify_file
+from .keys import OPENAI_ACTIVATION, config_from_shapes, convert_names, without_wrappers
+
+WEIGHTS = ("model", "ema")
+"""What a training checkpoint may hold: the weights themselves, and their moving averages."""
+
+
+def _choose_weights(checkpoint: Checkpoint, which: str | None) -> dict[str, Tensor]:
+    if which not in (None, *WEIGHTS):
+        raise ValueError(f"weights is {which!r}, but must be one of {', '.join(WEIGHTS)}.")
+    if checkpoint.averages is None:
+        if which == "ema":
+            raise CheckpointError("holds no moving averages of the weights; leave out --weights ema.")
+        return checkpoint.tensors
+    if which is None:
+        raise CheckpointError(
+            "holds the weights and their moving averages, which are two models: choose with --weights model or "
+            "--weights ema."
+        )
+    return checkpoint.averages if which == "ema" else checkpoint.tensors
+
+
+def read_original(
+    path: Path,
+    verify: bool = True,
+    *,
+    check_sums: bool = True,
+    config: HfClipConfig | None = None,
+    activation: str | None = None,
+    weights: str | None = None,
+) -> tuple[Checkpoint, HfClipConfig, dict[str, Tensor]]:
+    """The checkpoint, its configuration, and its tensors under our names: views of the mapped file.
+
+    verify:     a file that bears one of the nine published names must have that file's sha256, and one in the Hub's
+                cache that which the Hub has
+    check_sums: an archive's own checksums are compared, unless its sha256 was; see `read_checkpoint`
+    config:     the model's configuration, where the file alone doesn't tell it all
+    activation: "quick_gelu" or "gelu", for a training checkpoint that comes without a configuration
+    weights:    "model" or "ema", for a training checkpoint that has both
+
+    Raises FileNotFoundError, or CheckpointError for a file that is none of CLIP's, and for a training checkpoint whose
+    activation nobody tells: no tensor shows it, and the wrong one spoils every feature by a little.
+    """
+    is_verified = verify and verify_file(path)
+    checkpoint = read_checkpoint(path, check_sums=check_sums and not is_verified)
+    try:
+        stored = _choose_weights(checkpoint, weights)
+        tensors = without_wrappers(stored)
+        is_training = checkpoint.container == "training checkpoint" or tensors.keys() != stored.keys()
+        if is_training and config is None and activation is None:
+            raise CheckpointError(
+                "was written by a training program and doesn't say which activation its transformers have: OpenAI's "
+                "models and those named -quickgelu have quick_gelu, open_clip's others gelu. Pass --config with the "
+                "model's open_clip_config.json, or --activation."
+            )
+        if checkpoint.container == "torchscript" and activation not in (None, OPENAI_ACTIVATION):
+            raise CheckpointError(
+                f"is an archive of OpenAI's, whose transformers have {OPENAI_ACTIVATION}; leave out --activation."
+            )
+        if config is None:
+            config = config_from_shapes(tensors, activation or OPENAI_ACTIVATION)
+        return checkpoint, config, convert_names(tensors, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from None

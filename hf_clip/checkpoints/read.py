@@ -1,0 +1,291 @@
+"""Any of the layouts in which these models are found → configuration, tensors, tokenizer and image processor.
+
+Tensors are views of mapped files, in the dtypes that are stored: what is read and written again is bit-identical.
+Nothing is computed and no model is built.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+from transformers.utils import cached_file
+
+from ..model.checked_files import WEIGHT_FILES, check_no_pointer, list_shards, read_object, read_unchanged
+from ..model.configuration_hf_clip import (
+    CHECKPOINT_SUFFIXES,
+    OPENAI_VOCAB_SIZE,
+    HfClipConfig,
+    HfClipResNetConfig,
+    HfClipTextConfig,
+    find_foreign,
+)
+from ..model.image_processing_hf_clip import HfClipImageProcessor
+from ..model.processing_hf_clip import HfClipProcessor
+from ..model.tokenization_hf_clip import HfClipTokenizer
+from ..model.variants import VARIANTS
+from .archive import Checkpoint, read_checkpoint
+from .download import find_original, verify_file
+from .errors import CheckpointError, printable
+from .folders import check_folder, in_one_line
+from .keys import check_dtypes, expected_shapes
+from .open_clip import config_from_open_clip, read_open_clip_config
+from .original import read_original
+from .safetensors_stream import read_metadata
+from .vocabulary import find_vocabulary
+
+MOST_NAMED = 6
+PUBLISHED_KEY = "openai_checkpoint"
+"""In the header of weights that come from a published file: its name. Whoever changes the weights writes a new file."""
+
+
+@dataclass
+class StoredModel:
+    """A model as it lies on disk.
+
+    tensors:     by our names, in the dtypes that are stored
+    checkpoints: the files behind them
+    published:   which of OpenAI's nine these weights are, where the file is known to be the published one; else None
+    """
+
+    config: HfClipConfig
+    tensors: dict[str, Tensor]
+    tokenizer: HfClipTokenizer
+    image_processor: HfClipImageProcessor
+    checkpoints: list[Checkpoint]
+    published: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def forget_read_pages(self) -> None:
+        for checkpoint in self.checkpoints:
+            checkpoint.forget_read_pages()
+
+
+def read_config_file(path: str | Path) -> HfClipConfig:
+    """A model's configuration from open_clip's file, or from a config.json of ours or of stock CLIP.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration file {path}; check the path.")
+    values = read_object(path)
+    if values.get("model_type") in ("hf_clip", "clip"):
+        with in_one_line(path):
+            return HfClipConfig.from_pretrained(path)
+    try:
+        return config_from_open_clip(read_open_clip_config(path))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as the configuration of a CLIP: {error}") from None
+
+
+def _weight_files(source: Any, hub: dict[str, Any]) -> list[Path]:
+    """The files that hold a repository's weights: one, or the shards that an index names."""
+
+    def find(name: str) -> Path | None:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+        return None if found is None else Path(found)
+
+    for name in WEIGHT_FILES:
+        if (whole := find(name)) is not None:
+            check_no_pointer(whole)
+            return [whole]
+        if (index := find(f"{name}.index.json")) is not None:
+            shards = list_shards(index)
+            files = [find(shard) for shard in shards]
+            if missing := [shard for shard, file in zip(shards, files, strict=True) if file is None]:
+                raise FileNotFoundError(f"{source} lacks {', '.join(missing)}, which its {index.name} names.")
+            found = [file for file in files if file is not None]
+            for file in found:
+                check_no_pointer(file)
+            return found
+    raise FileNotFoundError(f"{source} has no weights: none of {', '.join(WEIGHT_FILES)}, whole or in shards.")
+
+
+def _published(files: list[Path]) -> str | None:
+    found = {read_metadata(file).get(PUBLISHED_KEY) if file.suffix == ".safetensors" else None for file in files}
+    return found.pop() if len(found) == 1 else None
+
+
+def published_weights(folder: str | Path) -> str | None:
+    """Which of OpenAI's nine a folder's weights are, as their file says; None for all others."""
+    return _published(_weight_files(folder, {}))
+
+
+def _check_layers(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) -> None:
+    """Refuse more layers than there are tensors before any is built, which could take hours."""
+    vision = config.vision_config
+    blocks = sum(vision.depths) if isinstance(vision, HfClipResNetConfig) else vision.num_hidden_layers
+    if (layers := config.text_config.num_hidden_layers + blocks) > len(tensors):
+        raise CheckpointError(
+            f"{source} has {len(tensors)} tensors, too few for the {layers:,} layers of its config.json."
+        )
+
+
+def _check_names(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) -> dict[str, Tensor]:
+    """The model's tensors alone. Repositories of before transformers 4.31 have counters of positions beside them."""
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("embeddings.position_ids")}
+    _check_layers(source, kept, config)
+    shapes = expected_shapes(config)
+
+    def listed(names: Iterable[str]) -> str:
+        return ", ".join(sorted(map(printable, names))[:MOST_NAMED])
+
+    if unknown := kept.keys() - shapes.keys():
+        raise CheckpointError(f"{source} holds tensors that its configuration has no place for: {listed(unknown)}.")
+    if missing := {n for n in shapes.keys() - kept.keys() if not n.endswith("num_batches_tracked")}:
+        raise CheckpointError(f"{source} lacks tensors of the model: {listed(missing)}.")
+    for name, tensor in kept.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise CheckpointError(
+                f"{source} has {name} of shape {tuple(tensor.shape)} where its configuration needs {shapes[name]}."
+            )
+    try:
+        check_dtypes(kept)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source} {error}") from None
+    return kept
+
+
+def _own_tokenizer(tokenizer: HfClipTokenizer, context_length: int) -> HfClipTokenizer:
+    """The same tokenizer as if it had been made here.
+
+    The tokenizer.json of a stock repository lacks what its users need for OpenAI's ids, the repair of quotes and
+    ligatures, and what was loaded remembers where from. One with added tokens stays as it is.
+    """
+    merges = [tuple(merge) for merge in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    own = HfClipTokenizer.from_merges(merges, min(tokenizer.model_max_length, context_length))
+    return own if own.get_vocab() == tokenizer.get_vocab() else tokenizer
+
+
+def _name_special_ids(config: HfClipTextConfig, tokenizer: HfClipTokenizer) -> None:
+    """Where a text's feature is taken at its highest id, say which that is, if the tokenizer's is always its end."""
+    if config.eos_token_id is None and tokenizer.eos_token_id == len(tokenizer) - 1:
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def _read_weights(
+    source: Any, config: HfClipConfig, hub: dict[str, Any], *, verify: bool, check_sums: bool = True
+) -> tuple[list[Checkpoint], dict[str, Tensor]]:
+    """The files behind a repository's weights, and those under our names, which are all that `config` needs."""
+    if (foreign := find_foreign(source, hub)) is not None:
+        checkpoint, _, tensors = read_original(foreign.weights_file(), verify, check_sums=check_sums, config=config)
+        return [checkpoint], tensors
+    checkpoints = []
+    for path in _weight_files(source, hub):
+        is_verified = verify and verify_file(path)
+        checkpoints.append(read_checkpoint(path, check_sums=check_sums and not is_verified))
+    tensors = {name: tensor for checkpoint in checkpoints for name, tensor in checkpoint.tensors.items()}
+    return checkpoints, _check_names(source, tensors, config)
+
+
+def check_model(source: str | Path, hub: dict[str, Any] | None = None) -> HfClipConfig:
+    """Refuse a folder or repository whose files are missing or damaged, or don't belong together; no tensor is read.
+
+    hub: arguments as `from_pretrained` takes them
+
+    Raises FileNotFoundError, CheckpointError or ValueError in one line.
+    """
+    with in_one_line(source):
+        if Path(source).is_dir():
+            check_folder(source)
+        config = HfClipConfig.from_pretrained(source, **(hub or {}))
+        _read_weights(source, config, hub or {}, verify=False, check_sums=False)
+        return config
+
+
+def _read_repository(source: Any, hub: dict[str, Any], verify: bool) -> StoredModel:
+    """A folder or a repository on the Hub: ours, stock CLIP's or open_clip's. hub: as `from_pretrained` takes it"""
+    with in_one_line(source):
+        if Path(source).is_dir():
+            check_folder(source)
+        config = HfClipConfig.from_pretrained(source, **hub)
+        processor = HfClipProcessor.from_pretrained(source, **hub)
+        for values in (config.__dict__, processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
+            values.pop("auto_map", None)  # the code isn't taken along
+        checkpoints, tensors = _read_weights(source, config, hub, verify=verify)
+        published = _published([checkpoint.path for checkpoint in checkpoints])
+        tokenizer = _own_tokenizer(processor.tokenizer, config.text_config.max_position_embeddings)
+        _name_special_ids(config.text_config, tokenizer)
+    return StoredModel(config, tensors, tokenizer, processor.image_processor, checkpoints, published)
+
+
+def _meant(name: str) -> str | None:
+    """A file beside, with a suffix that was left out, or one of OpenAI's names, that was probably meant."""
+    for suffix in CHECKPOINT_SUFFIXES:
+        if os.path.isfile(f"{name}{suffix}"):
+            return f"{name}{suffix}"
+    spelled = {re.sub(r"[^a-z0-9]", "", variant.lower()): variant for variant in VARIANTS}
+    return spelled.get(re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("clip-")))
+
+
+def read_model(
+    source: str | Path,
+    *,
+    config: str | Path | None = None,
+    activation: str | None = None,
+    weights: str | None = None,
+    vocabulary: str | Path | None = None,
+    verify: bool = True,
+    offline: bool = False,
+    progress: Callable[[str], None] = lambda message: None,
+) -> StoredModel:
+    """Read a model from wherever it is.
+
+    source:     a checkpoint file with OpenAI's names (OpenAI's own, a state dict, open_clip's training checkpoints),
+                one of OpenAI's nine names, or a folder or repository of ours, stock CLIP's or open_clip's
+    config, activation, weights: for checkpoint files that don't say; see `read_original`. A `config` file may be
+                open_clip's or a config.json
+    vocabulary: OpenAI's vocabulary file, for checkpoint files
+    verify:     a file that bears one of the nine published names must have that file's sha256, and one in the Hub's
+                cache that which the Hub has
+    progress:   called with a line that the user should read
+
+    Raises FileNotFoundError, ConnectionError, CheckpointError or ValueError that says what to do.
+    """
+    name, path = str(source), Path(source)
+    is_file = name in VARIANTS or path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or "/" not in name
+    if name not in VARIANTS and not os.path.exists(source) and (meant := _meant(name)) is not None:
+        raise FileNotFoundError(f"There is no checkpoint file or folder {source}; did you mean {meant}?")
+    if name.startswith((".", "/", "~")) and not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint file or folder {source}; check the path.")
+    if path.is_dir() or not is_file:
+        told = {"--config": config, "--activation": activation, "--weights": weights, "--vocab": vocabulary}
+        if given := [flag for flag, value in told.items() if value is not None]:
+            raise ValueError(f"{source} is a repository, which tells everything itself: leave out {', '.join(given)}.")
+        hub = {"local_files_only": True} if offline else {}
+        return cast(StoredModel, read_unchanged(source, lambda: _read_repository(source, hub, verify)))
+    given_config = None if config is None else read_config_file(config)
+    vocabulary = find_vocabulary(vocabulary, offline)
+    path = find_original(source, offline)
+    if path.is_file():
+        check_no_pointer(path)
+    checkpoint, read, tensors = read_original(path, verify, config=given_config, activation=activation, weights=weights)
+    if checkpoint.container in ("state dict", "safetensors") and config is None and activation is None:
+        progress(
+            "note: the file doesn't say which activation its transformers have; OpenAI's quick_gelu is assumed. For a "
+            "model of open_clip's that is not named -quickgelu, pass --activation gelu."
+        )
+    text = read.text_config
+    tokenizer = HfClipTokenizer.from_vocabulary_file(
+        vocabulary,
+        # OpenAI's code and open_clip have this one tokenizer, however many rows a table has.
+        vocab_size=min(text.vocab_size, OPENAI_VOCAB_SIZE),
+        model_max_length=text.max_position_embeddings,
+    )
+    _name_special_ids(text, tokenizer)
+    image_processor = HfClipImageProcessor.for_image_size(read.vision_config.image_size)
+    is_as_published = verify and config is None and activation is None and weights is None
+    verified = {variant.checkpoint: variant.name for variant in VARIANTS.values()} if is_as_published else {}
+    return StoredModel(read, tensors, tokenizer, image_processor, [checkpoint], verified.get(path.name))
+
+
+__all__ = ["StoredModel", "check_model", "published_weights", "read_config_file", "read_model"]

@@ -1,0 +1,103 @@
+"""transformers' own layout, for servers and programs that take no code: `CLIPModel` loads it without this package.
+
+Tensor names are the same, so only descriptions differ. What stock CLIP cannot express is refused: a ResNet, the
+sigmoid loss, whole images with margins.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPConfig
+
+from ..model.configuration_hf_clip import LEGACY_END_OF_TEXT_ID, HfClipConfig, HfClipResNetConfig
+from ..model.image_processing_hf_clip import HfClipImageProcessor
+from ..model.tokenization_hf_clip import HfClipTokenizer
+
+OWN_FIELDS = {
+    "model_type",
+    "contrastive_loss",
+    "logit_bias_init_value",
+    "architectures",
+    "transformers_version",
+    "dtype",
+}
+TOWER_FIELDS = {"model_type", "transformers_version", "architectures", "dtype"}
+
+
+def why_not_stock(config: HfClipConfig) -> str | None:
+    """What keeps a model from being said as a stock CLIPModel, or None."""
+    if isinstance(config.vision_config, HfClipResNetConfig):
+        return "its image tower is a ResNet, and transformers' CLIPModel has ViTs only"
+    if config.contrastive_loss != "softmax":
+        return "it was trained with the sigmoid loss, and transformers' CLIPModel has no logit bias"
+    return None
+
+
+def stock_special_ids(text: dict[str, Any]) -> dict[str, Any]:
+    """A text configuration for transformers' CLIP, which takes the highest id of a text where 2 is named as its end."""
+    return text | {"eos_token_id": LEGACY_END_OF_TEXT_ID} if text["eos_token_id"] is None else text
+
+
+def stock_config(config: HfClipConfig) -> CLIPConfig:
+    """The stock configuration of the same model. Raises ValueError for a model that has none."""
+    if reason := why_not_stock(config):
+        raise ValueError(f"This model cannot be written for transformers' own CLIP: {reason}. Leave out --format.")
+    values = config.to_dict()
+    towers = {
+        name: {field: value for field, value in values.pop(name).items() if field not in TOWER_FIELDS}
+        for name in ("text_config", "vision_config")
+    }
+    towers["text_config"] = stock_special_ids(towers["text_config"])
+    kept = {name: value for name, value in values.items() if name not in OWN_FIELDS | {"auto_map"}}
+    return CLIPConfig(**kept, **towers, architectures=["CLIPModel"], dtype="float32")
+
+
+def stock_image_processor(processor: HfClipImageProcessor) -> dict[str, Any]:
+    """The content of a stock `preprocessor_config.json`. Raises ValueError for `fit="pad"`."""
+    if processor.fit == "pad":
+        raise ValueError('fit="pad" cannot be said to transformers\' CLIPImageProcessor, which crops; choose another.')
+    values = {k: v for k, v in processor.to_dict().items() if k not in ("fit", "auto_map", "image_processor_type")}
+    if processor.fit == "squash":
+        values |= {"size": dict(values["crop_size"]), "do_center_crop": False}
+    return {"image_processor_type": "CLIPImageProcessor"} | values
+
+
+def write_tokenizer(folder: Path, tokenizer: HfClipTokenizer, tokenizer_class: str) -> None:
+    """tokenizer.json with everything that Rust can repair, and vocab.json and merges.txt for those who want these.
+
+    tokenizer_class: "PreTrainedTokenizerFast" uses all of tokenizer.json; "CLIPTokenizer" takes vocabulary and merges
+    alone, and tokenizes typographic quotes and ligatures otherwise than OpenAI's.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": tokenizer_class}
+    for of_ours in ("auto_map", "processor_class"):
+        values.pop(of_ours, None)
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+
+
+def write_stock_files(
+    folder: Path, config: HfClipConfig, tokenizer: HfClipTokenizer, image_processor: HfClipImageProcessor
+) -> None:
+    """Everything of a stock repository but its weights, which keep their names."""
+    stock = stock_config(config)
+    images = stock_image_processor(image_processor)
+    stock.save_pretrained(folder)
+    write_tokenizer(folder, tokenizer, "PreTrainedTokenizerFast")
+    text = json.dumps(images, indent=2, sort_keys=True) + "\n"
+    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+
+__all__ = [
+    "stock_config",
+    "stock_image_processor",
+    "stock_special_ids",
+    "why_not_stock",
+    "write_stock_files",
+    "write_tokenizer",
+]

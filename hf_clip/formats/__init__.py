@@ -1,1 +1,0 @@
-"""Other libraries' layouts of the same models: read where they lie, and written."""

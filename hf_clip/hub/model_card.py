@@ -1,0 +1,215 @@
+"""The parts of a model card: metadata for the Hub, the architecture as a table, and snippets that load a repository.
+
+They know no particular card: `model_cards/` puts those of OpenAI's nine models together from them, and so can whatever
+else saves a model.
+
+Invariant: every python block that is made here runs as it stands, once the repository exists and an image `cat.jpg`
+lies beside it. The tests run them.
+"""
+
+from collections.abc import Iterable, Sequence
+from string import Template
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..model.configuration_hf_clip import HfClipConfig, HfClipResNetConfig
+
+TAGS = ("clip", "hf_clip", "vision", "contrastive", "image-text-retrieval")
+"""What every model of this package is found under."""
+
+USAGE = Template("""\
+With the package `hf_clip` (`pip install .` in a checkout of it), the calls are those of any other model:
+
+```python
+from transformers import pipeline
+
+import hf_clip  # registers the classes with AutoModel, AutoProcessor and pipeline
+
+classify = pipeline("zero-shot-image-classification", model="$repo_id")
+print(classify("cat.jpg", candidate_labels=["a cat", "a dog", "a bird"]))
+```
+
+Without it, the code in this repository does the same; it has to be trusted, and needs \
+`pip install "transformers>=5.18,<6" torch pillow ftfy`:
+
+```python
+from transformers import AutoModel, AutoProcessor, pipeline
+
+classify = pipeline("zero-shot-image-classification", model="$repo_id", trust_remote_code=True)
+print(classify("cat.jpg", candidate_labels=["a cat", "a dog", "a bird"]))
+
+model = AutoModel.from_pretrained("$repo_id", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("$repo_id", trust_remote_code=True)
+```
+
+The package also brings what a repository cannot carry: a pipeline that encodes its labels once, and \
+`ZeroShotClassifier`.
+
+### Features of images and texts
+
+```python
+import torch
+from transformers import AutoModel, AutoProcessor
+
+import hf_clip
+
+model = AutoModel.from_pretrained("$repo_id").eval()
+processor = AutoProcessor.from_pretrained("$repo_id")
+inputs = processor(text=["a photo of a cat", "a photo of a dog"], images=["cat.jpg"], return_tensors="pt")
+with torch.no_grad():
+    image_features = model.encode_image(inputs["pixel_values"])  # (1, $width)
+    text_features = model.encode_text(inputs["input_ids"])  # (2, $width)
+    outputs = model(**inputs)  # the fields of transformers' CLIPOutput
+print(torch.cosine_similarity(image_features, text_features))
+print(outputs.logits_per_image.$scores
+```
+
+The model computes in float32; `dtype=torch.bfloat16` halves the memory. Texts have at most $length tokens.
+
+### A classifier with several phrasings
+
+The labels are encoded once. Each may have several names, and each name is put into each template; here the templates \
+are the seven that OpenAI chose for ImageNet.
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+from hf_clip import ZeroShotClassifier
+
+model = AutoModel.from_pretrained("$repo_id").eval()
+processor = AutoProcessor.from_pretrained("$repo_id")
+labels = {"cat": ["cat", "kitten"], "dog": ["dog", "puppy"]}
+classifier = ZeroShotClassifier(model, processor, labels, templates="imagenet_7")
+print(classifier.classify("cat.jpg", top_k=1))
+```
+""")
+
+STOCK_USAGE = Template("""\
+This repository is in transformers' own layout: its classes load it, without further code.
+
+```python
+import torch
+from transformers import CLIPModel, CLIPProcessor, pipeline
+
+classify = pipeline("zero-shot-image-classification", model="$repo_id")
+print(classify("cat.jpg", candidate_labels=["a cat", "a dog", "a bird"]))
+
+model = CLIPModel.from_pretrained("$repo_id").eval()
+processor = CLIPProcessor.from_pretrained("$repo_id")
+images = processor(images="cat.jpg", return_tensors="pt")
+texts = processor(text=["a photo of a cat", "a photo of a dog"], padding=True, return_tensors="pt")
+with torch.no_grad():
+    image_features = model.get_image_features(**images).pooler_output  # (1, $width)
+    text_features = model.get_text_features(**texts).pooler_output  # (2, $width)
+print(torch.cosine_similarity(image_features, text_features))
+```
+
+With the package `hf_clip`, `HfClipModel.from_pretrained("$repo_id")` and `HfClipProcessor` read the same files. Texts \
+have at most $length tokens.
+""")
+
+
+def name_of(repo_id: str) -> str:
+    """A repository's name without its owner: `"org/clip-rn50"` → `"clip-rn50"`."""
+    return repo_id.rstrip("/").rpartition("/")[2]
+
+
+def card_metadata(
+    repo_id: str,
+    *,
+    license: str | None = None,
+    language: str | None = "en",
+    tags: Iterable[str] = (),
+    results: Sequence[EvalResult] = (),
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    **others: Any,
+) -> ModelCardData:
+    """What the Hub reads of a card. What isn't known is left out.
+
+    results: measurements, for the model-index
+    others:  further fields of ModelCardData
+
+    Raises ValueError where two results would be filed under the source of one of them: the model-index has one source
+    for every task and data set.
+    """
+    described: dict[tuple, EvalResult] = {}
+    for result in results:
+        first = described.setdefault(result.unique_identifier, result)
+        for field in ("dataset_name", "source_name", "source_url"):
+            if getattr(first, field) != getattr(result, field):
+                raise ValueError(
+                    f"Two results of {result.task_type} on {result.dataset_type!r} differ in {field} "
+                    f"({getattr(first, field)!r}, {getattr(result, field)!r}), but the model-index keeps one for each "
+                    f"task and data set. Give them different values of dataset_config or dataset_split."
+                )
+    return ModelCardData(
+        license=license,
+        language=language,
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=[*TAGS, *tags],
+        base_model=base_model,
+        datasets=list(datasets) or None,
+        model_name=name_of(repo_id) if results else None,
+        eval_results=list(results) or None,
+        **others,
+    )
+
+
+def card_text(metadata: ModelCardData, body: str) -> str:
+    """The README.md of a repository."""
+    return f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """The first column to the left, numbers to the right. A cell that is None or empty stays blank."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    is_number = [all(row[column][:1].isdigit() or not row[column] for row in cells) for column in range(len(header))]
+    rules = ["---:" if number and column else "---" for column, number in enumerate(is_number)]
+    lines = [list(header), rules, *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def architecture_table(config: HfClipConfig, **others: str) -> str:
+    """What a configuration describes; others: further rows."""
+    vision, text = config.vision_config, config.text_config
+    if isinstance(vision, HfClipResNetConfig):
+        blocks = "-".join(map(str, vision.depths))
+        tower = f"ResNet, {blocks} blocks, stem of {vision.stem_width} channels, attention pool with "
+        tower += f"{vision.num_attention_heads} heads"
+    else:
+        tower = f"Vision Transformer, {vision.num_hidden_layers} layers of width {vision.hidden_size}, "
+        tower += f"{vision.num_attention_heads} heads, patches of {vision.patch_size} × {vision.patch_size}"
+    rows = {
+        "Image tower": tower,
+        "Images": f"{vision.image_size} × {vision.image_size} pixels",
+        "Text tower": (
+            f"Transformer, {text.num_hidden_layers} layers of width {text.hidden_size}, {text.num_attention_heads} "
+            f"heads, causal"
+        ),
+        "Texts": f"up to {text.max_position_embeddings} tokens, vocabulary of {text.vocab_size:,}",
+        "Embedding": f"{config.projection_dim} dimensions",
+    }
+    return markdown_table(["", ""], (rows | others).items())
+
+
+def usage_section(config: HfClipConfig, repo_id: str, *, stock: bool = False) -> str:
+    """Snippets that load the repository, with this package and without it.
+
+    stock: it is in transformers' own layout, which its `CLIPModel` loads
+    """
+    is_sigmoid = config.contrastive_loss == "sigmoid"
+    return (
+        (STOCK_USAGE if stock else USAGE)
+        .substitute(
+            repo_id=repo_id,
+            width=config.projection_dim,
+            length=config.text_config.max_position_embeddings,
+            scores="sigmoid())  # how probable each text is, by itself"
+            if is_sigmoid
+            else "softmax(dim=-1))  # how probable each text is, among these two",
+        )
+        .strip()
+    )

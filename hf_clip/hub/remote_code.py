@@ -1,0 +1,96 @@
+"""What makes a folder load without this package: the files that travel, and the entries that name their classes.
+
+`trust_remote_code=True` then finds the classes in the folder or repository itself. Where hf_clip is imported its own
+classes are taken, and nothing has to be trusted.
+
+All files of `hf_clip/model/` travel, and nothing else. The Hub's loader copies flat files only, and follows
+`from .file import name` alone.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..model.checked_files import read_object
+
+MODEL_FOLDER = Path(__file__).parents[1] / "model"
+
+TRAVELLING = tuple(sorted(path.stem for path in MODEL_FOLDER.glob("*.py") if path.stem != "__init__"))
+"""The modules that a repository carries as remote code."""
+
+MODEL_MAPS = {
+    "hf_clip": {
+        "AutoConfig": "configuration_hf_clip.HfClipConfig",
+        "AutoModel": "modeling_hf_clip.HfClipModel",
+        "AutoModelForZeroShotImageClassification": "modeling_hf_clip.HfClipModel",
+        "AutoModelForImageClassification": "modeling_hf_clip.HfClipForImageClassification",
+    },
+    "hf_clip_text": {
+        "AutoConfig": "configuration_hf_clip.HfClipTextConfig",
+        "AutoModel": "modeling_hf_clip.HfClipTextModel",
+    },
+    "hf_clip_vit": {
+        "AutoConfig": "configuration_hf_clip.HfClipViTConfig",
+        "AutoModel": "modeling_hf_clip.HfClipViTModel",
+    },
+    "hf_clip_resnet": {
+        "AutoConfig": "configuration_hf_clip.HfClipResNetConfig",
+        "AutoModel": "modeling_hf_clip.HfClipResNetModel",
+    },
+}
+"""For each `model_type` what its config.json says."""
+
+PROCESSOR_MAP = {"AutoProcessor": "processing_hf_clip.HfClipProcessor"}
+IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_hf_clip.HfClipImageProcessor"}
+TOKENIZER_MAP = {"AutoTokenizer": [None, "tokenization_hf_clip.HfClipTokenizer"]}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file by a whole one."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def described_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """Those of the files that name classes that `folder` has, with their content. Raises ValueError for broken ones."""
+    described = {}
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            described[name] = read_object(folder / name)
+    return described
+
+
+def add_remote_code(folder: str | Path) -> list[Path]:
+    """Give a saved model, its processor, or both the code that loads them; returns the files that were written.
+
+    Raises FileNotFoundError or ValueError when the folder holds nothing of this package's.
+    """
+    folder = Path(folder)
+    described = described_in(folder)
+    if not described:
+        raise FileNotFoundError(
+            f"{folder} has no config.json; name a folder that save_pretrained or convert has written."
+        )
+    kind = described.get("config.json", {"model_type": "hf_clip"}).get("model_type")
+    if not isinstance(kind, str) or kind not in MODEL_MAPS:
+        raise ValueError(f"{folder} holds a {kind!r:.80} model; code is added to models of hf_clip alone.")
+    written = []
+    for name in TRAVELLING:
+        shutil.copyfile(MODEL_FOLDER / f"{name}.py", folder / f"{name}.py")
+        written.append(folder / f"{name}.py")
+    maps = {
+        "config.json": MODEL_MAPS[kind],
+        "tokenizer_config.json": TOKENIZER_MAP,
+        "preprocessor_config.json": IMAGE_PROCESSOR_MAP,
+        "processor_config.json": PROCESSOR_MAP,
+    }
+    for name, content in described.items():
+        content |= {"auto_map": maps[name]}
+        if isinstance(nested := content.get("image_processor"), dict):
+            content["image_processor"] = nested | {"auto_map": IMAGE_PROCESSOR_MAP}
+        _write_json(folder / name, content)
+        written.append(folder / name)
+    return written

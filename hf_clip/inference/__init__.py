@@ -1,0 +1,1 @@
+"""Faster inference with the same results: what is measured, what is replaced, and what is refused."""

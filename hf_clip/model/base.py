@@ -1,0 +1,113 @@
+"""The base class of all models, and every hook into transformers: loading, saving, attention kinds, checkpointing."""
+
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+from transformers.utils import TransformersKwargs
+
+from .attention import BUILT_IN_ATTENTION
+from .checked_files import DamagedWeightsError, FolderReplacedError, check_weights, read_unchanged
+from .configuration_hf_clip import HUB_ARGUMENTS, HfClipConfig, HfClipPreTrainedConfig, HubUpload, find_foreign
+from .optimized import Optimizable
+
+POSITION_COUNTERS = r"embeddings\.position_ids$"  # in stock repositories from before transformers 4.31
+
+BESIDE_THE_TOWERS = [POSITION_COUNTERS, r"^text_projection\.", r"^visual_projection\.", r"^logit_(scale|bias)$"]
+"""What a tower alone leaves unread in a whole model's file, besides the other tower."""
+
+HEEDED = {"return_dict", "attention_mask", "use_cache", "debug_io", "debug_io_dir", "prune_layers"}
+
+HEEDED |= {*TransformersKwargs.__annotations__} - {"position_ids"}
+"""Arguments beyond those that a `forward` names which it, its attention or transformers' wrappers around it know."""
+
+BY_PRODUCTS = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping"}
+"""What tokenizers return beside ids and mask, of which nobody expects an effect here."""
+
+INSTEAD = {
+    "labels": "the loss of pairs is had by return_loss=True, that of classes from HfClipForImageClassification",
+    "inputs_embeds": "texts are taken as input_ids",
+}
+
+
+class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
+    """What all CLIP models here have in common: loading, saving, attention kinds, checkpointing."""
+
+    config_class = HfClipConfig
+    base_model_prefix = "hf_clip"
+    input_modalities: tuple[str, ...] = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # else Trainer leaves the division by its accumulation steps to the model
+    _no_split_modules = [
+        "HfClipTextEmbeddings",
+        "HfClipViTEmbeddings",
+        "HfClipEncoderLayer",
+        "HfClipBottleneck",
+        "HfClipAttentionPool",
+    ]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers; repositories of stock CLIP and, with the package, of open_clip too."""
+        source, given = pretrained_model_name_or_path, kwargs.get("config")
+        model = read_unchanged(source, lambda: cls._read(source, *args, **kwargs), kwargs.get("subfolder"))
+        if isinstance(given, HfClipPreTrainedConfig) and not given.is_of_this_writing(source, kwargs.get("subfolder")):
+            raise FolderReplacedError(source)
+        return model
+
+    @classmethod
+    def _read(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+        foreign = None if kwargs.get("state_dict") is not None else find_foreign(source, kwargs)
+        if foreign is None:
+            check_weights(source, kwargs.get("subfolder"))
+            try:
+                return super().from_pretrained(source, *args, **kwargs)
+            except SafetensorError as error:
+                raise DamagedWeightsError(source, error) from error
+        own = {name: kwargs.pop(name) for name in ("config", "dtype", "torch_dtype") if name in kwargs}
+        if isinstance(config := own.pop("config", None), PreTrainedConfig):
+            given = kwargs
+        else:
+            config, given = cls.config_class.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
+        unused = own | {name: value for name, value in given.items() if name not in HUB_ARGUMENTS}
+        model = super().from_pretrained(None, *args, config=config, state_dict=foreign.tensors(), **unused)
+        loaded = model[0] if kwargs.get("output_loading_info") else model
+        loaded.config.name_or_path = str(source)
+        return model
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Initialise a module, unless its tensors have been loaded.
+
+        For classes outside of transformers, modules without tensors of their own count as loaded: layers and whole
+        models would be passed over. The guard is for code that writes to tensors directly, which ours does not.
+        """
+        super()._initialize_weights(module)
+
+
+def refuse_ignored(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Raise TypeError for an argument that would have no effect, as Python does for functions without `**kwargs`.
+
+    What is None or False asks for nothing. Attention of the user's own may know any argument.
+    """
+    if model.config._attn_implementation not in BUILT_IN_ATTENTION:
+        return
+    for name, value in arguments.items():
+        if name not in HEEDED and name not in BY_PRODUCTS and value is not None and value is not False:
+            reason = INSTEAD.get(name, "it would be ignored")
+            raise TypeError(f"{type(model).__name__} takes no argument {name!r}: {reason}. Leave it out.")
+
+
+# A tower alone reads and writes the names it has within a whole model, as stock CLIP's towers do.
+for _tower, _prefix in [
+    ("HfClipTextModel", "text_model"),
+    ("HfClipViTModel", "vision_model"),
+    ("HfClipResNetModel", "vision_model"),
+]:
+    register_checkpoint_conversion_mapping(_tower, [PrefixChange(prefix_to_remove=_prefix)], overwrite=True)

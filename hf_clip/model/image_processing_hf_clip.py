@@ -1,0 +1,488 @@
+"""Images to CLIP's input: resize the shorter side, crop the centre, RGB, scale, normalise.
+
+Invariant: with the default backend the result is bit-identical to OpenAI's torchvision transform: the same Pillow
+resize in the image's own mode, the same rounding of sizes and offsets, and the same float32 operations,
+(x / 255 − mean) / std, in that order. With `backend="torch"` grey levels are within one of that; see the class.
+
+Dimensions: B batch, H × W pixels, C = 3 channels.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    BatchFeature,
+    ImageProcessingMixin,  # noqa: F401  diffusers looks for this base class in a component's module to load it
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import SizeDict
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+
+from .checked_files import check_no_methods, find_files, in_one_kind, one_line, read_object
+from .configuration_hf_clip import HUB_ARGUMENTS, MOST_PIXELS, HubUpload, find_foreign
+from .open_image import (
+    UNREADABLE,
+    UnreadableImageError,
+    at_place,
+    channel_axis,
+    check_unit_range,
+    flatten_images,
+    is_to_be_opened,
+    to_image,
+)
+from .resize import Layout, cut_centre, fit_inside, scale_and_cut, scale_and_cut_tensor, shorter_side_to
+
+OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
+OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
+
+FITS = ("crop", "pad", "squash")
+BACKENDS = ("pil", "torch")
+TOKENIZER_BACKENDS = ("tokenizers", "sentencepiece", "custom", "mistral_common")
+"""Other processors of transformers hand the `backend` of their tokenizer to the image processor, too."""
+
+TORCH_FILTERS = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
+
+
+class HfClipImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """What a call takes beyond transformers' own arguments; see HfClipImageProcessor."""
+
+    fit: str | None
+    backend: str | None
+    num_threads: int | None
+    draft: bool | None
+
+
+def check_fit(fit: Any) -> None:
+    if fit not in FITS:
+        raise ValueError(f"fit is {fit!r:.80}, but must be one of {', '.join(map(repr, FITS))}.")
+
+
+def _check_numbers(name: str, values: Any, positive: bool) -> None:
+    """Refuse what no pixel can be scaled by: words, NaN, infinity, and zero where pixels are divided."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+            raise ValueError(f"{name} holds {value!r:.80}, but a finite number is needed.")
+        if positive and value <= 0:
+            raise ValueError(f"{name} holds {value}, but pixels are divided by it: a positive number is needed.")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The settings of one call, checked before any image is touched."""
+
+    do_convert_rgb: bool
+    do_resize: bool
+    size: SizeDict
+    resample: Any
+    do_center_crop: bool
+    crop_size: SizeDict
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: Any
+    image_std: Any
+    fit: str
+
+    def __post_init__(self) -> None:
+        size, crop = self.size, self.crop_size
+        for name in ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+            if (value := getattr(self, name)) not in (None, True, False):
+                raise ValueError(f"{name} is {value!r:.80}, but True or False is needed.")
+        check_fit(self.fit)
+        if self.fit != "crop" and not (self.do_resize and self.do_center_crop):
+            raise ValueError(f"fit={self.fit!r} needs do_resize=True and do_center_crop=True.")
+        if self.do_resize and not (size.shortest_edge or (size.height and size.width)):
+            raise ValueError(
+                f'size is {dict(size)}, but {{"shortest_edge": n}} or {{"height": h, "width": w}} is needed.'
+            )
+        if self.do_resize and (isinstance(self.resample, str) or self.resample not in list(Image.Resampling)):
+            raise ValueError(
+                f"resample is {self.resample!r:.80}, but one of PIL.Image.Resampling is needed; 3 is bicubic."
+            )
+        if self.do_center_crop and not (crop.height and crop.width):
+            raise ValueError(f'crop_size is {dict(crop)}, but {{"height": h, "width": w}} is needed.')
+        for name, sides in (("size", size), ("crop_size", crop)):
+            for side in (sides.shortest_edge, sides.height, sides.width):
+                if side is not None and not (isinstance(side, (int, np.integer)) and 0 < side <= MOST_PIXELS):
+                    raise ValueError(
+                        f"{name} has a side of {side!r:.80}, but a whole number of pixels from 1 to {MOST_PIXELS:,} is "
+                        f"needed."
+                    )
+        if self.do_rescale:
+            _check_numbers("rescale_factor", [self.rescale_factor], positive=True)
+        if self.do_normalize:
+            for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+                values = values if isinstance(values, (list, tuple, np.ndarray)) else [values]
+                if len(values) not in (1, 3):
+                    raise ValueError(
+                        f"{name} has {len(values)} values; images need one number, or one per channel: three."
+                    )
+                _check_numbers(name, values, positive=name == "image_std")
+
+    def layout(self, size: tuple[int, int]) -> Layout:
+        """What an image of this width and height is scaled to, and what is cut out of that."""
+        new_size = size
+        frame: tuple[int, int] | None = (self.crop_size.width, self.crop_size.height) if self.do_center_crop else None
+        if frame is not None and self.fit == "pad":
+            new_size = fit_inside(size, frame)
+        elif frame is not None and self.fit == "squash":
+            new_size = frame
+        elif self.do_resize and self.size.shortest_edge:
+            new_size = shorter_side_to(size, self.size.shortest_edge)
+        elif self.do_resize:
+            new_size = (self.size.width, self.size.height)
+        if frame is None or self.fit == "pad":
+            return Layout(new_size, (0, 0, *new_size))
+        return Layout(new_size, cut_centre(new_size, frame))
+
+    def margins(self, height: int, width: int) -> tuple[int, int, int, int] | None:
+        """Columns at the left and right and rows above and below that `fit="pad"` adds."""
+        if self.fit != "pad":
+            return None
+        left, top = (self.crop_size.width - width) // 2, (self.crop_size.height - height) // 2
+        return left, self.crop_size.width - width - left, top, self.crop_size.height - height - top
+
+    def margin_colour(self) -> np.ndarray:
+        """The mean colour as grey levels, so that margins are nearly zero once normalised."""
+        mean = np.asarray([0.0] if self.image_mean is None else self.image_mean, dtype=np.float64)
+        return np.round(mean * (1 / self.rescale_factor if self.do_rescale else 1)).clip(0, 255)
+
+    def draft_side(self) -> int | None:
+        """The least shorter side at which a JPEG may be decoded, or None where its size is kept."""
+        if not self.do_resize:
+            return None
+        sizes = [self.size.shortest_edge, self.size.height, self.size.width]
+        if self.do_center_crop:
+            sizes += [self.crop_size.height, self.crop_size.width]
+        return max(side for side in sizes if side)
+
+    def divisor(self, is_scaled: bool) -> float | None:
+        """What grey levels are divided by; an image that came as floats from 0 to 1 stays on that scale."""
+        if self.do_rescale:
+            # Dividing by 255 and multiplying by its inverse differ in the last bit; the original divides.
+            return 1 / self.rescale_factor
+        return 255.0 if is_scaled else None
+
+    def run(self, image: Image.Image, is_scaled: bool) -> Callable[[np.ndarray | None], np.ndarray]:
+        """Scale and cut one image; returns what writes it into (C, h, w) float32, or makes that if there is none."""
+        image = scale_and_cut(image, self.layout(image.size), int(self.resample or 0))
+        if self.do_convert_rgb and image.mode != "RGB":
+            image = image.convert("RGB")
+        levels = np.asarray(image)
+        levels = levels[..., None] if levels.ndim == 2 else levels  # (h, w, C)
+        if margins := self.margins(*levels.shape[:2]):
+            left, right, top, bottom = margins
+            framed = np.empty((self.crop_size.height, self.crop_size.width, levels.shape[2]), levels.dtype)
+            framed[:] = self.margin_colour()
+            framed[top : len(framed) - bottom, left : framed.shape[1] - right] = levels
+            levels = framed
+        return partial(self._normalise, levels.transpose(2, 0, 1), self.divisor(is_scaled))
+
+    def _normalise(self, levels: np.ndarray, divisor: float | None, out: np.ndarray | None) -> np.ndarray:
+        """(C, h, w) grey levels → float32, divided and normalised."""
+        if out is None:
+            out = np.empty(levels.shape, dtype=np.float32)
+        np.divide(levels, np.float32(1 if divisor is None else divisor), out=out, casting="unsafe")
+        if self.do_normalize:
+            mean, std = (
+                np.asarray(values, dtype=np.float32).reshape(-1, 1, 1) for values in (self.image_mean, self.image_std)
+            )
+            np.subtract(out, mean, out=out)
+            np.divide(out, std, out=out)
+        return out
+
+    def scale_tensor(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W), uint8 or floats from 0 to 1 → (B, C, h, w): uint8 or whole floats to 255, or floats to 1."""
+        is_levels = pixels.dtype == torch.uint8
+        layout = self.layout((pixels.shape[3], pixels.shape[2]))
+        if pixels.shape[1] == 1 and self.do_convert_rgb:
+            pixels = pixels.expand(-1, 3, -1, -1)
+        pixels = scale_and_cut_tensor(pixels, layout, TORCH_FILTERS.get(self.resample, "bicubic"))
+        if margins := self.margins(pixels.shape[2], pixels.shape[3]):
+            colour = torch.as_tensor(self.margin_colour() / (1 if is_levels else 255), device=pixels.device)
+            frame = torch.empty(*pixels.shape[:2], self.crop_size.height, self.crop_size.width, device=pixels.device)
+            frame[:] = colour.reshape(-1, 1, 1)
+            left, right, top, bottom = margins
+            frame[..., top : frame.shape[2] - bottom, left : frame.shape[3] - right] = pixels
+            pixels = frame
+        return pixels
+
+    def normalise_tensor(self, pixels: Tensor, is_levels: bool) -> Tensor:
+        """(B, C, h, w), grey levels to 255 of any dtype or floats to 1 → float32 on the same device."""
+        divisor = self.divisor(is_scaled=not is_levels)
+        scale = (1.0 if divisor is None else 1 / divisor) * (1 if is_levels else 255.0)
+        if not self.do_normalize:
+            return pixels.float() * scale
+        mean, std = (
+            torch.tensor(np.atleast_1d(values), dtype=torch.float32, device=pixels.device).reshape(-1, 1, 1)
+            for values in (self.image_mean, self.image_std)
+        )
+        if is_levels:  # nothing is differentiated, and fresh memory costs more than the arithmetic
+            return pixels.float().mul_(scale / std).sub_(mean / std)
+        return torch.addcmul(-mean / std, pixels, scale / std)
+
+    def run_tensor(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W), uint8 or floats from 0 to 1 → (B, C, h, w) float32 on the same device."""
+        return self.normalise_tensor(self.scale_tensor(pixels), is_levels=pixels.dtype == torch.uint8)
+
+
+def _as_tensor(item: Any, name: str, steps: Steps, data_format: str | None, device: Any, draft: int | None) -> Tensor:
+    """One image as (C, H, W), uint8 or float."""
+    if is_to_be_opened(item):
+        item = to_image(item, name, draft=draft)
+    if isinstance(item, Image.Image):
+        image = to_image(item, name)
+        item = np.array(image.convert("RGB") if steps.do_convert_rgb else image)
+        data_format = None if item.ndim == 2 else "channels_last"
+    if not hasattr(item, "ndim") or item.ndim not in (2, 3):
+        to_image(item, name)  # which says what is wrong with it
+    if isinstance(item, np.ndarray):
+        item = np.require(item, requirements=["C", "W"])  # torch takes no others without a warning or an error
+    pixels = torch.as_tensor(item, device=device)
+    if pixels.ndim == 2:
+        pixels, data_format = pixels[None], "channels_first"
+    return pixels.movedim(channel_axis(tuple(pixels.shape), data_format, name), 0)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """(C, H, W) each → (B, C, H, W). Channels that lie side by side in memory stay so: that is resized faster."""
+    if len(tensors) == 1:
+        return tensors[0][None]
+    if tensors[0].stride(0) == 1:
+        return torch.stack([tensor.movedim(0, -1) for tensor in tensors]).movedim(-1, 1)
+    return torch.stack(tensors)
+
+
+def _check_values(pixels: Tensor, first: int) -> None:
+    """Refuse a batch (B, C, H, W) that is neither uint8 nor floats from 0 to 1, naming the image."""
+    if pixels.dtype == torch.uint8:
+        return
+    if not pixels.is_floating_point():
+        problem = f" is a tensor of {pixels.dtype}, but uint8 from 0 to 255 or floats from 0 to 1 are needed."
+        raise UnreadableImageError(f"images[{first}]", problem, first)
+    with torch.no_grad():
+        flat = pixels.flatten(1)
+        low, high = flat.amin(1), flat.amax(1)  # NaN wins both
+        for index, (least, most) in enumerate(zip(low.tolist(), high.tolist(), strict=True), start=first):
+            with at_place(index):
+                check_unit_range(least, most, f"images[{index}]")
+
+
+class HfClipImageProcessor(HubUpload, BaseImageProcessor):
+    """OpenAI's preprocessing as an image processor: images → `pixel_values` (B, 3, H, W), float32.
+
+    Images are Pillow images, arrays or tensors (uint8, or floats from 0 to 1; one or a batch), or what is opened
+    first, and then turned as its EXIF orientation says: paths, URLs, bytes, undecoded rows of `datasets`. An image
+    that is given is never turned.
+
+    size:      {"shortest_edge": n} keeps the aspect ratio, {"height": h, "width": w} doesn't
+    crop_size: {"height": h, "width": w}
+    resample:  Pillow's number; 3 is bicubic
+    fit:       what becomes of an image that isn't square. "crop" cuts its sides off, as the original does; "pad"
+               scales all of it into `crop_size`, with margins in the colour `image_mean`; "squash" does so without
+               margins, distorted. Saved with the processor, as all of the above
+    backend:   "pil" is exact; "torch" works on tensors, on `device` and in batches, and passes gradients to float
+               tensors; grey and RGB images come within one grey level (of drawings with hard edges one value in some
+               millions within two), others are made RGB before they are resized, and not after it
+    num_threads: how many images of a list "pil" works on at once (default: as many as torch uses); the result is the
+               same
+    draft:     for what is opened here: decode a JPEG that is at least four times as large as needed at a half, a
+               quarter or an eighth of its size: faster, not exact
+    Each step can be switched off with its `do_...`, when constructing or in a call.
+    """
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = HfClipImageProcessorKwargs
+    default_to_square = False
+    do_convert_rgb = True
+    do_resize = True
+    size = {"shortest_edge": 224}
+    resample = 3
+    do_center_crop = True
+    crop_size = {"height": 224, "width": 224}
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = OPENAI_MEAN
+    image_std = OPENAI_STD
+    fit = "crop"
+    backend = "pil"
+    num_threads = None
+    draft = False
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._set_attributes(**kwargs)
+        self.steps()
+
+    @classmethod
+    def for_image_size(cls, image_size: int, **kwargs: Any) -> "HfClipImageProcessor":
+        """The processor of a model that takes square images of `image_size` pixels."""
+        square = {"height": image_size, "width": image_size}
+        return cls(**({"size": {"shortest_edge": image_size}, "crop_size": square} | kwargs))
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As everywhere in transformers; open_clip's repositories too, where the package is."""
+        if (foreign := find_foreign(pretrained_model_name_or_path, kwargs)) is not None:
+            return foreign.image_processor_values(), {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS}
+        source = pretrained_model_name_or_path
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        for path in find_files(source, (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME), hub):
+            values = read_object(path)
+            check_no_methods(cls, values.get("image_processor", values), path)
+        return super().get_image_processor_dict(source, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers; raises ValueError in one line for damaged files and impossible settings."""
+        source = pretrained_model_name_or_path
+        try:
+            with in_one_kind(source):
+                return super().from_pretrained(source, *args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"The image processor of {one_line(source, 200)} is refused: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: how the model wants its images, not how this machine makes them."""
+        return {k: v for k, v in super().to_dict().items() if k not in ("backend", "num_threads", "draft", "device")}
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Leave addresses to us; transformers' loader would make every image RGB before it is resized."""
+        return image_url_or_urls
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Images → `pixel_values`; the arguments are those of the class, for this call alone."""
+        if args or kwargs.keys() - {"return_tensors"}:
+            return super().preprocess(images, *args, **kwargs)
+        # With nothing to check, transformers' checks of arguments would take longer than normalising the image.
+        return self._preprocess_image_like_inputs(images, **(self._settings() | kwargs))
+
+    def _settings(self) -> dict[str, Any]:
+        return self._standardize_kwargs(**{name: getattr(self, name, None) for name in self._valid_kwargs_names})
+
+    def steps(self) -> Steps:
+        """What is done to each image, for those who put it together otherwise. Raises ValueError if it cannot be."""
+        settings = self._settings()
+        return Steps(**{name: settings[name] for name in Steps.__dataclass_fields__})
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: Any,
+        *,
+        backend: str = "pil",
+        num_threads: int | None = None,
+        draft: bool = False,
+        device: Any = None,
+        return_tensors: Any = None,
+        data_format: Any = None,
+        input_data_format: Any = None,
+        do_pad: bool | None = None,
+        **settings: Any,
+    ) -> BatchFeature:
+        steps = Steps(**{name: settings[name] for name in Steps.__dataclass_fields__})
+        if do_pad:
+            raise ValueError('do_pad=True is not known here; fit="pad" scales the whole image and adds margins.')
+        if backend in TOKENIZER_BACKENDS:
+            backend = self.backend
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}, but must be one of {', '.join(map(repr, BACKENDS))}.")
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}, but must be at least 1.")
+        formats = (getattr(data_format, "value", data_format), getattr(input_data_format, "value", input_data_format))
+        if not set(formats) <= {None, "channels_first", "channels_last"}:
+            raise ValueError(
+                f"data_format and input_data_format are {formats[0]!r} and {formats[1]!r}, but 'channels_first' or "
+                f"'channels_last' is needed."
+            )
+        side = steps.draft_side() if draft else None
+        if backend == "torch":
+            pixels: Any = self._with_torch(images, steps, input_data_format, device, side)
+        elif device is not None and torch.device(device).type != "cpu":
+            raise ValueError(f'device={str(device)!r} needs backend="torch"; Pillow works on the CPU.')
+        else:
+            pixels = self._with_pillow(images, steps, input_data_format, num_threads, side)
+        if formats[0] == "channels_last":
+            last = (lambda x: x.movedim(-3, -1)) if backend == "torch" else (lambda x: np.moveaxis(x, -3, -1))
+            pixels = [last(image) for image in pixels] if isinstance(pixels, list) else last(pixels)
+        if backend == "torch" and return_tensors == "np":
+            pixels = [p.numpy(force=True) for p in pixels] if isinstance(pixels, list) else pixels.numpy(force=True)
+        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+    @staticmethod
+    def _with_pillow(
+        images: Any, steps: Steps, data_format: str | None, num_threads: int | None, draft: int | None
+    ) -> np.ndarray | list[np.ndarray]:
+        """(B, C, h, w), or a list of (C, h, w) where sizes differ."""
+        items = flatten_images(images)
+        if len(items) == 0:
+            raise ValueError("HfClipImageProcessor got an empty list of images; pass at least one.")
+        is_one_size = steps.do_center_crop and steps.do_convert_rgb
+        shape = (len(items), 3, steps.crop_size.height, steps.crop_size.width) if is_one_size else None
+        batch = np.empty(shape, dtype=np.float32) if shape else None
+
+        def process(index: int) -> np.ndarray:
+            item, name = items[index], f"images[{index}]"
+            is_scaled = hasattr(item, "dtype") and "float" in str(item.dtype)
+            with at_place(index):
+                image = to_image(item, name, data_format=data_format, draft=draft)
+                try:
+                    write = steps.run(image, is_scaled)
+                except UNREADABLE as error:
+                    described = f"mode {image.mode}, {image.width}x{image.height}"
+                    raise UnreadableImageError(name, f" ({described}) cannot be processed: {error}") from error
+            return write(None if batch is None else batch[index])
+
+        workers = min(num_threads or torch.get_num_threads(), len(items))
+        if workers == 1:
+            arrays = [process(index) for index in range(len(items))]
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                arrays = list(pool.map(process, range(len(items))))
+        if batch is not None:
+            return batch
+        return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
+
+    @staticmethod
+    def _with_torch(
+        images: Any, steps: Steps, data_format: str | None, device: Any, draft: int | None
+    ) -> Tensor | list[Tensor]:
+        """(B, C, h, w), or a list of (C, h, w) where sizes differ. Images of equal size are worked on together."""
+        if steps.do_resize and steps.resample not in TORCH_FILTERS:
+            raise ValueError(f'backend="torch" resizes with resample 3 (bicubic) or 2, not {int(steps.resample)}.')
+        if getattr(images, "ndim", 0) == 4:
+            images = np.require(images, requirements=["C", "W"]) if isinstance(images, np.ndarray) else images
+            batch = torch.as_tensor(images, device=device)
+            axis = channel_axis(tuple(batch.shape[1:]), data_format, "images[0]") if len(batch) else 0
+            groups = [batch.movedim(axis + 1, 1)]
+        else:
+            tensors = []
+            for index, item in enumerate(flatten_images(images)):
+                with at_place(index):
+                    tensors.append(_as_tensor(item, f"images[{index}]", steps, data_format, device, draft))
+            kinds = {(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors}
+            groups = [_stack(tensors)] if len(kinds) == 1 else [tensor[None] for tensor in tensors]
+        if sum(map(len, groups)) == 0:
+            raise ValueError("HfClipImageProcessor got an empty list of images; pass at least one.")
+        for index, group in enumerate(groups):
+            _check_values(group, first=index)
+        done = [steps.run_tensor(group) for group in groups]
+        if len(done) == 1:
+            return done[0]
+        if len({image.shape for image in done}) == 1:
+            return torch.cat(done)
+        return [image[0] for image in done]
+
+
+__all__ = ["HfClipImageProcessor"]

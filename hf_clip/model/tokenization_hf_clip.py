@@ -1,0 +1,314 @@
+"""CLIP's tokenizer as transformers has them, exact for every string, and fast.
+
+What makes it fast: a text of printable ASCII without an ampersand needs no repair but lower case, and the ids of what
+stands between white space are remembered (`ChunkMemory`). Whatever else a tokenizer can be asked, `WordEncoder` does.
+
+Threads share a tokenizer: a call changes nothing but the memory, and neither memory nor encoders belong to its state.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tokenizers import Tokenizer, trainers
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+from transformers.utils import cached_file, logging
+
+from .bpe import (
+    END_OF_TEXT,
+    END_OF_WORD,
+    FIXED_IDS,
+    START_OF_TEXT,
+    build_backend,
+    byte_alphabet,
+    check_vocab_size,
+    read_merges,
+)
+from .checked_files import TOKENIZER_CHECKS, check_tokenizer_file, find_files, in_one_kind, read_vocabulary
+from .chunk_memory import BOUNDARY, ChunkMemory
+from .configuration_hf_clip import HUB_ARGUMENTS, OPENAI_VOCAB_SIZE, HubUpload, refuse_checkpoint_file
+from .repair_text import TextError, is_plain, prepare_text, repair_where_needed
+from .token_layout import EncodedTexts, Layout, as_columns, as_lists, without_texts
+from .words import WordEncoder, describe_token
+
+logger = logging.get_logger(__name__)
+Prepared = TypeVar("Prepared")
+
+EXTRAS = {
+    "return_token_type_ids": "token_type_ids",
+    "return_special_tokens_mask": "special_tokens_mask",
+    "return_offsets_mapping": "offset_mapping",
+    "return_length": "length",
+}
+"""What a call gives beyond ids and mask, where these arguments are true."""
+
+
+def check_texts(text: Any) -> list[str]:
+    """A text, or texts in any container that keeps an order, as a list; anything else is refused with its place.
+
+    Columns of NumPy, pandas, Arrow and `datasets` are such containers; an iterator is used up.
+    """
+    if isinstance(text, str):
+        return [text]
+    items = text.to_pylist() if hasattr(text, "to_pylist") else text  # Arrow's own items are no strings
+    if isinstance(items, (bytes, bytearray, Mapping, set, frozenset)) or not isinstance(items, Iterable):
+        raise ValueError(f"HfClipTokenizer got {type(text).__name__}, but a text or a list of texts is needed.")
+    if (dimensions := getattr(items, "ndim", 1)) != 1:
+        raise ValueError(
+            f"HfClipTokenizer got {type(text).__name__} of {dimensions} dimensions, but one column of texts is needed."
+        )
+    texts = list(items)
+    for index, item in enumerate(texts):
+        if not isinstance(item, str):
+            raise TextError(f"is a {type(item).__name__}, but a list of texts is needed: {item!r:.60}.", index)
+    return texts
+
+
+def prepare_one(prepare: Callable[[str], Prepared], text: str, index: int) -> Prepared:
+    """prepare(text). Raises TextError that carries the text's index where that fails."""
+    try:
+        return prepare(text)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise TextError(f"cannot be tokenized: {reason}. Leave it out, or clean it.", index) from error
+
+
+def prepare_each(prepare: Callable[[str], Prepared], texts: list[str]) -> list[Prepared]:
+    """Do the same to each text. Raises TextError that says which text it cannot be done to."""
+    try:
+        return list(map(prepare, texts))
+    except Exception:
+        return [prepare_one(prepare, text, index) for index, text in enumerate(texts)]
+
+
+def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer of a repository without tokenizer.json, from its vocab.json and merges.txt; None if it has none.
+
+    Raises ValueError for another model's vocabulary.
+    """
+    names = ("tokenizer.json", "vocab.json", "merges.txt")
+    try:
+        whole, *found = [cached_file(source, n, _raise_exceptions_for_missing_entries=False, **hub) for n in names]
+    except OSError:
+        return None
+    if whole is not None or None in found:
+        return None
+    vocab = read_vocabulary(found[0])
+    backend = build_backend(read_merges(found[1], len(vocab)))
+    if backend.get_vocab() != vocab:
+        raise ValueError(f"The vocab.json of {source} numbers its tokens otherwise than CLIP's tokenizer does.")
+    return backend
+
+
+# diffusers finds out how to load a component by looking for this base class, under this name, in its module.
+class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
+    """CLIP's tokenizer: ids equal OpenAI's, in batches, padded to the longest text by default.
+
+    Calling it returns `input_ids` and `attention_mask`, each (B, L) with `return_tensors`, else lists together with
+    `tokenizers`' encodings. Padding stands on the right and repeats the end of text. A text longer than
+    `model_max_length` (77) is kept whole, with a warning, unless `truncation=True`, which keeps the end-of-text token;
+    the model refuses it. Offsets refer to the text as it is cut: a plain one as it was given, any other as it was
+    repaired (`prepare_text`). Without texts the arrays are (0, L). A text that cannot be tokenized is a TextError, a
+    ValueError whose `index` says which.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "right"
+    # What a tokenizer makes for itself is no part of its state. `datasets` hashes `__dict__`, where slots are not.
+    __slots__ = ("_encoders", "_has_warned", "_memory")
+    _encoders: dict[bool, tuple[Any, WordEncoder]]
+    _has_warned: bool
+    _memory: ChunkMemory | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "HfClipTokenizer":
+        tokenizer = super().__new__(cls)
+        for name, value in (("_encoders", {}), ("_has_warned", False), ("_memory", None)):
+            object.__setattr__(tokenizer, name, value)  # transformers' own needs what `__init__` makes
+        return tokenizer
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers; repositories that have vocab.json and merges.txt alone too."""
+        source = pretrained_model_name_or_path
+        refuse_checkpoint_file(source)
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        for path in find_files(source, TOKENIZER_CHECKS, hub):
+            TOKENIZER_CHECKS.get(path.name, check_tokenizer_file)(path)
+        try:
+            with in_one_kind(source):
+                return super().from_pretrained(source, *args, **kwargs)
+        except (OSError, ValueError):
+            backend = None if "tokenizer_object" in kwargs else read_backend(source, hub)
+            if backend is None:
+                raise
+        with in_one_kind(source):
+            return super().from_pretrained(source, *args, tokenizer_object=backend, **kwargs)
+
+    @classmethod
+    def from_merges(cls, merges: list[tuple[str, str]], model_max_length: int = 77) -> "HfClipTokenizer":
+        """Build a tokenizer from BPE merges, most frequent first, in OpenAI's order of ids."""
+        return cls(
+            tokenizer_object=build_backend(merges),
+            bos_token=START_OF_TEXT,
+            eos_token=END_OF_TEXT,
+            pad_token=END_OF_TEXT,
+            unk_token=END_OF_TEXT,
+            model_max_length=model_max_length,
+            clean_up_tokenization_spaces=False,
+        )
+
+    @classmethod
+    def from_vocabulary_file(
+        cls, path: str | Path, vocab_size: int = OPENAI_VOCAB_SIZE, model_max_length: int = 77
+    ) -> "HfClipTokenizer":
+        """Build OpenAI's tokenizer from its published vocabulary file, `bpe_simple_vocab_16e6.txt.gz`.
+
+        Raises FileNotFoundError or ValueError when the file is missing or is something else.
+        """
+        return cls.from_merges(read_merges(path, vocab_size), model_max_length)
+
+    @classmethod
+    def train_from_iterator(
+        cls, texts: Iterable[str], vocab_size: int, model_max_length: int = 77
+    ) -> "HfClipTokenizer":
+        """Learn a vocabulary of at most `vocab_size` ids, of which bytes and special tokens take 514."""
+        check_vocab_size(vocab_size)
+        backend = build_backend([])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 2,
+            initial_alphabet=byte_alphabet(),
+            end_of_word_suffix=END_OF_WORD,
+            show_progress=False,
+        )
+        prepared = (prepare_one(prepare_text, text, index) for index, text in enumerate(texts))
+        backend.train_from_iterator(prepared, trainer)
+        learned = json.loads(backend.to_str())["model"]["merges"]
+        merges = [(left, right) for left, right in learned]
+        return cls.from_merges(merges[: vocab_size - FIXED_IDS], model_max_length)
+
+    def __call__(self, text: Any = None, *args: Any, padding: Any = True, **kwargs: Any) -> BatchEncoding:
+        return super().__call__(text, *args, padding=padding, **kwargs)
+
+    def _encode_plus(
+        self,
+        text: Any,
+        text_pair: Any = None,
+        add_special_tokens: bool = True,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        max_length: int | None = None,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: Any = None,
+        return_attention_mask: bool | None = None,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        """What every call of a tokenizer comes down to in transformers."""
+        if text_pair is not None:
+            raise ValueError(
+                "HfClipTokenizer got a pair of texts, but CLIP reads single ones; join them, or pass a list."
+            )
+        if is_split_into_words:
+            raise ValueError("HfClipTokenizer cuts words itself; pass whole texts, without is_split_into_words=True.")
+        if getattr(text, "ndim", 1) == 0:
+            text = text.item()  # NumPy's way of holding a single text
+        texts = check_texts(text)
+        is_truncated = truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE
+        layout = Layout(
+            add_special_tokens=add_special_tokens,
+            limit=(max_length or self.model_max_length) if is_truncated else None,
+            truncation_side=self.truncation_side,
+            is_padded=padding_strategy != PaddingStrategy.DO_NOT_PAD,
+            to_length=(max_length or self.model_max_length) if padding_strategy == PaddingStrategy.MAX_LENGTH else 0,
+            multiple=pad_to_multiple_of or 1,
+            padding_side=padding_side or self.padding_side,
+            **self._special_tokens(),
+        )
+        split, with_overflow = (bool(kwargs.get(f"{n}_tokens")) for n in ("split_special", "return_overflowing"))
+        extras = [name for argument, name in EXTRAS.items() if kwargs.get(argument)]
+        encoder = self._encoder(split)
+        by_encodings = extras or with_overflow or split or encoder.contents
+        data: dict[str, Any]
+        encodings: Any
+        if texts and (by_encodings or (return_tensors is not None and not layout.is_padded)):
+            parts = layout.encode(encoder, prepare_each(encoder.words_of, texts), kwargs.get("stride") or 0)
+            lengths = np.array([sum(first.attention_mask) for first, *_ in parts])
+            parts = parts if with_overflow else [part[:1] for part in parts]
+            data = as_columns(parts, {"input_ids", "attention_mask", *extras}, with_overflow)
+            encodings = list(chain.from_iterable(parts))
+        else:
+            ids, lengths = self._ids_of(texts, encoder)
+            data = layout.arrange(ids, lengths)
+            lengths = lengths + layout.special
+            if not texts:
+                data |= without_texts(extras, data)
+            if return_tensors is None:
+                data = as_lists(data, layout.is_padded) if texts else {name: [] for name in data}
+            elif return_tensors == "pt":
+                import torch
+
+                data = {name: torch.from_numpy(values) for name, values in data.items()}  # which copies nothing
+            encodings = lambda: [first for first, *_ in layout.encode(encoder, list(map(encoder.words_of, texts)))]  # noqa: E731
+        if return_attention_mask is False:
+            del data["attention_mask"]
+        if add_special_tokens and not is_truncated and kwargs.get("verbose", True):
+            self._warn_of_too_long(lengths)
+        if isinstance(text, str) and return_tensors is None and not with_overflow:
+            data = {name: value[0] if isinstance(value[0], list) else value for name, value in data.items()}
+        return EncodedTexts(data, encodings, tensor_type=return_tensors)
+
+    def _special_tokens(self) -> dict[str, Any]:
+        if None in (self.bos_token_id, self.eos_token_id, self.pad_token_id):
+            raise ValueError(
+                f"HfClipTokenizer has bos_token {self.bos_token!r}, eos_token {self.eos_token!r} and pad_token "
+                f"{self.pad_token!r}, but needs all three: they mark start and end of a text and fill up shorter ones. "
+                f"Load it without setting them to None."
+            )
+        ids = {"start_id": self.bos_token_id, "end_id": self.eos_token_id, "pad_id": self.pad_token_id}
+        return ids | {"pad_token": self.pad_token}
+
+    def _encoder(self, split_special_tokens: bool) -> WordEncoder:
+        """What cuts and merges texts thoroughly, for the added tokens that there are now."""
+        tokens = tuple(map(describe_token, self._tokenizer.get_added_tokens_decoder().items()))
+        known_tokens, encoder = self._encoders.get(split_special_tokens, (None, None))
+        if encoder is None or known_tokens != tokens:
+            encoder = WordEncoder(self._tokenizer, split_special_tokens)
+            self._encoders[split_special_tokens] = (tokens, encoder)
+        return encoder
+
+    def _ids_of(self, texts: list[str], encoder: WordEncoder) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, one after the other and without special tokens (N,), and how many each has (B,)."""
+        if not texts:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        if not is_plain("".join(texts)):
+            texts = prepare_each(repair_where_needed, texts)
+        # Lower case stays as it is when lowered again, and repaired text has no white space but single spaces.
+        chunks = f" {BOUNDARY} ".join(texts).lower().split()
+        memory = self._memory
+        if memory is None:
+            memory = self._memory = ChunkMemory(encoder.merger)
+        return memory.look_up(chunks)
+
+    def _warn_of_too_long(self, lengths: np.ndarray) -> None:
+        """Once, as stock tokenizers do. lengths (B,): tokens of each text, special ones included."""
+        if lengths.max(initial=0) > self.model_max_length and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"Text {int(lengths.argmax())} has {int(lengths.max())} tokens, start and end included, but the model "
+                f"takes {self.model_max_length} and refuses more. Shorten it, or pass truncation=True, which keeps the "
+                f"end of the text marked."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+
+__all__ = ["HfClipTokenizer"]

@@ -1,0 +1,138 @@
+"""Training images: a random part of each, scaled to the model's size, seldom mirrored, its colours perhaps shifted.
+
+Every image is worked on with a generator of random numbers of its own, so what is drawn depends on nothing but the
+row: not on workers, processes, or what came before. Images are tensors from decoding on, so the torch backend of the
+image processor does the scaling.
+
+Dimensions: H × W pixels, S model's side, C = 3 channels.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+ASPECTS = (3 / 4, 4 / 3)
+"""How much wider or narrower than the model's image a part may be, which it is squeezed or stretched to."""
+
+ATTEMPTS = 10
+GREY = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in grey (ITU-R 601-2, as Pillow has them)."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What may happen to a training image.
+
+    crop:   the least part of its area that is kept; 1 keeps what the image processor keeps
+    flip:   probability of mirroring; 0 by default, since there is writing in images
+    jitter: brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter
+    """
+
+    crop: float = 0.9
+    flip: float = 0.0
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise ValueError(
+                f"crop is {self.crop}, but must be above 0 and at most 1: the least part of the area kept."
+            )
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is {self.flip}, but must be a probability from 0 to 1.")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter is {self.jitter}, but must be at least 0 and below 1.")
+
+    @classmethod
+    def parse(cls, text: str) -> "Augmentation":
+        """`"crop=0.9,flip=0.5,jitter=0.2"`, where what is left out keeps its default, or `"none"`."""
+        if text.strip() == "none":
+            return cls(crop=1.0)
+        names = [field.name for field in fields(cls)]
+        values: dict[str, float] = {}
+        for part in text.split(","):
+            name, _, number = (piece.strip() for piece in part.partition("="))
+            try:
+                if name not in names or name in values:
+                    raise ValueError
+                values[name] = float(number)
+            except ValueError:
+                raise ValueError(
+                    f'The augmentation {text!r} cannot be read at {part.strip()!r}: write "none", or each of '
+                    f'{", ".join(names)} at most once, as in "crop=0.9,flip=0.5,jitter=0.2".'
+                ) from None
+        return cls(**values)
+
+    def part(self, size: tuple[int, int], aspects: tuple[float, float], rng: np.random.Generator) -> tuple[int, ...]:
+        """The part to keep of an image of this width and height: left, top, right, bottom.
+
+        Area and aspect (on a logarithmic scale) are drawn evenly, as in "Going deeper with convolutions". Where none of
+        ten draws fits, because the image is too long, the part is all of its shorter side and as much of the longer
+        as the aspects allow, at a random place.
+        """
+        width, height = size
+        for _ in range(ATTEMPTS):
+            area = width * height * rng.uniform(self.crop, 1.0)
+            aspect = math.exp(rng.uniform(math.log(aspects[0]), math.log(aspects[1])))
+            w, h = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
+            if w <= width and h <= height:
+                break
+        else:
+            w = min(width, max(1, round(height * aspects[1])))
+            h = min(height, max(1, round(width / aspects[0])))
+        left, top = int(rng.integers(width - w, endpoint=True)), int(rng.integers(height - h, endpoint=True))
+        return left, top, left + w, top + h
+
+    def shift_colours(self, pixels: Tensor, rng: np.random.Generator) -> Tensor:
+        """Brightness, contrast and saturation of an image (C, H, W) of floats from 0 to 1."""
+        brightness, contrast, saturation = rng.uniform(1 - self.jitter, 1 + self.jitter, size=3).tolist()
+        weights = torch.tensor(GREY).reshape(-1, 1, 1)
+        pixels = (pixels * brightness).clamp(0, 1)
+        middle = (pixels * weights).sum(0).mean()
+        pixels = (middle + (pixels - middle) * contrast).clamp(0, 1)
+        grey = (pixels * weights).sum(0, keepdim=True)  # (1, H, W)
+        return (grey + (pixels - grey) * saturation).clamp(0, 1)
+
+
+class AugmentedPixels:
+    """An image → pixel values (3, S, S), by an image processor's own settings but for what is augmented.
+
+    What is done to each image by itself and what can be done to a batch at once are two methods.
+    """
+
+    def __init__(self, image_processor: Any, augmentation: Augmentation):
+        self.augmentation = augmentation
+        steps = image_processor.steps()
+        sides = [*dict(steps.size).values(), *dict(steps.crop_size).values()]
+        self.draft = math.ceil(max(side for side in sides if side) / math.sqrt(augmentation.crop))
+        """The shorter side that a JPEG needs, so that the smallest part still has twice the model's pixels."""
+        self.frame_aspect = steps.crop_size.width / steps.crop_size.height
+        self.fit = steps.fit
+        if augmentation.crop < 1 and self.fit == "crop":
+            steps = replace(steps, fit="squash")  # the part that was drawn takes the place of the centre
+        self.steps = steps
+
+    def scaled(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        """An image's part in the model's size (C, S, S): grey levels, or with jitter floats from 0 to 1."""
+        augmentation = self.augmentation
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)  # (C, H, W)
+        if augmentation.crop < 1:
+            # An image that is shown whole keeps its own aspect but for the part's.
+            usual = self.frame_aspect if self.fit == "crop" else image.width / image.height
+            left, top, right, bottom = augmentation.part(image.size, (ASPECTS[0] * usual, ASPECTS[1] * usual), rng)
+            pixels = pixels[:, top:bottom, left:right]
+        pixels = self.steps.scale_tensor(pixels[None])[0]  # (C, S, S)
+        if augmentation.flip and rng.random() < augmentation.flip:
+            pixels = pixels.flip(-1)
+        return augmentation.shift_colours(pixels / 255, rng) if augmentation.jitter else pixels
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """(B, C, S, S) as `scaled` makes them → pixel values."""
+        return self.steps.normalise_tensor(pixels, is_levels=not self.augmentation.jitter)
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        return self.normalised(self.scaled(image, rng)[None])[0]

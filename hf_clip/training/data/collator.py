@@ -1,0 +1,209 @@
+"""Drawn rows → a batch, in a worker process: images opened, augmented and scaled, captions tokenized one by one and
+padded to the longest.
+
+A row that cannot be used is left out and reported, and its place is taken by another: training batches stay full, so
+that every process of a distributed run has the same number of pairs, whatever it met. Which row steps in is a function
+of the order of the data. In evaluation nothing steps in.
+
+Dimensions: B local batch, L text length, S model's side, C = 3 channels.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from ...model.open_image import UNREADABLE
+from .augment import Augmentation, AugmentedPixels
+from .columns import UnusableRowError
+from .content import content_id, tokens_id
+from .images import TIMEOUT, image_content, open_content
+from .pairs import Draw, Pairs, PairStream, Row
+
+PAD_TO = 8
+"""Text lengths are multiples of this, which suits tensor cores and keeps the number of shapes small."""
+
+LONGEST_REASON = 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one process does of a global batch.
+
+    draws:  the rows of its local batch
+    spares: rows from behind the global batch, of which one steps in for a row that cannot be used
+    first:  the place of the local batch in the global one
+    """
+
+    draws: list[Draw]
+    spares: list[Draw]
+    first: int = 0
+
+
+@dataclass
+class Prepared:
+    """A row as tensors, and what it shows and says as numbers.
+
+    pixels:    (C, S, S), which in training are still to be normalised
+    input_ids: the caption's tokens, not padded
+    is_cut:    whether the caption was longer than the model takes
+    """
+
+    pixels: Tensor
+    input_ids: list[int]
+    is_cut: bool
+    image_id: int
+    label: int | None
+
+
+@dataclass
+class Batch:
+    """tensors: the model's and the loss's inputs   drawn: rows that were asked for   skipped: (row, reason) of some
+    cut: captions that were longer than the model takes
+    """
+
+    tensors: dict[str, Tensor]
+    drawn: int
+    skipped: list[tuple[str, str]]
+    cut: int = 0
+
+    def pin_memory(self) -> "Batch":
+        """What DataLoader calls where pinned memory is asked for."""
+        return replace(self, tensors={name: tensor.pin_memory() for name, tensor in self.tensors.items()})
+
+
+class PairCollator:
+    """Rows → pixel_values (B, C, S, S), input_ids and attention_mask (B, L), image_ids and text_ids (B,), labels (B,).
+
+    processor:    the model's
+    augmentation: None is for evaluation: images are prepared exactly as by the processor. Otherwise by its torch
+                  backend, JPEGs decoded at a part of their size where that is still twice as large as needed
+    seed:         of what is drawn for a row: its caption of several, its part, its colours
+    timeout:      seconds to wait for an image that is fetched
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        augmentation: Augmentation | None = None,
+        *,
+        seed: int = 0,
+        timeout: float = TIMEOUT,
+    ):
+        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        for setting in ("do_resize", "do_center_crop"):
+            if not getattr(self.image_processor, setting):
+                raise ValueError(f"The image processor has {setting}=False, but images of one size are needed.")
+        self.seed, self.timeout = seed, timeout
+        self.augmented = None if augmentation is None else AugmentedPixels(self.image_processor, augmentation)
+
+    def prepare(self, draw: Draw, row: Row) -> Prepared:
+        """Open and augment one row. Raises UnusableRowError."""
+        if row.reason is not None:
+            raise UnusableRowError(row.reason)
+        rng = np.random.default_rng((self.seed, draw.round, draw.source, draw.row, draw.caption + 1))
+        if draw.caption >= 0:
+            caption = row.captions[draw.caption]
+        else:
+            spoken = [caption for caption in row.captions if caption]
+            caption = spoken[int(rng.integers(len(spoken)))] if spoken else ""
+        if not caption:
+            raise UnusableRowError("its caption is empty")
+        input_ids, is_cut = self.encode(caption)
+        content = image_content(row.image, row.places, self.timeout)
+        image = open_content(content, self.augmented.draft if self.augmented else None)
+        try:
+            if self.augmented:
+                pixels = self.augmented.scaled(image, rng)
+            else:
+                pixels = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        except UNREADABLE as error:
+            raise UnusableRowError(f"its image cannot be processed ({error})") from error
+        return Prepared(pixels, input_ids, is_cut, content_id(content), row.label)
+
+    def collate(self, rows: Sequence[Prepared]) -> dict[str, Tensor]:
+        """Rows as one batch, of which there may be none in evaluation."""
+        if rows:
+            pixels = torch.stack([row.pixels for row in rows])
+            pixels = self.augmented.normalised(pixels) if self.augmented else pixels
+        else:
+            crop = dict(self.image_processor.crop_size)
+            pixels = torch.zeros(0, 3, crop["height"], crop["width"])
+        tensors = {"pixel_values": pixels} | self._padded([row.input_ids for row in rows])
+        tensors["image_ids"] = torch.tensor([row.image_id for row in rows], dtype=torch.int64)
+        # Of the tokens: captions that the model cannot tell apart are one.
+        tensors["text_ids"] = torch.tensor([tokens_id(row.input_ids) for row in rows], dtype=torch.int64)
+        if rows and all(row.label is not None for row in rows):
+            tensors["labels"] = torch.tensor([row.label for row in rows])
+        return tensors
+
+    def encode(self, caption: str) -> tuple[list[int], bool]:
+        """A caption's tokens, and whether it was cut at the model's length. Raises UnusableRowError."""
+        longest = self.tokenizer.model_max_length
+        try:
+            ids = self.tokenizer(caption, truncation=True, padding=False)["input_ids"]
+            if len(ids) < longest:
+                return ids, False
+            one_more = self.tokenizer(caption, truncation=True, max_length=longest + 1, padding=False)["input_ids"]
+        except Exception as error:  # whatever a tokenizer makes of what stands in a file
+            reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
+            raise UnusableRowError(f"its caption cannot be tokenized ({reason})") from error
+        return ids, len(one_more) > longest
+
+    def tokenize(self, captions: Iterable[str]) -> dict[str, Tensor]:
+        """Ids and mask (B, L), L the longest caption's length made a multiple of 8, if the model takes that many."""
+        return self._padded([self.encode(caption)[0] for caption in captions])
+
+    def _padded(self, ids: list[list[int]]) -> dict[str, Tensor]:
+        length = max(map(len, ids), default=1)
+        length = max(length, min(-(-length // PAD_TO) * PAD_TO, self.tokenizer.model_max_length))
+        input_ids = torch.full((len(ids), length), self.tokenizer.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for place, row in enumerate(ids):
+            input_ids[place, : len(row)] = torch.tensor(row)
+            attention_mask[place, : len(row)] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def __call__(self, plan: Plan, read: Callable[[Draw], Row]) -> Batch:
+        """Carry out a plan. Raises ValueError where neither a row nor any of its spares can be used."""
+        prepared: list[Prepared] = []
+        skipped: list[tuple[str, str]] = []
+        for place, draw in enumerate(plan.draws, start=plan.first):
+            row = read(draw)
+            try:
+                prepared.append(self.prepare(draw, row))
+            except UnusableRowError as error:
+                skipped.append((row.name, str(error)))
+                if plan.spares:
+                    turn = place % len(plan.spares)
+                    prepared.append(self._first_usable(plan.spares[turn:] + plan.spares[:turn], read, skipped[-1]))
+        return Batch(self.collate(prepared), len(plan.draws), skipped, sum(row.is_cut for row in prepared))
+
+    def _first_usable(self, spares: list[Draw], read: Callable[[Draw], Row], skipped: tuple[str, str]) -> Prepared:
+        for draw in spares:
+            try:
+                return self.prepare(draw, read(draw))
+            except UnusableRowError:  # counted where it is drawn itself
+                continue
+        raise ValueError(
+            f"{skipped[0]} cannot be used ({skipped[1]}), nor can any of the {len(spares)} rows that would step in for "
+            f"it; check the data."
+        )
+
+
+class Preparation(torch.utils.data.Dataset):
+    """What a worker process of DataLoader runs: a plan → a batch."""
+
+    def __init__(self, pairs: Pairs | PairStream, collator: PairCollator):
+        self.pairs, self.collator = pairs, collator
+
+    def __getitems__(self, plan: Any) -> Batch | ValueError:
+        """An error is returned, for the main process to raise: a worker would wrap its text into tracebacks."""
+        try:
+            return self.collator(plan, self.pairs.read)
+        except ValueError as error:
+            return ValueError(str(error))

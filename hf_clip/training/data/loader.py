@@ -1,0 +1,158 @@
+"""Batches for contrastive training: in order, shared out among processes, to be taken up anywhere.
+
+A global batch is the next `batch_size` × `num_processes` rows of the order; process p of them prepares rows
+p·batch_size to (p + 1)·batch_size. So what the processes have together is what one process with the whole batch has,
+and no wrapper around the loader may share it out again: it does not go through `Accelerator.prepare`.
+
+The order is made in the main process and rows are prepared in worker processes, so it doesn't depend on how many there
+are. A stream is read by the main process of every process of the run, which costs each of them the whole stream's
+bytes; only its own share is decoded.
+
+Invariant: a batch is a function of (seed, epoch, its number), and starting at batch n prepares nothing before it.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .bad_rows import BadRows
+from .collator import Batch, PairCollator, Plan, Preparation
+from .pairs import Draw, Pairs, PairStream
+from .read_ahead import read_ahead
+
+SPARES = 8
+"""Rows behind a batch that may step in for those of it that cannot be used."""
+
+
+class Position(NamedTuple):
+    """Where to go on: the epoch, and how many of its batches are done."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+class _Plans:
+    """The batches of one epoch as plans; `epoch` and `first_batch` are set before each iteration."""
+
+    def __init__(self, draws: Callable[..., Iterator[Draw]], batch_size: int, num_processes: int, process_index: int):
+        self.draws, self.batch_size = draws, batch_size
+        self.global_size, self.first = batch_size * num_processes, batch_size * process_index
+        self.is_training = True
+        self.epoch = self.first_batch = 0
+
+    def __iter__(self) -> Iterator[Plan]:
+        draws = self.draws(self.epoch, first=self.first_batch * self.global_size)
+        waiting: deque[Draw] = deque()
+        while True:
+            waiting.extend(islice(draws, self.global_size + SPARES - len(waiting)))
+            drawn = [waiting.popleft() for _ in range(min(self.global_size, len(waiting)))]
+            if not drawn or (self.is_training and len(drawn) < self.global_size):
+                return
+            # Where the epoch ends with the batch, its own rows step in.
+            spares = [*waiting, *drawn][:SPARES] if self.is_training else []
+            yield Plan(drawn[self.first : self.first + self.batch_size], spares, self.first)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class PairLoader:
+    """Batches of tensors on the CPU; see `build_loader`."""
+
+    def __init__(self, pairs: Pairs | PairStream, plans: _Plans, loader: DataLoader, bad_rows: BadRows | None):
+        self.pairs, self.plans, self.loader, self.bad_rows = pairs, plans, loader, bad_rows
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        if isinstance(self.pairs, PairStream):
+            raise TypeError("How many batches a stream has isn't known before it was read.")
+        whole, rest = divmod(len(self.pairs), self.plans.global_size)
+        return whole + (rest > 0 and not self.plans.is_training)
+
+    def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[dict[str, Tensor]]:
+        """The batches of one epoch from number `first_batch` on.
+
+        Raises ValueError when a row and all that would step in for it cannot be used, or a stream has not enough for
+        one batch.
+        """
+        self.plans.epoch, self.plans.first_batch = epoch, first_batch
+        is_empty = first_batch == 0
+        for batch in self.loader:
+            is_empty = False
+            if isinstance(batch, ValueError):
+                raise batch
+            assert isinstance(batch, Batch)
+            if self.bad_rows is not None:
+                self.bad_rows.add(batch.drawn, batch.skipped, batch.cut)
+            yield batch.tensors
+        if is_empty:
+            raise ValueError(
+                f"{self.pairs.name} has fewer rows than one batch of {self.plans.global_size}; lower --batch_size."
+            )
+        if self.bad_rows is not None:
+            self.bad_rows.complete()
+
+    def batches(self, position: Position = Position()) -> Iterator[tuple[Position, dict[str, Tensor]]]:  # noqa: B008
+        """Batches without end, from a position on; each comes with the position behind it, to go on from later."""
+        epoch, first_batch = position
+        while True:
+            for number, batch in enumerate(self.epoch(epoch, first_batch), start=first_batch + 1):
+                yield Position(epoch, number), batch
+            epoch, first_batch = epoch + 1, 0
+
+
+def build_loader(
+    pairs: Pairs | PairStream,
+    collator: PairCollator,
+    batch_size: int,
+    *,
+    training: bool = True,
+    seed: int = 0,
+    num_workers: int = 0,
+    num_processes: int = 1,
+    process_index: int = 0,
+    bad_rows: BadRows | None = None,
+    pin_memory: bool = False,
+) -> PairLoader:
+    """Loader of batches for one process of a run.
+
+    batch_size:    pairs of one process; every process has as many in every batch
+    training:      shuffled full batches; else all rows in their order. Every process has as many batches, but the last
+                   may have fewer rows, in some processes none, which the model is to be spared (no row: shape (0, ...))
+    seed:          of the order
+    num_workers:   processes that open and prepare images
+    num_processes: of the run, and `process_index` the one that this is
+    bad_rows:      counts this process's rows
+
+    Raises ValueError for a batch without negatives, and for one larger than the data.
+    """
+    global_size = batch_size * num_processes
+    if batch_size < 1 or (training and global_size < 2):
+        raise ValueError(f"batch_size is {batch_size}, but a pair is learned against others: take at least 2.")
+    if training and isinstance(pairs, Pairs) and len(pairs) < global_size:
+        of_each = f" ({batch_size} in each of {num_processes} processes)" if num_processes > 1 else ""
+        raise ValueError(
+            f"{pairs.name} has {len(pairs)} rows, fewer than one batch of {global_size}{of_each}. Pass --batch_size "
+            f"{len(pairs) // num_processes} or less."
+        )
+
+    def draws(epoch: int, first: int) -> Iterator[Draw]:
+        found = pairs.draws(epoch, seed=seed, shuffle=training, first=first)
+        return read_ahead(found, global_size) if isinstance(pairs, PairStream) else found
+
+    plans = _Plans(draws, batch_size, num_processes, process_index)
+    plans.is_training = training
+    loader: DataLoader = DataLoader(
+        Preparation(pairs, collator),
+        batch_sampler=plans,  # type: ignore[arg-type]  # plans stand for lists of indices
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+    )
+    return PairLoader(pairs, plans, loader, bad_rows)

@@ -1,0 +1,353 @@
+"""Sources brought together: the order in which their rows are drawn, and what a drawn row is.
+
+Tables: an epoch draws as often as there are items. An item is a row, or with captions="all" a row with one of its
+captions. Without weights every item comes once; with weights each source has its share of the draws, and goes through
+its items as often, or as far, as that takes, continuing where the epoch before it ended. The order is a function of
+(seed, epoch), and any place of it can be reached without reading what stands before.
+
+Streams: sources are interleaved by `datasets`, shuffled within a buffer. The order is a function of (seed, epoch) too,
+but its n-th row is reached only by reading those before, undecoded. An epoch ends when every source was read to its
+end; one with weights reads the sources that end earlier again.
+
+Invariant: what a `Draw` becomes depends on the draw alone: its source, row, caption and round.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .columns import (
+    CaptionReader,
+    UnusableRowError,
+    check_label_column,
+    column_of,
+    describe_feature,
+    field_of,
+    find_caption_column,
+    find_image_column,
+    with_fields,
+)
+from .images import NOWHERE, ImagePlaces, find_image_places
+from .sources import (
+    Source,
+    describe_columns,
+    folder_of,
+    import_datasets,
+    leave_undecoded,
+    open_source,
+    parse_sources,
+    readable,
+)
+
+AT_ONCE = 4096
+
+ANY = -1
+"""Stands for the caption that is drawn when the row is read."""
+
+
+class Draw(NamedTuple):
+    """A row to be read.   round: how often its source was gone through before   stored: the row itself, of a stream"""
+
+    source: int
+    row: int
+    caption: int
+    round: int
+    stored: "Row | None" = None
+
+
+@dataclass
+class Row:
+    """What a row holds, before anything is decoded."""
+
+    name: str
+    image: Any
+    captions: list[str]
+    label: int | None = None
+    places: ImagePlaces = NOWHERE
+    reason: str | None = None
+    """Why it cannot be used, where that is known already."""
+
+
+@dataclass
+class PairTable:
+    """One source with its columns found. `table` is a Dataset or an IterableDataset; `rows` those of it that count."""
+
+    name: str
+    table: Any
+    image_column: str
+    captions: CaptionReader
+    label_column: str | None = None
+    places: ImagePlaces = NOWHERE
+    weight: float | None = None
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    image_holder: str | None = None
+    """The column of records where `image_column` is a field."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Those that are read."""
+        more = [self.label_column] if self.label_column else []
+        return list(dict.fromkeys([self.image_holder or self.image_column, *self.captions.columns, *more]))
+
+    def row(self, stored: dict[str, Any], name: str) -> Row:
+        label = stored.get(self.label_column) if self.label_column else None
+        row = Row(name, field_of(stored, self.image_column), [], label, self.places)
+        try:
+            row.captions = self.captions(stored)
+            if self.label_column and label is None:
+                raise UnusableRowError(f"its {self.label_column} is missing")
+        except UnusableRowError as error:
+            row.reason = str(error)
+        return row
+
+
+def _items(source: PairTable, captions: str) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a source's items and the captions' places in them, both (items,)."""
+    if captions == "one" or source.captions.is_template:
+        return source.rows, np.full(len(source.rows), ANY)
+    name, features = source.captions.column, source.table.features
+    if describe_feature(with_fields(features)[name]) != "texts":
+        return source.rows, np.full(len(source.rows), ANY)
+    from pyarrow import compute  # type: ignore[import-untyped]
+
+    holder = column_of(name, features)
+    column = source.table.select_columns([holder]).with_format("arrow")[:].column(0)
+    if holder != name:
+        column = compute.struct_field(column, name.split(".")[1:])
+    counts = compute.fill_null(compute.list_value_length(column), 0).to_numpy().astype(np.int64)
+    counts = np.maximum(counts, 1)[source.rows]  # a row without captions is met once, and then reported
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(source.rows, counts), np.arange(len(starts)) - starts
+
+
+class Pairs:
+    """Rows that can be read in any order."""
+
+    is_stream = False
+
+    def __init__(self, sources: Sequence[PairTable], captions: str = "one"):
+        self.sources, self.captions = list(sources), captions
+        self.items = [_items(source, captions) for source in self.sources]
+
+    @property
+    def has_several_captions(self) -> bool:
+        """Whether rows were made of a column's several captions."""
+        return any(bool((places != ANY).any()) for _, places in self.items)
+
+    @property
+    def name(self) -> str:
+        return " and ".join(source.name for source in self.sources)
+
+    def __len__(self) -> int:
+        """Draws in an epoch."""
+        return sum(len(rows) for rows, _ in self.items)
+
+    def shares(self) -> list[int]:
+        """How many draws of an epoch each source has."""
+        counts = [len(rows) for rows, _ in self.items]
+        if self.sources[0].weight is None:
+            return counts
+        weights = np.array([source.weight for source in self.sources])
+        ends = np.round(np.cumsum(weights) / weights.sum() * sum(counts)).astype(int)
+        return np.diff(ends, prepend=0).tolist()
+
+    def draws(self, epoch: int, *, seed: int = 0, shuffle: bool = True, first: int = 0) -> Iterator[Draw]:
+        """The draws of an epoch from number `first` on; without shuffling every item once, in order."""
+        columns = []
+        for place, ((rows, captions), share) in enumerate(zip(self.items, self.shares(), strict=True)):
+            if not shuffle or share == len(rows):
+                items, rounds = np.arange(len(rows)), np.full(len(rows), epoch)
+            else:
+                numbers = np.arange(epoch * share, (epoch + 1) * share)
+                items, rounds = numbers % len(rows), numbers // len(rows)
+                for number in np.unique(rounds):
+                    order = np.random.default_rng((seed, place, int(number), 1)).permutation(len(rows))
+                    items[rounds == number] = order[items[rounds == number]]
+            columns.append(np.stack([np.full(len(items), place), rows[items], captions[items], rounds]))
+        table = np.concatenate(columns, axis=1)  # (4, draws)
+        order = np.arange(table.shape[1])
+        if shuffle:
+            order = np.random.default_rng((seed, epoch)).permutation(order)
+        for start in range(first, len(order), AT_ONCE):
+            for draw in table[:, order[start : start + AT_ONCE]].T.tolist():
+                yield Draw(*draw)
+
+    def read(self, draw: Draw) -> Row:
+        source = self.sources[draw.source]
+        return source.row(source.table[draw.row], f"row {draw.row} of {source.name}")
+
+
+class PairStream:
+    """Rows that can only be read one after the other.   buffer: rows among which the next one is drawn"""
+
+    is_stream = True
+
+    def __init__(self, sources: Sequence[PairTable], captions: str = "one", buffer: int = 1000):
+        self.sources, self.captions, self.buffer = list(sources), captions, buffer
+
+    @property
+    def name(self) -> str:
+        return " and ".join(source.name for source in self.sources)
+
+    def _mixed(self, seed: int, is_weighted: bool) -> Any:
+        """All sources as one stream of rows, each with its source's number; without weights every row comes once."""
+        datasets = import_datasets()
+        text, number = datasets.Value("string"), datasets.Value("int64")
+        fields = {"source": number, "bytes": datasets.Value("binary"), "path": text, "label": number, "reason": text}
+        features = datasets.Features({**fields, "captions": datasets.List(text)})
+        streams = []
+        for place, source in enumerate(self.sources):
+            given = {"source": source, "place": place}
+            streams.append(
+                source.table.map(_flatten, fn_kwargs=given, remove_columns=source.columns, features=features)
+            )
+        if len(streams) == 1:
+            return streams[0]
+        if not is_weighted or self.sources[0].weight is None:
+            return datasets.interleave_datasets(streams, stopping_strategy="all_exhausted_without_replacement")
+        total = sum(source.weight or 0.0 for source in self.sources)
+        shares = [(source.weight or 0.0) / total for source in self.sources]
+        return datasets.interleave_datasets(streams, shares, seed=seed, stopping_strategy="all_exhausted")
+
+    def draws(self, epoch: int, *, seed: int = 0, shuffle: bool = True, first: int = 0) -> Iterator[Draw]:
+        """The draws of an epoch from number `first` on, in front of which rows are read and dropped."""
+        stream = self._mixed(seed, is_weighted=shuffle)
+        if shuffle:
+            stream = stream.shuffle(seed=seed, buffer_size=self.buffer)
+            stream.set_epoch(epoch)
+        return islice(self._expand(stream, epoch), first, None)
+
+    def _expand(self, stream: Any, epoch: int) -> Iterator[Draw]:
+        for number, stored in enumerate(stream):
+            source = self.sources[stored["source"]]
+            image = stored["path"] if stored["bytes"] is None else stored["bytes"]
+            where = f" ({stored['path']})" if stored["path"] else ""
+            name = f"row {number} that was read of {source.name}{where} in epoch {epoch}"
+            row = Row(name, image, stored["captions"], stored["label"], source.places, stored["reason"])
+            count = len(row.captions) if self.captions == "all" and row.captions else 0
+            for caption in range(count) if count else [ANY]:
+                yield Draw(stored["source"], number, caption, epoch, row)
+
+    def read(self, draw: Draw) -> Row:
+        assert draw.stored is not None
+        return draw.stored
+
+
+def _flatten(stored: dict[str, Any], source: PairTable, place: int) -> dict[str, Any]:
+    """A row of a stream in the common columns."""
+    row = source.row(stored, "")
+    image = row.image if isinstance(row.image, dict) else {}
+    content = row.image if isinstance(row.image, bytes) else image.get("bytes")
+    path = row.image if isinstance(row.image, str) else image.get("path")
+    fields = {"source": place, "bytes": content, "path": path, "label": row.label, "reason": row.reason}
+    return {**fields, "captions": row.captions}
+
+
+def load_pairs(
+    sources: str | Source | Sequence[str | Source],
+    *,
+    split: str = "train",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    label_column: str | None = None,
+    captions: str = "one",
+    streaming: bool = False,
+    buffer: int = 1000,
+    image_folders: Sequence[str] = (),
+) -> Pairs | PairStream:
+    """Open sources of pairs, find their columns, and mix them.
+
+    sources:        one or several `path` or `path=weight`, see `Source`
+    split:          the split to take of each
+    image_column:   images, their bytes, paths (relative ones begin at the source's folder) or URLs
+    caption_column: texts, lists of texts, or a template over the row's columns such as "a photo of a {label}."
+    label_column:   a column of whole numbers to carry along as `labels`
+    captions:       of a row with several, "one" is drawn in each epoch, or "all" make a row each
+    streaming:      read the sources as they come, instead of preparing tables on disk first
+    buffer:         rows of a stream among which the next is drawn
+    image_folders:  folders outside of the source's own whose images its rows may name; see `training.images`
+
+    Raises FileNotFoundError for what isn't there, and ValueError for a split or column that is missing or ambiguous.
+    """
+    if captions not in ("one", "all"):
+        raise ValueError(
+            f"captions is {captions!r}, but must be 'one' (drawn in each epoch) or 'all' (a row for each)."
+        )
+    if buffer < 1:
+        raise ValueError(f"The shuffle buffer is {buffer}, but must hold at least 1 row.")
+    found = []
+    for source in parse_sources(sources):
+        table = open_source(source.path, split, streaming)
+        with readable(source.path):
+            table = leave_undecoded(table, table.features or ())
+            features = describe_columns(table)
+        if not features or (not streaming and not len(table)):
+            raise ValueError(f"{source.path} has no rows in its split {split!r}.")
+        images = find_image_column(source.path, features, image_column)
+        texts = find_caption_column(source.path, features, caption_column, images)
+        reader = CaptionReader(source.path, texts, features)
+        if label_column is not None:
+            check_label_column(source.path, features, label_column)
+        places = find_image_places(source.path, folder_of(source.path), image_folders)
+        pair_table = PairTable(source.path, table, images, reader, label_column, places, source.weight)
+        pair_table.image_holder = column_of(images, features)
+        pair_table.table = table.select_columns(pair_table.columns)
+        if not streaming:
+            pair_table.rows = np.arange(len(table))
+        found.append(pair_table)
+    return PairStream(found, captions, buffer) if streaming else Pairs(found, captions)
+
+
+def read_validation(text: str) -> str | int | float:
+    """`"validation"` is a split's name, `"500"` a number of rows to hold out, `"0.05"` a part of them."""
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            continue
+        if math.isfinite(number):
+            return number
+    return text
+
+
+def hold_out(pairs: Pairs | PairStream, amount: int | float, seed: int = 0) -> tuple[Any, Any]:
+    """Split pairs into those to train on and those held out.
+
+    amount: rows, or if below 1 a part of all rows. Of tables they are drawn by `seed`, whole rows with all of their
+        captions; of a stream they are its first ones (of every source as many) and must be counted. The order of a
+        stream's files then stays as it is, and only its buffer is shuffled.
+
+    Raises ValueError where nothing would be held out, or nothing be left.
+    """
+    wanted = f"--validation {amount}"
+    if isinstance(pairs, PairStream):
+        if not isinstance(amount, int) or amount < 1:
+            raise ValueError(
+                f"{wanted}: the length of a stream isn't known; hold out a number of its rows, or a split."
+            )
+        each, more = divmod(amount, len(pairs.sources))
+        counts = [each + (place < more) for place in range(len(pairs.sources))]
+        # Of every source, and not of their mixture, which is another one in each epoch.
+        rest = [replace(s, table=s.table.skip(n)) for s, n in zip(pairs.sources, counts, strict=True)]
+        first = [replace(s, table=s.table.take(n)) for s, n in zip(pairs.sources, counts, strict=True) if n]
+        streams = [PairStream(sources, pairs.captions, pairs.buffer) for sources in (rest, first)]
+        return streams[0], streams[1]
+    total = sum(len(source.rows) for source in pairs.sources)
+    count = amount if isinstance(amount, int) else round(total * amount)
+    if not 0 < count < total or (isinstance(amount, float) and amount >= 1):
+        raise ValueError(f"{wanted} would hold out {count} of {total} rows; take at least 1, and leave at least 1.")
+    is_held = np.zeros(total, dtype=bool)
+    is_held[np.random.default_rng((seed, 2)).choice(total, count, replace=False)] = True
+    parts: list[list[PairTable]] = [[], []]
+    start = 0
+    for source in pairs.sources:
+        chosen = is_held[start : start + len(source.rows)]
+        start += len(source.rows)
+        for part, mask in zip(parts, (~chosen, chosen), strict=True):
+            if mask.any():
+                part.append(replace(source, rows=source.rows[mask]))
+    return Pairs(parts[0], pairs.captions), Pairs(parts[1], pairs.captions)

@@ -1,0 +1,298 @@
+"""One source of pairs: what a user names → a table or stream of `datasets` with images left undecoded.
+
+A source is a repository on the Hub, a folder, or files: CSV, JSON, parquet, arrow, webdataset tars. Everything is
+opened by `datasets`, which is imported when it is first needed.
+"""
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .columns import describe_feature
+
+BUILDERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".tar": "webdataset",
+}
+PACKED = (".gz", ".zst", ".xz", ".bz2")
+
+SEPARATORS = (";", "\t", "|")
+"""What stands in place of commas in a CSV file whose first line has none."""
+
+LONGEST_HEAD = 1 << 20
+
+FIRST_ROWS = 16
+"""Rows of a stream that are looked at where its columns' types aren't declared."""
+
+
+def import_datasets() -> Any:
+    """The package `datasets`, which only training and evaluation need."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('Reading data needs the package datasets: pip install "hf-clip[train]"') from error
+    return datasets
+
+
+ONLY_SPLIT = "train"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where pairs come from.
+
+    path:   a repository (`name`, or `name:configuration`), a folder, a file, or a pattern of files
+    weight: its share of the pairs in proportion to the other sources' weights, or None
+    """
+
+    path: str
+    weight: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        """`path` or `path=weight`. What exists under its whole name, like `data/year=2020`, is a path."""
+        path, equals, number = text.rpartition("=")
+        if not equals or not path or os.path.exists(text):
+            return cls(text)
+        try:
+            weight = float(number)
+        except ValueError:
+            if re.fullmatch(r"[\w.,+-]*", number):
+                raise ValueError(
+                    f"{text}: there is no such file, and {number!r} is no weight: write path=weight with a number."
+                ) from None
+            return cls(text)
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"{text}: the weight of a source must be above 0; leave the source out, or its weight.")
+        return cls(path, weight)
+
+
+AnySource = str | os.PathLike | Source
+
+
+def parse_sources(sources: AnySource | Iterable[AnySource]) -> list[Source]:
+    """One or several sources, of which all have weights or none has."""
+    given = [sources] if isinstance(sources, (str, os.PathLike, Source)) else list(sources)
+    parsed = [source if isinstance(source, Source) else Source.parse(os.fspath(source)) for source in given]
+    if not parsed:
+        raise ValueError("There is no data set to read; name at least one.")
+    without = [source.path for source in parsed if source.weight is None]
+    if without and len(without) < len(parsed):
+        raise ValueError(
+            f"{', '.join(without)} has no weight, but others have; write path=weight for all, or for none."
+        )
+    return parsed
+
+
+def _builder_of(path: str) -> str | None:
+    """The builder for a file's or a pattern's name, or None where that isn't a data file's."""
+    name = path.lower()
+    for ending in PACKED:
+        name = name.removesuffix(ending)
+    return BUILDERS.get(os.path.splitext(name)[1])
+
+
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand_braces(path: str) -> list[str]:
+    """The names that a shell makes of `shards/{000..012}.tar` or `{train,extra}-{0..3}.tar`, nested ones too.
+
+    Numbers are filled up with zeros to the length of the longer one where either begins with a zero, as in a shell.
+    A name without braces stays as it is, and so does what exists under its whole name.
+    """
+    return [path] if os.path.exists(path) else _expand(path)
+
+
+def _expand(text: str) -> list[str]:
+    start = text.find("{")
+    if start < 0:
+        return [text]
+    depth, pieces, begin = 0, [], start + 1
+    for place in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0 or (depth == 1 and text[place] == ","):
+            pieces.append(text[begin:place])
+            begin = place + 1
+        if depth == 0:
+            break
+    else:
+        return [text]
+    parts = _numbers(pieces[0], text) if len(pieces) == 1 else [part for piece in pieces for part in _expand(piece)]
+    tails = _expand(text[begin:])
+    return [text[:start] + part + tail for part in parts for tail in tails]
+
+
+def _numbers(inner: str, text: str) -> list[str]:
+    found = _RANGE.fullmatch(inner)
+    if found is None:
+        raise ValueError(f"{text}: {{{inner}}} is no range {{000..012}} and no list {{a,b}}; write one, or no braces.")
+    first, last = int(found[1]), int(found[2])
+    is_filled = any(len(number) > 1 and number[0] == "0" for number in found.groups())
+    width = max(map(len, found.groups())) if is_filled else 0
+    step = 1 if first <= last else -1
+    return [str(number).zfill(width) for number in range(first, last + step, step)]
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a name stands for several."""
+    return glob.has_magic(path) or "{" in path
+
+
+def folder_of(path: str) -> Path | None:
+    """Where relative paths of images begin: the folder itself, that of a data file, or what a pattern's files share."""
+    if "://" in path:
+        return None
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return place
+    if _builder_of(expand_braces(path)[0]) is None:
+        return None
+    for parent in place.parents:
+        if parent.is_dir() or not is_pattern(str(parent)):
+            return parent
+    return None
+
+
+def _check_files(names: list[str], builder: str) -> None:
+    """Every name of a list must be there: what is left out of a range would be missed by nobody."""
+    for name in names:
+        if _builder_of(name) != builder:
+            raise ValueError(f"{name} and {names[0]} are files of different kinds; name them apart")
+        if "://" in name:
+            continue
+        files = glob.glob(name, recursive=True)
+        if not files:
+            raise FileNotFoundError(f"no file has this name: {name}")
+        if empty := [file for file in files if os.path.isfile(file) and not os.path.getsize(file)]:
+            raise ValueError(f"{empty[0]} is empty")
+
+
+def _separator_of(name: str) -> str | None:
+    """What stands between the columns of a CSV file where that is no comma; None where it is, or isn't known."""
+    if ".tsv" in name.lower():
+        return "\t"
+    import fsspec  # type: ignore[import-untyped]
+
+    try:
+        path = name if "://" in name else sorted(glob.glob(name, recursive=True))[0]
+        with fsspec.open(path, "rb", compression="infer") as file:
+            head = file.readline(LONGEST_HEAD).decode("utf-8", errors="replace")
+    except Exception:  # `datasets` will say what is wrong with it
+        return None
+    return None if "," in head else max((mark for mark in SEPARATORS if mark in head), key=head.count, default=None)
+
+
+def _load(path: str, names: list[str], streaming: bool) -> Any:
+    """Whatever `datasets` makes of it: a table or stream, or a mapping of splits to them."""
+    datasets = import_datasets()
+    place = Path(path).expanduser()
+    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+        saved = datasets.load_from_disk(str(place))
+        if not streaming:
+            return saved
+        if isinstance(saved, dict):
+            return {split: table.to_iterable_dataset() for split, table in saved.items()}
+        return saved.to_iterable_dataset()
+    if place.is_dir():
+        return datasets.load_dataset(str(place), streaming=streaming)
+    if builder := _builder_of(names[0]):
+        _check_files(names, builder)
+        separator = _separator_of(names[0]) if builder == "csv" else None
+        more = {} if separator is None else {"sep": separator}
+        return datasets.load_dataset(builder, data_files=names, streaming=streaming, **more)
+    name, _, configuration = path.partition(":") if "://" not in path else (path, "", "")
+    return datasets.load_dataset(name, configuration or None, streaming=streaming)
+
+
+def open_source(path: str, split: str = "train", streaming: bool = False) -> Any:
+    """A split of a source as a `datasets.Dataset`, or as an IterableDataset when streaming.
+
+    Raises FileNotFoundError where there is nothing, and ValueError where that cannot be read or has no such split.
+    """
+    names = [os.path.expanduser(name) for name in expand_braces(path)]
+    with readable(path):
+        loaded = _load(path, names, streaming)
+    # What has no splits is named as `datasets` names the only split of a file.
+    splits = loaded if isinstance(loaded, dict) else {ONLY_SPLIT: loaded}
+    if split not in splits:
+        near = get_close_matches(split, map(str, splits), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        if len(splits) == 1:
+            hint += " To evaluate on rows of it, hold out a number (--validation 500) or a part (--validation 0.05)."
+        raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(map(str, splits))}.{hint}")
+    return splits[split]
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Whatever goes wrong within, in `datasets` or below it, as one line that names the data set."""
+    logger = logging.getLogger("datasets.packaged_modules")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it would say the same twice
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"There is no data set {path!r}: name a repository on the Hub, a folder of images with metadata.csv, "
+            f".jsonl or .parquet, a CSV, JSON, parquet or webdataset (.tar) file, or a folder written by "
+            f"Dataset.save_to_disk ({_first_line(error)})."
+        ) from error
+    except ImportError:
+        raise
+    except Exception as error:  # its builders raise what the libraries below them do
+        cause = _first_line(error.__cause__ or error)
+        if "corresponds to no data" in cause:
+            cause = "it has no rows"
+        if missing := re.match(r"BuilderConfig '(.*)' not found\. Available: \[(.*)\]", cause):
+            names = missing[2].replace("'", "")
+            raise ValueError(f"{path} has no configuration {missing[1]!r}; its configurations are {names}.") from error
+        raise ValueError(
+            f"The data set {path!r} cannot be read: {cause.rstrip('.')}. Check the file, or write it again."
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def describe_columns(table: Any) -> dict[str, Any]:
+    """Column → what it holds (a feature of `datasets`); for a stream that declares none, from its first rows.
+
+    Without any row nothing is known, and the result is empty.
+    """
+    datasets = import_datasets()
+    features = table.features
+    is_known = features is not None and not all(getattr(kind, "dtype", "") == "null" for kind in features.values())
+    if is_known:  # of a file without rows only the columns' names are
+        return dict(features)
+    rows = list(islice(iter(table), FIRST_ROWS))
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        found[name] = datasets.Dataset.from_dict({name: values}).features[name] if values else None
+    return found
+
+
+def leave_undecoded(table: Any, columns: Iterable[str]) -> Any:
+    """The same with images as bytes or a path: a stream that decodes by itself ends at its first broken image."""
+    datasets = import_datasets()
+    for column in columns:
+        if describe_feature((table.features or {}).get(column)) == "image":
+            table = table.cast_column(column, datasets.Image(decode=False))
+    return table

@@ -1,0 +1,172 @@
+"""A look at some rows before anything is loaded or written: columns that were swapped, captions that say too little.
+
+Of a table rows are taken at even distances, since files are often sorted; of a stream its first ones.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from .collator import PairCollator
+from .columns import UnusableRowError
+from .content import tokens_id
+from .images import image_content, open_content
+from .pairs import Pairs, PairStream, PairTable, Row
+
+LOOKED_AT = 1000
+"""Rows whose captions are looked at: as many as a stream's shuffle buffer reads before the first batch anyway."""
+
+OPENED = 16
+"""Rows of each source of which one must be usable."""
+
+MANY_CUT = 0.03
+"""The part of cut captions from which on it is a warning."""
+
+_ADDRESS = re.compile(r"https?://\S+|\S+\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
+
+
+@dataclass
+class Look:
+    """What was seen of the data.
+
+    draws:    how often an epoch draws a row, or of a stream how many rows were read before the look ended
+    is_whole: whether those are all there are
+    captions: of the rows that were looked at
+    """
+
+    draws: int = 0
+    is_whole: bool = True
+    captions: list[str] = field(default_factory=list)
+
+
+def look_at(pairs: Pairs | PairStream, count: int = LOOKED_AT) -> Look:
+    """Look at about `count` rows, with captions, and open an image of each source.
+
+    Raises:
+        ValueError: no row of a source that was looked at can be used, or its captions are paths or URLs of images.
+    """
+    if isinstance(pairs, Pairs):
+        look = Look(len(pairs))
+        each = -(-count // len(pairs.sources))
+        for source in pairs.sources:
+            look.captions += [caption for row in _captioned(source, each) for caption in row.captions if caption]
+            _check(source, _spread(source, OPENED))
+        return look
+    look = Look()
+    first: dict[int, list[Row]] = {}
+    drawn = pairs.draws(0, shuffle=False)
+    for draw in islice(drawn, count):
+        look.draws += 1
+        row = pairs.read(draw)
+        look.captions += [caption for caption in row.captions if caption]
+        if len(rows := first.setdefault(draw.source, [])) < OPENED:
+            rows.append(row)
+    look.is_whole = look.draws < count
+    for place, rows in first.items():
+        _check(pairs.sources[place], iter(rows))
+    return look
+
+
+def _places(source: PairTable, count: int) -> np.ndarray:
+    """(≤ count,) rows at even distances."""
+    return source.rows[np.unique(np.linspace(0, len(source.rows) - 1, min(count, len(source.rows))).astype(int))]
+
+
+def _captioned(source: PairTable, count: int) -> Iterator[Row]:
+    """Rows without their images, which need not be read for it."""
+    table = source.table.select_columns(source.captions.columns)
+    stored = table[_places(source, count).tolist()]  # column → values
+    for values in zip(*stored.values(), strict=True):
+        yield source.row(dict(zip(stored, values, strict=True)), "")
+
+
+def _spread(source: PairTable, count: int) -> Iterator[Row]:
+    for place in _places(source, count).tolist():
+        yield source.row(source.table[place], f"row {place} of {source.name}")
+
+
+def _check(source: PairTable, rows: Iterator[Row]) -> None:
+    """Refuse a source of whose rows none can be used, or whose captions are no texts."""
+    faults: list[str] = []
+    captions: list[str] = []
+    is_usable = False
+    for row in rows:
+        captions += row.captions
+        if not is_usable:
+            try:
+                _open(row)
+                is_usable = True
+            except UnusableRowError as error:
+                faults.append(f"{row.name}: {error}")
+    texts = [caption for caption in captions if caption]
+    columns = f"image_column is {source.image_column!r} and caption_column {source.captions.column!r}"
+    advice = "Name the columns of images and texts with --image_column and --caption_column."
+    if texts and all(_ADDRESS.fullmatch(text) for text in texts):
+        swapped = "" if is_usable else ", and no image was found either: the two columns may be swapped"
+        raise ValueError(
+            f"{source.name}: the captions are paths or URLs of images, such as {texts[0][:100]!r}{swapped} "
+            f"({columns}). {advice}"
+        )
+    if faults and not is_usable:
+        raise ValueError(
+            f"{source.name}: none of the {len(faults)} rows that were looked at can be used; {faults[0]} ({columns}). "
+            f"Check the data. {advice}"
+        )
+
+
+def _open(row: Row) -> None:
+    """Raises UnusableRowError. What would be fetched from a server is left for the training."""
+    if row.reason is not None:
+        raise UnusableRowError(row.reason)
+    if not (isinstance(row.image, str) and row.image.startswith(("http://", "https://"))):
+        open_content(image_content(row.image, row.places))
+
+
+def describe_captions(captions: list[str], collator: PairCollator, *, is_masked: bool) -> list[str]:
+    """What is to be said of captions: how many are cut, become equal by it, or repeat. A line each, or none.
+
+    Args:
+        captions: those that were looked at.
+        collator: of the model.
+        is_masked: whether equal ones are kept from being negatives of each other.
+    """
+    by_text: dict[str, tuple[int, bool]] = {}
+    for caption in dict.fromkeys(captions):
+        try:
+            ids, is_cut = collator.encode(caption)
+        except UnusableRowError:  # counted where it is drawn
+            continue
+        by_text[caption] = tokens_id(ids), is_cut
+    read = [caption for caption in captions if caption in by_text]
+    if not read:
+        return []
+    lines = []
+    number, longest = len(read), collator.tokenizer.model_max_length
+    cut = sum(by_text[caption][1] for caption in read)
+    texts_of = Counter(key for key, is_cut in by_text.values() if is_cut)
+    merged = sum(by_text[caption][1] and texts_of[by_text[caption][0]] > 1 for caption in read)
+    if cut:
+        kind = "warning" if merged or cut > MANY_CUT * number else "note"
+        same = f", and {merged} of those differ from others only behind the cut" if merged else ""
+        lines.append(
+            f"{kind}: {cut} of {number} captions that were looked at are cut at the model's {longest} tokens{same}. "
+            f"Shorten them, or take a model of longer texts (--max_text_length)."
+        )
+    times = Counter(by_text[caption][0] for caption in read)
+    repeated = sum(count for count in times.values() if count > 1)
+    if len(times) == 1 and number > 1:
+        lines.append(
+            f"warning: all {number} captions that were looked at are one text to the model; it learns nothing."
+        )
+    elif repeated:
+        how = f"{repeated} of {number} captions that were looked at come several times; equal ones in a batch are"
+        lines.append(
+            f"note: {how} no negatives of each other (--mask_duplicates off makes them so)."
+            if is_masked
+            else f"note: {how} negatives of each other, as --mask_duplicates off says."
+        )
+    return lines

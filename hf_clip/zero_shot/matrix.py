@@ -1,0 +1,163 @@
+"""A zero-shot classifier without its model: the matrix of text features, how its scores are computed, and its file.
+
+Dimensions: B images, D embedding, L labels, K background labels, C = L + K columns.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+FINGERPRINT = 8
+"""Rows and columns of the visual projection that are kept."""
+
+SCORES = ("softmax", "sigmoid", "cosine")
+FILE_FORMAT = "hf_clip.zero_shot.1"
+
+
+def fingerprint_of(model: Any) -> Tensor:
+    """A corner of the visual projection: (8, 8) at most, float32."""
+    return model.visual_projection.weight.detach()[:FINGERPRINT, :FINGERPRINT].float().cpu().clone()
+
+
+@dataclass
+class ClassifierMatrix:
+    """What is saved of a zero-shot classifier, and what its scores are computed from.
+
+    weights:     (D, C) float32, columns of length one: the labels', then the background labels'
+    labels:      L texts
+    scores:      "softmax", "sigmoid" or "cosine"
+    logit_scale: one over the temperature; logit_bias is added after it
+    thresholds:  (L,) scores from which on a label is given, once calibrated
+    templates:   the templates' texts, where they were texts
+    fingerprint: some numbers of the model's visual projection, to know it by
+    """
+
+    weights: Tensor
+    labels: list[str]
+    scores: str
+    logit_scale: float
+    logit_bias: float = 0.0
+    thresholds: Tensor | None = None
+    templates: list[str] | None = None
+    fingerprint: Tensor | None = None
+
+    @property
+    def names(self) -> list[str | None]:
+        """What the columns of `score` stand for: the labels, then None where there are background labels."""
+        return [*self.labels, *([None] if self.weights.shape[1] > len(self.labels) else [])]
+
+    def cosines(self, features: Tensor) -> Tensor:
+        """(B, D) of any length → (B, C)."""
+        if features.ndim != 2 or features.shape[1] != self.weights.shape[0]:
+            raise ValueError(
+                f"The features have shape {tuple(features.shape)}, but this classifier was made for (images, "
+                f"{self.weights.shape[0]}): take the model whose text tower made it."
+            )
+        return normalize(features.float(), dim=-1) @ self.weights.to(features.device)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, D) → (B, C): cosine similarities times the logit scale, plus the logit bias."""
+        return self.cosines(features) * self.logit_scale + self.logit_bias
+
+    def score(self, features: Tensor) -> Tensor:
+        """(B, D) → (B, L), or (B, L + 1) where there are background labels: the last column is "none of these".
+
+        That is the sum of the background labels' probabilities for a softmax, else the highest of their scores.
+        """
+        if self.scores == "cosine":
+            scores = self.cosines(features)
+        else:
+            logits = self.logits(features)
+            scores = logits.softmax(-1) if self.scores == "softmax" else logits.sigmoid()
+        own, background = scores[:, : len(self.labels)], scores[:, len(self.labels) :]
+        if background.shape[1] == 0:
+            return own
+        none = background.sum(-1) if self.scores == "softmax" else background.amax(-1)
+        return torch.cat([own, none[:, None]], dim=1)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; it takes its place only when it is whole."""
+        path = Path(path)
+        tensors = {
+            "weights": self.weights.cpu().contiguous(),
+            "logit_scale": torch.tensor(self.logit_scale, dtype=torch.float64),
+            "logit_bias": torch.tensor(self.logit_bias, dtype=torch.float64),
+        }
+        if self.thresholds is not None:
+            tensors["thresholds"] = self.thresholds.cpu()
+        if self.fingerprint is not None:
+            tensors["fingerprint"] = self.fingerprint.cpu()
+        metadata = {"format": FILE_FORMAT, "labels": json.dumps(self.labels), "scores": self.scores}
+        if self.templates is not None:
+            metadata["templates"] = json.dumps(self.templates)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name a file, e.g. {path / 'classifier.safetensors'}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.unfinished-{uuid4().hex}")
+        try:
+            save_file(tensors, unfinished, metadata)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def is_of(self, model: Any) -> bool:
+        """Whether a model, in whatever dtype, has the projection of the one that made this."""
+        if self.fingerprint is None:
+            return True
+        found = fingerprint_of(model)
+        return found.shape == self.fingerprint.shape and bool((found - self.fingerprint).norm() < 0.05 * found.norm())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ClassifierMatrix":
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for any other file."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no classifier {path}; ZeroShotClassifier.save writes one.")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no readable safetensors file ({error}).") from error
+        if metadata.get("format") != FILE_FORMAT:
+            raise ValueError(
+                f"{path} is no zero-shot classifier of hf_clip's ({FILE_FORMAT}); ZeroShotClassifier.save writes one."
+            )
+        try:
+            matrix = cls(
+                weights=tensors["weights"],
+                labels=json.loads(metadata["labels"]),
+                scores=metadata["scores"],
+                logit_scale=tensors["logit_scale"].item(),
+                logit_bias=tensors["logit_bias"].item(),
+                thresholds=tensors.get("thresholds"),
+                fingerprint=tensors.get("fingerprint"),
+                templates=json.loads(metadata["templates"]) if "templates" in metadata else None,
+            )
+        except (KeyError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError
+            reason = f"{type(error).__name__}: {str(error)[:200]!r}"
+            raise ValueError(f"{path} is damaged ({reason}); save the classifier anew.") from error
+        if problem := matrix._contradiction():
+            raise ValueError(f"{path} is damaged: {problem}; save the classifier anew.")
+        return matrix
+
+    def _contradiction(self) -> str | None:
+        """What of a file's content does not belong together, for a message."""
+        if not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels):
+            return "its labels are no list of texts"
+        if self.weights.ndim != 2 or self.weights.shape[1] < len(self.labels) or self.weights.dtype != torch.float32:
+            shape = tuple(self.weights.shape)
+            return f"it has {len(self.labels)} labels and weights of {self.weights.dtype} and shape {shape}"
+        if self.scores not in SCORES:
+            return f"its scores are {self.scores[:80]!r}, none of {', '.join(SCORES)}"
+        if self.thresholds is not None and self.thresholds.shape != (len(self.labels),):
+            return f"it has {len(self.labels)} labels and thresholds of shape {tuple(self.thresholds.shape)}"
+        return None

@@ -1,0 +1,181 @@
+"""Labels and templates → prompts: what the text tower reads in place of a class name (section 3.1.4).
+
+A template is a text with one `{}`, or a function from a name to a prompt. Several of them make an ensemble; so do
+several names of one label.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Template = Callable[[str], str]
+
+_CIFAR_ADJECTIVES = ["", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good "]
+
+TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
+    "simple": ("a photo of a {}.",),
+    # The subset that OpenAI found by forward selection among 80, in its notebook on prompts for ImageNet.
+    "imagenet_7": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+    # OpenAI's eighteen for CIFAR-10 and CIFAR-100: small images in many states.
+    "cifar_18": (
+        *(f"a {adjective}photo of {article} {{}}." for article in ("a", "the") for adjective in _CIFAR_ADJECTIVES),
+        *(f"a photo of {article} {size} {{}}." for article in ("a", "the") for size in ("small", "big")),
+    ),
+}
+"""Sets that are taken by name."""
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+
+class LabelError(ValueError):
+    """A label cannot be taken.
+
+    Attributes:
+        index: its place among the labels, or its image's place where the labels are those of images.
+    """
+
+    def __init__(self, message: str, index: int = -1):
+        super().__init__(message, index)
+        self.index = index
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+MARK = "\0label\0"
+"""Stands for a label where a template is tried out."""
+
+
+def as_plain(text: Any) -> Any:
+    """A text as a `str`, also where it is one of NumPy's or another kind of `str`; anything else as it is."""
+    return str.__str__(text) if isinstance(text, str) else text
+
+
+def format_template(template: str) -> Template:
+    """A text with one `{}` as a function from a name to a prompt.
+
+    Raises ValueError when the text has no placeholder, or another one.
+    """
+    try:
+        filled = template.format(MARK)
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"The template {template!r} cannot be filled in ({type(error).__name__}: {error}); write {{}} once where "
+            f"the label belongs, and other braces twice."
+        ) from None
+    if MARK not in filled:
+        raise ValueError(
+            f'The template {template!r} has no placeholder {{}} for the label, e.g. "a photo of a {{}}."; nor is it '
+            f"the name of a set ({', '.join(TEMPLATE_SETS)}) or a file."
+        )
+    return template.format
+
+
+def read_template_file(path: str | os.PathLike) -> list[str]:
+    """A file with one template per line; empty lines and lines that begin with # are left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The templates {str(path)!r} cannot be read ({error}).") from error
+    templates = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
+    if not templates:
+        raise ValueError(f"{path} has no templates; write one per line, each with {{}} where the label belongs.")
+    for template in templates:
+        try:
+            format_template(template)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return templates
+
+
+def read_templates(templates: Any) -> tuple[list[Template], list[str] | None]:
+    """The functions from name to prompt, and their texts where all of them have one.
+
+    templates: a template, a list of them, the name of a set in TEMPLATE_SETS, or the path of a file
+    """
+    if isinstance(templates, str) and "{" not in templates and templates in TEMPLATE_SETS:
+        templates = TEMPLATE_SETS[templates]
+    elif isinstance(templates, os.PathLike) or (
+        isinstance(templates, str) and "{" not in templates and os.path.isfile(templates)
+    ):
+        templates = read_template_file(templates)
+    elif isinstance(templates, str) or callable(templates):
+        templates = [templates]
+    if not isinstance(templates, Iterable):
+        raise ValueError(f"templates is a {type(templates).__name__}, but texts with {{}} or functions are needed.")
+    given = list(map(as_plain, templates))
+    if not given:
+        raise ValueError('There are no templates; pass at least one, e.g. "a photo of a {}.".')
+    for template in given:
+        if not (isinstance(template, str) or callable(template)):
+            raise ValueError(f"The template {template!r} is no text and no function.")
+    functions = [format_template(template) if isinstance(template, str) else template for template in given]
+    return functions, given if all(isinstance(template, str) for template in given) else None
+
+
+def make_prompts(names: Iterable[str], templates: list[Template]) -> Iterator[str]:
+    """Every name in every template: the templates of the first name, then those of the second, and so on."""
+    for name in names:
+        for template in templates:
+            prompt = template(name)
+            if not isinstance(prompt, str):
+                raise ValueError(f"A template made {prompt!r} of a label, but a text is needed.")
+            yield prompt
+
+
+def read_labels(labels: Any) -> dict[str, list[str]]:
+    """Every label with its names, as plain texts.
+
+    Args:
+        labels: a list (or any iterable, an array or a column of a data set) of labels, each a text or a list of names
+            of which the first is the label; a mapping from label to name or names; or a `datasets.ClassLabel`.
+
+    Returns:
+        The names of each label, in the order of the labels.
+
+    Raises:
+        LabelError: a ValueError with the `index` of a label that is empty, appears twice or has a name of another.
+        ValueError: there are no labels.
+    """
+    if hasattr(labels, "names") and not isinstance(labels, Iterable):
+        labels = labels.names
+    if isinstance(labels, str) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0:
+        raise ValueError(
+            f"labels is {labels!r:.60}, but a list of labels is needed, or a mapping from labels to names."
+        )
+    pairs = labels.items() if isinstance(labels, Mapping) else [(None, item) for item in labels]
+    found: dict[str, list[str]] = {}
+    owner: dict[str, str] = {}
+    for place, (label, given) in enumerate(pairs):
+        several = isinstance(given, Iterable) and not isinstance(given, str) and getattr(given, "ndim", 1) > 0
+        names = list(map(as_plain, given)) if several else [as_plain(given)]
+        for name in [*names, *([] if label is None else [label])]:
+            if not isinstance(name, str) or not name.strip():
+                shown = given if label is None else {label: given}
+                raise LabelError(
+                    f"Label {place} is {shown!r:.60}, but a text with at least one letter is needed.", place
+                )
+        if not names:
+            raise LabelError(f"Label {place} ({label!r}) has no names; give it at least one.", place)
+        label = names[0] if label is None else as_plain(label)
+        if label in found:
+            twice = f"The label {label!r} appears twice; leave one out, or tell them apart by their names."
+            raise LabelError(twice, place)
+        for name in names:
+            if name in owner:
+                twice = f"for both {owner[name]!r} and {label!r}" if owner[name] != label else f"twice for {label!r}"
+                raise LabelError(f"The name {name!r} stands {twice}; an image could not be told by it.", place)
+            owner[name] = label
+        found[label] = names
+    if not found:
+        raise ValueError("There are no labels; pass at least one.")
+    return found
