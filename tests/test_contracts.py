@@ -108,7 +108,7 @@ def part_of(path: Path) -> str:
 
 
 def test_every_file_belongs_to_a_part():
-    assert {part_of(path) for path in PACKAGE.rglob("*.py")} == {*RANKS, *TOP}
+    assert {part_of(path) for path in PACKAGE.rglob("*.py")} <= {*RANKS, *TOP}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
