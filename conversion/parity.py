@@ -73,21 +73,31 @@ def compare(ours: HfClipModel, theirs: Any, pixel_values: Tensor, input_ids: Ten
     def keep(name: str) -> Callable:
         return lambda module, inputs, output: stages.__setitem__(name, output)
 
+    def keeping(name: str) -> Callable:
+        encode = getattr(theirs, name)
+        return lambda batch: stages.setdefault(name, encode(batch))
+
     is_resnet = hasattr(theirs.visual, "layer4")
     last = theirs.visual.layer4 if is_resnet else theirs.visual.transformer
     hooks = [last.register_forward_hook(keep("image")), theirs.ln_final.register_forward_hook(keep("text"))]
-    their_images, their_texts = theirs.encode_image(pixel_values), theirs.encode_text(input_ids)
-    their_logits, _ = theirs(pixel_values, input_ids)
-    for hook in hooks:
-        hook.remove()
+    methods = ("encode_image", "encode_text")
+    for name in methods:  # each tower runs once: at full size it is what takes the time
+        setattr(theirs, name, keeping(name))
+    try:
+        their_logits, _ = theirs(pixel_values, input_ids)
+    finally:
+        for name in methods:
+            delattr(theirs, name)
+        for hook in hooks:
+            hook.remove()
     outputs = ours(input_ids=input_ids, pixel_values=pixel_values)
     image_states = outputs.vision_model_output.last_hidden_state
     their_image_states = stages["image"] if is_resnet else stages["image"].transpose(0, 1)
     return Errors(
         image_tower=relative_error(image_states, their_image_states),
-        image_features=relative_error(ours.encode_image(pixel_values), their_images),
+        image_features=relative_error(outputs.vision_model_output.pooler_output, stages["encode_image"]),
         text_tower=relative_error(outputs.text_model_output.last_hidden_state, stages["text"]),
-        text_features=relative_error(ours.encode_text(input_ids), their_texts),
+        text_features=relative_error(outputs.text_model_output.pooler_output, stages["encode_text"]),
         logits=relative_error(outputs.logits_per_image, their_logits),
     )
 
