@@ -159,6 +159,7 @@ def test_table_shows_the_columns_that_have_values():
     assert reporting.format_table(plain).splitlines()[2].split() == ["per", "second"]
 
 
+@pytest.mark.slow
 def test_process_of_its_own_returns_its_result_or_its_last_words():
     assert run_alone(text_flops_of, name="ViT-B/32", lengths=[77]) == text_flops(get_variant("ViT-B/32"), [77])
     with pytest.raises(LeftOutError, match="Unknown CLIP variant 'ViT-B/33'"):
@@ -263,6 +264,7 @@ def test_rows_of_a_gpu_run_the_same_code_on_a_cpu(
     assert names_of(table) == ["hf_clip, on the device", "hf_clip, copied there", "Pillow, on the CPU"]
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_of_its_own(vit: Variant):
     if measuring.memory_of_this_process("VmHWM") is None:
         pytest.skip("this system has no such account")
@@ -272,6 +274,7 @@ def test_peak_memory_is_that_of_a_process_of_its_own(vit: Variant):
     assert found["hf_clip"] > 50e6
 
 
+@pytest.mark.slow
 def test_loading_is_measured_in_fresh_processes(vit: Variant):
     with load.twin_folders(vit) as folders:
         load.halve_matrices(folders)
@@ -283,6 +286,7 @@ def test_loading_is_measured_in_fresh_processes(vit: Variant):
     assert "hf_clip: anonymous memory added" in table.notes[0]
 
 
+@pytest.mark.slow
 def test_first_image_gets_the_same_scores_from_both_repositories(vit: Variant, tmp_path: Path):
     image = tmp_path / "image.png"
     Image.effect_noise((64, 48), 50).convert("RGB").save(image)

@@ -82,6 +82,11 @@ class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
         loaded.config.name_or_path = str(source)
         return model
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Every model here can; transformers would guess it from the text of the file in which the class stands."""
+        return True
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Initialise a module, unless its tensors have been loaded.
 
