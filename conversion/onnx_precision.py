@@ -3,7 +3,7 @@
 float16 halves the weights. Inputs and outputs stay float32, and so does the arithmetic of what adds up many values:
 LayerNorm, softmax and the norm of an embedding.
 
-Dimensions: N texts or images, D embedding.
+Dimensions: B texts or images, D embedding.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def sizes_to_compare(limit: int) -> list[tuple[int, int, int]]:
 
 
 def _embedding_deviation(found: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Both (N, D)."""
+    """Both (B, D)."""
     found, expected = found.double(), expected.double()
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     return error.max().item(), torch.cosine_similarity(found, expected, dim=-1).min().item()

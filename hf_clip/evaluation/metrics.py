@@ -7,7 +7,7 @@ looks at thresholds, where equal scores pass together (as scikit-learn has it).
 Retrieval names what belongs together by numbers: a gallery row is right for a query if their ids are equal. So five
 captions of one image, or an image that several captions share, need no more than equal ids.
 
-Dimensions: N examples, C classes, Q queries, G gallery rows, D embedding, K results looked at.
+Dimensions: I images, K classes, Q queries, G gallery rows, D embedding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,23 +44,23 @@ def _check_classes(logits: Tensor, labels: Tensor) -> None:
 
 
 def ranks_of_labels(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many wrong classes each example's right one has before it: (N, C), (N,) → (N,), 0 where it is first."""
+    """How many wrong classes each example's right one has before it: (I, K), (I,) → (I,), 0 where it is first."""
     _check_classes(logits, labels)
-    own = logits.gather(1, labels.long()[:, None])  # (N, 1)
+    own = logits.gather(1, labels.long()[:, None])  # (I, 1)
     return (logits >= own).sum(dim=1) - 1
 
 
 def top_k_accuracy(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> dict[int, float]:
-    """For each k how often the label is among the k highest logits: (N, C), (N,). From k = C on that is always."""
+    """For each k how often the label is among the k highest logits: (I, K), (I,). From k = C on that is always."""
     _check_cutoffs(ks)
     ranks = ranks_of_labels(logits, labels)
     return {k: (ranks < k).double().mean().item() for k in ks}
 
 
 def mean_per_class_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The mean over the classes of each one's top-1 accuracy: (N, C), (N,). Classes without examples do not count."""
+    """The mean over the classes of each one's top-1 accuracy: (I, K), (I,). Classes without examples do not count."""
     is_right = ranks_of_labels(logits, labels) == 0
-    examples = labels.long().bincount(minlength=logits.shape[1])  # (C,)
+    examples = labels.long().bincount(minlength=logits.shape[1])  # (K,)
     right = labels[is_right].long().bincount(minlength=logits.shape[1])
     occurs = examples > 0
     return (right[occurs].double() / examples[occurs]).mean().item()
@@ -69,7 +69,7 @@ def mean_per_class_accuracy(logits: Tensor, labels: Tensor) -> float:
 def _precision_curve(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
     """Hits and precision at each distinct threshold, from the highest score down.
 
-    (N,), (N,) bool → (thresholds,), (thresholds,). The last of the hits is the number of all right ones.
+    (I,), (I,) bool → (thresholds,), (thresholds,). The last of the hits is the number of all right ones.
     """
     if scores.ndim != 1 or scores.shape != is_right.shape or is_right.dtype != torch.bool:
         raise ValueError(
@@ -82,7 +82,7 @@ def _precision_curve(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
             f"None of {len(scores)} examples is right, so that there is no precision to average: leave this class out."
         )
     ordered, places = scores.sort(descending=True)
-    hits = is_right[places].cumsum(0).double()  # (N,) right ones among the first 1, 2, ...
+    hits = is_right[places].cumsum(0).double()  # (I,) right ones among the first 1, 2, ...
     passed = torch.arange(1, len(scores) + 1, dtype=torch.float64, device=scores.device)
     is_last_of_equals = torch.ones_like(hits, dtype=torch.bool)
     is_last_of_equals[:-1] = ordered[:-1] > ordered[1:]
@@ -90,7 +90,7 @@ def _precision_curve(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def average_precision(scores: Tensor, is_right: Tensor) -> float:
-    """The sum of each threshold's precision times what recall it adds: (N,), (N,) bool. Not interpolated."""
+    """The sum of each threshold's precision times what recall it adds: (I,), (I,) bool. Not interpolated."""
     hits, precision = _precision_curve(scores, is_right)
     added = hits.diff(prepend=hits.new_zeros(1))
     return (added * precision).sum().item() / hits[-1].item()
@@ -108,10 +108,10 @@ def eleven_point_average_precision(scores: Tensor, is_right: Tensor) -> float:
 def mean_average_precision(
     scores: Tensor, is_right: Tensor, eleven_point: bool = False, is_counted: Tensor | None = None
 ) -> float:
-    """The mean over classes of their average precision, for examples of several labels: (N, C), (N, C) bool.
+    """The mean over classes of their average precision, for examples of several labels: (I, K), (I, K) bool.
 
     eleven_point: as VOC 2007 and CLIP's linear probes on it (appendix A)
-    is_counted:   (N, C) bool: an example that isn't is left out of that class (VOC's "difficult" ones)
+    is_counted:   (I, K) bool: an example that isn't is left out of that class (VOC's "difficult" ones)
 
     Raises ValueError for a class without a right example.
     """

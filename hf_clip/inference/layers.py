@@ -5,7 +5,7 @@ are computed in the same pass as the product. torch has that only as the operato
 `torch.ops.mkldnn`, so they are tried out before they are used (`has_packed_operators`), and timed (`measure`):
 where they are missing, compute something else or gain too little, the public ones stay.
 
-Dimensions: B batch, L positions, C channels, D width, H heads, E = D / H.
+Dimensions: B batch, L positions, C channels, W width, H heads, E = W / H.
 """
 
 from functools import cache
@@ -143,7 +143,7 @@ class PackedMLP(nn.Module):
 
 
 class PackedPatches(nn.Module):
-    """A ViT's patch embedding with its weight in oneDNN's order: (B, C, Y, X) → (B, D, Y / S, X / S)."""
+    """A ViT's patch embedding, its weight in oneDNN's order: (B, C, Y, X) → (B, W, Y / S, X / S), S a patch's side."""
 
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()
@@ -250,9 +250,9 @@ class SingleQueryAttentionPool(HfClipAttentionPool):
         batch, _, width = tokens.shape
         by_head = (self.num_heads, width // self.num_heads, width)
         query = self.q_proj(tokens[:, 0]).view(batch, *by_head[:2]).transpose(0, 1)  # (H, B, E)
-        directions = (query * by_head[1] ** -0.5) @ self.k_proj.weight.view(by_head)  # (H, B, D)
+        directions = (query * by_head[1] ** -0.5) @ self.k_proj.weight.view(by_head)  # (H, B, W)
         weights = (directions.transpose(0, 1) @ tokens.transpose(1, 2)).softmax(dim=-1)  # (B, H, L)
-        means = (weights @ tokens).transpose(0, 1)  # (H, B, D)
+        means = (weights @ tokens).transpose(0, 1)  # (H, B, W)
         mixed = means @ self.v_proj.weight.view(by_head).transpose(1, 2)  # (H, B, E)
         return mixed.transpose(0, 1).reshape(batch, 1, width) + self.v_proj.bias, weights[:, :, None]
 

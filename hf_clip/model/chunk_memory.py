@@ -5,7 +5,7 @@ No word crosses white space, so the ids of a text are those of its chunks betwee
 Threads read the memory without a lock: what they found in `numbers` is in `tables`, which is written first. One thread
 learns at a time, and a fork waits for it, so that the child finds the memory whole and nobody at it.
 
-Dimensions: B texts, N ids, C chunks, W words, V vocabulary.
+Dimensions: T texts, A ids of all texts, F chunks, V vocabulary.
 """
 
 import os
@@ -37,7 +37,7 @@ class KnownChunks:
     """What is remembered until it is forgotten as a whole.
 
     numbers: chunk → its number, the boundary between texts being 0
-    tables:  ids (N,), starts (C,), lengths (C,): all ids one after the other, and where each chunk's stand among them
+    tables:  ids (A,), starts (F,), lengths (F,): all ids one after the other, and where each chunk's stand among them
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class ChunkMemory:
         self.known = KnownChunks()
 
     def look_up(self, chunks: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of texts given as chunks with boundaries between them (N,), and how many each text has (B,)."""
+        """The ids of texts given as chunks with boundaries between them (A,), and how many each text has (T,)."""
         known = self.known
         try:
             numbers = np.fromiter(map(known.numbers.__getitem__, chunks), np.int64, len(chunks))
@@ -106,7 +106,7 @@ class ChunkMemory:
         return known
 
     def merge(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of words one after the other (N,), and how many each word has (W,).
+        """The ids of words one after the other (A,), and how many each word has (words,).
 
         Many words go to Rust as one text: what a text costs there beyond its words is more than a word does.
         """

@@ -4,7 +4,7 @@ Invariant: with the default backend the result is bit-identical to OpenAI's torc
 resize in the image's own mode, the same rounding of sizes and offsets, and the same float32 operations,
 (x / 255 − mean) / std, in that order. With `backend="torch"` grey levels are within one of that; see the class.
 
-Dimensions: B batch, H × W pixels, C = 3 channels.
+Dimensions: B batch, C channels, Y × X pixels, y × x pixels that the model gets.
 """
 
 import math
@@ -173,12 +173,12 @@ class Steps:
         return 255.0 if is_scaled else None
 
     def run(self, image: Image.Image, is_scaled: bool) -> Callable[[np.ndarray | None], np.ndarray]:
-        """Scale and cut one image; returns what writes it into (C, h, w) float32, or makes that if there is none."""
+        """Scale and cut one image; returns what writes it into (C, y, x) float32, or makes that if there is none."""
         image = scale_and_cut(image, self.layout(image.size), int(self.resample or 0))
         if self.do_convert_rgb and image.mode != "RGB":
             image = image.convert("RGB")
         levels = np.asarray(image)
-        levels = levels[..., None] if levels.ndim == 2 else levels  # (h, w, C)
+        levels = levels[..., None] if levels.ndim == 2 else levels  # (y, x, C)
         if margins := self.margins(*levels.shape[:2]):
             left, right, top, bottom = margins
             framed = np.empty((self.crop_size.height, self.crop_size.width, levels.shape[2]), levels.dtype)
@@ -188,7 +188,7 @@ class Steps:
         return partial(self._normalise, levels.transpose(2, 0, 1), self.divisor(is_scaled))
 
     def _normalise(self, levels: np.ndarray, divisor: float | None, out: np.ndarray | None) -> np.ndarray:
-        """(C, h, w) grey levels → float32, divided and normalised."""
+        """(C, y, x) grey levels → float32, divided and normalised."""
         if out is None:
             out = np.empty(levels.shape, dtype=np.float32)
         np.divide(levels, np.float32(1 if divisor is None else divisor), out=out, casting="unsafe")
@@ -201,7 +201,7 @@ class Steps:
         return out
 
     def scale_tensor(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W), uint8 or floats from 0 to 1 → (B, C, h, w): uint8 or whole floats to 255, or floats to 1."""
+        """(B, C, Y, X), uint8 or floats from 0 to 1 → (B, C, y, x): uint8 or whole floats to 255, or floats to 1."""
         is_levels = pixels.dtype == torch.uint8
         layout = self.layout((pixels.shape[3], pixels.shape[2]))
         if pixels.shape[1] == 1 and self.do_convert_rgb:
@@ -217,7 +217,7 @@ class Steps:
         return pixels
 
     def normalise_tensor(self, pixels: Tensor, is_levels: bool) -> Tensor:
-        """(B, C, h, w), grey levels to 255 of any dtype or floats to 1 → float32 on the same device."""
+        """(B, C, y, x), grey levels to 255 of any dtype or floats to 1 → float32 on the same device."""
         divisor = self.divisor(is_scaled=not is_levels)
         scale = (1.0 if divisor is None else 1 / divisor) * (1 if is_levels else 255.0)
         if not self.do_normalize:
@@ -231,12 +231,12 @@ class Steps:
         return torch.addcmul(-mean / std, pixels, scale / std)
 
     def run_tensor(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W), uint8 or floats from 0 to 1 → (B, C, h, w) float32 on the same device."""
+        """(B, C, Y, X), uint8 or floats from 0 to 1 → (B, C, y, x) float32 on the same device."""
         return self.normalise_tensor(self.scale_tensor(pixels), is_levels=pixels.dtype == torch.uint8)
 
 
 def _as_tensor(item: Any, name: str, steps: Steps, data_format: str | None, device: Any, draft: int | None) -> Tensor:
-    """One image as (C, H, W), uint8 or float."""
+    """One image as (C, Y, X), uint8 or float."""
     if is_to_be_opened(item):
         item = to_image(item, name, draft=draft)
     if isinstance(item, Image.Image):
@@ -254,7 +254,7 @@ def _as_tensor(item: Any, name: str, steps: Steps, data_format: str | None, devi
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
-    """(C, H, W) each → (B, C, H, W). Channels that lie side by side in memory stay so: that is resized faster."""
+    """(C, Y, X) each → (B, C, Y, X). Channels that lie side by side in memory stay so: that is resized faster."""
     if len(tensors) == 1:
         return tensors[0][None]
     if tensors[0].stride(0) == 1:
@@ -263,7 +263,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 
 def _check_values(pixels: Tensor, first: int) -> None:
-    """Refuse a batch (B, C, H, W) that is neither uint8 nor floats from 0 to 1, naming the image."""
+    """Refuse a batch (B, C, Y, X) that is neither uint8 nor floats from 0 to 1, naming the image."""
     if pixels.dtype == torch.uint8:
         return
     if not pixels.is_floating_point():
@@ -278,7 +278,7 @@ def _check_values(pixels: Tensor, first: int) -> None:
 
 
 class HfClipImageProcessor(HubUpload, BaseImageProcessor):
-    """OpenAI's preprocessing as an image processor: images → `pixel_values` (B, 3, H, W), float32.
+    """OpenAI's preprocessing as an image processor: images → `pixel_values` (B, 3, Y, X), float32.
 
     Images are Pillow images, arrays or tensors (uint8, or floats from 0 to 1; one or a batch), or what is opened
     first, and then turned as its EXIF orientation says: paths, URLs, bytes, undecoded rows of `datasets`. An image
@@ -424,7 +424,7 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
     def _with_pillow(
         images: Any, steps: Steps, data_format: str | None, num_threads: int | None, draft: int | None
     ) -> np.ndarray | list[np.ndarray]:
-        """(B, C, h, w), or a list of (C, h, w) where sizes differ."""
+        """(B, C, y, x), or a list of (C, y, x) where sizes differ."""
         items = flatten_images(images)
         if len(items) == 0:
             raise ValueError("HfClipImageProcessor got an empty list of images; pass at least one.")
@@ -458,7 +458,7 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
     def _with_torch(
         images: Any, steps: Steps, data_format: str | None, device: Any, draft: int | None
     ) -> Tensor | list[Tensor]:
-        """(B, C, h, w), or a list of (C, h, w) where sizes differ. Images of equal size are worked on together."""
+        """(B, C, y, x), or a list of (C, y, x) where sizes differ. Images of equal size are worked on together."""
         if steps.do_resize and steps.resample not in TORCH_FILTERS:
             raise ValueError(f'backend="torch" resizes with resample 3 (bicubic) or 2, not {int(steps.resample)}.')
         if getattr(images, "ndim", 0) == 4:

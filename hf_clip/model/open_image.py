@@ -4,7 +4,7 @@ Invariant: what is opened here (a path, a URL, bytes, a file, a row of `datasets
 says; what is an image already is never turned. Of an animation the first frame is taken. An image keeps its mode:
 the original resizes an image in its own mode and makes it RGB at the end.
 
-Dimensions: H × W pixels, C channels.
+Dimensions: C channels, Y × X pixels.
 """
 
 import base64
@@ -214,7 +214,7 @@ def check_unit_range(low: float, high: float, name: str) -> None:
 
 
 def channel_axis(shape: tuple[int, ...], data_format: str | None, name: str) -> int:
-    """Where the channels of an image of three dimensions are: 0 for (C, H, W), 2 for (H, W, C)."""
+    """Where the channels of an image of three dimensions are: 0 for (C, Y, X), 2 for (Y, X, C)."""
     given = getattr(data_format, "value", data_format)
     likely = 0 if shape[0] in (1, 3) and shape[-1] not in (1, 3) else 2
     axis = likely if given is None else (0 if given == "channels_first" else 2)
@@ -232,7 +232,7 @@ def to_image(
 ) -> Image.Image:
     """A Pillow image of what users have: an image, its address or content, or an array.
 
-    item: as above; arrays of shape (H, W), (H, W, C) or (C, H, W), C being 1 or 3, uint8 or floats from 0 to 1
+    item: as above; arrays of shape (Y, X), (Y, X, C) or (C, Y, X), C being 1 or 3, uint8 or floats from 0 to 1
     """
     if is_to_be_opened(item):
         item = open_image(item, name, timeout=timeout, draft=draft)

@@ -9,7 +9,7 @@ What Pillow cannot do is to compute a part of a line: for very long images `part
 
 Invariant: `scale_and_cut` gives the bits of `image.resize(size).crop(box)`.
 
-Dimensions: H × W pixels, C channels, B batch.
+Dimensions: B batch, C channels, Y × X pixels before, y × x pixels after.
 """
 
 from dataclasses import dataclass
@@ -122,7 +122,7 @@ def fixed_point(weights: np.ndarray) -> np.ndarray:
 
 
 def part_of_lines(lines: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Scale lines of grey levels (N, inputs, C) to (N, outputs, C) with weights (outputs, inputs), bits as Pillow's."""
+    """Scale grey levels (lines, inputs, C) → (lines, outputs, C) with weights (outputs, inputs), bits as Pillow's."""
     fixed = fixed_point(weights).T
     scaled = np.empty((len(lines), weights.shape[0], lines.shape[2]), dtype=np.uint8)
     for start in range(0, len(lines), LINES_AT_ONCE):
@@ -136,7 +136,7 @@ def part_of_lines(lines: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _part_of_image(image: Image.Image, axis: int, weights: np.ndarray) -> Image.Image:
     """Scale an image of 8 bits along its rows (axis 0) or columns (axis 1) with weights (outputs, inputs)."""
     array = np.asarray(image)
-    array = array.reshape(*array.shape[:2], -1)  # (H, W, C)
+    array = array.reshape(*array.shape[:2], -1)  # (Y, X, C)
     lines = array if axis == 0 else array.transpose(1, 0, 2)
     scaled = part_of_lines(lines, weights)
     scaled = scaled if axis == 0 else scaled.transpose(1, 0, 2)
@@ -220,7 +220,7 @@ def scale_and_cut(image: Image.Image, layout: Layout, resample: int) -> Image.Im
 
 
 def _scale_levels(pixels: Tensor, axis: int, outputs: int, first: int, last: int, filter_name: str) -> Tensor:
-    """Scale grey levels (B, C, H, W) along one axis with Pillow's arithmetic and keep the lines first ... last - 1."""
+    """Scale grey levels (B, C, Y, X) along one axis with Pillow's arithmetic and keep the lines first ... last - 1."""
     inputs = pixels.shape[axis]
     if outputs == inputs:
         return pixels.narrow(axis, first, last - first)
@@ -233,7 +233,7 @@ def _scale_levels(pixels: Tensor, axis: int, outputs: int, first: int, last: int
 
 
 def _scale_floats(pixels: Tensor, axis: int, outputs: int, first: int, last: int, filter_name: str) -> Tensor:
-    """Scale floats (B, C, H, W) along one axis and keep the lines first ... last - 1."""
+    """Scale floats (B, C, Y, X) along one axis and keep the lines first ... last - 1."""
     inputs = pixels.shape[axis]
     if outputs == inputs:
         return pixels.narrow(axis, first, last - first)
@@ -248,7 +248,7 @@ def _scale_floats(pixels: Tensor, axis: int, outputs: int, first: int, last: int
 
 
 def scale_levels_exactly(pixels: Tensor, passes: list[tuple[int, int, int, int]], filter_name: str) -> Tensor:
-    """Grey levels (B, C, H, W) with Pillow's bits on any device, as whole floats.
+    """Grey levels (B, C, Y, X) with Pillow's bits on any device, as whole floats.
 
     passes: (axis, lines to scale to, first line to keep, the line behind the last), in Pillow's order
     """
@@ -261,10 +261,10 @@ def scale_levels_exactly(pixels: Tensor, passes: list[tuple[int, int, int, int]]
 
 
 def _by_pillow(pixels: Tensor, layout: Layout, filter_name: str) -> Tensor:
-    """Grey levels (B, C, H, W) on a CPU, C being 1 or 3, scaled by Pillow itself."""
+    """Grey levels (B, C, Y, X) on a CPU, C being 1 or 3, scaled by Pillow itself."""
     rows = []
     for row in pixels:
-        array = row.movedim(0, -1).contiguous().numpy()  # (H, W, C)
+        array = row.movedim(0, -1).contiguous().numpy()  # (Y, X, C)
         image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
         scaled = np.array(scale_and_cut(image, layout, RESAMPLE[filter_name]))
         rows.append(torch.from_numpy(scaled.reshape(*scaled.shape[:2], -1)))
@@ -272,7 +272,7 @@ def _by_pillow(pixels: Tensor, layout: Layout, filter_name: str) -> Tensor:
 
 
 def scale_and_cut_tensor(pixels: Tensor, layout: Layout, filter_name: str) -> Tensor:
-    """The same for a batch of tensors, on any device: (B, C, H, W) → (B, C, h, w).
+    """The same for a batch of tensors, on any device: (B, C, Y, X) → (B, C, y, x).
 
     pixels: uint8, then the result is grey levels, as uint8 or as whole floats: on a CPU by torch's own arithmetic for
         uint8 where the image becomes clearly smaller, else with Pillow's bits; or floats from 0 to 1, then the result

@@ -1,6 +1,6 @@
 """What a call of the tokenizer gives: ids laid out in rows, and `tokenizers`' encodings.
 
-Dimensions: B texts, L tokens of a row, N ids of all texts.
+Dimensions: T texts, L tokens of a row, A ids of all texts.
 """
 
 from collections.abc import Callable, Iterable
@@ -53,7 +53,7 @@ class Layout:
         return -(-max(longest, self.to_length) // self.multiple) * self.multiple
 
     def arrange(self, ids: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """Lay texts out in rows: ids (N,) and lengths (B,) → input_ids and attention_mask, (B, L).
+        """Lay texts out in rows: ids (A,) and lengths (T,) → input_ids and attention_mask, (T, L).
 
         Without texts L is the length of an empty one.
         """
@@ -64,9 +64,9 @@ class Layout:
             ids = ids[(place >= np.repeat(first, lengths)) & (place < np.repeat(first + kept, lengths))]
         whole = kept + self.special
         width = self.width(int(whole.max(initial=self.special)))
-        start = (width - whole if self.padding_side == "left" else np.zeros_like(whole))[:, None]  # (B, 1)
+        start = (width - whole if self.padding_side == "left" else np.zeros_like(whole))[:, None]  # (T, 1)
         columns = np.arange(width)
-        mask = (columns >= start) & (columns < start + whole[:, None])  # (B, L)
+        mask = (columns >= start) & (columns < start + whole[:, None])  # (T, L)
         rows = np.full((len(lengths), width), self.pad_id, dtype=np.int64)
         body = mask
         if self.special:
@@ -91,7 +91,7 @@ class Layout:
 
 
 def as_lists(rows: dict[str, np.ndarray], padded: bool) -> dict[str, list[list[int]]]:
-    """Rows of ids and masks (B, L) as lists; without padding, if there shall be none."""
+    """Rows of ids and masks (T, L) as lists; without padding, if there shall be none."""
     ids, mask = rows["input_ids"], rows["attention_mask"]
     if padded:
         return {"input_ids": ids.tolist(), "attention_mask": mask.tolist()}

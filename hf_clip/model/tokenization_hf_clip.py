@@ -110,7 +110,7 @@ def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
 class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     """CLIP's tokenizer: ids equal OpenAI's, in batches, padded to the longest text by default.
 
-    Calling it returns `input_ids` and `attention_mask`, each (B, L) with `return_tensors`, else lists together with
+    Calling it returns `input_ids` and `attention_mask`, each (T, L) with `return_tensors`, else lists together with
     `tokenizers`' encodings. Padding stands on the right and repeats the end of text. A text longer than
     `model_max_length` (77) is kept whole, with a warning, unless `truncation=True`, which keeps the end-of-text token;
     the model refuses it. Offsets refer to the text as it is cut: a plain one as it was given, any other as it was
@@ -285,7 +285,7 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         return encoder
 
     def _ids_of(self, texts: list[str], encoder: WordEncoder) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, one after the other and without special tokens (N,), and how many each has (B,)."""
+        """The ids of all texts, one after the other and without special tokens (A,), and how many each has (T,)."""
         if not texts:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         if not is_plain("".join(texts)):
@@ -298,7 +298,7 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         return memory.look_up(chunks)
 
     def _warn_of_too_long(self, lengths: np.ndarray) -> None:
-        """Once, as stock tokenizers do. lengths (B,): tokens of each text, special ones included."""
+        """Once, as stock tokenizers do. lengths (T,): tokens of each text, special ones included."""
         if lengths.max(initial=0) > self.model_max_length and not self._has_warned:
             self._has_warned = True
             logger.warning(

@@ -6,7 +6,7 @@ other captions, and the other images of one caption. Every image and every capti
 
 Invariant: the same figures with any number of processes.
 
-Dimensions: B local batch, N pairs of all processes, C classes, D embedding.
+Dimensions: B local batch, N pairs of all processes, K classes, D embedding.
 """
 
 from typing import Any
@@ -104,7 +104,7 @@ def evaluate(
 
     Raises, on all processes, NotFiniteError for features that are no numbers, and TooFewPairsError.
 
-    class_tokens: input_ids and attention_mask of each class's prompt, (C, L), where the loader has labels
+    class_tokens: input_ids and attention_mask of each class's prompt, (K, L), where the loader has labels
     """
     was_training = model.training
     model.eval()

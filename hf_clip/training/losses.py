@@ -1,7 +1,7 @@
 """Contrastive losses over the global batch, each process computing its own share of them.
 
 Pair i is image i with text i; everything else in the global batch is a negative of both. With logits
-z = scale · images @ texts.T (+ bias), over all N pairs of all W processes:
+z = scale · images @ texts.T (+ bias), over all N pairs of all R processes:
 
     softmax (section 2.3, figure 3)     1 / (2 N) · Σᵢ [cross-entropy of row i + cross-entropy of column i]
     sigmoid (Zhai et al. 2023, alg. 1)  1 / N     · Σᵢⱼ −log σ(±zᵢⱼ), plus on the diagonal, minus elsewhere
@@ -11,7 +11,7 @@ z = scale · images @ texts.T (+ bias), over all N pairs of all W processes:
 3. Their sum is this process's share; the shares add up to the loss.
 
 Data-parallel wrappers (DDP, FSDP, DeepSpeed) average gradients over the processes, so what a process
-backpropagates is W times its share: the average is then the sum.
+backpropagates is R times its share: the average is then the sum.
 
 Invariant: loss and every parameter's gradient are those of one process that has the whole batch, however unevenly the
 pairs are spread over the processes; a process may even have none. All is computed in float32 at least, under autocast
@@ -20,7 +20,7 @@ and for half-precision embeddings too.
 Every process must call this, equally often, in the same order, and backpropagate or not alike. A parameter that the
 wrapper leaves out (FSDP shards no scalars, so not the logit scale) has its gradient to be averaged by the caller.
 
-Dimensions: B pairs of this process (`local_…`), N pairs of all processes (`global_…`), W processes, D embedding.
+Dimensions: B pairs of this process (`local_…`), N pairs of all processes (`global_…`), R processes, D embedding.
 """
 
 import math
@@ -43,7 +43,7 @@ INITIAL_SIGMOID_LOGIT_BIAS = -10.0
 class ContrastiveResult:
     """What `global_contrastive_loss` returns. The global values are equal on all processes and have no graph.
 
-    local_loss_to_backpropagate: ()  W times this process's share; its own value means nothing
+    local_loss_to_backpropagate: ()  R times this process's share; its own value means nothing
     global_loss:                 ()  the loss, to be reported
     global_accuracy:             ()  how often a pair's own logit is above all its negatives', over images and texts
     """

@@ -1,6 +1,6 @@
 """Fit what turns cosine similarities into probabilities, on images whose labels are known.
 
-Dimensions: N images, C columns (labels, then background labels), L labels.
+Dimensions: I images, K labels, U background labels, M = K + U columns.
 """
 
 import math
@@ -36,10 +36,10 @@ def _minimise(loss: Callable[[float], float], low: float, high: float, points: i
 def fit_softmax_scale(cosines: Tensor, is_right: Tensor) -> float:
     """The logit scale (one over the temperature) at which the softmax is likeliest (Guo et al. 2017).
 
-    cosines:  (N, C)
-    is_right: (N, C) bool: an image's own label, or for an image of none of them all background labels
+    cosines:  (I, M)
+    is_right: (I, M) bool: an image's own label, or for an image of none of them all background labels
 
-    The rule of succession keeps the scale finite where every image is right: each is believed (N + 1) / (N + 2).
+    The rule of succession keeps the scale finite where every image is right: each is believed (I + 1) / (I + 2).
     """
     cosines, doubt = cosines.double(), 1 / (len(cosines) + 2)
     right = torch.where(is_right, 0.0, -torch.inf)
@@ -55,7 +55,7 @@ def fit_softmax_scale(cosines: Tensor, is_right: Tensor) -> float:
 def fit_sigmoid(cosines: Tensor, is_right: Tensor) -> tuple[float, float]:
     """The logit scale and bias at which independent labels are likeliest (Platt 1999, with his targets).
 
-    cosines (N, L), is_right (N, L) bool
+    cosines (I, K), is_right (I, K) bool
     """
     cosines = cosines.double()
     positives, negatives = is_right.sum().item(), (~is_right).sum().item()
@@ -81,16 +81,16 @@ def fit_sigmoid(cosines: Tensor, is_right: Tensor) -> tuple[float, float]:
 def fit_thresholds(scores: Tensor, is_right: Tensor) -> Tensor:
     """For each label the score from which on it is given, at which its F1 is highest on these images.
 
-    scores (N, L), is_right (N, L) bool → (L,). A threshold lies half-way between two images' scores. Of a label that
+    scores (I, K), is_right (I, K) bool → (K,). A threshold lies half-way between two images' scores. Of a label that
     no image has it lies above all scores.
     """
     ordered, places = scores.double().sort(dim=0, descending=True)
-    hits = is_right.gather(0, places).cumsum(0)  # (N, L): right ones among the first 1, 2, ...
+    hits = is_right.gather(0, places).cumsum(0)  # (I, K): right ones among the first 1, 2, ...
     given = torch.arange(1, len(scores) + 1, device=scores.device)[:, None]
     f1 = 2 * hits / (given + is_right.sum(0))
     is_last_of_equals = torch.ones_like(f1, dtype=torch.bool)
     is_last_of_equals[:-1] = ordered[:-1] > ordered[1:]
-    last = f1.where(is_last_of_equals, -1.0).argmax(dim=0)  # (L,)
+    last = f1.where(is_last_of_equals, -1.0).argmax(dim=0)  # (K,)
     above = ordered.gather(0, last[None])[0]
     below = ordered.gather(0, (last + 1).clamp(max=len(scores) - 1)[None])[0]
     middle = ((above + below) / 2).float()

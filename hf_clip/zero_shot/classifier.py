@@ -4,7 +4,7 @@
 2. The features of a label are averaged, and the average is brought to length one again (section 3.1.4): a column.
 3. An image's logits are its cosine similarities with the columns, times the logit scale.
 
-Dimensions: B images, D embedding, L labels, K background labels, C = L + K columns.
+Dimensions: I images, D embedding, K labels, U background labels, M = K + U columns.
 """
 
 import math
@@ -73,7 +73,7 @@ def sum_prompts(
     progress: bool,
     settings: dict[str, Any],
 ) -> Tensor:
-    """The sums (C, D) of the features of every column's prompts, each of length one.
+    """The sums (M, D) of the features of every column's prompts, each of length one.
 
     Each batch is added as soon as it is encoded, and prompts are made when they are encoded: what is held grows with
     the columns and not with the prompts.
@@ -215,7 +215,7 @@ class ZeroShotClassifier:
 
     @property
     def weights(self) -> Tensor:
-        """The classifier matrix (D, C): a column of length one for every label, then for every background label."""
+        """The classifier matrix (D, M): a column of length one for every label, then for every background label."""
         return self.matrix.weights
 
     @property
@@ -228,7 +228,7 @@ class ZeroShotClassifier:
         return encode_images(self.model, self.processor, images, batch_size=batch_size, progress=progress, **settings)
 
     def logits(self, images: Any, *, batch_size: int = 16, progress: bool = False, **settings: Any) -> Tensor:
-        """Images → (B, C) float32: cosine similarities times the logit scale (plus the bias, where there is one).
+        """Images → (I, M) float32: cosine similarities times the logit scale (plus the bias, where there is one).
 
         images:   an image or any iterable of images: Pillow images, paths, URLs, bytes, arrays, rows of `datasets`
         settings: for the image processor, e.g. fit="pad"
@@ -287,7 +287,7 @@ class ZeroShotClassifier:
 
         images: as in `logits`
         labels: for each image its label or its number, or None for an image of none of them; or the labels that it
-            has, a list or set of them; or a bool tensor (B, L)
+            has, a list or set of them; or a bool tensor (I, K)
 
         With "softmax" scores an image has one label, and the scale at which that is likeliest is found (temperature
         scaling); with "sigmoid" a scale and a bias (Platt scaling); "cosine" scores have neither. The thresholds are
@@ -297,7 +297,7 @@ class ZeroShotClassifier:
         Raises LabelError, a ValueError with the `index` of an image whose labels cannot be used.
         """
         matrix = replace(self.matrix)  # takes its place when all of it is found, as another thread may classify
-        is_right = self._read_truth(labels)  # (B, L)
+        is_right = self._read_truth(labels)  # (I, K)
         features = self._features(images, batch_size, progress, settings)
         if len(features) != len(is_right):
             raise ValueError(f"There are {len(features)} images and the labels of {len(is_right)}; one each is needed.")
@@ -338,7 +338,7 @@ class ZeroShotClassifier:
         return {"logit_scale": matrix.logit_scale, "logit_bias": matrix.logit_bias, "f1": float(f1)}
 
     def _read_truth(self, labels: Any) -> Tensor:
-        """Known labels as a bool tensor (B, L)."""
+        """Known labels as a bool tensor (I, K)."""
         if str(getattr(labels, "dtype", None)) in ("bool", "torch.bool"):
             if labels.ndim != 2 or labels.shape[1] != len(self.labels):
                 raise ValueError(

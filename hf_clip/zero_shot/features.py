@@ -6,7 +6,7 @@ no mask is needed.
 
 Nothing is shared between calls, so that several threads may call these functions with one model and processor.
 
-Dimensions: N texts or images, B those of one batch, D embedding.
+Dimensions: T texts, I images, B those of one batch, L text length, D embedding.
 """
 
 import os
@@ -173,7 +173,7 @@ def encode_texts(
         **settings: for the tokenizer, e.g. truncation=True.
 
     Returns:
-        (N, D) float32 on the model's device; (0, D) for no texts.
+        (T, D) float32 on the model's device; (0, D) for no texts.
 
     Raises:
         TextTooLongError: a ValueError whose `index` is the place of a text that is longer than the model takes.
@@ -254,7 +254,7 @@ def encode_images(
         **settings: for the image processor, e.g. fit="pad" or backend="torch".
 
     Returns:
-        (N, D) float32 on the model's device; (0, D) for no images.
+        (I, D) float32 on the model's device; (0, D) for no images.
 
     Raises:
         UnreadableImageError: a ValueError whose `index` is the place, among all of them, of an image that cannot be

@@ -1,6 +1,6 @@
 """A zero-shot classifier without its model: the matrix of text features, how its scores are computed, and its file.
 
-Dimensions: B images, D embedding, L labels, K background labels, C = L + K columns.
+Dimensions: I images, D embedding, K labels, U background labels, M = K + U columns.
 """
 
 import json
@@ -32,11 +32,11 @@ def fingerprint_of(model: Any) -> Tensor:
 class ClassifierMatrix:
     """What is saved of a zero-shot classifier, and what its scores are computed from.
 
-    weights:     (D, C) float32, columns of length one: the labels', then the background labels'
+    weights:     (D, M) float32, columns of length one: the labels', then the background labels'
     labels:      L texts
     scores:      "softmax", "sigmoid" or "cosine"
     logit_scale: one over the temperature; logit_bias is added after it
-    thresholds:  (L,) scores from which on a label is given, once calibrated
+    thresholds:  (K,) scores from which on a label is given, once calibrated
     templates:   the templates' texts, where they were texts
     fingerprint: some numbers of the model's visual projection, to know it by
     """
@@ -56,7 +56,7 @@ class ClassifierMatrix:
         return [*self.labels, *([None] if self.weights.shape[1] > len(self.labels) else [])]
 
     def cosines(self, features: Tensor) -> Tensor:
-        """(B, D) of any length → (B, C)."""
+        """(I, D) of any length → (I, M)."""
         if features.ndim != 2 or features.shape[1] != self.weights.shape[0]:
             raise ValueError(
                 f"The features have shape {tuple(features.shape)}, but this classifier was made for (images, "
@@ -65,11 +65,11 @@ class ClassifierMatrix:
         return normalize(features.float(), dim=-1) @ self.weights.to(features.device)
 
     def logits(self, features: Tensor) -> Tensor:
-        """(B, D) → (B, C): cosine similarities times the logit scale, plus the logit bias."""
+        """(I, D) → (I, M): cosine similarities times the logit scale, plus the logit bias."""
         return self.cosines(features) * self.logit_scale + self.logit_bias
 
     def score(self, features: Tensor) -> Tensor:
-        """(B, D) → (B, L), or (B, L + 1) where there are background labels: the last column is "none of these".
+        """(I, D) → (I, K), or (I, K + 1) where there are background labels: the last column is "none of these".
 
         That is the sum of the background labels' probabilities for a softmax, else the highest of their scores.
         """

@@ -155,7 +155,7 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
         return {k: v for k, v in before.items() if v is not None}, {}, {k: v for k, v in after.items() if v is not None}
 
     def preprocess(self, image: Any, timeout: float | None = None, **made_with: Any) -> dict[str, Any]:
-        """An image → pixel_values (1, 3, H, W). Files and opened files are turned as their EXIF orientation says."""
+        """An image → pixel_values (1, 3, y, x). Files and opened files are turned as their EXIF orientation says."""
         index = image.index if isinstance(image, Placed) else None
         in_worker = get_worker_info() is not None
         try:
@@ -170,7 +170,7 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
         return {"pixel_values": pixels, "error": None} if in_worker else {"pixel_values": pixels}
 
     def _pixels(self, image: Any, timeout: float | None) -> Tensor:
-        """One image, whatever it is → (1, 3, H, W)."""
+        """One image, whatever it is → (1, 3, y, x)."""
         check_single(image)
         if is_to_be_opened(image):  # by the image processor, which knows about drafts, unless there is a time limit
             image = image if timeout is None else open_image(image, timeout=timeout)

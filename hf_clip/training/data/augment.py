@@ -4,7 +4,7 @@ Every image is worked on with a generator of random numbers of its own, so what 
 row: not on workers, processes, or what came before. Images are tensors from decoding on, so the torch backend of the
 image processor does the scaling.
 
-Dimensions: H × W pixels, S model's side, C = 3 channels.
+Dimensions: B batch, C channels, Y × X pixels, y = x the side that the model gets.
 """
 
 import math
@@ -88,18 +88,18 @@ class Augmentation:
         return left, top, left + w, top + h
 
     def shift_colours(self, pixels: Tensor, rng: np.random.Generator) -> Tensor:
-        """Brightness, contrast and saturation of an image (C, H, W) of floats from 0 to 1."""
+        """Brightness, contrast and saturation of an image (C, Y, X) of floats from 0 to 1."""
         brightness, contrast, saturation = rng.uniform(1 - self.jitter, 1 + self.jitter, size=3).tolist()
         weights = torch.tensor(GREY).reshape(-1, 1, 1)
         pixels = (pixels * brightness).clamp(0, 1)
         middle = (pixels * weights).sum(0).mean()
         pixels = (middle + (pixels - middle) * contrast).clamp(0, 1)
-        grey = (pixels * weights).sum(0, keepdim=True)  # (1, H, W)
+        grey = (pixels * weights).sum(0, keepdim=True)  # (1, Y, X)
         return (grey + (pixels - grey) * saturation).clamp(0, 1)
 
 
 class AugmentedPixels:
-    """An image → pixel values (3, S, S), by an image processor's own settings but for what is augmented.
+    """An image → pixel values (3, y, x), by an image processor's own settings but for what is augmented.
 
     What is done to each image by itself and what can be done to a batch at once are two methods.
     """
@@ -117,21 +117,21 @@ class AugmentedPixels:
         self.steps = steps
 
     def scaled(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """An image's part in the model's size (C, S, S): grey levels, or with jitter floats from 0 to 1."""
+        """An image's part in the model's size (C, y, x): grey levels, or with jitter floats from 0 to 1."""
         augmentation = self.augmentation
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)  # (C, H, W)
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)  # (C, Y, X)
         if augmentation.crop < 1:
             # An image that is shown whole keeps its own aspect but for the part's.
             usual = self.frame_aspect if self.fit == "crop" else image.width / image.height
             left, top, right, bottom = augmentation.part(image.size, (ASPECTS[0] * usual, ASPECTS[1] * usual), rng)
             pixels = pixels[:, top:bottom, left:right]
-        pixels = self.steps.scale_tensor(pixels[None])[0]  # (C, S, S)
+        pixels = self.steps.scale_tensor(pixels[None])[0]  # (C, y, x)
         if augmentation.flip and rng.random() < augmentation.flip:
             pixels = pixels.flip(-1)
         return augmentation.shift_colours(pixels / 255, rng) if augmentation.jitter else pixels
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """(B, C, S, S) as `scaled` makes them → pixel values."""
+        """(B, C, y, x) as `scaled` makes them → pixel values."""
         return self.steps.normalise_tensor(pixels, is_levels=not self.augmentation.jitter)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:

@@ -5,7 +5,7 @@ A row that cannot be used is left out and reported, and its place is taken by an
 that every process of a distributed run has the same number of pairs, whatever it met. Which row steps in is a function
 of the order of the data. In evaluation nothing steps in.
 
-Dimensions: B local batch, L text length, S model's side, C = 3 channels.
+Dimensions: B local batch, L text length, C channels, y × x pixels that the model gets.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -48,7 +48,7 @@ class Plan:
 class Prepared:
     """A row as tensors, and what it shows and says as numbers.
 
-    pixels:    (C, S, S), which in training are still to be normalised
+    pixels:    (C, y, x), which in training are still to be normalised
     input_ids: the caption's tokens, not padded
     is_cut:    whether the caption was longer than the model takes
     """
@@ -77,7 +77,7 @@ class Batch:
 
 
 class PairCollator:
-    """Rows → pixel_values (B, C, S, S), input_ids and attention_mask (B, L), image_ids and text_ids (B,), labels (B,).
+    """Rows → pixel_values (B, C, y, x), input_ids and attention_mask (B, L), image_ids and text_ids (B,), labels (B,).
 
     processor:    the model's
     augmentation: None is for evaluation: images are prepared exactly as by the processor. Otherwise by its torch
