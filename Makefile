@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format parity cards bench clean
+.PHONY: help demo test test-all check format docs parity cards bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
@@ -17,7 +17,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each set of extras, made again when the pins change.
-$(VENV)/.demo-installed $(VENV)/.dev-installed $(VENV)/.bench-installed: $(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo-installed $(VENV)/.dev-installed $(VENV)/.bench-installed $(VENV)/.docs-installed: $(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned versions into $(VENV) (a minute or two) ..."
 	$(INSTALL) --editable ".[$*]"
 	@# open_clip asks for torchvision, which its model class does not need and nothing here may depend on.
@@ -42,6 +42,10 @@ format: $(VENV)/.dev-installed  ## put the sources into the format that `check` 
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.docs-installed  ## build the documentation into docs/_build/html (warnings are errors)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 parity: $(VENV)/.dev-installed  ## compare all nine models with the reference at full size (2 minutes, 12 GB)
 	$(BIN)/python -m conversion.parity --all
 
@@ -52,4 +56,4 @@ bench: $(VENV)/.dev-installed $(VENV)/.bench-installed  ## measure us and the pe
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) --json benchmark.json --picture benchmark.png
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) demo-output benchmark.json benchmark.png
+	rm -rf $(VENV) docs/_build demo-output benchmark.json benchmark.png

@@ -1,0 +1,86 @@
+"""Settings of Sphinx: guides in Markdown (MyST), reference pages from the docstrings of the package."""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import hf_clip  # noqa: E402
+from hf_clip.training.config import GROUPS  # noqa: E402
+
+project = "hf_clip"
+author = "The hf_clip developers"
+copyright = "the hf_clip developers, MIT licence"
+version = release = hf_clip.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+exclude_patterns = ["_build"]
+suppress_warnings: list[str] = []
+nitpicky = False
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 4
+
+html_theme = "furo"
+html_title = f"hf_clip {version}"
+html_show_sphinx = False
+
+default_role = "code"  # docstrings write `name`, as Markdown does
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_class_signature = "separated"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+pygments_style = "friendly"
+
+
+class TrainingOptions(SphinxDirective):
+    """`{training-options}`: a table for each group of the trainer's options, from the options themselves."""
+
+    def run(self) -> list[nodes.Node]:
+        lines: list[str] = []
+        for group in GROUPS:
+            lines += [
+                f"## {group._argument_group_name.capitalize()}",
+                "",
+                "| option | default | meaning |",
+                "|---|---|---|",
+            ]
+            for field in dataclasses.fields(group):
+                default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+                shown = "" if default in (None, "", []) else f"`{default}`"
+                meaning = field.metadata["help"].replace("%%", "%").replace("|", "\\|").replace("<", "\\<")
+                lines.append(f"| `--{field.name}` | {shown} | {meaning} |")
+            lines.append("")
+        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+
+ARGUMENT = re.compile(r"[a-z_]\w*(, [a-z_]\w*)*:\s+\S")
+
+
+def name_arguments(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Give a list of arguments that has no heading the heading `Args:`."""
+    found: list[str] = []
+    inside = False
+    for line in lines:
+        if ARGUMENT.match(line) and (inside or not found or not found[-1]):
+            found += [] if inside else ["Args:"]
+            inside = True
+        elif not line.strip() or not line.startswith(" "):
+            inside = False
+        found.append(f"    {line}" if inside else line)
+    lines[:] = found
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", name_arguments, priority=400)  # before napoleon
+    app.add_directive("training-options", TrainingOptions)
