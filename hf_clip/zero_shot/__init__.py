@@ -1,1 +1,1 @@
-"""Zero-shot classification: labels × templates → a classifier matrix, its scores, and the pipeline."""
+"""Zero-shot classification: labels and templates become a classifier matrix, which scores images; and the pipeline."""

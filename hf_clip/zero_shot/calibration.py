@@ -1,4 +1,4 @@
-"""Fit what turns cosine similarities into probabilities, on images whose labels are known.
+"""Fit the scale, bias and thresholds that turn cosine similarities into scores, on images whose labels are known.
 
 Dimensions: I images, K labels, U background labels, M = K + U columns.
 """
@@ -14,7 +14,7 @@ SMALLEST_SCALE, LARGEST_SCALE = 1e-2, 1e4
 
 
 def _minimise(loss: Callable[[float], float], low: float, high: float, points: int = 65, steps: int = 40) -> float:
-    """The least value's place in an interval: the best of a grid, then golden sections around it."""
+    """Find the minimum of a function in an interval: the best point of a grid, refined by golden-section search."""
     grid = torch.linspace(low, high, points, dtype=torch.float64).tolist()
     best = min(range(points), key=lambda place: loss(grid[place]))
     left, right = grid[max(best - 1, 0)], grid[min(best + 1, points - 1)]
@@ -34,12 +34,18 @@ def _minimise(loss: Callable[[float], float], low: float, high: float, points: i
 
 
 def fit_softmax_scale(cosines: Tensor, is_right: Tensor) -> float:
-    """The logit scale (one over the temperature) at which the softmax is likeliest (Guo et al. 2017).
+    """Find the logit scale at which the true labels are most likely under a softmax (Guo et al. 2017).
 
-    cosines:  (I, M)
-    is_right: (I, M) bool: an image's own label, or for an image of none of them all background labels
+    If every image were classified rightly, the best scale would be infinite. The rule of succession prevents this: the
+    target probability of the true label is (I + 1) / (I + 2) and not 1.
 
-    The rule of succession keeps the scale finite where every image is right: each is believed (I + 1) / (I + 2).
+    Args:
+        cosines: (I, M).
+        is_right: (I, M) bool. True at an image's label; for an image with none of the labels, true at all background
+            labels.
+
+    Returns:
+        The logit scale, which is one over the temperature.
     """
     cosines, doubt = cosines.double(), 1 / (len(cosines) + 2)
     right = torch.where(is_right, 0.0, -torch.inf)
@@ -53,14 +59,19 @@ def fit_softmax_scale(cosines: Tensor, is_right: Tensor) -> float:
 
 
 def fit_sigmoid(cosines: Tensor, is_right: Tensor) -> tuple[float, float]:
-    """The logit scale and bias at which independent labels are likeliest (Platt 1999, with his targets).
+    """Find the logit scale and bias at which independent labels are most likely (Platt 1999, with his targets).
 
-    cosines (I, K), is_right (I, K) bool
+    Args:
+        cosines: (I, K).
+        is_right: (I, K) bool. True where an image has a label.
+
+    Returns:
+        The logit scale and the logit bias.
     """
     cosines = cosines.double()
     positives, negatives = is_right.sum().item(), (~is_right).sum().item()
     targets = torch.where(is_right, (positives + 1) / (positives + 2), 1 / (negatives + 2)).double()
-    centre, spread = cosines.mean(), cosines.std().clamp(min=1e-6)  # of order one, for the optimiser
+    centre, spread = cosines.mean(), cosines.std().clamp(min=1e-6)  # standardised values suit the optimiser
     standard = (cosines - centre) / spread
     parameters = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
@@ -79,13 +90,20 @@ def fit_sigmoid(cosines: Tensor, is_right: Tensor) -> tuple[float, float]:
 
 
 def fit_thresholds(scores: Tensor, is_right: Tensor) -> Tensor:
-    """For each label the score from which on it is given, at which its F1 is highest on these images.
+    """Find for each label the threshold at which its F1 on these images is highest.
 
-    scores (I, K), is_right (I, K) bool → (K,). A threshold lies half-way between two images' scores. Of a label that
-    no image has it lies above all scores.
+    A threshold lies half-way between two images' scores. The threshold of a label that no image has lies above all
+    scores.
+
+    Args:
+        scores: (I, K).
+        is_right: (I, K) bool. True where an image has a label.
+
+    Returns:
+        The thresholds (K,), float32: a label is given from this score on.
     """
     ordered, places = scores.double().sort(dim=0, descending=True)
-    hits = is_right.gather(0, places).cumsum(0)  # (I, K): right ones among the first 1, 2, ...
+    hits = is_right.gather(0, places).cumsum(0)  # (I, K): number of right images among the first 1, 2, ...
     given = torch.arange(1, len(scores) + 1, device=scores.device)[:, None]
     f1 = 2 * hits / (given + is_right.sum(0))
     is_last_of_equals = torch.ones_like(f1, dtype=torch.bool)
@@ -94,6 +112,6 @@ def fit_thresholds(scores: Tensor, is_right: Tensor) -> Tensor:
     above = ordered.gather(0, last[None])[0]
     below = ordered.gather(0, (last + 1).clamp(max=len(scores) - 1)[None])[0]
     middle = ((above + below) / 2).float()
-    thresholds = torch.where(middle > below.float(), middle, above.float())  # neighbours have nothing between them
+    thresholds = torch.where(middle > below.float(), middle, above.float())  # adjacent float32 have no middle
     beyond = torch.nextafter(ordered[0].float(), torch.tensor(torch.inf, device=scores.device))
     return torch.where(is_right.any(0), thresholds, beyond)

@@ -1,7 +1,8 @@
-"""Zero-shot classification: labels × templates → a matrix of text features, made once; images × matrix → scores.
+"""Zero-shot classification: labels become a matrix of text features once, and images are compared with its columns.
 
-1. Every name of a label is put into every template and encoded; each feature is brought to length one.
-2. The features of a label are averaged, and the average is brought to length one again (section 3.1.4): a column.
+1. Each name of a label is put into each template. The text tower encodes the prompts, and each feature is normalised.
+2. The features of a label are averaged and normalised again (Radford et al. 2021, section 3.1.4). This gives one column
+   of the matrix.
 3. An image's logits are its cosine similarities with the columns, times the logit scale.
 
 Dimensions: I images, D embedding, K labels, U background labels, M = K + U columns.
@@ -38,7 +39,7 @@ from .prompts import DEFAULT_TEMPLATE, LabelError, Template, as_plain, make_prom
 
 
 def default_scores(model: Any) -> str:
-    """What the model was trained by."""
+    """Return the scores that fit the model's training loss: "softmax" or "sigmoid"."""
     return getattr(model.config, "contrastive_loss", "softmax")
 
 
@@ -48,7 +49,7 @@ def check_top_k(top_k: Any) -> None:
 
 
 def check_parts(model: Any, processor: Any) -> None:
-    """Refuse what has no text tower or no tokenizer."""
+    """Raise ValueError for a model without a text tower, or a processor without a tokenizer."""
     if isinstance(model, (str, Path)):
         raise ValueError(f"model is {str(model)!r}; load it first, with AutoModel.from_pretrained.")
     if not hasattr(model, "text_model") or not hasattr(model, "logit_scale"):
@@ -73,10 +74,26 @@ def sum_prompts(
     progress: bool,
     settings: dict[str, Any],
 ) -> Tensor:
-    """The sums (M, D) of the features of every column's prompts, each of length one.
+    """Sum the normalised features of each column's prompts.
 
-    Each batch is added as soon as it is encoded, and prompts are made when they are encoded: what is held grows with
-    the columns and not with the prompts.
+    Prompts are made when they are encoded, and each batch is added to its sums at once. Memory grows with the number
+    of columns, not with the number of prompts.
+
+    Args:
+        model: HfClipModel.
+        processor: HfClipProcessor.
+        columns: For each of the M columns the names of its label.
+        templates: Functions from a name to a prompt.
+        batch_size: Number of prompts encoded at once.
+        progress: Whether to show a progress bar.
+        settings: Arguments for the tokenizer.
+
+    Returns:
+        The sums (M, D), float32.
+
+    Raises:
+        TextError: A prompt cannot be tokenized; `index` is the place of its label.
+        TextTooLongError: A prompt is too long; `index` is the place of its label.
     """
     check_batch_size(batch_size)
 
@@ -121,7 +138,11 @@ def build_matrix(
     progress: bool = False,
     tokenizer_settings: dict[str, Any] | None = None,
 ) -> ClassifierMatrix:
-    """Encode every name of every label in every template; the arguments are ZeroShotClassifier's."""
+    """Make the matrix of a zero-shot classifier: encode each name of each label in each template.
+
+    The arguments are those of `ZeroShotClassifier`. Besides, `tokenizer_settings` holds arguments for the tokenizer,
+    e.g. `{"truncation": True}`. The matrix is on the model's device.
+    """
     check_parts(model, processor)
     scores = scores or default_scores(model)
     if scores not in SCORES:
@@ -158,24 +179,37 @@ def build_matrix(
 
 
 class ZeroShotClassifier:
-    """Classify images by labels that are given as texts; the labels are encoded once, here.
+    """Classify images by labels that are given as texts.
+
+    The labels are encoded once, when the classifier is made. It can then be used for any number of images.
+
+    Args:
+        model: HfClipModel in evaluation mode.
+        processor: Its HfClipProcessor.
+        labels: The K labels: a list of texts, a list of lists of names (the first name is the label), a mapping from
+            labels to names, or the `ClassLabel` of a data set.
+        templates: How a name becomes a prompt: a text such as `"a photo of a {}."`, a function from a name to a
+            prompt, a list of these, the name of a set ("simple", "imagenet_7", "cifar_18"), or the path of a file with
+            one template per line. The features of several templates are averaged.
+        background: Further labels for everything else that an image may show. They compete with `labels`, and in the
+            results all of them together are one entry, whose label is None.
+        scores: How logits become scores. "softmax": probabilities that sum to one over labels and background labels.
+            "sigmoid": a probability for each label by itself, for a model trained by the sigmoid loss, or after
+            `calibrate`. "cosine": cosine similarities, from -1 to 1. None (default): "softmax" or "sigmoid", as the
+            model was trained.
+        batch_size: Number of prompts encoded at once.
+        progress: Whether to show a progress bar while the labels are encoded.
+
+    Raises:
+        LabelError: A label is empty, or appears twice. A ValueError; its `index` is the label's place.
+        TextTooLongError: A prompt is longer than the model takes. A ValueError; its `index` is the label's place.
+        TextError: A prompt cannot be tokenized. A ValueError; its `index` is the label's place.
+        ValueError: A template has no placeholder `{}`, or another argument cannot be used.
+
+    Example::
 
         classifier = ZeroShotClassifier(model, processor, ["cat", "dog"], templates="imagenet_7")
-        classifier.classify("cat.jpg")   # [{"label": "cat", "score": 0.98}, {"label": "dog", "score": 0.02}]
-
-    model:      HfClipModel; to load a saved classifier, HfClipVisionModelWithProjection is enough
-    processor:  HfClipProcessor
-    labels:     a list of texts, a list of lists of names of which the first is the label, a mapping from label to
-                names, or the ClassLabel of a data set
-    templates:  a template such as "a photo of a {}.", a list of them, functions from name to prompt, the name of a set
-                in `hf_clip.zero_shot.prompts.TEMPLATE_SETS`, or a file with one template per line
-    background: labels that take part and come back as None, "none of these"
-    scores:     "softmax" over the labels at the model's own logit scale; "sigmoid" of each by itself, which needs a
-                model that was trained that way, or `calibrate`; or "cosine". None: as the model was trained
-    batch_size: prompts encoded at once
-    progress:   show a progress bar while they are
-
-    Raises ValueError for labels that are empty or appear twice and for templates without a placeholder.
+        classifier.classify("cat.jpg")  # [{"label": "cat", "score": 0.98}, {"label": "dog", "score": 0.02}]
     """
 
     def __init__(
@@ -215,12 +249,12 @@ class ZeroShotClassifier:
 
     @property
     def weights(self) -> Tensor:
-        """The classifier matrix (D, M): a column of length one for every label, then for every background label."""
+        """The classifier matrix (D, M), float32: a normalised column per label, then one per background label."""
         return self.matrix.weights
 
     @property
     def thresholds(self) -> dict[str, float] | None:
-        """The score from which on `classify(..., thresholds=True)` gives each label; None before `calibrate`."""
+        """The least score at which `classify(..., thresholds=True)` gives each label. None before `calibrate`."""
         found = self.matrix.thresholds
         return None if found is None else dict(zip(self.labels, found.tolist(), strict=True))
 
@@ -228,10 +262,21 @@ class ZeroShotClassifier:
         return encode_images(self.model, self.processor, images, batch_size=batch_size, progress=progress, **settings)
 
     def logits(self, images: Any, *, batch_size: int = 16, progress: bool = False, **settings: Any) -> Tensor:
-        """Images → (I, M) float32: cosine similarities times the logit scale (plus the bias, where there is one).
+        """Compute the logits of images, before softmax or sigmoid.
 
-        images:   an image or any iterable of images: Pillow images, paths, URLs, bytes, arrays, rows of `datasets`
-        settings: for the image processor, e.g. fit="pad"
+        Args:
+            images: An image, or any iterable of I images. An image is a Pillow image, an array, a path, a URL, bytes,
+                or a row of an image column of `datasets`.
+            batch_size: Number of images encoded at once.
+            progress: Whether to show a progress bar.
+            **settings: Arguments for the image processor, e.g. `fit="pad"`.
+
+        Returns:
+            Logits (I, M), float32: cosine similarities times the logit scale, plus the logit bias if there is one. The
+            columns are the labels, then the background labels.
+
+        Raises:
+            UnreadableImageError: An image cannot be read. A ValueError; its `index` is the image's place.
         """
         return self.matrix.logits(self._features(images, batch_size, progress, settings))
 
@@ -245,13 +290,31 @@ class ZeroShotClassifier:
         progress: bool = False,
         **settings: Any,
     ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
-        """Labels and scores of each image, best first: one list for one image, a list of lists for several.
+        """Classify images: find the labels and scores of each one, best first.
 
-        images:     as in `logits`
-        top_k:      how many to return (default: all)
-        thresholds: only labels whose score reaches the threshold that `calibrate` found; there may be none
+        Args:
+            images: An image, or any iterable of I images, as in `logits`.
+            top_k: Number of labels to return for each image. None: all.
+            thresholds: Whether to return only labels whose score reaches the threshold that `calibrate` found. An
+                image may then have no label, or several.
+            batch_size: Number of images encoded at once.
+            progress: Whether to show a progress bar.
+            **settings: Arguments for the image processor, e.g. `fit="pad"`.
 
-        Each entry is {"label": ..., "score": ...}; background labels are one entry, whose label is None.
+        Returns:
+            A list of `{"label": ..., "score": ...}` for one image; a list of such lists for several. The background
+            labels together are one entry, whose label is None. Its score is the sum of their softmax scores, else the
+            highest of their scores.
+
+        Raises:
+            UnreadableImageError: An image cannot be read. A ValueError; its `index` is the image's place.
+            ValueError: `top_k` is no whole number of at least 1, or `thresholds=True` is asked for before
+                `calibrate`.
+
+        Example::
+
+            classifier.classify(["cat.jpg", "dog.jpg"], top_k=1)
+            # [[{"label": "cat", "score": 0.98}], [{"label": "dog", "score": 0.95}]]
         """
         check_top_k(top_k)
         if not isinstance(thresholds, bool):
@@ -259,7 +322,7 @@ class ZeroShotClassifier:
                 f"thresholds is {thresholds!r:.40}, but True or False is needed: the thresholds are those that "
                 f"`calibrate` found. To cut elsewhere, compare the scores."
             )
-        matrix = self.matrix  # once, as another thread may calibrate
+        matrix = self.matrix  # read once, since another thread may calibrate meanwhile
         if thresholds and matrix.thresholds is None:
             raise ValueError("This classifier has no thresholds yet; `calibrate` finds them on images with labels.")
         scores = matrix.score(self._features(images, batch_size, progress, settings)).cpu()
@@ -283,20 +346,38 @@ class ZeroShotClassifier:
     def calibrate(
         self, images: Any, labels: Any, *, batch_size: int = 16, progress: bool = True, **settings: Any
     ) -> dict[str, float]:
-        """Fit the logit scale, and a threshold for each label, on images whose labels are known.
+        """Fit the scores, and a threshold for each label, on images whose labels are known.
 
-        images: as in `logits`
-        labels: for each image its label or its number, or None for an image of none of them; or the labels that it
-            has, a list or set of them; or a bool tensor (I, K)
+        The result is kept in this classifier. It is used from now on, and `save` writes it.
 
-        With "softmax" scores an image has one label, and the scale at which that is likeliest is found (temperature
-        scaling); with "sigmoid" a scale and a bias (Platt scaling); "cosine" scores have neither. The thresholds are
-        those at which each label's F1 is highest. All of it is kept, saved, and used from now on.
+        - "softmax" scores: the logit scale is fitted by temperature scaling (Guo et al. 2017). An image has one label.
+        - "sigmoid" scores: a logit scale and a bias are fitted by Platt scaling (Platt 1999).
+        - "cosine" scores have neither a scale nor a bias.
 
-        Returns the logit scale and bias, and F1 over these images and all labels at the thresholds.
-        Raises LabelError, a ValueError with the `index` of an image whose labels cannot be used.
+        The threshold of a label is the score at which its F1 on these images is highest.
+
+        Args:
+            images: An image, or any iterable of I images, as in `logits`.
+            labels: The truth about each image: a label or its number, None for an image that has none of the labels,
+                or a list or set of labels. Or for all images together a bool array or tensor (I, K).
+            batch_size: Number of images encoded at once.
+            progress: Whether to show a progress bar.
+            **settings: Arguments for the image processor, e.g. `fit="pad"`.
+
+        Returns:
+            `logit_scale` and `logit_bias` after fitting, and `f1`, the F1 score over all pairs of these images and the
+            labels at the thresholds.
+
+        Raises:
+            LabelError: The labels of an image cannot be used. A ValueError; its `index` is the image's place.
+            UnreadableImageError: An image cannot be read. A ValueError; its `index` is the image's place.
+            ValueError: There are no images, or another number of images than of labels.
+
+        Example::
+
+            classifier.calibrate(["a.jpg", "b.jpg", "c.jpg"], ["cat", "dog", None])
         """
-        matrix = replace(self.matrix)  # takes its place when all of it is found, as another thread may classify
+        matrix = replace(self.matrix)  # a copy: another thread may classify until the fit is complete
         is_right = self._read_truth(labels)  # (I, K)
         features = self._features(images, batch_size, progress, settings)
         if len(features) != len(is_right):
@@ -338,7 +419,7 @@ class ZeroShotClassifier:
         return {"logit_scale": matrix.logit_scale, "logit_bias": matrix.logit_bias, "f1": float(f1)}
 
     def _read_truth(self, labels: Any) -> Tensor:
-        """Known labels as a bool tensor (I, K)."""
+        """Return the known labels of images as a bool tensor (I, K)."""
         if str(getattr(labels, "dtype", None)) in ("bool", "torch.bool"):
             if labels.ndim != 2 or labels.shape[1] != len(self.labels):
                 raise ValueError(
@@ -366,17 +447,37 @@ class ZeroShotClassifier:
         return is_right
 
     def save(self, path: str | Path) -> None:
-        """Write the matrix with its labels, scale and thresholds to one safetensors file; the model is not in it."""
+        """Write the classifier to one safetensors file: matrix, labels, scale, bias and thresholds, without the model.
+
+        Args:
+            path: The file. Its folder is created if it is missing.
+
+        Raises:
+            IsADirectoryError: `path` is a folder.
+        """
         self.matrix.save(path)
 
     @classmethod
     def load(cls, path: str | Path, model: Any, processor: Any) -> "ZeroShotClassifier":
-        """A saved classifier with the model whose images it classifies; the text tower is not needed.
+        """Read a classifier that `save` wrote. The text tower is not needed for this.
 
-        model:     HfClipModel or HfClipVisionModelWithProjection
-        processor: HfClipProcessor or HfClipImageProcessor
+        Args:
+            path: The file.
+            model: The model that encodes the images: HfClipModel or HfClipVisionModelWithProjection.
+            processor: HfClipProcessor or HfClipImageProcessor.
 
-        Raises FileNotFoundError, or ValueError for another file or a model of another width.
+        Returns:
+            The classifier. A warning is given if its matrix was made by a model with another visual projection.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is no classifier, or the model's embeddings have another width.
+
+        Example::
+
+            classifier.save("pets.safetensors")
+            vision = HfClipVisionModelWithProjection.from_pretrained("org/clip-vit-b32").eval()
+            classifier = ZeroShotClassifier.load("pets.safetensors", vision, processor)
         """
         if not hasattr(model, "visual_projection"):
             raise ValueError(f"model is a {type(model).__name__}, but one with an image tower is needed.")

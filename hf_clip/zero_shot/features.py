@@ -1,12 +1,14 @@
-"""Texts and images → features of length one, in batches.
+"""Encode texts and images in batches, as features of length one.
 
-Texts are tokenized some thousands at once and sorted by length, so that no batch is padded far; the features come back
-in the order of the texts. Padding stands behind the end of a text, where the causal tower's feature cannot see it, so
-no mask is needed.
+Texts are tokenized some thousands at a time and sorted by length. A batch then holds texts of about one length and
+needs little padding. The features are returned in the order in which the texts were given.
 
-Nothing is shared between calls, so that several threads may call these functions with one model and processor.
+The text tower runs without an attention mask. It is causal, and padding stands to the right of each text, so a text's
+feature never depends on its padding.
 
-Dimensions: T texts, I images, B those of one batch, L text length, D embedding.
+Calls share no state. Several threads may use one model and one processor at the same time.
+
+Dimensions: B batch, I images, T texts, L text length, D embedding, Y × X pixels.
 """
 
 import os
@@ -26,16 +28,17 @@ from ..model.open_image import UNREADABLE, UnreadableImageError, at_place
 from ..model.repair_text import TextError
 
 TEXTS_AT_ONCE = 4096
-"""Texts that are tokenized and sorted together; their ids are all that is held of them."""
+"""Number of texts that are tokenized and sorted together. Only the ids of this many texts are in memory at once."""
 
 
 class TextTooLongError(ValueError):
     """A text has more tokens than the text tower takes.
 
     Attributes:
-        index: its place among the texts; of a prompt, its label's place among labels and then background labels.
-        length: its tokens, start and end included.
-        limit: the tokens that the tower takes.
+        index: Place of the text among the given texts, from 0. For a prompt: place of its label, where the background
+            labels are counted after the labels.
+        length: Number of tokens in the text, with start and end.
+        limit: Number of tokens that the text tower takes.
     """
 
     def __init__(self, message: str, index: int = -1, length: int = -1, limit: int = -1):
@@ -47,21 +50,21 @@ class TextTooLongError(ValueError):
 
 
 def image_processor_of(processor: Any) -> Any:
-    """The image processor within a processor, or the one given."""
+    """Return the image processor of a processor. An image processor is returned as it is."""
     return getattr(processor, "image_processor", processor)
 
 
 def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer within a processor, or the one given."""
+    """Return the tokenizer of a processor. A tokenizer is returned as it is."""
     return getattr(processor, "tokenizer", processor)
 
 
 @contextmanager
 def progress_bar(title: str, unit: str, total: int | None, is_shown: bool) -> Iterator[Callable[[int], Any]]:
-    """Yields what is to be called with the number of things done."""
+    """Show a progress bar inside a `with` block; yields the function that advances it by a number of items."""
     if not is_shown:
-        # Not `disable=True`: tqdm takes a lock of the whole process all the same, and a process that is forked while
-        # another thread holds it would wait for ever.
+        # Not `disable=True`: tqdm takes its process-wide lock even then. A process forked while another thread holds
+        # that lock would wait for ever.
         yield lambda count: None
         return
     with tqdm(desc=title, unit=unit, total=total, leave=False) as bar:
@@ -82,11 +85,21 @@ def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def tokenize(
     model: Any, processor: Any, texts: list[str], settings: dict[str, Any], first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Texts → input_ids (B, L), padded on the right, and the length of each (B,).
+    """Tokenize texts and pad them on the right.
 
-    first: the first text's place, for the error
+    Args:
+        model: The model, whose text tower limits the length.
+        processor: HfClipProcessor or HfClipTokenizer.
+        texts: B texts.
+        settings: Arguments for the tokenizer, e.g. `{"truncation": True}`.
+        first: Place of the first text among all texts of the caller. Errors count from it.
 
-    Raises TextError; and TextTooLongError, unless the settings say truncation=True.
+    Returns:
+        The ids (B, L) and the length of each text in tokens (B,).
+
+    Raises:
+        TextError: A text cannot be tokenized.
+        TextTooLongError: A text is too long, and the settings do not ask for truncation.
     """
     for place, text in enumerate(texts, start=first):
         if not isinstance(text, str):
@@ -97,7 +110,7 @@ def tokenize(
     settings = settings | {"padding": True, "padding_side": "right", "return_tensors": "pt"}
     is_cut = settings.get("truncation") not in (None, False, "do_not_truncate")
     if not is_cut:
-        settings |= {"truncation": True, "max_length": limit + 1}  # one more than fits is enough to tell
+        settings |= {"truncation": True, "max_length": limit + 1}  # one token more than fits shows a long text
     try:
         tokens = tokenizer(texts, **settings)
     except TextError as error:
@@ -120,7 +133,10 @@ def tokenize(
 
 
 def check_texts(model: Any, processor: Any, texts: Iterable[str], total: int, settings: dict[str, Any]) -> None:
-    """Raise now what `encode_text_batches` would raise after hours, because it reads so many texts in parts."""
+    """Tokenize all texts once before any is encoded, so that a bad text is an error now and not after hours.
+
+    Does nothing for up to `TEXTS_AT_ONCE` texts: `encode_text_batches` tokenizes those before it encodes any.
+    """
     if total <= TEXTS_AT_ONCE:
         return
     first = 0
@@ -133,9 +149,12 @@ def check_texts(model: Any, processor: Any, texts: Iterable[str], total: int, se
 def encode_text_batches(
     model: Any, processor: Any, texts: Iterable[str], *, batch_size: int, settings: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Texts → the places (B,), on the CPU, and features (B, D) of one batch after the other, shorter texts first.
+    """Encode texts batch by batch, shorter texts first.
 
-    Only TEXTS_AT_ONCE texts are read and held at a time.
+    At most `TEXTS_AT_ONCE` texts are in memory at a time.
+
+    Yields:
+        For each batch the places of its texts (B,), on the CPU, and their features (B, D), float32, of length one.
     """
     first = 0
     for chunk in in_batches(texts, TEXTS_AT_ONCE):
@@ -148,7 +167,7 @@ def encode_text_batches(
 
 
 def no_features(model: Any, count: int = 0) -> Tensor:
-    """(count, D) float32 zeros on the model's device."""
+    """Return zeros (count, D), float32, on the model's device."""
     return torch.zeros(count, model.config.projection_dim, dtype=torch.float32, device=model.device)
 
 
@@ -162,22 +181,30 @@ def encode_texts(
     progress: bool = False,
     **settings: Any,
 ) -> Tensor:
-    """Texts → features of length one.
+    """Encode texts as features of length one, whose dot products are cosine similarities.
+
+    Gradients are not computed. The model keeps its mode: call `model.eval()` before.
 
     Args:
-        model: HfClipModel or HfClipTextModelWithProjection, compiled or not; it is put into no other mode.
+        model: HfClipModel or HfClipTextModelWithProjection, compiled or not.
         processor: HfClipProcessor or HfClipTokenizer.
-        texts: a text, or any iterable of texts.
-        batch_size: texts encoded at once.
-        progress: show a progress bar.
-        **settings: for the tokenizer, e.g. truncation=True.
+        texts: A text, or any iterable of T texts.
+        batch_size: Number of texts encoded at once.
+        progress: Whether to show a progress bar.
+        **settings: Arguments for the tokenizer, e.g. `truncation=True`.
 
     Returns:
-        (T, D) float32 on the model's device; (0, D) for no texts.
+        Features (T, D), float32, on the model's device. (0, D) for no texts.
 
     Raises:
-        TextTooLongError: a ValueError whose `index` is the place of a text that is longer than the model takes.
-        TextError: a ValueError whose `index` is the place of a text that cannot be tokenized.
+        TextTooLongError: A text is longer than the model takes, and `truncation=True` was not given. A ValueError; its
+            `index` is the text's place.
+        TextError: A text cannot be tokenized. A ValueError; its `index` is the text's place.
+        ValueError: An item is no text, or `batch_size` is below 1.
+
+    Example::
+
+        features = encode_texts(model, processor, ["a cat", "a dog"])  # (2, 512) for ViT-B/32
     """
     check_batch_size(batch_size)
     texts = [texts] if isinstance(texts, str) else list(texts)
@@ -192,14 +219,14 @@ def encode_texts(
 
 
 def is_single_image(images: Any) -> bool:
-    """Whether this is one image, or a way to one, and not several."""
+    """Whether this is one image, or the path, URL or content of one, and not several."""
     if isinstance(images, (str, bytes, bytearray, dict, os.PathLike, Image.Image)) or hasattr(images, "read"):
         return True
     return getattr(images, "ndim", 4) in (0, 2, 3)
 
 
 def check_images(images: Any) -> None:
-    """Refuse what holds no images, as a whole."""
+    """Raise ValueError for an argument that cannot be an image or an iterable of images."""
     if hasattr(images, "column_names"):  # a data set of `datasets`
         raise ValueError(
             f"images is a {type(images).__name__} of rows with {images.column_names}, but images are needed: pass one "
@@ -213,13 +240,13 @@ def check_images(images: Any) -> None:
 
 
 def check_single(item: Any) -> None:
-    """Refuse a list, or a batch, where one image is needed. Raises UnreadableImageError."""
+    """Raise UnreadableImageError for a list or a batch where a single image is needed."""
     if isinstance(item, (list, tuple)) or getattr(item, "ndim", 0) > 3:
         raise UnreadableImageError("the image", " holds several images; pass one image or a flat list of images.")
 
 
 def as_read(images: Iterable[Any]) -> Iterator[Any]:
-    """The images one after the other; a data set or an iterator that fails to give one says which it was."""
+    """Yield the images one after the other. If the data set or iterator fails, the error names the image's place."""
     iterator = iter(images)
     for index in count():
         try:
@@ -234,7 +261,7 @@ def as_read(images: Iterable[Any]) -> Iterator[Any]:
 
 
 def unread(index: int, error: BaseException) -> UnreadableImageError:
-    """What to raise where an image's own source fails."""
+    """Return the error for an image that its data set or iterator could not deliver."""
     problem = f" could not be read from where it comes ({type(error).__name__}: {error}); replace it, or leave it out."
     return UnreadableImageError(f"images[{index}]", problem, index)
 
@@ -243,22 +270,30 @@ def unread(index: int, error: BaseException) -> UnreadableImageError:
 def encode_images(
     model: Any, processor: Any, images: Any, *, batch_size: int = 16, progress: bool = False, **settings: Any
 ) -> Tensor:
-    """Images → features of length one.
+    """Encode images as features of length one, whose dot products are cosine similarities.
+
+    Gradients are not computed. The model keeps its mode: call `model.eval()` before.
 
     Args:
-        model: HfClipModel or HfClipVisionModelWithProjection, compiled or not; it is put into no other mode.
+        model: HfClipModel or HfClipVisionModelWithProjection, compiled or not.
         processor: HfClipProcessor or HfClipImageProcessor.
-        images: an image or any iterable of images: Pillow images, paths, URLs, bytes, arrays, a column of `datasets`.
-        batch_size: images encoded at once.
-        progress: show a progress bar.
-        **settings: for the image processor, e.g. fit="pad" or backend="torch".
+        images: An image, or any iterable of I images. An image is a Pillow image, an array, a path, a URL, bytes, or
+            a row of an image column of `datasets`.
+        batch_size: Number of images encoded at once.
+        progress: Whether to show a progress bar.
+        **settings: Arguments for the image processor, e.g. `fit="pad"` or `backend="torch"`.
 
     Returns:
-        (I, D) float32 on the model's device; (0, D) for no images.
+        Features (I, D), float32, on the model's device. (0, D) for no images.
 
     Raises:
-        UnreadableImageError: a ValueError whose `index` is the place, among all of them, of an image that cannot be
-            read.
+        UnreadableImageError: An image cannot be read. A ValueError; its `index` is the image's place.
+        TypeError: A setting is unknown to the image processor.
+        ValueError: `images` holds no images, or `batch_size` is below 1.
+
+    Example::
+
+        features = encode_images(model, processor, ["cat.jpg", "dog.jpg"])  # (2, 512) for ViT-B/32
     """
     if unknown := settings.keys() - HfClipImageProcessorKwargs.__annotations__.keys():
         raise TypeError(
@@ -282,10 +317,10 @@ def encode_images(
                 error.place(None if is_one else done + (error.index or 0))
                 raise
             pixels = pixels.to(model.device, model.dtype)
-            if "encode_image" in vars(model):  # optimized
-                embeds = model.encode_image(pixels)  # for which such a model leaves out what is not needed
-            else:
-                embeds = model(pixel_values=pixels).image_embeds  # which a compiled model compiles
+            if "encode_image" in vars(model):  # an optimized model: its `encode_image` does less work than a call
+                embeds = model.encode_image(pixels)
+            else:  # a call, since `torch.compile` compiles nothing but calls
+                embeds = model(pixel_values=pixels).image_embeds
             features.append(normalize(embeds.float(), dim=-1))
             done += len(batch)
             update(len(batch))

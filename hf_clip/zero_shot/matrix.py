@@ -17,28 +17,31 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 FINGERPRINT = 8
-"""Rows and columns of the visual projection that are kept."""
+"""Number of rows and of columns of the visual projection that are kept to recognise the model."""
 
 SCORES = ("softmax", "sigmoid", "cosine")
 FILE_FORMAT = "hf_clip.zero_shot.1"
 
 
 def fingerprint_of(model: Any) -> Tensor:
-    """A corner of the visual projection: (8, 8) at most, float32."""
+    """Return a corner of the visual projection, at most (8, 8), float32, which tells models apart."""
     return model.visual_projection.weight.detach()[:FINGERPRINT, :FINGERPRINT].float().cpu().clone()
 
 
 @dataclass
 class ClassifierMatrix:
-    """What is saved of a zero-shot classifier, and what its scores are computed from.
+    """A zero-shot classifier without its model: all that is saved, and all that scores are computed from.
 
-    weights:     (D, M) float32, columns of length one: the labels', then the background labels'
-    labels:      L texts
-    scores:      "softmax", "sigmoid" or "cosine"
-    logit_scale: one over the temperature; logit_bias is added after it
-    thresholds:  (K,) scores from which on a label is given, once calibrated
-    templates:   the templates' texts, where they were texts
-    fingerprint: some numbers of the model's visual projection, to know it by
+    Attributes:
+        weights: (D, M) float32, with columns of length one: first those of the labels, then those of the background
+            labels.
+        labels: K texts.
+        scores: "softmax", "sigmoid" or "cosine".
+        logit_scale: Factor of the cosine similarities: one over the temperature.
+        logit_bias: Number that is added after scaling.
+        thresholds: (K,) the least score at which each label is given. None before calibration.
+        templates: The templates as texts. None if one of them is a function.
+        fingerprint: A corner of the model's visual projection, by which the model is recognised.
     """
 
     weights: Tensor
@@ -52,11 +55,11 @@ class ClassifierMatrix:
 
     @property
     def names(self) -> list[str | None]:
-        """What the columns of `score` stand for: the labels, then None where there are background labels."""
+        """Names of the columns of `score`: the labels, then None if there are background labels."""
         return [*self.labels, *([None] if self.weights.shape[1] > len(self.labels) else [])]
 
     def cosines(self, features: Tensor) -> Tensor:
-        """(I, D) of any length → (I, M)."""
+        """Compute cosine similarities: features (I, D) of any length → (I, M), float32."""
         if features.ndim != 2 or features.shape[1] != self.weights.shape[0]:
             raise ValueError(
                 f"The features have shape {tuple(features.shape)}, but this classifier was made for (images, "
@@ -65,13 +68,18 @@ class ClassifierMatrix:
         return normalize(features.float(), dim=-1) @ self.weights.to(features.device)
 
     def logits(self, features: Tensor) -> Tensor:
-        """(I, D) → (I, M): cosine similarities times the logit scale, plus the logit bias."""
+        """Compute cosine similarities times the logit scale, plus the logit bias: (I, D) → (I, M)."""
         return self.cosines(features) * self.logit_scale + self.logit_bias
 
     def score(self, features: Tensor) -> Tensor:
-        """(I, D) → (I, K), or (I, K + 1) where there are background labels: the last column is "none of these".
+        """Compute the scores of images.
 
-        That is the sum of the background labels' probabilities for a softmax, else the highest of their scores.
+        Args:
+            features: (I, D) of any length.
+
+        Returns:
+            (I, K), or (I, K + 1) if there are background labels. The last column then says "none of these": the sum of
+            the background labels' softmax scores, else the highest of their scores.
         """
         if self.scores == "cosine":
             scores = self.cosines(features)
@@ -85,7 +93,7 @@ class ClassifierMatrix:
         return torch.cat([own, none[:, None]], dim=1)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; it takes its place only when it is whole."""
+        """Write one safetensors file. It is written beside `path` and renamed once it is complete."""
         path = Path(path)
         tensors = {
             "weights": self.weights.cpu().contiguous(),
@@ -110,7 +118,7 @@ class ClassifierMatrix:
             unfinished.unlink(missing_ok=True)
 
     def is_of(self, model: Any) -> bool:
-        """Whether a model, in whatever dtype, has the projection of the one that made this."""
+        """Whether a model, of any dtype, has the visual projection of the model that made this matrix."""
         if self.fingerprint is None:
             return True
         found = fingerprint_of(model)
@@ -118,7 +126,7 @@ class ClassifierMatrix:
 
     @classmethod
     def load(cls, path: str | Path) -> "ClassifierMatrix":
-        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for any other file."""
+        """Read a file that `save` wrote. Raises FileNotFoundError, and ValueError for a file of another kind."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no classifier {path}; ZeroShotClassifier.save writes one.")
         try:
@@ -150,7 +158,7 @@ class ClassifierMatrix:
         return matrix
 
     def _contradiction(self) -> str | None:
-        """What of a file's content does not belong together, for a message."""
+        """Describe a contradiction within a file's content, for a message. None if there is none."""
         if not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels):
             return "its labels are no list of texts"
         if self.weights.ndim != 2 or self.weights.shape[1] < len(self.labels) or self.weights.dtype != torch.float32:

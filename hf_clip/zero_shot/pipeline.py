@@ -1,14 +1,17 @@
-"""`pipeline("zero-shot-image-classification")` that encodes its labels once for each call.
+"""The pipeline `zero-shot-image-classification` for CLIP models, which encodes its labels once per call.
 
-The stock pipeline tokenizes and encodes all labels again for every batch, and a batch is one image unless asked
-otherwise. This one makes the classifier matrix when a call begins, and all images of the call are scored with it.
+The stock pipeline encodes all labels again for every batch, and by default a batch is one image. This pipeline makes
+the classifier matrix at the start of a call and scores all images of the call with it.
 
-Invariant: nothing is remembered between calls. What a matrix depends on cannot all be known (weights, adapters and how
-they are set, hooks, modules, configuration, the tokenizer, autocast), so a call is right whatever was changed before,
-and calls of several threads share nothing. Who wants to encode labels once for many calls makes a ZeroShotClassifier.
+Invariant: a call remembers nothing for the next one. A stored matrix would become wrong when weights, adapters, hooks,
+the configuration, the tokenizer or autocast change, and not all of these changes can be noticed. Calls of several
+threads therefore share nothing either. To encode labels once for many calls, pass a `ZeroShotClassifier` as
+`candidate_labels`.
 
-transformers asks its registry for the task's class. `ZeroShotDispatcher` stands there and hands our models to our
-pipeline and all others to the stock one.
+transformers looks up the class of a task in its registry. There `ZeroShotDispatcher` takes the place of the stock
+class: it makes our pipeline for our models and the stock pipeline for all others.
+
+Dimensions: I images, D embedding, C channels, y × x pixels after resizing.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sized
@@ -32,19 +35,19 @@ TASK = "zero-shot-image-classification"
 STOCK_TEMPLATE = "This is a photo of {}."
 
 IMAGES_AT_ONCE = 16
-"""Of a list or a data set, unless the call or the pipeline says otherwise."""
+"""Default batch size for a list or a data set."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One of several images, and its place among them, for the error if it cannot be read."""
+    """One of several images with its place among them, which an error names if the image cannot be read."""
 
     image: Any
     index: int
 
 
 class PlacedImages(Dataset):
-    """A list, a column or a data set of images, read one by one."""
+    """A list, column or data set of images, which are read one by one."""
 
     def __init__(self, images: Any):
         self.images = images
@@ -60,7 +63,7 @@ class PlacedImages(Dataset):
 
 
 class PlacedStream(IterableDataset):
-    """A generator or another iterable of images whose number nobody knows."""
+    """A generator, or another iterable of images whose number is unknown."""
 
     def __init__(self, images: Iterable[Any]):
         self.images = images
@@ -71,26 +74,38 @@ class PlacedStream(IterableDataset):
 
 
 class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
-    """Zero-shot classification of images with labels that are encoded once for each call.
+    """Zero-shot image classification that encodes its labels once per call.
+
+    It is called like the stock pipeline and gives the same results. `__call__` lists what it takes beyond that.
+
+    Example::
 
         classify = pipeline("zero-shot-image-classification", model="org/clip-vit-l14-336")
         classify(["cat.jpg", "dog.jpg"], candidate_labels=["cat", "dog"], top_k=1)
-
-    Called as the stock pipeline and with the same results, and besides:
-
-    images:              one image, or a list, a tuple or a column of `datasets`, which give a list of results; or a
-                         data set, a generator or another iterator, which give results one by one
-    candidate_labels:    anything that ZeroShotClassifier takes, or a ZeroShotClassifier, whose labels stay as they were
-                         encoded when it was made; may also be given when the pipeline is made
-    hypothesis_template: also a list of templates, whose features are averaged, or the name of a set
-    top_k:               how many labels to return (default: all)
-    batch_size:          images encoded at once; 16 for lists and data sets, unless given. Generators yield a result
-                         as soon as its image is read
-
-    Raises UnreadableImageError, a ValueError, for an image that cannot be read; its `index` is the image's place.
+        # [[{"score": 0.98, "label": "cat"}], [{"score": 0.95, "label": "dog"}]]
     """
 
     def __call__(self, image: Any = None, candidate_labels: Any = None, **kwargs: Any) -> Any:
+        """Classify images.
+
+        Args:
+            image: One image, or several: a list, a tuple, a column of `datasets`, a data set, a generator or another
+                iterator. Also taken as `images`. Files are turned as their EXIF orientation says.
+            candidate_labels: The labels, in any form that `ZeroShotClassifier` takes, or a `ZeroShotClassifier`, whose
+                labels are not encoded again. May also be given when the pipeline is made.
+            **kwargs: `hypothesis_template` ("This is a photo of {}."): one template, a list of templates whose features
+                are averaged, or the name of a set. `top_k`: number of labels to return; None for all. `batch_size`:
+                images encoded at once; 16 for lists and data sets, 1 for generators. `timeout`: seconds until the
+                download of an image is given up; None for 60. `tokenizer_kwargs`: arguments for the tokenizer.
+
+        Returns:
+            A list of `{"score": ..., "label": ...}`, best first, for one image. A list of such lists for a list, tuple
+            or column. For a data set, generator or iterator an iterator, which yields a result as soon as it is known.
+
+        Raises:
+            UnreadableImageError: An image cannot be read. A ValueError; its `index` is the image's place.
+            ValueError: Images or labels are missing, or cannot be used.
+        """
         image = kwargs.pop("images", image)
         if image is None:
             raise ValueError("The zero-shot pipeline needs images: pass them first, or as `images`.")
@@ -112,13 +127,13 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
             if self._batch_size is None:
                 kwargs.setdefault("batch_size", IMAGES_AT_ONCE)
         matrix = self._matrix(labels, kwargs)
-        # Past the stock class, which would put the labels among the arguments of every image.
+        # Calls the base class of the stock pipeline: the stock `__call__` would pass the labels along with every image.
         results = super(ZeroShotImageClassificationPipeline, self).__call__(images, matrix=matrix, **kwargs)
         is_lazy = isinstance(images, PlacedStream) or isinstance(image, Dataset)
         return list(results) if isinstance(images, PlacedImages) and not is_lazy else results
 
     def _matrix(self, labels: Any, kwargs: dict[str, Any]) -> ClassifierMatrix:
-        """The classifier matrix of one call, whose arguments for it are taken out of `kwargs`."""
+        """Make the classifier matrix of one call. Its arguments are removed from `kwargs`."""
         made = self._preprocess_params
         given = {name: kwargs.pop(name) for name in ("hypothesis_template", "tokenizer_kwargs") if name in kwargs}
         if isinstance(labels, ZeroShotClassifier):
@@ -132,7 +147,7 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
             template = given.get("hypothesis_template", made.get("hypothesis_template", STOCK_TEMPLATE))
             settings = given.get("tokenizer_kwargs", made.get("tokenizer_kwargs")) or {}
             matrix = build_matrix(self.model, self.tokenizer, labels, template, tokenizer_settings=settings)
-        return replace(matrix, weights=matrix.weights.cpu())  # where transformers puts features before `postprocess`
+        return replace(matrix, weights=matrix.weights.cpu())  # transformers moves features there
 
     def _sanitize_parameters(
         self,
@@ -143,7 +158,7 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
         top_k: int | None = None,
         matrix: ClassifierMatrix | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Which step gets which argument. Those that make the matrix are only kept, for `__call__`."""
+        """Sort arguments by the step that takes them. Those that make the matrix are only kept, for `__call__`."""
         check_top_k(top_k)
         before = {
             "candidate_labels": candidate_labels,
@@ -155,7 +170,7 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
         return {k: v for k, v in before.items() if v is not None}, {}, {k: v for k, v in after.items() if v is not None}
 
     def preprocess(self, image: Any, timeout: float | None = None, **made_with: Any) -> dict[str, Any]:
-        """An image → pixel_values (1, 3, y, x). Files and opened files are turned as their EXIF orientation says."""
+        """Prepare one image: pixel_values (1, 3, y, x), float. Files are turned as their EXIF orientation says."""
         index = image.index if isinstance(image, Placed) else None
         in_worker = get_worker_info() is not None
         try:
@@ -164,15 +179,16 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
         except UnreadableImageError as error:
             if not in_worker:
                 raise
-            # DataLoader hands on no more of a worker's error than its text, so this one goes as data; see `_forward`.
+            # A DataLoader keeps only the text of a worker's error. The error is therefore sent as data, and `_forward`
+            # raises it.
             side = self.image_processor.crop_size
             return {"pixel_values": torch.zeros(1, 3, side.height, side.width, dtype=self.dtype), "error": error}
         return {"pixel_values": pixels, "error": None} if in_worker else {"pixel_values": pixels}
 
     def _pixels(self, image: Any, timeout: float | None) -> Tensor:
-        """One image, whatever it is → (1, 3, y, x)."""
+        """Open an image if needed, and preprocess it: (1, 3, y, x)."""
         check_single(image)
-        if is_to_be_opened(image):  # by the image processor, which knows about drafts, unless there is a time limit
+        if is_to_be_opened(image):  # with a time limit here, else by the image processor, which can decode drafts
             image = image if timeout is None else open_image(image, timeout=timeout)
         elif isinstance(image, Image.Image):
             image = turn_upright(image)
@@ -188,7 +204,7 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
     def postprocess(
         self, model_outputs: dict[str, Tensor], matrix: ClassifierMatrix, top_k: int | None = None
     ) -> list[dict[str, Any]]:
-        """The features of one image (1, D) → labels and scores, best first."""
+        """Turn the features of one image (1, D) into labels and scores, best first."""
         scores, places = matrix.score(model_outputs["features"])[0].sort(descending=True, stable=True)
         pairs = zip(scores[:top_k].tolist(), places[:top_k].tolist(), strict=True)
         names = matrix.names
@@ -196,7 +212,10 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
 
 
 def check_device(device: Any) -> None:
-    """Refuse an accelerator that isn't there; transformers takes the CPU for `device=0`, and torch's errors differ."""
+    """Raise ValueError for an accelerator that is missing.
+
+    Without this, transformers takes the CPU for `device=0`, and for other devices torch raises errors of several kinds.
+    """
     if device is None or (isinstance(device, int) and device < 0):
         return
     named = torch.device(device) if isinstance(device, str) else device
@@ -218,7 +237,7 @@ def check_device(device: Any) -> None:
 
 
 class ZeroShotDispatcher:
-    """What stands in transformers' registry of tasks: it makes our pipeline for our models, else the stock one."""
+    """The entry in transformers' registry of tasks: makes our pipeline for our models, the stock one for others."""
 
     _load_processor = ZeroShotImageClassificationPipeline._load_processor
     _load_image_processor = ZeroShotImageClassificationPipeline._load_image_processor
@@ -236,5 +255,5 @@ class ZeroShotDispatcher:
 
 
 def register_pipeline() -> None:
-    """Put the dispatcher where `transformers.pipeline` looks for the task's class."""
+    """Enter the dispatcher into the registry in which `transformers.pipeline` looks up the task's class."""
     PIPELINE_REGISTRY.supported_tasks[TASK]["impl"] = ZeroShotDispatcher

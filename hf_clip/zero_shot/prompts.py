@@ -1,6 +1,6 @@
-"""Labels and templates → prompts: what the text tower reads in place of a class name (section 3.1.4).
+"""Put labels into templates: the text tower reads a prompt, not a bare label (Radford et al. 2021, section 3.1.4).
 
-A template is a text with one `{}`, or a function from a name to a prompt. Several of them make an ensemble; so do
+A template is a text with one `{}`, or a function from a name to a prompt. Several templates form an ensemble, and so do
 several names of one label.
 """
 
@@ -15,7 +15,7 @@ _CIFAR_ADJECTIVES = ["", "blurry ", "black and white ", "low contrast ", "high c
 
 TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
     "simple": ("a photo of a {}.",),
-    # The subset that OpenAI found by forward selection among 80, in its notebook on prompts for ImageNet.
+    # OpenAI chose these seven from 80 by forward selection, in its notebook on prompts for ImageNet.
     "imagenet_7": (
         "itap of a {}.",
         "a bad photo of the {}.",
@@ -25,22 +25,22 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
         "art of the {}.",
         "a photo of the small {}.",
     ),
-    # OpenAI's eighteen for CIFAR-10 and CIFAR-100: small images in many states.
+    # OpenAI's eighteen templates for CIFAR-10 and CIFAR-100: small images of varying quality.
     "cifar_18": (
         *(f"a {adjective}photo of {article} {{}}." for article in ("a", "the") for adjective in _CIFAR_ADJECTIVES),
         *(f"a photo of {article} {size} {{}}." for article in ("a", "the") for size in ("small", "big")),
     ),
 }
-"""Sets that are taken by name."""
+"""Sets of templates, by the names that `templates` takes."""
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
 
 class LabelError(ValueError):
-    """A label cannot be taken.
+    """A label cannot be used.
 
     Attributes:
-        index: its place among the labels, or its image's place where the labels are those of images.
+        index: Place of the label among the labels. Where labels of images are given: place of the image.
     """
 
     def __init__(self, message: str, index: int = -1):
@@ -52,18 +52,19 @@ class LabelError(ValueError):
 
 
 MARK = "\0label\0"
-"""Stands for a label where a template is tried out."""
+"""Takes the place of a label when a template is checked."""
 
 
 def as_plain(text: Any) -> Any:
-    """A text as a `str`, also where it is one of NumPy's or another kind of `str`; anything else as it is."""
+    """Return a text as a plain `str`, e.g. one of NumPy's texts. Anything else is returned as it is."""
     return str.__str__(text) if isinstance(text, str) else text
 
 
 def format_template(template: str) -> Template:
-    """A text with one `{}` as a function from a name to a prompt.
+    """Turn a text with one `{}` into a function from a name to a prompt.
 
-    Raises ValueError when the text has no placeholder, or another one.
+    Raises:
+        ValueError: The text has no placeholder, or one of another kind.
     """
     try:
         filled = template.format(MARK)
@@ -81,7 +82,7 @@ def format_template(template: str) -> Template:
 
 
 def read_template_file(path: str | os.PathLike) -> list[str]:
-    """A file with one template per line; empty lines and lines that begin with # are left out."""
+    """Read a file with one template per line. Empty lines and lines that begin with # are skipped."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -98,9 +99,16 @@ def read_template_file(path: str | os.PathLike) -> list[str]:
 
 
 def read_templates(templates: Any) -> tuple[list[Template], list[str] | None]:
-    """The functions from name to prompt, and their texts where all of them have one.
+    """Read templates in any of the forms that `ZeroShotClassifier` takes.
 
-    templates: a template, a list of them, the name of a set in TEMPLATE_SETS, or the path of a file
+    Args:
+        templates: A template, a list of templates, the name of a set in `TEMPLATE_SETS`, or the path of a file.
+
+    Returns:
+        The templates as functions from a name to a prompt; and as texts, or None if one of them is a function.
+
+    Raises:
+        ValueError: There are no templates, or one of them cannot be used.
     """
     if isinstance(templates, str) and "{" not in templates and templates in TEMPLATE_SETS:
         templates = TEMPLATE_SETS[templates]
@@ -123,7 +131,7 @@ def read_templates(templates: Any) -> tuple[list[Template], list[str] | None]:
 
 
 def make_prompts(names: Iterable[str], templates: list[Template]) -> Iterator[str]:
-    """Every name in every template: the templates of the first name, then those of the second, and so on."""
+    """Put every name into every template: all prompts of the first name, then all of the second, and so on."""
     for name in names:
         for template in templates:
             prompt = template(name)
@@ -133,18 +141,19 @@ def make_prompts(names: Iterable[str], templates: list[Template]) -> Iterator[st
 
 
 def read_labels(labels: Any) -> dict[str, list[str]]:
-    """Every label with its names, as plain texts.
+    """Read labels and their names in any of the forms that `ZeroShotClassifier` takes.
 
     Args:
-        labels: a list (or any iterable, an array or a column of a data set) of labels, each a text or a list of names
-            of which the first is the label; a mapping from label to name or names; or a `datasets.ClassLabel`.
+        labels: An iterable of labels, such as a list, an array or a column of a data set. Each label is a text, or a
+            list of names whose first is the label. Or a mapping from labels to names, or a `datasets.ClassLabel`.
 
     Returns:
-        The names of each label, in the order of the labels.
+        The names of each label as plain texts, in the order of the labels.
 
     Raises:
-        LabelError: a ValueError with the `index` of a label that is empty, appears twice or has a name of another.
-        ValueError: there are no labels.
+        LabelError: A label is empty, appears twice, or has a name of another label. A ValueError; its `index` is the
+            label's place.
+        ValueError: There are no labels.
     """
     if hasattr(labels, "names") and not isinstance(labels, Iterable):
         labels = labels.names
