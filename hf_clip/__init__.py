@@ -1,6 +1,13 @@
-"""All nine OpenAI CLIP models for transformers. Importing this registers them with the Auto classes and pipelines.
+"""All nine OpenAI CLIP models for transformers. Importing this registers them with the Auto classes and the pipelines.
+Example::
 
-`import hf_clip as clip` gives the original module's `available_models`, `load` and `tokenize`.
+    import hf_clip
+    from transformers import pipeline
+
+    classify = pipeline("zero-shot-image-classification", model="org/clip-vit-b32")
+    classify("cat.jpg", candidate_labels=["a cat", "a dog"])
+
+`import hf_clip as clip` gives the functions of OpenAI's module: `available_models`, `load` and `tokenize`.
 """
 
 from transformers import (

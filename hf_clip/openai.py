@@ -1,15 +1,23 @@
-"""The original `clip` module's three functions: `import hf_clip as clip` runs code that was written for it.
+"""The three functions of OpenAI's `clip` module: `import hf_clip as clip` runs code that was written for it.
+
+Example::
+
+    import hf_clip as clip
 
     model, preprocess = clip.load("ViT-B/32", device="cpu")
     image = preprocess(Image.open("cat.jpg")).unsqueeze(0)
     text = clip.tokenize(["a cat", "a dog"])
     logits_per_image, logits_per_text = model(image, text)
 
-What differs: weights are float32 on every device (`model.half()` for the original's precision on a GPU), texts are
-computed as far as they go, not as far as the context length, and TorchScript is never run. Layers and parameters are
-those of `model.hf_model`, under its names. What is the same thing in both is found, and can be set, by the original's
-name too (`logit_scale`, `token_embedding`, `visual.conv1`, `visual.layer4`, …); of what is not, an AttributeError says
-where it is. `load_state_dict` takes the original's names as well as its own.
+Three things differ from the original. Weights are float32 on every device; `model.half()` gives the precision that the
+original has on a GPU. The text tower computes no padding behind the longest text. TorchScript is never run.
+
+`model.hf_model` is the HfClipModel, and the parameters of `model` have its names. Parts that are the same in both
+models can be read and set by the original's names too, such as `logit_scale`, `token_embedding`, `visual.conv1` and
+`visual.layer4`. For any other part of the original an AttributeError names the part that is like it. `load_state_dict`
+takes the names of the original as well as those of `model`.
+
+Dimensions: B batch, I images, T texts, L text length, W tower width, D embedding, C channels, Y × X pixels.
 """
 
 import re
@@ -38,12 +46,22 @@ LIKE_A_VARIANT = re.compile(r"(vit-[a-z]+[/-]|rn)\d+(x\d+)?(@\d+px)?$", re.IGNOR
 
 
 def available_models() -> list[str]:
-    """The names of OpenAI's nine models."""
+    """List OpenAI's nine models.
+
+    Returns:
+        The names that `load` takes, such as "RN50" and "ViT-L/14@336px".
+    """
     return list(VARIANTS)
 
 
 class Preprocess:
-    """An image → (3, H, W) float32, as the model of this size wants it. To be used as a data set's transform."""
+    """Prepares one image for the model: a Pillow image becomes a tensor (3, Y, X), float32, normalised.
+
+    It can be the transform of a data set.
+
+    Args:
+        image_processor: The processor with the model's image size.
+    """
 
     def __init__(self, image_processor: HfClipImageProcessor):
         self.image_processor = image_processor
@@ -64,10 +82,12 @@ class Preprocess:
 
 
 class OriginalNames(nn.Module):
-    """A module with further names of the original's.
+    """A module that also answers to the names of the original's parts.
 
-    same:  name → where it is here, for what is the same thing in both; it can be set too
-    moved: name → where something like it is here
+    Args:
+        same: From a name in the original to the path of the same part here. These parts can be read and set.
+        moved: From a name in the original to a description of the part here that is like it. Reading or setting such a
+            name raises an AttributeError with this description.
     """
 
     def __init__(self, same: dict[str, str], moved: dict[str, str]):
@@ -111,7 +131,7 @@ MOVED_IN_RESNET = {"attnpool": "visual.vision_model.attnpool, without its c_proj
 
 
 class Visual(OriginalNames):
-    """The image tower with its projection, as the original's `visual`: pixel values (B, 3, H, W) → (B, D)."""
+    """The image tower with its projection, like `visual` of the original: pixel values (B, C, Y, X) → (B, D)."""
 
     def __init__(self, hf_model: HfClipModel):
         is_resnet = isinstance(hf_model.vision_model, HfClipResNetModel)
@@ -120,7 +140,7 @@ class Visual(OriginalNames):
         self.output_dim: int = hf_model.config.projection_dim
         self.vision_model = hf_model.vision_model
         self.visual_projection = hf_model.visual_projection
-        self.__dict__["hf_model"] = hf_model  # no part of this module, whose parameters are the image tower's
+        self.__dict__["hf_model"] = hf_model  # not registered: this module has the image tower's parameters alone
         self.training = hf_model.training
 
     def forward(self, image: Tensor) -> Tensor:
@@ -128,10 +148,13 @@ class Visual(OriginalNames):
 
 
 class OriginalCLIP(OriginalNames):
-    """HfClipModel, called as the original model is.
+    """An HfClipModel that is called like the original model.
 
-    The model itself, with its layers and `save_pretrained`, is `hf_model`. Parameters, and the tensors of `state_dict`,
-    have its names. Another module can be put in the place of `visual`.
+    The HfClipModel, with its layers and `save_pretrained`, is the attribute `hf_model`. Parameters and the tensors of
+    `state_dict` have its names. `visual` may be replaced by another module.
+
+    Args:
+        hf_model: The model.
     """
 
     def __init__(self, hf_model: HfClipModel):
@@ -150,7 +173,7 @@ class OriginalCLIP(OriginalNames):
         config = hf_model.config
         self.context_length: int = config.text_config.max_position_embeddings
         self.vocab_size: int = config.text_config.vocab_size
-        self.__dict__["visual"] = Visual(hf_model)  # no child: its tensors would have two names each
+        self.__dict__["visual"] = Visual(hf_model)  # not registered: its tensors would have two names each
         self.register_load_state_dict_pre_hook(_take_original_names)
 
     def train(self, mode: bool = True) -> "OriginalCLIP":
@@ -162,17 +185,25 @@ class OriginalCLIP(OriginalNames):
         return self.hf_model.dtype
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) → (B, D), not normalised."""
+        """Encode images: (B, C, Y, X) → (B, D), not normalised."""
         return self.visual(image.to(self.dtype))
 
     def encode_text(self, text: Tensor) -> Tensor:
-        """Ids (B, L), padded with zeros → (B, D), not normalised."""
+        """Encode texts: ids (B, L), padded with zeros → (B, D), not normalised."""
         used = text.ne(0).any(dim=0).nonzero()  # a column of padding changes no feature
         length = int(used.max()) + 1 if len(used) else text.shape[1]
         return self.hf_model.encode_text(text[:, :length])
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and ids → logits_per_image (I, T) and logits_per_text (T, I)."""
+        """Compare images with texts.
+
+        Args:
+            image: (I, C, Y, X), from `preprocess`.
+            text: Ids (T, L), from `tokenize`.
+
+        Returns:
+            logits_per_image (I, T) and logits_per_text (T, I).
+        """
         image_features = nn.functional.normalize(self.encode_image(image), dim=-1)
         text_features = nn.functional.normalize(self.encode_text(text), dim=-1)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
@@ -182,7 +213,7 @@ class OriginalCLIP(OriginalNames):
 
 
 def _take_original_names(model: OriginalCLIP, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Give the tensors of a state dictionary with the original's names ours, before they are loaded."""
+    """Rename the tensors of a state dictionary of the original before they are loaded."""
     if f"{prefix}positional_embedding" not in state:
         return
     own = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
@@ -191,7 +222,7 @@ def _take_original_names(model: OriginalCLIP, state: dict[str, Any], prefix: str
 
 
 def _usable_device(device: str | int | torch.device | None) -> torch.device:
-    """The device that was asked for, or the best there is. Raises ValueError for one that is not here."""
+    """Return the device that was asked for; for None the GPU, else the CPU. Raises ValueError for a missing device."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = default if device is None else device
     try:
@@ -204,7 +235,7 @@ def _usable_device(device: str | int | torch.device | None) -> torch.device:
 
 
 def _model_of_checkpoint(path: Path, verify: bool) -> HfClipModel:
-    """An original checkpoint, converted in memory to float32. verify: compare checksums"""
+    """Read an original checkpoint and convert it to float32 in memory. With `verify`, checksums are compared."""
     _, config, tensors = read_original(path, verify, check_sums=verify)
     with torch.device("meta"):
         model = HfClipModel(config)
@@ -219,16 +250,30 @@ def load(
     jit: bool = False,
     download_root: str | Path | None = None,
 ) -> tuple[OriginalCLIP, Preprocess]:
-    """A model in evaluation mode, and the function that prepares images for it.
+    """Load a model and the function that prepares images for it, as `clip.load` does.
 
-    name:          one of `available_models()`, the path of an original checkpoint, the folder of a converted one, or a
-                   repository on the Hub
-    device:        where the model goes (default: the GPU, if there is one)
-    download_root: folder of the checkpoints, where the file of a name is looked for and downloaded to (default: within
-                   the Hugging Face cache)
+    Args:
+        name: One of `available_models()`, which is downloaded once from OpenAI; the path of an original checkpoint; the
+            folder of a converted one; or a repository on the Hub.
+        device: Device of the model. None: the GPU if there is one, else the CPU.
+        jit: Only False is possible, since TorchScript is never run.
+        download_root: Folder in which the checkpoint of a name is looked for, and into which it is downloaded. None: a
+            folder in the Hugging Face cache.
 
-    Raises FileNotFoundError, CheckpointError, ConnectionError or ValueError that says what to do; offline
-    (HF_HUB_OFFLINE=1) the first says where to put the file.
+    Returns:
+        The model, in evaluation mode and float32; and `preprocess`, which turns a Pillow image into a tensor (3, Y, X).
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint or repository. Offline (`HF_HUB_OFFLINE=1`) the message says
+            where to put the file.
+        CheckpointError: The file is no CLIP checkpoint, or it is damaged.
+        ConnectionError: The download failed.
+        ValueError: The name is unknown, the device is missing, or `jit` is True.
+
+    Example::
+
+        model, preprocess = clip.load("RN50x4")
+        features = model.encode_image(preprocess(Image.open("cat.jpg")).unsqueeze(0))  # (1, 640)
     """
     if jit:
         raise ValueError("jit=True would run a program out of the checkpoint, which hf_clip never does; leave it out.")
@@ -268,11 +313,25 @@ def _tokenizer() -> HfClipTokenizer:
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = False) -> Tensor:
-    """Texts → ids (N, context_length), int32, padded with zeros.
+    """Turn texts into token ids, padded with zeros, as the original does.
 
-    truncate: cut a text that is too long, keeping the end of text; otherwise it is a RuntimeError, as in the original
+    The vocabulary is taken from an installed `openai-clip` or `open_clip_torch`, else from the Hub.
 
-    The vocabulary comes from an installed openai-clip or open_clip_torch, else from the Hub.
+    Args:
+        texts: A text, or T texts.
+        context_length: Number of ids per text. The nine models have 77.
+        truncate: Whether to cut a text that is too long. Its last id is then the end of text.
+
+    Returns:
+        Ids (T, context_length), int32.
+
+    Raises:
+        RuntimeError: A text is too long, and `truncate` is False.
+        TextError: A text cannot be tokenized. A ValueError; its `index` is the text's place.
+
+    Example::
+
+        clip.tokenize(["a cat", "a dog"]).shape  # (2, 77)
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     ids = torch.zeros(len(texts), context_length, dtype=torch.int32)

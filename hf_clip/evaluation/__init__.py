@@ -1,1 +1,1 @@
-"""Measuring a CLIP. `metrics` has the numbers, as functions of tensors that know no model."""
+"""Evaluation of CLIP models. `metrics` are functions of tensors that need no model."""

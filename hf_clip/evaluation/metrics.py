@@ -1,11 +1,13 @@
-"""Metrics, as pure functions of tensors; all are fractions between 0 and 1, but the median rank.
+"""Metrics of classification and retrieval, as pure functions of tensors.
 
-Invariant: equal scores never help. What is wrong counts as ranked before what is right with the same score, so that a
-model that gives everything one score finds nothing, and no result depends on the order of rows. Average precision
-looks at thresholds, where equal scores pass together (as scikit-learn has it).
+All metrics are fractions between 0 and 1, except ranks, which count from 0, and the median rank, which counts from 1.
 
-Retrieval names what belongs together by numbers: a gallery row is right for a query if their ids are equal. So five
-captions of one image, or an image that several captions share, need no more than equal ids.
+Invariant: equal scores never help a model. Among equal scores the wrong entries are ranked before the right ones. A
+model that gives one score to everything finds nothing, and no result depends on the order of rows. Average precision
+is computed at thresholds, which entries with equal scores pass together, as in scikit-learn.
+
+For retrieval, a gallery row is right for a query if the two have equal ids. Five captions of one image all get the
+image's id.
 
 Dimensions: I images, K classes, Q queries, G gallery rows, D embedding.
 """
@@ -44,21 +46,59 @@ def _check_classes(logits: Tensor, labels: Tensor) -> None:
 
 
 def ranks_of_labels(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many wrong classes each example's right one has before it: (I, K), (I,) → (I,), 0 where it is first."""
+    """Count for each image the classes that are ranked before its label.
+
+    Args:
+        logits: (I, K), higher for a more likely class.
+        labels: (I,) class ids, integers from 0 to K - 1.
+
+    Returns:
+        Ranks (I,), int64. 0 means that the label has the highest logit.
+
+    Raises:
+        ValueError: The shapes do not fit, a label is out of range, or logits are NaN.
+    """
     _check_classes(logits, labels)
     own = logits.gather(1, labels.long()[:, None])  # (I, 1)
     return (logits >= own).sum(dim=1) - 1
 
 
 def top_k_accuracy(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> dict[int, float]:
-    """For each k how often the label is among the k highest logits: (I, K), (I,). From k = C on that is always."""
+    """Compute how often the label is among the k highest logits.
+
+    Args:
+        logits: (I, K), higher for a more likely class.
+        labels: (I,) class ids, integers from 0 to K - 1.
+        ks: The values of k, each at least 1. For k = K and more the accuracy is always 1.
+
+    Returns:
+        A dictionary from each k to the fraction of images.
+
+    Raises:
+        ValueError: A k is below 1, the shapes do not fit, a label is out of range, or logits are NaN.
+
+    Example::
+
+        top_k_accuracy(torch.tensor([[0.9, 0.1], [0.8, 0.2]]), torch.tensor([0, 1]), ks=[1, 2])  # {1: 0.5, 2: 1.0}
+    """
     _check_cutoffs(ks)
     ranks = ranks_of_labels(logits, labels)
     return {k: (ranks < k).double().mean().item() for k in ks}
 
 
 def mean_per_class_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The mean over the classes of each one's top-1 accuracy: (I, K), (I,). Classes without examples do not count."""
+    """Compute the top-1 accuracy of each class, and average over the classes.
+
+    Args:
+        logits: (I, K), higher for a more likely class.
+        labels: (I,) class ids, integers from 0 to K - 1.
+
+    Returns:
+        The mean over all classes that have an image.
+
+    Raises:
+        ValueError: The shapes do not fit, a label is out of range, or logits are NaN.
+    """
     is_right = ranks_of_labels(logits, labels) == 0
     examples = labels.long().bincount(minlength=logits.shape[1])  # (K,)
     right = labels[is_right].long().bincount(minlength=logits.shape[1])
@@ -67,9 +107,14 @@ def mean_per_class_accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def _precision_curve(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
-    """Hits and precision at each distinct threshold, from the highest score down.
+    """Count hits and compute precision at each distinct score, taken as a threshold, from the highest score down.
 
-    (I,), (I,) bool → (thresholds,), (thresholds,). The last of the hits is the number of all right ones.
+    Args:
+        scores: (I,).
+        is_right: (I,) bool.
+
+    Returns:
+        Hits and precision, one entry per threshold, float64. The last hit count is the number of all right images.
     """
     if scores.ndim != 1 or scores.shape != is_right.shape or is_right.dtype != torch.bool:
         raise ValueError(
@@ -82,7 +127,7 @@ def _precision_curve(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
             f"None of {len(scores)} examples is right, so that there is no precision to average: leave this class out."
         )
     ordered, places = scores.sort(descending=True)
-    hits = is_right[places].cumsum(0).double()  # (I,) right ones among the first 1, 2, ...
+    hits = is_right[places].cumsum(0).double()  # (I,): number of right images among the first 1, 2, ...
     passed = torch.arange(1, len(scores) + 1, dtype=torch.float64, device=scores.device)
     is_last_of_equals = torch.ones_like(hits, dtype=torch.bool)
     is_last_of_equals[:-1] = ordered[:-1] > ordered[1:]
@@ -90,30 +135,65 @@ def _precision_curve(scores: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def average_precision(scores: Tensor, is_right: Tensor) -> float:
-    """The sum of each threshold's precision times what recall it adds: (I,), (I,) bool. Not interpolated."""
+    """Compute the area under the precision-recall curve, not interpolated.
+
+    It is the sum over all thresholds of the precision there, times the recall that the threshold adds.
+
+    Args:
+        scores: (I,), higher for an image that is more likely right.
+        is_right: (I,) bool.
+
+    Returns:
+        The average precision.
+
+    Raises:
+        ValueError: No image is right, the shapes do not fit, or scores are NaN.
+    """
     hits, precision = _precision_curve(scores, is_right)
     added = hits.diff(prepend=hits.new_zeros(1))
     return (added * precision).sum().item() / hits[-1].item()
 
 
 def eleven_point_average_precision(scores: Tensor, is_right: Tensor) -> float:
-    """VOC 2007's: the mean, over recalls 0, 0.1, ..., 1, of the best precision at that recall or a higher one."""
+    """Compute the average precision of VOC 2007, with eleven levels of recall.
+
+    For each recall 0, 0.1, ..., 1 the best precision at this recall or a higher one is taken, and these are averaged.
+
+    Args:
+        scores: (I,), higher for an image that is more likely right.
+        is_right: (I,) bool.
+
+    Returns:
+        The average precision.
+
+    Raises:
+        ValueError: No image is right, the shapes do not fit, or scores are NaN.
+    """
     hits, precision = _precision_curve(scores, is_right)
     best = precision.flip(0).cummax(0).values.flip(0)  # at this threshold or a lower one
     levels = torch.arange(11, dtype=torch.float64, device=hits.device) * hits[-1]
-    first = torch.searchsorted(10 * hits, levels)  # in tenths of the whole, so that no division rounds
+    first = torch.searchsorted(10 * hits, levels)  # whole numbers, so that no division rounds
     return best[first].mean().item()
 
 
 def mean_average_precision(
     scores: Tensor, is_right: Tensor, eleven_point: bool = False, is_counted: Tensor | None = None
 ) -> float:
-    """The mean over classes of their average precision, for examples of several labels: (I, K), (I, K) bool.
+    """Compute the average precision of each class, and average over the classes. An image may have several labels.
 
-    eleven_point: as VOC 2007 and CLIP's linear probes on it (appendix A)
-    is_counted:   (I, K) bool: an example that isn't is left out of that class (VOC's "difficult" ones)
+    Args:
+        scores: (I, K), higher for a label that is more likely right.
+        is_right: (I, K) bool.
+        eleven_point: Whether to average over eleven levels of recall, as for VOC 2007 and for CLIP's linear probes on
+            it (Radford et al. 2021, appendix A).
+        is_counted: (I, K) bool. False leaves an image out of a class, as VOC does with its "difficult" ones. None
+            counts all images.
 
-    Raises ValueError for a class without a right example.
+    Returns:
+        The mean over the K classes.
+
+    Raises:
+        ValueError: A class has no right image, the shapes do not fit, or scores are NaN.
     """
     is_counted = torch.ones_like(is_right) if is_counted is None else is_counted
     if scores.ndim != 2 or not scores.shape == is_right.shape == is_counted.shape or scores.shape[1] == 0:
@@ -130,7 +210,11 @@ def mean_average_precision(
 def _similarities(
     query_embeds: Tensor, gallery_embeds: Tensor, query_ids: Tensor, gallery_ids: Tensor, chunk: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For at most `chunk` queries at a time, their similarities (chunk, G) and which of them are right, (chunk, G)."""
+    """Compare at most `chunk` queries at a time with the gallery.
+
+    Yields:
+        The similarities (chunk, G), and which gallery rows are right for each query (chunk, G), bool.
+    """
     shapes = [tuple(tensor.shape) for tensor in (query_embeds, gallery_embeds)]
     if any(len(shape) != 2 for shape in shapes) or shapes[0][1] != shapes[1][1] or 0 in shapes[0] + shapes[1]:
         raise ValueError(
@@ -160,13 +244,20 @@ def _similarities(
 def ranks_of_first_right(
     query_embeds: Tensor, gallery_embeds: Tensor, query_ids: Tensor, gallery_ids: Tensor, chunk: int = 1024
 ) -> Tensor:
-    """How many wrong gallery rows each query finds before the first right one: (Q,) int64, 0 where that is first.
+    """Count for each query the wrong gallery rows that are ranked before its first right row.
 
-    query_embeds (Q, D), gallery_embeds (G, D): compared by their dot product; normalise them for the cosine
-    query_ids (Q,), gallery_ids (G,):           a row is right for a query if their ids are equal
-    chunk:                                      so many queries at a time: (chunk, G) is all that there ever is
+    Args:
+        query_embeds: (Q, D). Queries and gallery are compared by dot product; normalise both for cosine similarity.
+        gallery_embeds: (G, D).
+        query_ids: (Q,) numbers. A gallery row is right for a query if their ids are equal.
+        gallery_ids: (G,) numbers.
+        chunk: Number of queries compared at once. Memory is needed for (chunk, G) similarities.
 
-    Raises ValueError for a query that no gallery row is right for, and for values that are not finite.
+    Returns:
+        Ranks (Q,), int64. 0 means that a right row comes first.
+
+    Raises:
+        ValueError: No gallery row is right for some query, the shapes do not fit, or embeddings are not finite.
     """
     ranks = []
     for similarities, is_right in _similarities(query_embeds, gallery_embeds, query_ids, gallery_ids, chunk):
@@ -183,7 +274,28 @@ def recall_at_k(
     ks: Sequence[int] = (1, 5, 10),
     chunk: int = 1024,
 ) -> dict[int, float]:
-    """For each k how many queries find a right row, one at least, among their first k. As `ranks_of_first_right`."""
+    """Compute how many queries find at least one right row among their first k rows.
+
+    Args:
+        query_embeds: (Q, D). Queries and gallery are compared by dot product; normalise both for cosine similarity.
+        gallery_embeds: (G, D).
+        query_ids: (Q,) numbers. A gallery row is right for a query if their ids are equal.
+        gallery_ids: (G,) numbers.
+        ks: The values of k, each at least 1.
+        chunk: Number of queries compared at once. Memory is needed for (chunk, G) similarities.
+
+    Returns:
+        A dictionary from each k to the fraction of queries.
+
+    Raises:
+        ValueError: A k is below 1, no gallery row is right for some query, the shapes do not fit, or embeddings are
+            not finite.
+
+    Example::
+
+        ids = torch.arange(len(texts))  # caption i belongs to image i
+        recall_at_k(text_embeds, image_embeds, ids, ids, ks=[1, 5])  # {1: 0.58, 5: 0.82}
+    """
     _check_cutoffs(ks)
     ranks = ranks_of_first_right(query_embeds, gallery_embeds, query_ids, gallery_ids, chunk)
     return {k: (ranks < k).double().mean().item() for k in ks}
@@ -192,7 +304,21 @@ def recall_at_k(
 def median_rank(
     query_embeds: Tensor, gallery_embeds: Tensor, query_ids: Tensor, gallery_ids: Tensor, chunk: int = 1024
 ) -> float:
-    """The median place of the first right row, 1 being the best. As `ranks_of_first_right`."""
+    """Compute the median, over the queries, of the place of the first right row. 1 is the best.
+
+    Args:
+        query_embeds: (Q, D). Queries and gallery are compared by dot product; normalise both for cosine similarity.
+        gallery_embeds: (G, D).
+        query_ids: (Q,) numbers. A gallery row is right for a query if their ids are equal.
+        gallery_ids: (G,) numbers.
+        chunk: Number of queries compared at once. Memory is needed for (chunk, G) similarities.
+
+    Returns:
+        The median. Between two places it is their mean.
+
+    Raises:
+        ValueError: No gallery row is right for some query, the shapes do not fit, or embeddings are not finite.
+    """
     ranks = ranks_of_first_right(query_embeds, gallery_embeds, query_ids, gallery_ids, chunk)
     return ranks.double().quantile(0.5).item() + 1
 
@@ -205,16 +331,32 @@ def mean_average_precision_at_k(
     k: int,
     chunk: int = 1024,
 ) -> float:
-    """The mean over queries of their average precision within the first k rows. As `ranks_of_first_right`.
+    """Compute the average precision of each query within its first k rows, and average over the queries.
 
-    A query's is the sum of the precisions at its right rows, over how many there could be: min(k, all right rows).
+    For one query the precisions at its right rows are added, and the sum is divided by the largest possible number of
+    right rows: k, or the number of right rows in the gallery if that is less.
+
+    Args:
+        query_embeds: (Q, D). Queries and gallery are compared by dot product; normalise both for cosine similarity.
+        gallery_embeds: (G, D).
+        query_ids: (Q,) numbers. A gallery row is right for a query if their ids are equal.
+        gallery_ids: (G,) numbers.
+        k: Number of rows that count, at least 1.
+        chunk: Number of queries compared at once. Memory is needed for (chunk, G) similarities.
+
+    Returns:
+        The mean over the Q queries.
+
+    Raises:
+        ValueError: `k` is below 1, no gallery row is right for some query, the shapes do not fit, or embeddings are
+            not finite.
     """
     _check_cutoffs([k])
     found = []
     for similarities, is_right in _similarities(query_embeds, gallery_embeds, query_ids, gallery_ids, chunk):
-        wrong_first = is_right.int().argsort(dim=1, stable=True)  # and they stay first among equals
+        wrong_first = is_right.int().argsort(dim=1, stable=True)  # stable sorts keep wrong rows first among equals
         order = similarities.gather(1, wrong_first).argsort(dim=1, descending=True, stable=True)[:, :k]
-        hits = is_right.gather(1, wrong_first).gather(1, order)  # (chunk, K)
+        hits = is_right.gather(1, wrong_first).gather(1, order)  # (chunk, k)
         precision = hits.cumsum(1).double() / torch.arange(1, hits.shape[1] + 1, device=hits.device)
         found.append((precision * hits).sum(1) / is_right.sum(1).clamp(max=k))
     return torch.cat(found).mean().item()
