@@ -1,9 +1,10 @@
-"""The residual attention block that the text tower and the Vision Transformer share, and its attention.
+"""The residual attention block that the text tower and the Vision Transformer share.
 
-Each layer adds two branches to the residual stream: x + attention(norm(x)), then x + mlp(norm(x)). The module paths
-are those of transformers' CLIP, so adapters, hooks and device maps written for it fit.
+Each layer adds two branches to the residual stream: x + attention(norm(x)), then x + mlp(norm(x)). The modules have
+the paths of transformers' CLIP, so adapters, hooks and device maps written for it fit.
 
-Dimensions: B batch, L positions (text tokens, or class token and patches), W width, H heads, E = W / H.
+Dimensions: B batch, L positions (text tokens, or class token and patches), Lq positions of the queries, W tower width,
+H heads, E = W / H.
 """
 
 from collections.abc import Callable
@@ -20,21 +21,24 @@ from .configuration_hf_clip import HfClipTextConfig, HfClipViTConfig
 from .linear_map import apply_linear
 
 PRODUCT_ATTENTION = "hf_clip_products"
-"""Of optimized models on CPUs."""
+"""The attention of optimized models on CPUs."""
 
 BUILT_IN_ATTENTION = {None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"}
 
 BUILT_IN_ATTENTION |= {PRODUCT_ATTENTION}
-"""Kinds of attention whose arguments are known."""
+"""Kinds of attention whose arguments are known, so that an argument without effect can be refused."""
 
 
 class HfClipQuickGELU(nn.Module):
-    """x · σ(1.702 x), the original's activation, with one tensor of memory instead of three, or two for gradients."""
+    """The original's activation, x · σ(1.702 x).
+
+    It needs the memory of one tensor where the plain formula needs three, and of two where gradients are computed.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         scaled = input * 1.702
-        # Not in place of the input, which hooks may look at; and where gradients are wanted, silu needs its own. A
-        # trace must not depend on whether they are: torch.jit.trace compares it with one made under no_grad.
+        # The input is never overwritten, since hooks may look at it. With gradients silu needs a tensor of its own. A
+        # trace must not depend on this: torch.jit.trace compares it with a second trace, made under no_grad.
         in_place = not (torch.is_grad_enabled() or torch.jit.is_tracing())
         return nn.functional.silu(scaled, inplace=in_place).mul_(1 / 1.702)
 
@@ -49,10 +53,20 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention spelled out, for `attn_implementation="eager"`: the one that can return its weights.
+    """Compute attention step by step, for `attn_implementation="eager"`, which alone can return its weights.
 
-    query (B, H, Lq, E), key and value (B, H, L, E), attention_mask additive and broadcast to (B, H, Lq, L).
-    Returns the mixed values (B, Lq, H, E) and the weights (B, H, Lq, L).
+    Args:
+        module: The attention module, for its training mode.
+        query: (B, H, Lq, E).
+        key: (B, H, L, E).
+        value: (B, H, L, E).
+        attention_mask: Added to the scores, and broadcast to (B, H, Lq, L).
+        scaling: Factor of the scores.
+        dropout: Probability that a weight is dropped in training.
+        **kwargs: Ignored; other kinds of attention take more arguments.
+
+    Returns:
+        The mixed values (B, Lq, H, E) and the weights (B, H, Lq, L).
     """
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
@@ -67,14 +81,22 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Run the attention that `module.config` asks for (eager, sdpa, flash or flex).
 
-    query (B, Lq, W), key and value (B, L, W); `module` carries num_heads, dropout and is_causal.
-    Returns (B, Lq, W) and the weights (B, H, Lq, L), which only `eager` has.
+    Args:
+        module: The attention module, with `num_heads`, `dropout` and `is_causal`.
+        query: (B, Lq, W).
+        key: (B, L, W).
+        value: (B, L, W).
+        attention_mask: Mask in the form that this kind of attention takes.
+        **kwargs: Further arguments for the attention.
+
+    Returns:
+        The mixed values (B, Lq, W); and the weights (B, H, Lq, L), or None for any kind but `eager`.
     """
     batch, query_length, width = query.shape
-    heads = (module.num_heads, width // module.num_heads)  # with these written out, an empty batch has a shape too
+    heads = (module.num_heads, width // module.num_heads)  # written out, since -1 cannot be inferred for an empty batch
     is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
     kind = module.config._attn_implementation
-    if not is_graph and batch == 0:  # which the other kinds cannot do, whatever mask they have
+    if not is_graph and batch == 0:  # only eager attention can do an empty batch
         kind, attention_mask = "eager", None
     attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)
     mixed, weights = attention(
@@ -155,6 +177,6 @@ class HfClipEncoder(nn.Module):
 
 
 def init_linear_bias_(linear: nn.Linear) -> None:
-    """PyTorch's default for a linear layer's bias, which the original leaves in place: U(±1/√inputs)."""
+    """Initialise the bias of a linear layer as PyTorch and the original do: uniform in ±1/√inputs."""
     bound = linear.in_features**-0.5
     init.uniform_(linear.bias, -bound, bound)

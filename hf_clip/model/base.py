@@ -17,15 +17,15 @@ from .optimized import Optimizable
 POSITION_COUNTERS = r"embeddings\.position_ids$"  # in stock repositories from before transformers 4.31
 
 BESIDE_THE_TOWERS = [POSITION_COUNTERS, r"^text_projection\.", r"^visual_projection\.", r"^logit_(scale|bias)$"]
-"""What a tower alone leaves unread in a whole model's file, besides the other tower."""
+"""Tensors in the file of a whole model that a single tower does not read, besides those of the other tower."""
 
 HEEDED = {"return_dict", "attention_mask", "use_cache", "debug_io", "debug_io_dir", "prune_layers"}
 
 HEEDED |= {*TransformersKwargs.__annotations__} - {"position_ids"}
-"""Arguments beyond those that a `forward` names which it, its attention or transformers' wrappers around it know."""
+"""Arguments that have an effect although no `forward` names them: attention and transformers' wrappers read them."""
 
 BY_PRODUCTS = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping"}
-"""What tokenizers return beside ids and mask, of which nobody expects an effect here."""
+"""Fields of a tokenizer's output that are ignored without an error: nobody expects an effect of them."""
 
 INSTEAD = {
     "labels": "the loss of pairs is had by return_loss=True, that of classes from HfClipForImageClassification",
@@ -34,13 +34,13 @@ INSTEAD = {
 
 
 class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
-    """What all CLIP models here have in common: loading, saving, attention kinds, checkpointing."""
+    """Base class of all CLIP models: loading, saving, kinds of attention and gradient checkpointing."""
 
     config_class = HfClipConfig
     base_model_prefix = "hf_clip"
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # else Trainer leaves the division by its accumulation steps to the model
+    accepts_loss_kwargs = False  # otherwise Trainer expects the model to divide the loss by the accumulation steps
     _no_split_modules = [
         "HfClipTextEmbeddings",
         "HfClipViTEmbeddings",
@@ -55,7 +55,31 @@ class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As everywhere in transformers; repositories of stock CLIP and, with the package, of open_clip too."""
+        """Load a model from a folder or from a repository on the Hub.
+
+        Besides the layout of this package it reads the layout of stock CLIP. With the package installed it also reads
+        repositories of open_clip.
+
+        Args:
+            pretrained_model_name_or_path: A folder that `save_pretrained` or the converter wrote, or the name of a
+                repository, such as "org/clip-vit-b32".
+            *args: As for any model of transformers.
+            **kwargs: As for any model of transformers: `dtype` (default: that of the
+                configuration), `device_map`, `attn_implementation`, `revision`, `subfolder`, `token`, …
+
+        Returns:
+            The model in evaluation mode.
+
+        Raises:
+            OSError: There is no such folder or repository, its weights are damaged, or the folder was replaced while it
+                was read.
+            ValueError: The configuration is refused, or the path is that of a single checkpoint file, which must be
+                converted first.
+
+        Example::
+
+            model = HfClipModel.from_pretrained("org/clip-vit-l14-336", dtype=torch.bfloat16)
+        """
         source, given = pretrained_model_name_or_path, kwargs.get("config")
         model = read_unchanged(source, lambda: cls._read(source, *args, **kwargs), kwargs.get("subfolder"))
         if isinstance(given, HfClipPreTrainedConfig) and not given.is_of_this_writing(source, kwargs.get("subfolder")):
@@ -84,14 +108,15 @@ class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Every model here can; transformers would guess it from the text of the file in which the class stands."""
+        """Return True, which is right for all models here. transformers would guess it from the class's source text."""
         return True
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Initialise a module, unless its tensors have been loaded.
 
-        For classes outside of transformers, modules without tensors of their own count as loaded: layers and whole
-        models would be passed over. The guard is for code that writes to tensors directly, which ours does not.
+        For classes outside of transformers, modules without tensors of their own count as loaded, so layers and whole
+        models would never be initialised. That rule protects code that writes to tensors directly. Ours does not, so
+        the rule is switched off here.
         """
         super()._initialize_weights(module)
 
@@ -99,7 +124,8 @@ class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
 def refuse_ignored(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Raise TypeError for an argument that would have no effect, as Python does for functions without `**kwargs`.
 
-    What is None or False asks for nothing. Attention of the user's own may know any argument.
+    An argument that is None or False is allowed. With an attention that the user registered every argument is allowed,
+    since that attention may read it.
     """
     if model.config._attn_implementation not in BUILT_IN_ATTENTION:
         return
@@ -109,7 +135,7 @@ def refuse_ignored(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
             raise TypeError(f"{type(model).__name__} takes no argument {name!r}: {reason}. Leave it out.")
 
 
-# A tower alone reads and writes the names it has within a whole model, as stock CLIP's towers do.
+# A single tower reads and writes its tensors under the names that they have in a whole model, as in stock CLIP.
 for _tower, _prefix in [
     ("HfClipTextModel", "text_model"),
     ("HfClipViTModel", "vision_model"),

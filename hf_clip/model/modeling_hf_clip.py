@@ -1,12 +1,14 @@
 """CLIP as transformers models: two towers, their projections into one space, and a classifier head.
 
-A vision tower of either kind returns `last_hidden_state` and `pooler_output`, and a projection follows. For
-a ViT the pooled vector is the class token after the last LayerNorm. For a ResNet it is what the attention
-pool gathers, and the pool's own output projection, which has a bias, stands here as `visual_projection`.
+An image tower of either kind returns `last_hidden_state` and `pooler_output`. A projection then maps the pooled vector
+into the shared space. For a ViT the pooled vector is the class token after the last LayerNorm. For a ResNet it is the
+result of the attention pool before the pool's output projection. That projection, which has a bias, is
+`visual_projection` here.
 
 Invariant: for the text tower and the ViTs, parameter names are those of transformers' `CLIPModel`.
 
-Dimensions: B batch, I images, T texts, L text length, P patches + class token, W tower width, D embedding.
+Dimensions: B batch, I images, T texts, L text length, P patches and class token, W tower width, D embedding,
+C channels, Y × X pixels or cells, K classes.
 """
 
 from dataclasses import dataclass
@@ -29,16 +31,18 @@ from .vit_tower import HfClipViTModel
 
 @dataclass
 class HfClipOutput(ModelOutput):
-    """What `HfClipModel` returns, field for field what transformers' `CLIPModel` returns.
-
-    loss:               ()      symmetric cross-entropy or the sigmoid loss, if `return_loss`
-    logits_per_image:   (I, T)  cosine similarities times the logit scale, plus the logit bias where there is one
-    logits_per_text:    (T, I)  the same, transposed
-    text_embeds:        (T, D)  of length one
-    image_embeds:       (I, D)  of length one
-    text_model_output, vision_model_output: the towers' outputs; their `pooler_output` is projected, (·, D)
+    """Output of `HfClipModel`, with the fields of transformers' `CLIPOutput`.
 
     Fields of a modality that was not given are None.
+
+    Attributes:
+        loss: Scalar contrastive loss, with `return_loss=True`: symmetric cross-entropy, or the sigmoid loss.
+        logits_per_image: (I, T) cosine similarities times the logit scale, plus the logit bias if there is one.
+        logits_per_text: (T, I) the transpose of `logits_per_image`.
+        text_embeds: (T, D) text features of length one.
+        image_embeds: (I, D) image features of length one.
+        text_model_output: Output of the text tower. Its `pooler_output` (T, D) is projected and not normalised.
+        vision_model_output: Output of the image tower. Its `pooler_output` (I, D) is projected and not normalised.
     """
 
     loss: Tensor | None = None
@@ -55,7 +59,14 @@ class HfClipOutput(ModelOutput):
 
 @dataclass
 class HfClipTextModelOutput(ModelOutput):
-    """A text tower's output with `text_embeds` (B, D), projected and not normalised."""
+    """Output of `HfClipTextModelWithProjection`.
+
+    Attributes:
+        text_embeds: (B, D) projected text features, not normalised.
+        last_hidden_state: (B, L, W) the text tower's output at every position, after the final LayerNorm.
+        hidden_states: With `output_hidden_states=True`, (B, L, W) each: the embeddings and every layer's output.
+        attentions: With `output_attentions=True`, (B, H, L, L) each: every layer's attention weights.
+    """
 
     text_embeds: Tensor | None = None
     last_hidden_state: Tensor | None = None
@@ -65,7 +76,16 @@ class HfClipTextModelOutput(ModelOutput):
 
 @dataclass
 class HfClipVisionModelOutput(ModelOutput):
-    """An image tower's output with `image_embeds` (B, D), projected and not normalised."""
+    """Output of `HfClipVisionModelWithProjection`.
+
+    Attributes:
+        image_embeds: (B, D) projected image features, not normalised.
+        last_hidden_state: A ViT's output at every position (B, P, W), or a ResNet's last feature map (B, W, Y, X).
+        hidden_states: With `output_hidden_states=True`: a ViT's embeddings and every layer's output (B, P, W), or the
+            feature maps of a ResNet's stem and stages (B, C, Y, X).
+        attentions: With `output_attentions=True`: the attention weights of every layer of a ViT (B, H, P, P), or of a
+            ResNet's attention pool (B, H, 1, 1 + cells).
+    """
 
     image_embeds: Tensor | None = None
     last_hidden_state: Tensor | None = None
@@ -79,7 +99,7 @@ def build_vision_tower(config: HfClipViTConfig | HfClipResNetConfig) -> "HfClipV
 
 
 def build_visual_projection(config: HfClipViTConfig | HfClipResNetConfig, projection_dim: int) -> nn.Linear:
-    """The map into the shared space; a ResNet's is its attention pool's output projection, with a bias."""
+    """Make the map into the shared space. For a ResNet it is the attention pool's output projection, with a bias."""
     has_bias = config.model_type == HfClipResNetConfig.model_type
     return nn.Linear(config.hidden_size, projection_dim, bias=has_bias)
 
@@ -91,19 +111,48 @@ def init_projection_(projection: nn.Linear, factor: float) -> None:
 
 
 def contrastive_loss(logits: Tensor) -> Tensor:
-    """Symmetric cross-entropy of a square matrix whose diagonal holds the true pairs (section 2.3, figure 3)."""
+    """Compute CLIP's loss: symmetric cross-entropy (Radford et al. 2021, section 2.3, figure 3).
+
+    Args:
+        logits: Square matrix of texts and images, whose diagonal holds the true pairs.
+
+    Returns:
+        Scalar loss.
+    """
     targets = torch.arange(logits.shape[0], device=logits.device)
     return (nn.functional.cross_entropy(logits, targets) + nn.functional.cross_entropy(logits.T, targets)) / 2
 
 
 def sigmoid_loss(logits: Tensor) -> Tensor:
-    """Every pair of a square matrix by itself, true ones on the diagonal (Zhai et al. 2023, algorithm 1)."""
+    """Compute SigLIP's loss: each pair is classified by itself (Zhai et al. 2023, algorithm 1).
+
+    Args:
+        logits: Square matrix of texts and images, whose diagonal holds the true pairs.
+
+    Returns:
+        Scalar loss: the sum over all pairs, divided by the number of texts.
+    """
     signs = 2 * torch.eye(logits.shape[0], device=logits.device, dtype=logits.dtype) - 1
     return -nn.functional.logsigmoid(signs * logits).sum() / logits.shape[0]
 
 
 class HfClipModel(HfClipPreTrainedModel):
-    """A whole CLIP: both towers, their projections and the logit scale; a bias too where the loss was the sigmoid's."""
+    """A whole CLIP model: text tower, image tower, their projections, and the logit scale.
+
+    A model that was trained by the sigmoid loss has a logit bias too.
+
+    Args:
+        config: Configuration of both towers and of the space they share.
+
+    Example::
+
+        model = HfClipModel.from_pretrained("org/clip-vit-b32")
+        processor = HfClipProcessor.from_pretrained("org/clip-vit-b32")
+        inputs = processor(text=["a cat", "a dog"], images=["cat.jpg"], return_tensors="pt")
+        with torch.no_grad():
+            outputs = model(**inputs)
+        outputs.logits_per_image.softmax(dim=-1)  # (1, 2): the probability of each text
+    """
 
     def __init__(self, config: HfClipConfig):
         super().__init__(config)
@@ -132,12 +181,29 @@ class HfClipModel(HfClipPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def encode_image(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """Image features as the original returns them: (B, C, Y, X) → (B, D), not normalised."""
+        """Compute image features, as the original's `encode_image` does.
+
+        Args:
+            pixel_values: (B, C, Y, X), float, from the image processor.
+            interpolate_pos_encoding: Whether to resample the learned positions, so that images of another size than
+                the model's `image_size` are accepted.
+
+        Returns:
+            Features (B, D), not normalised.
+        """
         outputs = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True)
         return self.visual_projection(outputs.pooler_output)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Text features as the original returns them: (B, L) → (B, D), not normalised."""
+        """Compute text features, as the original's `encode_text` does.
+
+        Args:
+            input_ids: (B, L) token ids, from the tokenizer.
+            attention_mask: (B, L), 1 at tokens and 0 at padding. Needed for padding on the left only.
+
+        Returns:
+            Features (B, D), not normalised.
+        """
         outputs = self.text_model(input_ids, attention_mask=attention_mask, return_dict=True)
         return self.text_projection(outputs.pooler_output)
 
@@ -149,7 +215,17 @@ class HfClipModel(HfClipPreTrainedModel):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """The text tower's output with `pooler_output` projected to (B, D), as in transformers 5."""
+        """Compute text features and return them with the text tower's other outputs, as in transformers 5.
+
+        Args:
+            input_ids: (B, L) token ids, from the tokenizer.
+            attention_mask: (B, L), 1 at tokens and 0 at padding. Needed for padding on the left only.
+            position_ids: (B, L) positions of the tokens. None: counted from the first token that the mask shows.
+            **kwargs: As for any model of transformers, e.g. `output_hidden_states=True`.
+
+        Returns:
+            The text tower's output. Its `pooler_output` holds the features (B, D), projected and not normalised.
+        """
         outputs = self.text_model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, **(kwargs | {"return_dict": True})
         )
@@ -160,7 +236,16 @@ class HfClipModel(HfClipPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """The image tower's output with `pooler_output` projected to (B, D), as in transformers 5."""
+        """Compute image features and return them with the image tower's other outputs, as in transformers 5.
+
+        Args:
+            pixel_values: (B, C, Y, X), float, from the image processor.
+            interpolate_pos_encoding: Whether to resample the learned positions for images of another size.
+            **kwargs: As for any model of transformers, e.g. `output_hidden_states=True`.
+
+        Returns:
+            The image tower's output. Its `pooler_output` holds the features (B, D), projected and not normalised.
+        """
         outputs = self.vision_model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **(kwargs | {"return_dict": True})
         )
@@ -178,10 +263,25 @@ class HfClipModel(HfClipPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Any,
     ) -> HfClipOutput:
-        """Compare every image with every text; either may be left out, and then only the other is embedded.
+        """Compare every image with every text. Given images or texts alone, it computes their features.
 
-        input_ids:    (T, L)        pixel_values: (I, C, Y, X)
-        return_loss:  the contrastive loss that the configuration names too, for which image i belongs to text i
+        Args:
+            input_ids: (T, L) token ids, from the tokenizer.
+            pixel_values: (I, C, Y, X), float, from the image processor.
+            attention_mask: (T, L), 1 at tokens and 0 at padding. Needed for padding on the left only.
+            position_ids: (T, L) positions of the tokens. None: counted from the first token that the mask shows.
+            return_loss: Whether to compute the contrastive loss that the configuration names. Image i then belongs to
+                text i.
+            interpolate_pos_encoding: Whether to resample the learned positions for images of another size.
+            **kwargs: As for any model of transformers: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            Logits, features of length one, and the towers' outputs.
+
+        Raises:
+            ValueError: Neither modality is given; or a loss is asked for without as many texts as images.
+            TypeError: An argument is unknown and would have no effect.
+            EndOfTextError: A text has no end-of-text id.
         """
         refuse_ignored(self, kwargs)
         if input_ids is None and pixel_values is None:
@@ -229,7 +329,11 @@ class HfClipModel(HfClipPreTrainedModel):
 
 
 class HfClipTextModelWithProjection(HfClipPreTrainedModel):
-    """The text tower and its projection, for those who need no images."""
+    """The text tower and its projection, to encode texts without the image tower.
+
+    Args:
+        config: Configuration of the text tower.
+    """
 
     config_class = HfClipTextConfig
     base_model_prefix = "text_model"
@@ -266,7 +370,20 @@ class HfClipTextModelWithProjection(HfClipPreTrainedModel):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> HfClipTextModelOutput:
-        """input_ids (B, L) → text_embeds (B, D) and the tower's own outputs."""
+        """Compute text features.
+
+        Args:
+            input_ids: (B, L) token ids, from the tokenizer.
+            attention_mask: (B, L), 1 at tokens and 0 at padding. Needed for padding on the left only.
+            position_ids: (B, L) positions of the tokens. None: counted from the first token that the mask shows.
+            **kwargs: As for any model of transformers: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            `text_embeds` (B, D), not normalised, and the tower's own outputs.
+
+        Raises:
+            EndOfTextError: A text has no end-of-text id.
+        """
         refuse_ignored(self, kwargs)
         outputs = self.text_model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, **(kwargs | {"return_dict": True})
@@ -280,9 +397,10 @@ class HfClipTextModelWithProjection(HfClipPreTrainedModel):
 
 
 class HfClipVisionModelWithProjection(HfClipPreTrainedModel):
-    """The image tower of either kind and its projection, for those who need no texts.
+    """The image tower and its projection, to encode images without the text tower.
 
-    Takes the composite HfClipConfig, since that is where the kind of the tower is written down.
+    Args:
+        config: Configuration of the whole model, whose `vision_config` says which kind of image tower it is.
     """
 
     main_input_name = "pixel_values"
@@ -315,7 +433,16 @@ class HfClipVisionModelWithProjection(HfClipPreTrainedModel):
     def forward(
         self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> HfClipVisionModelOutput:
-        """pixel_values (B, C, Y, X) → image_embeds (B, D) and the tower's own outputs."""
+        """Compute image features.
+
+        Args:
+            pixel_values: (B, C, Y, X), float, from the image processor.
+            interpolate_pos_encoding: Whether to resample the learned positions for images of another size.
+            **kwargs: As for any model of transformers: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            `image_embeds` (B, D), not normalised, and the tower's own outputs.
+        """
         refuse_ignored(self, kwargs)
         outputs = self.vision_model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **(kwargs | {"return_dict": True})
@@ -329,7 +456,11 @@ class HfClipVisionModelWithProjection(HfClipPreTrainedModel):
 
 
 class HfClipForImageClassification(HfClipPreTrainedModel):
-    """An image tower of either kind with a linear head on its pooled feature."""
+    """An image tower with a linear classifier on its pooled vector.
+
+    Args:
+        config: Configuration of the whole model. `num_labels` is the number of classes.
+    """
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -365,10 +496,19 @@ class HfClipForImageClassification(HfClipPreTrainedModel):
     ) -> ImageClassifierOutput:
         """Classify images.
 
-        pixel_values: (B, C, Y, X)
-        labels:       (B,) class ids, or (B, num_labels) floats for several labels at once or regression:
-                      `config.problem_type` says which, and is inferred as everywhere in transformers when unset
-        returns: logits (B, num_labels), and the loss if there are labels
+        Args:
+            pixel_values: (B, C, Y, X), float, from the image processor.
+            labels: (B,) class ids, or (B, K) floats for several labels per image or for regression.
+                `config.problem_type` says which of these. If it is unset, it is inferred from the labels, as in
+                transformers.
+            interpolate_pos_encoding: Whether to resample the learned positions for images of another size.
+            **kwargs: As for any model of transformers: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            Logits (B, K), and the loss if there are labels.
+
+        Raises:
+            ValueError: Labels are given for an empty batch.
         """
         refuse_ignored(self, kwargs)
         if labels is not None and len(labels) == 0:

@@ -1,10 +1,13 @@
 """The modified ResNet image tower and its attention pool (Radford et al. 2021, section 2.4).
 
-It differs from the familiar ResNet in three ways: the stem has three 3×3 convolutions and an average pool; wherever a
-convolution would have a stride, an average pool precedes a convolution without one; and the final average pool is one
-attention step whose only query is the mean of the feature map.
+It differs from the usual ResNet in three ways:
 
-Dimensions: B batch, C channels, Y × X pixels or feature-map cells, H heads, W = 32 × stem width.
+1. The stem has three 3×3 convolutions and an average pool.
+2. In place of a convolution with a stride there is an average pool, followed by a convolution without a stride.
+3. The final average pool is replaced by one attention step, whose only query is the mean of the feature map.
+
+Dimensions: B batch, C channels, Y × X pixels or cells, H heads, W tower width = 32 × stem width,
+L = 1 + Y · X positions (the mean and the cells).
 """
 
 from collections.abc import Callable, Iterator
@@ -31,10 +34,11 @@ EXPANSION = 4
 
 
 def suits_channels_last(images: Tensor, norm: nn.BatchNorm2d) -> bool:
-    """Whether a ResNet on (B, C, Y, X) is better off where the channels of a pixel lie side by side in memory.
+    """Whether a ResNet should have the channels of a pixel side by side in memory, for images (B, C, Y, X).
 
-    It is faster in GPUs' tensor cores, and on CPUs, which bring other layouts into this one and back around every
-    convolution. But there a batch's statistics come out ten times less exact, so not where they are normalised by.
+    This layout is faster in tensor cores of GPUs. On CPUs it is faster too, since torch converts any other layout to
+    it and back around every convolution. But on CPUs the statistics of a batch come out ten times less exact in this
+    layout, so it is not used in training mode, which normalises by them.
     """
     device = images.device.type
     in_tensor_cores = device == "cuda" and (images.itemsize == 2 or torch.is_autocast_enabled("cuda"))
@@ -42,22 +46,22 @@ def suits_channels_last(images: Tensor, norm: nn.BatchNorm2d) -> bool:
 
 
 def is_unseen(convolution: nn.Module, norm: nn.Module) -> bool:
-    """Whether nobody else has a norm's output, so that what follows may be computed in its place.
+    """Whether the output of a norm may be overwritten by the next step, because nothing else refers to it.
 
-    A hook may keep it, or hand it on as a view that autograd protects. A norm may have been replaced by nothing at all,
-    and its output be the convolution's.
+    A hook on the norm may keep its output, or return a view of it that autograd protects. If the norm was replaced by
+    an identity, its output is that of the convolution, so hooks on the convolution count too.
     """
     return not (is_hooked(norm) or is_hooked(convolution))
 
 
 def relu_of_norm(convolution: nn.Module, norm: nn.Module, feature_map: Tensor) -> Tensor:
-    """max(0, norm(convolution(x))): (B, C, Y, X) → (B, C', Y', X')."""
+    """Compute ReLU(norm(convolution(x))): (B, C, Y, X) → (B, C', Y', X'), the sizes after the convolution."""
     output = norm(convolution(feature_map))
     return output.relu_() if is_unseen(convolution, norm) else output.relu()
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """The same (B, C, Y, X) with the channels of a pixel side by side in memory."""
+    """Return (B, C, Y, X) with the same values and the channels of a pixel side by side in memory."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return images.contiguous(memory_format=torch.channels_last)
     return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.vmap knows no memory formats
@@ -65,9 +69,10 @@ def channels_last(images: Tensor) -> Tensor:
 
 @contextmanager
 def frozen_statistics(block: nn.Module) -> Iterator[None]:
-    """Within this context BatchNorm normalises as in training, and counts the batch in copies that are thrown away.
+    """Let BatchNorm normalise as in training within a `with` block, but keep its running statistics unchanged.
 
-    Autograd must save as many tensors as without, so the statistics cannot just be switched off.
+    The batch is counted in copies of the statistics, which are discarded. Counting cannot simply be switched off: a
+    replay for gradient checkpointing must save as many tensors for autograd as the first run.
     """
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     kept = [dict(norm.named_buffers()) for norm in norms]
@@ -83,7 +88,7 @@ def frozen_statistics(block: nn.Module) -> Iterator[None]:
 
 
 class HfClipBottleneck(GradientCheckpointingLayer):
-    """1×1, 3×3, 1×1 convolutions around a shortcut: (B, C, Y, X) → (B, 4 × width, Y / stride, X / stride)."""
+    """Three convolutions (1×1, 3×3, 1×1) and a shortcut: (B, C, Y, X) → (B, 4 × width, Y / stride, X / stride)."""
 
     def __init__(self, channels: int, width: int, stride: int):
         super().__init__()
@@ -107,9 +112,9 @@ class HfClipBottleneck(GradientCheckpointingLayer):
         is_ours = is_unseen(self.conv3, self.bn3)
         return (branch.add_(shortcut) if is_ours else branch + shortcut).relu_()
 
-    # Gradient checkpointing runs a block twice. BatchNorm must count the batch in the first run only, or
-    # its running statistics would depend on whether memory was saved. transformers stores its checkpoint
-    # function in this attribute of every layer, so the rule is put around it here.
+    # Gradient checkpointing runs a block twice. BatchNorm must count the batch in the first run only, or its running
+    # statistics would change with checkpointing. transformers stores its checkpoint function in this attribute of
+    # every layer; the property wraps it.
 
     @property
     def _gradient_checkpointing_func(self) -> Callable:
@@ -140,7 +145,7 @@ class HfClipBottleneck(GradientCheckpointingLayer):
 
 
 class HfClipResNetStage(nn.Sequential):
-    """Blocks of one resolution; the first one changes channels and, by its stride, the resolution."""
+    """The blocks of one resolution. The first block changes the channels, and the resolution by its stride."""
 
     def __init__(self, channels: int, width: int, blocks: int, stride: int):
         first = HfClipBottleneck(channels, width, stride)
@@ -148,10 +153,10 @@ class HfClipResNetStage(nn.Sequential):
 
 
 class HfClipAttentionPool(nn.Module):
-    """One attention step that gathers the feature map into a vector: (B, W, Y, X) → (B, W).
+    """Attention pool: turns the feature map into one vector, (B, W, Y, X) → (B, W).
 
-    Tokens are the map's cells preceded by their mean; the mean's attention output is the result. The
-    original's output projection is not here: it is the model's `visual_projection`.
+    The tokens are the mean of the map's cells, followed by the cells. The result is the attention output of the first
+    token, the mean. The pool's output projection in the original is the model's `visual_projection` here.
     """
 
     def __init__(self, config: HfClipResNetConfig):
@@ -167,10 +172,10 @@ class HfClipAttentionPool(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, feature_map: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Returns the pooled vector (B, W) and the attention weights (B, H, 1, 1 + Y * X), if there are any."""
+        """Return the pooled vector (B, W) and the attention weights (B, H, 1, L), which only eager attention has."""
         height, width = feature_map.shape[-2:]
         cells = feature_map.flatten(2).transpose(1, 2)  # (B, Y * X, W)
-        tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1)  # (B, 1 + Y * X, W)
+        tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1)  # (B, L, W)
         positions: Tensor = self.positional_embedding
         if (height, width) != (self.grid_size, self.grid_size):
             positions = resize_position_table(positions, self.grid_size, height, width)
@@ -178,14 +183,18 @@ class HfClipAttentionPool(nn.Module):
         return mixed[:, 0], weights
 
     def gather(self, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """The first token's attention over all: (B, 1 + Y * X, W) → (B, 1, W) and the weights."""
+        """Compute the attention of the first token over all tokens: (B, L, W) → (B, 1, W), and the weights."""
         query = apply_linear(self.q_proj, tokens[:, :1])
         key, value = apply_linear(self.k_proj, tokens), apply_linear(self.v_proj, tokens)
         return attend(self, query, key, value, **kwargs)
 
 
 class HfClipResNetModel(HfClipPreTrainedModel):
-    """The modified ResNet image tower, as far as the attention pool's output projection."""
+    """The modified ResNet image tower (Radford et al. 2021, section 2.4), up to its output projection.
+
+    Args:
+        config: Configuration of the tower.
+    """
 
     config_class = HfClipResNetConfig
     main_input_name = "pixel_values"
@@ -193,8 +202,8 @@ class HfClipResNetModel(HfClipPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", *BESIDE_THE_TOWERS]
     _input_embed_layer = "conv1"
     _can_record_outputs = {"hidden_states": HfClipResNetStage, "attentions": HfClipAttentionPool}
-    # Running statistics in bfloat16 would stop moving once they are near their mean: their updates fall below
-    # its resolution. The counter of batches is an integer and must not be named here.
+    # Running statistics in bfloat16 would stop changing once they are near their mean, since updates would be smaller
+    # than the resolution of bfloat16. The counter of batches is an integer and must not be named here.
     _keep_in_fp32_modules_strict = [
         rf"{norm}.{tensor}"
         for norm in ("bn1", "bn2", "bn3", "downsample.1")
@@ -239,10 +248,19 @@ class HfClipResNetModel(HfClipPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Encode images.
 
-        pixel_values:             (B, C, Y, X)  normalised by HfClipImageProcessor; Y = X = image_size unless ...
-        interpolate_pos_encoding: ... the attention pool's positions are to be resampled to the images' own size
-        returns: last_hidden_state (B, W, Y / 32, X / 32) and pooler_output (B, W); hidden states are the stem's
-            and the four stages' feature maps, attentions the attention pool's (B, heads, 1, 1 + cells)
+        Args:
+            pixel_values: (B, C, Y, X), float, from the image processor. Y = X = `image_size`.
+            interpolate_pos_encoding: Whether to resample the attention pool's positions, so that images of another
+                size are accepted.
+            **kwargs: As for any model of transformers: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            `last_hidden_state` (B, W, Y / 32, X / 32), the last feature map, and `pooler_output` (B, W). Hidden states
+            are the feature maps of the stem and the four stages. Attentions are those of the attention pool,
+            (B, H, 1, L).
+
+        Raises:
+            ValueError: The images have a size, shape or dtype that the tower does not take.
         """
         refuse_ignored(self, kwargs)
         images = check_image_size(
@@ -255,7 +273,14 @@ class HfClipResNetModel(HfClipPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
     def stem(self, images: Tensor) -> Tensor:
-        """Three convolutions and a pool: (B, C, Y, X) → (B, stem_width, Y / 4, X / 4)."""
+        """Run the stem, three convolutions and an average pool.
+
+        Args:
+            images: (B, C, Y, X).
+
+        Returns:
+            Feature map (B, stem_width, Y / 4, X / 4).
+        """
         if suits_channels_last(images, self.bn1):
             images = channels_last(images)
         feature_map = relu_of_norm(self.conv1, self.bn1, images)
@@ -264,7 +289,7 @@ class HfClipResNetModel(HfClipPreTrainedModel):
 
 
 def init_attention_pool_(pool: HfClipAttentionPool, factor: float) -> None:
-    """The original's initialisation: normal with deviation 1/√W for weights and positions."""
+    """Initialise the attention pool as the original does: normal with standard deviation 1/√W."""
     std = pool.config.hidden_size**-0.5 * factor
     init.normal_(pool.positional_embedding, std=std)
     for projection in (pool.q_proj, pool.k_proj, pool.v_proj):
@@ -273,10 +298,10 @@ def init_attention_pool_(pool: HfClipAttentionPool, factor: float) -> None:
 
 
 def init_convolution_(convolution: nn.Conv2d) -> None:
-    """PyTorch's default, which the original leaves in place."""
+    """Initialise a convolution by PyTorch's default, as the original does."""
     init.kaiming_uniform_(convolution.weight, a=5**0.5)
 
 
 def init_last_norm_(block: HfClipBottleneck) -> None:
-    """Zero the last gain, so that every residual block starts as its shortcut."""
+    """Set the last gain to zero, so that a block starts as its shortcut."""
     init.zeros_(block.bn3.weight)

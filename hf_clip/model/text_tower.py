@@ -1,6 +1,6 @@
 """The causal text tower: token and position embeddings, residual attention layers, the feature at the end of the text.
 
-Dimensions: B batch, L text length, W tower width.
+Dimensions: B batch, L text length, W tower width, H heads.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ class HfClipTextEmbeddings(nn.Module):
             position_ids = torch.arange(length, device=input_ids.device)
         try:
             tokens = self.token_embedding(input_ids)
-        except IndexError:  # a GPU cannot say so; there the embedding's own assertion stops the program
+        except IndexError:  # raised on CPUs only; on a GPU an assertion of CUDA stops the program
             raise ValueError(
                 f"input_ids hold an id outside of this model's vocabulary of {self.token_embedding.num_embeddings}. "
                 f"Tokenize with the tokenizer that was saved with the model."
@@ -47,7 +47,7 @@ class HfClipTextEmbeddings(nn.Module):
 
 
 def check_input_ids(input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-    """Return the ids as (B, L), or refuse what is no batch of token ids."""
+    """Return the ids as (B, L). Raises ValueError for anything but a batch of token ids."""
     if not isinstance(input_ids, Tensor):
         raise ValueError(
             f"The text tower needs input_ids as a tensor of token ids, but got {type(input_ids).__name__}: pass what "
@@ -68,7 +68,11 @@ def check_input_ids(input_ids: Tensor | None, attention_mask: Tensor | None) -> 
 
 
 class HfClipTextModel(HfClipPreTrainedModel):
-    """The causal text tower."""
+    """The causal text tower (Radford et al. 2021, section 2.4), without projection.
+
+    Args:
+        config: Configuration of the tower.
+    """
 
     config_class = HfClipTextConfig
     input_modalities = ("text",)
@@ -111,13 +115,21 @@ class HfClipTextModel(HfClipPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Encode texts.
 
-        input_ids:      (B, L)  with the end-of-text id in every row
-        attention_mask: (B, L)  optional: with padding on the right the feature is the same without it; padding on the
-            left needs it, and then gives the features of padding on the right
-        position_ids:   (B, L)  optional; by default they count from the first token that the mask shows
-        returns: last_hidden_state (B, L, W) and pooler_output (B, W), both after the final LayerNorm
+        Args:
+            input_ids: (B, L) token ids, from the tokenizer. Every row holds the end-of-text id.
+            attention_mask: (B, L), 1 at tokens and 0 at padding. With padding on the right the features are the same
+                without it. With padding on the left it is needed, and the features equal those of padding on the right.
+            position_ids: (B, L) positions of the tokens. None: counted from the first token that the mask shows.
+            **kwargs: As for any model of transformers: `output_hidden_states`, `output_attentions`, `return_dict`.
 
-        Raises EndOfTextError for a row without its end; on GPUs and in graphs its pooler_output is NaN instead.
+        Returns:
+            `last_hidden_state` (B, L, W), and `pooler_output` (B, W), the state at the end of each text. Both are taken
+            after the final LayerNorm.
+
+        Raises:
+            EndOfTextError: A row has no end-of-text id. On GPUs and in compiled, exported or traced graphs its
+                `pooler_output` is NaN instead.
+            ValueError: The ids have another shape or dtype, are too many, or lie outside the vocabulary.
         """
         refuse_ignored(self, kwargs)
         input_ids = check_input_ids(input_ids, attention_mask)
@@ -136,7 +148,7 @@ class HfClipTextModel(HfClipPreTrainedModel):
 
 
 def init_text_layer_(layer: HfClipEncoderLayer, num_layers: int, factor: float) -> None:
-    """The original's initialisation of a text layer: smaller where the residual stream is written, as in GPT-2."""
+    """Initialise a text layer as the original does: smaller where the residual stream is written, as in GPT-2."""
     attention, mlp = layer.self_attn, layer.mlp
     width = attention.q_proj.in_features
     write_std = width**-0.5 * (2 * num_layers) ** -0.5 * factor

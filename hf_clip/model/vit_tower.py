@@ -20,7 +20,7 @@ from .position_table import check_image_size, resize_position_table
 
 
 class HfClipViTEmbeddings(nn.Module):
-    """Patches as tokens, the class token before them, positions added: (B, C, Y, X) → (B, P, W)."""
+    """Embed patches as tokens, put the class token before them, and add positions: (B, C, Y, X) → (B, P, W)."""
 
     def __init__(self, config: HfClipViTConfig):
         super().__init__()
@@ -34,7 +34,7 @@ class HfClipViTEmbeddings(nn.Module):
         pixels = pixel_values.to(self.patch_embedding.weight.dtype)
         patches = apply_patch_embedding(self.patch_embedding, pixels)  # (B, W, Y / S, X / S)
         height, width = patches.shape[-2:]
-        # Called, not read: where weights are offloaded, a module's call is what brings them back.
+        # The module is called, its weight is not read: offloaded weights are only loaded by a call of their module.
         cells = torch.arange(1 + self.grid_size**2, device=patches.device)
         positions = self.position_embedding(cells)
         if (height, width) != (self.grid_size, self.grid_size):
@@ -44,7 +44,11 @@ class HfClipViTEmbeddings(nn.Module):
 
 
 class HfClipViTModel(HfClipPreTrainedModel):
-    """The Vision Transformer image tower."""
+    """The Vision Transformer image tower (Radford et al. 2021, section 2.4), without projection.
+
+    Args:
+        config: Configuration of the tower.
+    """
 
     config_class = HfClipViTConfig
     main_input_name = "pixel_values"
@@ -83,9 +87,17 @@ class HfClipViTModel(HfClipPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Encode images.
 
-        pixel_values:             (B, C, Y, X)  normalised by HfClipImageProcessor; Y = X = image_size unless ...
-        interpolate_pos_encoding: ... the position table is to be resampled to the images' own size
-        returns: last_hidden_state (B, P, W) and pooler_output (B, W), the class token after the last LayerNorm
+        Args:
+            pixel_values: (B, C, Y, X), float, from the image processor. Y = X = `image_size`.
+            interpolate_pos_encoding: Whether to resample the learned positions, so that images of another size are
+                accepted.
+            **kwargs: As for any model of transformers: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            `last_hidden_state` (B, P, W), and `pooler_output` (B, W), the class token after the last LayerNorm.
+
+        Raises:
+            ValueError: The images have a size, shape or dtype that the tower does not take.
         """
         refuse_ignored(self, kwargs)
         images = check_image_size(pixel_values, self.config, interpolate_pos_encoding, smallest=self.config.patch_size)
@@ -96,7 +108,7 @@ class HfClipViTModel(HfClipPreTrainedModel):
 
 
 def init_vit_layer_(layer: HfClipEncoderLayer) -> None:
-    """The original's initialisation of a ViT layer, which is PyTorch's default for each part.
+    """Initialise a ViT layer as the original does, which takes PyTorch's default for each part.
 
     `nn.MultiheadAttention` draws q, k and v as one (3W, W) matrix with Xavier's bound √(6 / (W + 3W)).
     """
