@@ -1,0 +1,143 @@
+"""`hf-clip COMMAND …`: the commands in groups, and what all of them have in common.
+
+1. An option's underscores and hyphens mean the same: `--batch_size` and `--batch-size`.
+2. What a user can mend is one line on stderr, `error: …`, and exit status 1; anything else is a fault of ours, with its
+   traceback.
+
+A command is a function in a file, both named as the command, with underscores for hyphens. Its file imports typer at
+the top, and what does the work within the function: the help of all commands is then as fast as `import hf_clip`.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from ..model.checked_files import LONGEST_LINE, one_line
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "Use a model": (),
+    "Checkpoints": (),
+    "Training": (),
+}
+"""Group in the help → its commands. A new command is a name here and a file."""
+
+TRACEBACK = "HF_CLIP_TRACEBACK"
+"""Environment variable: errors come with their traceback."""
+
+UsageError: Any = typer.BadParameter.__base__
+"""typer's error for a command line that cannot be read, which has had several homes."""
+
+INTERRUPTED = 130
+
+
+def in_one_line(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same command, ending with `error: …` and status 1 where the user can do something about it."""
+
+    @wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except BrokenPipeError:  # whoever reads our output has read enough
+            raise
+        except (OSError, ValueError, ImportError) as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            print(f"error: {one_line(error, LONGEST_LINE)}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt as error:
+            print(f"\n{one_line(error) or 'interrupted'}", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+def read_alike(words: Sequence[str]) -> list[str]:
+    """A command line's words with hyphens in the names of its options, and `--traceback` first.
+
+    What follows `=` or a lone `--` stays as it is.
+    """
+    end = list(words).index("--") if "--" in words else len(words)
+    found = []
+    for word in words[:end]:
+        name, equals, value = word.partition("=")
+        is_option = re.fullmatch(r"--[A-Za-z][A-Za-z0-9_-]*", name) is not None
+        found.append(f"{name.replace('_', '-')}{equals}{value}" if is_option else word)
+    first = ["--traceback"] if "--traceback" in found else []
+    return [*first, *(word for word in found if word != "--traceback"), *words[end:]]
+
+
+def build_app(only: str | None = None) -> typer.Typer:
+    """The program, with all commands or one of them."""
+    app = typer.Typer(
+        name="hf-clip",
+        help="All nine OpenAI CLIP models for transformers, the Hub and beyond.",
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback(invoke_without_command=True)
+    def options_of_all(
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+        traceback: Annotated[
+            bool, typer.Option("--traceback", envvar=TRACEBACK, help="Show where an error was raised.")
+        ] = False,
+    ) -> None:
+        if traceback:
+            os.environ[TRACEBACK] = "1"
+        if version:
+            from .. import __version__
+
+            typer.echo(f"hf-clip {__version__}")
+        elif context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+
+    for panel, names in COMMANDS.items():
+        for name in names:
+            if only in (None, name):
+                function_name = name.replace("-", "_")
+                module = import_module(f"{__package__}.{function_name}")
+                # A command that reads its own options, as the trainer does, says so in SETTINGS.
+                register = app.command(name, rich_help_panel=panel, **getattr(module, "SETTINGS", {}))
+                register(in_one_line(getattr(module, function_name)))
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line, by default that of the process. Returns the exit status.
+
+    0: done; 1: an error; 2: some of many things could not be done, which each command's help describes
+    """
+    words = read_alike(sys.argv[1:] if arguments is None else arguments)
+    names = [name for names in COMMANDS.values() for name in names]
+    only = next((word for word in words if not word.startswith("-")), None)
+    is_completion = "_HF_CLIP_COMPLETE" in os.environ
+    app = build_app(only if only in names and not is_completion else None)
+    try:
+        status = app(words, prog_name="hf-clip", standalone_mode=False)
+    except UsageError as error:
+        where = getattr(getattr(error, "ctx", None), "command_path", "hf-clip")
+        problem = one_line(error.format_message(), LONGEST_LINE)
+        end = "" if problem.endswith((".", ")", "?")) else "."
+        print(f"error: {problem}{end} See {where} --help.", file=sys.stderr)
+        return 1
+    except typer.Abort:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes what is left at its end
+        os.close(nowhere)
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

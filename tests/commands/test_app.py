@@ -1,0 +1,165 @@
+"""What all commands of `hf-clip` have in common: the help, the spelling of options, errors in one line."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import pytest
+import typer
+
+from hf_clip import __version__
+from hf_clip.commands import app
+
+ALL = [name for names in app.COMMANDS.values() for name in names]
+
+
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A command `scratch-pad` that records its option and raises what it is told to."""
+    seen: list[object] = []
+    module = ModuleType("hf_clip.commands.scratch_pad")
+
+    def scratch_pad(
+        batch_size: Annotated[int, typer.Option(help="A size.")] = 1,
+        labels: Annotated[str, typer.Option(help="Labels.")] = "",
+        problem: Annotated[str, typer.Option(help="An error's name.")] = "",
+    ) -> None:
+        """Do something."""
+        seen.append((batch_size, labels))
+        kinds: dict[str, BaseException] = {
+            "value": ValueError("the size is\nwrong"),
+            "file": FileNotFoundError("there is no file"),
+            "package": ModuleNotFoundError("pip install it"),
+            "fault": ZeroDivisionError("a fault"),
+            "signal": KeyboardInterrupt("interrupted; nothing was written"),
+            "pipe": BrokenPipeError(),
+        }
+        if problem:
+            raise kinds[problem]
+
+    module.scratch_pad = scratch_pad  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hf_clip.commands.scratch_pad", module)
+    monkeypatch.setattr(app, "COMMANDS", {**app.COMMANDS, "Scratch": ("scratch-pad",)})
+    monkeypatch.setenv(app.TRACEBACK, "")
+    return seen
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    assert app.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hf-clip {__version__}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands_in_their_groups(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert app.main(words) == 0
+    shown = capsys.readouterr().out
+    for group, names in app.COMMANDS.items():
+        assert group in shown or not names
+        assert all(f" {name} " in shown for name in names)
+
+
+def test_every_command_has_a_file_of_its_name():
+    folder = Path(app.__file__).parent
+    assert {name.replace("-", "_") for name in ALL} | {"__init__", "app"} == {file.stem for file in folder.glob("*.py")}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_help_of_a_command_has_two_examples(name: str, capsys: pytest.CaptureFixture[str]):
+    assert app.main([name, "--help"]) == 0
+    assert capsys.readouterr().out.count(f" hf-clip {name} ") >= 2 + 1  # the line of usage is one
+
+
+@pytest.mark.parametrize("option", ["--batch-size=3", "--batch_size=3"])
+def test_options_are_read_in_both_spellings(option: str, scratch: list[object]):
+    assert app.main(["scratch-pad", option, "--labels", "a_b,c"]) == 0
+    assert scratch == [(3, "a_b,c")]
+
+
+def test_values_keep_their_underscores():
+    words = ["classify", "a_b", "--image_column=my_image", "--top_k", "2", "--", "--a_file"]
+    assert app.read_alike(words) == [*("classify", "a_b", "--image-column=my_image", "--top-k", "2", "--", "--a_file")]
+
+
+@pytest.mark.parametrize(
+    ("problem", "line"),
+    [("value", "the size is wrong"), ("file", "there is no file"), ("package", "pip install it")],
+)
+def test_what_a_user_can_mend_is_one_line(
+    problem: str, line: str, scratch: list[object], capsys: pytest.CaptureFixture[str]
+):
+    assert app.main(["scratch-pad", "--problem", problem]) == 1
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["scratch-pad", "--batch-sise", "3"], "No such option: --batch-sise"),
+        (["scratch-pad", "--batch_size", "many"], "Invalid value for '--batch-size': "),
+        (["scratch-pads"], "No such command 'scratch-pads'."),
+    ],
+)
+def test_command_line_that_cannot_be_read_is_one_line(
+    words: list[str], line: str, scratch: list[object], capsys: pytest.CaptureFixture[str]
+):
+    assert app.main(words) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {line}")
+    assert re.search(r"[.)?] See hf-clip( scratch-pad)? --help\.\n$", shown)
+    assert shown.count("\n") == 1
+    assert scratch == []
+
+
+def test_traceback_is_shown_when_asked_for(scratch: list[object], monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="the size is"):
+        app.main(["scratch-pad", "--problem", "value", "--traceback"])
+    monkeypatch.setenv(app.TRACEBACK, "1")
+    with pytest.raises(FileNotFoundError):
+        app.main(["scratch-pad", "--problem", "file"])
+
+
+def test_a_fault_of_ours_keeps_its_traceback(scratch: list[object]):
+    with pytest.raises(ZeroDivisionError):
+        app.main(["scratch-pad", "--problem", "fault"])
+
+
+def test_interruption(scratch: list[object], capsys: pytest.CaptureFixture[str]):
+    assert app.main(["scratch-pad", "--problem", "signal"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted; nothing was written\n"
+
+
+def test_reader_that_has_read_enough(scratch: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with (tmp_path / "output").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        assert app.main(["scratch-pad", "--problem", "pipe"]) == 1
+        print("more", file=file, flush=True)
+    assert (tmp_path / "output").read_text() == ""
+
+
+def test_only_the_named_command_is_imported(scratch: list[object], monkeypatch: pytest.MonkeyPatch):
+    imported = []
+    monkeypatch.setattr(app, "import_module", lambda name: imported.append(name) or sys.modules[name])
+    assert app.main(["--traceback", "scratch-pad"]) == 0
+    assert imported == ["hf_clip.commands.scratch_pad"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "word", "found"), [("hf-clip scr", 1, "scratch-pad"), ("hf-clip scratch-pad --ba", 2, "--batch-size")]
+)
+def test_shell_completes_commands_and_options(
+    typed: str,
+    word: int,
+    found: str,
+    scratch: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setenv("_HF_CLIP_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(word))
+    with pytest.raises(SystemExit) as ended:
+        app.main([])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.split() == [found]
