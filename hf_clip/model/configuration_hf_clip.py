@@ -1,8 +1,11 @@
-"""Configurations of the CLIP models. Plain data, validated when built; imports no torch.
+"""Configurations of the CLIP models: plain data that is checked when it is made. This file imports no torch.
 
-Field names and meanings are those of transformers' `CLIPConfig` family, so a stock CLIP configuration read
-here describes the same model. One composite `HfClipConfig` holds a text tower and either of two image
-towers: the dictionary's `model_type`, or for lack of one the presence of `depths`, says which.
+Fields have the names and meanings of transformers' `CLIPConfig` family, so a stock CLIP configuration describes the
+same model when it is read here.
+
+`HfClipConfig` is a whole model. It holds the configuration of the text tower and that of the image tower, which is a
+Vision Transformer or a ResNet. In a dictionary the field `model_type` says which of the two. Without that field it is a
+ResNet if there is a field `depths`.
 """
 
 import copy
@@ -19,25 +22,25 @@ from .checked_files import check_names, check_no_methods, one_line, read_object,
 from .variants import get_variant
 
 LEGACY_END_OF_TEXT_ID = 2
-"""Stock CLIP repositories from before transformers 4.31 say `eos_token_id: 2`, which is no token of theirs.
+"""Stock CLIP repositories from before transformers 4.31 have `eos_token_id: 2`, which is not the end-of-text token.
 
-Stock CLIP then takes the feature at the highest id of each text, as OpenAI's code does.
+For this value stock CLIP takes the text feature at the highest id of each text, as OpenAI's code does.
 """
 
 OPENAI_VOCAB_SIZE = 49408
-"""The published vocabulary file lists more merges than there are ids for; the rest is ignored."""
+"""Number of ids of OpenAI's models. The published vocabulary file has more merges than this; the rest is ignored."""
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 STOCK_TYPES = {"clip": "hf_clip", "clip_text_model": "hf_clip_text", "clip_vision_model": "hf_clip_vit"}
-"""Stock CLIP's model types and those that read them."""
+"""Model types of stock CLIP, and our types that read them."""
 
 STOCK_TEXT = "clip_text_model"
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 STOCK_TOWERS = {"text_config": "hf_clip_text", "vision_config": "hf_clip_vit"}
-"""What stands under these names in the configuration of a whole stock CLIP."""
+"""Fields of a whole stock CLIP configuration that hold a tower, and our types of these towers."""
 
 MOST_LAYERS = 1000
 MOST_BLOCKS = 200
@@ -45,26 +48,29 @@ MOST_WIDTH = 1 << 20
 MOST_IDS = 1 << 24
 MOST_PIXELS = 1 << 14
 MOST_CHANNELS = 1 << 10
-"""Far beyond any model. Larger ones are damage, or made to fill the memory and the time of whoever builds them."""
+"""Upper limits, far beyond any real model. A larger number is damage, or an attempt to exhaust memory and time."""
 
 BOOKKEEPING = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
-"""What says nothing of how a model computes."""
+"""Fields that do not change what a model computes."""
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 FOREIGN_LAYOUTS: list[Callable[..., Any]] = []
-"""Readers of other libraries' repositories, which the package adds; remote code has none.
+"""Readers of other libraries' repositories. The package adds them when it is imported; remote code has none.
 
-Each takes (folder or repository, arguments of the Hub) and returns None, or an object with `config`, `tensors()`,
-`image_processor_values()` and `tokenizer()`.
+A reader takes a folder or repository and the Hub's arguments. It returns None if the layout is not its own, else an
+object with `config`, `tensors()`, `image_processor_values()` and `tokenizer()`.
 """
 
 BEFORE_UPLOAD: list[Callable[[str, str], None]] = []
-"""What the package does with a folder that is about to be pushed; called with the folder and the repository."""
+"""Functions that prepare a folder for a push to the Hub, called with the folder and the repository's name.
+
+The package adds its own when it is imported.
+"""
 
 
 class HubUpload:
-    """For all that can be pushed: what goes to the Hub can be loaded there by people without this package."""
+    """Base of all classes with `push_to_hub`: adds the code that loads the model without this package to each push."""
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         for prepare in BEFORE_UPLOAD:
@@ -73,14 +79,14 @@ class HubUpload:
 
 
 def read_config_object(path: Any) -> dict[str, Any]:
-    """The fields of a config.json. Raises ValueError for a damaged one, or one that names files elsewhere."""
+    """Read a config.json. Raises ValueError for a damaged file, and for one that names files outside its folder."""
     values = read_object(path)
     check_names(path, values, ("configuration_files", "transformers_weights"))
     return values
 
 
 def refuse_checkpoint_file(source: Any) -> None:
-    """Raise ValueError for a file of weights, which `from_pretrained` takes from its repository only."""
+    """Raise ValueError for the path of a checkpoint file: `from_pretrained` takes the folder or the repository."""
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
     is_repository = os.path.isdir(name) or (name.count("/") == 1 and not name.startswith((".", "/", "~")))
     if not name.endswith(CHECKPOINT_SUFFIXES) or (is_repository and not os.path.isfile(name)):
@@ -97,11 +103,18 @@ def refuse_checkpoint_file(source: Any) -> None:
 
 
 def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
-    """The reader of a repository in another library's layout, or None for one that describes itself to transformers.
+    """Find the reader for a repository in another library's layout.
 
-    arguments: those of `from_pretrained`, of which the Hub's are used
+    Args:
+        source: A folder, or the name of a repository.
+        arguments: Arguments of `from_pretrained`. Those of the Hub are used.
 
-    Raises ValueError for a file of weights.
+    Returns:
+        An object as described at `FOREIGN_LAYOUTS`. None for a repository whose config.json has a `model_type`, which
+        transformers reads itself.
+
+    Raises:
+        ValueError: `source` is a checkpoint file.
     """
     refuse_checkpoint_file(source)
     if source is None or os.path.isfile(source):
@@ -110,16 +123,17 @@ def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
     try:
         path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
     except OSError:
-        return None  # what asked will say it better
+        return None  # transformers looks for the file next, and reports this error itself
     if path is not None and "model_type" in read_config_object(path):
         return None
     return next((found for layout in FOREIGN_LAYOUTS if (found := layout(source, hub)) is not None), None)
 
 
 def repair_special_ids(values: dict[str, Any]) -> dict[str, Any]:
-    """A stock text configuration whose end of text is a token, or None where only the rule of the highest id is known.
+    """Repair the special ids of a stock text configuration that says `eos_token_id: 2`.
 
-    In OpenAI's vocabulary the end of text is the highest id of every text. In others it may be any.
+    With OpenAI's vocabulary the ids become OpenAI's, since the end of text is the highest id there. With another
+    vocabulary they become None, which means that the text feature is taken at the highest id of each text.
     """
     if values.get("eos_token_id") != LEGACY_END_OF_TEXT_ID:
         return values
@@ -128,9 +142,9 @@ def repair_special_ids(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_special_ids(vocab_size: int) -> dict[str, int | None]:
-    """The special ids of a vocabulary in OpenAI's order, whose last two are start and end.
+    """Return the special ids of a vocabulary in OpenAI's order, in which the last two ids are start and end.
 
-    All are None for a table of more rows than OpenAI's vocabulary: rows were added, or nobody uses them.
+    For more ids than OpenAI's vocabulary has, all are None: it is unknown which of the further ids are tokens.
     """
     if vocab_size > OPENAI_VOCAB_SIZE:
         return dict.fromkeys(SPECIAL_IDS)
@@ -138,10 +152,11 @@ def last_special_ids(vocab_size: int) -> dict[str, int | None]:
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """A stock CLIP's configuration under our types; under its own, transformers would warn of another model's.
+    """Replace the model types in a stock CLIP configuration by ours. Otherwise transformers warns of another model.
 
-    A tower alone is read out of the whole, so each is made complete: repositories of 2022 nest its real values under
-    `text_config_dict` and `vision_config_dict`, and the width of the shared space counts as the whole says it.
+    A single tower may be read out of a whole configuration, so each tower's fields are made complete. Repositories of
+    2022 have the real fields under `text_config_dict` and `vision_config_dict`, and `projection_dim` of the whole
+    overrides that of a tower.
     """
     if not isinstance(kind := values.get("model_type"), str) or kind not in STOCK_TYPES:
         return values
@@ -159,7 +174,7 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _essence(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a configuration says of how a model computes."""
+    """Return the fields of a configuration that change what a model computes."""
     values = {name: value for name, value in config.to_dict().items() if name not in BOOKKEEPING}
     for name, tower in vars(config).items():
         if isinstance(tower, PreTrainedConfig):
@@ -168,7 +183,7 @@ def _essence(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 class HfClipPreTrainedConfig(PreTrainedConfig):
-    """What all configurations here have in common: stock CLIP's and open_clip's are read as well."""
+    """Base class of all configurations. It also reads configurations of stock CLIP and open_clip."""
 
     @classmethod
     def get_config_dict(
@@ -187,13 +202,24 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As everywhere in transformers; raises ValueError in one line for values of any other kind than needed."""
+        """Make a configuration from a dictionary, as in transformers.
+
+        Args:
+            config_dict: The fields.
+            **kwargs: As for any configuration of transformers: fields that replace those of the dictionary.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: A field has a value of the wrong type, or one that no model can have.
+        """
         source = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "this model"
         try:
             check_no_methods(cls, config_dict, "it")
             read = dict(config_dict)
             config = super().from_dict(config_dict, **kwargs)
-        except Exception as error:  # transformers meets values of any kind, and raises as many kinds of errors
+        except Exception as error:  # transformers does not check types: a wrong one raises any kind of error
             said = one_line(error) if isinstance(error, ValueError) else one_line(f"{type(error).__name__}: {error}")
             said = said.removeprefix("StrictDataclassFieldValidationError: ")
             said = said.removeprefix("StrictDataclassClassValidationError: ")
@@ -203,9 +229,14 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
         return config
 
     def _remember_writing(self, source: Any, read: dict[str, Any]) -> None:
-        """Keep which writing of a folder this is of. The Auto classes read it apart from the weights, and before them.
+        """Remember which version of a folder this configuration was read from.
 
-        read: the fields that were found there
+        The Auto classes read the configuration first and the weights later. If the folder is replaced in between, the
+        two do not belong together, which `is_of_this_writing` finds out.
+
+        Args:
+            source: The folder.
+            read: The fields that were read from it.
         """
         if not os.path.isfile(path := os.path.join(str(source or ""), "config.json")) or source is None:
             return
@@ -218,17 +249,26 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
         self._writing = (str(source), writing if is_same else None)
 
     def is_of_this_writing(self, source: Any, subfolder: str | None = None) -> bool:
-        """Whether the folder that this was read from, by an Auto class, still is what it was then."""
+        """Whether a folder still holds the model that this configuration was read from.
+
+        Args:
+            source: The folder.
+            subfolder: Folder within it, in which the model is.
+
+        Returns:
+            False if another model has been written into the folder since. True for any other folder than the one that
+            this configuration was read from.
+        """
         read_from, writing = self.__dict__.pop("_writing", (None, None))
         if read_from != str(source) or subfolder or writing == writing_of(source):
             return True
-        return _essence(type(self).from_pretrained(source)) == _essence(self)  # it may have been saved there again
+        return _essence(type(self).from_pretrained(source)) == _essence(self)  # the same was saved again, perhaps
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().to_dict().items() if name != "_writing"}
 
     def validate_kinds(self) -> None:
-        """Raises ValueError for a dtype that is none, and for numbers that are not finite."""
+        """Raise ValueError for a `dtype` that is not a dtype, and for numbers that are not finite."""
         kind = type(self.dtype)
         if self.dtype is not None and (kind.__module__, kind.__name__) != ("torch", "dtype") and kind is not str:
             raise ValueError(
@@ -278,7 +318,7 @@ def _require_divisible(config: PreTrainedConfig, whole: str, part: str, reason: 
 
 
 def _check_kind(config: PreTrainedConfig, given: str | None, stock: str = "") -> None:
-    """Refuse the configuration of another kind of tower, which would silently leave the weights unread."""
+    """Raise ValueError for the configuration of another kind of tower: no weight would be read, without an error."""
     if given not in (None, config.model_type, stock):
         raise ValueError(
             f"This is the configuration of a {given!r}, but {type(config).__name__} describes a "
@@ -288,15 +328,25 @@ def _check_kind(config: PreTrainedConfig, given: str | None, stock: str = "") ->
 
 @strict
 class HfClipTextConfig(HfClipPreTrainedConfig):
-    """The causal text transformer (Radford et al. 2021, section 2.4).
+    """Configuration of the causal text tower (Radford et al. 2021, section 2.4).
 
-    vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as everywhere
-    projection_dim:           width of the space shared with images
-    max_position_embeddings:  longest text in tokens, start and end included
-    hidden_act:               `quick_gelu` for OpenAI's weights
-    initializer_range:        standard deviation of token embeddings; position embeddings take half of it
-    eos_token_id:             the id whose first occurrence gives the text feature; None: it is taken at the highest id
-                              of each text, as by OpenAI's code and by stock configurations that say 2
+    Args:
+        vocab_size: Number of token ids.
+        hidden_size: Width of the tower.
+        intermediate_size: Width of the MLPs.
+        projection_dim: Width of the space shared with images.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Attention heads per layer.
+        max_position_embeddings: Length of the longest text in tokens, with start and end.
+        hidden_act: Activation of the MLPs. OpenAI's weights need "quick_gelu".
+        layer_norm_eps: Small number that LayerNorm adds to the variance.
+        attention_dropout: Probability that an attention weight is dropped in training.
+        initializer_range: Standard deviation of fresh token embeddings. Position embeddings take half of it.
+        initializer_factor: Factor of all standard deviations of fresh embeddings and weights.
+        pad_token_id: Id of the padding.
+        bos_token_id: Id of the start of text.
+        eos_token_id: Id of the end of text. The text feature is taken at its first occurrence. None: it is taken at
+            the highest id of each text, as in OpenAI's code and in stock configurations that say 2.
     """
 
     model_type = "hf_clip_text"
@@ -343,7 +393,24 @@ class HfClipTextConfig(HfClipPreTrainedConfig):
 
 @strict
 class HfClipViTConfig(HfClipPreTrainedConfig):
-    """The Vision Transformer image tower (section 2.4: a LayerNorm stands before the first layer too)."""
+    """Configuration of the Vision Transformer image tower.
+
+    The tower has a LayerNorm before the first layer too (Radford et al. 2021, section 2.4).
+
+    Args:
+        hidden_size: Width of the tower.
+        intermediate_size: Width of the MLPs.
+        projection_dim: Width of the space shared with texts.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Attention heads per layer.
+        num_channels: Colour channels of an image.
+        image_size: Height and width of an image in pixels.
+        patch_size: Height and width of a patch in pixels.
+        hidden_act: Activation of the MLPs. OpenAI's weights need "quick_gelu".
+        layer_norm_eps: Small number that LayerNorm adds to the variance.
+        attention_dropout: Probability that an attention weight is dropped in training.
+        initializer_factor: Factor of the standard deviations of fresh class and position embeddings.
+    """
 
     model_type = "hf_clip_vit"
     base_config_key = "vision_config"
@@ -382,11 +449,17 @@ class HfClipViTConfig(HfClipPreTrainedConfig):
 
 @strict
 class HfClipResNetConfig(HfClipPreTrainedConfig):
-    """The modified ResNet image tower (section 2.4; names and sizes: table 19).
+    """Configuration of the modified ResNet image tower (Radford et al. 2021, section 2.4; sizes in table 19).
 
-    depths:               bottleneck blocks in each of the four stages
-    stem_width:           channels after the stem; the stages have 4, 8, 16 and 32 times as many
-    num_attention_heads:  heads of the attention pool
+    Args:
+        depths: Number of bottleneck blocks in each of the four stages.
+        stem_width: Channels after the stem. The stages have 4, 8, 16 and 32 times as many.
+        num_attention_heads: Heads of the attention pool.
+        projection_dim: Width of the space shared with texts.
+        num_channels: Colour channels of an image.
+        image_size: Height and width of an image in pixels.
+        attention_dropout: Probability that a weight of the attention pool is dropped in training.
+        initializer_factor: Factor of the standard deviations of the attention pool's fresh weights.
     """
 
     model_type = "hf_clip_resnet"
@@ -436,17 +509,17 @@ class HfClipResNetConfig(HfClipPreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the last stage, and width of the attention pool."""
+        """Channels of the last stage, which is also the width of the attention pool."""
         return self.stem_width * 32
 
     @property
     def num_hidden_layers(self) -> int:
-        """Stages: what `output_hidden_states` counts."""
+        """Number of stages. `output_hidden_states=True` returns one feature map per stage, after that of the stem."""
         return len(self.depths)
 
     @property
     def grid_size(self) -> int:
-        """Feature-map side for an image of `image_size` pixels."""
+        """Cells along one side of the last feature map, for an image of `image_size` pixels."""
         return self.image_size // self.total_stride
 
     def to_dict(self) -> dict[str, Any]:
@@ -454,7 +527,7 @@ class HfClipResNetConfig(HfClipPreTrainedConfig):
 
 
 def _values_of(name: str, given: Any) -> dict[str, Any]:
-    """A tower's fields, whichever way they were given; a stock CLIP configuration is one of them."""
+    """Return a tower's fields, given as a dictionary, as a configuration of ours or of stock CLIP, or not at all."""
     if given is None:
         return {}
     if isinstance(given, PreTrainedConfig):
@@ -479,15 +552,25 @@ def _build_vision_config(values: dict[str, Any]) -> "HfClipViTConfig | HfClipRes
 
 @strict
 class HfClipConfig(HfClipPreTrainedConfig):
-    """A whole CLIP model: text tower, image tower, and the space they share.
+    """Configuration of a whole CLIP model: text tower, image tower, and the space they share.
 
-    text_config:             given as a dictionary or a configuration; once built, an HfClipTextConfig
-    vision_config:           the same; once built, an HfClipViTConfig or an HfClipResNetConfig
-    projection_dim:          width of the shared space; the towers' own `projection_dim` follows it
-    logit_scale_init_value:  ln(1 / 0.07), section 2.5
-    contrastive_loss:        what the model was trained by, which says how its logits become scores: "softmax" over a
-                             batch, as CLIP, or "sigmoid" of every pair, as SigLIP (Zhai et al. 2023), with a bias
-    logit_bias_init_value:   the sigmoid loss's bias at the start (section 3.1 there)
+    Args:
+        text_config: The text tower, as a dictionary or a configuration. The attribute is an HfClipTextConfig.
+        vision_config: The image tower, as a dictionary or a configuration. The attribute is an HfClipViTConfig or an
+            HfClipResNetConfig.
+        projection_dim: Width of the shared space. It replaces the `projection_dim` of both towers.
+        logit_scale_init_value: Logarithm of the logit scale before training: ln(1 / 0.07) (Radford et al. 2021,
+            section 2.5).
+        contrastive_loss: Loss that the model is trained by, which also says how its logits become scores. "softmax":
+            over a batch, as in CLIP. "sigmoid": of each pair by itself, with a logit bias, as in SigLIP (Zhai et al.
+            2023).
+        logit_bias_init_value: Logit bias before training, with the sigmoid loss (Zhai et al. 2023, section 3.1).
+        initializer_factor: Factor of the standard deviations of fresh projections.
+
+    Example::
+
+        config = HfClipConfig.from_variant("RN50")
+        config.vision_config.depths  # [3, 4, 6, 3]
     """
 
     model_type = "hf_clip"
@@ -508,7 +591,7 @@ class HfClipConfig(HfClipPreTrainedConfig):
             self.text_config = _build_text_config(_values_of("text_config", self.text_config) | (text or {}))
         if not isinstance(self.vision_config, (HfClipViTConfig, HfClipResNetConfig)):
             self.vision_config = _build_vision_config(_values_of("vision_config", self.vision_config) | (vision or {}))
-        # Copies: a tower's configuration may be shared with another model, whose space is another.
+        # The towers' configurations are copied: a caller may share one with a model that has another `projection_dim`.
         self.text_config, self.vision_config = copy.deepcopy(self.text_config), copy.deepcopy(self.vision_config)
         self.text_config.projection_dim = self.projection_dim
         self.vision_config.projection_dim = self.projection_dim
@@ -523,9 +606,17 @@ class HfClipConfig(HfClipPreTrainedConfig):
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> "HfClipConfig":
-        """The configuration of one of OpenAI's nine models, by its exact name: `from_variant("ViT-L/14@336px")`.
+        """Make the configuration of one of OpenAI's nine models.
 
-        overrides: further HfClipConfig fields. Raises ValueError for a name that is none of the nine.
+        Args:
+            name: OpenAI's exact name, such as "ViT-L/14@336px".
+            **overrides: Fields of HfClipConfig that shall differ.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: The name is none of the nine. The message names the nearest one.
         """
         variant = get_variant(name)
         text = HfClipTextConfig(

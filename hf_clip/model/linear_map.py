@@ -1,4 +1,4 @@
-"""How this package multiplies by a weight: the product itself, or what computes the same faster on this processor.
+"""Linear maps, computed as matrix products, or as convolutions on processors where these are faster.
 
 Dimensions: B batch, C channels, Y × X pixels, S patch side, W tower width.
 """
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 FEWEST_ROWS, FEWEST_PRODUCTS = 64, 2**23
-"""Below, handing the weight to oneDNN in its own order of memory costs more than the product gains."""
+"""Below these sizes oneDNN spends more time on reordering the weight than the product saves."""
 
 
 @cache
 def multiplies_faster_by_convolution() -> bool:
     """Whether torch's float32 matrix products are slower than its 1×1 convolutions on this processor.
 
-    On a CPU torch gives products to MKL and convolutions to oneDNN. On AMD processors MKL reaches half of what oneDNN
-    does; on others this was not measured, and products stay as they are.
+    On CPUs torch computes products with MKL and convolutions with oneDNN. On AMD processors MKL is half as fast as
+    oneDNN. Other processors were not measured, so products are kept there.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
@@ -31,11 +31,19 @@ def multiplies_faster_by_convolution() -> bool:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`functional.linear` that multiplies by a 1×1 convolution where that is faster: large float32 products on AMD.
+    """Compute `functional.linear`, by a 1×1 convolution where that is faster: large float32 products on AMD processors.
 
-    (…, inputs) → (…, outputs), the same sums in another order, forward and backward. The convolution sees the rows as
-    pixels whose channels lie side by side, which costs no copy. Traced, compiled and exported models have the linear
-    map itself, and so have weights of other kinds than plain tensors (quantised, sharded).
+    The convolution computes the same sums in another order, forward and backward. It sees the rows as pixels whose
+    channels lie side by side, so nothing is copied. Traced, compiled and exported models use the linear map itself, and
+    so do weights that are not plain tensors (quantised, sharded).
+
+    Args:
+        input: (…, inputs).
+        weight: (outputs, inputs).
+        bias: (outputs,).
+
+    Returns:
+        (…, outputs).
     """
     is_faster = _is_faster_as_convolution(input, weight)
     if not is_faster or not (count := _images_for_onednn(input.numel() // weight.shape[1])):
@@ -47,9 +55,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _images_for_onednn(rows: int) -> int:
-    """Into how many images of equal size rows are put; 0 where it can't be done.
+    """Find the number of equal images that the rows are divided into. 0: they cannot be divided.
 
-    With several threads torch gives any 1×1 convolution to oneDNN, with one thread only those of 16 images or more.
+    With several threads torch computes every 1×1 convolution with oneDNN, with one thread only one of at least 16
+    images.
     """
     if torch.get_num_threads() > 1:
         return 1
@@ -71,16 +80,16 @@ def _is_faster_as_convolution(input: Tensor, weight: Tensor) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody listens to this module's calls, or has put another function in their place."""
+    """Whether a module has hooks, or its `forward` was replaced."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     is_replaced = "forward" in vars(module) or module._compiled_call_impl is not None
     return any(own) or is_replaced or _has_any_global_hook()
 
 
 def apply_linear(layer: nn.Module, input: Tensor) -> Tensor:
-    """`layer(input)` by the faster way where the layer is an ordinary linear map: (…, inputs) → (…, outputs).
+    """Compute `layer(input)`, in the faster way if the layer is an ordinary linear map: (…, inputs) → (…, outputs).
 
-    The layers themselves are plain `nn.Linear`, since quantisation and other tools ask for exactly that type.
+    This is a function and not a class of layers, since quantisation and other tools look for `nn.Linear` itself.
     """
     if (
         torch.compiler.is_compiling()
@@ -93,7 +102,7 @@ def apply_linear(layer: nn.Module, input: Tensor) -> Tensor:
 
 
 def cut_into_patches(images: Tensor, size: int) -> Tensor:
-    """(B, C, Y, X) → (B, Y / S, X / S, C * S * S); pixels beyond the last whole patch are left out."""
+    """Cut images into patches: (B, C, Y, X) → (B, Y / S, X / S, C · S · S). Pixels beyond the last are dropped."""
     rows, columns = (side // size for side in images.shape[-2:])
     whole = images[..., : rows * size, : columns * size]
     patches = whole.unflatten(3, (columns, size)).unflatten(2, (rows, size))  # (B, C, Y / S, S, X / S, S)
@@ -101,10 +110,10 @@ def cut_into_patches(images: Tensor, size: int) -> Tensor:
 
 
 def apply_patch_embedding(layer: nn.Module, images: Tensor) -> Tensor:
-    """A ViT's first layer: (B, C, Y, X) → (B, D, Y / S, X / S).
+    """Compute a ViT's patch embedding: (B, C, Y, X) → (B, W, Y / S, X / S).
 
-    Its convolution is a linear map of patches that do not overlap, and computed as that on CPUs: 1.5 to 8 times as
-    fast. Compiled, exported and traced models have the convolution.
+    The convolution is a linear map of patches that do not overlap. On CPUs it is computed as such, which is 1.5 to 8
+    times as fast. Compiled, exported and traced models use the convolution.
     """
     is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if is_graph or not is_plain_patch_embedding(layer) or not images.device.type == layer.weight.device.type == "cpu":
@@ -113,6 +122,6 @@ def apply_patch_embedding(layer: nn.Module, images: Tensor) -> Tensor:
 
 
 def is_plain_patch_embedding(layer: Any) -> TypeGuard[nn.Conv2d]:
-    """Whether a ViT's first layer is as it was made: no adapter, no quantised weight, nothing hooked to it."""
+    """Whether a ViT's patch embedding is unchanged: no adapter, no quantised weight, no hooks."""
     is_plain = type(layer) is nn.Conv2d and type(layer.weight) is nn.Parameter and layer.bias is None
     return is_plain and layer.kernel_size == layer.stride and not is_hooked(layer)

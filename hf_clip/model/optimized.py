@@ -1,7 +1,8 @@
-"""What `optimize_for_inference()` is for a model that travels: a call of the package, and what is refused afterwards.
+"""The method `optimize_for_inference()`, and all that an optimized model refuses to do.
 
-What it changes cannot be undone and cannot be trained, so an optimized model refuses to be trained, saved or moved.
-How models are optimized does not travel: the package puts that into `OPTIMIZERS` when it is imported.
+The changes cannot be undone or trained, so an optimized model refuses to be trained, saved or moved.
+
+The optimizer itself is no part of a Hub repository. The package adds it to `OPTIMIZERS` when it is imported.
 """
 
 from collections.abc import Callable
@@ -11,39 +12,47 @@ import torch
 from torch import Tensor
 
 OPTIMIZERS: list[Callable[[Any], list[str]]] = []
-"""What optimizes a model in place and returns what it did, in words. The package appends its own."""
+"""Functions that optimize a model in place and return descriptions of the changes. The last one is used."""
 
 
 class OptimizedModelError(RuntimeError):
-    """An optimized model was asked for what it cannot do any more."""
+    """An optimized model was asked for something that it can no longer do, or a model cannot be optimized."""
 
 
 class Optimizable:
-    """What a model is asked by `optimize_for_inference`, and what it refuses afterwards."""
+    """Base class of models that can be optimized for inference."""
 
     optimizations: list[str] | None = None
-    """What `optimize_for_inference` has done, in words; None before it."""
+    """Descriptions of what `optimize_for_inference` has changed. None for a model that is not optimized."""
 
     def optimize_for_inference(self: Any) -> list[str]:
-        """Make this model as fast as it can be made for inference on the device and in the dtype that it has now.
+        """Change this model in place, so that inference on its present device and in its present dtype is faster.
 
-        BatchNorm goes into convolutions, weights into the processor's order of memory, and large batches are cut into
-        parts that stay in its cache. glibc is asked to keep freed memory, in the whole process. What doesn't pay on
-        this processor is left out, and so are layers with hooks or adapters. Outputs change by at most 1e-5 relative
-        in float32, and by rounding in half precision.
+        - BatchNorm is folded into the convolutions before it.
+        - On CPUs, weights are stored in the processor's own order of memory, and large batches are divided into parts
+          that fit its cache.
+        - glibc is asked to keep freed memory. This holds for the whole process.
 
-        It cannot be undone. The model can be trained, saved and moved no more, nor exported or compiled where weights
-        were reordered. Autocast does not reach those layers, so bring the model into its dtype before. Hooks that are
-        added later may see parts of a batch, or tensors that later layers overwrite.
+        A change is made only if it is faster on this processor. Layers with hooks or adapters stay as they are. In
+        float32 outputs change by at most 1e-5 (relative), in half precision by rounding.
+
+        The changes cannot be undone. The model can no longer be trained, saved or moved. If weights were reordered, it
+        cannot be exported or compiled either, and autocast has no effect on these layers: convert the model to its
+        dtype before. Hooks that are added later may see parts of a batch, or tensors that later layers overwrite.
 
         Returns:
-            What was done and what was left as it is, in words, which `optimizations` holds too. Where nothing was
-            done the model is as it was, and `optimizations` is None.
+            Descriptions of what was changed and what was left, also kept in `optimizations`. If nothing was changed,
+            the model is as before and `optimizations` is None.
 
         Raises:
-            OptimizedModelError: The model is in training, lies on several devices, has a tower that was optimized, or
-                is one with which this was begun and interrupted.
-            ModuleNotFoundError: The package is missing, or was not imported before the model was loaded.
+            OptimizedModelError: The model is in training mode, is spread over several devices, has a tower that is
+                already optimized, or was left half-optimized by an interruption.
+            ModuleNotFoundError: The package is not installed, or was imported only after the model was loaded.
+
+        Example::
+
+            model = HfClipModel.from_pretrained("org/clip-vit-b32").eval()
+            model.optimize_for_inference()
         """
         if not OPTIMIZERS:
             raise ModuleNotFoundError(
@@ -54,7 +63,7 @@ class Optimizable:
         return OPTIMIZERS[-1](self)
 
     def _refuse_if_optimized(self: Any, wish: str) -> None:
-        """Also where a tower of this model was optimized by itself."""
+        """Raise OptimizedModelError if this model, or one of its towers, is optimized."""
         if any(isinstance(module, Optimizable) and module.optimizations is not None for module in self.modules()):
             raise OptimizedModelError(
                 f"This model was optimized for inference and cannot be {wish} any more; load it again with "
@@ -78,7 +87,7 @@ class Optimizable:
         self._refuse_if_optimized("given other weights")
         return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> Any:  # by which a module around it goes
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> Any:  # when a module around it is loaded
         self._refuse_if_optimized("given other weights")
         return super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
 

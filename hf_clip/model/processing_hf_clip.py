@@ -1,4 +1,4 @@
-"""Texts and images through one object: the tokenizer and the image processor side by side."""
+"""The processor: tokenizer and image processor in one object."""
 
 from typing import Any
 
@@ -11,14 +11,44 @@ from .tokenization_hf_clip import HfClipTokenizer
 
 
 class HfClipProcessor(HubUpload, ProcessorMixin):
-    """`processor(text=..., images=...)` → input_ids (B, L), attention_mask (B, L), pixel_values (B, 3, H, W)."""
+    """Prepares texts and images for the model.
+
+    A call takes `text`, `images` or both, and arguments of the tokenizer and the image processor. It returns
+    `input_ids` (T, L), `attention_mask` (T, L) and `pixel_values` (I, 3, Y, X).
+
+    Args:
+        image_processor: HfClipImageProcessor.
+        tokenizer: HfClipTokenizer.
+        **kwargs: As for any processor of transformers.
+
+    Example::
+
+        processor = HfClipProcessor.from_pretrained("org/clip-vit-b32")
+        inputs = processor(text=["a cat", "a dog"], images=["cat.jpg"], return_tensors="pt")
+        inputs["pixel_values"].shape  # (1, 3, 224, 224)
+    """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As everywhere in transformers; tokenizer and image processor are of the same writing of a folder."""
+        """Load a processor from a folder or from a repository on the Hub.
+
+        Tokenizer and image processor belong together even if the folder is replaced while it is read.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or the name of a repository, such as "org/clip-vit-b32".
+            *args: As for any processor of transformers.
+            **kwargs: As for any processor of transformers: `revision`, `subfolder`, `token`, …
+
+        Returns:
+            The processor.
+
+        Raises:
+            OSError: There is no such folder or repository.
+            ValueError: A file is damaged, or the path is that of a checkpoint file.
+        """
         source = pretrained_model_name_or_path
         refuse_checkpoint_file(source)
         read = super().from_pretrained
@@ -28,7 +58,7 @@ class HfClipProcessor(HubUpload, ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
-        """Our own image processor and tokenizer, whichever classes the repository names."""
+        """Load our image processor and tokenizer, even if the repository names other classes."""
         source = pretrained_model_name_or_path
         image_processor = HfClipImageProcessor.from_pretrained(source, **kwargs)
         foreign = find_foreign(source, kwargs)

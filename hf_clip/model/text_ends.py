@@ -1,11 +1,13 @@
-"""Where texts begin and end in a batch of token ids: padding on the left, and the place of the text feature.
+"""Find where texts begin and end in a batch of token ids.
 
-The feature is taken at the first end-of-text id; where the configuration names none, at the highest id of the row, as
-by OpenAI's code and by stock configurations that say `eos_token_id: 2`. Padding on the left is what `attention_mask`
-hides before the first token that it shows; positions are counted from there, and an end of text before it is none.
+The text feature is taken at the first end-of-text id. If the configuration has no such id, it is taken at the highest
+id of the row, as in OpenAI's code and in stock configurations that say `eos_token_id: 2`.
 
-Invariant: a row whose end is not found never gives a feature that looks like one. On CPUs it is an EndOfTextError. On
-GPUs, which would have to be waited for, and in graphs (compiled, exported, traced, vmapped) its feature is NaN.
+Padding on the left is all that `attention_mask` hides before the first token that it shows. Positions are counted from
+that token, and an end-of-text id before it is padding.
+
+Invariant: a row without an end of text never gets an ordinary feature. On CPUs it raises EndOfTextError. On GPUs, where
+a check would have to wait for the device, and in graphs (compiled, exported, traced, vmapped) its feature is NaN.
 
 Dimensions: T texts, L text length, W tower width.
 """
@@ -19,10 +21,10 @@ MOST_ROWS_NAMED = 5
 
 
 class EndOfTextError(ValueError):
-    """The ends of some texts cannot be found.
+    """Some texts in a batch of token ids have no end-of-text id, or begin with padding that no mask hides.
 
     Attributes:
-        rows: Their places in the batch.
+        rows: Places of these texts in the batch, from 0.
     """
 
     def __init__(self, message: str, rows: list[int]):
@@ -34,7 +36,10 @@ class EndOfTextError(ValueError):
 
 
 def find_starts(attention_mask: Tensor | None) -> Tensor | None:
-    """How many positions a mask (T, L) hides before each text → (T, 1), or None where none is known to be hidden."""
+    """Count the positions that a mask (T, L) hides before each text → (T, 1).
+
+    Returns None if there is no mask, or if the mask is known to hide nothing before any text.
+    """
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     shown = attention_mask.ne(0)
@@ -42,23 +47,24 @@ def find_starts(attention_mask: Tensor | None) -> Tensor | None:
 
 
 def count_positions(starts: Tensor, length: int) -> Tensor:
-    """Positions (T, L) that begin with 0 at each text's start, whatever is before it."""
+    """Count positions (T, L) from each text's first token, which has position 0, like the padding before it."""
     return (torch.arange(length, device=starts.device) - starts).clamp(min=0)
 
 
 def find_ends(input_ids: Tensor, starts: Tensor | None, config: HfClipTextConfig) -> tuple[Tensor, Tensor | None]:
-    """Where each text's feature is taken.
+    """Find the position of each text's feature.
 
     Args:
-        input_ids: (T, L)
-        starts: (T, 1), from `find_starts`, or None where every row begins with its text.
-        config: Says which id is the end, and which the start.
+        input_ids: (T, L) token ids.
+        starts: (T, 1), from `find_starts`. None if every row begins with its text.
+        config: Configuration with the ids of start and end.
 
     Returns:
-        The positions (T,); and for rows that cannot be looked at here which of them have no end (T,), else None.
+        The positions (T,). And on GPUs and in graphs, where no error can be raised, which rows have no end (T,), bool;
+        else None.
 
     Raises:
-        EndOfTextError: A row has no end, or padding on the left that no mask hides.
+        EndOfTextError: A row has no end of text, or has padding on the left that no mask hides.
     """
     starts = None if starts is None else starts.to(input_ids.device)
     is_text = None if starts is None else torch.arange(input_ids.shape[-1], device=input_ids.device) >= starts
@@ -74,7 +80,8 @@ def find_ends(input_ids: Tensor, starts: Tensor | None, config: HfClipTextConfig
             f"there. Tokenize with the tokenizer that was saved with the model; it keeps the end when it truncates.",
             rows,
         )
-    # A start that is no neighbour of the end is a default that nobody looked at, and may be any word.
+    # In CLIP's vocabularies the start has the id before the end. Any other start id is a default of some configuration,
+    # which may be the id of an ordinary word.
     if config.bos_token_id is not None and config.bos_token_id + 1 == config.eos_token_id:
         is_start = shown == config.bos_token_id
         is_first = is_start[:, 0] if starts is None else is_start.gather(1, starts)[:, 0]
@@ -90,7 +97,16 @@ def find_ends(input_ids: Tensor, starts: Tensor | None, config: HfClipTextConfig
 
 
 def pool_at(hidden: Tensor, ends: Tensor, is_endless: Tensor | None) -> Tensor:
-    """Select each text's hidden state at its end: (T, L, W), (T,) → (T, W), NaN for rows without one."""
+    """Select the hidden state at the end of each text.
+
+    Args:
+        hidden: (T, L, W), after the final LayerNorm.
+        ends: (T,) positions.
+        is_endless: (T,) bool, true for rows without an end. None if there are none.
+
+    Returns:
+        Features (T, W), with NaN for rows without an end.
+    """
     ends = ends.to(hidden.device)
     pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), ends]
     if is_endless is None:
@@ -99,7 +115,7 @@ def pool_at(hidden: Tensor, ends: Tensor, is_endless: Tensor | None) -> Tensor:
 
 
 def _rows(flags: Tensor) -> list[int] | None:
-    """The places of the flags (T,) that are set; None where they cannot be looked at: on a GPU, in a graph."""
+    """List the places of the flags (T,) that are set. None on a GPU and in a graph, where they cannot be read."""
     if flags.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     try:

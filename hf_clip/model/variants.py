@@ -1,8 +1,8 @@
-"""The nine OpenAI CLIP models: one row each, plain data that imports nothing.
+"""The nine CLIP models of OpenAI, one row each.
 
-Dimensions are those of the published checkpoints (Radford et al. 2021, tables 19 and 20); the sha256 is
-part of each checkpoint's published address. Text towers all have 12 layers, heads of width 64, 77 positions
-and 49,408 tokens; every MLP is four times as wide as its tower.
+Sizes are those of the published checkpoints (Radford et al. 2021, tables 19 and 20). The sha256 is part of a
+checkpoint's published address. All text towers have 12 layers, heads of width 64, 77 positions and 49,408 tokens. All
+MLPs are four times as wide as their tower.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,25 @@ from difflib import get_close_matches
 
 @dataclass(frozen=True)
 class Variant:
-    """One published model.
+    """One of OpenAI's nine models.
 
-    vision_layers: blocks per stage (ResNet) or number of layers (ViT)
-    vision_width:  stem width (ResNet; its features are 32 times as wide) or tower width (ViT)
-    vision_heads:  heads of the attention pool (ResNet) or of every layer (ViT)
-    patch_size:    None for a ResNet
+    Attributes:
+        name: OpenAI's exact name, such as "ViT-L/14@336px".
+        slug: Name for a repository on the Hub, such as "clip-vit-l14-336".
+        checkpoint: File name of the published checkpoint.
+        sha256: SHA-256 of the published checkpoint, as hexadecimal digits.
+        embed_dim: Width of the embeddings, which images and texts share.
+        image_size: Height and width of an image in pixels.
+        vision_layers: Number of layers of a ViT, or blocks in each stage of a ResNet.
+        vision_width: Width of a ViT, or of a ResNet's stem, whose last feature map has 32 times as many channels.
+        vision_heads: Attention heads of a ViT's layers, or of a ResNet's attention pool.
+        patch_size: Height and width of a patch in pixels. None for a ResNet.
+        text_width: Width of the text tower.
+        text_heads: Attention heads of the text tower's layers.
+        image_parameters: Parameters of the image tower and its projection.
+        text_parameters: Parameters of the text tower and its projection.
+        image_gflops: Floating-point operations for one image, in units of 10⁹.
+        imagenet_zero_shot_top1: Zero-shot top-1 accuracy on ImageNet in percent, as published.
     """
 
     name: str
@@ -38,6 +51,7 @@ class Variant:
 
     @property
     def total_parameters(self) -> int:
+        """Parameters of the whole model: both towers, their projections, and the logit scale."""
         return self.image_parameters + self.text_parameters + 1  # the logit scale
 
 
@@ -60,9 +74,10 @@ VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
 
 
 def get_variant(name: str) -> Variant:
-    """Look up a variant by OpenAI's exact name, e.g. `"ViT-L/14@336px"`.
+    """Look up a variant by OpenAI's exact name, e.g. "ViT-L/14@336px".
 
-    Raises ValueError with the nine names, and the nearest one, when there is no such variant.
+    Raises:
+        ValueError: There is no such variant. The message names all nine, and the nearest one.
     """
     if name in VARIANTS:
         return VARIANTS[name]
