@@ -262,7 +262,8 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
         read_from, writing = self.__dict__.pop("_writing", (None, None))
         if read_from != str(source) or subfolder or writing == writing_of(source):
             return True
-        return _essence(type(self).from_pretrained(source)) == _essence(self)  # the same was saved again, perhaps
+        # The same model may have been saved there again.
+        return _essence(type(self).from_pretrained(source)) == _essence(self)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().to_dict().items() if name != "_writing"}

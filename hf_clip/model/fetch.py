@@ -1,8 +1,8 @@
-"""An image's address on the web → its content. No server makes that take longer, or more memory, than is set here.
+"""Download an image from the web, within limits of time and memory that no server can exceed.
 
-One deadline holds for everything together: looking the name up, connecting, redirects, retries, a body that trickles.
-The size limit holds for what arrives and for what a compressed answer unpacks to, and is checked before more is kept.
-Redirects are followed by hand, so that each one's scheme is checked and no redirect's body is read.
+One deadline covers everything together: looking up the name, connecting, redirects, retries, and a slow body. The size
+limit holds both for the bytes that arrive and for those that a compressed answer unpacks to. It is checked before more
+bytes are kept. Redirects are followed one by one, so that the scheme of each is checked and its body is never read.
 """
 
 import asyncio
@@ -21,35 +21,35 @@ from urllib.parse import unquote_to_bytes
 from huggingface_hub.utils import httpx  # httpx, or its successor httpx2: what this huggingface_hub uses
 
 TOTAL_TIMEOUT = 60.0
-"""Seconds until an image is given up, all retries together, unless the caller says otherwise."""
+"""Seconds until a download is given up, all retries together, unless the caller gives another number."""
 
 CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 10.0
-"""Seconds without a byte."""
+"""Seconds to wait for the next byte."""
 
 MAX_BYTES = 100 * 2**20
-"""The largest answer, and the largest that it may unpack to. Photographs have a few MiB."""
+"""Largest answer in bytes, both as sent and unpacked. A photograph has a few MiB."""
 
 MAX_REDIRECTS = 5
 ATTEMPTS = 3
 FIRST_WAIT = 0.5
-"""Seconds before the second attempt, doubled before the third, unless the server says how long."""
+"""Seconds before the second attempt, doubled before the third. The server may ask for another time."""
 
 TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
-"""What the same request may be answered otherwise a moment later."""
+"""Status codes after which the same request may succeed a moment later."""
 
 HEADERS = {"User-Agent": "hf_clip", "Accept-Encoding": "identity"}
-"""Images are compressed already. A server that compresses all the same is understood."""
+"""Images are compressed already, so the server is asked for no compression. A compressed answer is still accepted."""
 
 
 class FetchError(ValueError):
-    """An address gave no content.
+    """A download failed.
 
     Attributes:
-        address: what was asked for.
-        reason: what went wrong, which is also the text.
-        status: the server's answer, or None where there was none.
-        retry_after: seconds that the server asked to wait, or None.
+        address: The address.
+        reason: What went wrong; also the message.
+        status: Status code of the server's answer. None without an answer.
+        retry_after: Seconds that the server asked to wait, or None.
     """
 
     def __init__(self, address: str, reason: str, status: int | None = None, retry_after: float | None = None):
@@ -61,33 +61,34 @@ class FetchError(ValueError):
 
 
 def is_web_address(text: str) -> bool:
-    """Whether a text is an http(s) address or a data URI, which name no file of this machine."""
+    """Whether a text is an http or https address, or a data URI, and not the path of a file."""
     return text.lstrip()[:8].lower().startswith(("http://", "https://", "data:"))
 
 
 def fetch(address: str, timeout: float | None = None) -> bytes:
-    """The content of an http(s) address or of a data URI.
+    """Download the content of an http or https address, or decode a data URI.
 
-    Spaces and letters beyond ASCII may stand in an address as they are, in its host too. A connection that breaks,
-    and a server that is busy (408, 429, 5xx), are tried again, three times at most.
+    An address may contain spaces and letters beyond ASCII, in its host too. If the connection breaks or the server is
+    busy (408, 429, 5xx), the request is sent again, up to three times in all.
 
     Args:
         address: `http://…`, `https://…` or `data:…`.
-        timeout: seconds for all of it together; None is 60.
+        timeout: Seconds for everything together. None: 60.
 
     Returns:
-        The content, at most 100 MiB, unpacked where it was sent compressed by gzip or deflate.
+        The content, at most 100 MiB, unpacked if it was sent as gzip or deflate.
 
     Raises:
-        FetchError: there is no content, or it is too large, too slow, or leads elsewhere than to http and https.
+        FetchError: There is no content, it is too large, it took too long, or a redirect leads to another scheme than
+            http and https.
     """
     address = address.strip()
     if address[:5].lower() == "data:":
         return _read_data_uri(address)
     seconds = TOTAL_TIMEOUT if timeout is None else timeout
     future: Future[bytes] = Future()
-    # In a thread of its own: there may be an event loop in this one (notebooks), and looking up a name cannot be
-    # interrupted, only left behind.
+    # In a thread of its own for two reasons: this thread may have an event loop already (in notebooks), and looking up
+    # a name cannot be interrupted, only abandoned.
     Thread(target=_run, args=(address, seconds, future), name="hf_clip fetch", daemon=True).start()
     return future.result()
 
@@ -101,7 +102,10 @@ def _run(address: str, seconds: float, future: "Future[bytes]") -> None:
 
 
 async def _finish(address: str, seconds: float, future: "Future[bytes]") -> None:
-    """Fill the future. This is done in here, since the loop's end waits for a name that is still being looked up."""
+    """Download, and set the future's result or error.
+
+    The future is set within the event loop, since closing the loop waits for a name that is still being looked up.
+    """
     try:
         future.set_result(await asyncio.wait_for(_with_retries(address, seconds), seconds))
     except asyncio.TimeoutError:
@@ -117,7 +121,7 @@ async def _finish(address: str, seconds: float, future: "Future[bytes]") -> None
 
 
 def _first_cause(error: BaseException) -> str:
-    """What the system said, below the words of the libraries in between."""
+    """Return the message of the innermost error, which is that of the operating system."""
     cause: BaseException | None = error
     while cause is not None:
         error, cause = cause, cause.__cause__ or cause.__context__
@@ -128,7 +132,7 @@ def _first_cause(error: BaseException) -> str:
 
 @lru_cache(maxsize=1)
 def _certificates() -> Any:
-    """Read once: that takes longer than many an image."""
+    """Load the certificates once, which takes longer than the download of a small image."""
     return httpx.create_ssl_context()
 
 
@@ -153,7 +157,7 @@ async def _with_retries(address: str, seconds: float) -> bytes:
 
 
 async def _ask(client: Any, address: str) -> bytes:
-    """One request and the redirects that follow it."""
+    """Send one request and follow its redirects."""
     request, leads_to = client.build_request("GET", address), address
     for _ in range(MAX_REDIRECTS + 1):
         if request is None or request.url.scheme not in ("http", "https"):
@@ -180,7 +184,8 @@ async def _content(response: Any, address: str) -> bytes:
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         raise FetchError(address, f"it is encoded as {encoding[:40]!r}, but gzip, deflate or nothing is needed")
-    # By ourselves, since httpx unpacks all that arrived at once, to a thousand times its size. 32: gzip or zlib.
+    # Not unpacked by httpx, which unpacks all bytes that arrived at once, to a thousand times their size. 32: gzip or
+    # zlib.
     unpacker = zlib.decompressobj(wbits=32 + zlib.MAX_WBITS) if encoding not in ("", "identity") else None
     content, received = bytearray(), 0
     try:
@@ -197,7 +202,7 @@ async def _content(response: Any, address: str) -> bytes:
 
 
 def _retry_after(text: str) -> float | None:
-    """Seconds, of a number of them or a date."""
+    """Read the seconds to wait from a Retry-After header, which holds a number of seconds or a date."""
     if text.isdecimal():
         return float(text[:9])
     try:
@@ -209,7 +214,7 @@ def _retry_after(text: str) -> float | None:
 
 
 def _read_data_uri(uri: str) -> bytes:
-    """`data:[type][;base64],…`: base64 with line ends, percent-encoded or without padding too, or percent-encoding."""
+    """Decode a data URI, `data:[type][;base64],…`. base64 may have line ends, percent-encoding, or no padding."""
     about, comma, data = uri[5:].partition(",")
     shown = f"{uri[:40]}…"
     if not comma:

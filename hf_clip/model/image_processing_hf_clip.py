@@ -1,10 +1,19 @@
-"""Images to CLIP's input: resize the shorter side, crop the centre, RGB, scale, normalise.
+"""The image processor: turns images into the pixel values that CLIP takes.
 
-Invariant: with the default backend the result is bit-identical to OpenAI's torchvision transform: the same Pillow
-resize in the image's own mode, the same rounding of sizes and offsets, and the same float32 operations,
-(x / 255 − mean) / std, in that order. With `backend="torch"` grey levels are within one of that; see the class.
+By default it does what OpenAI's transform does, in five steps:
 
-Dimensions: B batch, C channels, Y × X pixels, y × x pixels that the model gets.
+1. Resize, so that the shorter side has the model's image size.
+2. Crop the centre to a square.
+3. Convert to RGB.
+4. Divide grey levels by 255.
+5. Normalise: subtract the mean colour and divide by the standard deviation.
+
+Invariant: with `backend="pil"`, the default, the result equals that of OpenAI's transform in every bit. Pillow resizes
+the image in its own mode, sizes and offsets are rounded in the same way, and steps 4 and 5 are the same float32
+operations in the same order. With `backend="torch"` grey levels before step 4 differ by at most one; for the exceptions
+see `HfClipImageProcessor`.
+
+Dimensions: B batch, C channels, Y × X pixels, y × x pixels after resizing.
 """
 
 import math
@@ -47,13 +56,13 @@ OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
 FITS = ("crop", "pad", "squash")
 BACKENDS = ("pil", "torch")
 TOKENIZER_BACKENDS = ("tokenizers", "sentencepiece", "custom", "mistral_common")
-"""Other processors of transformers hand the `backend` of their tokenizer to the image processor, too."""
+"""Backends of tokenizers. Some processors of transformers pass these to the image processor, where they are ignored."""
 
 TORCH_FILTERS = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 
 
 class HfClipImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """What a call takes beyond transformers' own arguments; see HfClipImageProcessor."""
+    """Arguments of a call besides those of transformers' image processors; see `HfClipImageProcessor`."""
 
     fit: str | None
     backend: str | None
@@ -67,7 +76,7 @@ def check_fit(fit: Any) -> None:
 
 
 def _check_numbers(name: str, values: Any, positive: bool) -> None:
-    """Refuse what no pixel can be scaled by: words, NaN, infinity, and zero where pixels are divided."""
+    """Raise ValueError for values that pixels cannot be scaled by: no numbers, NaN, infinity, and divisors up to 0."""
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
             raise ValueError(f"{name} holds {value!r:.80}, but a finite number is needed.")
@@ -77,7 +86,14 @@ def _check_numbers(name: str, values: Any, positive: bool) -> None:
 
 @dataclass(frozen=True)
 class Steps:
-    """The settings of one call, checked before any image is touched."""
+    """The settings of one call, and the steps that they ask for. They are checked before any image is read.
+
+    All attributes are explained at `HfClipImageProcessor`.
+
+    - `layout` computes to which size an image is resized, and which part of it is cut out.
+    - `run` carries out all steps for one Pillow image (`backend="pil"`).
+    - `run_tensor` carries them out for a batch of tensors of one size (`backend="torch"`).
+    """
 
     do_convert_rgb: bool
     do_resize: bool
@@ -129,7 +145,7 @@ class Steps:
                 _check_numbers(name, values, positive=name == "image_std")
 
     def layout(self, size: tuple[int, int]) -> Layout:
-        """What an image of this width and height is scaled to, and what is cut out of that."""
+        """Compute the size to which an image of (width, height) is resized, and the box that is cut out of it."""
         new_size = size
         frame: tuple[int, int] | None = (self.crop_size.width, self.crop_size.height) if self.do_center_crop else None
         if frame is not None and self.fit == "pad":
@@ -145,19 +161,19 @@ class Steps:
         return Layout(new_size, cut_centre(new_size, frame))
 
     def margins(self, height: int, width: int) -> tuple[int, int, int, int] | None:
-        """Columns at the left and right and rows above and below that `fit="pad"` adds."""
+        """Compute the margins that `fit="pad"` adds: columns left and right, rows above and below. None otherwise."""
         if self.fit != "pad":
             return None
         left, top = (self.crop_size.width - width) // 2, (self.crop_size.height - height) // 2
         return left, self.crop_size.width - width - left, top, self.crop_size.height - height - top
 
     def margin_colour(self) -> np.ndarray:
-        """The mean colour as grey levels, so that margins are nearly zero once normalised."""
+        """Return the mean colour as grey levels from 0 to 255. Margins of this colour are nearly 0 once normalised."""
         mean = np.asarray([0.0] if self.image_mean is None else self.image_mean, dtype=np.float64)
         return np.round(mean * (1 / self.rescale_factor if self.do_rescale else 1)).clip(0, 255)
 
     def draft_side(self) -> int | None:
-        """The least shorter side at which a JPEG may be decoded, or None where its size is kept."""
+        """Return the least shorter side at which a JPEG may be decoded, in pixels. None without resizing."""
         if not self.do_resize:
             return None
         sizes = [self.size.shortest_edge, self.size.height, self.size.width]
@@ -166,14 +182,26 @@ class Steps:
         return max(side for side in sizes if side)
 
     def divisor(self, is_scaled: bool) -> float | None:
-        """What grey levels are divided by; an image that came as floats from 0 to 1 stays on that scale."""
+        """Return the divisor of grey levels, or None.
+
+        Without `do_rescale` an image that was given as floats from 0 to 1 (`is_scaled`) is brought back to that scale.
+        """
         if self.do_rescale:
-            # Dividing by 255 and multiplying by its inverse differ in the last bit; the original divides.
+            # The original divides by 255. To multiply by the inverse would differ in the last bit.
             return 1 / self.rescale_factor
         return 255.0 if is_scaled else None
 
     def run(self, image: Image.Image, is_scaled: bool) -> Callable[[np.ndarray | None], np.ndarray]:
-        """Scale and cut one image; returns what writes it into (C, y, x) float32, or makes that if there is none."""
+        """Resize and cut one image, and convert it to RGB.
+
+        Args:
+            image: A Pillow image.
+            is_scaled: Whether it was given as floats from 0 to 1.
+
+        Returns:
+            A function that divides and normalises the image. It writes the result into the array (C, y, x), float32,
+            that it is given; for None it makes that array.
+        """
         image = scale_and_cut(image, self.layout(image.size), int(self.resample or 0))
         if self.do_convert_rgb and image.mode != "RGB":
             image = image.convert("RGB")
@@ -188,7 +216,7 @@ class Steps:
         return partial(self._normalise, levels.transpose(2, 0, 1), self.divisor(is_scaled))
 
     def _normalise(self, levels: np.ndarray, divisor: float | None, out: np.ndarray | None) -> np.ndarray:
-        """(C, y, x) grey levels → float32, divided and normalised."""
+        """Divide and normalise grey levels (C, y, x) → float32, into `out` unless that is None."""
         if out is None:
             out = np.empty(levels.shape, dtype=np.float32)
         np.divide(levels, np.float32(1 if divisor is None else divisor), out=out, casting="unsafe")
@@ -201,7 +229,15 @@ class Steps:
         return out
 
     def scale_tensor(self, pixels: Tensor) -> Tensor:
-        """(B, C, Y, X), uint8 or floats from 0 to 1 → (B, C, y, x): uint8 or whole floats to 255, or floats to 1."""
+        """Resize and cut a batch of images, and convert grey images to RGB.
+
+        Args:
+            pixels: (B, C, Y, X), uint8 or floats from 0 to 1.
+
+        Returns:
+            (B, C, y, x). For uint8: grey levels from 0 to 255, as uint8 or as whole floats. For floats: floats from 0
+            to 1.
+        """
         is_levels = pixels.dtype == torch.uint8
         layout = self.layout((pixels.shape[3], pixels.shape[2]))
         if pixels.shape[1] == 1 and self.do_convert_rgb:
@@ -217,7 +253,15 @@ class Steps:
         return pixels
 
     def normalise_tensor(self, pixels: Tensor, is_levels: bool) -> Tensor:
-        """(B, C, y, x), grey levels to 255 of any dtype or floats to 1 → float32 on the same device."""
+        """Divide and normalise a batch of images.
+
+        Args:
+            pixels: (B, C, y, x), grey levels from 0 to 255 of any dtype, or floats from 0 to 1.
+            is_levels: Whether these are grey levels.
+
+        Returns:
+            (B, C, y, x), float32, on the same device.
+        """
         divisor = self.divisor(is_scaled=not is_levels)
         scale = (1.0 if divisor is None else 1 / divisor) * (1 if is_levels else 255.0)
         if not self.do_normalize:
@@ -226,17 +270,24 @@ class Steps:
             torch.tensor(np.atleast_1d(values), dtype=torch.float32, device=pixels.device).reshape(-1, 1, 1)
             for values in (self.image_mean, self.image_std)
         )
-        if is_levels:  # nothing is differentiated, and fresh memory costs more than the arithmetic
+        if is_levels:  # in place, which no gradient forbids: fresh memory costs more time than the arithmetic
             return pixels.float().mul_(scale / std).sub_(mean / std)
         return torch.addcmul(-mean / std, pixels, scale / std)
 
     def run_tensor(self, pixels: Tensor) -> Tensor:
-        """(B, C, Y, X), uint8 or floats from 0 to 1 → (B, C, y, x) float32 on the same device."""
+        """Carry out all steps for a batch of images.
+
+        Args:
+            pixels: (B, C, Y, X), uint8 or floats from 0 to 1.
+
+        Returns:
+            (B, C, y, x), float32, on the same device.
+        """
         return self.normalise_tensor(self.scale_tensor(pixels), is_levels=pixels.dtype == torch.uint8)
 
 
 def _as_tensor(item: Any, name: str, steps: Steps, data_format: str | None, device: Any, draft: int | None) -> Tensor:
-    """One image as (C, Y, X), uint8 or float."""
+    """Open one image if needed, and return it as (C, Y, X), uint8 or float."""
     if is_to_be_opened(item):
         item = to_image(item, name, draft=draft)
     if isinstance(item, Image.Image):
@@ -244,9 +295,9 @@ def _as_tensor(item: Any, name: str, steps: Steps, data_format: str | None, devi
         item = np.array(image.convert("RGB") if steps.do_convert_rgb else image)
         data_format = None if item.ndim == 2 else "channels_last"
     if not hasattr(item, "ndim") or item.ndim not in (2, 3):
-        to_image(item, name)  # which says what is wrong with it
+        to_image(item, name)  # raises the error that says what is wrong with it
     if isinstance(item, np.ndarray):
-        item = np.require(item, requirements=["C", "W"])  # torch takes no others without a warning or an error
+        item = np.require(item, requirements=["C", "W"])  # torch warns of any other array, or refuses it
     pixels = torch.as_tensor(item, device=device)
     if pixels.ndim == 2:
         pixels, data_format = pixels[None], "channels_first"
@@ -254,7 +305,7 @@ def _as_tensor(item: Any, name: str, steps: Steps, data_format: str | None, devi
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
-    """(C, Y, X) each → (B, C, Y, X). Channels that lie side by side in memory stay so: that is resized faster."""
+    """Stack images (C, Y, X) → (B, C, Y, X). Channels side by side in memory stay so, which makes resizing faster."""
     if len(tensors) == 1:
         return tensors[0][None]
     if tensors[0].stride(0) == 1:
@@ -263,7 +314,10 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 
 def _check_values(pixels: Tensor, first: int) -> None:
-    """Refuse a batch (B, C, Y, X) that is neither uint8 nor floats from 0 to 1, naming the image."""
+    """Raise UnreadableImageError for a batch (B, C, Y, X) that is neither uint8 nor floats from 0 to 1.
+
+    `first` is the place of the batch's first image, from which the error counts.
+    """
     if pixels.dtype == torch.uint8:
         return
     if not pixels.is_floating_point():
@@ -278,26 +332,53 @@ def _check_values(pixels: Tensor, first: int) -> None:
 
 
 class HfClipImageProcessor(HubUpload, BaseImageProcessor):
-    """OpenAI's preprocessing as an image processor: images → `pixel_values` (B, 3, Y, X), float32.
+    """Prepares images for the model, as OpenAI's transform does: images become `pixel_values` (B, 3, y, x), float32.
 
-    Images are Pillow images, arrays or tensors (uint8, or floats from 0 to 1; one or a batch), or what is opened
-    first, and then turned as its EXIF orientation says: paths, URLs, bytes, undecoded rows of `datasets`. An image
-    that is given is never turned.
+    An image is one of these:
 
-    size:      {"shortest_edge": n} keeps the aspect ratio, {"height": h, "width": w} doesn't
-    crop_size: {"height": h, "width": w}
-    resample:  Pillow's number; 3 is bicubic
-    fit:       what becomes of an image that isn't square. "crop" cuts its sides off, as the original does; "pad"
-               scales all of it into `crop_size`, with margins in the colour `image_mean`; "squash" does so without
-               margins, distorted. Saved with the processor, as all of the above
-    backend:   "pil" is exact; "torch" works on tensors, on `device` and in batches, and passes gradients to float
-               tensors; grey and RGB images come within one grey level (of drawings with hard edges one value in some
-               millions within two), others are made RGB before they are resized, and not after it
-    num_threads: how many images of a list "pil" works on at once (default: as many as torch uses); the result is the
-               same
-    draft:     for what is opened here: decode a JPEG that is at least four times as large as needed at a half, a
-               quarter or an eighth of its size: faster, not exact
-    Each step can be switched off with its `do_...`, when constructing or in a call.
+    - a Pillow image;
+    - an array or tensor (Y, X), (Y, X, C) or (C, Y, X), where C is 1 or 3: uint8, or floats from 0 to 1. Four
+      dimensions are a batch of images;
+    - a path, a URL, bytes, an open file, or an undecoded row of `datasets`. Such an image is opened here and turned as
+      its EXIF orientation says. Images that are given as images are never turned.
+
+    All arguments below can be given to the class, or to a call for that call alone. Those up to `fit` are saved with
+    the processor. Those from `backend` on are not: they say how this machine computes.
+
+    Args:
+        do_convert_rgb: Whether to convert images to RGB.
+        do_resize: Whether to resize images to `size`.
+        size: `{"shortest_edge": n}` resizes the shorter side to n pixels and keeps the aspect ratio.
+            `{"height": h, "width": w}` does not keep it.
+        resample: Filter, as a number of `PIL.Image.Resampling`. 3 is bicubic.
+        do_center_crop: Whether to crop the centre to `crop_size`.
+        crop_size: `{"height": h, "width": w}` in pixels.
+        do_rescale: Whether to multiply grey levels by `rescale_factor`.
+        rescale_factor: Default 1 / 255, which brings grey levels to the range from 0 to 1.
+        do_normalize: Whether to subtract `image_mean` and divide by `image_std`.
+        image_mean: A number per channel, or one for all.
+        image_std: A number per channel, or one for all.
+        fit: How an image that is not square is made square. "crop" (default) cuts its longer side, as the original
+            does. "pad" scales the whole image into `crop_size` and adds margins in the colour `image_mean`. "squash"
+            distorts the whole image to `crop_size`.
+        backend: "pil" (default) is exact. "torch" works on tensors, in batches and on the argument `device` of a call,
+            and float tensors keep their gradients. Grey and RGB images differ from "pil" by at most one grey level; in
+            drawings with hard edges about one value in some millions differs by two. Images of other modes are
+            converted to RGB before they are resized, and not afterwards.
+        num_threads: Number of images that "pil" works on at once. None: the number of threads that torch uses. The
+            result is the same.
+        draft: Whether to decode large JPEGs at a half, a quarter or an eighth of their size, if they are opened here
+            and at least four times as large as needed. This is faster and not exact.
+        **kwargs: As for any image processor of transformers.
+
+    Raises:
+        ValueError: A setting has a value that cannot be used.
+        UnreadableImageError: In a call, an image cannot be read. A ValueError; its `index` is the image's place.
+
+    Example::
+
+        processor = HfClipImageProcessor.from_pretrained("org/clip-vit-b32")
+        processor(["cat.jpg", "dog.jpg"], return_tensors="pt")["pixel_values"].shape  # (2, 3, 224, 224)
     """
 
     model_input_names = ["pixel_values"]
@@ -326,7 +407,15 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
 
     @classmethod
     def for_image_size(cls, image_size: int, **kwargs: Any) -> "HfClipImageProcessor":
-        """The processor of a model that takes square images of `image_size` pixels."""
+        """Make the processor of a model that takes square images.
+
+        Args:
+            image_size: Height and width in pixels.
+            **kwargs: Settings that shall differ from OpenAI's, as for the class.
+
+        Returns:
+            The image processor.
+        """
         square = {"height": image_size, "width": image_size}
         return cls(**({"size": {"shortest_edge": image_size}, "crop_size": square} | kwargs))
 
@@ -334,7 +423,7 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
     def get_image_processor_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As everywhere in transformers; open_clip's repositories too, where the package is."""
+        """Read the settings of a folder or repository; with the package also those of an open_clip repository."""
         if (foreign := find_foreign(pretrained_model_name_or_path, kwargs)) is not None:
             return foreign.image_processor_values(), {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS}
         source = pretrained_model_name_or_path
@@ -346,7 +435,21 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As everywhere in transformers; raises ValueError in one line for damaged files and impossible settings."""
+        """Load an image processor from a folder or from a repository on the Hub.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or the name of a repository, such as "org/clip-vit-b32".
+            *args: As for any image processor of transformers.
+            **kwargs: Settings that shall differ, as for the class; and the arguments of any image processor of
+                transformers: `revision`, `subfolder`, `token`, …
+
+        Returns:
+            The image processor.
+
+        Raises:
+            OSError: There is no such folder or repository.
+            ValueError: A file is damaged, or a setting has a value that cannot be used.
+        """
         source = pretrained_model_name_or_path
         try:
             with in_one_kind(source):
@@ -355,25 +458,45 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
             raise ValueError(f"The image processor of {one_line(source, 200)} is refused: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: how the model wants its images, not how this machine makes them."""
+        """Return the settings that are saved: those of the model, not those that say how this machine computes."""
         return {k: v for k, v in super().to_dict().items() if k not in ("backend", "num_threads", "draft", "device")}
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Leave addresses to us; transformers' loader would make every image RGB before it is resized."""
+        """Return addresses unopened: transformers' loader would convert to RGB, and here an image keeps its mode."""
         return image_url_or_urls
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Images → `pixel_values`; the arguments are those of the class, for this call alone."""
+        """Prepare images; a call of the processor does the same.
+
+        Args:
+            images: An image, a list of images, or a batch of images as an array or tensor.
+            *args: As for any image processor of transformers.
+            **kwargs: Settings for this call, as for the class; `return_tensors` ("pt" or "np"), `device` and
+                `data_format`.
+
+        Returns:
+            `pixel_values` (B, 3, y, x), float32; a list of arrays if images end in different sizes.
+
+        Raises:
+            UnreadableImageError: An image cannot be read. A ValueError; its `index` is the image's place.
+        """
         if args or kwargs.keys() - {"return_tensors"}:
             return super().preprocess(images, *args, **kwargs)
-        # With nothing to check, transformers' checks of arguments would take longer than normalising the image.
+        # Without arguments there is nothing to check, and transformers' checks take longer than normalising an image.
         return self._preprocess_image_like_inputs(images, **(self._settings() | kwargs))
 
     def _settings(self) -> dict[str, Any]:
         return self._standardize_kwargs(**{name: getattr(self, name, None) for name in self._valid_kwargs_names})
 
     def steps(self) -> Steps:
-        """What is done to each image, for those who put it together otherwise. Raises ValueError if it cannot be."""
+        """Return the steps of this processor, for code that calls them one by one, such as augmentation.
+
+        Returns:
+            The settings of this processor, checked.
+
+        Raises:
+            ValueError: A setting has a value that cannot be used.
+        """
         settings = self._settings()
         return Steps(**{name: settings[name] for name in Steps.__dataclass_fields__})
 
@@ -424,7 +547,7 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
     def _with_pillow(
         images: Any, steps: Steps, data_format: str | None, num_threads: int | None, draft: int | None
     ) -> np.ndarray | list[np.ndarray]:
-        """(B, C, y, x), or a list of (C, y, x) where sizes differ."""
+        """Prepare images with Pillow: (B, C, y, x), or a list of (C, y, x) if sizes differ."""
         items = flatten_images(images)
         if len(items) == 0:
             raise ValueError("HfClipImageProcessor got an empty list of images; pass at least one.")
@@ -458,7 +581,10 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
     def _with_torch(
         images: Any, steps: Steps, data_format: str | None, device: Any, draft: int | None
     ) -> Tensor | list[Tensor]:
-        """(B, C, y, x), or a list of (C, y, x) where sizes differ. Images of equal size are worked on together."""
+        """Prepare images with torch: (B, C, y, x), or a list of (C, y, x) if sizes differ.
+
+        Images of one size are processed as one batch.
+        """
         if steps.do_resize and steps.resample not in TORCH_FILTERS:
             raise ValueError(f'backend="torch" resizes with resample 3 (bicubic) or 2, not {int(steps.resample)}.')
         if getattr(images, "ndim", 0) == 4:

@@ -1,10 +1,12 @@
-"""Whatever a user has → a Pillow image, or one clear error that says which of the batch it was.
+"""Open images: turn a path, a URL, bytes, a file, an array or a row of `datasets` into a Pillow image.
 
-Invariant: what is opened here (a path, a URL, bytes, a file, a row of `datasets`) is turned as its EXIF orientation
-says; what is an image already is never turned. Of an animation the first frame is taken. An image keeps its mode:
-the original resizes an image in its own mode and makes it RGB at the end.
+If an image cannot be opened, one error says which image of a batch it is and why.
 
-Dimensions: C channels, Y × X pixels.
+Invariant: an image that is opened here is turned as its EXIF orientation says. An object that is an image already is
+never turned. Of an animation the first frame is taken. An image keeps its mode, since the original resizes it in that
+mode and converts it to RGB at the end.
+
+Dimensions: B batch, C channels, Y × X pixels.
 """
 
 import base64
@@ -20,36 +22,36 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from .fetch import fetch, is_web_address
 
 GREY_LEVEL = 1 / 255
-"""How far beyond 0 and 1 a float may lie: rounding in somebody's resize, not another scale."""
+"""How far a float may lie beyond 0 and 1. So much comes from rounding; more would be another scale."""
 
 SMALLEST_IMAGE = 30
-"""Bytes; a text that is base64 of fewer is a path that was mistyped."""
+"""Size of the smallest image in bytes. A text that is base64 of fewer bytes is taken for a mistyped path."""
 
 RASTER_FORMATS = {
     "AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FPX", "FTEX", "GBR", "GIF", "HEIF", "ICNS",
     "ICO", "IM", "IMT", "JPEG", "JPEG2000", "JXL", "MCIDAS", "MIC", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM",
     "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB",
 }  # fmt: skip
-"""Formats, by Pillow's names, that are opened: all that hold pixels and are decoded by Pillow or its plugins alone.
+"""Formats that are opened, by Pillow's names: those with pixels that Pillow or its plugins decode themselves.
 
-Left out are EPS (PostScript), which Pillow has Ghostscript run; WMF, which Windows draws; IPTC, whose content Pillow
-opens as an image of any format, EPS included; BUFR, GRIB and HDF5, which are handed to whatever was registered for
-them; and MPEG, which has no pixels that Pillow reads.
+Not opened are EPS (PostScript), for which Pillow runs Ghostscript; WMF, which Windows draws; IPTC, which may contain an
+image of any format, EPS included; BUFR, GRIB and HDF5, for which Pillow calls any handler that is registered; and MPEG,
+of which Pillow reads no pixels.
 """
 
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises where a file is no image, or only part of one."""
+"""Errors that Pillow raises for a file that is no image, or is cut off."""
 
 
 class UnreadableImageError(ValueError):
-    """One image among those given cannot be opened, or is none.
+    """An image cannot be opened, or an object is no image.
 
-    Its text is `name` and `problem`, one after the other. Whoever knows more of where the image was calls `place`.
+    The message is `name` followed by `problem`.
 
     Attributes:
-        index: the image's place among all that were given, from 0, or None where it is the only one.
-        name: what the text calls it, e.g. "images[3]".
-        problem: what is wrong with it and what to do.
+        name: Name of the image in the message, e.g. "images[3]".
+        problem: What is wrong with the image, and what to do.
+        index: Place of the image among all that were given, from 0. None for a single image.
     """
 
     def __init__(self, name: str, problem: str = "", index: int | None = None):
@@ -60,13 +62,17 @@ class UnreadableImageError(ValueError):
         return f"{self.name}{self.problem}"
 
     def place(self, index: int | None) -> None:
-        """Name the image by its place in what the user gave; None for a single image."""
+        """Set the image's place among all images that the user gave, and name it by that place.
+
+        Args:
+            index: The place, from 0. None for a single image.
+        """
         self.index, self.name = index, "the image" if index is None else f"images[{index}]"
 
 
 @contextmanager
 def at_place(index: int | None) -> Iterator[None]:
-    """Whatever UnreadableImageError is raised in here names its image by this place; see `place`."""
+    """Let an UnreadableImageError from within a `with` block name its image by this place."""
     try:
         yield
     except UnreadableImageError as error:
@@ -75,12 +81,12 @@ def at_place(index: int | None) -> Iterator[None]:
 
 
 def is_to_be_opened(item: Any) -> bool:
-    """Whether an item is an image's address or content, and not an image yet."""
+    """Whether an item is the path, URL, file or content of an image, and must be opened."""
     return isinstance(item, (str, bytes, bytearray, os.PathLike, dict)) or hasattr(item, "read")
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """One image or its address, a batch array (B, ...), or any nesting of lists of these → a list of them."""
+    """Return a flat list of images: of a single image, of a batch (B, …), or of lists of these in any nesting."""
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in flatten_images(item)]
     if getattr(images, "ndim", 0) == 4:
@@ -89,8 +95,8 @@ def flatten_images(images: Any) -> list[Any]:
 
 
 def _content(source: Any, timeout: float | None) -> Any:
-    """What Pillow can open: a file's path, or a file."""
-    if isinstance(source, dict):  # as `datasets` stores an image that it hasn't decoded
+    """Return what Pillow can open: a path or a file."""
+    if isinstance(source, dict):  # an undecoded image of `datasets`
         if source.get("bytes"):
             return BytesIO(source["bytes"])
         if source.get("path"):
@@ -114,13 +120,13 @@ def _content(source: Any, timeout: float | None) -> Any:
 
 
 def open_raster(file: Any) -> Image.Image:
-    """`Image.open` of a path or file for RASTER_FORMATS alone, whatever the file's name ends in."""
+    """Open a path or file with Pillow if it has one of `RASTER_FORMATS`. The ending of its name does not matter."""
     if hasattr(file, "read"):
         try:
             file.seek(0)
         except (AttributeError, UnsupportedOperation):
-            file = BytesIO(file.read())  # which is tried twice
-    for load in (Image.preinit, Image.init):  # the common formats first, as Pillow does: most files need no others
+            file = BytesIO(file.read())  # it may be read twice below
+    for load in (Image.preinit, Image.init):  # first the common formats, as Pillow does, which most files have
         load()
         try:
             return Image.open(file, formats=[name for name in Image.ID if name in RASTER_FORMATS])
@@ -133,35 +139,41 @@ def open_raster(file: Any) -> Image.Image:
 
 
 def draft_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
-    """The least size at which a JPEG may be decoded when its shorter side is to become `shorter_side` pixels.
+    """Compute the least size at which a JPEG may be decoded if its shorter side is to have `shorter_side` pixels.
 
-    Twice as large as needed, so that most of the scaling is still done by the exact filter.
+    It is twice as large as needed, so that most of the scaling is done by the exact filter.
     """
     ratio = 2 * shorter_side / min(size)
     return round(size[0] * ratio), round(size[1] * ratio)
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """Turn and mirror an image as its EXIF orientation says; one that says nothing legible stays as it is."""
+    """Turn and mirror an image as its EXIF orientation says. Without a readable orientation it stays as it is."""
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) not in (None, 1)
         return ImageOps.exif_transpose(image) if turned else image
-    except Exception:  # whatever a damaged block makes Pillow's parser do
+    except Exception:  # a damaged block can raise any error in Pillow's parser
         return image
 
 
 def open_image(
     source: Any, name: str = "the image", *, timeout: float | None = None, draft: int | None = None
 ) -> Image.Image:
-    """Open an image, turned as its EXIF orientation says, in its own mode.
+    """Open an image, turn it as its EXIF orientation says, and keep its mode.
 
-    source:  a path, a URL, a data URI, base64, bytes, an open file, or the {"bytes", "path"} of `datasets`
-    name:    what to call it in an error, e.g. "images[3]"
-    timeout: seconds until an address is given up, all in all; see `fetch`
-    draft:   the shorter side that is wanted; a JPEG of more than four times that is decoded at a half, a quarter
-             or an eighth of its size, which is faster and not exact
+    Args:
+        source: A path, a URL, a data URI, base64, bytes, an open file, or an undecoded row of `datasets`, which has
+            "bytes" and "path".
+        name: Name of the image in an error, e.g. "images[3]".
+        timeout: Seconds until the download of an address is given up. None: 60.
+        draft: Shorter side that is needed, in pixels. A JPEG that is more than four times as large is decoded at a
+            half, a quarter or an eighth of its size, which is faster and not exact. None: full size.
 
-    Raises UnreadableImageError, a ValueError that names the image and what is wrong with it.
+    Returns:
+        The image.
+
+    Raises:
+        UnreadableImageError: The image cannot be opened. A ValueError.
     """
     try:
         with open_raster(_content(source, timeout)) as image:
@@ -183,7 +195,7 @@ def open_image(
 
 
 def _as_levels(array: np.ndarray, name: str) -> np.ndarray:
-    """Grey levels of uint8 from what an array holds: uint8 as it is, floats from 0 to 1, booleans."""
+    """Convert an array of floats from 0 to 1, or of booleans, to grey levels of uint8. uint8 stays as it is."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
@@ -200,7 +212,7 @@ def _as_levels(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def check_unit_range(low: float, high: float, name: str) -> None:
-    """Refuse float images that are not on the scale from 0 to 1."""
+    """Raise UnreadableImageError for a float image whose values are not from 0 to 1."""
     if not np.isfinite((low, high)).all():
         raise UnreadableImageError(
             name, " has values that are not finite (NaN or infinity); repair it, or leave it out."
@@ -214,7 +226,7 @@ def check_unit_range(low: float, high: float, name: str) -> None:
 
 
 def channel_axis(shape: tuple[int, ...], data_format: str | None, name: str) -> int:
-    """Where the channels of an image of three dimensions are: 0 for (C, Y, X), 2 for (Y, X, C)."""
+    """Find the axis of the channels in an image of three dimensions: 0 for (C, Y, X), 2 for (Y, X, C)."""
     given = getattr(data_format, "value", data_format)
     likely = 0 if shape[0] in (1, 3) and shape[-1] not in (1, 3) else 2
     axis = likely if given is None else (0 if given == "channels_first" else 2)
@@ -230,9 +242,21 @@ def channel_axis(shape: tuple[int, ...], data_format: str | None, name: str) -> 
 def to_image(
     item: Any, name: str, *, data_format: str | None = None, timeout: float | None = None, draft: int | None = None
 ) -> Image.Image:
-    """A Pillow image of what users have: an image, its address or content, or an array.
+    """Turn an image in any of the accepted forms into a Pillow image.
 
-    item: as above; arrays of shape (Y, X), (Y, X, C) or (C, Y, X), C being 1 or 3, uint8 or floats from 0 to 1
+    Args:
+        item: A Pillow image; anything that `open_image` takes; or an array or tensor (Y, X), (Y, X, C) or (C, Y, X),
+            where C is 1 or 3, of uint8 or floats from 0 to 1.
+        name: Name of the image in an error, e.g. "images[3]".
+        data_format: "channels_first" or "channels_last" for arrays. None: it is inferred from the shape.
+        timeout: As for `open_image`.
+        draft: As for `open_image`.
+
+    Returns:
+        The image.
+
+    Raises:
+        UnreadableImageError: The item is no image, or cannot be opened. A ValueError.
     """
     if is_to_be_opened(item):
         item = open_image(item, name, timeout=timeout, draft=draft)

@@ -1,15 +1,15 @@
-"""Scale an image and cut its middle out, doing no work that cannot reach the cut.
+"""Resize an image and crop its centre, without computing pixels that the crop removes.
 
-The original scales the whole image and throws most of a wide one away. Pillow scales in two passes, one along each
-axis, and stores whole grey levels in between; each pass treats every line alone. So lines that no later step reads
-can be left out without changing a bit, as long as the passes come in Pillow's order.
+The original resizes the whole image and then removes most of a wide one. Pillow resizes in two passes, one along each
+axis, and stores whole grey levels in between. Each pass treats every line by itself. Lines that no later step reads can
+therefore be left out without changing a bit, as long as the passes come in Pillow's order.
 
-What Pillow cannot do is to compute a part of a line: for very long images `part_of_lines` repeats its arithmetic
-(fixed-point weights of 22 bits, sums rounded and clipped) for the part that is needed.
+Pillow cannot compute a part of a line. For very long images `part_of_lines` repeats Pillow's arithmetic for the part
+that is needed: fixed-point weights of 22 bits, sums rounded and clipped.
 
-Invariant: `scale_and_cut` gives the bits of `image.resize(size).crop(box)`.
+Invariant: the result of `scale_and_cut` equals `image.resize(size).crop(box)` in every bit.
 
-Dimensions: B batch, C channels, Y × X pixels before, y × x pixels after.
+Dimensions: B batch, C channels, Y × X pixels, y × x pixels after resizing.
 """
 
 from dataclasses import dataclass
@@ -30,27 +30,28 @@ BICUBIC_A = -0.5
 SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 
 MUCH_LONGER = 24
-"""From this multiple of what is cut out on, a line is long enough for computing its part alone to be faster."""
+"""A line that is this many times as long as its needed part is computed in part, which is faster from there on."""
 
 LINES_AT_ONCE = 64
 PIXELS_AT_ONCE = 1 << 26
 
 PREMULTIPLIED = {"RGBA": "RGBa", "LA": "La"}
-"""Pillow scales transparent images with their colours multiplied by their opacity, and divides them again."""
+"""Modes in which Pillow resizes transparent images: with colours multiplied by their opacity, then divided again."""
 
 EIGHT_BIT_MODES = ("L", "La", "RGB", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 
 UNFILTERED_MODES = ("1", "P")
-"""Pillow takes the nearest pixel of these, whatever filter was asked for."""
+"""Modes for which Pillow takes the nearest pixel and ignores the filter."""
 
 WIDEST_REACH = 3.0
 KNOWN_FILTERS = (1, 2, 3, 4, 5)
-"""Lanczos, which reaches three pixels far, bilinear, bicubic, box, Hamming."""
+"""Lanczos (which reaches furthest, three pixels), bilinear, bicubic, box, Hamming."""
 
 CLEARLY_SMALLER = 2.0
-"""The least scale at which torch's own arithmetic for uint8, with weights of 16 bits, stays near Pillow's.
+"""Least reduction for which torch's own arithmetic for uint8, with weights of 16 bits, is close enough to Pillow's.
 
-Above 3 no value was seen more than one level off; from 2 to 3 one value of sixty pages of black and white text was.
+Above 3 no value was found that differs by more than one grey level. From 2 to 3 one value was, in sixty pages of black
+and white text.
 """
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -58,26 +59,31 @@ RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 @dataclass(frozen=True)
 class Layout:
-    """size: width and height to scale to.   box: what to cut out of that; left, top, right, bottom, margins included"""
+    """How an image is resized and cut.
+
+    Attributes:
+        size: Width and height after resizing.
+        box: Part that is cut out of it: left, top, right, bottom. Beyond the edges it adds black margins.
+    """
 
     size: tuple[int, int]
     box: tuple[int, int, int, int]
 
 
 def cut_centre(size: tuple[int, int], cut: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The box of `cut` = (width, height) in the middle: half pixels round to even, margins halve downwards."""
+    """Compute the box of size `cut`, (width, height), at the centre. Half pixels round to even, margins halve down."""
     left, top = (-((c - n) // 2) if n < c else round((n - c) / 2) for n, c in zip(size, cut, strict=True))
     return left, top, left + cut[0], top + cut[1]
 
 
 def shorter_side_to(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """The size at which the shorter side has `side` pixels; the longer one is rounded down."""
+    """Compute the size at which the shorter side has `side` pixels. The longer side is rounded down."""
     width, height = size
     return (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
 
 
 def fit_inside(size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:
-    """The largest size of the same shape within a frame of (width, height), no side below one pixel."""
+    """Compute the largest size of the same shape within a frame (width, height). No side is below one pixel."""
     ratio = min(f / n for f, n in zip(frame, size, strict=True))
     width, height = (min(f, max(1, round(n * ratio))) for n, f in zip(size, frame, strict=True))
     return width, height
@@ -86,12 +92,20 @@ def fit_inside(size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]
 def filter_weights(
     inputs: int, outputs: int, first: int, count: int, filter_name: str = "bicubic"
 ) -> tuple[int, np.ndarray]:
-    """Pillow's weights for `count` of `outputs` pixels, from pixel `first` on, made of `inputs` pixels.
+    """Compute Pillow's weights for a part of a line.
 
-    Returns the first input pixel that they read and the weights (count, pixels read), float64.
+    Args:
+        inputs: Length of the line before resizing, in pixels.
+        outputs: Length after resizing.
+        first: First pixel that is needed after resizing.
+        count: Number of pixels that are needed.
+        filter_name: "bicubic" or "bilinear".
+
+    Returns:
+        The first input pixel that is read, and the weights (count, pixels read), float64.
     """
     scale = inputs / outputs
-    stretch = max(scale, 1.0)  # a filter for making smaller is as wide as the pixels that become one
+    stretch = max(scale, 1.0)  # for a reduction the filter is widened to cover all input pixels of an output pixel
     support = SUPPORT[filter_name] * stretch
     centre = (np.arange(first, first + count) + 0.5) * scale
     low = np.maximum((centre - support + 0.5).astype(np.int64), 0)
@@ -107,7 +121,7 @@ def filter_weights(
         weights = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
     weights[taps >= (high - low)[:, None]] = 0.0
     total = np.zeros(count)
-    for tap in taps:  # added up in Pillow's order, for the last bit
+    for tap in taps:  # summed in Pillow's order, to be equal in the last bit
         total += weights[:, tap]
     weights /= total[:, None]
     start, end = int(low.min()), int(high.max())
@@ -117,12 +131,12 @@ def filter_weights(
 
 
 def fixed_point(weights: np.ndarray) -> np.ndarray:
-    """Weights as Pillow has them for images of 8 bits: whole multiples of 2⁻²², here times 2²²."""
+    """Round weights as Pillow does for images of 8 bits: to multiples of 2⁻²². They are returned times 2²²."""
     return np.trunc(weights * 2.0**WEIGHT_BITS + np.where(weights < 0, -0.5, 0.5))
 
 
 def part_of_lines(lines: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Scale grey levels (lines, inputs, C) → (lines, outputs, C) with weights (outputs, inputs), bits as Pillow's."""
+    """Resize grey levels (lines, inputs, C) → (lines, outputs, C) with weights (outputs, inputs), exactly as Pillow."""
     fixed = fixed_point(weights).T
     scaled = np.empty((len(lines), weights.shape[0], lines.shape[2]), dtype=np.uint8)
     for start in range(0, len(lines), LINES_AT_ONCE):
@@ -134,7 +148,7 @@ def part_of_lines(lines: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _part_of_image(image: Image.Image, axis: int, weights: np.ndarray) -> Image.Image:
-    """Scale an image of 8 bits along its rows (axis 0) or columns (axis 1) with weights (outputs, inputs)."""
+    """Resize an image of 8 bits along its rows (axis 0) or columns (axis 1) with weights (outputs, inputs)."""
     array = np.asarray(image)
     array = array.reshape(*array.shape[:2], -1)  # (Y, X, C)
     lines = array if axis == 0 else array.transpose(1, 0, 2)
@@ -149,9 +163,9 @@ def _is_much_longer(outputs: int, needed: int) -> bool:
 
 
 def _height_comes_first(size: tuple[int, int], new_size: tuple[int, int]) -> bool | None:
-    """Whether Pillow scales along the columns first, on which roundings depend; None where that isn't known.
+    """Whether Pillow resizes along the columns first, which changes roundings. None if that is unknown.
 
-    Releases before 12 never do, 13 does where the height loses more than twice as many pixels as the width.
+    Releases before 12 never do. Release 13 does if the height loses more than twice as many pixels as the width.
     """
     (width, height), (new_width, new_height) = size, new_size
     if PILLOW_MAJOR < 12:
@@ -162,7 +176,7 @@ def _height_comes_first(size: tuple[int, int], new_size: tuple[int, int]) -> boo
 
 
 def _lines_read(inputs: int, outputs: int, first: int, last: int) -> tuple[int, int]:
-    """Which of `inputs` lines can reach the lines first ... last - 1 of `outputs`, through any known filter."""
+    """Compute which of `inputs` lines any known filter reads for the lines first … last - 1 of `outputs`."""
     if inputs == outputs:
         return first, last
     scale = inputs / outputs
@@ -171,7 +185,7 @@ def _lines_read(inputs: int, outputs: int, first: int, last: int) -> tuple[int, 
 
 
 def _cut_lines(image: Image.Image, axis: int, first: int, last: int) -> Image.Image:
-    """Columns (axis 0) or rows (axis 1) first ... last - 1; those beyond the edges are blank."""
+    """Cut out columns (axis 0) or rows (axis 1) first … last - 1. Those beyond the edges are black."""
     if (first, last) == (0, image.size[axis]):
         return image
     return image.crop((first, 0, last, image.height) if axis == 0 else (0, first, image.width, last))
@@ -180,9 +194,9 @@ def _cut_lines(image: Image.Image, axis: int, first: int, last: int) -> Image.Im
 def _scale_along(
     image: Image.Image, axis: int, inputs: int, outputs: int, first: int, last: int, given: int, resample: int
 ) -> Image.Image:
-    """Scale along the rows (axis 0) or columns (axis 1) and keep the lines first ... last - 1 of `outputs`.
+    """Resize along the rows (axis 0) or columns (axis 1) and keep the lines first … last - 1 of `outputs`.
 
-    The image holds only some of the `inputs` lines that it had, from line `given` on: all that are read.
+    Of the original `inputs` lines the image holds only those that are read, from line `given` on.
     """
     if inputs == outputs:
         return _cut_lines(image, axis, first - given, last - given)
@@ -191,13 +205,22 @@ def _scale_along(
         start, weights = filter_weights(inputs, outputs, first, last - first)
         read = _cut_lines(image, axis, start - given, start - given + weights.shape[1])
         return _part_of_image(read, axis, weights)
-    image = _cut_lines(image, axis, -given, inputs - given)  # blank lines bring the others to their places
+    image = _cut_lines(image, axis, -given, inputs - given)  # black lines put the others in their places
     size = (outputs, image.height) if axis == 0 else (image.width, outputs)
     return _cut_lines(image.resize(size, resample), axis, first, last)
 
 
 def scale_and_cut(image: Image.Image, layout: Layout, resample: int) -> Image.Image:
-    """`image.resize(layout.size, resample).crop(layout.box)`, without what is scaled only to be thrown away."""
+    """Compute `image.resize(layout.size, resample).crop(layout.box)` without the pixels that the crop removes.
+
+    Args:
+        image: A Pillow image of any mode.
+        layout: Size to resize to, and box to cut out.
+        resample: Filter, as a number of `PIL.Image.Resampling`.
+
+    Returns:
+        The image, equal in every bit to Pillow's.
+    """
     mode, size, new_size, box = image.mode, image.size, layout.size, layout.box
     if size == new_size:
         return image.crop(box)
@@ -220,12 +243,12 @@ def scale_and_cut(image: Image.Image, layout: Layout, resample: int) -> Image.Im
 
 
 def _scale_levels(pixels: Tensor, axis: int, outputs: int, first: int, last: int, filter_name: str) -> Tensor:
-    """Scale grey levels (B, C, Y, X) along one axis with Pillow's arithmetic and keep the lines first ... last - 1."""
+    """Resize grey levels (B, C, Y, X) along one axis with Pillow's arithmetic and keep the lines first … last - 1."""
     inputs = pixels.shape[axis]
     if outputs == inputs:
         return pixels.narrow(axis, first, last - first)
     start, weights = filter_weights(inputs, outputs, first, last - first, filter_name)
-    exact = torch.float32 if pixels.device.type == "mps" else torch.float64  # which holds the sums as whole numbers
+    exact = torch.float32 if pixels.device.type == "mps" else torch.float64  # float64 holds the sums exactly
     table = torch.from_numpy(fixed_point(weights)).to(pixels.device, exact)  # (outputs, inputs read)
     part = pixels.narrow(axis, start, table.shape[1]).to(exact)
     sums = part @ table.T if axis == 3 else table @ part
@@ -233,7 +256,7 @@ def _scale_levels(pixels: Tensor, axis: int, outputs: int, first: int, last: int
 
 
 def _scale_floats(pixels: Tensor, axis: int, outputs: int, first: int, last: int, filter_name: str) -> Tensor:
-    """Scale floats (B, C, Y, X) along one axis and keep the lines first ... last - 1."""
+    """Resize floats (B, C, Y, X) along one axis and keep the lines first … last - 1."""
     inputs = pixels.shape[axis]
     if outputs == inputs:
         return pixels.narrow(axis, first, last - first)
@@ -248,9 +271,16 @@ def _scale_floats(pixels: Tensor, axis: int, outputs: int, first: int, last: int
 
 
 def scale_levels_exactly(pixels: Tensor, passes: list[tuple[int, int, int, int]], filter_name: str) -> Tensor:
-    """Grey levels (B, C, Y, X) with Pillow's bits on any device, as whole floats.
+    """Resize grey levels on any device, with results equal to Pillow's.
 
-    passes: (axis, lines to scale to, first line to keep, the line behind the last), in Pillow's order
+    Args:
+        pixels: (B, C, Y, X) grey levels.
+        passes: For each pass, in Pillow's order: axis, number of lines to resize to, first line to keep, and the line
+            after the last to keep.
+        filter_name: "bicubic" or "bilinear".
+
+    Returns:
+        (B, C, y, x) grey levels, as whole floats.
     """
     done = []
     for some in pixels.split(max(1, PIXELS_AT_ONCE // pixels[0].numel())):
@@ -261,7 +291,7 @@ def scale_levels_exactly(pixels: Tensor, passes: list[tuple[int, int, int, int]]
 
 
 def _by_pillow(pixels: Tensor, layout: Layout, filter_name: str) -> Tensor:
-    """Grey levels (B, C, Y, X) on a CPU, C being 1 or 3, scaled by Pillow itself."""
+    """Resize grey levels (B, C, Y, X) on a CPU with Pillow itself. C is 1 or 3."""
     rows = []
     for row in pixels:
         array = row.movedim(0, -1).contiguous().numpy()  # (Y, X, C)
@@ -272,12 +302,17 @@ def _by_pillow(pixels: Tensor, layout: Layout, filter_name: str) -> Tensor:
 
 
 def scale_and_cut_tensor(pixels: Tensor, layout: Layout, filter_name: str) -> Tensor:
-    """The same for a batch of tensors, on any device: (B, C, Y, X) → (B, C, y, x).
+    """Resize and cut a batch of tensors, on any device.
 
-    pixels: uint8, then the result is grey levels, as uint8 or as whole floats: on a CPU by torch's own arithmetic for
-        uint8 where the image becomes clearly smaller, else with Pillow's bits; or floats from 0 to 1, then the result
-        is float32, not rounded, and differentiable
-    filter_name: "bicubic" or "bilinear"
+    Args:
+        pixels: (B, C, Y, X), uint8 or floats from 0 to 1.
+        layout: Size to resize to, and box to cut out.
+        filter_name: "bicubic" or "bilinear".
+
+    Returns:
+        (B, C, y, x). For uint8: grey levels, as uint8 or as whole floats. They equal Pillow's, except on a CPU where
+        an image becomes clearly smaller: there torch's own arithmetic for uint8 is used, which is faster. For floats:
+        float32, not rounded, and differentiable.
     """
     is_levels = pixels.dtype == torch.uint8
     left, top = (max(edge, 0) for edge in layout.box[:2])
@@ -296,7 +331,7 @@ def scale_and_cut_tensor(pixels: Tensor, layout: Layout, filter_name: str) -> Te
         passes.reverse()
     if is_levels and layout.size == (width, height):
         pixels = pixels[..., top:bottom, left:right]
-    elif is_quick and height_first:  # torch begins with the width, and the order matters where levels are clipped
+    elif is_quick and height_first:  # torch begins with the width, and the order matters where values are clipped
         pixels = functional.interpolate(pixels.mT, size=(new_width, new_height), mode=filter_name, antialias=True).mT
         pixels = pixels[..., top:bottom, left:right]
     elif is_quick:
