@@ -1,14 +1,16 @@
-"""CLIP's byte-level BPE: the expression that cuts words, the vocabulary, and the Rust tokenizer that merges.
+"""CLIP's byte-level BPE: the expression that finds words, the vocabulary, and the Rust tokenizer that merges bytes.
 
-OpenAI's tokenizer does this to a text:
+OpenAI's tokenizer treats a text in three steps:
 
-1. repair: ftfy, html entities unescaped twice, white space folded, lower case;
-2. cut into words by one regular expression, which never crosses white space;
-3. encode each word as bytes and merge them by rank.
+1. Repair it with ftfy, unescape html entities twice, fold white space, and lower its case.
+2. Split it into words with a regular expression, which never matches across white space.
+3. Encode each word as bytes and merge them in the order of the vocabulary.
 
-Step 1 is in repair_text, on the very same library, ftfy; step 2 is here, on the very same regex; step 3 is
-Rust's. The backend that is built here, and saved as tokenizer.json, describes all three as closely as Rust can, for
-those who load it alone.
+Step 1 is done by `repair_text` with ftfy, the library that OpenAI uses. Step 2 is done with the same expression and the
+same library, `regex`. Step 3 is done by the library `tokenizers`, which is written in Rust.
+
+The backend that is made here is saved as tokenizer.json. It describes all three steps as closely as `tokenizers` can,
+for programs that load this file without `HfClipTokenizer`.
 """
 
 import gzip
@@ -25,25 +27,25 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_WORD = "</w>"
 
 FIXED_IDS = 2 * 256 + 2
-"""Every byte, every byte that ends a word, and the two special tokens."""
+"""Number of ids without merges: 256 bytes, 256 bytes that end a word, and the two special tokens."""
 
 _SPECIAL_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|"
 _PLAIN_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 WORDS = regex.compile(_SPECIAL_WORDS + _PLAIN_WORDS, regex.IGNORECASE)
-"""The published expression: special tokens, contractions, letters, single digits, everything else but spaces."""
+"""OpenAI's expression for words: special tokens, contractions, letters, single digits, other symbols except spaces."""
 
 WORDS_OF_PLAIN_TEXT = regex.compile(_PLAIN_WORDS, regex.IGNORECASE)
-"""The same where special tokens within a text are text like any other, `split_special_tokens=True`."""
+"""The same expression for `split_special_tokens=True`, where special tokens within a text are ordinary text."""
 
 RUST_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"""
-"""The same for Rust, where texts arrive lower-cased; the one other letter that folds to these is the long s."""
+"""The same expression for Rust. Texts are lower-cased before; of other letters only the long s equals one of these."""
 
 
 def byte_alphabet() -> list[str]:
-    """The 256 printable stand-ins for bytes, in the order of OpenAI's ids.
+    """List the 256 printable characters that stand for bytes, in the order of OpenAI's ids, as in GPT-2.
 
-    Bytes that print as themselves come first, in order; the others follow as U+0100 and up (as in GPT-2).
+    Printable bytes come first and stand for themselves. The others follow, as the characters from U+0100 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = 256 - len(printable)
@@ -53,14 +55,15 @@ def byte_alphabet() -> list[str]:
 LIGATURES = {"ĳ": "ij", "Ĳ": "IJ", "ŉ": "ʼn", "Ǆ": "DŽ", "ǅ": "Dž", "ǆ": "dž", "Ǉ": "LJ", "ǈ": "Lj", "ǉ": "lj"}
 LIGATURES |= {"Ǌ": "NJ", "ǋ": "Nj", "ǌ": "nj", "Ǳ": "DZ", "ǲ": "Dz", "ǳ": "dz"}
 LIGATURES |= {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ſt", "ﬆ": "st"}
-"""What ftfy takes apart; some are not what NFKC would make of them."""
+"""Ligatures that ftfy replaces by letters. NFKC would replace some of them otherwise."""
 
 
 def build_normalizer() -> normalizers.Normalizer:
-    """As much of `repair_text` as Rust can say, for those who load tokenizer.json without this class.
+    """Make the part of `repair_text` that `tokenizers` can express, for programs that load tokenizer.json alone.
 
-    Not in it: html entities, mojibake, the final sigma and special tokens in capitals or within other symbols, which
-    need a program; and half-width katakana, which would cost every text another hundred replacements.
+    It leaves out html entities, mojibake, the final sigma, and special tokens in capitals or within other symbols, for
+    which replacements are not enough. It also leaves out half-width katakana, which would need another hundred
+    replacements in every text.
     """
     wide = [chr(code) for code in (*range(0xFF01, 0xFF61), *range(0xFFE0, 0xFFE7))]
     widths = {character: unicodedata.normalize("NFKC", character) for character in wide} | {"\u3000": " "}
@@ -81,9 +84,9 @@ def build_normalizer() -> normalizers.Normalizer:
 
 
 def build_backend(merges: list[tuple[str, str]]) -> Tokenizer:
-    """The Rust tokenizer for a list of merges.
+    """Make the Rust tokenizer for a list of merges.
 
-    Ids: 256 bytes, 256 bytes that end a word, one per merge, then start and end of text.
+    Ids are in OpenAI's order: 256 bytes, 256 bytes that end a word, one id per merge, start of text, end of text.
     """
     alphabet = byte_alphabet()
     tokens = [*alphabet, *(byte + END_OF_WORD for byte in alphabet), *("".join(pair) for pair in merges)]
@@ -96,7 +99,7 @@ def build_backend(merges: list[tuple[str, str]]) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    # Not `decoders.Strip`, which ends the program where there is nothing to strip.
+    # Not `decoders.Strip`, which crashes if there is nothing to strip.
     backend.decoder = decoders.Sequence(
         [decoders.ByteLevel(), decoders.Replace(Regex(END_OF_WORD + r"\z"), ""), decoders.Replace(END_OF_WORD, " ")]
     )
@@ -116,9 +119,18 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def read_merges(path: str | Path, vocab_size: int = OPENAI_VOCAB_SIZE) -> list[tuple[str, str]]:
-    """Read as many merges as make up `vocab_size` ids from a `bpe_simple_vocab_16e6.txt.gz` or a `merges.txt`.
+    """Read merges from OpenAI's `bpe_simple_vocab_16e6.txt.gz` or from a `merges.txt`.
 
-    Both hold a header line and then a pair of symbols a line; the file may be compressed.
+    Args:
+        path: A file with a header line, followed by one pair of symbols per line. It may be compressed by gzip.
+        vocab_size: Number of ids. As many merges are read as are needed for it.
+
+    Returns:
+        The merges, in the order in which they are applied.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, too short, or is no vocabulary of CLIP.
     """
     check_vocab_size(vocab_size)
     path, count = Path(path), vocab_size - FIXED_IDS

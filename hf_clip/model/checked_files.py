@@ -1,9 +1,9 @@
-"""Files that others wrote, read within limits before a library builds anything from them.
+"""Read files from strangers within limits, before a library makes anything from them.
 
-A JSON file of a repository may hold any value of any depth and size. What transformers and tokenizers say of that is a
-traceback, if they end at all. Here it is one line that names the file.
+A JSON file in a repository may hold any value, of any depth and size. On unexpected values transformers and tokenizers
+end in a traceback, or never end. Here they raise an error of one line that names the file.
 
-Invariant: a name that such a file holds never leads out of the folder in which the file lies.
+Invariant: a file name in such a file never leads out of the folder that contains the file.
 """
 
 import json
@@ -18,13 +18,13 @@ from huggingface_hub.errors import HTTPError, StrictDataclassError
 from transformers.utils import cached_file
 
 MOST_BYTES = 16 << 20
-"""A configuration with the labels of ImageNet-21k takes 2 MB."""
+"""Largest JSON file. A configuration with the labels of ImageNet-21k takes 2 MB."""
 
 MOST_BYTES_OF_TOKENIZER = 64 << 20
-"""OpenAI's tokenizer.json takes 3.6 MB, those of the largest multilingual vocabularies 35 MB."""
+"""Largest tokenizer.json. OpenAI's takes 3.6 MB, those of the largest multilingual vocabularies 35 MB."""
 
 MOST_DEPTH = 32
-"""Levels of lists and objects; a tokenizer.json has about eight. Rust reads 128, Python's own writer about 1,000."""
+"""Most levels of nested lists and objects. A tokenizer.json has about 8. Rust reads 128, Python writes about 1,000."""
 
 MOST_IDS = 1 << 24
 
@@ -35,17 +35,18 @@ WRITTEN_LAST = ("config.json", "open_clip_config.json")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 LONGEST_MESSAGE = 400
-"""Of what another library says; and of a whole line that a program prints:"""
+"""Longest quotation of another library's message, in characters; and longest line that a program prints:"""
 LONGEST_LINE = 990
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a Git-LFS pointer begins, which a clone without Git LFS has in place of a large file."""
+"""First bytes of a Git-LFS pointer. A clone without Git LFS has such a pointer in place of each large file."""
 
 
 class FolderReplacedError(OSError):
     """A folder was replaced while it was read.
 
-    folder: which one
+    Attributes:
+        folder: The folder.
     """
 
     def __init__(self, folder: object):
@@ -54,9 +55,10 @@ class FolderReplacedError(OSError):
 
 
 class DamagedWeightsError(OSError):
-    """A file of weights that its reader cannot read.
+    """A file of weights is damaged or cut off.
 
-    source: the folder or repository
+    Attributes:
+        source: The folder or repository.
     """
 
     def __init__(self, source: object, reason: object):
@@ -65,7 +67,7 @@ class DamagedWeightsError(OSError):
 
 
 def one_line(message: object, most: int = LONGEST_MESSAGE) -> str:
-    """What an error or a stranger's value says, as one printable line of at most `most` characters."""
+    """Return the text of an error, or of a value from a file, as one printable line of at most `most` characters."""
     text = str(message)
     text = " ".join(text[: 8 * most].split()) + (" …" if len(text) > 8 * most else "")
     text = "".join(character if character.isprintable() else "�" for character in text)
@@ -73,7 +75,7 @@ def one_line(message: object, most: int = LONGEST_MESSAGE) -> str:
 
 
 def check_no_pointer(path: str | Path) -> None:
-    """Raises ValueError for a Git-LFS pointer, which names a large file that was not fetched."""
+    """Raise ValueError for a Git-LFS pointer, which stands for a large file that was not downloaded."""
     path = Path(path)
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -84,7 +86,7 @@ def check_no_pointer(path: str | Path) -> None:
 
 
 def _depth(values: Any) -> int:
-    """How many levels of lists and objects lie within one another; counted without recursion."""
+    """Count the levels of nested lists and objects, without recursion."""
     depth, level = 0, [values]
     while level := [item for item in level if isinstance(item, (dict, list))]:
         depth += 1
@@ -95,11 +97,11 @@ def _depth(values: Any) -> int:
 
 
 def read_json(path: str | Path, most_bytes: int = MOST_BYTES) -> Any:
-    """The value in a JSON file.
+    """Read the value in a JSON file.
 
     Args:
         path: The file.
-        most_bytes: The largest file that is read.
+        most_bytes: Size of the largest file that is read.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -129,7 +131,7 @@ def read_json(path: str | Path, most_bytes: int = MOST_BYTES) -> Any:
 
 
 def read_object(path: str | Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """The fields that a JSON file holds. Raises as `read_json`, and ValueError for another value than an object."""
+    """Read a JSON file that holds an object. Raises like `read_json`, and ValueError for another value."""
     values = read_json(path, most_bytes)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no object of fields; save or download it again.")
@@ -137,12 +139,12 @@ def read_object(path: str | Path, most_bytes: int = MOST_BYTES) -> dict[str, Any
 
 
 def leads_outside(name: Any) -> bool:
-    """Whether a stranger's file name is anything but the plain name of a file beside the one that holds it."""
+    """Whether a file name from a stranger is more than a plain name, and so may lead out of the file's folder."""
     return not isinstance(name, str) or name in ("", ".", "..") or bool(re.search(r"[/\\:\0]", name))
 
 
 def check_names(path: str | Path, values: dict[str, Any], fields: tuple[str, ...]) -> None:
-    """Raises ValueError where one of `fields`, a name or a list of names, leads out of the folder of `path`."""
+    """Raise ValueError if a file name in one of `fields` leads out of the folder of `path`."""
     for field in fields:
         names = values.get(field)
         for name in names if isinstance(names, list) else [names]:
@@ -154,10 +156,10 @@ def check_names(path: str | Path, values: dict[str, Any], fields: tuple[str, ...
 
 
 def writing_of(source: Any, subfolder: str | None = None) -> tuple[Any, ...] | None:
-    """What tells one writing of a model's folder from the next; None for what is no folder.
+    """Return a value that changes whenever a model is written into a folder. None if `source` is no folder.
 
-    While one of these files stays the same file, so do all files beside it: `whole_folder` moves them out first, and
-    in last.
+    It is made of the files in `WRITTEN_LAST`. The package's writer removes them before all others and adds them after
+    all others. While they are unchanged, so are all files beside them.
     """
     if source is None or not os.path.isdir(source):
         return None
@@ -172,9 +174,13 @@ def writing_of(source: Any, subfolder: str | None = None) -> tuple[Any, ...] | N
 
 
 def read_unchanged(source: Any, read: Callable[[], Any], subfolder: str | None = None) -> Any:
-    """What `read` makes of a folder's files, all of one writing: it is called again where a writer came in between.
+    """Return the result of `read()`, which reads files of a folder. It is called again if the folder was replaced.
 
-    Raises FolderReplacedError when that happens again and again, and what `read` raises.
+    All files that the result is made of are then from one writing of the folder.
+
+    Raises:
+        FolderReplacedError: The folder was replaced during each of several attempts.
+        Exception: Errors of `read`.
     """
     for _ in range(MOST_READINGS):
         before = writing_of(source, subfolder)
@@ -190,7 +196,7 @@ def read_unchanged(source: Any, read: Callable[[], Any], subfolder: str | None =
 
 
 def check_no_methods(kind: type, values: Any, path: object) -> None:
-    """Raises ValueError where fields bear the names of methods: transformers sets every field on the object."""
+    """Raise ValueError for a field with the name of a method: transformers would replace the method by its value."""
     if not isinstance(values, dict):
         raise ValueError(f"{path} is refused: it describes a {kind.__name__} with a {type(values).__name__}.")
     if methods := [name for name in values if callable(getattr(kind, name, None))]:
@@ -198,21 +204,27 @@ def check_no_methods(kind: type, values: Any, path: object) -> None:
 
 
 def find_files(source: Any, names: Iterable[str], hub: dict[str, Any]) -> list[Path]:
-    """Those of the files that a folder or repository has; `source` itself where that is a file.
+    """Find files in a folder or repository.
 
-    hub: arguments of the Hub, as `from_pretrained` takes them
+    Args:
+        source: A folder, the name of a repository, or a file, which is returned itself.
+        names: Names of the files.
+        hub: The Hub's arguments of `from_pretrained`.
+
+    Returns:
+        The files that exist.
     """
     if os.path.isfile(source):
         return [Path(source)]
     try:
         found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names]
     except OSError:
-        return []  # transformers asks the same next, and says it better
+        return []  # transformers looks for the files next, and reports this error itself
     return [Path(path) for path in found if path is not None]
 
 
 def list_shards(index: str | Path) -> list[str]:
-    """The files that an index of weights names, which lie beside it. Raises ValueError for any other index."""
+    """List the files that an index of weights names. Raises ValueError unless all of them lie beside the index."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} is no index of weights: it has no weight_map; download it again.")
@@ -225,7 +237,7 @@ def list_shards(index: str | Path) -> list[str]:
 
 
 def check_weights(source: Any, subfolder: str | None = None) -> None:
-    """Refuse a folder whose weights are Git-LFS pointers, or whose index leads out of it. Raises ValueError."""
+    """Raise ValueError for a folder whose weights are Git-LFS pointers, or whose index leads out of it."""
     if source is None or not os.path.isdir(source):
         return
     folder = Path(source, subfolder or "")
@@ -250,17 +262,14 @@ def _check_vocabulary(path: Path, vocabulary: Any) -> None:
 
 
 def read_vocabulary(path: str | Path) -> dict[str, int]:
-    """The content of a vocab.json: tokens and their numbers. Raises as `read_json`."""
+    """Read a vocab.json, which maps tokens to ids. Raises like `read_json`."""
     vocabulary = read_object(path, MOST_BYTES_OF_TOKENIZER)
     _check_vocabulary(Path(path), vocabulary)
     return vocabulary
 
 
 def check_tokenizer_file(path: str | Path) -> None:
-    """Refuse a tokenizer.json that is none of a byte-pair encoding, or whose ids would fill the memory.
-
-    Raises ValueError.
-    """
+    """Raise ValueError for a tokenizer.json that is no byte-pair encoding, or whose ids would exhaust the memory."""
     path = Path(path)
     values = read_object(path, MOST_BYTES_OF_TOKENIZER)
     model, added = values.get("model"), values.get("added_tokens", [])
@@ -281,7 +290,7 @@ def check_tokenizer_file(path: str | Path) -> None:
 
 
 def check_tokenizer_config(path: str | Path) -> None:
-    """Refuse a tokenizer_config.json that names files elsewhere, or no length. Raises ValueError."""
+    """Raise ValueError for a tokenizer_config.json that names files outside its folder, or has no usable length."""
     values = read_object(path)
     check_names(path, values, ("fast_tokenizer_files", "gguf_file"))
     if not isinstance(length := values.get("model_max_length", 1), (int, float)) or not length >= 1:
@@ -295,21 +304,22 @@ TOKENIZER_CHECKS: dict[str, Callable[[str | Path], Any]] = {
     "tokenizer.json": check_tokenizer_file,
     "vocab.json": read_vocabulary,
 }
-"""How each file of a tokenizer is looked at before transformers reads it."""
+"""The check of each file of a tokenizer, done before transformers reads the file."""
 
 
 @contextmanager
 def in_one_kind(name: object) -> Iterator[None]:
-    """Raises ValueError in place of the many kinds of errors that other libraries' readers have for damaged files.
+    """Turn the many kinds of errors that libraries raise for damaged files into ValueError, within a `with` block.
 
-    name: what is read
+    Args:
+        name: Name of the folder or repository that is read, for the message.
     """
     try:
         yield
     except (OSError, ValueError, ImportError, MemoryError, HTTPError, StrictDataclassError):
         raise
     except BaseException as error:
-        # Rust's libraries end in an exception that nothing exports and that is none of Exception's.
+        # Rust's libraries raise a PanicException, which is no subclass of Exception and which no module exports.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(

@@ -1,11 +1,12 @@
-"""The quick way to ids: what stands between white space is cut and merged once, and then remembered.
+"""The fast way to ids: each chunk of text between white space is tokenized once, and its ids are remembered.
 
-No word crosses white space, so the ids of a text are those of its chunks between white space, one after the other.
+No word contains white space. The ids of a text are therefore the ids of its chunks, one after the other.
 
-Threads read the memory without a lock: what they found in `numbers` is in `tables`, which is written first. One thread
-learns at a time, and a fork waits for it, so that the child finds the memory whole and nobody at it.
+Threads read the memory without a lock. This is safe because a new chunk is written to `tables` first and to `numbers`
+afterwards: a chunk that is found in `numbers` is always in `tables`. Only one thread adds chunks at a time. A fork
+waits for it, so that the memory of the child process is complete and its lock is free.
 
-Dimensions: T texts, A ids of all texts, F chunks, V vocabulary.
+Dimensions: T texts, A ids of all texts together, F remembered chunks, V vocabulary.
 """
 
 import os
@@ -18,26 +19,29 @@ from tokenizers import Tokenizer
 from .bpe import END_OF_TEXT, END_OF_WORD, START_OF_TEXT, WORDS
 
 BOUNDARY = "\0end_of_a_text\0"
-"""A chunk that no text has: ftfy removes the character zero, and no entity gives it."""
+"""Separates texts. No text contains it: ftfy removes the character U+0000, and no html entity stands for it."""
 
 MOST_CHUNKS = 1 << 18
-"""Chunks that a tokenizer remembers: some 60 MB at most."""
+"""Largest number of chunks that a tokenizer remembers, which take at most about 60 MB."""
 
 MOST_CHARACTERS = 1 << 23
-"""Characters of all these chunks together, of which long ones such as addresses have many."""
+"""Largest number of characters of all chunks together. Long chunks, such as URLs, would otherwise take much memory."""
 
 WORDS_AT_ONCE = 512
 
-LEARNING = RLock()  # a fork within `learn` itself, by a finalizer, must not wait for itself
+LEARNING = RLock()  # reentrant: a finalizer may fork within `learn`, on the thread that holds it
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=LEARNING.acquire, after_in_parent=LEARNING.release, after_in_child=LEARNING.release)
 
 
 class KnownChunks:
-    """What is remembered until it is forgotten as a whole.
+    """The remembered chunks. When there are too many, they are all forgotten together.
 
-    numbers: chunk → its number, the boundary between texts being 0
-    tables:  ids (A,), starts (F,), lengths (F,): all ids one after the other, and where each chunk's stand among them
+    Attributes:
+        numbers: From each chunk to its number. The boundary between texts has number 0.
+        characters: Number of characters of all chunks.
+        tables: Three arrays: the ids of all chunks one after the other; the place of each chunk's first id among them
+            (F,); and the number of its ids (F,).
     """
 
     def __init__(self) -> None:
@@ -48,9 +52,13 @@ class KnownChunks:
 
 
 class ChunkMemory:
-    """The ids of every chunk between white space that was met so far.
+    """Finds the ids of texts, and remembers those of each chunk.
 
-    ends_word (V,): whether a token is the last of its word, which its name tells
+    Args:
+        merger: The Rust tokenizer that merges single words.
+
+    Attributes:
+        ends_word: (V,) bool: whether a token is the last one of a word, which its name shows.
     """
 
     def __init__(self, merger: Tokenizer):
@@ -65,7 +73,14 @@ class ChunkMemory:
         self.known = KnownChunks()
 
     def look_up(self, chunks: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of texts given as chunks with boundaries between them (A,), and how many each text has (T,)."""
+        """Find the ids of texts.
+
+        Args:
+            chunks: The chunks of all texts, with `BOUNDARY` between two texts.
+
+        Returns:
+            The ids of all texts one after the other (A,), and the number of ids of each text (T,).
+        """
         known = self.known
         try:
             numbers = np.fromiter(map(known.numbers.__getitem__, chunks), np.int64, len(chunks))
@@ -82,7 +97,7 @@ class ChunkMemory:
         return ids, np.diff(texts_end, prepend=0)
 
     def learn(self, chunks: set[str]) -> KnownChunks:
-        """Cut and merge the chunks that are not known yet; when there are too many, the old ones are forgotten."""
+        """Tokenize and remember chunks that are not known yet. If there are too many, all old ones are forgotten."""
         known = self.known
         new = list(chunks - known.numbers.keys())
         characters = sum(map(len, new))
@@ -106,15 +121,15 @@ class ChunkMemory:
         return known
 
     def merge(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of words one after the other (A,), and how many each word has (words,).
+        """Merge words: returns their ids one after the other (A,), and the number of ids of each word.
 
-        Many words go to Rust as one text: what a text costs there beyond its words is more than a word does.
+        Many words are sent to Rust as one text, because each text costs more there than a word does.
         """
         texts = [words[start : start + WORDS_AT_ONCE] for start in range(0, len(words), WORDS_AT_ONCE)]
         encodings = self.merger.encode_batch_fast(texts, is_pretokenized=True, add_special_tokens=False)
         ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64)
         counts = np.diff(np.flatnonzero(self.ends_word[ids]), prepend=-1)
-        if len(counts) != len(words):  # a vocabulary learned from texts that spell the mark out
+        if len(counts) != len(words):  # the vocabulary was trained on texts that contain the mark itself
             encodings = self.merger.encode_batch_fast(
                 [[word] for word in words], is_pretokenized=True, add_special_tokens=False
             )

@@ -1,12 +1,13 @@
-"""How OpenAI's tokenizer repairs a text before it cuts words, in time that grows with the text's length only.
+"""Repair a text as OpenAI's tokenizer does before it looks for words, in time that grows linearly with the text.
 
-The repair is ftfy's, then html entities unescaped twice, white space folded, lower case. Three things in it cost
-more than linear time, or fail; here each gives the same text in another way, or one clear error:
+The text is repaired by ftfy, html entities are unescaped twice, white space is folded, and the case is lowered. Three
+parts of this take more than linear time, or fail, on some texts. Each of them is replaced by a way to the same text, or
+ends in a clear error:
 
-- ftfy repeats its steps as long as the text changes: 16,000 nested entities are 16,000 rounds. A long text goes through
-  the same rounds here, but many rounds that only shorten `&amp;amp;amp;` are made at once, and there is a limit.
-- Python's NFC sorts combining marks by insertion. Here they are sorted before, which is what NFC does to them.
-- `html.unescape` fails on a number of more than 4,300 digits. Here a long number is shortened before.
+- ftfy repeats its steps until the text no longer changes, so 16,000 nested entities take 16,000 rounds. Here many
+  rounds that only shorten `&amp;amp;amp;` are done at once, and the number of rounds is limited.
+- Python's NFC sorts combining marks by insertion, in quadratic time. Here they are sorted before.
+- `html.unescape` fails on a number of more than 4,300 digits. Here such a number is shortened before.
 """
 
 import html
@@ -24,13 +25,13 @@ except ImportError:  # texts in plain ASCII need no repair
     ftfy = None
 
 LONG_TEXT = 1000
-"""Characters that ftfy alone repairs within a tenth of a second, whatever they are."""
+"""Longest text that is repaired by ftfy itself, which takes up to a tenth of a second. Longer ones are repaired here."""
 
 ROUNDS = 64
-"""How often every character of a long text may be worked on. What people write needs five rounds."""
+"""Largest number of rounds over a long text. Ordinary texts need up to five."""
 
 _UNUSUAL_ASCII = bytes([*range(9), 11, 12, *range(14, 32), 127]) + b"&"
-"""What repair may change in ASCII: control characters, but for tab and line ends, and entities."""
+"""ASCII characters that repair may change: control characters except tab and line ends, and `&` of html entities."""
 
 STRAIGHT_QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"'})
 WITHOUT_DASHES = str.maketrans({"–": None, "—": None, "…": None})
@@ -44,8 +45,8 @@ class TextError(ValueError):
     """A text that cannot be tokenized.
 
     Attributes:
-        problem: what is wrong with it, which follows its name in the message.
-        index: its place among the texts, None where it is not known; of a prompt, its label's place.
+        problem: What is wrong with the text; follows the text's name in the message.
+        index: Place of the text among the given texts, from 0. For a prompt: place of its label. None if unknown.
     """
 
     def __init__(self, problem: str, index: int | None = None, name: str | None = None):
@@ -55,14 +56,16 @@ class TextError(ValueError):
 
 
 def is_plain(text: str) -> bool:
-    """Whether repair_text would do nothing to a text but fold white space and lower its case."""
+    """Whether `repair_text` would change nothing in a text except white space and case."""
     return text.isascii() and len(text.encode().translate(None, _UNUSUAL_ASCII)) == len(text)
 
 
 def repair_text(text: str) -> str:
-    """What OpenAI's tokenizer does to a text before it cuts words: ftfy, html entities twice, spaces, lower case.
+    """Repair a text as OpenAI's tokenizer does: ftfy, html entities unescaped twice, white space folded, lower case.
 
-    Raises TextError for a long text whose repair takes too many rounds, as hostile texts do.
+    Raises:
+        TextError: The repair of a long text takes too many rounds, as that of a hostile text can.
+        ImportError: ftfy is not installed.
     """
     if ftfy is None:
         raise ImportError(f"Tokenizing {text[:40]!r} needs ftfy, which repairs Unicode text: pip install ftfy")
@@ -72,11 +75,11 @@ def repair_text(text: str) -> str:
 
 
 def repair_where_needed(text: str) -> str:
-    """A text that gives the words of repair_text(text) when it is lowered; most texts need little or nothing.
+    """Repair a text only if it needs repair. Once lowered, the result has the same words as `repair_text(text)`.
 
-    Curly quotes are straightened here, for ftfy takes a hundred times as long. It does nothing else to a text whose
-    characters beyond plain ones are curly quotes, dashes and ellipses: in no single-byte encoding do these give valid
-    UTF-8, so that such a text can't be mojibake.
+    Most texts are plain and stay as they are. Curly quotes are straightened here, which ftfy would take a hundred times
+    as long for. In a text that is plain except for curly quotes, dashes and ellipses ftfy changes nothing else: in no
+    single-byte encoding are these characters valid UTF-8, so the text cannot be mojibake.
     """
     if is_plain(text):
         return text
@@ -85,19 +88,19 @@ def repair_where_needed(text: str) -> str:
 
 
 def prepare_text(text: str) -> str:
-    """The text that is cut into words. Unless it had to be repaired, its characters stay in their places."""
+    """Return the text in which words are found. Unless it needs repair, its characters keep their places."""
     return repair_where_needed(text).lower()
 
 
 def unescape(text: str) -> str:
-    """html.unescape, whose `int` refuses more than 4,300 digits: those of a number beyond Unicode do not matter."""
+    """Compute `html.unescape(text)`. It fails on more than 4,300 digits, so numbers beyond Unicode are shortened."""
     if "&#" in text:
         text = _TOO_LARGE.sub("99999999", _LEADING_ZEROS.sub("", text))
     return html.unescape(text)
 
 
 class Work:
-    """What the repair of a text may cost, in characters that are worked on."""
+    """Counts the characters that the repair of a text has processed, and raises TextError beyond a limit."""
 
     def __init__(self, text: str):
         self.text, self.left = text, ROUNDS * len(text) + 10_000
@@ -112,13 +115,13 @@ class Work:
 
 
 def fix_long_text(text: str) -> str:
-    """ftfy.fix_text(text), line by line as there."""
+    """Compute `ftfy.fix_text(text)`, line by line as ftfy does."""
     config, work = TextFixerConfig(explain=False), Work(text)
     fixed, place = [], 0
     while place < len(text):
         end = text.find("\n", place) + 1 or len(text)
         line = text[place : min(end, place + config.max_decode_length)]
-        if "<" in line:  # from here on the text is taken for HTML, whose entities stay
+        if "<" in line:  # ftfy takes the rest of the text for HTML and keeps its entities
             config = config._replace(unescape_html=False)
         fixed.append(fix_line(line, config, work))
         place += len(line)
@@ -126,7 +129,7 @@ def fix_long_text(text: str) -> str:
 
 
 def fix_line(line: str, config: "TextFixerConfig", work: Work) -> str:
-    """ftfy.fix_text_segment(line, config): its steps are repeated until they change nothing."""
+    """Compute `ftfy.fix_text_segment(line, config)`: repeat its steps until nothing changes."""
     rest = config._replace(unescape_html=False, fix_encoding=False, normalization=None)
     fixed = line
     while True:
@@ -135,12 +138,13 @@ def fix_line(line: str, config: "TextFixerConfig", work: Work) -> str:
         if config.unescape_html:
             fixed = ftfy.fixes.unescape_html(fixed)
         fixed = _fix_encoding(fixed, work)
-        fixed = ftfy.fix_text_segment(fixed, rest)  # one round of these: a second would change nothing
+        fixed = ftfy.fix_text_segment(fixed, rest)  # a single round: a second one would change nothing
         fixed = unicodedata.normalize("NFC", sort_marks(fixed))
         if fixed == before:
             return fixed
         if config.unescape_html and fixed == _unnest(before, 1):
-            # Only these became shorter, and only these will before one of them ends: no step looks beyond its ends.
+            # Only nested entities became shorter in this round. The next rounds will do the same until one of them
+            # ends, since no step looks beyond an entity. All these rounds are done at once.
             fixed = _unnest(fixed, max(0, min(map(_layers, _NESTED.findall(fixed)), default=0) - 2))
 
 
@@ -149,12 +153,12 @@ def _layers(nested: str) -> int:
 
 
 def _unnest(text: str, layers: int) -> str:
-    """Take layers off every `&amp;amp;amp;…`."""
+    """Remove layers from every `&amp;amp;amp;…`."""
     return _NESTED.sub(lambda nested: nested[0][: len(nested[0]) - len("amp;") * layers], text) if layers else text
 
 
 def _fix_encoding(text: str, work: Work) -> str:
-    """ftfy.fix_encoding(text), where every step counts as work."""
+    """Compute `ftfy.fix_encoding(text)`, and count every step as work."""
     while True:
         work.spend(len(text))
         before, text = text, _fix_encoding_once(text, work)
@@ -163,7 +167,7 @@ def _fix_encoding(text: str, work: Work) -> str:
 
 
 def _fix_encoding_once(text: str, work: Work) -> str:
-    """One step of ftfy.fix_encoding. Mojibake within other text is undone here, by steps that count as work too."""
+    """Do one step of `ftfy.fix_encoding`. Mojibake within other text is decoded here, and counted as work too."""
     config = TextFixerConfig(explain=False, decode_inconsistent_utf8=False)
     fixed, plan = ftfy._fix_encoding_one_step_and_explain(text, config)
     if not is_bad(text) or any(step[0] == "decode" and step[1].startswith("utf-8") for step in plan or ()):
@@ -178,7 +182,7 @@ def _fix_encoding_once(text: str, work: Work) -> str:
 
 
 def sort_marks(text: str) -> str:
-    """A text with the same NFC, whose combining marks are decomposed and in the order that NFC wants."""
+    """Return a text with the same NFC, whose combining marks are decomposed and in the order of NFC."""
     if text.isascii():
         return text
     characters = {character: unicodedata.normalize("NFD", character) for character in set(text)}

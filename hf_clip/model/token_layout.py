@@ -1,6 +1,6 @@
-"""What a call of the tokenizer gives: ids laid out in rows, and `tokenizers`' encodings.
+"""The output of the tokenizer: ids in rows with padding, and the encodings of the library `tokenizers`.
 
-Dimensions: T texts, L tokens of a row, A ids of all texts.
+Dimensions: T texts, L text length, A ids of all texts together.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,15 +21,25 @@ COLUMNS: dict[str, Callable[[PlacedEncoding], Any]] = {
     "offset_mapping": lambda encoding: encoding.offsets,
     "length": len,
 }
-"""What can be asked of an encoding, in the order in which transformers gives it."""
+"""Fields of the output, and how each is read from an encoding, in the order of transformers."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a call makes of the ids of texts, as the tokenizer was set when it was called.
+    """The settings of one call: how ids become rows.
 
-    limit:     tokens to keep of each text, special ones included; None for all
-    to_length: tokens that a row has at least
+    Attributes:
+        add_special_tokens: Whether start and end are added to each text.
+        limit: Number of tokens to keep of each text, with start and end. None: all.
+        truncation_side: Side on which tokens are cut, "left" or "right".
+        is_padded: Whether rows are padded to one length.
+        to_length: Least length of a padded row.
+        multiple: The length of a padded row is a multiple of this.
+        padding_side: Side on which padding is added, "left" or "right".
+        start_id: Id of the start of text.
+        end_id: Id of the end of text.
+        pad_id: Id of the padding.
+        pad_token: Token of the padding.
     """
 
     add_special_tokens: bool
@@ -49,13 +59,18 @@ class Layout:
         return 2 if self.add_special_tokens else 0
 
     def width(self, longest: int) -> int:
-        """Tokens of a padded row."""
+        """Compute the length of a padded row from that of the longest text."""
         return -(-max(longest, self.to_length) // self.multiple) * self.multiple
 
     def arrange(self, ids: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """Lay texts out in rows: ids (A,) and lengths (T,) → input_ids and attention_mask, (T, L).
+        """Arrange ids in rows.
 
-        Without texts L is the length of an empty one.
+        Args:
+            ids: (A,) ids of all texts one after the other, without special tokens.
+            lengths: (T,) number of ids of each text.
+
+        Returns:
+            `input_ids` (T, L) and `attention_mask` (T, L), int64. Without texts, L is the length of an empty text.
         """
         kept = lengths if self.limit is None else np.minimum(lengths, max(self.limit - self.special, 0))
         if (kept < lengths).any():
@@ -78,7 +93,16 @@ class Layout:
         return {"input_ids": rows, "attention_mask": mask.astype(np.int64)}
 
     def encode(self, encoder: WordEncoder, rows: list[list[Word]], stride: int = 0) -> list[list[PlacedEncoding]]:
-        """Encodings of texts that are words: for each text the one that is kept, and those of what overflows."""
+        """Encode texts that are split into words.
+
+        Args:
+            encoder: The encoder.
+            rows: The words of each text.
+            stride: Number of tokens that each overflowing part repeats from the part before it.
+
+        Returns:
+            For each text its encoding up to `limit`, followed by the encodings of the overflowing parts.
+        """
         encodings = encoder.encode(rows, self.add_special_tokens, self.limit, stride, self.truncation_side)
         if self.is_padded:
             width = self.width(max(map(len, encodings), default=self.special))
@@ -91,7 +115,7 @@ class Layout:
 
 
 def as_lists(rows: dict[str, np.ndarray], padded: bool) -> dict[str, list[list[int]]]:
-    """Rows of ids and masks (T, L) as lists; without padding, if there shall be none."""
+    """Convert ids and masks (T, L) to lists. Padding is removed if `padded` is False."""
     ids, mask = rows["input_ids"], rows["attention_mask"]
     if padded:
         return {"input_ids": ids.tolist(), "attention_mask": mask.tolist()}
@@ -104,21 +128,21 @@ def as_lists(rows: dict[str, np.ndarray], padded: bool) -> dict[str, list[list[i
 
 
 def as_columns(parts: list[list[PlacedEncoding]], extras: Iterable[str], with_overflow: bool) -> dict[str, list[Any]]:
-    """Encodings as the lists that a call gives, one row for each encoding."""
+    """Convert encodings to the lists that a call returns, with one row per encoding."""
     rows = [(text, encoding) for text, several in enumerate(parts) for encoding in several]
     columns = {name: [COLUMNS[name](encoding) for _, encoding in rows] for name in COLUMNS if name in extras}
     return columns | ({"overflow_to_sample_mapping": [text for text, _ in rows]} if with_overflow else {})
 
 
 def without_texts(extras: Iterable[str], rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What is asked for beyond ids and masks of no text: arrays of no row."""
+    """Return the further fields for an empty list of texts: arrays without rows."""
     shape = rows["input_ids"].shape
     shapes = {"length": shape[:1], "offset_mapping": (*shape, 2)}
     return {name: np.zeros(shapes.get(name, shape), dtype=np.int64) for name in extras}
 
 
 class EncodedTexts(BatchEncoding):
-    """Ids and masks at once; `tokenizers`' encodings, which few ask for and which take long, when first asked for."""
+    """The output of a call. Ids and masks are there at once; the slow encodings are made when first asked for."""
 
     def __init__(self, data: dict[str, Any], encodings: Any, tensor_type: Any = None):
         super().__init__(data, tensor_type=tensor_type, n_sequences=1)
@@ -127,7 +151,7 @@ class EncodedTexts(BatchEncoding):
     @property
     def _encodings(self) -> list[PlacedEncoding]:
         encodings = self.__dict__["made_encodings"]
-        if callable(encodings):  # two threads may make them at once, and make the same
+        if callable(encodings):  # two threads may both make them, with the same result
             encodings = self.__dict__["made_encodings"] = encodings()
         return encodings
 

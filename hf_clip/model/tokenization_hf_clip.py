@@ -1,9 +1,13 @@
-"""CLIP's tokenizer as transformers has them, exact for every string, and fast.
+"""CLIP's tokenizer for transformers. Its ids equal those of OpenAI's tokenizer for every string.
 
-What makes it fast: a text of printable ASCII without an ampersand needs no repair but lower case, and the ids of what
-stands between white space are remembered (`ChunkMemory`). Whatever else a tokenizer can be asked, `WordEncoder` does.
+Two things make it fast. A text of printable ASCII without an ampersand needs no repair except lower case. And the ids
+of each chunk between white space are remembered (`ChunkMemory`). Calls that ask for more than ids and masks, or use
+added tokens, take the slower way through `WordEncoder`.
 
-Threads share a tokenizer: a call changes nothing but the memory, and neither memory nor encoders belong to its state.
+Several threads may share a tokenizer. A call changes only the remembered chunks and encoders, which are no part of the
+tokenizer's state: they are neither saved nor hashed.
+
+Dimensions: T texts, L text length, A ids of all texts together.
 """
 
 import json
@@ -44,13 +48,22 @@ EXTRAS = {
     "return_offsets_mapping": "offset_mapping",
     "return_length": "length",
 }
-"""What a call gives beyond ids and mask, where these arguments are true."""
+"""Arguments that ask for further fields besides ids and mask, and the names of these fields."""
 
 
 def check_texts(text: Any) -> list[str]:
-    """A text, or texts in any container that keeps an order, as a list; anything else is refused with its place.
+    """Return texts as a list.
 
-    Columns of NumPy, pandas, Arrow and `datasets` are such containers; an iterator is used up.
+    Args:
+        text: A text, or an ordered container of texts, such as a column of NumPy, pandas, Arrow or `datasets`. An
+            iterator is consumed.
+
+    Returns:
+        The texts.
+
+    Raises:
+        TextError: An item is no text. Its `index` is the item's place.
+        ValueError: `text` is no container of texts.
     """
     if isinstance(text, str):
         return [text]
@@ -69,7 +82,7 @@ def check_texts(text: Any) -> list[str]:
 
 
 def prepare_one(prepare: Callable[[str], Prepared], text: str, index: int) -> Prepared:
-    """prepare(text). Raises TextError that carries the text's index where that fails."""
+    """Return `prepare(text)`. If that fails, raises TextError with the text's place."""
     try:
         return prepare(text)
     except (ImportError, MemoryError):
@@ -80,7 +93,7 @@ def prepare_one(prepare: Callable[[str], Prepared], text: str, index: int) -> Pr
 
 
 def prepare_each(prepare: Callable[[str], Prepared], texts: list[str]) -> list[Prepared]:
-    """Do the same to each text. Raises TextError that says which text it cannot be done to."""
+    """Apply `prepare` to each text. If it fails for one of them, raises TextError with that text's place."""
     try:
         return list(map(prepare, texts))
     except Exception:
@@ -88,9 +101,17 @@ def prepare_each(prepare: Callable[[str], Prepared], texts: list[str]) -> list[P
 
 
 def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer of a repository without tokenizer.json, from its vocab.json and merges.txt; None if it has none.
+    """Make the tokenizer of a repository that has vocab.json and merges.txt but no tokenizer.json.
 
-    Raises ValueError for another model's vocabulary.
+    Args:
+        source: A folder, or the name of a repository.
+        hub: The Hub's arguments of `from_pretrained`.
+
+    Returns:
+        The tokenizer, or None if the repository has other files.
+
+    Raises:
+        ValueError: The vocabulary is that of another model.
     """
     names = ("tokenizer.json", "vocab.json", "merges.txt")
     try:
@@ -106,22 +127,32 @@ def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
     return backend
 
 
-# diffusers finds out how to load a component by looking for this base class, under this name, in its module.
+# diffusers looks for this base class, under this name, in a component's module to find out how to load it.
 class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
-    """CLIP's tokenizer: ids equal OpenAI's, in batches, padded to the longest text by default.
+    """CLIP's tokenizer, with the ids of OpenAI's tokenizer for every string.
 
-    Calling it returns `input_ids` and `attention_mask`, each (T, L) with `return_tensors`, else lists together with
-    `tokenizers`' encodings. Padding stands on the right and repeats the end of text. A text longer than
-    `model_max_length` (77) is kept whole, with a warning, unless `truncation=True`, which keeps the end-of-text token;
-    the model refuses it. Offsets refer to the text as it is cut: a plain one as it was given, any other as it was
-    repaired (`prepare_text`). Without texts the arrays are (0, L). A text that cannot be tokenized is a TextError, a
-    ValueError whose `index` says which.
+    A call returns `input_ids` and `attention_mask`: arrays or tensors (T, L) with `return_tensors`, otherwise lists. It
+    takes the arguments of any tokenizer of transformers. These are its defaults and its own rules:
+
+    - Texts are padded to the longest one of the call, on the right, with the end-of-text token.
+    - A text of more than `model_max_length` tokens (77) is not cut, and a warning is given; the model will refuse it.
+      With `truncation=True` it is cut, and its last token is the end of text.
+    - Offsets count characters of the text in which words are found. For plain ASCII that is the text as it was given,
+      otherwise the repaired text.
+    - For an empty list of texts the arrays are (0, L).
+
+    Make a tokenizer with `from_pretrained`, `from_vocabulary_file`, `from_merges` or `train_from_iterator`.
+
+    Example::
+
+        tokenizer = HfClipTokenizer.from_pretrained("org/clip-vit-b32")
+        tokenizer(["a cat", "a photo of a dog"], return_tensors="pt")["input_ids"].shape  # (2, 7)
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "right"
-    # What a tokenizer makes for itself is no part of its state. `datasets` hashes `__dict__`, where slots are not.
+    # The memory and the encoders are no part of the tokenizer's state: `datasets` hashes `__dict__`, without slots.
     __slots__ = ("_encoders", "_has_warned", "_memory")
     _encoders: dict[bool, tuple[Any, WordEncoder]]
     _has_warned: bool
@@ -130,12 +161,26 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     def __new__(cls, *args: Any, **kwargs: Any) -> "HfClipTokenizer":
         tokenizer = super().__new__(cls)
         for name, value in (("_encoders", {}), ("_has_warned", False), ("_memory", None)):
-            object.__setattr__(tokenizer, name, value)  # transformers' own needs what `__init__` makes
+            object.__setattr__(tokenizer, name, value)  # `__setattr__` of transformers works only after `__init__`
         return tokenizer
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As everywhere in transformers; repositories that have vocab.json and merges.txt alone too."""
+        """Load a tokenizer from a folder or from a repository on the Hub.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or the name of a repository, such as "org/clip-vit-b32". It has a
+                tokenizer.json, or vocab.json and merges.txt.
+            *args: As for any tokenizer of transformers.
+            **kwargs: As for any tokenizer of transformers: `revision`, `subfolder`, `token`, …
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            OSError: There is no such folder or repository.
+            ValueError: A file is damaged, holds another model's vocabulary, or the path is that of a checkpoint file.
+        """
         source = pretrained_model_name_or_path
         refuse_checkpoint_file(source)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
@@ -153,7 +198,16 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
 
     @classmethod
     def from_merges(cls, merges: list[tuple[str, str]], model_max_length: int = 77) -> "HfClipTokenizer":
-        """Build a tokenizer from BPE merges, most frequent first, in OpenAI's order of ids."""
+        """Make a tokenizer from BPE merges.
+
+        Args:
+            merges: Pairs of symbols to merge, in the order in which they are merged. Ids follow OpenAI's order: 256
+                bytes, 256 bytes that end a word, one id per merge, start of text, end of text.
+            model_max_length: Length of the longest text in tokens, with start and end.
+
+        Returns:
+            The tokenizer.
+        """
         return cls(
             tokenizer_object=build_backend(merges),
             bos_token=START_OF_TEXT,
@@ -168,9 +222,19 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     def from_vocabulary_file(
         cls, path: str | Path, vocab_size: int = OPENAI_VOCAB_SIZE, model_max_length: int = 77
     ) -> "HfClipTokenizer":
-        """Build OpenAI's tokenizer from its published vocabulary file, `bpe_simple_vocab_16e6.txt.gz`.
+        """Make OpenAI's tokenizer from its published vocabulary file, `bpe_simple_vocab_16e6.txt.gz`.
 
-        Raises FileNotFoundError or ValueError when the file is missing or is something else.
+        Args:
+            path: The file. The package `openai-clip` contains it.
+            vocab_size: Number of ids, of which bytes and special tokens take 514.
+            model_max_length: Length of the longest text in tokens, with start and end.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, or is no vocabulary of CLIP.
         """
         return cls.from_merges(read_merges(path, vocab_size), model_max_length)
 
@@ -178,7 +242,24 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     def train_from_iterator(
         cls, texts: Iterable[str], vocab_size: int, model_max_length: int = 77
     ) -> "HfClipTokenizer":
-        """Learn a vocabulary of at most `vocab_size` ids, of which bytes and special tokens take 514."""
+        """Train a tokenizer: learn BPE merges from texts.
+
+        Args:
+            texts: The texts. They are repaired and lower-cased, as in a call.
+            vocab_size: Largest number of ids, of which bytes and special tokens take 514.
+            model_max_length: Length of the longest text in tokens, with start and end.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            TextError: A text cannot be tokenized. A ValueError; its `index` is the text's place.
+            ValueError: `vocab_size` is below 514.
+
+        Example::
+
+            tokenizer = HfClipTokenizer.train_from_iterator(["a red car", "a blue car"], vocab_size=530)
+        """
         check_vocab_size(vocab_size)
         backend = build_backend([])
         trainer = trainers.BpeTrainer(
@@ -211,7 +292,7 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         return_attention_mask: bool | None = None,
         **kwargs: Any,
     ) -> BatchEncoding:
-        """What every call of a tokenizer comes down to in transformers."""
+        """Tokenize a text or a list of texts. All calls of a tokenizer in transformers end here."""
         if text_pair is not None:
             raise ValueError(
                 "HfClipTokenizer got a pair of texts, but CLIP reads single ones; join them, or pass a list."
@@ -219,7 +300,7 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         if is_split_into_words:
             raise ValueError("HfClipTokenizer cuts words itself; pass whole texts, without is_split_into_words=True.")
         if getattr(text, "ndim", 1) == 0:
-            text = text.item()  # NumPy's way of holding a single text
+            text = text.item()  # a NumPy array that holds a single text
         texts = check_texts(text)
         is_truncated = truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE
         layout = Layout(
@@ -255,7 +336,7 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
             elif return_tensors == "pt":
                 import torch
 
-                data = {name: torch.from_numpy(values) for name, values in data.items()}  # which copies nothing
+                data = {name: torch.from_numpy(values) for name, values in data.items()}  # without a copy
             encodings = lambda: [first for first, *_ in layout.encode(encoder, list(map(encoder.words_of, texts)))]  # noqa: E731
         if return_attention_mask is False:
             del data["attention_mask"]
@@ -276,7 +357,7 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         return ids | {"pad_token": self.pad_token}
 
     def _encoder(self, split_special_tokens: bool) -> WordEncoder:
-        """What cuts and merges texts thoroughly, for the added tokens that there are now."""
+        """Return the encoder for the present added tokens. It is made anew only when these have changed."""
         tokens = tuple(map(describe_token, self._tokenizer.get_added_tokens_decoder().items()))
         known_tokens, encoder = self._encoders.get(split_special_tokens, (None, None))
         if encoder is None or known_tokens != tokens:
@@ -285,12 +366,12 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         return encoder
 
     def _ids_of(self, texts: list[str], encoder: WordEncoder) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, one after the other and without special tokens (A,), and how many each has (T,)."""
+        """Return the ids of all texts one after the other, without special tokens (A,), and each text's number (T,)."""
         if not texts:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         if not is_plain("".join(texts)):
             texts = prepare_each(repair_where_needed, texts)
-        # Lower case stays as it is when lowered again, and repaired text has no white space but single spaces.
+        # To lower a repaired text again changes nothing, and its only white space is single spaces.
         chunks = f" {BOUNDARY} ".join(texts).lower().split()
         memory = self._memory
         if memory is None:
@@ -298,7 +379,10 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         return memory.look_up(chunks)
 
     def _warn_of_too_long(self, lengths: np.ndarray) -> None:
-        """Once, as stock tokenizers do. lengths (T,): tokens of each text, special ones included."""
+        """Warn once of texts that are too long, as stock tokenizers do.
+
+        `lengths` (T,) counts the tokens of each text, with start and end.
+        """
         if lengths.max(initial=0) > self.model_max_length and not self._has_warned:
             self._has_warned = True
             logger.warning(

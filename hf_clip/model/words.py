@@ -1,10 +1,10 @@
-"""The thorough way to ids: texts cut into words, and `tokenizers`' encodings of them, with all that these can tell.
+"""The complete way to ids: texts are split into words, which `tokenizers` encodes with offsets and all other fields.
 
-Added tokens are found as `tokenizers` finds them, by `tokenizers`: one that is not normalized in the text as it was
-given, one that is normalized in what the text became by repair. What stands between them is cut into words, each part
-for itself.
+Added tokens are found by `tokenizers` itself, so by its rules. A token with `normalized=False` is looked for in the
+text as it was given, a token with `normalized=True` in the repaired text. Each part between two added tokens is split
+into words by itself.
 
-Nothing here changes once it is built, so that threads share it.
+The objects here never change after they are made, so threads can share them.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,28 +17,34 @@ from .bpe import END_OF_TEXT, START_OF_TEXT, WORDS, WORDS_OF_PLAIN_TEXT
 from .repair_text import TextError, prepare_text
 
 Word = tuple[str, int, int]
-"""What is merged, and where it begins and ends in the prepared text."""
+"""A word, and where it begins and ends in the prepared text, in characters."""
 
 
 def added_tokens_of(backend: Tokenizer) -> dict[int, AddedToken]:
-    """The tokens that were added to the published ones, by their ids."""
+    """Return the added tokens by their ids, without start and end of text."""
     tokens = backend.get_added_tokens_decoder()
     return {number: token for number, token in tokens.items() if token.content not in (START_OF_TEXT, END_OF_TEXT)}
 
 
 def describe_token(numbered: tuple[int, AddedToken]) -> tuple[Any, ...]:
-    """An added token's id and all that it is; `tokenizers` takes tokens for equal whose flags differ."""
+    """Return an added token's id, content and flags. `tokenizers` treats tokens as equal even if their flags differ."""
     number, token = numbered
     flags = (token.single_word, token.lstrip, token.rstrip, token.normalized, token.special)
     return number, token.content, *flags
 
 
 def merging_backend(backend: Tokenizer, words: Iterable[str] = (), first: int = 0) -> Tokenizer:
-    """The part of a backend that merges: for words that were cut before. Its own added tokens are not in it.
+    """Make a tokenizer that merges words which were split before.
 
-    words: further tokens, which get the ids from `first` on
+    Args:
+        backend: The tokenizer whose merges are used. Its added tokens are left out.
+        words: Further tokens.
+        first: Id of the first further token; the others follow it.
+
+    Returns:
+        The tokenizer.
     """
-    merging = Tokenizer(backend.model)  # the two share it, which is a hundred times as fast as to read it anew
+    merging = Tokenizer(backend.model)  # shared: to read it again would take a hundred times as long
     for token in backend.get_added_tokens_decoder().values():
         if token.content in (START_OF_TEXT, END_OF_TEXT):
             (merging.add_special_tokens if token.special else merging.add_tokens)([token])
@@ -52,7 +58,11 @@ def merging_backend(backend: Tokenizer, words: Iterable[str] = (), first: int = 
 
 
 def fold_spaces(text: str) -> tuple[str, Callable[[int], int]]:
-    """A text with single spaces for white space, and what says where a place in it is in the text."""
+    """Replace white space by single spaces.
+
+    Returns:
+        The text, and a function from a place in it to the place in the given text.
+    """
     if not regex.search(r"\s\s|[^\S ]", text):
         return text, lambda place: place
     places = [match.start() for match in regex.finditer(r"\s+|\S", text)] + [len(text)]
@@ -60,24 +70,30 @@ def fold_spaces(text: str) -> tuple[str, Callable[[int], int]]:
 
 
 def prepare_between(text: str) -> str:
-    """The part of a text between two tokens, prepared; with white space at its ends, of which tokens may be."""
+    """Prepare the part of a text between two tokens, and keep white space at its ends, which tokens may contain."""
     part = prepare_text(text)
     before = " " if text[:1].isspace() and not part[:1].isspace() else ""
     return before + part + (" " if text[-1:].isspace() and not part[-1:].isspace() else "")
 
 
 class TokenFinder:
-    """Finds tokens in a text. Where several begin at one place the longest counts, and their flags are heeded.
+    """Finds added tokens in a text, by their flags. If several begin at one place, the longest is taken.
 
-    The published special tokens are found too, so that no other token is found within one, but are left to what cuts
-    words: it finds them by OpenAI's rules.
+    Start and end of text are looked for too, so that no added token is found within one of them. They are not returned:
+    the expression for words finds them by OpenAI's rules.
     """
 
     def __init__(self, tokens: list[tuple[str, int, AddedToken]], with_published: bool, split_special_tokens: bool):
-        """tokens: what is looked for, the id that it stands for, the token whose flags count."""
+        """Make a finder.
+
+        Args:
+            tokens: For each token the text to look for, the token's id, and the token with its flags.
+            with_published: Whether to look for start and end of text too.
+            split_special_tokens: Whether special tokens are ordinary text.
+        """
         self.unknown = "\0" * (1 + max((len(text) for text, _, _ in tokens), default=0))
         self.finder = Tokenizer(models.WordLevel({self.unknown: 0}, unk_token=self.unknown))
-        numbers: dict[str, int] = {}  # of several tokens that are looked for as one text the first counts
+        numbers: dict[str, int] = {}  # if several tokens have the same text, the first one counts
         wanted: dict[bool, list[AddedToken]] = {True: [], False: []}
         for text, number, token in sorted(tokens, key=lambda item: not item[2].special):
             if text not in numbers:
@@ -93,10 +109,10 @@ class TokenFinder:
         self.finder.encode_special_tokens = split_special_tokens
 
     def split(self, text: str) -> list[tuple[int, int, int | None]]:
-        """The parts of a text, in order: where each begins and ends, and the id of those that are tokens."""
+        """Split a text into parts: for each its begin, its end, and the id if it is an added token, else None."""
         if not self.ids:
             return [(0, len(text), None)]
-        if regex.search(r"\p{Cs}", text):  # halves of characters, which Rust has not
+        if regex.search(r"\p{Cs}", text):  # lone surrogates, which Rust's strings cannot hold
             text = regex.sub(r"\p{Cs}", "\ufffd", text)
         try:
             found = self.finder.encode(text, add_special_tokens=False)
@@ -116,9 +132,11 @@ class TokenFinder:
 
 
 class WordEncoder:
-    """A backend's added tokens and merges, as they are when this is built.
+    """Splits texts into words and encodes them, with the added tokens that a backend has when this is made.
 
-    split_special_tokens: take special tokens within a text for plain text
+    Args:
+        backend: The Rust tokenizer.
+        split_special_tokens: Whether special tokens within a text are ordinary text.
     """
 
     def __init__(self, backend: Tokenizer, split_special_tokens: bool = False):
@@ -130,15 +148,15 @@ class WordEncoder:
         self.normalized = TokenFinder(normalized, not split_special_tokens, split_special_tokens)
         self.contents = {number: token.content for number, token in added}
         self.pattern = WORDS_OF_PLAIN_TEXT if split_special_tokens else WORDS
-        # A token is merged as a word that no text has. Were it merged as itself, it would be found where its flags
-        # forbid it. The word's id is above all others, and `true_ids` says which is meant.
+        # An added token is merged under the name of a word that no text contains. Under its own name it would be found
+        # even where its flags forbid it. The ids of these words lie above all others; `true_ids` maps them back.
         first = max([backend.get_vocab_size(), *(number + 1 for number in self.contents)])
         self.words = {number: f"\0added {number}\0" for number in self.contents}
         self.merger = merging_backend(backend, self.words.values(), first)
         self.true_ids = {self.merger.token_to_id(word): number for number, word in self.words.items()}
 
     def words_of(self, text: str) -> list[Word]:
-        """The words of a text and where each stands in the prepared text; added tokens are words of their own."""
+        """Split a text into words, with their places in the prepared text. An added token is a word of its own."""
         words: list[Word] = []
         place = 0
         for start, end, token in self.raw.split(text):
@@ -169,7 +187,18 @@ class WordEncoder:
     def encode(
         self, rows: list[list[Word]], add_special_tokens: bool, limit: int | None, stride: int, direction: str
     ) -> list[Encoding]:
-        """Encodings of texts that are words. limit: tokens to keep of each, special ones included; others overflow."""
+        """Encode texts that are split into words.
+
+        Args:
+            rows: The words of each text.
+            add_special_tokens: Whether to add start and end.
+            limit: Number of tokens to keep of each text, with start and end; the others overflow. None: all.
+            stride: Number of tokens that each overflowing part repeats from the part before it.
+            direction: Side on which tokens are cut, "left" or "right".
+
+        Returns:
+            One encoding per text.
+        """
         texts = [[word for word, _, _ in row] for row in rows]
         encodings = self.merger.encode_batch(texts, is_pretokenized=True, add_special_tokens=False)
         special = self.merger.num_special_tokens_to_add(False) if add_special_tokens else 0
@@ -183,10 +212,10 @@ class WordEncoder:
 
 
 class PlacedEncoding:
-    """An encoding of a text that was cut into words, whose characters count from the beginning of the text.
+    """An encoding whose offsets count from the beginning of the prepared text.
 
-    `tokenizers` counts them from the beginning of each word. The text is the prepared one; special tokens stand
-    nowhere in it, at (0, 0). Added tokens have their own names and ids.
+    `tokenizers` counts them from the beginning of each word, since it gets single words. Start and end of text, which
+    stand nowhere in the text, have the offsets (0, 0). Added tokens have their own names and ids.
     """
 
     def __init__(self, encoding: Encoding, words: list[Word], encoder: WordEncoder):
@@ -206,7 +235,7 @@ class PlacedEncoding:
                     self.offsets[place] = self.spans[word]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # pickling asks for those, and means this object
+        if name.startswith("__"):  # pickle asks for these names of this object, not of the encoding
             raise AttributeError(name)
         return getattr(self.encoding, name)
 
