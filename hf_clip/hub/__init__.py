@@ -1,1 +1,1 @@
-"""From a folder to a repository on the Hub: what goes there, the code in it, and its card."""
+"""Publish a model on the Hub: its files, the code that loads them, and its card."""

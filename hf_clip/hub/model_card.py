@@ -1,10 +1,10 @@
-"""The parts of a model card: metadata for the Hub, the architecture as a table, and snippets that load a repository.
+"""The parts of a model card: metadata for the Hub, a table of the architecture, and snippets that load a repository.
 
-They know no particular card: `model_cards/` puts those of OpenAI's nine models together from them, and so can whatever
-else saves a model.
+`model_cards/` composes the cards of OpenAI's nine models from these parts, and other programs compose those of their
+models.
 
-Invariant: every python block that is made here runs as it stands, once the repository exists and an image `cat.jpg`
-lies beside it. The tests run them.
+Invariant: every Python block made here runs unchanged, if the repository exists and an image `cat.jpg` lies in the
+current folder. The tests run them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..model.configuration_hf_clip import HfClipConfig, HfClipResNetConfig
 
 TAGS = ("clip", "hf_clip", "vision", "contrastive", "image-text-retrieval")
-"""What every model of this package is found under."""
+"""Tags of every model of this package."""
 
 USAGE = Template("""\
 With the package `hf_clip` (`pip install .` in a checkout of it), the calls are those of any other model:
@@ -111,7 +111,7 @@ have at most $length tokens.
 
 
 def name_of(repo_id: str) -> str:
-    """A repository's name without its owner: `"org/clip-rn50"` → `"clip-rn50"`."""
+    """Return a repository's name without its owner: `"org/clip-rn50"` → `"clip-rn50"`."""
     return repo_id.rstrip("/").rpartition("/")[2]
 
 
@@ -126,13 +126,24 @@ def card_metadata(
     datasets: Sequence[str] = (),
     **others: Any,
 ) -> ModelCardData:
-    """What the Hub reads of a card. What isn't known is left out.
+    """Make the metadata of a card, which the Hub reads. Unknown fields are left out.
 
-    results: measurements, for the model-index
-    others:  further fields of ModelCardData
+    Args:
+        repo_id: Name of the repository, such as "org/clip-rn50".
+        license: Identifier of the licence, e.g. "mit".
+        language: Language of the texts.
+        tags: Tags besides those of every model of this package.
+        results: Measurements, for the model-index.
+        base_model: Name of the repository of the model that was fine-tuned.
+        datasets: Names of the data sets that the model was trained on.
+        **others: Further fields of `ModelCardData`.
 
-    Raises ValueError where two results would be filed under the source of one of them: the model-index has one source
-    for every task and data set.
+    Returns:
+        The metadata.
+
+    Raises:
+        ValueError: Two results for one task and data set have different sources. The model-index has only one source
+            for them.
     """
     described: dict[tuple, EvalResult] = {}
     for result in results:
@@ -159,12 +170,12 @@ def card_metadata(
 
 
 def card_text(metadata: ModelCardData, body: str) -> str:
-    """The README.md of a repository."""
+    """Return the text of a README.md with this metadata and body."""
     return f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """The first column to the left, numbers to the right. A cell that is None or empty stays blank."""
+    """Write a table in Markdown. Columns of numbers are aligned right. A cell that is None stays blank."""
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     is_number = [all(row[column][:1].isdigit() or not row[column] for row in cells) for column in range(len(header))]
     rules = ["---:" if number and column else "---" for column, number in enumerate(is_number)]
@@ -173,7 +184,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def architecture_table(config: HfClipConfig, **others: str) -> str:
-    """What a configuration describes; others: further rows."""
+    """Write a table of a model's architecture. `others` are further rows."""
     vision, text = config.vision_config, config.text_config
     if isinstance(vision, HfClipResNetConfig):
         blocks = "-".join(map(str, vision.depths))
@@ -196,9 +207,15 @@ def architecture_table(config: HfClipConfig, **others: str) -> str:
 
 
 def usage_section(config: HfClipConfig, repo_id: str, *, stock: bool = False) -> str:
-    """Snippets that load the repository, with this package and without it.
+    """Write snippets that load the repository, with this package and without it.
 
-    stock: it is in transformers' own layout, which its `CLIPModel` loads
+    Args:
+        config: Configuration of the model.
+        repo_id: Name of the repository.
+        stock: Whether the repository is in the layout of transformers' `CLIPModel`.
+
+    Returns:
+        The snippets, in Markdown.
     """
     is_sigmoid = config.contrastive_loss == "sigmoid"
     return (

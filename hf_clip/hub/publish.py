@@ -1,9 +1,10 @@
-"""From a folder to a repository on the Hub: what goes there, in one commit, and what the Hub's refusals mean.
+"""Publish a folder as a repository on the Hub, in one commit, and explain the Hub's errors.
 
-A push is: create the repository unless it is there, ask which files changed, upload the large ones, commit all. It can
-be repeated at any point: blobs that have arrived are not sent again, and an unchanged folder makes no commit.
+A push creates the repository if it is missing, finds the files that changed, uploads the large ones, and commits all of
+them together. It can be repeated after a failure at any point. Large files that have arrived are not sent again, and an
+unchanged folder makes no commit.
 
-Invariant: a token is handed to huggingface_hub and to nothing else; no message of ours contains it.
+Invariant: a token is given to huggingface_hub and nothing else. No message contains it.
 """
 
 import shutil
@@ -27,7 +28,7 @@ from .model_card import architecture_table, card_metadata, card_text, name_of, u
 from .remote_code import MODEL_MAPS, add_remote_code, described_in
 
 STOCK_CARD_MARK = "This model card has been automatically generated."
-"""In the card that transformers' `push_to_hub` writes where a repository has none."""
+"""Text of the card that transformers' `push_to_hub` writes for a repository without one."""
 
 UNPUBLISHED = (
     "__pycache__",
@@ -38,23 +39,28 @@ UNPUBLISHED = (
     "training_config.json",
     "*.unfinished",
 )
-"""Files and folders that never go, besides hidden ones: what training programs leave beside a model."""
+"""Files and folders that are never published, besides hidden ones: training programs leave them beside a model."""
 
 
 class PublishingError(OSError):
-    """Why nothing, or not everything, was published, and what to do."""
+    """A folder was not published. The message says why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One file that goes: its path within the repository, and its size in bytes."""
+    """A file that is published.
+
+    Attributes:
+        name: Path within the repository.
+        size: Size in bytes.
+    """
 
     name: str
     size: int
 
 
 def check_repo_id(repo_id: str) -> str:
-    """Raises ValueError for a name that the Hub doesn't take."""
+    """Return the name of a repository. Raises ValueError if the Hub does not accept it."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -71,7 +77,7 @@ def _is_published(name: str) -> bool:
 
 
 def list_uploads(folder: str | Path) -> list[Upload]:
-    """What of a folder goes to the Hub, by name."""
+    """List the files of a folder that are published, sorted by name."""
     folder = Path(folder)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     kept = [path for path in files if all(map(_is_published, path.relative_to(folder).parts))]
@@ -83,7 +89,7 @@ def _without_token(text: str, token: str | None) -> str:
 
 
 def explain(error: BaseException, repo_id: str, token: str | None = None) -> PublishingError:
-    """What an error of the Hub, or of the way to it, means for the one who publishes."""
+    """Turn an error of the Hub, or of the connection to it, into one that says what to do."""
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     endpoint = constants.ENDPOINT
@@ -119,13 +125,23 @@ def publish_folder(
     message: str = "Upload model",
     revision: str | None = None,
 ) -> str:
-    """Push a folder to the Hub in one commit, into a repository that is created unless it is there.
+    """Push a folder to the Hub in one commit. The repository is created if it is missing.
 
-    private:  for a repository that is created; None leaves it to the owner's setting
-    revision: branch (default: main)
-    returns:  the address of the commit, or of the repository when nothing had changed
+    The folder is never changed. After a failure the same call continues where the last one stopped.
 
-    Raises PublishingError; the folder is never changed, and the same call goes on after a failure.
+    Args:
+        folder: The folder.
+        repo_id: Name of the repository, such as "org/clip-vit-b32".
+        private: Whether a new repository is private. None: the default of its owner.
+        token: A token that may write. None: that of `hf auth login`, or of `HF_TOKEN`.
+        message: Message of the commit.
+        revision: Branch. None: main.
+
+    Returns:
+        The address of the commit, or of the repository if nothing had changed.
+
+    Raises:
+        PublishingError: Nothing, or not everything, was published.
     """
     api = HfApi(token=token)
     try:
@@ -156,27 +172,27 @@ def publish_folder(
         raise
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, HTTPError, OSError) as error:
         raise explain(error, repo_id, token) from error
-    except RuntimeError as error:  # what the client makes of a failed upload of one large file
+    except RuntimeError as error:  # the client's error for a failed upload of a large file
         if error.__cause__ is None:
             raise
         raise explain(error.__cause__, repo_id, token) from error
-    except ValueError as error:  # a card that the Hub would not take, say
+    except ValueError as error:  # e.g. a card that the Hub does not accept
         reason = _without_token(" ".join(str(error).split()), token or get_token())
         raise PublishingError(f"{repo_id} was not published: {reason}.") from error
 
 
 def link_all(source: Path, target: Path) -> None:
-    """Everything of a folder that goes to the Hub under another, which may be changed; weights are not copied."""
+    """Fill a second folder with all files that are published. JSON and Python files are copied, all others linked."""
     for upload in list_uploads(source):
         (target / upload.name).parent.mkdir(parents=True, exist_ok=True)
-        if upload.name.endswith((".json", ".py")):  # these are changed
+        if upload.name.endswith((".json", ".py")):  # copied, since these are changed later
             shutil.copyfile(source / upload.name, target / upload.name)
         else:
             (target / upload.name).symlink_to((source / upload.name).resolve())
 
 
 def card_of_folder(folder: str | Path, repo_id: str) -> str:
-    """A card for a model that nothing more is known of than its configuration."""
+    """Write the card of a model of which only the configuration is known."""
     config = HfClipConfig.from_pretrained(folder)
     body = "\n\n".join(
         [
@@ -191,7 +207,7 @@ def card_of_folder(folder: str | Path, repo_id: str) -> str:
 
 
 def prepare_for_hub(folder: str | Path, repo_id: str) -> None:
-    """What `push_to_hub` adds to a folder: the code that loads it, and a card in place of transformers' empty one."""
+    """Add to a folder, before `push_to_hub`, the code that loads it, and a card in place of transformers' empty one."""
     folder = Path(folder)
     described = described_in(folder)
     config = described.get("config.json")

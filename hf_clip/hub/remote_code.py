@@ -1,10 +1,11 @@
-"""What makes a folder load without this package: the files that travel, and the entries that name their classes.
+"""Add the code to a folder by which it can be loaded without this package.
 
-`trust_remote_code=True` then finds the classes in the folder or repository itself. Where hf_clip is imported its own
-classes are taken, and nothing has to be trusted.
+The files of the model are copied into the folder, and its JSON files get entries that name the classes. With
+`trust_remote_code=True` transformers then finds the classes in the folder or repository itself. If hf_clip is imported,
+its classes are used and no code has to be trusted.
 
-All files of `hf_clip/model/` travel, and nothing else. The Hub's loader copies flat files only, and follows
-`from .file import name` alone.
+All files of `hf_clip/model/` are copied, and no others. The Hub's loader copies only flat files that are imported as
+`from .file import name`.
 """
 
 import json
@@ -18,7 +19,7 @@ from ..model.checked_files import read_object
 MODEL_FOLDER = Path(__file__).parents[1] / "model"
 
 TRAVELLING = tuple(sorted(path.stem for path in MODEL_FOLDER.glob("*.py") if path.stem != "__init__"))
-"""The modules that a repository carries as remote code."""
+"""Names of the modules that a repository contains as remote code."""
 
 MODEL_MAPS = {
     "hf_clip": {
@@ -40,7 +41,7 @@ MODEL_MAPS = {
         "AutoModel": "modeling_hf_clip.HfClipResNetModel",
     },
 }
-"""For each `model_type` what its config.json says."""
+"""For each `model_type` the `auto_map` of its config.json."""
 
 PROCESSOR_MAP = {"AutoProcessor": "processing_hf_clip.HfClipProcessor"}
 IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_hf_clip.HfClipImageProcessor"}
@@ -55,7 +56,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def described_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """Those of the files that name classes that `folder` has, with their content. Raises ValueError for broken ones."""
+    """Read the JSON files of a folder that name classes. Raises ValueError for a damaged file.
+
+    Returns:
+        The content of each file that exists, by its name.
+    """
     described = {}
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
@@ -64,9 +69,17 @@ def described_in(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def add_remote_code(folder: str | Path) -> list[Path]:
-    """Give a saved model, its processor, or both the code that loads them; returns the files that were written.
+    """Add the code that loads a saved model, its processor, or both to their folder.
 
-    Raises FileNotFoundError or ValueError when the folder holds nothing of this package's.
+    Args:
+        folder: A folder that `save_pretrained` or the converter wrote.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        FileNotFoundError: The folder has no JSON file that describes a model or processor.
+        ValueError: The folder holds a model of another library, or a damaged file.
     """
     folder = Path(folder)
     described = described_in(folder)

@@ -1,1 +1,1 @@
-"""Faster inference with the same results: what is measured, what is replaced, and what is refused."""
+"""Faster inference with the same results: which layers are measured and replaced, and how batches are divided."""

@@ -1,4 +1,7 @@
-"""How batches are taken: as much at once as the processor's cache holds, no padding, no position that nobody needs."""
+"""Divide batches into parts that fit the processor's cache, and skip padding and positions that no output needs.
+
+Dimensions: B batch, L text length, C channels, Y × X pixels, P patches and class token, W tower width, D embedding.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +19,7 @@ from .replace import attend_by_products_, has_hooks
 
 
 def _even_parts(batch: Tensor, most: int) -> tuple[Tensor, ...]:
-    """A batch in as few parts of at most so many rows as possible, of about the same size."""
+    """Divide a batch into as few parts of at most `most` rows as possible, of about equal size."""
     return batch.tensor_split(-(-len(batch) // max(1, most)))
 
 
@@ -25,9 +28,12 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 
 def _work_in_parts_(tower: Any, part_size: Callable[[Tensor], int], encode: Callable[..., Any] | None = None) -> None:
-    """Let a tower take so many rows of its input at a time; where all layers' outputs are asked for, all at once.
+    """Let a tower encode its input in parts. If the outputs of all layers are asked for, it is encoded at once.
 
-    encode: the way of a part through the tower, if it differs from the tower's own
+    Args:
+        tower: The tower, whose `forward` is replaced.
+        part_size: Returns the number of rows of a part, given the input.
+        encode: Encodes a part. None: the tower's own `forward`.
     """
     whole = tower.forward
     encode = encode or whole
@@ -45,7 +51,7 @@ def _work_in_parts_(tower: Any, part_size: Callable[[Tensor], int], encode: Call
         try:
             parts = [encode(part, return_dict=True, **kwargs) for part in _even_parts(input, part_size(input))]
         except EndOfTextError:
-            return whole(input, **kwargs)  # which names the rows of the whole batch
+            return whole(input, **kwargs)  # raises the error with places in the whole batch
         fields = ("last_hidden_state", "pooler_output")
         output = BaseModelOutputWithPooling(**{name: _join([part[name] for part in parts]) for name in fields})
         return output if as_dict else output.to_tuple()
@@ -54,12 +60,12 @@ def _work_in_parts_(tower: Any, part_size: Callable[[Tensor], int], encode: Call
 
 
 def _positions(tower: Any) -> int:
-    """Of an image of a ViT's own size."""
+    """Return P, for an image of the ViT's own size."""
     return 1 + tower.config.grid_size**2
 
 
 def _rows_in_parts(tower: Any) -> Callable[[Tensor], int]:
-    """How many of these texts (B, L), or images (B, C, Y, X), a transformer takes at once."""
+    """Return a function from texts (B, L), or images (B, C, Y, X), to the number that a transformer takes at once."""
     if tower.config.model_type == "hf_clip_text":
         return lambda ids: rows_at_once(tower.dtype) // ids.shape[1]
     area = tower.config.patch_size**2
@@ -67,16 +73,18 @@ def _rows_in_parts(tower: Any) -> Callable[[Tensor], int]:
 
 
 def _is_of_own_size(images: Any, tower: Any) -> bool:
-    """Whether these are images as the tower takes them, with nothing to be resampled or refused."""
+    """Whether these are images of the tower's own size, so that nothing has to be resampled or refused."""
     shape = (tower.config.num_channels, tower.config.image_size, tower.config.image_size)
     return isinstance(images, Tensor) and images.shape[1:] == shape and images.is_floating_point()
 
 
 def _work_depth_first_(tower: Any, is_as_made: bool) -> None:
-    """Let a ResNet's stages take their maps while these are in the cache: few images at first, more in later stages.
+    """Let each stage of a ResNet process feature maps while they are in the cache.
 
-    A stage's part of the batch goes through the stages before in smaller parts; if the tower's way of encoding is
-    another than these files', a part of the last stage's size goes that way.
+    Early stages have large maps and take few images at once, later stages take more. The images that a stage takes at
+    once go through the earlier stages in smaller parts.
+
+    If the tower was changed (`is_as_made` is False), its own `forward` encodes as many images as the last stage takes.
     """
     whole = tower.forward
     stages = [tower.get_submodule(name) for name in STAGES]
@@ -89,7 +97,7 @@ def _work_depth_first_(tower: Any, is_as_made: bool) -> None:
 
     def encode(images: Tensor, **kwargs: Any) -> Any:
         if not (is_as_made and _is_of_own_size(images, tower)):
-            return whole(images, **kwargs)  # which may refuse them
+            return whole(images, **kwargs)  # resamples positions, or refuses the images
         feature_map = run(images.to(tower.dtype), len(stages) - 1)
         pooled, _ = tower.attnpool(feature_map)
         return BaseModelOutputWithPooling(last_hidden_state=feature_map, pooler_output=pooled)
@@ -98,7 +106,7 @@ def _work_depth_first_(tower: Any, is_as_made: bool) -> None:
 
 
 def _encode_texts_by_length_(model: Any) -> None:
-    """Let `encode_text` sort its texts by length and leave out the columns behind their ends."""
+    """Let `encode_text` sort texts by length, divide them into parts, and skip the columns after the longest text."""
     whole = model.encode_text
 
     def encode_text(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -113,7 +121,7 @@ def _encode_texts_by_length_(model: Any) -> None:
         lengths, order = lengths.sort()
         features, first, most = [], 0, rows_at_once(model.dtype)
         while first < len(order):
-            # As many texts as make no more than `most` positions; the last of a part is its longest.
+            # A part has as many texts as give at most `most` positions. Its last text is its longest.
             positions = torch.arange(1, len(order) - first + 1) * lengths[first:]
             last = first + max(1, int((positions <= most).sum()))
             features.append(whole(input_ids[order[first:last], : int(lengths[last - 1])]))
@@ -124,7 +132,7 @@ def _encode_texts_by_length_(model: Any) -> None:
 
 
 def _hides_only_ends(attention_mask: Tensor, lengths: Tensor, input_ids: Tensor) -> bool:
-    """Whether a mask shows each text to its end, and hides what follows, which changes nothing that comes before."""
+    """Whether a mask shows each text up to its end. What it hides after the end changes no feature."""
     if attention_mask.shape != input_ids.shape:
         return False
     shown = attention_mask.to(torch.bool)
@@ -133,9 +141,9 @@ def _hides_only_ends(attention_mask: Tensor, lengths: Tensor, input_ids: Tensor)
 
 
 def _encode_images_by_class_token_(model: Any) -> None:
-    """Let `encode_image` compute a ViT's last layer for the class token alone, which is all that it needs of it.
+    """Let `encode_image` compute a ViT's last layer for the class token alone, since it needs no other position.
 
-    As long as nobody listens to the parts that it passes by.
+    Hooks on the layer or its parts would not be called, so with hooks the layer is computed as usual.
     """
     whole, tower = model.encode_image, model.vision_model
 
@@ -168,7 +176,7 @@ def _parts_around_the_last_layer(tower: Any) -> tuple[nn.Module, ...]:
 
 
 def _is_as_made(model: Any, tower: Any) -> bool:
-    """Whether a model and its image tower encode images in the way of these files, not of a subclass or a patch."""
+    """Whether a model and its image tower encode images by this package's methods, not those of a subclass or patch."""
     names = {"HfClipModel.encode_image", "HfClipViTModel.forward", "HfClipResNetModel.forward"}
     methods = (type(tower).forward, getattr(type(model), "encode_image", type(tower).forward))
     is_patched = "forward" in vars(tower) or "encode_image" in vars(model)
@@ -176,7 +184,7 @@ def _is_as_made(model: Any, tower: Any) -> bool:
 
 
 def suit_the_cache_(model: Any) -> list[str]:
-    """On a CPU: work on as much at once as its cache holds, and on no padding."""
+    """Make all changes of this file to a model on a CPU. Returns descriptions of the changes."""
     by_class_token = False
     if hasattr(model, "encode_image") and hasattr(model.vision_model, "encoder"):
         around, kinds = _parts_around_the_last_layer(model.vision_model), (HfClipEncoderLayer, HfClipAttention)

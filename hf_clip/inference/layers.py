@@ -1,11 +1,12 @@
-"""The layers that `optimize_for_inference()` puts in the place of a model's: fewer, fused, their weights reordered.
+"""The layers by which `optimize_for_inference()` replaces those of a model.
 
-On CPUs, weights are brought into the order of memory that oneDNN wants once instead of in every call, and activations
-are computed in the same pass as the product. torch has that only as the operators that its own compiler emits,
-`torch.ops.mkldnn`, so they are tried out before they are used (`has_packed_operators`), and timed (`measure`):
-where they are missing, compute something else or gain too little, the public ones stay.
+On CPUs these layers gain time in two ways. Weights are stored in oneDNN's own order of memory, which otherwise happens
+again in every call. And activations are computed while a product is still in the cache. torch offers both only as
+operators of its compiler, `torch.ops.mkldnn`, which are not public. They are therefore checked before they are used
+(`has_packed_operators`), and timed (`measure`). If they are missing, give other results, or are not faster, the public
+operators are used.
 
-Dimensions: B batch, L positions, C channels, W width, H heads, E = W / H.
+Dimensions: B batch, L positions, C channels, Y × X pixels or cells, S patch side, W tower width, H heads, E = W / H.
 """
 
 from functools import cache
@@ -22,45 +23,52 @@ from ..model.optimized import OptimizedModelError
 from ..model.resnet_tower import HfClipAttentionPool, HfClipBottleneck
 
 ROWS_OF_A_THREAD = 800
-"""Positions in float32 that a transformer works on at once for each thread: more fall out of the caches."""
+"""Number of positions, per thread, that a transformer computes at once in float32. More do not fit the caches."""
 
 SIZES_PACKED = 2
-"""For how many sizes of its input a convolution's weight is held in oneDNN's order: for parts of a batch, and one."""
+"""Number of input sizes for which a convolution keeps its reordered weight: parts of a batch, and a single image."""
 
 FUSED_ACTIVATIONS = {"quick_gelu": ("swish", ""), "gelu": ("gelu", "none")}
-"""`hidden_act` → oneDNN's name of it and which algorithm; quick_gelu is swish of 1.702 x, divided by 1.702."""
+"""oneDNN's name and algorithm for each `hidden_act`. quick_gelu(x) is swish(1.702 x) / 1.702."""
 
 
 MAP_BYTES_OF_A_THREAD = 4 * 2**20
-"""How large a ResNet's widest feature map of a stage may be for each thread, all images that it takes at once."""
+"""Largest size in bytes, per thread, of a ResNet's widest feature map in its first stage, for all images at once."""
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-"""A ResNet's, by their names."""
+"""Names of a ResNet's stages."""
 
 
 def rows_at_once(dtype: torch.dtype) -> int:
-    """Positions that a transformer works on at once, with as many threads as torch has now.
+    """Return the number of positions that a transformer computes at once, for torch's present number of threads.
 
-    Measured with two threads, images per second (ViT-B/32): float32 48.7 by 1,600, 44.2 by 3,200; bfloat16, whose
-    rows are half as large, 92.7 by 1,600, 95.1 by 3,200, 83.6 by 6,400. One thread is as fast by 800 as by 1,600.
+    Images per second of ViT-B/32 with two threads: float32 48.7 with 1,600 positions and 44.2 with 3,200. bfloat16,
+    whose rows take half the memory: 92.7 with 1,600, 95.1 with 3,200 and 83.6 with 6,400. One thread is as fast with
+    800 positions as with 1,600.
     """
     return ROWS_OF_A_THREAD * torch.float32.itemsize // dtype.itemsize * torch.get_num_threads()
 
 
 def map_bytes_at_once() -> int:
-    """The size of a ResNet's widest feature map in its first stage, with as many threads as torch has now."""
+    """Return the size in bytes of a ResNet's widest feature map in its first stage, for torch's number of threads."""
     return MAP_BYTES_OF_A_THREAD * torch.get_num_threads()
 
 
 def images_at_once(tower: Any, pixels: int, stage: int) -> int:
-    """How many images of so many pixels a ResNet's stage takes at once: its maps are half those of the one before."""
+    """Return the number of images that a ResNet's stage takes at once. Each stage halves the size of the maps.
+
+    Args:
+        tower: The ResNet.
+        pixels: Pixels of one channel of an image, Y · X.
+        stage: Number of the stage, from 0.
+    """
     widest = 4 * tower.config.stem_width * pixels // 16 * tower.dtype.itemsize
     return max(1, (map_bytes_at_once() << stage) // widest)
 
 
 @cache
 def has_packed_operators(dtype: torch.dtype) -> bool:
-    """Whether torch has oneDNN's fused operators for this type here, and they compute what is expected."""
+    """Whether torch has oneDNN's fused operators for this dtype on this machine, and their results are right."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)
@@ -101,9 +109,13 @@ def _check_use(input: Tensor) -> None:
 
 
 class PackedLinear(nn.Module):
-    """A linear map with its weight in oneDNN's order, and an activation if there is one: (…, inputs) → (…, outputs).
+    """A linear map with its weight in oneDNN's order, followed by an activation: (…, inputs) → (…, outputs).
 
-    scale: what the weight is multiplied by, and if `scales_bias` the bias too
+    Args:
+        linear: The linear map that is replaced.
+        activation: oneDNN's name and algorithm of the activation; ("none", "") for none.
+        scale: Factor of the weight.
+        scales_bias: Whether the bias is multiplied by `scale` too.
     """
 
     def __init__(
@@ -117,7 +129,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype, self.activation = linear.weight.dtype, activation
-        # Plain attributes: oneDNN's tensors can neither be saved nor moved.
+        # Plain attributes and no parameters, since oneDNN's tensors can be neither saved nor moved.
         weight = (linear.weight.detach().float() * scale).to(self.dtype)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows_at_once(self.dtype))
         self.bias = None if linear.bias is None else linear.bias.detach() * (scale if scales_bias else 1)
@@ -130,7 +142,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedMLP(nn.Module):
-    """HfClipMLP with its activation computed in the pass of the first product."""
+    """An HfClipMLP whose activation is fused into the first linear map."""
 
     def __init__(self, mlp: HfClipMLP, hidden_act: str):
         super().__init__()
@@ -143,7 +155,7 @@ class PackedMLP(nn.Module):
 
 
 class PackedPatches(nn.Module):
-    """A ViT's patch embedding, its weight in oneDNN's order: (B, C, Y, X) → (B, W, Y / S, X / S), S a patch's side."""
+    """A ViT's patch embedding with its weight in oneDNN's order: (B, C, Y, X) → (B, W, Y / S, X / S)."""
 
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()
@@ -159,10 +171,19 @@ class PackedPatches(nn.Module):
 
 
 class InferenceConv2d(nn.Module):
-    """A convolution with BatchNorm's gain and shift in it, and ReLU after it: (B, C, Y, X) → (B, C', Y', X').
+    """A convolution that includes the BatchNorm after it, followed by ReLU: (B, C, Y, X) → (B, C', Y', X').
 
-    Fused, ReLU and the sum with a shortcut are computed in the pass of the convolution, whose weight is in oneDNN's
-    order. That order depends on the size of the input, so it is made for each size and held for the latest ones.
+    With `is_fused`, ReLU and the sum with a shortcut are fused into the convolution, and the weight is stored in
+    oneDNN's order. That order depends on the size of the input, so the weight is reordered for each size and kept for
+    the latest `SIZES_PACKED` of them.
+
+    Args:
+        weight: Weight of the convolution, with BatchNorm's gain.
+        bias: (C',) BatchNorm's shift.
+        stride: As for `nn.Conv2d`.
+        padding: As for `nn.Conv2d`.
+        has_relu: Whether ReLU follows.
+        is_fused: Whether to use oneDNN's fused operators.
     """
 
     def __init__(
@@ -183,7 +204,10 @@ class InferenceConv2d(nn.Module):
     @classmethod
     @torch.no_grad()
     def fold(cls, convolution: Any, norm: Any, has_relu: bool, is_fused: bool) -> "InferenceConv2d":
-        """y = gain · (w * x − mean) / √(variance + ε) + shift as one convolution, computed in float32 or better."""
+        """Make one convolution of a convolution and the BatchNorm after it, computed in float32 or better.
+
+        With `w * x` for the convolution, the result is y = gain · (w * x − mean) / √(variance + ε) + shift.
+        """
         exact = torch.promote_types(convolution.weight.dtype, torch.float32)
         gain = norm.weight.to(exact) / (norm.running_var.to(exact) + norm.eps).sqrt()
         weight = convolution.weight.to(exact) * gain[:, None, None, None]
@@ -198,7 +222,7 @@ class InferenceConv2d(nn.Module):
             form = (self.padding, self.stride, (1, 1), 1, size)
             packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *form)
             for oldest in list(self.packed)[: 1 - SIZES_PACKED]:
-                self.packed.pop(oldest, None)  # another thread may have been faster
+                self.packed.pop(oldest, None)  # None: another thread may have removed it already
             self.packed[size] = packed
         return packed, self.bias, self.padding, self.stride, (1, 1), 1
 
@@ -211,7 +235,7 @@ class InferenceConv2d(nn.Module):
         return output.relu_() if self.has_relu else output
 
     def add_to(self, sum: Tensor, input: Tensor) -> Tensor:
-        """max(0, sum + this convolution of `input`), which may take the place of `sum`."""
+        """Compute ReLU(sum + convolution(input)). The result may overwrite `sum`."""
         if self.is_fused:
             _check_use(input)
             end: tuple[Any, ...] = ("add", 1.0, "relu", [], "")
@@ -220,7 +244,7 @@ class InferenceConv2d(nn.Module):
 
 
 class InferenceBottleneck(nn.Module):
-    """HfClipBottleneck without BatchNorm; its result takes the memory of its input where the input is the shortcut."""
+    """An HfClipBottleneck without BatchNorm. If its input is the shortcut, the result overwrites the input."""
 
     def __init__(self, block: HfClipBottleneck, is_fused: bool):
         super().__init__()
@@ -240,10 +264,11 @@ class InferenceBottleneck(nn.Module):
 
 
 class SingleQueryAttentionPool(HfClipAttentionPool):
-    """The attention pool for its one query q: q · (K x) = (Kᵀ q) · x, and Σ aᵢ V xᵢ = V Σ aᵢ xᵢ.
+    """The attention pool, computed without keys and values, since it has a single query q.
 
-    So no key and no value is computed, but a direction and a mean of the cells for each head. What the keys' bias adds
-    is the same for all cells, and the softmax takes it out again.
+    Scores need no keys, because q · (K x) = (Kᵀ q) · x: one direction per head is multiplied by all cells x. The result
+    needs no values, because Σ aᵢ V xᵢ = V Σ aᵢ xᵢ: one weighted mean of the cells per head is multiplied by V. The bias
+    of the keys adds the same number to all scores of a head, which the softmax removes.
     """
 
     def gather(self, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -266,9 +291,9 @@ def attention_by_products(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as two matrix products, which in bfloat16 on CPUs run twice as fast as torch's fused kernel.
+    """Compute attention as two matrix products. In bfloat16 on CPUs this is twice as fast as torch's fused kernel.
 
-    Shapes are those of `eager_attention`; there is no mask, since this is for the image tower alone.
+    Shapes are those of `eager_attention`. There is never a mask, since only image towers use it.
     """
     by_head = query.shape
     query, key, value = (part.flatten(0, 1) for part in (query * scaling, key, value))  # (B * H, L, E)

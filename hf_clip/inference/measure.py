@@ -1,4 +1,4 @@
-"""What is timed before it is replaced: how many times as fast something is on this processor, in this dtype."""
+"""Time layers and their replacements on this processor, in the model's dtype, before a layer is replaced."""
 
 import time
 from collections.abc import Callable
@@ -14,12 +14,15 @@ from ..model.linear_map import apply_linear, apply_patch_embedding
 from .layers import STAGES, InferenceBottleneck, attention_by_products, images_at_once, rows_at_once
 
 LEAST_GAIN = 1.05
-"""How many times as fast something has to be, measured on this processor, to take a public operator's place."""
+"""A replacement is used if it is at least this many times as fast as the public operator, on this processor."""
 
 
 @torch.no_grad()
 def _gain(before: Callable[[], object], after: Callable[[], object], repeats: int = 7) -> float:
-    """How many times as fast `after` is: the shortest times, taken in turn, since other work only adds to them."""
+    """Return how many times as fast `after` is as `before`.
+
+    The two run in turn, and their shortest times are compared, since other work on the machine only adds time.
+    """
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats + 1):
         for work, taken in zip((before, after), times, strict=True):
@@ -30,11 +33,11 @@ def _gain(before: Callable[[], object], after: Callable[[], object], repeats: in
 
 
 def gain_of_packing(layer: Any, packed: nn.Module) -> float:
-    """How many times as fast a linear map, an MLP or a patch embedding is as its replacement, measured here."""
+    """Return how many times as fast the replacement of a linear map, an MLP or a patch embedding is."""
     weight = (layer.fc1 if isinstance(layer, HfClipMLP) else layer).weight
     count = rows_at_once(weight.dtype) // 2
     shape: tuple[int, ...] = (count, weight.shape[1])
-    if isinstance(layer, nn.Conv2d):  # so many patches side by side
+    if isinstance(layer, nn.Conv2d):  # one image with `count` patches side by side
         shape = (1, weight.shape[1], weight.shape[2], count * weight.shape[3])
     input = torch.zeros(shape, dtype=weight.dtype)
     kinds = {nn.Linear: apply_linear, nn.Conv2d: apply_patch_embedding}
@@ -43,9 +46,10 @@ def gain_of_packing(layer: Any, packed: nn.Module) -> float:
 
 
 def gain_of_fusing(tower: Any) -> float:
-    """How many times as fast a ResNet's blocks are with ReLU and sums in the convolutions' pass, measured here.
+    """Return how many times as fast a ResNet's blocks are with ReLU and sums fused into the convolutions.
 
-    Measured with the last block of each stage: the geometric mean of one image and as many as a stage takes at once.
+    The last block of each stage is timed, with one image and with as many images as the stage takes at once. The result
+    is the geometric mean of the two gains.
     """
     public, fused = (
         [InferenceBottleneck(tower.get_submodule(name)[-1], kind) for name in STAGES] for kind in (False, True)
@@ -69,7 +73,7 @@ def gain_of_fusing(tower: Any) -> float:
 
 
 def gain_of_products(heads: int, width: int, length: int, dtype: torch.dtype) -> float:
-    """How many times as fast attention is as two products than as torch's fused kernel, measured here."""
+    """Return how many times as fast attention is as two matrix products, compared with torch's fused kernel."""
     query, key, value = (torch.zeros(8, length, heads, width, dtype=dtype).transpose(1, 2) for _ in range(3))
     return _gain(
         lambda: functional.scaled_dot_product_attention(query, key, value),

@@ -1,9 +1,11 @@
-"""`optimize_for_inference()`: what is done to a whole model, and in which order.
+"""`optimize_for_inference()`: the changes to a whole model, in their order.
 
-BatchNorm goes into the convolution before it, and the attention pool, which has one query, multiplies that query
-instead of every key and value. On CPUs layers are replaced by those of `layers` where these are at least `LEAST_GAIN`
-times as fast on this processor. Large batches are cut into parts that stay in the cache, `encode_text` leaves out
-padding, and `encode_image` leaves out what a ViT's last layer computes for other positions than the class token.
+1. A ResNet's BatchNorm is folded into the convolution before it. Its attention pool, which has a single query,
+   computes no keys and values (see `layers.SingleQueryAttentionPool`).
+2. On CPUs, layers are replaced by those in `layers`, if these are at least `LEAST_GAIN` times as fast on this
+   processor.
+3. On CPUs, large batches are divided into parts that fit the processor's cache.
+4. On CPUs, `encode_text` skips padding, and `encode_image` computes a ViT's last layer for the class token only.
 """
 
 import ctypes
@@ -19,17 +21,17 @@ from .layers import has_packed_operators
 from .replace import LEFT, fold_resnet_, pack_transformer_
 
 FREED_BYTES_KEPT = 64 * 2**20
-"""How much freed memory a process keeps before the C library gives it back: the most that glibc's own rule leads to."""
+"""Freed memory, in bytes, that a process keeps before glibc returns it: the most that glibc's own rule can lead to."""
 
 UNFINISHED = "begun, and not finished"
-"""All that is said of a model whose optimization was interrupted: parts of it are changed, so it is refused too."""
+"""The only entry in `optimizations` while a model is changed. If it is still there later, the model is refused."""
 
 _lock = threading.Lock()
-"""Held while a model is optimized: threads that ask for the same model wait, and find it done."""
+"""Held while a model is optimized. A second thread that optimizes the same model waits, and finds it optimized."""
 
 
 def _renew_lock() -> None:
-    """In a forked process the thread that held it is not there."""
+    """Make a new lock in a forked process: the thread that may hold the old one does not exist there."""
     global _lock
     _lock = threading.Lock()
 
@@ -40,7 +42,7 @@ if hasattr(os, "register_at_fork"):
 
 def optimize_for_inference(model: Any) -> list[str]:
     """Optimize a model in place; see `hf_clip.model.optimized.Optimizable.optimize_for_inference`."""
-    with _lock:  # for the model, and for what is timed
+    with _lock:  # two models are not optimized at once either, since layers are timed
         return _optimize_alone(model)
 
 
@@ -52,7 +54,7 @@ def _optimize_alone(model: Any) -> list[str]:
         _refuse_if_spread(model)
         parts = [module for module in model.modules() if isinstance(module, Optimizable)]
         for part in parts:
-            part.optimizations = [UNFINISHED]  # in case of an interruption
+            part.optimizations = [UNFINISHED]  # stays if the next step is interrupted
         done = optimize_(model)
         is_changed = not all(LEFT in line for line in done)
         for part in parts:
@@ -77,9 +79,9 @@ def _refuse_if_spread(model: Any) -> None:
 
 @torch.no_grad()
 def optimize_(model: Any) -> list[str]:
-    """Do to a model, which is whole on one device, what is described above; returns what was done, in words."""
+    """Make the changes listed above to a model on a single device. Returns descriptions of what was done."""
     on_cpu = model.device.type == "cpu"
-    keeps_memory = on_cpu and _keep_freed_memory()  # before anything is timed
+    keeps_memory = on_cpu and _keep_freed_memory()  # first, since it changes the times that are measured below
     has_operators = on_cpu and has_packed_operators(model.dtype)
     done: list[str] = []
     for tower in [module for module in model.modules() if hasattr(module, "attnpool")]:
@@ -94,11 +96,11 @@ def optimize_(model: Any) -> list[str]:
 
 
 def _keep_freed_memory() -> bool:
-    """Ask glibc, where it is the C library, to keep what one layer frees for the next; whether it was asked.
+    """Ask glibc to keep memory that one layer frees for the next layer. Returns whether it was asked.
 
-    Otherwise it gives the memory back and fetches it anew with every layer, or does not, by the chance of what was
-    freed before: ViT-B/16 in bfloat16 was 1.10 to 1.26 times as fast without that. It is not asked where the user has
-    set it, or taken another allocator.
+    By default glibc may return freed memory to the system and fetch it again for every layer, depending on what was
+    freed before. With the memory kept, ViT-B/16 in bfloat16 was 1.10 to 1.26 times as fast. glibc is not asked if the
+    user has set its thresholds, or if another allocator is used.
     """
     if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"} & os.environ.keys():
         return False

@@ -1,7 +1,7 @@
-"""Which layers of a model are replaced: those that are as they were made, where the replacement is faster here.
+"""Replace the layers of a model by faster ones.
 
-BatchNorm goes into the convolution before it, linear maps, MLPs and the patch embedding into oneDNN's order of memory.
-What is hooked, adapted or quantised stays.
+BatchNorm is folded into the convolution before it. The weights of linear maps, MLPs and the patch embedding are stored
+in oneDNN's order of memory, if that is faster on this processor. Layers with hooks, adapters or quantised weights stay.
 """
 
 import copy
@@ -27,11 +27,11 @@ from .layers import (
 from .measure import LEAST_GAIN, gain_of_fusing, gain_of_packing
 
 LEFT = "left as before"
-"""In the lines of a report that say what was not done."""
+"""Part of the descriptions of changes that were not made."""
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """An ordinary linear map: no adapter, no quantised weight, nothing hooked to it."""
+    """Whether a module is an ordinary linear map: no adapter, no quantised weight, no hooks."""
     is_linear = type(module) is nn.Linear and type(module.weight) is nn.Parameter
     return is_linear and not _is_hooked(module)
 
@@ -41,7 +41,7 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anyone listens here, but for transformers, which does when all layers' outputs have been asked for."""
+    """Whether a module has hooks other than those by which transformers records the outputs of all layers."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
@@ -50,7 +50,7 @@ FOLDED = (nn.Conv2d, nn.AvgPool2d, nn.Identity, nn.Sequential, HfClipBottleneck,
 
 
 def _find_changed(tower: Any) -> str | None:
-    """The name of the first part of a ResNet that is hooked, or not as it was made: an adapter, say."""
+    """Return the name of the first part of a ResNet that has hooks or was replaced, e.g. by an adapter."""
     for root in [*(f"{kind}{place}" for kind in ("conv", "bn") for place in (1, 2, 3)), *STAGES]:
         for name, module in tower.get_submodule(root).named_modules(prefix=root):
             if _is_hooked(module) or not (type(module) in FOLDED or isinstance(module, nn.BatchNorm2d)):
@@ -59,6 +59,10 @@ def _find_changed(tower: Any) -> str | None:
 
 
 def pack_transformer_(model: nn.Module) -> list[str]:
+    """Replace the layers of transformers by packed ones where these are faster. Returns descriptions of the changes.
+
+    Layers of one kind and size are timed once.
+    """
     gains: dict[str, float] = {}
 
     def packed_if_it_pays(kind: str, layer: Any, pack: Callable[[Any], nn.Module]) -> nn.Module | None:
@@ -102,6 +106,10 @@ def pack_transformer_(model: nn.Module) -> list[str]:
 
 
 def fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
+    """Fold BatchNorm into the convolutions of a ResNet, and simplify its attention pool. Returns descriptions.
+
+    With `has_operators` ReLU and sums are fused into the convolutions too, if that is faster here.
+    """
     if changed := _find_changed(tower):
         return [f"the ResNet {LEFT}: {changed} is hooked or adapted"]
     gain = gain_of_fusing(tower) if has_operators else 0.0
@@ -126,7 +134,8 @@ def fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
 
 
 def attend_by_products_(tower: Any) -> None:
-    shared = tower.config  # with other models, perhaps
+    """Let a tower compute attention as two matrix products."""
+    shared = tower.config  # other models may use it too, so a copy is changed
     config = copy.deepcopy(shared)
     config._attn_implementation = PRODUCT_ATTENTION
     for module in tower.modules():

@@ -71,19 +71,23 @@ class Optimizable:
             )
 
     def train(self: Any, mode: bool = True) -> Any:
+        """Set training or evaluation mode, as in torch. An optimized model refuses training mode."""
         if mode:
             self._refuse_if_optimized("trained")
         return super().train(mode)  # type: ignore[misc]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model to a folder, as in transformers. An optimized model refuses."""
         self._refuse_if_optimized("saved")
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's tensors by name, as in torch. An optimized model refuses."""
         self._refuse_if_optimized("saved")
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load tensors by name, as in torch. An optimized model refuses."""
         self._refuse_if_optimized("given other weights")
         return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 

@@ -25,7 +25,7 @@ except ImportError:  # texts in plain ASCII need no repair
     ftfy = None
 
 LONG_TEXT = 1000
-"""Longest text that is repaired by ftfy itself, which takes up to a tenth of a second. Longer ones are repaired here."""
+"""Longest text that ftfy itself repairs, which takes up to a tenth of a second. Longer texts are repaired here."""
 
 ROUNDS = 64
 """Largest number of rounds over a long text. Ordinary texts need up to five."""
