@@ -235,8 +235,8 @@ class Steps:
             pixels: (B, C, Y, X), uint8 or floats from 0 to 1.
 
         Returns:
-            (B, C, y, x). For uint8: grey levels from 0 to 255, as uint8 or as whole floats. For floats: floats from 0
-            to 1.
+            (B, C, y, x). uint8 becomes grey levels from 0 to 255, as uint8 or as whole floats. Floats stay floats from
+            0 to 1.
         """
         is_levels = pixels.dtype == torch.uint8
         layout = self.layout((pixels.shape[3], pixels.shape[2]))
@@ -325,7 +325,7 @@ def _check_values(pixels: Tensor, first: int) -> None:
         raise UnreadableImageError(f"images[{first}]", problem, first)
     with torch.no_grad():
         flat = pixels.flatten(1)
-        low, high = flat.amin(1), flat.amax(1)  # NaN wins both
+        low, high = flat.amin(1), flat.amax(1)  # both are NaN if any value is
         for index, (least, most) in enumerate(zip(low.tolist(), high.tolist(), strict=True), start=first):
             with at_place(index):
                 check_unit_range(least, most, f"images[{index}]")

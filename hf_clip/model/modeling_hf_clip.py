@@ -130,7 +130,7 @@ def sigmoid_loss(logits: Tensor) -> Tensor:
         logits: Square matrix of texts and images, whose diagonal holds the true pairs.
 
     Returns:
-        Scalar loss: the sum over all pairs, divided by the number of texts.
+        Scalar loss, the sum over all pairs divided by the number of texts.
     """
     signs = 2 * torch.eye(logits.shape[0], device=logits.device, dtype=logits.dtype) - 1
     return -nn.functional.logsigmoid(signs * logits).sum() / logits.shape[0]

@@ -206,7 +206,7 @@ def _as_levels(array: np.ndarray, name: str) -> np.ndarray:
             f" is an array of {array.dtype}, but images are needed: pass Pillow images, arrays of uint8 from "
             f"0 to 255, or of floats from 0 to 1.",
         )
-    low, high = float(array.min(initial=0)), float(array.max(initial=0))  # NaN wins both
+    low, high = float(array.min(initial=0)), float(array.max(initial=0))  # both are NaN if any value is
     check_unit_range(low, high, name)
     return np.round(array.clip(0, 1) * 255).astype(np.uint8)
 

@@ -310,8 +310,8 @@ def scale_and_cut_tensor(pixels: Tensor, layout: Layout, filter_name: str) -> Te
         filter_name: "bicubic" or "bilinear".
 
     Returns:
-        (B, C, y, x). For uint8: grey levels, as uint8 or as whole floats. They equal Pillow's, except on a CPU where
-        an image becomes clearly smaller: there torch's own arithmetic for uint8 is used, which is faster. For floats:
+        (B, C, y, x). uint8 becomes grey levels, as uint8 or as whole floats. They equal Pillow's, except on a CPU where
+        an image becomes clearly smaller: there torch's own arithmetic for uint8 is used, which is faster. Floats become
         float32, not rounded, and differentiable.
     """
     is_levels = pixels.dtype == torch.uint8

@@ -51,7 +51,7 @@ class Variant:
 
     @property
     def total_parameters(self) -> int:
-        """Parameters of the whole model: both towers, their projections, and the logit scale."""
+        """Number of parameters of the whole model, with the projections and the logit scale."""
         return self.image_parameters + self.text_parameters + 1  # the logit scale
 
 

@@ -60,7 +60,7 @@ class HfClipViTModel(HfClipPreTrainedModel):
     def __init__(self, config: HfClipViTConfig):
         super().__init__(config)
         self.embeddings = HfClipViTEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # spelled as stock files do
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # spelled as in stock files
         self.encoder = HfClipEncoder(config, is_causal=False)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()

@@ -100,7 +100,7 @@ def fit_thresholds(scores: Tensor, is_right: Tensor) -> Tensor:
         is_right: (I, K) bool. True where an image has a label.
 
     Returns:
-        The thresholds (K,), float32: a label is given from this score on.
+        The thresholds (K,), float32. A label is given from this score on.
     """
     ordered, places = scores.double().sort(dim=0, descending=True)
     hits = is_right.gather(0, places).cumsum(0)  # (I, K): number of right images among the first 1, 2, ...

@@ -249,7 +249,7 @@ class ZeroShotClassifier:
 
     @property
     def weights(self) -> Tensor:
-        """The classifier matrix (D, M), float32: a normalised column per label, then one per background label."""
+        """The classifier matrix (D, M), float32, with a normalised column per label, then one per background label."""
         return self.matrix.weights
 
     @property
@@ -272,7 +272,7 @@ class ZeroShotClassifier:
             **settings: Arguments for the image processor, e.g. `fit="pad"`.
 
         Returns:
-            Logits (I, M), float32: cosine similarities times the logit scale, plus the logit bias if there is one. The
+            (I, M) float32, the cosine similarities times the logit scale, plus the logit bias if there is one. The
             columns are the labels, then the background labels.
 
         Raises:
@@ -302,9 +302,9 @@ class ZeroShotClassifier:
             **settings: Arguments for the image processor, e.g. `fit="pad"`.
 
         Returns:
-            A list of `{"label": ..., "score": ...}` for one image; a list of such lists for several. The background
-            labels together are one entry, whose label is None. Its score is the sum of their softmax scores, else the
-            highest of their scores.
+            A list for one image, or a list of lists for several. Each entry is a dictionary with `label` and `score`.
+            The background labels together are one entry, whose label is None. Its score is the sum of their softmax
+            scores, else the highest of their scores.
 
         Raises:
             UnreadableImageError: An image cannot be read. A ValueError; its `index` is the image's place.

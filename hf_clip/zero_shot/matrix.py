@@ -55,7 +55,7 @@ class ClassifierMatrix:
 
     @property
     def names(self) -> list[str | None]:
-        """Names of the columns of `score`: the labels, then None if there are background labels."""
+        """Names of the columns of `score`. These are the labels, then None if there are background labels."""
         return [*self.labels, *([None] if self.weights.shape[1] > len(self.labels) else [])]
 
     def cosines(self, features: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ class ClassifierMatrix:
             features: (I, D) of any length.
 
         Returns:
-            (I, K), or (I, K + 1) if there are background labels. The last column then says "none of these": the sum of
-            the background labels' softmax scores, else the highest of their scores.
+            (I, K), or (I, K + 1) if there are background labels. The last column then means "none of these". It is the
+            sum of the background labels' softmax scores, else the highest of their scores.
         """
         if self.scores == "cosine":
             scores = self.cosines(features)

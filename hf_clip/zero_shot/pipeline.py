@@ -99,8 +99,9 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
                 download of an image is given up; None for 60. `tokenizer_kwargs`: arguments for the tokenizer.
 
         Returns:
-            A list of `{"score": ..., "label": ...}`, best first, for one image. A list of such lists for a list, tuple
-            or column. For a data set, generator or iterator an iterator, which yields a result as soon as it is known.
+            For one image a list of dictionaries with `score` and `label`, best first. For a list, tuple or column a
+            list of such lists. For a data set, generator or iterator an iterator, which yields each result as soon as
+            it is known.
 
         Raises:
             UnreadableImageError: An image cannot be read. A ValueError; its `index` is the image's place.
