@@ -1,4 +1,7 @@
-"""Time layers and their replacements on this processor, in the model's dtype, before a layer is replaced."""
+"""Time layers and their replacements on this processor, in the model's dtype, before a layer is replaced.
+
+Dimensions: L positions, C channels, Y × X pixels or cells, H heads, E = W / H.
+"""
 
 import time
 from collections.abc import Callable

@@ -71,6 +71,7 @@ _ROWS = [
 # fmt: on
 
 VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
+"""OpenAI's nine models by their exact names."""
 
 
 def get_variant(name: str) -> Variant:

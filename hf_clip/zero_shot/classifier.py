@@ -375,7 +375,7 @@ class ZeroShotClassifier:
 
         Example::
 
-            classifier.calibrate(["a.jpg", "b.jpg", "c.jpg"], ["cat", "dog", None])
+            classifier.calibrate(["a.jpg", "b.jpg", "c.jpg"], ["cat", "dog", "cat"])
         """
         matrix = replace(self.matrix)  # a copy: another thread may classify until the fit is complete
         is_right = self._read_truth(labels)  # (I, K)
