@@ -1,6 +1,6 @@
-"""Packages that only some tasks need, named with the way to install them before anything is done.
+"""Check for packages that only some tasks need, before a task begins, and say how to install them.
 
-This file imports nothing that is not there, so that a program can ask it first.
+This file imports only the standard library, so a program can import it before anything else.
 """
 
 import sys
@@ -10,7 +10,7 @@ EXTRAS = {
     "train": ("accelerate", "datasets"),
     "demo": ("accelerate", "datasets", "matplotlib", "sklearn"),
 }
-"""Extra of pyproject.toml → the modules that it brings and its task cannot do without."""
+"""For each extra of pyproject.toml the modules that its task needs."""
 
 
 def _is_there(module: str) -> bool:
@@ -22,11 +22,11 @@ def _is_there(module: str) -> bool:
 
 
 def missing_packages(task: str, extra: str) -> str:
-    """What is to be installed for a task, in one line, or an empty text.
+    """Say in one line which packages a task misses and how to install them. Empty if none is missing.
 
     Args:
-        task: how the task is called in the line, as the beginning of a sentence.
-        extra: a key of `EXTRAS`.
+        task: Name of the task, which begins the line.
+        extra: A key of `EXTRAS`.
     """
     missing = [module for module in EXTRAS[extra] if not _is_there(module)]
     if not missing:
@@ -35,6 +35,6 @@ def missing_packages(task: str, extra: str) -> str:
 
 
 def require(task: str, extra: str) -> None:
-    """Raises ImportError with the line of `missing_packages` where something is missing."""
+    """Raise ImportError with the line of `missing_packages` if a package is missing."""
     if line := missing_packages(task, extra):
         raise ImportError(line)

@@ -144,6 +144,7 @@ class Visual(OriginalNames):
         self.training = hf_model.training
 
     def forward(self, image: Tensor) -> Tensor:
+        """Encode images: (B, C, Y, X) → (B, D), not normalised."""
         return self.hf_model.encode_image(image)
 
 
@@ -177,11 +178,13 @@ class OriginalCLIP(OriginalNames):
         self.register_load_state_dict_pre_hook(_take_original_names)
 
     def train(self, mode: bool = True) -> "OriginalCLIP":
+        """Set training or evaluation mode, of a replaced `visual` too."""
         self.visual.train(mode)
         return super().train(mode)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights, to which images are converted."""
         return self.hf_model.dtype
 
     def encode_image(self, image: Tensor) -> Tensor:

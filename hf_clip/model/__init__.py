@@ -1,5 +1,5 @@
-"""The model and its processor: what loads, runs and saves them.
+"""The model and its processor: the code that loads, runs and saves them.
 
-Everything in this folder travels to a Hub repository as remote code, and nothing else does. The Hub's loader copies
-flat files: they import one another from this folder alone, and nothing of the rest of the package.
+All files in this folder, and no others, are copied to a Hub repository as remote code. The Hub's loader copies only
+flat files. They import one another as `from .file import name`, and nothing from the rest of the package.
 """

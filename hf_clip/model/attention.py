@@ -129,6 +129,7 @@ class HfClipAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        """Attend: (B, L, W) → (B, L, W), and the weights (B, H, L, L), which only eager attention has."""
         query, key, value = (apply_linear(p, hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
         mixed, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return apply_linear(self.out_proj, mixed), weights

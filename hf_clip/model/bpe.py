@@ -114,6 +114,7 @@ def build_backend(merges: list[tuple[str, str]]) -> Tokenizer:
 
 
 def check_vocab_size(vocab_size: int) -> None:
+    """Raise ValueError for fewer ids than bytes and special tokens take."""
     if vocab_size < FIXED_IDS:
         raise ValueError(f"vocab_size is {vocab_size}, but bytes and special tokens alone take {FIXED_IDS} ids.")
 

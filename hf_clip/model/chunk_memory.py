@@ -70,6 +70,7 @@ class ChunkMemory:
         self.forget()
 
     def forget(self) -> None:
+        """Forget all chunks."""
         self.known = KnownChunks()
 
     def look_up(self, chunks: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -189,6 +189,7 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the fields of a configuration, in our layout or in that of stock CLIP or open_clip."""
         source = pretrained_model_name_or_path
         if (foreign := find_foreign(source, kwargs)) is not None:
             return foreign.config.to_dict(), kwargs
@@ -379,6 +380,7 @@ class HfClipTextConfig(HfClipPreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
+        """Raise ValueError for sizes that no model can have."""
         _require_positive(
             self, "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "projection_dim"
         )
@@ -434,6 +436,7 @@ class HfClipViTConfig(HfClipPreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
+        """Raise ValueError for sizes that no model can have."""
         _require_positive(self, "hidden_size", "intermediate_size", "num_attention_heads", "projection_dim")
         _require_positive(self, "image_size", "patch_size", most=MOST_PIXELS)
         _require_positive(self, "num_channels", most=MOST_CHANNELS)
@@ -489,6 +492,7 @@ class HfClipResNetConfig(HfClipPreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
+        """Raise ValueError for sizes that no model can have."""
         _require_positive(self, "stem_width", "num_attention_heads", "projection_dim")
         _require_positive(self, "image_size", most=MOST_PIXELS)
         _require_positive(self, "num_channels", most=MOST_CHANNELS)
@@ -599,6 +603,7 @@ class HfClipConfig(HfClipPreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
+        """Raise ValueError for sizes that no model can have."""
         _require_positive(self, "projection_dim")
         if self.contrastive_loss not in ("softmax", "sigmoid"):
             raise ValueError(

@@ -71,6 +71,7 @@ class HfClipImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[cal
 
 
 def check_fit(fit: Any) -> None:
+    """Raise ValueError for an unknown `fit`."""
     if fit not in FITS:
         raise ValueError(f"fit is {fit!r:.80}, but must be one of {', '.join(map(repr, FITS))}.")
 

@@ -54,6 +54,7 @@ class HfClipOutput(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
+        """Return the fields that are not None as a tuple, with the towers' outputs as tuples too."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
@@ -94,6 +95,7 @@ class HfClipVisionModelOutput(ModelOutput):
 
 
 def build_vision_tower(config: HfClipViTConfig | HfClipResNetConfig) -> "HfClipViTModel | HfClipResNetModel":
+    """Make the image tower that a configuration describes."""
     kind = HfClipResNetModel if config.model_type == HfClipResNetConfig.model_type else HfClipViTModel
     return kind._from_config(config)
 
@@ -105,6 +107,7 @@ def build_visual_projection(config: HfClipViTConfig | HfClipResNetConfig, projec
 
 
 def init_projection_(projection: nn.Linear, factor: float) -> None:
+    """Initialise a projection as the original does: normal with standard deviation 1/√inputs."""
     init.normal_(projection.weight, std=projection.in_features**-0.5 * factor)
     if projection.bias is not None:
         init_linear_bias_(projection)

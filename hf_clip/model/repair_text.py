@@ -106,6 +106,7 @@ class Work:
         self.text, self.left = text, ROUNDS * len(text) + 10_000
 
     def spend(self, characters: int) -> None:
+        """Count characters as processed. Raises TextError once the limit is exceeded."""
         self.left -= characters
         if self.left < 0:
             raise TextError(

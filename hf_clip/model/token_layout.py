@@ -56,6 +56,7 @@ class Layout:
 
     @property
     def special(self) -> int:
+        """Number of special tokens per text."""
         return 2 if self.add_special_tokens else 0
 
     def width(self, longest: int) -> int:

@@ -44,6 +44,7 @@ def default_scores(model: Any) -> str:
 
 
 def check_top_k(top_k: Any) -> None:
+    """Raise ValueError unless `top_k` is None or a whole number of at least 1."""
     if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
         raise ValueError(f"top_k is {top_k!r}, but a whole number of at least 1 is needed, or None for all labels.")
 

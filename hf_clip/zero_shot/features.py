@@ -72,11 +72,13 @@ def progress_bar(title: str, unit: str, total: int | None, is_shown: bool) -> It
 
 
 def check_batch_size(batch_size: int) -> None:
+    """Raise ValueError for a batch size below 1."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but must be at least 1.")
 
 
 def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield the items in lists of `size`; the last list may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
