@@ -270,19 +270,32 @@ def _scale_floats(pixels: Tensor, axis: int, outputs: int, first: int, last: int
     return scaled.narrow(axis, first, last - first)
 
 
-def scale_levels_exactly(pixels: Tensor, passes: list[tuple[int, int, int, int]], filter_name: str) -> Tensor:
+def _kept_part(layout: Layout) -> tuple[int, int, int, int]:
+    """The part of the scaled image that is kept, without margins: left, top, right, bottom."""
+    left, top = (max(edge, 0) for edge in layout.box[:2])
+    right, bottom = (min(edge, limit) for edge, limit in zip(layout.box[2:], layout.size, strict=True))
+    return left, top, right, bottom
+
+
+def _passes(size: tuple[int, int], layout: Layout) -> list[tuple[int, int, int, int]]:
+    """The passes in Pillow's order: (axis, lines to scale to, first line to keep, the line behind the last)."""
+    left, top, right, bottom = _kept_part(layout)
+    passes = [(3, layout.size[0], left, right), (2, layout.size[1], top, bottom)]
+    return passes[::-1] if _height_comes_first(size, layout.size) else passes
+
+
+def scale_levels_exactly(pixels: Tensor, layout: Layout, filter_name: str) -> Tensor:
     """Resize grey levels on any device, with results equal to Pillow's.
 
     Args:
         pixels: (B, C, Y, X) grey levels.
-        passes: For each pass, in Pillow's order: axis, number of lines to resize to, first line to keep, and the line
-            after the last to keep.
+        layout: The size to resize to, and the part to keep; margins are left out.
         filter_name: "bicubic" or "bilinear".
 
     Returns:
         (B, C, y, x) grey levels, as whole floats.
     """
-    done = []
+    passes, done = _passes((pixels.shape[3], pixels.shape[2]), layout), []
     for some in pixels.split(max(1, PIXELS_AT_ONCE // pixels[0].numel())):
         for axis, outputs, first, last in passes:
             some = _scale_levels(some, axis, outputs, first, last, filter_name)
@@ -315,8 +328,7 @@ def scale_and_cut_tensor(pixels: Tensor, layout: Layout, filter_name: str) -> Te
         float32, not rounded, and differentiable.
     """
     is_levels = pixels.dtype == torch.uint8
-    left, top = (max(edge, 0) for edge in layout.box[:2])
-    right, bottom = (min(edge, limit) for edge, limit in zip(layout.box[2:], layout.size, strict=True))
+    left, top, right, bottom = _kept_part(layout)
     new_width, new_height = layout.size
     height, width = pixels.shape[2:]
     height_first = _height_comes_first((width, height), layout.size)
@@ -326,9 +338,6 @@ def scale_and_cut_tensor(pixels: Tensor, layout: Layout, filter_name: str) -> Te
         and min(width / new_width, height / new_height) >= CLEARLY_SMALLER
         and not (_is_much_longer(new_width, right - left) or _is_much_longer(new_height, bottom - top))
     )
-    passes = [(3, new_width, left, right), (2, new_height, top, bottom)]
-    if height_first:
-        passes.reverse()
     if is_levels and layout.size == (width, height):
         pixels = pixels[..., top:bottom, left:right]
     elif is_quick and height_first:  # torch begins with the width, and the order matters where values are clipped
@@ -340,10 +349,10 @@ def scale_and_cut_tensor(pixels: Tensor, layout: Layout, filter_name: str) -> Te
     elif is_levels and pixels.device.type == "cpu":
         return _by_pillow(pixels, layout, filter_name)
     elif is_levels:
-        pixels = scale_levels_exactly(pixels, passes, filter_name)
+        pixels = scale_levels_exactly(pixels, layout, filter_name)
     else:
         pixels = pixels.float()
-        for axis, outputs, first, last in passes:
+        for axis, outputs, first, last in _passes((width, height), layout):
             pixels = _scale_floats(pixels, axis, outputs, first, last, filter_name)
         pixels = pixels.clamp(0, 1)
     margins = (left - layout.box[0], layout.box[2] - right, top - layout.box[1], layout.box[3] - bottom)
