@@ -332,7 +332,7 @@ from transformers import (
 )
 
 given, (folder, *others) = torch.load(sys.argv[1]), sys.argv[2:]
-image, found = Image.open(given["image"]), {}
+photograph, found = Image.open(given["image"]), {}
 with torch.no_grad():
     for kind in (CLIPModel, AutoModel):
         model, info = kind.from_pretrained(folder, output_loading_info=True)
@@ -352,11 +352,11 @@ with torch.no_grad():
 for kind in (AutoProcessor, CLIPProcessor):
     processor = kind.from_pretrained(folder)
     assert type(processor) is CLIPProcessor
-    inputs = processor(text=given["texts"], images=image, padding=True, return_tensors="pt")
+    inputs = processor(text=given["texts"], images=photograph, padding=True, return_tensors="pt")
     found[kind.__name__] = dict(inputs)
 found["tokens"] = AutoTokenizer.from_pretrained(folder)(given["texts"]).input_ids
 classify = pipeline("zero-shot-image-classification", model=folder)
-found["scores"] = classify(image, candidate_labels=given["texts"])
+found["scores"] = classify(photograph, candidate_labels=given["texts"])
 found["others"] = [CLIPModel.from_pretrained(other).state_dict() for other in others]
 found["state"] = model.state_dict()
 torch.save(found, sys.argv[1])

@@ -99,7 +99,7 @@ def test_wrong_size_says_what_to_do(model: HfClipModel, tower: str, shape: tuple
             call(torch.zeros(shape))
 
 
-def test_too_small_a_image_is_refused_even_so(model: HfClipModel, tower: str):
+def test_too_small_an_image_is_refused_even_so(model: HfClipModel, tower: str):
     smallest = {"vit": 16, "resnet": 32}[tower]
     with pytest.raises(ValueError, match=f"needs at least {smallest} pixels each way"):
         model.encode_image(torch.zeros(1, 3, 8, 96), interpolate_pos_encoding=True)

@@ -143,7 +143,7 @@ def test_frozen_batch_norm_stays_while_everything_else_trains(model: HfClipModel
     assert {"visual_projection.weight", "logit_scale"} <= changed(before, model)
 
 
-def test_frozen_batch_norm_makes_a_image_independent_of_its_batch(repositories: dict[str, Path]):
+def test_frozen_batch_norm_makes_an_image_independent_of_its_batch(repositories: dict[str, Path]):
     model = AutoModel.from_pretrained(repositories["resnet"]).train()
     images = random_images("resnet", 6)
     assert not torch.allclose(model.encode_image(images)[:2], model.encode_image(images[:2]), rtol=1e-3)

@@ -40,7 +40,7 @@ def classifier(model: HfClipModel, processor) -> ZeroShotClassifier:
 
 
 @pytest.fixture
-def random_images(photographs: dict[str, Image.Image]) -> list[Image.Image]:
+def images(photographs: dict[str, Image.Image]) -> list[Image.Image]:
     return list(photographs.values())
 
 

@@ -160,7 +160,7 @@ def test_empty_captions_are_no_error_yet_and_have_a_reason(streaming: bool, tmp_
 
 
 @STREAMING
-def test_all_captions_of_a_image_make_a_row_each(streaming: bool, tmp_path: Path):
+def test_all_captions_of_an_image_make_a_row_each(streaming: bool, tmp_path: Path):
     columns = {"image": [png(index) for index in range(4)], "captions": [["a", "b"], ["c"], [], ["d", None, "e"]]}
     source = str(write_table(tmp_path / "table.parquet", columns))
     pairs = load_pairs(source, captions="all", streaming=streaming)
