@@ -26,7 +26,7 @@ from model_cards import __main__ as command
 from model_cards.chart import draw, drawn_points
 from model_cards.published import DATA_SETS
 
-from .test_contracts import PACKAGE, ROOT, imports_of, modules_of
+from .test_contracts import MODEL_FOLDER, ROOT, imports_of, modules_of
 from .without_hf_clip import BLOCK_HF_CLIP
 
 CARDS = ROOT / "model_cards"
@@ -154,7 +154,7 @@ def test_snippets_follow_the_repository_and_the_architecture(variant: str):
 def test_requirements_without_the_package_are_those_of_the_code_that_travels():
     imported = set()
     for name in TRAVELLING:
-        for node in imports_of(PACKAGE / f"{name}.py"):
+        for node in imports_of(MODEL_FOLDER / f"{name}.py"):
             if not getattr(node, "level", 0):
                 imported |= {module.split(".")[0].lower() for module in modules_of(node)}
     needed = {"pillow" if name == "pil" else name for name in imported - sys.stdlib_module_names}
@@ -309,7 +309,7 @@ def test_without_matplotlib_nothing_is_written(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(command, "FOLDER", tmp_path)
     assert command.main([]) == 1
-    assert "error: The image is drawn with matplotlib: pip install matplotlib" in capsys.readouterr().err
+    assert "error: The picture is drawn with matplotlib: pip install matplotlib" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -388,7 +388,7 @@ def wrong_tables(folder: Path) -> str:
     [
         ({}, "table.parquet: image and picture could all be the images; name one with --image_column"),
         ({"image_column": "image"}, "caption and text could all be the captions; name one with --caption_column"),
-        ({"image_column": "photo"}, "has no column 'photo'; its columns are image, image, .*list.*--image_column"),
+        ({"image_column": "photo"}, "has no column 'photo'; its columns are image, picture, .*list.*--image_column"),
         ({"image_column": "image", "caption_column": "title"}, "has no column 'title'; its col.*--caption_column"),
         ({"image_column": "number"}, "the column 'number' holds .*int64.*, but images are needed"),
         ({"image_column": "image", "caption_column": "list"}, "the column 'list' holds .*, but texts are needed"),
