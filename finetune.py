@@ -1,6 +1,6 @@
 """Contrastive training of a CLIP on images with captions.
 
-    accelerate launch finetune.py --model clip-vit-b32/ --dataset my/pairs --epochs 3 --output_dir fine-tuned/
+    accelerate launch finetune.py --model clip-vit-b32/ --dataset my/pairs --num_train_epochs 3 --output_dir fine-tuned/
     accelerate launch finetune.py run.yaml --max_steps 100
 
 From one CPU to many GPUs: the loss is that of all processes' pairs together. The output folder holds the model, its
@@ -23,7 +23,7 @@ from tqdm import tqdm
 import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.checkpoints.whole_folder import check_destination
 from hf_clip.extras import require
-from hf_clip.hub.publish import PublishingError, check_repo_id
+from hf_clip.hub.publish import PublishingError
 from hf_clip.training import build, failures, sharding, stopping
 from hf_clip.training.checkpoint import find_checkpoint, read_state
 from hf_clip.training.config import TrainingConfig, parse_config
@@ -33,19 +33,19 @@ from hf_clip.training.launching import launch_settings, make_accelerator
 from hf_clip.training.losses import global_contrastive_loss
 from hf_clip.training.optim import learning_rates
 from hf_clip.training.output import held, prepare_output
-from hf_clip.training.results import check_output_format
+from hf_clip.training.results import check_output_format, name_repository
 from hf_clip.training.run import Run
 from hf_clip.training.summary import count_parameters, run_in_words
 
 
 def check_ends(config: TrainingConfig, accelerator: Any) -> None:
     """Refuse, before any work is done, a folder that cannot be written or would lose something, or a missing model."""
-    if config.resume is not None:
-        read_state(find_checkpoint(config.output_dir, config.resume), identity={})
+    if config.resume_from_checkpoint is not None:
+        read_state(find_checkpoint(config.output_dir, config.resume_from_checkpoint), identity={})
     elif accelerator.is_main_process:
-        check_destination(config.output_dir, config.overwrite)
-    if config.push_to_hub is not None:
-        check_repo_id(config.push_to_hub)
+        check_destination(config.output_dir, config.overwrite_output_dir, "--overwrite_output_dir")
+    if config.push_to_hub and accelerator.is_main_process:
+        config.hub_model_id = name_repository(config)
     build.check_start(config)
 
 
@@ -93,7 +93,7 @@ def train_alone(config: TrainingConfig, accelerator: Any, signals: stopping.Sign
         data.validation,
         count_parameters(model),
         steps=steps,
-        pairs_in_step=config.batch_size * accelerator.num_processes * batches_in_step,
+        pairs_in_step=config.per_device_train_batch_size * accelerator.num_processes * batches_in_step,
         processes=accelerator.num_processes,
     )
     optimizer = build.build_optimizer(model, config)
@@ -133,7 +133,7 @@ def train_alone(config: TrainingConfig, accelerator: Any, signals: stopping.Sign
                     model.logit_scale,
                     logit_bias=model.logit_bias,
                     kind=kind,
-                    label_smoothing=config.label_smoothing,
+                    label_smoothing=config.label_smoothing_factor,
                     local_image_ids=batch["image_ids"] if config.mask_duplicates == "on" else None,
                     local_text_ids=batch["text_ids"] if config.mask_duplicates == "on" else None,
                 )

@@ -75,7 +75,13 @@ def _labelled(pairs: Dataset) -> DatasetDict:
 def options(digits: Path, output: Path, tower: str = "vit", **fields: Any) -> dict[str, Any]:
     """Flags of a run; what is None is left out."""
     chosen: dict[str, Any] = {"model": str(digits / tower), "dataset": [str(digits / "pairs")]}
-    chosen |= {"output_dir": str(output), "learning_rate": "2e-3", "batch_size": 64, "max_steps": 6, "num_workers": 0}
+    chosen |= {
+        "output_dir": str(output),
+        "learning_rate": "2e-3",
+        "per_device_train_batch_size": 64,
+        "max_steps": 6,
+        "dataloader_num_workers": 0,
+    }
     return {name: value for name, value in (chosen | fields).items() if value is not None}
 
 

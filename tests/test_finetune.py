@@ -35,7 +35,13 @@ FIGURES |= {"truncated_captions"}
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_digits_are_learned(digits: Path, tmp_path: Path, tower: str, loss: str):
-    chosen = {"learning_rate": "3e-3", "max_steps": 80, "logging_steps": 8, "warmup_steps": 3, "batch_size": 48}
+    chosen = {
+        "learning_rate": "3e-3",
+        "max_steps": 80,
+        "logging_steps": 8,
+        "warmup_steps": 3,
+        "per_device_train_batch_size": 48,
+    }
     chosen |= {"model": None, "variant": str(digits / tower), "validation": "100", "augmentation": "none"}
     out = train(digits, tmp_path / "out", tower, loss=loss, **chosen)
     lines = records(out)
@@ -91,10 +97,10 @@ def test_logit_scale_is_clamped(digits: Path, tmp_path: Path):
 def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, tmp_path: Path, tower: str):
     """BatchNorm is frozen in fine-tuning, so this holds for ResNets too."""
     chosen = {"max_steps": 20, "logging_steps": 5, "validation": "held_out_images", "warmup_steps": 2}
-    chosen |= {"learning_rate": "5e-4", "label_smoothing": 0.1, "mask_duplicates": True, "max_grad_norm": 1.0}
-    done = launch(options(digits, tmp_path / "two", tower, batch_size=24, **chosen), processes=2)
+    chosen |= {"learning_rate": "5e-4", "label_smoothing_factor": 0.1, "mask_duplicates": True, "max_grad_norm": 1.0}
+    done = launch(options(digits, tmp_path / "two", tower, per_device_train_batch_size=24, **chosen), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = train(digits, tmp_path / "one", tower, batch_size=48, **chosen)
+    alone = train(digits, tmp_path / "one", tower, per_device_train_batch_size=48, **chosen)
     two, one = weights(tmp_path / "two"), weights(alone)
     # A key's bias adds the same to all of a query's scores: its gradient is zero but for rounding, of which Adam makes
     # whole steps.
@@ -112,7 +118,13 @@ def test_two_processes_train_as_one_with_the_whole_batch(digits: Path, tmp_path:
 
 
 def test_too_many_bad_rows_end_both_processes(digits: Path, tmp_path: Path):
-    flags = options(digits, tmp_path / "out", dataset=str(digits / "several"), batch_size=16, max_bad_fraction=0.001)
+    flags = options(
+        digits,
+        tmp_path / "out",
+        dataset=str(digits / "several"),
+        per_device_train_batch_size=16,
+        max_bad_fraction=0.001,
+    )
     done = launch(flags, processes=2)
     assert done.returncode != 0
     assert re.search(r"error: \d of \d+ rows cannot be used", done.stderr)
@@ -169,12 +181,12 @@ def test_divergence_says_where_and_what_to_do_and_saves_no_model(digits: Path, t
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.jsonl", "training_config.json"}
     message = r"no good checkpoint was saved \(.*step-00000001 has the weights that gave this\). Lower --learning_rate"
     with pytest.raises(ValueError, match=message):
-        train(digits, tmp_path / "out", checkpoint_steps=1, keep_checkpoints=1, overwrite=True, **chosen)
+        train(digits, tmp_path / "out", save_steps=1, save_total_limit=1, overwrite_output_dir=True, **chosen)
     chosen |= {"warmup_steps": 1}  # the first step's rate is zero
     with pytest.raises(ValueError, match=r"became nan at step 3 .*; the last good checkpoint is .*step-00000001\."):
-        train(digits, tmp_path / "out", checkpoint_steps=1, overwrite=True, **chosen)
+        train(digits, tmp_path / "out", save_steps=1, overwrite_output_dir=True, **chosen)
     with pytest.raises(ValueError, match=r"became nan at step 3 .*; the last good checkpoint is .*step-00000001\."):
-        train(digits, tmp_path / "out", checkpoint_steps=1, keep_checkpoints=1, overwrite=True, **chosen)
+        train(digits, tmp_path / "out", save_steps=1, save_total_limit=1, overwrite_output_dir=True, **chosen)
     assert (tmp_path / "out" / "checkpoints" / "step-00000001" / "run.json").is_file()
 
 
@@ -201,7 +213,7 @@ def test_failed_run_leaves_an_earlier_ones_model_as_it_was(digits: Path, tmp_pat
     out = train(digits, tmp_path / "out", max_steps=2)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(ValueError, match="The loss became nan"):
-        train(digits, out, learning_rate="1e18", warmup_steps=0, overwrite=True)
+        train(digits, out, learning_rate="1e18", warmup_steps=0, overwrite_output_dir=True)
     after = {path.name: path.read_bytes() for path in out.iterdir()}
     assert before.keys() == after.keys()
     assert {name for name in before if before[name] != after[name]} == {"metrics.jsonl", "training_config.json"}
@@ -217,29 +229,36 @@ def test_failed_run_leaves_an_earlier_ones_model_as_it_was(digits: Path, tmp_pat
         ({"model": None, "variant": "RN51", "dataset": "/no/data"}, "Unknown CLIP variant 'RN51'; the nine are RN50"),
         ({"model": None, "variant": "DIGITS/cut.json", "dataset": "/no/data"}, "cut.json is no JSON (Unterminated"),
         ({"dataset": "/no/data"}, "There is no data set '/no/data'"),
-        ({"dataset": "DIGITS/pairs", "batch_size": "1"}, "batch_size is 1, but a pair is learned against others"),
+        (
+            {"dataset": "DIGITS/pairs", "per_device_train_batch_size": "1"},
+            "per_device_train_batch_size is 1, but a pair is learned against others",
+        ),
         ({"caption_column": "text"}, "has no column 'text'"),
         ({"captions": "all"}, "--captions all would have no effect: a row of this data has one caption"),
-        ({"checkpoint_steps": 6}, "--checkpoint_steps 6 would have no effect: the run has 6 steps in all"),
+        ({"save_steps": 6}, "--save_steps 6 would have no effect: the run has 6 steps in all"),
         ({"split": "nowhere"}, "has no split 'nowhere'"),
         ({"split": "trian"}, "has no split 'trian'; its splits are train, held_out_images, unseen_combinations. Did y"),
         ({"dataset": "HERE/table", "split": "trian"}, "has no split 'trian'; its splits are train. Did you mean"),
         ({"dataset": "HERE/table", "validation": "test"}, "has no split 'test'; its splits are train. To evaluate"),
         ({"validation": "train"}, "--validation train is the split that is trained on"),
         ({"dataset": "HERE/paths.csv", "image_column": "text", "caption_column": "file"}, "two columns may be swap"),
-        ({"keep_best": "zero_shot_top1", "validation": "9", "checkpoint_steps": 2}, "--keep_best zero_shot_top1 cann"),
-        ({"streaming": True, "max_steps": None, "epochs": 1}, "How long an epoch of a stream is isn't known"),
+        (
+            {"metric_for_best_model": "zero_shot_top1", "validation": "9", "save_steps": 2},
+            "--metric_for_best_model zero_shot_top1 cann",
+        ),
+        ({"streaming": True, "max_steps": None, "num_train_epochs": 1}, "How long an epoch of a stream is isn't known"),
         ({"streaming": True, "validation": "0.1"}, "the length of a stream isn't known; hold out a number of its rows"),
         ({"report_to": "tensorbord"}, "report_to has 'tensorbord', but must be of tensorboard, wandb, trackio"),
         ({"report_to": "trackio"}, "--report_to trackio needs a package that is not installed: pip install trackio"),
-        ({"push_to_hub": "tiny"}, "'tiny' is no name of a repository"),
-        ({"resume": "latest"}, "There is no checkpoint in"),
-        ({"resume": "/no/checkpoint"}, "There is no whole checkpoint /no/checkpoint; those of"),
+        ({"push_to_hub": True, "hub_model_id": "tiny"}, "'tiny' is no name of a repository"),
+        ({"push_to_hub": True}, "would publish out in your account, which could not be found out ("),
+        ({"resume_from_checkpoint": "latest"}, "There is no checkpoint in"),
+        ({"resume_from_checkpoint": "/no/checkpoint"}, "There is no whole checkpoint /no/checkpoint; those of"),
         ({"sync_batchnorm": True, "model": None, "variant": "DIGITS/resnet"}, "would have no effect: there is one pro"),
         ({"model": "DIGITS/resnet", "output_format": "transformers"}, "its image tower is a ResNet, and transformers'"),
         ({"loss": "sigmoid", "output_format": "transformers"}, "it was trained with the sigmoid loss"),
         ({"warmup_steps": 9}, "warmup_steps is 9, but the run has 6 steps"),
-        ({"scheduler": "cosin"}, "The scheduler 'cosin' cannot be made"),
+        ({"lr_scheduler_type": "cosin"}, "The scheduler 'cosin' cannot be made"),
     ],
 )
 def test_faults_are_one_line(
@@ -278,11 +297,15 @@ def test_what_was_chosen_and_what_is_odd_about_the_data_is_said_before_the_first
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("note: -", "warning: "))]
     assert said[:2] == [
         "note: --learning_rate is 3e-4, the default for LoRA.",
-        "note: --batch_size is 60, since an epoch has 60 pairs.",
+        "note: --per_device_train_batch_size is 60, since an epoch has 60 pairs.",
     ]
     assert re.match(r"warning: 30 of (59|60) captions .* cut at the model's 24 tokens, and 30 of those differ", said[2])
     written = json.loads((out / "training_config.json").read_text())
-    assert (written["learning_rate"], written["batch_size"], written["mask_duplicates"]) == ("3e-4", 60, "on")
+    assert (written["learning_rate"], written["per_device_train_batch_size"], written["mask_duplicates"]) == (
+        "3e-4",
+        60,
+        "on",
+    )
     assert records(out)[-1]["truncated_captions"] == pytest.approx(0.5, abs=0.02)
 
 
@@ -291,7 +314,12 @@ def test_two_processes_share_what_there_is(digits: Path, tmp_path: Path):
     pairs.save_to_disk(tmp_path / "data")
     done = launch(options(digits, tmp_path / "out", dataset=str(tmp_path / "data"), max_steps=2), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("note: --batch_size is 4 in each of 2 processes, since an epoch has 9 pairs.") == 1
+    assert (
+        done.stderr.count(
+            "note: --per_device_train_batch_size is 4 in each of 2 processes, since an epoch has 9 pairs."
+        )
+        == 1
+    )
     assert len(records(tmp_path / "out")) == 1
 
 
@@ -299,14 +327,19 @@ def test_stream_that_is_shorter_than_a_batch_is_taken_whole(digits: Path, tmp_pa
     pairs = load_from_disk(str(digits / "pairs"))["train"].select(range(9))
     pairs.save_to_disk(tmp_path / "data")
     out = train(digits, tmp_path / "out", dataset=str(tmp_path / "data"), streaming=True, max_steps=2)
-    assert json.loads((out / "training_config.json").read_text())["batch_size"] == 9
+    assert json.loads((out / "training_config.json").read_text())["per_device_train_batch_size"] == 9
 
 
 def test_vocabulary_is_learned_past_a_caption_that_cannot_be_read(digits: Path, tmp_path: Path):
     pairs = load_from_disk(str(digits / "pairs"))["train"].select(range(40))
     texts = [f"digit {index}" for index in range(39)] + [f"&#{'9' * 5000};"]
     pairs.remove_columns("caption").add_column("caption", texts).save_to_disk(tmp_path / "data")
-    chosen = {"model": None, "variant": str(digits / "vit.json"), "max_bad_fraction": 0.1, "batch_size": 8}
+    chosen = {
+        "model": None,
+        "variant": str(digits / "vit.json"),
+        "max_bad_fraction": 0.1,
+        "per_device_train_batch_size": 8,
+    }
     out = train(digits, tmp_path / "out", dataset=str(tmp_path / "data"), max_steps=1, **chosen)
     assert AutoProcessor.from_pretrained(out).tokenizer("digit 3").input_ids
 
@@ -354,7 +387,14 @@ def test_columns_that_there_are_are_named(digits: Path, tmp_path: Path):
 
 def test_accelerate_launch_runs_it_from_a_file(digits: Path, tmp_path: Path):
     """The command of the README, in processes of its own, with a worker that reads the data."""
-    values = options(digits, tmp_path / "out", max_steps=None, num_workers=1, batch_size=32, logging_steps=2)
+    values = options(
+        digits,
+        tmp_path / "out",
+        max_steps=None,
+        dataloader_num_workers=1,
+        per_device_train_batch_size=32,
+        logging_steps=2,
+    )
     (tmp_path / "run.json").write_text(json.dumps(values | {"max_steps": 100}))
     done = launch({"max_steps": 3}, file=tmp_path / "run.json")
     assert done.returncode == 0, done.stderr
@@ -364,10 +404,10 @@ def test_accelerate_launch_runs_it_from_a_file(digits: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_compiled_model_trains_resumes_and_is_saved_as_any_other(digits: Path, tmp_path: Path):
-    chosen = {"max_steps": 3, "batch_size": 24, "learning_rate": "1e-4", "validation": "50"}
-    chosen |= {"checkpoint_steps": 2, "keep_best": "recall@10", "augmentation": "none", "ema_decay": 0.9}
+    chosen = {"max_steps": 3, "per_device_train_batch_size": 24, "learning_rate": "1e-4", "validation": "50"}
+    chosen |= {"save_steps": 2, "metric_for_best_model": "recall@10", "augmentation": "none", "ema_decay": 0.9}
     flags = options(digits, tmp_path / "compiled", **chosen)
-    for more in ({}, {"resume": "latest"}):
+    for more in ({}, {"resume_from_checkpoint": "latest"}):
         done = launch(flags | more, "--dynamo_backend", "inductor", timeout=500)
         assert done.returncode == 0, done.stderr[-3000:]
         assert [line["step"] for line in records(tmp_path / "compiled", "recall@1")] == [2, 3]

@@ -67,13 +67,23 @@ class DiskFullError(OSError):
         )
 
 
-def check_destination(out: str | Path, overwrite: bool = False) -> Path:
+def check_destination(out: str | Path, overwrite: bool = False, option: str = "--overwrite") -> Path:
     """Refuse a destination that would lose something or can't be written, before any work is done.
 
-    Raises FileExistsError for a file, and for a folder that is not empty unless `overwrite`; PermissionError.
+    Args:
+        out: the folder to be written.
+        overwrite: whether it may hold files.
+        option: what allows this on the command line, for the message.
+
+    Returns:
+        `out` as a path.
+
+    Raises:
+        FileExistsError: `out` is a file, or holds files and `overwrite` is false.
+        PermissionError: it cannot be written.
     """
     out = Path(out)
-    _check_unused(out, overwrite)
+    _check_unused(out, overwrite, option)
     nearest = next(folder for folder in [out.resolve(), *out.resolve().parents] if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"{out} cannot be written: {nearest} is no folder that you may write to.")
@@ -87,13 +97,13 @@ def check_destination(out: str | Path, overwrite: bool = False) -> Path:
     return out
 
 
-def _check_unused(out: Path, overwrite: bool) -> None:
+def _check_unused(out: Path, overwrite: bool, option: str = "--overwrite") -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} exists and is a file; name a folder to write to.")
     if overwrite or not out.is_dir():
         return
     if any(_left_by_a_writer(path, out.resolve()) is None for path in out.iterdir()):
-        raise FileExistsError(f"{out} exists and is not empty; name another, or pass --overwrite to replace its model.")
+        raise FileExistsError(f"{out} exists and is not empty; name another, or pass {option} to replace its model.")
 
 
 def _hidden(out: Path, kind: str) -> str:

@@ -23,6 +23,7 @@ from .data.bad_rows import BadRows
 from .data.collator import PairCollator
 from .data.loader import PairLoader, build_loader
 from .data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
+from .data.sources import Source, names_a_source, parse_sources
 from .data.survey import LOOKED_AT, OPENED, describe_captions, look_at
 from .lora import add_lora_
 from .optim import create_optimizer, warmup_steps
@@ -88,18 +89,30 @@ def build_data(config: TrainingConfig, num_processes: int = 1) -> Data:
     validation = None
     if config.validation is not None:
         amount = read_validation(config.validation)
-        if isinstance(amount, str):
+        if isinstance(amount, str) and names_a_source(amount):
+            validation = _open_validation(amount, config, chosen)
+        elif isinstance(amount, str):
             validation = load_pairs(config.dataset, split=amount, **(chosen | {"captions": "all"}))
         else:
             train, validation = hold_out(train, amount, config.seed)
     prompts = None if validation is None else _find_labels(validation)
-    _check_metric(config.keep_best, prompts)
-    look = look_at(train, max(LOOKED_AT, config.batch_size * num_processes))
+    _check_metric(config.metric_for_best_model, prompts)
+    look = look_at(train, max(LOOKED_AT, config.per_device_train_batch_size * num_processes))
     if validation is not None:
         look_at(validation, OPENED)
     if look.is_whole:
         config.limit_batch_size(look.draws, num_processes, train.name)
     return Data(train, validation, prompts, look.captions)
+
+
+def _open_validation(path: str, config: TrainingConfig, chosen: dict[str, Any]) -> Pairs | PairStream:
+    """Pairs to evaluate on from a source of their own. chosen: as `load_pairs` takes it"""
+    if path in [source.path for source in parse_sources(config.dataset)]:
+        raise ValueError(
+            f"--validation {path} is a source that is trained on: name another, or one of its splits, or hold rows out "
+            f"with a number (500) or a part (0.05) of them."
+        )
+    return load_pairs(Source(path), split=None, **(chosen | {"captions": "all"}))
 
 
 def _check_metric(metric: str | None, class_prompts: list[str] | None) -> None:
@@ -108,14 +121,15 @@ def _check_metric(metric: str | None, class_prompts: list[str] | None) -> None:
         return
     if class_prompts is None:
         raise ValueError(
-            f"--keep_best {metric} cannot be measured: zero-shot accuracy needs captions made of labels by a template, "
-            f'such as --caption_column "a photo of a {{label}}.".'
+            f"--metric_for_best_model {metric} cannot be measured: zero-shot accuracy needs captions made of "
+            f'labels by a template, such as --caption_column "a photo of a {{label}}.".'
         )
     k = int(metric.rpartition("top")[2])
     if len(class_prompts) <= k:
         raise ValueError(
-            f"--keep_best {metric} cannot be measured: there are {len(class_prompts)} classes, of which {k} are always "
-            f"right or nearly so; take recall@1{' or zero_shot_top1' if len(class_prompts) > 1 < k else ''}."
+            f"--metric_for_best_model {metric} cannot be measured: there are {len(class_prompts)} classes, of which "
+            f"{k} are always right or nearly so; take recall@1"
+            f"{' or zero_shot_top1' if len(class_prompts) > 1 < k else ''}."
         )
 
 
@@ -170,8 +184,8 @@ def _set_loss_(model: HfClipModel, config: TrainingConfig) -> None:
             f"{config.model or config.variant} was trained with the sigmoid loss, whose bias the softmax has no use "
             f"for; leave out --loss."
         )
-    if config.label_smoothing and model.config.contrastive_loss == "sigmoid":
-        raise ValueError("--label_smoothing would have no effect: this model has the sigmoid loss.")
+    if config.label_smoothing_factor and model.config.contrastive_loss == "sigmoid":
+        raise ValueError("--label_smoothing_factor would have no effect: this model has the sigmoid loss.")
 
 
 def prepare_training_(
@@ -199,7 +213,7 @@ def build_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.opt
     assert config.learning_rate is not None
     return create_optimizer(
         model,
-        config.optimizer,
+        config.optim,
         rates=config.learning_rate,
         weight_decay=config.weight_decay,
         layer_decay=config.layer_decay,
@@ -211,9 +225,9 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, to
     if warmup > total_steps:
         raise ValueError(f"warmup_steps is {warmup}, but the run has {total_steps} steps; take at most as many.")
     try:
-        return get_scheduler(config.scheduler, optimizer, warmup, total_steps)
+        return get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"The scheduler {config.scheduler!r} cannot be made: {error}") from error
+        raise ValueError(f"The scheduler {config.lr_scheduler_type!r} cannot be made: {error}") from error
 
 
 def build_loaders(
@@ -229,18 +243,18 @@ def build_loaders(
 ) -> tuple[PairLoader, PairLoader | None]:
     """The training batches, and those of the validation data, for one process."""
     shared: dict[str, Any] = {
-        "num_workers": config.num_workers,
+        "num_workers": config.dataloader_num_workers,
         "num_processes": num_processes,
         "process_index": process_index,
         "pin_memory": pin_memory,
         "seed": config.seed,
     }
     collator = PairCollator(processor, Augmentation.parse(config.augmentation), seed=config.seed)
-    train = build_loader(data.train, collator, config.batch_size, bad_rows=bad_rows, **shared)
+    train = build_loader(data.train, collator, config.per_device_train_batch_size, bad_rows=bad_rows, **shared)
     if data.validation is None:
         return train, None
     plain = PairCollator(processor, seed=config.seed)
-    size = min(config.batch_size, 256)
+    size = min(config.per_device_train_batch_size, 256)
     return train, build_loader(data.validation, plain, size, training=False, bad_rows=bad_validation_rows, **shared)
 
 
@@ -249,7 +263,7 @@ def count_steps(loader: PairLoader, config: TrainingConfig, accumulation: int) -
     if config.max_steps is not None:
         steps = config.max_steps
     else:
-        assert config.epochs is not None
+        assert config.num_train_epochs is not None
         try:
             batches = len(loader)
         except TypeError:
@@ -257,9 +271,8 @@ def count_steps(loader: PairLoader, config: TrainingConfig, accumulation: int) -
                 "How long an epoch of a stream is isn't known before it was read: say how long to train with "
                 "--max_steps."
             ) from None
-        steps = max(1, int(config.epochs * batches) // accumulation)
-    if config.checkpoint_steps is not None and config.checkpoint_steps >= steps:
-        raise ValueError(
-            f"--checkpoint_steps {config.checkpoint_steps} would have no effect: the run has {steps} steps in all."
-        )
+        steps = max(1, int(config.num_train_epochs * batches) // accumulation)
+    for name, every in (("save_steps", config.save_steps), ("eval_steps", config.eval_steps)):
+        if every is not None and every >= steps:
+            raise ValueError(f"--{name} {every} would have no effect: the run has {steps} steps in all.")
     return steps

@@ -19,19 +19,21 @@ from ..hub.model_card import architecture_table, card_metadata, card_text, markd
 from ..model.configuration_hf_clip import HfClipConfig
 from .averaging import warmup_of
 from .config import WITHOUT_WARMUP, TrainingConfig
-from .data.sources import parse_sources
+from .data.sources import names_a_source, parse_sources
 from .optim import warmup_steps
 
 FILES = (".csv", ".json", ".jsonl", ".parquet", ".tar", ".txt")
 
-ALWAYS = ("learning_rate", "optimizer", "weight_decay", "scheduler", "augmentation", "mask_duplicates", "seed")
+ALWAYS = (*("learning_rate", "optim", "weight_decay", "lr_scheduler_type", "augmentation", "mask_duplicates", "seed"),)
 """Options that stand on every card, with their defaults too."""
 
 SAID_OTHERWISE = ("model", "variant", "dataset", "loss", "warmup_steps")
 """Options whose value stands on the card in other words: in its first sentence, or as what became of it."""
 
 LABELS = {
-    "scheduler": "schedule",
+    "lr_scheduler_type": "schedule",
+    "optim": "optimizer",
+    "label_smoothing_factor": "label smoothing",
     "lock": "locked",
     "lora_rank": "LoRA rank",
     "mask_duplicates": "equal images and captions masked",
@@ -84,6 +86,11 @@ def shown(name: str) -> str:
     return name if is_repository(name) else Path(name).name
 
 
+def shown_validation(validation: str) -> str:
+    """The option `validation` as it may be published."""
+    return shown(validation) if names_a_source(validation) else validation
+
+
 @lru_cache(maxsize=64)
 def licence_of(name: str, kind: type[ModelCard] | type[DatasetCard] = ModelCard) -> str | None:
     """The licence that a model's or data set's own card states; None where there is no card, or none can be had.
@@ -103,13 +110,16 @@ def licence_of(name: str, kind: type[ModelCard] | type[DatasetCard] = ModelCard)
 
 def results_of(figures: dict[str, float], config: TrainingConfig) -> list[EvalResult]:
     """Figures of the validation data for the model-index."""
+    validation = config.validation or ""
     sources = [shown(source.path) for source in parse_sources(config.dataset)]
+    if names_a_source(validation):
+        sources = [shown(validation)]
     return [
         EvalResult(
             task_type="zero-shot-image-classification",
             dataset_type=sources[0],
             dataset_name=" and ".join(sources),
-            dataset_split=f"validation ({config.validation})",
+            dataset_split=f"validation ({shown_validation(validation)})",
             metric_type=metric.replace("@", "_at_"),
             metric_name=metric.replace("_", " "),
             metric_value=round(value, 4),
@@ -139,7 +149,7 @@ def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[st
     launched, accumulated = facts.launched, int(facts.launched["gradient_accumulation_steps"])
     rows: dict[str, Any] = {
         "steps": facts.step if facts.step == facts.total_steps else f"{facts.step} of {facts.total_steps}",
-        "epochs": config.epochs and f"{config.epochs:g}",
+        "epochs": config.num_train_epochs and f"{config.num_train_epochs:g}",
         "pairs contrasted with each other": facts.global_batch,
         "batches added up to a step": f"{accumulated}, each contrasted by itself" if accumulated > 1 else None,
         "processes": launched["processes"],
@@ -148,7 +158,7 @@ def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[st
         "compiler": None if launched["compiler"] == "no" else launched["compiler"],
         "loss": loss,
         "warm-up steps": None
-        if config.scheduler in WITHOUT_WARMUP
+        if config.lr_scheduler_type in WITHOUT_WARMUP
         else warmup_steps(config.warmup_steps, facts.total_steps),
         "captions cut at the model's length": f"{100 * facts.part_cut:.2g} %" if facts.part_cut else None,
     }
@@ -156,6 +166,8 @@ def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[st
     for name, value in config.identity().items():
         if name not in SAID_OTHERWISE and value is not None and (name in ALWAYS or value != defaults[name]):
             rows[row_name(name)] = "yes" if value is True else value
+    if config.validation is not None:
+        rows["validation"] = shown_validation(config.validation)
     if config.ema_decay is not None:
         k = warmup_of(config.ema_decay, facts.total_steps)
         rows["its decay after step n"] = f"at most (1 + n) / ({1 + k:.3g} + n)"
@@ -177,8 +189,8 @@ def measured_section(figures: dict[str, float], config: TrainingConfig, start_fi
     """What was measured of the saved weights on the validation data."""
     return [
         "## What was measured",
-        f"On the validation pairs ({config.validation}), with the weights that are here. Pairs that share an image or "
-        f"a caption are right answers to each other.",
+        f"On the validation pairs ({shown_validation(str(config.validation))}), with the weights that are here. Pairs "
+        f"that share an image or a caption are right answers to each other.",
         _figures_table(figures, start_figures),
     ]
 
@@ -196,7 +208,7 @@ def trained_card(
         figures: of the saved weights on the validation data; empty where nothing was evaluated.
         curve: file with the plot of the run, where it could be drawn.
     """
-    repo_id = config.push_to_hub or Path(config.output_dir).resolve().name
+    repo_id = config.hub_model_id or Path(config.output_dir).resolve().name
     names = [source.path.partition(":")[0] for source in parse_sources(config.dataset)]  # user/name:config
     metadata = card_metadata(
         repo_id,
@@ -220,7 +232,7 @@ def trained_card(
     if figures:
         parts += measured_section(figures, config, facts.start_figures)
     parts.append("## How to use it")
-    if config.push_to_hub is None:
+    if not config.push_to_hub:
         parts.append(f"The snippets name the folder `{repo_id}` as it is seen from the folder that it lies in.")
     parts.append(usage_section(model_config, repo_id, stock=config.output_format == "transformers"))
     return card_text(metadata, "\n\n".join(parts))

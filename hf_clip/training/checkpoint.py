@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .option_names import RENAMED
 from .states import Resumable, load_states, save_states
 
 FOLDER = "checkpoints"
@@ -103,7 +104,7 @@ def remove_unfinished(output_dir: str | Path) -> None:
 
 
 def find_checkpoint(output_dir: str | Path, resume: str) -> Path:
-    """The folder that `--resume` means. Raises FileNotFoundError that names what there is."""
+    """The folder that `--resume_from_checkpoint` means. Raises FileNotFoundError that names what there is."""
     found = list_checkpoints(output_dir)
     if resume == "latest":
         if not found:
@@ -121,7 +122,9 @@ def _damaged(folder: Path, error: Exception) -> ValueError:
     if isinstance(error, UnpicklingError) or "weights_only" in str(error):  # torch tells how to read it nevertheless
         reason = "one of its files holds other things than tensors and numbers, or is cut off"
     others = [str(path) for path in list_checkpoints(folder.parent.parent) if path.name != folder.name]
-    advice = f"Go on from another with --resume {others[-1]}" if others else "There is no other: start anew"
+    advice = "There is no other: start anew"
+    if others:
+        advice = f"Go on from another with --resume_from_checkpoint {others[-1]}"
     return ValueError(f"The checkpoint {folder} is damaged ({reason}). {advice}.")
 
 
@@ -136,6 +139,7 @@ def read_state(folder: Path, identity: dict[str, Any]) -> RunState:
         raise
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(folder, error) from error
+    state.identity = {RENAMED.get(name, name): value for name, value in state.identity.items()}
     if differing := [name for name, value in identity.items() if state.identity.get(name) != value]:
         name = differing[0]
         raise ValueError(

@@ -1,6 +1,7 @@
-"""Everything that a run of finetune.py can be told: flags, or a YAML or JSON file, checked before any work is done.
+"""The configuration of one run: the options' values, checked against each other.
 
-No option is silently without effect: one that the others leave nothing to do is an error that says which.
+`parse_config` reads it from a command line, or from a YAML or JSON file with a command line behind it. A value that
+cannot be meant is refused, and so is an option that another option leaves without effect.
 """
 
 import dataclasses
@@ -15,18 +16,18 @@ from .data.augment import Augmentation
 from .optim import find_optimizer, parse_optimizer, parse_rates
 from .option_file import LAUNCH, plain, read_options, words_of
 from .option_names import hint
-from .trainable import parse_lock
-
-METRICS = (
-    "recall@1",
-    "recall@5",
-    "recall@10",
-    "image_to_text_recall@1",
-    "text_to_image_recall@1",
-    "zero_shot_top1",
-    "zero_shot_top5",
+from .options import (
+    DEFAULT_RATES,
+    GROUPS,
+    METRICS,
+    OPTIONS,
+    DataOptions,
+    ModelOptions,
+    OptimizationOptions,
+    OutputOptions,
+    TrainedOptions,
 )
-"""What `--keep_best` may name; `recall@k` is the mean of both directions."""
+from .trainable import parse_lock
 
 WITHOUT_WARMUP = ("constant",)
 
@@ -35,148 +36,44 @@ NEED_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 BELOW_ONE = math.nextafter(1, 0)
 RANGES = (
     ("max_bad_fraction", 0, 1, "from 0 to 1"),
-    ("label_smoothing", 0, BELOW_ONE, "at least 0 and below 1"),
+    ("label_smoothing_factor", 0, BELOW_ONE, "at least 0 and below 1"),
     ("ema_decay", math.ulp(0), BELOW_ONE, "between 0 and 1, such as 0.9999"),
     ("layer_decay", math.ulp(0), 1, "above 0 and at most 1"),
     ("seed", 0, 2**31 - 1, f"from 0 to {2**31 - 1}"),
 )
+COUNTS = (
+    *("per_device_train_batch_size", "num_train_epochs", "max_steps", "logging_steps", "save_steps", "eval_steps"),
+    *("save_total_limit", "early_stopping_patience", "image_size", "max_text_length", "lora_rank", "max_grad_norm"),
+)
+"""Options that are above zero where they are given."""
+
+CHOICES = {
+    "loss": (None, "softmax", "sigmoid"),
+    "captions": ("one", "all"),
+    "mask_duplicates": ("on", "off"),
+    "output_format": ("hf_clip", "transformers"),
+    "hub_strategy": ("end", "every_save"),
+    "metric_for_best_model": (None, *METRICS),
+}
 
 MAY_CHANGE = (
-    *("output_dir", "overwrite", "resume", "output_format", "push_to_hub", "hub_strategy", "report_to"),
-    *("logging_steps", "checkpoint_steps", "keep_checkpoints", "patience", "average_with_pretrained"),
-    *("num_workers", "max_bad_fraction", "image_folders", "gradient_checkpointing"),
-    *("batch_size", "epochs", "max_steps"),  # what counts is the global batch and the steps of the run, kept beside
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "output_format", "report_to"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "early_stopping_patience", "average_with_pretrained"),
+    *("logging_steps", "save_steps", "eval_steps", "save_total_limit"),
+    *("dataloader_num_workers", "max_bad_fraction", "image_folders", "gradient_checkpointing"),
+    # What counts of these are the pairs in a batch and the steps of the run, which are compared by themselves.
+    *("per_device_train_batch_size", "num_train_epochs", "max_steps"),
 )
-"""Options that a resumed run may have otherwise; all others decide what comes out of it."""
-
-
-DEFAULT_RATES = {
-    "from scratch": "5e-4",
-    "LoRA": "3e-4",
-    "the projections alone": "1e-3",
-    "fine-tuning": "1e-5",
-}
-"""The peak learning rate where none is given: what suits random weights, or moves few of those that are trained
-already, leaves a model that learns all over without what it knew."""
-
-
-def _option(default: Any, help: str, **more: Any) -> Any:
-    metadata = {"help": help, **more}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclass
-class ModelOptions:
-    _argument_group_name = "model"
-
-    model: str | None = _option(None, "Folder or repository to start from: hf_clip's, stock CLIP's or open_clip's")
-    variant: str | None = _option(
-        None,
-        "Train from scratch instead: one of OpenAI's nine names (with their vocabulary), a config.json (a vocabulary "
-        "is learned from the captions), or a folder with one, a tokenizer and perhaps an image processor",
-    )
-    loss: str | None = _option(None, "softmax (CLIP) or sigmoid (SigLIP); default: what the model was trained with")
-    image_size: int | None = _option(None, "Go over to images of this size (FixRes); the position table is resized")
-    max_text_length: int | None = _option(None, "Go over to texts of this many tokens (Long-CLIP)")
-
-
-@dataclass
-class TrainedOptions:
-    _argument_group_name = "what is trained"
-
-    lock: str | None = _option(
-        None,
-        "Towers to keep: image, text, image:2 (all but its last 2 blocks), image,text (all but projections)",
-    )
-    lora_rank: int | None = _option(None, "Train factors of this rank beside frozen matrices; needs peft")
-    sync_batchnorm: bool = _option(False, "Take BatchNorm's statistics over all GPUs; with --variant")
-    gradient_checkpointing: bool = _option(False, "Compute activations twice and hold few of them")
-
-
-@dataclass
-class DataOptions:
-    _argument_group_name = "data"
-
-    dataset: list[str] = _option(
-        [],
-        "Pairs: a repository, a folder with metadata.csv or classes, CSV, JSON, parquet, tars; several as a=3 b=1",
-    )
-    split: str = _option("train", "Split to train on")
-    image_column: str | None = _option(None, "Column with images, paths or URLs; default: the only possible one")
-    caption_column: str | None = _option(
-        None, 'Column with texts, or a template such as "a photo of a {label}."; default: the only possible one'
-    )
-    image_folders: list[str] = _option(
-        [], "Folders outside of the data sets' own whose images rows may name; only for rows that you trust"
-    )
-    captions: str = _option("one", "Of a row's several captions: one drawn in each epoch, or all as rows")
-    mask_duplicates: str = _option(
-        "on", "Equal images or captions of a batch are no negatives of each other; off: they are", nargs="?", const="on"
-    )
-    streaming: bool = _option(False, "Read as it comes, instead of preparing tables on disk")
-    validation: str | None = _option(None, "A split, a number of rows (500) or a part (0.05) to evaluate on")
-    augmentation: str = _option("crop=0.9", '"crop=0.9,flip=0.5,jitter=0.2" (smallest area, chance, strength) or none')
-    max_bad_fraction: float = _option(0.01, "End the run when more rows than this part cannot be used")
-    num_workers: int = _option(1, "Processes that open and prepare images, for each process of the run")
-
-
-@dataclass
-class OptimizationOptions:
-    _argument_group_name = "optimization"
-
-    batch_size: int = _option(256, "Pairs of each process in a step, at most as many as there are; all are negatives")
-    epochs: float | None = _option(None, "Passes over the data")
-    max_steps: int | None = _option(None, "Or optimizer steps")
-    learning_rate: str | None = _option(
-        None,
-        'Peak rate; by parts as "1e-5,temperature=1e-3" (image, text, projections). Default: '
-        + ", ".join(f"{rate} for {mode}" for mode, rate in DEFAULT_RATES.items()),
-    )
-    optimizer: str = _option(
-        "AdamW",
-        'A torch.optim or 8-bit bitsandbytes class: "SGD momentum=0.9". AdamW has the paper\'s options',
-    )
-    weight_decay: float = _option(0.2, "Decay of matrices; not of gains, biases, positions, temperature")
-    layer_decay: float = _option(1.0, "Multiply the rate by this with each level down a tower")
-    scheduler: str = _option("cosine", "cosine, linear, constant, constant_with_warmup, ... of transformers")
-    warmup_steps: int | None = _option(None, "Steps until the peak rate; default: 5 %% of all, at most 2000")
-    max_grad_norm: float | None = _option(None, "Clip gradients to this norm")
-    label_smoothing: float = _option(0.0, "Part of the target spread over a batch; softmax only")
-    seed: int = _option(0, "Of order, captions, augmentation and, from scratch, weights")
-
-
-@dataclass
-class OutputOptions:
-    _argument_group_name = "output"
-
-    output_dir: str = _option("", "Folder for the model, its card, metrics.jsonl and checkpoints")
-    overwrite: bool = _option(False, "Replace what an earlier run left in output_dir")
-    logging_steps: int = _option(25, "Steps between two lines of metrics.jsonl")
-    checkpoint_steps: int | None = _option(None, "Write a checkpoint, and evaluate, every so many steps")
-    keep_checkpoints: int = _option(2, "Checkpoints to keep")
-    resume: str | None = _option(None, "Go on from a checkpoint: latest, or its folder")
-    keep_best: str | None = _option(None, f"Save the weights that were best at one of {', '.join(METRICS)}")
-    patience: int | None = _option(None, "Stop after so many evaluations without a new best; with --keep_best")
-    ema_decay: float | None = _option(
-        None, "Evaluate and save a moving average of the weights, over about 1/(1 - decay) steps: 0.999"
-    )
-    average_with_pretrained: str | None = _option(
-        None, "WiSE-FT: α of (1-α) pretrained + α fine-tuned: 0.5, or a range 0:1:0.1 of which the best is kept"
-    )
-    output_format: str = _option("hf_clip", "hf_clip, or transformers for servers that take no code (ViTs)")
-    push_to_hub: str | None = _option(None, "Repository to publish in at the end")
-    hub_strategy: str = _option("end", "end, or checkpoint: publish at every checkpoint too")
-    report_to: list[str] = _option([], "Trackers besides metrics.jsonl: tensorboard, wandb, trackio")
-
-
-GROUPS: tuple[type, ...] = (ModelOptions, TrainedOptions, DataOptions, OptimizationOptions, OutputOptions)
+"""Options that a resumed run may change. All others decide what comes out of a run."""
 
 
 @dataclass
 class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOptions, ModelOptions):
-    """All options of one run. Raises ValueError for values that cannot be meant, and for those without effect."""
+    """All options of one run; `hf_clip.training.options` says what each means.
+
+    Raises:
+        ValueError: a value cannot be meant, or an option has no effect.
+    """
 
     def __post_init__(self) -> None:
         self._make_plain()
@@ -190,16 +87,26 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
             self._notes.append(f"note: --learning_rate is {self.learning_rate}, the default for {mode}.")
         # The grammars of single options, which raise with their own words.
         parse_rates(self.learning_rate)
-        find_optimizer(parse_optimizer(self.optimizer)[0])
+        find_optimizer(parse_optimizer(self.optim)[0])
         Augmentation.parse(self.augmentation)
 
     @property
     def notes(self) -> list[str]:
-        """What was chosen where nothing was given, to be said when the run begins."""
+        """What was chosen where nothing was given. It is printed when the run begins."""
         return self._notes
 
+    @property
+    def alphas(self) -> list[float]:
+        """The values of α that `average_with_pretrained` names."""
+        return [] if self.average_with_pretrained is None else parse_alphas(self.average_with_pretrained)
+
+    @property
+    def steps_between_evaluations(self) -> int | None:
+        """`eval_steps`, else `save_steps`. None where the model is evaluated at the start and at the end only."""
+        return self.save_steps if self.eval_steps is None else self.eval_steps
+
     def limit_batch_size(self, rows: int, num_processes: int, data: str) -> None:
-        """Take batches no larger than the data, and note it.
+        """Make batches no larger than the data, and note it.
 
         Args:
             rows: how many pairs an epoch has.
@@ -210,7 +117,7 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
             ValueError: there are not even two pairs.
         """
         most = rows // num_processes
-        if self.batch_size <= most:
+        if self.per_device_train_batch_size <= most:
             return
         of_each = f" in each of {num_processes} processes" if num_processes > 1 else ""
         if most * num_processes < 2:
@@ -218,8 +125,8 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
                 f"{data}: an epoch has {rows} pairs{f' for {num_processes} processes' if of_each else ''}, but a pair "
                 f"is learned against others: at least {max(2, num_processes)} are needed."
             )
-        self._notes.append(f"note: --batch_size is {most}{of_each}, since an epoch has {rows} pairs.")
-        self.batch_size = most
+        self._notes.append(f"note: --per_device_train_batch_size is {most}{of_each}, since an epoch has {rows} pairs.")
+        self.per_device_train_batch_size = most
 
     def _make_plain(self) -> None:
         """Paths, NumPy's numbers and arrays, single words for lists and YAML's `on` and `off` as what JSON can hold."""
@@ -230,20 +137,20 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
             setattr(self, field.name, value)
         switch = str(self.mask_duplicates).lower()
         self.mask_duplicates = {"true": "on", "false": "off"}.get(switch, self.mask_duplicates)
+        if str(self.resume_from_checkpoint).lower() == "true":  # as Trainer.train takes it
+            self.resume_from_checkpoint = "latest"
 
     def _mode(self) -> str:
         """Which of `DEFAULT_RATES` this run is."""
-        lock = parse_lock(self.lock)
         if self.variant is not None:
             return "from scratch"
         if self.lora_rank is not None:
             return "LoRA"
-        are_both_locked = len(lock) == 2 and all(unlocked is None for unlocked in lock.values())
-        return "the projections alone" if are_both_locked else "fine-tuning"
+        return "the projections alone" if self._are_towers_locked() else "fine-tuning"
 
-    @property
-    def alphas(self) -> list[float]:
-        return [] if self.average_with_pretrained is None else parse_alphas(self.average_with_pretrained)
+    def _are_towers_locked(self) -> bool:
+        lock = parse_lock(self.lock)
+        return len(lock) == 2 and all(unlocked is None for unlocked in lock.values())
 
     def _check_needed(self) -> None:
         if (not self.model) == (not self.variant):
@@ -258,86 +165,89 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
                 f"--validation {self.validation} is the split that is trained on, so that nothing would be measured: "
                 f"name another split, or hold rows out with a number (500) or a part (0.05) of them."
             )
-        if (self.epochs is None) == (self.max_steps is None):
-            given = "neither" if self.epochs is None else "both"
-            raise ValueError(f"Say how long to train with --epochs or --max_steps; {given} were given.")
+        if (self.num_train_epochs is None) == (self.max_steps is None):
+            given = "neither" if self.num_train_epochs is None else "both"
+            raise ValueError(f"Say how long to train with --num_train_epochs or --max_steps; {given} were given.")
 
     def _check_values(self) -> None:
-        counts = ("batch_size", "epochs", "max_steps", "logging_steps", "checkpoint_steps", "keep_checkpoints")
-        for name in (*counts, "patience", "image_size", "max_text_length", "lora_rank", "max_grad_norm"):
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, but it must be positive.")
-        for name in ("num_workers", "weight_decay", "warmup_steps"):
+        for name in ("dataloader_num_workers", "weight_decay", "warmup_steps"):
             if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}, but must be 0 (none) or more.")
         for name, low, high, words in RANGES:
             if (value := getattr(self, name)) is not None and not low <= value <= high:
                 raise ValueError(f"{name} is {value}, but must be {words}.")
-        choices = {
-            "loss": (None, "softmax", "sigmoid"),
-            "captions": ("one", "all"),
-            "mask_duplicates": ("on", "off"),
-            "output_format": ("hf_clip", "transformers"),
-            "hub_strategy": ("end", "checkpoint"),
-            "keep_best": (None, *METRICS),
-        }
-        if self.scheduler in NEED_A_METRIC:
+        if self.lr_scheduler_type in NEED_A_METRIC:
             raise ValueError(
-                f"scheduler is {self.scheduler!r}, which follows a metric; take one over steps, as cosine."
+                f"lr_scheduler_type is {self.lr_scheduler_type!r}, which follows a metric; take one over steps, such "
+                f"as cosine."
             )
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 listed = ", ".join(str(choice) for choice in allowed if choice is not None)
                 raise ValueError(f"{name} is {value!r}, but must be one of {listed}.")
+        if not isinstance(self.push_to_hub, bool):
+            raise ValueError(moved_repository(self.push_to_hub))
 
     def _check_effects(self) -> None:
         """Refuse what the other options leave without effect."""
-        scratch, evaluated = self.variant is not None, self.validation is not None
-        alphas = self.alphas
-        lock = parse_lock(self.lock)
-        are_both_locked = len(lock) == 2 and all(unlocked is None for unlocked in lock.values())
+        scratch, evaluated, metric = self.variant is not None, self.validation is not None, self.metric_for_best_model
+        alphas, are_towers_locked = self.alphas, self._are_towers_locked()
         without_effect = [
-            (are_both_locked and self.layer_decay != 1, "layer_decay", "both towers are locked"),
-            (are_both_locked and self.gradient_checkpointing, "gradient_checkpointing", "both towers are locked"),
-            (
-                self.sync_batchnorm and not scratch,
-                "sync_batchnorm",
-                "fine-tuning keeps BatchNorm as it is",
-            ),
+            (are_towers_locked and self.layer_decay != 1, "layer_decay", "both towers are locked"),
+            (are_towers_locked and self.gradient_checkpointing, "gradient_checkpointing", "both towers are locked"),
+            (self.sync_batchnorm and not scratch, "sync_batchnorm", "fine-tuning keeps BatchNorm as it is"),
             (scratch and self.lora_rank, "lora_rank", "adapters stand beside trained weights; use --model"),
             (scratch and self.lock, "lock", "random weights are not worth keeping; use --model"),
             (scratch and alphas, "average_with_pretrained", "there is nothing pretrained; use --model"),
             (scratch and self.image_size, "image_size", "a model from scratch has its configuration's"),
             (scratch and self.max_text_length, "max_text_length", "a model from scratch has its configuration's"),
-            (self.loss == "sigmoid" and self.label_smoothing, "label_smoothing", "the sigmoid loss has none"),
-            (self.keep_best and not evaluated, "keep_best", "nothing is evaluated without --validation"),
             (
-                self.keep_best and not self.checkpoint_steps,
-                "keep_best",
-                "it needs --checkpoint_steps",
+                self.loss == "sigmoid" and self.label_smoothing_factor,
+                "label_smoothing_factor",
+                "the sigmoid loss has none",
             ),
-            (self.patience and not self.keep_best, "patience", "there is no best without --keep_best"),
+            (self.eval_steps and not evaluated, "eval_steps", "nothing is evaluated without --validation"),
+            (metric and not evaluated, "metric_for_best_model", "nothing is evaluated without --validation"),
+            (
+                metric and not self.steps_between_evaluations,
+                "metric_for_best_model",
+                "it needs --eval_steps or --save_steps",
+            ),
+            (
+                self.early_stopping_patience and not metric,
+                "early_stopping_patience",
+                "there is no best without --metric_for_best_model",
+            ),
             (len(alphas) > 1 and not evaluated, "average_with_pretrained", "a range is chosen from by --validation"),
+            (self.hub_model_id and not self.push_to_hub, "hub_model_id", "there is no --push_to_hub"),
+            (self.hub_strategy != "end" and not self.push_to_hub, "hub_strategy", "there is no --push_to_hub"),
             (
-                self.hub_strategy != "end" and not self.push_to_hub,
+                self.hub_strategy == "every_save" and not self.save_steps,
                 "hub_strategy",
-                "there is no --push_to_hub",
+                "there are no checkpoints without --save_steps",
             ),
             (
-                self.hub_strategy == "checkpoint" and not self.checkpoint_steps,
-                "hub_strategy",
-                "there are no checkpoints without --checkpoint_steps",
+                self.warmup_steps and self.lr_scheduler_type in WITHOUT_WARMUP,
+                "warmup_steps",
+                f"{self.lr_scheduler_type} has none",
             ),
-            (self.warmup_steps and self.scheduler in WITHOUT_WARMUP, "warmup_steps", f"{self.scheduler} has none"),
-            (self.keep_checkpoints != 2 and not self.checkpoint_steps, "keep_checkpoints", "none are written"),
-            (self.resume and self.overwrite, "overwrite", "--resume goes on with what is there"),
+            (self.save_total_limit != 2 and not self.save_steps, "save_total_limit", "none are written"),
+            (
+                self.resume_from_checkpoint and self.overwrite_output_dir,
+                "overwrite_output_dir",
+                "--resume_from_checkpoint goes on with what is there",
+            ),
         ]
         for is_so, name, reason in without_effect:
             if is_so:
                 raise ValueError(f"--{name} would have no effect: {reason}.")
 
     def to_dict(self) -> dict[str, Any]:
+        """All options by name, as JSON can hold them."""
         return dataclasses.asdict(self)
 
     def identity(self) -> dict[str, Any]:
@@ -345,17 +255,39 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         return {name: value for name, value in self.to_dict().items() if name not in MAY_CHANGE}
 
 
-INSTEAD = (("epochs", "max_steps"), ("model", "variant"), ("overwrite", "resume"))
+def moved_repository(name: Any) -> str:
+    """The line for a repository that was given to `--push_to_hub`, which is a switch."""
+    return (
+        f"--push_to_hub is a switch, but was given {str(name)!r}: name the repository with --hub_model_id, as in "
+        f"--push_to_hub --hub_model_id {name}."
+    )
+
+
+INSTEAD = (
+    ("num_train_epochs", "max_steps"),
+    ("model", "variant"),
+    ("overwrite_output_dir", "resume_from_checkpoint"),
+)
 """Options of which a run has one: on the command line it takes the place of the other in a file."""
 
-OPTIONS = [field.name for group in GROUPS for field in dataclasses.fields(group)]
+SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", "0")
+"""What may stand behind a switch."""
 
 
 def _without_replaced(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """A file's options but for those in whose place the command line has another."""
+    """A file's options without those that an option of the command line stands for."""
     given = {word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
     replaced = {one for pair in INSTEAD for one, other in (pair, pair[::-1]) if other in given and one not in given}
     return {name: value for name, value in values.items() if name not in replaced}
+
+
+def _check_push_to_hub(words: Sequence[str]) -> None:
+    """Raises ValueError for a repository behind `--push_to_hub`."""
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        name, equals, value = word.partition("=")
+        value = value if equals else "" if following.startswith("-") else following
+        if name.replace("-", "_") == "__push_to_hub" and value and value.lower() not in SWITCH_VALUES:
+            raise ValueError(moved_repository(value))
 
 
 def _check_words(parser: Any, words: list[str], path: Path) -> None:
@@ -371,11 +303,21 @@ def _check_words(parser: Any, words: list[str], path: Path) -> None:
         parser.error = end
 
 
-def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
-    """The configuration from a command line; a first word that is a .yaml or .json file holds options, over which
-    those of the command line go.
+def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.py") -> TrainingConfig:
+    """The configuration that a command line asks for.
 
-    Raises FileNotFoundError or ValueError; wrong flags end the program with a line of usage, as everywhere.
+    Args:
+        arguments: the words behind the program's name; None takes those of this process. Where the first is a .yaml or
+            .json file, its options hold unless the command line says otherwise.
+        prog: what the program is called in its help.
+
+    Returns:
+        The configuration, checked.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file cannot be read, or the options contradict each other.
+        SystemExit: after --help, and after a line of usage for a flag that there isn't or that is ill-formed.
     """
     import sys
 
@@ -384,17 +326,19 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = HfArgumentParser(
         GROUPS,
-        prog="finetune.py",
+        prog=prog,
         description="Contrastive training of a CLIP on images with captions. Options may stand in a file: "
-        "finetune.py run.yaml --max_steps 100",
-        usage="finetune.py [run.yaml] --model MODEL --dataset DATASET --output_dir FOLDER --epochs N [options]",
+        f"{prog} run.yaml --max_steps 100",
+        usage=f"{prog} [run.yaml] --model MODEL --dataset DATASET --output_dir FOLDER --num_train_epochs N [options]",
         allow_abbrev=False,
     )
     if words and words[0].endswith((".json", ".yaml", ".yml")):
         path, words = Path(words[0]), words[1:]
         from_file = words_of(_without_replaced(read_options(path, OPTIONS), words))
+        _check_push_to_hub(from_file)
         _check_words(parser, from_file, path)
         words = [*from_file, *words]
+    _check_push_to_hub(words)
     values: dict[str, Any] = {}
     *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
@@ -404,4 +348,4 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
     return TrainingConfig(**values)
 
 
-__all__ = ["LAUNCH", "METRICS", "TrainingConfig", "parse_config"]
+__all__ = ["DEFAULT_RATES", "GROUPS", "LAUNCH", "METRICS", "OPTIONS", "TrainingConfig", "parse_config"]

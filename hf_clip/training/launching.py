@@ -26,7 +26,7 @@ def make_accelerator(config: TrainingConfig) -> Any:
         if find_spec(name) is None:  # accelerate would pass over it
             raise ImportError(f"--report_to {name} needs a package that is not installed: pip install {name}")
     # At checkpoints the others wait while the main process uploads.
-    longest = LONGEST_UPLOAD if config.hub_strategy == "checkpoint" else LONGEST_WAIT
+    longest = LONGEST_UPLOAD if config.hub_strategy == "every_save" else LONGEST_WAIT
     accelerator = Accelerator(
         log_with=config.report_to or None,
         project_dir=config.output_dir,

@@ -31,10 +31,10 @@ def read_options(path: Path, known: list[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is empty; write options by name into it, such as batch_size: 64.")
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, but options by name are needed.")
-    values.pop(LAUNCH, None)
+    values = {str(name).replace("-", "_"): value for name, value in values.items() if name != LAUNCH}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{path} has an option {name!r} that there isn't.{hint(str(name), known)}")
+            raise ValueError(f"{path} has an option {name!r} that there isn't.{hint(name, known)}")
         inner = value if isinstance(value, list) else [value]
         if any(isinstance(part, (dict, list)) for part in inner):
             raise ValueError(f"{path}: {name} is {value!r}, but a single value, or a list of such, is needed.")

@@ -1,7 +1,23 @@
-"""Options under the names that other programs give them: what `--lr` or `--num_train_epochs` is called here."""
+"""Options under other names: what `--lr`, `--epochs` or `--batch_size` is called here."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+RENAMED = {
+    "batch_size": "per_device_train_batch_size",
+    "checkpoint_steps": "save_steps",
+    "epochs": "num_train_epochs",
+    "keep_best": "metric_for_best_model",
+    "keep_checkpoints": "save_total_limit",
+    "label_smoothing": "label_smoothing_factor",
+    "num_workers": "dataloader_num_workers",
+    "optimizer": "optim",
+    "overwrite": "overwrite_output_dir",
+    "patience": "early_stopping_patience",
+    "resume": "resume_from_checkpoint",
+    "scheduler": "lr_scheduler_type",
+}
+"""What options were called before they took Hugging Face's names → what they are called now."""
 
 KNOWN_AS = {
     "model": "base_model checkpoint ckpt init_from model_id model_name model_name_or_path model_path pretrained",
@@ -31,34 +47,36 @@ KNOWN_AS = {
         "val_split valid validation_file validation_split validation_split_percentage"
     ),
     "augmentation": "aug aug_cfg augment augmentations transform transforms",
-    "num_workers": "dataloader_num_workers n_workers nw preprocessing_num_workers workers",
-    "batch_size": "batch batchsize bs per_device_batch_size per_device_train_batch_size per_gpu_batch_size "
-    "train_batch_size",
-    "epochs": "ep epoch max_epochs n_epochs num_epochs num_train_epochs",
+    "dataloader_num_workers": "n_workers nw preprocessing_num_workers workers",
+    "per_device_train_batch_size": "batch batchsize bs per_device_batch_size per_gpu_batch_size train_batch_size",
+    "num_train_epochs": "ep epoch max_epochs n_epochs num_epochs",
     "max_steps": "iterations iters max_iters max_iterations max_train_steps n_steps num_steps num_train_steps steps "
     "total_steps train_steps",
     "learning_rate": "base_lr eta learn_rate lr peak_lr rate",
-    "optimizer": "opt optim optimiser",
+    "optim": "opt optimiser",
     "weight_decay": "decay l2 wd",
     "layer_decay": "layer_lr_decay layerwise_decay layerwise_lr_decay ld llrd",
-    "scheduler": "lr_schedule lr_scheduler lr_scheduler_type sched schedule",
-    "warmup_steps": "num_warmup_steps warm_up warmup warmup_iters",
+    "lr_scheduler_type": "lr_schedule lr_scheduler sched schedule",
+    "warmup_steps": "num_warmup_steps warm_up warmup warmup_iters warmup_ratio",
     "max_grad_norm": "clip clip_grad clip_grad_norm clip_norm grad_clip grad_clip_norm gradient_clipping max_norm",
-    "label_smoothing": "label_smoothing_factor ls smoothing",
+    "label_smoothing_factor": "ls smoothing",
     "seed": "data_seed manual_seed random_seed random_state",
     "output_dir": "log_dir logs o out out_dir outdir output output_folder output_path save_dir save_path save_to",
-    "overwrite": "force overwrite_output overwrite_output_dir",
+    "overwrite_output_dir": "force overwrite_output",
     "logging_steps": "log_every log_every_n_steps log_freq log_interval log_steps logging_frequency print_freq",
-    "checkpoint_steps": "checkpoint_every checkpointing_steps eval_every eval_freq eval_steps save_every "
-    "save_frequency save_freq save_interval save_steps val_frequency validation_steps",
-    "keep_checkpoints": "checkpoints_total_limit keep_last save_total_limit",
-    "resume": "resume_from resume_from_checkpoint restart",
-    "keep_best": "best best_metric load_best_model_at_end metric_for_best_model monitor save_best",
-    "patience": "early_stopping early_stopping_patience",
+    "save_steps": "checkpoint_every checkpointing_steps save_every save_frequency save_freq save_interval "
+    "save_strategy",
+    "eval_steps": "eval_every eval_freq eval_frequency eval_interval eval_strategy evaluation_strategy val_frequency "
+    "validation_steps",
+    "save_total_limit": "checkpoints_total_limit keep_last",
+    "resume_from_checkpoint": "resume_from restart",
+    "metric_for_best_model": "best best_metric load_best_model_at_end monitor save_best",
+    "early_stopping_patience": "early_stopping",
     "ema_decay": "ema model_ema model_ema_decay use_ema",
     "average_with_pretrained": "alpha wise wise_ft wiseft",
     "output_format": "export export_format format save_format",
-    "push_to_hub": "hub_id hub_model_id hub_repo push repo repo_id repository",
+    "push_to_hub": "push publish",
+    "hub_model_id": "hub_id hub_repo push_to_hub_model_id repo repo_id repository",
     "report_to": "logger log_with tensorboard trackers wandb",
 }
 """Option → what it is called by transformers' TrainingArguments, open_clip, diffusers' programs, timm and habit."""
@@ -80,7 +98,7 @@ def _by_habit(table: dict[str, str]) -> dict[str, str]:
 
 
 def hint(given: str, known: Iterable[str], dashes: str = "") -> str:
-    """` Did you mean …?` for an option that there isn't, or an empty text.
+    """What an option that there isn't is called here: ` It is called …` or ` Did you mean …?`, or an empty text.
 
     Args:
         given: what was written, with or without dashes and value.
@@ -88,7 +106,9 @@ def hint(given: str, known: Iterable[str], dashes: str = "") -> str:
         dashes: what stands in front of an option where the answer is read.
     """
     name = given.split("=")[0].lstrip("-").replace("-", "_").lower()
-    launcher, habits = _by_habit(OF_THE_LAUNCHER), _by_habit(KNOWN_AS)
+    launcher, habits = _by_habit(OF_THE_LAUNCHER), _by_habit(KNOWN_AS) | RENAMED
+    if name in RENAMED:
+        return f" It is called {dashes + RENAMED[name]!r}, as in Hugging Face's TrainingArguments."
     if name in launcher:
         return f" That is the launcher's: {launcher[name]}."
     meant = habits.get(name)

@@ -31,7 +31,7 @@ def prepare_output(config: TrainingConfig, launched: dict[str, Any]) -> None:
     launched: what the launcher decided, see `launch_settings`
     """
     output = Path(config.output_dir)
-    if config.resume is None:
+    if config.resume_from_checkpoint is None:
         output.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(output / FOLDER, ignore_errors=True)
         (output / METRICS_FILE).write_text("")

@@ -8,13 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import ProcessorMixin
 
 from ..checkpoints.folders import DESCRIPTIONS
 from ..checkpoints.stock import stock_image_processor, why_not_stock, write_stock_files
 from ..checkpoints.whole_folder import whole_folder
-from ..hub.publish import publish_folder
+from ..hub.publish import check_repo_id, publish_folder
 from ..hub.remote_code import add_remote_code
 from ..model.modeling_hf_clip import HfClipModel
 from .card import RunFacts, trained_card
@@ -108,5 +109,25 @@ def save_results(
 
 def publish_results(config: TrainingConfig, message: str) -> str:
     """Push the run's folder. Raises PublishingError; what is on this machine stays as it is."""
-    assert config.push_to_hub is not None
-    return publish_folder(config.output_dir, config.push_to_hub, message=message)
+    assert config.hub_model_id is not None
+    return publish_folder(config.output_dir, config.hub_model_id, message=message)
+
+
+def name_repository(config: TrainingConfig) -> str:
+    """The repository that a run publishes in: the one that was named, or one of the user's, named as the output folder.
+
+    Raises:
+        ValueError: the name is none that the Hub takes, or the user is not known.
+    """
+    if config.hub_model_id is not None:
+        return check_repo_id(config.hub_model_id)
+    name = Path(config.output_dir).resolve().name
+    try:
+        owner = HfApi().whoami()["name"]
+    except Exception as error:  # no token, one that the Hub does not know, no network
+        raise ValueError(
+            f"--push_to_hub would publish {name} in your account, which could not be found out "
+            f"({str(error).strip().splitlines()[0]}): log in with `hf auth login`, or name the repository with "
+            f"--hub_model_id."
+        ) from None
+    return check_repo_id(f"{owner}/{name}")

@@ -48,6 +48,8 @@ from .states import Resumable
 from .stopping import Signals, Stopped
 from .summary import figures_in_words
 
+GO_ON = "--resume_from_checkpoint latest goes on from there"
+
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the device's, or of a CPU run this process's."""
@@ -89,7 +91,7 @@ class Run:
         decay = config.ema_decay
         self.average = MovingAverage(model, decay, access, total_steps) if decay is not None else None
         self.parts = Resumable(accelerator, wrapped, model, optimizer, scheduler, self.average)
-        self.global_batch = config.batch_size * accelerator.num_processes
+        self.global_batch = config.per_device_train_batch_size * accelerator.num_processes
         self.state = RunState(identity=self._identity())
         self.validation: PairLoader | None = None
         self.class_tokens: dict[str, Tensor] | None = None
@@ -116,10 +118,10 @@ class Run:
             self.class_tokens = PairCollator(self.processor).tokenize(class_prompts)
 
     def start(self) -> None:
-        """Go on from the checkpoint that `--resume` names. Nothing is written before `begin`."""
-        if self.config.resume is None:
+        """Go on from the checkpoint that `--resume_from_checkpoint` names. Nothing is written before `begin`."""
+        if self.config.resume_from_checkpoint is None:
             return
-        folder = find_checkpoint(self.config.output_dir, self.config.resume)
+        folder = find_checkpoint(self.config.output_dir, self.config.resume_from_checkpoint)
         self.state = load_checkpoint(self.parts, folder, self._identity())
         if self.state.bad_rows:
             self.bad_rows.load_state_dict(self.state.bad_rows[self.accelerator.process_index])
@@ -130,7 +132,7 @@ class Run:
 
     def begin(self, prepare_output: Callable[[], None]) -> None:
         """Evaluate the model that training starts from, then make the folder: what is refused here leaves none."""
-        is_new = self.config.resume is None
+        is_new = self.config.resume_from_checkpoint is None
         if is_new and self.validation is not None:
             self.start_figures = self._measure()
             self._check_metric(self.start_figures)
@@ -159,7 +161,7 @@ class Run:
 
     def _catch_up(self) -> None:
         """Evaluate a checkpoint's step that was to be evaluated, but was told to stop before."""
-        every, step = self.config.checkpoint_steps, self.state.step
+        every, step = self.config.steps_between_evaluations, self.state.step
         if self.validation is None or every is None or step % every or step >= self.total_steps:
             return
         is_missing = self.accelerator.is_main_process and not self.figures_of(step)
@@ -223,13 +225,13 @@ class Run:
         is_within_step = (self.state.epoch, self.state.batch) != self.whole_step[:2]
         if signum and (has_failed or not is_within_step):
             saved = self._save_last_step()
-            remains = f"the {self.state.step} steps so far are in {saved}; --resume latest goes on from there"
+            remains = f"the {self.state.step} steps so far are in {saved}; {GO_ON}"
             raise Stopped(signum, remains if saved is not None else "")
         if not has_failed:
             return
         text = _first_text("" if failure is None else " ".join(str(failure).split()) or type(failure).__name__)
         saved = self._save_last_step()
-        remains = "" if saved is None else f"The steps so far are in {saved}; --resume latest goes on from there."
+        remains = "" if saved is None else f"The steps so far are in {saved}; {GO_ON}."
         if failure is not None and (saved is None or not isinstance(failure, EXPECTED)):
             if remains:
                 print(remains, file=sys.stderr)
@@ -258,7 +260,7 @@ class Run:
         if not self.is_last_checkpoint_proved:
             self.is_last_checkpoint_proved = True
             if self.accelerator.is_main_process:
-                remove_older(self.config.output_dir, self.config.keep_checkpoints)
+                remove_older(self.config.output_dir, self.config.save_total_limit)
 
     def diverged(self, what: str) -> ValueError:
         """The error for weights, as they are after the present step, that are of no use any more."""
@@ -294,19 +296,26 @@ class Run:
             self._log(rates)
         self._remember_step()
         self._check_rows()
-        every, started = self.config.checkpoint_steps, time.perf_counter()
-        if every is not None and self.state.step % every == 0 and self.state.step < self.total_steps:
+        started = time.perf_counter()
+        is_evaluated = self._is_due(self.config.steps_between_evaluations)
+        is_saved = self._is_due(self.config.save_steps)
+        if is_evaluated or is_saved:
             if self._is_told_to_stop():
                 return
-            self._evaluate()
-            self._compare()
-            self._save_checkpoint()
+            if is_evaluated:
+                self._evaluate()
+                self._compare()
+            if is_saved:
+                self._save_checkpoint()
             self._check_rows()
-            if self.config.hub_strategy == "checkpoint":
+            if is_saved and self.config.hub_strategy == "every_save":
                 publish_checkpoint(self)
             besides = time.perf_counter() - started
             self.since += besides  # the speed is that of training
             self.trained -= besides
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.state.step % every == 0 and self.state.step < self.total_steps
 
     def _is_told_to_stop(self) -> bool:
         return any(told for (told,) in exchange_counts([self.signals.received or 0], self.accelerator.device))
@@ -338,8 +347,8 @@ class Run:
         if (saved := self._save_last_step()) is None:
             raise ValueError(f"{refusal} Repair the data, or pass a higher --max_bad_fraction.")
         raise ValueError(
-            f"{refusal} Repair the data and start anew, or go on from {saved} with --resume latest and a higher "
-            f"--max_bad_fraction."
+            f"{refusal} Repair the data and start anew, or go on from {saved} with --resume_from_checkpoint latest and "
+            f"a higher --max_bad_fraction."
         )
 
     def _log(self, rates: dict[str, float]) -> None:
@@ -393,7 +402,7 @@ class Run:
         except TooFewPairsError as error:  # data that are gone
             if (saved := self._save_last_step()) is None:
                 raise
-            raise ValueError(f"{error} The steps so far are in {saved}; --resume latest goes on from there.") from error
+            raise ValueError(f"{error} The steps so far are in {saved}; {GO_ON}.") from error
 
     def _evaluate(self) -> None:
         if self.validation is not None:
@@ -407,7 +416,7 @@ class Run:
 
     def _compare(self) -> None:
         """Keep the weights if they are the best so far; stop when there was no new best for too long."""
-        metric = self.config.keep_best
+        metric = self.config.metric_for_best_model
         if metric is None:
             return
         self._check_metric(self.figures)
@@ -417,16 +426,16 @@ class Run:
             save_best(self.accelerator, self.config.output_dir, self.weights(), self.state.step)
         else:
             self.state.evaluations_since += 1
-            patience = self.config.patience
+            patience = self.config.early_stopping_patience
             if patience is not None and self.state.evaluations_since >= patience:
                 self.is_stopped = True
 
     def _check_metric(self, figures: dict[str, float]) -> None:
-        metric = self.config.keep_best
+        metric = self.config.metric_for_best_model
         if metric is not None and metric not in figures:
             raise ValueError(
-                f"--keep_best {metric} was not measured; measured were {', '.join(figures)}. Zero-shot accuracy needs "
-                f"captions made of labels by a template."
+                f"--metric_for_best_model {metric} was not measured; measured were {', '.join(figures)}. Zero-shot "
+                f"accuracy needs captions made of labels by a template."
             )
 
     def weights(self) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ def finish(run: "Run") -> None:
     """Save the result of a run whose last step is done and evaluated, and publish it."""
     config, step = run.config, run.state.step
     weights, last = run.weights(), run.figures
-    if config.keep_best is not None and run.state.best_step != step:
+    if config.metric_for_best_model is not None and run.state.best_step != step:
         weights = load_best(config.output_dir)
         run.figures = run.figures_of(run.state.best_step)
         run.saved_step = run.state.best_step
@@ -58,7 +58,7 @@ def finish(run: "Run") -> None:
         _say_what_was_gained(run, last)
         _save(run, model)
         signum = run.signals.received
-        if config.push_to_hub is not None:
+        if config.push_to_hub:
             if signum is not None:
                 raise Stopped(signum, f"the model is in {config.output_dir}, and was not published")
             print(publish_results(config, f"{step} steps of training"))
@@ -109,7 +109,7 @@ def _average_with_pretrained(run: "Run", model: HfClipModel) -> None:
     assert run.pretrained is not None
     finetuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     best: tuple[float, float] | None = None
-    metric = run.config.keep_best or DEFAULT_METRIC
+    metric = run.config.metric_for_best_model or DEFAULT_METRIC
     alphas = run.config.alphas
     chosen = alphas[0]
     for alpha in alphas if run.validation is not None else []:
@@ -131,9 +131,9 @@ def _say_what_was_gained(run: "Run", last: dict[str, float]) -> None:
     """`last`: the figures of the last step; run.figures are those of the weights that are saved."""
     if run.state.step > run.resumed_at:
         print(wait_in_words(run.waited, run.trained))
-    metric = run.config.keep_best or DEFAULT_METRIC
+    metric = run.config.metric_for_best_model or DEFAULT_METRIC
     if metric not in run.start_figures or metric not in run.figures:
         return
     saved = (run.state.step if run.saved_step is None else run.saved_step, run.figures[metric])
     end = None if run.saved_step is None else (run.state.step, last[metric])
-    print(gain_in_words(metric, run.start_figures, saved, end, run.config.keep_best is not None))
+    print(gain_in_words(metric, run.start_figures, saved, end, run.config.metric_for_best_model is not None))

@@ -107,14 +107,14 @@ def _find_unsupported_zero(accelerator: Any, config: TrainingConfig) -> list[tup
     stage, settings = plugin.zero_stage, plugin.deepspeed_config
     clipping, wanted = settings.get("gradient_clipping", "auto"), config.max_grad_norm or 0.0
     accumulation, told = settings.get("gradient_accumulation_steps", "auto"), accelerator.gradient_accumulation_steps
-    optimizer = parse_optimizer(config.optimizer)[0]
+    optimizer = parse_optimizer(config.optim)[0]
     possible = [
         (stage not in (1, 2, 3), f"zero_stage: {stage}", "take 1, 2 or 3"),
         (plugin.hf_ds_config.is_offload(), "offloading", "set both offload devices to none"),
-        ("scheduler" in settings, "a scheduler in its configuration", "pass --scheduler"),
+        ("scheduler" in settings, "a scheduler in its configuration", "pass --lr_scheduler_type"),
         (
             optimizer not in ELEMENTWISE,
-            f"--optimizer {optimizer}",
+            f"--optim {optimizer}",
             f"it would see flat parts of the matrices; take one of {', '.join(ELEMENTWISE)}",
         ),
         (
@@ -122,7 +122,7 @@ def _find_unsupported_zero(accelerator: Any, config: TrainingConfig) -> list[tup
             f"gradient_accumulation_steps: {accumulation} in its configuration beside the launcher's {told}",
             'write "auto" there',
         ),
-        ("optimizer" in settings, "an optimizer in its configuration", "pass --optimizer"),
+        ("optimizer" in settings, "an optimizer in its configuration", "pass --optim"),
         (
             clipping != "auto" and float(clipping) != wanted,
             f"gradient_clipping: {clipping} beside --max_grad_norm {config.max_grad_norm}",
@@ -171,7 +171,7 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
     elif is_deepspeed(accelerator):
         _check_batch_norm(model, "DeepSpeed")
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings["train_micro_batch_size_per_gpu"] = config.batch_size
+        settings["train_micro_batch_size_per_gpu"] = config.per_device_train_batch_size
         settings["gradient_clipping"] = config.max_grad_norm or 0.0
         settings["bf16"] = {"enabled": False}
         if is_zero3(accelerator):

@@ -45,7 +45,10 @@ MODULES = ("accelerate.commands", "torch.distributed.run", "torch.distributed.la
 """What starts processes and waits for them, as programs and as `python -m` knows them."""
 
 
-AT_ONCE = "at the second signal, in the midst of a step; --resume latest goes on from the last checkpoint, if any"
+AT_ONCE = (
+    "at the second signal, in the midst of a step; --resume_from_checkpoint latest goes on from the last checkpoint, "
+    "if any"
+)
 
 
 class Stopped(KeyboardInterrupt):
@@ -189,7 +192,7 @@ class SignsOfLife:
 def _end_because_of(still: str) -> None:
     sys.stderr.write(
         f"\nerror: {still} has given no sign of life for {LONGEST_STILL:.0f} s, and the others wait for it. It was "
-        f"stopped, or its machine is gone. End it, and go on with --resume latest.\n"
+        f"stopped, or its machine is gone. End it, and go on with --resume_from_checkpoint latest.\n"
     )
     sys.stderr.flush()
     os._exit(1)

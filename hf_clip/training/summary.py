@@ -56,7 +56,7 @@ def gain_in_words(
     kept = "kept" if is_best_kept else "saved"
     line = f"{metric} {before:.3f} at the start, {after:.3f} at step {step} ({kept}){ended}"
     if after < before:
-        advice = "" if is_best_kept else f"; --keep_best {metric} keeps the best, the start included"
+        advice = "" if is_best_kept else f"; --metric_for_best_model {metric} keeps the best, the start included"
         return f"{line}: the model was better before training{advice}."
     return f"{line}."
 
@@ -64,5 +64,5 @@ def gain_in_words(
 def wait_in_words(waited: float, trained: float) -> str:
     """The line about the data. waited: seconds in which the step had no batch, of `trained` seconds in all"""
     share = waited / trained if trained > 0 else 0.0
-    advice = "; more --num_workers may help" if share > 0.1 else ""
+    advice = "; more --dataloader_num_workers may help" if share > 0.1 else ""
     return f"{trained:.0f} s of training, {waited:.0f} s of which ({share:.0%}) it waited for data{advice}."

@@ -62,7 +62,7 @@ def test_card_says_what_a_run_chose_by_itself():
     assert (rows["learning rate"], rows["equal images and captions masked"]) == ("3e-4", "on")
     assert (rows["warm-up steps"], rows["captions cut at the model's length"]) == ("2", "12 %")
     assert "its decay after step n" not in rows
-    rows = card_rows(facts, model="org/clip", ema_decay=0.9, scheduler="constant", mask_duplicates="off")
+    rows = card_rows(facts, model="org/clip", ema_decay=0.9, lr_scheduler_type="constant", mask_duplicates="off")
     assert (rows["learning rate"], rows["equal images and captions masked"]) == ("1e-5", "off")
     assert "warm-up steps" not in rows  # a constant rate has none
     assert (rows[row_name("ema_decay")], rows["its decay after step n"]) == ("0.9", "at most (1 + n) / (6 + n)")
@@ -82,18 +82,21 @@ OTHER_VALUES = {
     "validation": "test",
     "augmentation": "none",
     "learning_rate": "3e-4",
-    "optimizer": "SGD momentum=0.9",
+    "optim": "SGD momentum=0.9",
     "weight_decay": 0.01,
     "layer_decay": 0.75,
-    "scheduler": "linear",
+    "lr_scheduler_type": "linear",
     "warmup_steps": 7,
     "max_grad_norm": 1.5,
-    "label_smoothing": 0.1,
+    "label_smoothing_factor": 0.1,
     "seed": 17,
-    "keep_best": "recall@5",
+    "metric_for_best_model": "recall@5",
     "ema_decay": 0.99,
 }
-NEEDED_WITH = {"label_smoothing": {"loss": "softmax"}, "keep_best": {"validation": "test", "checkpoint_steps": 5}}
+NEEDED_WITH = {
+    "label_smoothing_factor": {"loss": "softmax"},
+    "metric_for_best_model": {"validation": "test", "save_steps": 5},
+}
 SWITCHES = {"streaming": True}
 
 
@@ -115,12 +118,12 @@ def test_card_states_licences_of_the_model_and_of_the_data(digits: Path, tmp_pat
     base = tmp_path / "base"
     shutil.copytree(digits / "vit", base)
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# Base\n")
-    out = train(digits, tmp_path / "out", model=str(base), max_steps=2, batch_size=16)
+    out = train(digits, tmp_path / "out", model=str(base), max_steps=2, per_device_train_batch_size=16)
     card = ModelCard.load(out / "README.md")
     assert card.data.license == "apache-2.0"
     assert "| licence of the base model | apache-2.0 |" in card.text
     assert "not stated where it was read from" in card.text  # of the data
-    again = train(digits, tmp_path / "again", model=str(digits / "vit"), max_steps=2, batch_size=16)
+    again = train(digits, tmp_path / "again", model=str(digits / "vit"), max_steps=2, per_device_train_batch_size=16)
     card = ModelCard.load(again / "README.md")
     assert card.data.license is None
     assert "| licence of the base model | not stated where it was loaded from |" in card.text
@@ -130,7 +133,7 @@ def test_snippets_of_the_card_run_on_the_folder_as_it_is(
     digits: Path, tmp_path: Path, photographs: dict[str, Image.Image], monkeypatch: pytest.MonkeyPatch
 ):
     """From the folder that it lies in, as the card says, with this package and without it."""
-    out = train(digits, tmp_path / "my-digits", max_steps=2, batch_size=16)
+    out = train(digits, tmp_path / "my-digits", max_steps=2, per_device_train_batch_size=16)
     photographs["chelsea"].save(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
     card = (out / "README.md").read_text()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hf_clip.training.config import DEFAULT_RATES, GROUPS, MAY_CHANGE, OPTIONS, TrainingConfig, parse_config
-from hf_clip.training.option_names import KNOWN_AS, OF_THE_LAUNCHER, hint
+from hf_clip.training.option_names import KNOWN_AS, OF_THE_LAUNCHER, RENAMED, hint
 
 BASE = {"model": "m", "dataset": ["d"], "output_dir": "o", "max_steps": 10}
 NEEDED = ["--model", "m", "--dataset", "d", "--output_dir", "o", "--max_steps", "10"]
@@ -25,9 +25,9 @@ def config(**fields: object) -> TrainingConfig:
         ({"variant": "RN50"}, "Name a model to start from with --model or --variant; both were given"),
         ({"dataset": []}, "There is nothing to train on: name it with --dataset"),
         ({"output_dir": ""}, "There is no place for the result: name a folder with --output_dir"),
-        ({"max_steps": None}, "Say how long to train with --epochs or --max_steps; neither were given"),
-        ({"epochs": 1.5}, "Say how long to train with --epochs or --max_steps; both were given"),
-        ({"epochs": 0.0}, "Say how long to train with --epochs or --max_steps; both were given"),
+        ({"max_steps": None}, "Say how long to train with --num_train_epochs or --max_steps; neither were given"),
+        ({"num_train_epochs": 1.5}, "Say how long to train with --num_train_epochs or --max_steps; both were given"),
+        ({"num_train_epochs": 0.0}, "Say how long to train with --num_train_epochs or --max_steps; both were given"),
         ({"model": ""}, "Name a model to start from with --model or --variant; neither were given"),
         ({"dataset": [""]}, "There is nothing to train on: name it with --dataset"),
         ({"validation": "train"}, "--validation train is the split that is trained on, so that nothing would be meas"),
@@ -42,20 +42,20 @@ def test_what_is_missing_is_named(fields: dict, message: str):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0, but it must be positive"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0, but it must be positive"),
         ({"max_steps": 0}, "max_steps is 0, but it must be positive"),
-        ({"max_steps": None, "epochs": -1.0}, "epochs is -1.0, but it must be positive"),
+        ({"max_steps": None, "num_train_epochs": -1.0}, "num_train_epochs is -1.0, but it must be positive"),
         ({"logging_steps": 0}, "logging_steps is 0, but it must be positive"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0, but it must be positive"),
         ({"max_grad_norm": math.nan}, "max_grad_norm is nan, but it must be positive"),
-        ({"max_steps": None, "epochs": math.inf}, "epochs is inf, but it must be positive"),
+        ({"max_steps": None, "num_train_epochs": math.inf}, "num_train_epochs is inf, but it must be positive"),
         ({"weight_decay": math.nan}, "weight_decay is nan, but must be 0"),
         ({"seed": -1}, "seed is -1, but must be from 0 to 2147483647"),
-        ({"num_workers": -1}, "num_workers is -1, but must be 0"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1, but must be 0"),
         ({"warmup_steps": -1}, "warmup_steps is -1, but must be 0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1, but must be 0"),
         ({"max_bad_fraction": 1.5}, "max_bad_fraction is 1.5, but must be from 0 to 1"),
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0, but must be at least 0 and below 1"),
+        ({"label_smoothing_factor": 1.0}, "label_smoothing_factor is 1.0, but must be at least 0 and below 1"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0, but must be between 0 and 1, such as 0.9999"),
         ({"ema_decay": 0.0}, "ema_decay is 0.0, but must be between 0 and 1"),
         ({"layer_decay": 0.0}, "layer_decay is 0.0, but must be above 0 and at most 1"),
@@ -65,13 +65,16 @@ def test_what_is_missing_is_named(fields: dict, message: str):
         ({"mask_duplicates": "maybe"}, "mask_duplicates is 'maybe', but must be one of on, off"),
         ({"captions": "two"}, "captions is 'two', but must be one of one, all"),
         ({"output_format": "onnx"}, "output_format is 'onnx', but must be one of hf_clip, transformers"),
-        ({"hub_strategy": "always"}, "hub_strategy is 'always', but must be one of end, checkpoint"),
+        ({"hub_strategy": "always"}, "hub_strategy is 'always', but must be one of end, every_save"),
         (
-            {"scheduler": "reduce_lr_on_plateau"},
-            "scheduler is 'reduce_lr_on_plateau', which follows a metric; take one",
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            "lr_scheduler_type is 'reduce_lr_on_plateau', which follows a metric; take one",
         ),
-        ({"keep_best": "recall"}, "keep_best is 'recall', but must be one of recall@1, recall@5"),
-        ({"optimizer": "AdmaW"}, "Did you mean AdamW"),
+        (
+            {"metric_for_best_model": "recall"},
+            "metric_for_best_model is 'recall', but must be one of recall@1, recall@5",
+        ),
+        ({"optim": "AdmaW"}, "Did you mean AdamW"),
         ({"lock": "picture"}, "'picture' cannot be locked, but 'image', 'text' or both"),
         ({"augmentation": "blur=1"}, "blur"),
         ({"average_with_pretrained": "2"}, "α is 2, but must be between 0"),
@@ -83,7 +86,7 @@ def test_impossible_values_are_refused(fields: dict, message: str):
 
 
 SCRATCH = {"model": None, "variant": "RN50"}
-BEST = {"keep_best": "recall@1", "validation": "5", "checkpoint_steps": 5}
+BEST = {"metric_for_best_model": "recall@1", "validation": "5", "save_steps": 5}
 
 
 @pytest.mark.parametrize(
@@ -97,23 +100,45 @@ BEST = {"keep_best": "recall@1", "validation": "5", "checkpoint_steps": 5}
         (SCRATCH | {"max_text_length": 32}, "--max_text_length would have no effect: a model from scratch has its"),
         ({"lock": "image,text", "layer_decay": 0.7}, "--layer_decay would have no effect: both towers are locked"),
         ({"lock": "text,image", "gradient_checkpointing": True}, "--gradient_checkpointing would have no effect: both"),
-        ({"loss": "sigmoid", "label_smoothing": 0.1}, "--label_smoothing would have no effect: the sigmoid loss has"),
-        (BEST | {"validation": None}, "--keep_best would have no effect: nothing is evaluated without --validation"),
-        (BEST | {"checkpoint_steps": None}, "--keep_best would have no effect: it needs --checkpoint_steps"),
-        (BEST | {"keep_best": None, "patience": 2}, "--patience would have no effect: there is no best without"),
+        (
+            {"loss": "sigmoid", "label_smoothing_factor": 0.1},
+            "--label_smoothing_factor would have no effect: the sigmoid loss has",
+        ),
+        (
+            BEST | {"validation": None},
+            "--metric_for_best_model would have no effect: nothing is evaluated without --validation",
+        ),
+        (
+            BEST | {"save_steps": None},
+            "--metric_for_best_model would have no effect: it needs --eval_steps or --save_steps",
+        ),
+        (
+            BEST | {"metric_for_best_model": None, "early_stopping_patience": 2},
+            "--early_stopping_patience would have no effect: there is no best without",
+        ),
         ({"average_with_pretrained": "0:1:0.5"}, "--average_with_pretrained would have no effect: a range is chosen"),
-        ({"hub_strategy": "checkpoint"}, "--hub_strategy would have no effect: there is no --push_to_hub"),
-        ({"hub_strategy": "checkpoint", "push_to_hub": "a/b"}, "--hub_strategy would have no effect: there are no ch"),
-        ({"warmup_steps": 5, "scheduler": "constant"}, "--warmup_steps would have no effect: constant has none"),
-        ({"keep_checkpoints": 3}, "--keep_checkpoints would have no effect: none are written"),
-        ({"resume": "latest", "overwrite": True}, "--overwrite would have no effect: --resume goes on with what is"),
+        ({"eval_steps": 5}, "--eval_steps would have no effect: nothing is evaluated without --validation"),
+        ({"hub_model_id": "a/b"}, "--hub_model_id would have no effect: there is no --push_to_hub"),
+        ({"hub_strategy": "every_save"}, "--hub_strategy would have no effect: there is no --push_to_hub"),
+        ({"hub_strategy": "every_save", "push_to_hub": True}, "--hub_strategy would have no effect: there are no ch"),
+        (
+            {"warmup_steps": 5, "lr_scheduler_type": "constant"},
+            "--warmup_steps would have no effect: constant has none",
+        ),
+        ({"save_total_limit": 3}, "--save_total_limit would have no effect: none are written"),
+        (
+            {"resume_from_checkpoint": "latest", "overwrite_output_dir": True},
+            "--overwrite_output_dir would have no effect: --resume_from_checkpoint goes on with what is",
+        ),
     ],
 )
 def test_options_without_effect_are_refused(fields: dict, message: str):
     with pytest.raises(ValueError, match=message):
         config(**fields)
     # Each of them alone is what is wrong.
-    TrainingConfig(**(BASE | BEST | {"patience": 2, "keep_checkpoints": 3, "average_with_pretrained": "0:1:0.5"}))
+    TrainingConfig(
+        **(BASE | BEST | {"early_stopping_patience": 2, "save_total_limit": 3, "average_with_pretrained": "0:1:0.5"})
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,15 +181,15 @@ def test_masking_is_on_or_off_as_yaml_says_it_too(given: object, expected: str):
     [
         (500, 1, 256, None),
         (256, 1, 256, None),
-        (60, 1, 60, "note: --batch_size is 60, since an epoch has 60 pairs."),
-        (61, 2, 30, "note: --batch_size is 30 in each of 2 processes, since an epoch has 61 pairs."),
-        (2, 2, 1, "note: --batch_size is 1 in each of 2 processes, since an epoch has 2 pairs."),
+        (60, 1, 60, "note: --per_device_train_batch_size is 60, since an epoch has 60 pairs."),
+        (61, 2, 30, "note: --per_device_train_batch_size is 30 in each of 2 processes, since an epoch has 61 pairs."),
+        (2, 2, 1, "note: --per_device_train_batch_size is 1 in each of 2 processes, since an epoch has 2 pairs."),
     ],
 )
 def test_batches_are_no_larger_than_the_data(rows: int, processes: int, expected: int, note: str | None):
     found = config(learning_rate="1e-5")
     found.limit_batch_size(rows, processes, "d")
-    assert (found.batch_size, found.notes) == (expected, [note] if note else [])
+    assert (found.per_device_train_batch_size, found.notes) == (expected, [note] if note else [])
 
 
 @pytest.mark.parametrize(("rows", "processes", "least"), [(1, 1, 2), (3, 4, 4), (1, 2, 2)])
@@ -190,7 +215,10 @@ def test_numpy_pandas_and_paths_become_what_json_holds():
 
 def test_a_resumed_run_may_differ_only_in_what_leaves_its_result_alone():
     assert set(MAY_CHANGE) < config().to_dict().keys()
-    assert config(logging_steps=3, num_workers=7, batch_size=4).identity() == config().identity()
+    assert (
+        config(logging_steps=3, dataloader_num_workers=7, per_device_train_batch_size=4).identity()
+        == config().identity()
+    )
     for fields in ({"learning_rate": "1e-4"}, {"augmentation": "none"}, {"ema_decay": 0.9}, {"weight_decay": 0.0}):
         assert config(**fields).identity() != config().identity()
 
@@ -212,8 +240,10 @@ def test_help_has_groups_and_every_option_says_what_it_does(capsys: pytest.Captu
 
 
 def test_flags_are_read():
-    found = parse_config([*NEEDED, "--overwrite", "--learning_rate", "1e-5,temperature=1e-3", "--report_to", "wandb"])
-    assert found == config(overwrite=True, learning_rate="1e-5,temperature=1e-3", report_to=["wandb"])
+    found = parse_config(
+        [*NEEDED, "--overwrite_output_dir", "--learning_rate", "1e-5,temperature=1e-3", "--report_to", "wandb"]
+    )
+    assert found == config(overwrite_output_dir=True, learning_rate="1e-5,temperature=1e-3", report_to=["wandb"])
     assert parse_config([*NEEDED, "--dataset", "a=3", "b=1"]).dataset == ["a=3", "b=1"]
 
 
@@ -223,8 +253,11 @@ def test_unknown_flag_ends_with_usage(capsys: pytest.CaptureFixture):
     assert ended.value.code == 2
     assert "error: there is no option '--lerning_rate'. Did you mean '--learning_rate'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        parse_config([*NEEDED, "--batch_size", "many"])
-    assert "--batch_size/--batch-size: invalid int value: 'many'" in capsys.readouterr().err
+        parse_config([*NEEDED, "--per_device_train_batch_size", "many"])
+    assert (
+        "--per_device_train_batch_size/--per-device-train-batch-size: invalid int value: 'many'"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,14 +266,15 @@ def test_unknown_flag_ends_with_usage(capsys: pytest.CaptureFixture):
         ("--lr", "--learning_rate"),
         ("-lr=1e-4", "--learning_rate"),
         ("--LR", "--learning_rate"),
-        ("--bs", "--batch_size"),
-        ("--per-device-train-batch-size", "--batch_size"),
+        ("--bs", "--per_device_train_batch_size"),
+        ("--train_batch_size", "--per_device_train_batch_size"),
         ("--wd", "--weight_decay"),
         ("--output", "--output_dir"),
-        ("--num_train_epochs", "--epochs"),
-        ("--num_train_epoch", "--epochs"),
-        ("--save_steps", "--checkpoint_steps"),
-        ("--resume_from_checkpoint", "--resume"),
+        ("--num_train_epoch", "--num_train_epochs"),
+        ("--num-epochs", "--num_train_epochs"),
+        ("--save_freq", "--save_steps"),
+        ("--eval_strategy", "--eval_steps"),
+        ("--repo_id", "--hub_model_id"),
         ("--model_name_or_path", "--model"),
         ("--train_data", "--dataset"),
         ("--warmup", "--warmup_steps"),
@@ -255,12 +289,55 @@ def test_option_is_found_by_the_name_that_people_know(word: str, expected: str, 
 
 
 def test_names_that_people_know_lead_to_options_and_each_to_one():
-    assert KNOWN_AS.keys() <= set(OPTIONS)
+    assert KNOWN_AS.keys() | set(RENAMED.values()) <= set(OPTIONS)
     names = [name for names in (*KNOWN_AS.values(), *OF_THE_LAUNCHER.values()) for name in names.split()]
+    names += RENAMED
     assert len(names) == len(set(names))
     assert not set(names) & set(OPTIONS)
     assert hint("--fp16", OPTIONS) == " That is the launcher's: accelerate launch --mixed_precision bf16."
     assert hint("--xyzzy", OPTIONS) == ""
+
+
+RESUMED = ["--resume-from-checkpoint", "True"]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_name_of_an_option_is_answered_with_the_new_one(
+    tmp_path: Path, old: str, new: str, capsys: pytest.CaptureFixture
+):
+    with pytest.raises(SystemExit):
+        parse_config([*NEEDED, f"--{old}", "1"])
+    said = f"It is called '--{new}', as in Hugging Face's TrainingArguments."
+    assert f"error: there is no option '--{old}'. {said}" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text(f"{old}: 1\n")
+    with pytest.raises(ValueError, match=f"run.yaml has an option '{old}' that there isn't. It is called '{new}'"):
+        parse_config([str(tmp_path / "run.yaml")])
+
+
+def test_repository_behind_the_switch_is_answered_with_its_option(tmp_path: Path):
+    message = "--push_to_hub is a switch, but was given 'me/clip': name .* as in --push_to_hub --hub_model_id me/clip."
+    (tmp_path / "run.yaml").write_text("push_to_hub: me/clip\n")
+    for words in (["--push_to_hub", "me/clip"], ["--push-to-hub=me/clip"], [str(tmp_path / "run.yaml"), *NEEDED]):
+        with pytest.raises(ValueError, match=message):
+            parse_config(words if words[0][0] != "-" else [*NEEDED, *words])
+    with pytest.raises(ValueError, match=message):
+        config(push_to_hub="me/clip")
+
+
+def test_dashes_and_underscores_are_both_read(tmp_path: Path):
+    for word in ("--push_to_hub", "--push-to-hub"):
+        found = parse_config([*NEEDED, word, "--hub-model-id", "me/clip", *RESUMED])
+        assert (found.push_to_hub, found.hub_model_id, found.resume_from_checkpoint) == (True, "me/clip", "latest")
+    (tmp_path / "run.yaml").write_text("push-to-hub: true\n")
+    assert parse_config([str(tmp_path / "run.yaml"), *NEEDED]).push_to_hub is True
+
+
+EVALUATED = ({}, {"save_steps": 4}, {"save_steps": 4, "eval_steps": 2}, {"eval_steps": 3})
+
+
+def test_evaluations_come_with_checkpoints_unless_they_have_steps_of_their_own():
+    found = [config(validation="5", **given).steps_between_evaluations for given in EVALUATED]
+    assert found == [None, 4, 2, 3]
 
 
 def test_switch_may_stand_alone():
@@ -273,21 +350,22 @@ def test_file_gives_options_and_flags_go_over_it(tmp_path: Path, kind: str):
     path = tmp_path / f"run.{kind}"
     if kind == "yaml":
         text = "model: m\ndataset: [d, e]\noutput_dir: o\nmax_steps: 10\nlearning_rate: 1e-4\nvalidation: 500\n"
-        text += "overwrite: true\nstreaming: false\nresume: null\nreport_to: []\naverage_with_pretrained: 0.5\n"
-        text += "mask_duplicates: off\n"
+        text += "overwrite_output_dir: true\nstreaming: false\nresume_from_checkpoint: null\nreport_to: []\n"
+        text += "average_with_pretrained: 0.5\nmask_duplicates: off\n"
     else:
         values = {
             "learning_rate": 0.0001,
             "validation": 500,
-            "overwrite": True,
+            "overwrite_output_dir": True,
             "mask_duplicates": False,
             "average_with_pretrained": 0.5,
         }
-        text = json.dumps(BASE | {"dataset": ["d", "e"], "resume": None} | values)
+        text = json.dumps(BASE | {"dataset": ["d", "e"], "resume_from_checkpoint": None} | values)
     path.write_text(text)
     found = parse_config([str(path), "--max_steps", "20"])
     assert float(found.learning_rate) == 1e-4
-    assert (found.dataset, found.max_steps, found.validation, found.overwrite) == (["d", "e"], 20, "500", True)
+    assert (found.dataset, found.max_steps, found.validation) == (["d", "e"], 20, "500")
+    assert found.overwrite_output_dir
     assert found.alphas == [0.5]
     assert found.mask_duplicates == "off"
     assert parse_config([str(path), "--dataset", "f"]).dataset == ["f"]
@@ -297,7 +375,7 @@ def test_file_gives_options_and_flags_go_over_it(tmp_path: Path, kind: str):
     ("name", "text", "message"),
     [
         ("run.yaml", "learning_rat: 1\n", "run.yaml has an option 'learning_rat' that there isn't. Did you mean 'lear"),
-        ("run.json", '{"batchsize": 1}', "run.json has an option 'batchsize' that there isn't. Did you mean 'batch_s"),
+        ("run.json", '{"batchsize": 1}', "run.json has an option 'batchsize' that there isn't. Did you mean 'per_dev"),
         ("run.yaml", "lr: 1\n", "run.yaml has an option 'lr' that there isn't. Did you mean 'learning_rate'?"),
         ("run.yaml", "- model\n", "run.yaml holds a list, but options by name are needed"),
         ("run.json", "{model: 1}", "run.json cannot be read: Expecting property name"),
@@ -306,8 +384,12 @@ def test_file_gives_options_and_flags_go_over_it(tmp_path: Path, kind: str):
         ("run.json", "", "run.json is empty; write options by name into it"),
         ("run.json", '{"model": "m', "run.json cannot be read: Unterminated string"),
         ("run.yaml", "model: {a: b}\n", "run.yaml: model is {'a': 'b'}, but a single value, or a list of such, is"),
-        ("run.yaml", "batch_size: 32.5\n", "run.yaml: argument --batch_size/--batch-size: invalid int value: '32.5'."),
-        ("run.yaml", "1: 2\n", "run.yaml has an option 1 that there isn't"),
+        (
+            "run.yaml",
+            "per_device_train_batch_size: 32.5\n",
+            "run.yaml: argument --per_device_train_batch_size/--per-device-train-batch-size: invalid int",
+        ),
+        ("run.yaml", "1: 2\n", "run.yaml has an option '1' that there isn't"),
     ],
 )
 def test_faults_of_a_file(tmp_path: Path, name: str, text: str, message: str):
@@ -319,10 +401,14 @@ def test_faults_of_a_file(tmp_path: Path, name: str, text: str, message: str):
 @pytest.mark.parametrize(
     ("text", "words", "expected"),
     [
-        ("epochs: 3", ["--max_steps", "7"], {"max_steps": 7, "epochs": None}),
-        ("max_steps: 3", ["--epochs=7"], {"max_steps": None, "epochs": 7.0}),
+        ("num_train_epochs: 3", ["--max_steps", "7"], {"max_steps": 7, "num_train_epochs": None}),
+        ("max_steps: 3", ["--num_train_epochs=7"], {"max_steps": None, "num_train_epochs": 7.0}),
         ("max_steps: 3\nmodel: n", ["--variant", "RN50"], {"model": None, "variant": "RN50"}),
-        ("max_steps: 3\noverwrite: true", ["--resume", "latest"], {"overwrite": False, "resume": "latest"}),
+        (
+            "max_steps: 3\noverwrite_output_dir: true",
+            ["--resume_from_checkpoint", "latest"],
+            {"overwrite_output_dir": False, "resume_from_checkpoint": "latest"},
+        ),
     ],
 )
 def test_flag_takes_the_place_of_its_alternative_in_the_file(
@@ -335,9 +421,14 @@ def test_flag_takes_the_place_of_its_alternative_in_the_file(
 
 
 def test_alternatives_in_the_same_place_are_refused(tmp_path: Path):
-    (tmp_path / "run.yaml").write_text("model: m\ndataset: d\noutput_dir: o\nepochs: 3\nmax_steps: 7\n")
-    for words in ([str(tmp_path / "run.yaml")], [str(tmp_path / "run.yaml"), "--max_steps", "5", "--epochs", "2"]):
-        with pytest.raises(ValueError, match="Say how long to train with --epochs or --max_steps; both were given"):
+    (tmp_path / "run.yaml").write_text("model: m\ndataset: d\noutput_dir: o\nnum_train_epochs: 3\nmax_steps: 7\n")
+    for words in (
+        [str(tmp_path / "run.yaml")],
+        [str(tmp_path / "run.yaml"), "--max_steps", "5", "--num_train_epochs", "2"],
+    ):
+        with pytest.raises(
+            ValueError, match="Say how long to train with --num_train_epochs or --max_steps; both were given"
+        ):
             parse_config(words)
 
 
@@ -346,7 +437,7 @@ def test_flags_are_written_out(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         parse_config([*NEEDED, "--epoch", "3"])
     err = capsys.readouterr().err
-    assert "error: there is no option '--epoch'. Did you mean '--epochs'?" in err
+    assert "error: there is no option '--epoch'. Did you mean '--num_train_epochs'?" in err
     assert len(err.splitlines()) == 2  # a line of usage before it
 
 

@@ -46,7 +46,7 @@ def server() -> Iterator[HubServer]:
 
 
 def test_folder_is_complete_and_its_card_can_be_read_by_the_hub(digits: Path, tmp_path: Path, image: Path):
-    chosen = {"max_steps": 4, "validation": "100", "checkpoint_steps": 2, "logging_steps": 2, "lock": "image:1"}
+    chosen = {"max_steps": 4, "validation": "100", "save_steps": 2, "logging_steps": 2, "lock": "image:1"}
     out = train(digits, tmp_path / "my-digits", **chosen)
     names = {path.name for path in out.iterdir()}
     code = {f"{name}.py" for name in TRAVELLING}
@@ -82,7 +82,7 @@ def test_folder_is_complete_and_its_card_can_be_read_by_the_hub(digits: Path, tm
 
 
 def test_stock_layout_needs_no_code_of_ours(digits: Path, tmp_path: Path, image: Path):
-    chosen = {"max_steps": 2, "batch_size": 16}
+    chosen = {"max_steps": 2, "per_device_train_batch_size": 16}
     stock = train(digits, tmp_path / "stock", output_format="transformers", **chosen)
     ours = train(digits, tmp_path / "ours", **chosen)
     done = subprocess.run(
@@ -101,7 +101,7 @@ def test_stock_layout_needs_no_code_of_ours(digits: Path, tmp_path: Path, image:
     assert "trust_remote_code" not in card
     assert "CLIPModel.from_pretrained" in card
     assert "trust_remote_code=True" in (ours / "README.md").read_text()
-    train(digits, ours, output_format="transformers", overwrite=True, **chosen)
+    train(digits, ours, output_format="transformers", overwrite_output_dir=True, **chosen)
     assert not (ours / "processor_config.json").exists()  # it would go on to name our processor
     assert type(AutoProcessor.from_pretrained(ours)).__name__ == "CLIPProcessor"
 
@@ -110,7 +110,7 @@ def test_stock_layout_needs_no_code_of_ours(digits: Path, tmp_path: Path, image:
 def test_tensorboard_gets_every_record(digits: Path, tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    chosen = {"max_steps": 4, "logging_steps": 2, "validation": "60", "checkpoint_steps": 2}
+    chosen = {"max_steps": 4, "logging_steps": 2, "validation": "60", "save_steps": 2}
     out = train(digits, tmp_path / "out", report_to=["tensorboard"], **chosen)
     (file,) = (path for path in out.rglob("events.out.tfevents.*") if "hf_clip" in path.parts[-2])
     events = EventAccumulator(str(file.parent)).Reload()
@@ -128,27 +128,28 @@ def push(digits: Path, home: Path, server: HubServer, **fields: object) -> subpr
     """A run in a process of its own, whose Hub is `server`."""
     settings = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(home / "home"), "PYTHONPATH": str(ROOT)}
-    done = launch(options(digits, home / "out", max_steps=4, batch_size=16, **fields), **settings)
+    done = launch(options(digits, home / "out", max_steps=4, per_device_train_batch_size=16, **fields), **settings)
     assert TOKEN not in done.stdout + done.stderr
     return done
 
 
 def test_run_is_published_at_checkpoints_and_at_its_end(digits: Path, tmp_path: Path, server: HubServer):
-    chosen = {"push_to_hub": "org/digits", "hub_strategy": "checkpoint", "checkpoint_steps": 2}
+    """In the account that the token is of, under the folder's name."""
+    chosen = {"push_to_hub": True, "hub_strategy": "every_save", "save_steps": 2}
     done = push(digits, tmp_path, server, **chosen)
     assert done.returncode == 0, done.stderr[-3000:]
-    repository = server.hub.repositories["org/digits"]
+    repository = server.hub.repositories["org/out"]
     assert repository.messages == ["initial commit", "Step 2", "4 steps of training"]
-    files = server.hub.uploaded("org/digits")
+    files = server.hub.uploaded("org/out")
     assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
     assert files.keys() >= {"README.md", "metrics.jsonl", "training-curve.png", "modeling_hf_clip.py", "config.json"}
     assert not any("checkpoints" in name for name in files)
-    assert 'from_pretrained("org/digits")' in files["README.md"].decode()
-    assert f"{server.url}/org/digits/commit/" in done.stdout
+    assert 'from_pretrained("org/out")' in files["README.md"].decode()
+    assert f"{server.url}/org/out/commit/" in done.stdout
 
 
 def test_refused_push_is_one_line_and_keeps_the_result(digits: Path, tmp_path: Path, server: HubServer):
-    done = push(digits, tmp_path, server, push_to_hub="others/digits")
+    done = push(digits, tmp_path, server, push_to_hub=True, hub_model_id="others/digits")
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: others/digits was not published: your token may not write to others (")

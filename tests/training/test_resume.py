@@ -21,6 +21,8 @@ import finetune
 from hf_clip.training import stopping
 from hf_clip.training.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of_best
 from hf_clip.training.data.loader import PairLoader, Position
+from hf_clip.training.option_names import RENAMED
+from hf_clip.training.run import GO_ON
 
 from ..finetuning import launch, options, records, train, weights, words
 
@@ -33,9 +35,14 @@ class Interrupted(Exception):  # noqa: N818
 
 def chosen(digits: Path, **fields: Any) -> dict[str, Any]:
     """Several captions, images that are cropped and turned, bad rows, a moving average, a place within an epoch."""
-    given = {"dataset": [str(digits / "several")], "batch_size": 24, "max_bad_fraction": 0.5, "max_steps": 14}
+    given = {
+        "dataset": [str(digits / "several")],
+        "per_device_train_batch_size": 24,
+        "max_bad_fraction": 0.5,
+        "max_steps": 14,
+    }
     given |= {"augmentation": "crop=0.5,flip=0.5,jitter=0.2", "ema_decay": 0.9, "logging_steps": 3}
-    return given | {"checkpoint_steps": 4, "validation": "20", "keep_best": "recall@10"} | fields
+    return given | {"save_steps": 4, "validation": "20", "metric_for_best_model": "recall@10"} | fields
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +103,7 @@ def test_resumed_run_ends_as_the_uninterrupted_one(
     assert [path.name for path in list_checkpoints(out)] == ["step-00000004", "step-00000008"]
     assert plain(out)[-1]["step"] == 9
     start = "latest" if resume == "latest" else str(out / "checkpoints" / "step-00000004")
-    train(digits, out, tower, **chosen(digits, resume=start))
+    train(digits, out, tower, **chosen(digits, resume_from_checkpoint=start))
 
     first, second = weights(uninterrupted[tower]), weights(out)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -121,9 +128,9 @@ def test_last_checkpoints_are_kept_and_nothing_unfinished(uninterrupted: dict[st
         ({"learning_rate": "1e-3"}, "learning_rate '2e-3', and this one has '1e-3'"),
         ({"ema_decay": None}, "ema_decay 0.9, and this one has None"),
         ({"augmentation": "none"}, "augmentation 'crop=0.5,flip=0.5,jitter=0.2', and this one has 'none'"),
-        ({"batch_size": 12}, "pairs in a batch 24, and this one has 12"),
+        ({"per_device_train_batch_size": 12}, "pairs in a batch 24, and this one has 12"),
         ({"max_steps": 20}, "steps 14, and this one has 20"),
-        ({"keep_best": "recall@1"}, "keep_best 'recall@10', and this one has 'recall@1'"),
+        ({"metric_for_best_model": "recall@1"}, "metric_for_best_model 'recall@10', and this one has 'recall@1'"),
     ],
 )
 def test_other_options_are_refused_and_change_nothing(
@@ -132,7 +139,7 @@ def test_other_options_are_refused_and_change_nothing(
     out = uninterrupted["vit"]
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=f"step-00000012 was written by a run with {message}: it could not go on"):
-        train(digits, out, **chosen(digits, resume="latest", **change))
+        train(digits, out, **chosen(digits, resume_from_checkpoint="latest", **change))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -175,12 +182,26 @@ def test_damaged_checkpoint_is_refused_and_others_are_named(
         path.write_bytes(b"no pickle")
     else:
         path.write_bytes(path.read_bytes()[:size])
-    message = f"The checkpoint {last} is damaged .*Go on from another with --resume {before}"
+    message = f"The checkpoint {last} is damaged .*Go on from another with --resume_from_checkpoint {before}"
     with pytest.raises(ValueError, match=message) as error:
-        train(digits, out, **chosen(digits, resume="latest"))
+        train(digits, out, **chosen(digits, resume_from_checkpoint="latest"))
     assert len(str(error.value).splitlines()) == 1
-    train(digits, out, **chosen(digits, resume=str(before)))
+    train(digits, out, **chosen(digits, resume_from_checkpoint=str(before)))
     assert plain(out) == plain(uninterrupted["vit"])
+
+
+def test_options_that_were_called_otherwise_are_known_again(uninterrupted: dict[str, Path], tmp_path: Path):
+    """In a checkpoint of a run that was written before options took Hugging Face's names."""
+    written = list_checkpoints(uninterrupted["vit"])[-1]
+    values = json.loads((written / "run.json").read_text())
+    identity = values["identity"]
+    old = {new: name for name, new in RENAMED.items()}
+    values["identity"] = {old.get(name, name): value for name, value in identity.items()}
+    assert {"optimizer", "scheduler", "keep_best"} <= values["identity"].keys()
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert read_state(tmp_path, identity) == read_state(written, identity)
+    with pytest.raises(ValueError, match="with optim 'AdamW', and this one has 'SGD'"):
+        read_state(tmp_path, identity | {"optim": "SGD"})
 
 
 class Planted:
@@ -219,14 +240,14 @@ def test_no_file_of_a_checkpoint_runs_code(digits: Path, uninterrupted: dict[str
         for pickled in planted_pickles(mark):
             path.write_bytes(pickled)
             with pytest.raises(ValueError, match="damaged") as error:
-                train(digits, out, **chosen(digits, resume="latest"))
+                train(digits, out, **chosen(digits, resume_from_checkpoint="latest"))
             assert len(str(error.value).splitlines()) == 1
             assert "weights_only" not in str(error.value)
             assert not mark.exists(), path.name
         path.write_bytes(good)
     for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl", "scheduler.bin", "optimizer.bin", "scaler.pt"):
         (last / name).write_bytes(pickled)  # what accelerate would read
-    train(digits, out, **chosen(digits, resume="latest"))
+    train(digits, out, **chosen(digits, resume_from_checkpoint="latest"))
     assert not mark.exists()
 
 
@@ -302,8 +323,8 @@ def test_signal_ends_the_run_with_a_checkpoint_of_its_step(
     assert [path.name for path in list_checkpoints(out)] == ["step-00000004", f"step-{at:08}"]
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "ended by" in line]
     saved = out / "checkpoints" / f"step-{at:08}"
-    assert line == f"ended by {signum.name}: the {at} steps so far are in {saved}; --resume latest goes on from there"
-    train(digits, out, **chosen(digits, resume="latest"))
+    assert line == f"ended by {signum.name}: the {at} steps so far are in {saved}; {GO_ON}"
+    train(digits, out, **chosen(digits, resume_from_checkpoint="latest"))
     first, second = weights(uninterrupted["vit"]), weights(out)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert plain(out) == plain(uninterrupted["vit"])
@@ -314,7 +335,7 @@ def test_signal_waits_for_an_accumulated_step_and_a_failure_goes_back_to_the_las
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
-    given = chosen(digits, max_steps=4, checkpoint_steps=None, keep_best=None, validation=None)
+    given = chosen(digits, max_steps=4, save_steps=None, metric_for_best_model=None, validation=None)
     whole = train(digits, tmp_path / "whole", **given)
     with monkeypatch.context() as patch:
         send(patch, signal.SIGTERM, at=8)  # the second batch of the third step
@@ -328,7 +349,9 @@ def test_signal_waits_for_an_accumulated_step_and_a_failure_goes_back_to_the_las
 
     with monkeypatch.context() as patch:
         patch.setattr(PairLoader, "batches", batches)
-        with pytest.raises(ValueError, match=r"the data are gone. The steps so far are in .*step-00000002; --resume"):
+        with pytest.raises(
+            ValueError, match=r"the data are gone. The steps so far are in .*step-00000002; --resume_from_checkpoint"
+        ):
             train(digits, tmp_path / "gone", **given)
     # Six or nine batches, five in an epoch.
     for name, where in (("out", (3, 1, 4)), ("gone", (2, 1, 1))):
@@ -336,7 +359,7 @@ def test_signal_waits_for_an_accumulated_step_and_a_failure_goes_back_to_the_las
         state = read_state(last, {})
         assert (state.step, state.epoch, state.batch) == where
         assert len(state.losses) == 3 * (state.step % 3)  # those since the last record, of every third step
-        out = train(digits, tmp_path / name, resume="latest", **given)
+        out = train(digits, tmp_path / name, resume_from_checkpoint="latest", **given)
         assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(whole).items())
         assert plain(out) == plain(whole)
 
@@ -348,7 +371,7 @@ def test_second_signal_ends_at_once_and_one_before_the_steps_too(
         send(patch, signal.SIGINT, at=6, times=2)
         with pytest.raises(stopping.Stopped) as stop:
             train(digits, tmp_path / "out", **chosen(digits))
-    assert stop.value.saved.endswith("--resume latest goes on from the last checkpoint, if any")
+    assert stop.value.saved.endswith("--resume_from_checkpoint latest goes on from the last checkpoint, if any")
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["step-00000004"]
 
     def build_data(*_: Any) -> None:
@@ -366,7 +389,7 @@ def test_record_that_was_cut_off_is_passed_over(digits: Path, uninterrupted: dic
     shutil.copytree(uninterrupted["vit"], out)
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "lo')
-    train(digits, out, **chosen(digits, resume="latest"))
+    train(digits, out, **chosen(digits, resume_from_checkpoint="latest"))
     assert plain(out) == plain(uninterrupted["vit"])
 
 
@@ -377,7 +400,7 @@ def test_run_that_went_back_leaves_nothing_of_where_it_was(
     out = tmp_path / "out"
     shutil.copytree(uninterrupted["vit"], out)
     (earlier, later) = list_checkpoints(out)
-    changed = chosen(digits, resume=str(earlier), checkpoint_steps=1)
+    changed = chosen(digits, resume_from_checkpoint=str(earlier), save_steps=1)
     best = json.loads((earlier / "run.json").read_text())["best_step"]
     save_file({"broken": torch.zeros(1)}, out / "checkpoints" / "best" / "model.safetensors", {"step": "13"})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
@@ -392,15 +415,15 @@ def test_run_that_went_back_leaves_nothing_of_where_it_was(
 def test_other_launchers_are_refused(digits: Path, uninterrupted: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(ValueError, match="with gradient_accumulation_steps 1, and this one has 2"):
-        train(digits, uninterrupted["vit"], **chosen(digits, resume="latest"))
+        train(digits, uninterrupted["vit"], **chosen(digits, resume_from_checkpoint="latest"))
 
 
 def test_two_processes_go_on_where_they_stopped(digits: Path, tmp_path: Path):
     """Each with its own count of rows that cannot be used."""
-    flags = {"dataset": [str(digits / "several")], "max_bad_fraction": 0.5, "max_steps": 7, "checkpoint_steps": 3}
-    flags |= {"batch_size": 12, "logging_steps": 1}
+    flags = {"dataset": [str(digits / "several")], "max_bad_fraction": 0.5, "max_steps": 7, "save_steps": 3}
+    flags |= {"per_device_train_batch_size": 12, "logging_steps": 1}
     for resume in (None, "latest"):
-        done = launch(options(digits, tmp_path / "two", resume=resume, **flags), processes=2)
+        done = launch(options(digits, tmp_path / "two", resume_from_checkpoint=resume, **flags), processes=2)
         assert done.returncode == 0, done.stderr[-3000:]
         last = list_checkpoints(tmp_path / "two")[-1]
         counts = [(each["drawn"], each["bad"]) for each in json.loads((last / "run.json").read_text())["bad_rows"]]
@@ -413,4 +436,4 @@ def test_two_processes_go_on_where_they_stopped(digits: Path, tmp_path: Path):
     found = weights(tmp_path / "two")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match="with processes 2, and this one has 1"):
-        train(digits, tmp_path / "two", resume="latest", **flags | {"batch_size": 24})
+        train(digits, tmp_path / "two", resume_from_checkpoint="latest", **flags | {"per_device_train_batch_size": 24})

@@ -30,19 +30,25 @@ def classify(folder: Path, size: int) -> list[dict]:
 
 def test_accumulated_batches_are_one_step(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    chosen = {"max_steps": None, "epochs": 1.0, "batch_size": 64, "logging_steps": 1, "checkpoint_steps": 2}
+    chosen = {
+        "max_steps": None,
+        "num_train_epochs": 1.0,
+        "per_device_train_batch_size": 64,
+        "logging_steps": 1,
+        "save_steps": 2,
+    }
     out = train(digits, tmp_path / "out", **chosen)
     assert [line["step"] for line in records(out)] == [1, 2, 3, 4, 5]  # 640 rows are 10 batches of 64
     state = json.loads((out / "checkpoints" / "step-00000002" / "run.json").read_text())
     assert (state["step"], state["epoch"], state["batch"]) == (2, 0, 4)
-    resumed = train(digits, out, **chosen, resume="latest")
+    resumed = train(digits, out, **chosen, resume_from_checkpoint="latest")
     assert [line["step"] for line in records(resumed)] == [1, 2, 3, 4, 5]
 
 
 def test_gradients_are_clipped(digits: Path, tmp_path: Path):
     """Plain SGD's step is as long as the gradient."""
-    chosen = {"optimizer": "SGD", "learning_rate": "1", "weight_decay": 0.0, "max_steps": 1, "warmup_steps": 0}
-    out = train(digits, tmp_path / "out", max_grad_norm=0.01, scheduler="constant", **chosen)
+    chosen = {"optim": "SGD", "learning_rate": "1", "weight_decay": 0.0, "max_steps": 1, "warmup_steps": 0}
+    out = train(digits, tmp_path / "out", max_grad_norm=0.01, lr_scheduler_type="constant", **chosen)
     before, after = weights(digits / "vit"), weights(out)
     moved = math.sqrt(sum((after[name] - before[name]).double().square().sum().item() for name in before))
     assert moved == pytest.approx(0.01, rel=1e-3)
@@ -53,7 +59,7 @@ def test_gradient_checkpointing_gives_the_same_weights(
     digits: Path, tmp_path: Path, tower: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    chosen = {"max_steps": 3, "batch_size": 16, "learning_rate": "1e-3"}
+    chosen = {"max_steps": 3, "per_device_train_batch_size": 16, "learning_rate": "1e-3"}
     plain = train(digits, tmp_path / "plain", tower, **chosen)
     again = train(digits, tmp_path / "again", tower, gradient_checkpointing=True, **chosen)
     # Checkpointing hooks a ViT's patches, which then go by another product; Adam makes much of such rounding.
@@ -80,7 +86,13 @@ def test_best_of_a_range_of_averages(
 ):
     """In mixed precision too, where accelerate replaces the model's forward."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    chosen = {"max_steps": 80, "batch_size": 48, "augmentation": "none", "learning_rate": "3e-3", "warmup_steps": 3}
+    chosen = {
+        "max_steps": 80,
+        "per_device_train_batch_size": 48,
+        "augmentation": "none",
+        "learning_rate": "3e-3",
+        "warmup_steps": 3,
+    }
     chosen |= {"validation": "100", "average_with_pretrained": "0:1:0.5"}
     out = train(digits, tmp_path / "out", **chosen)
     tried = records(out, "alpha")
@@ -104,9 +116,15 @@ def test_moving_average_is_saved(digits: Path, tmp_path: Path):
 
 def test_best_weights_are_kept_and_patience_ends_the_run(digits: Path, tmp_path: Path):
     """The rate is so high after the warm-up that the beginning is best."""
-    chosen = {"validation": "60", "checkpoint_steps": 2, "keep_best": "recall@10", "keep_checkpoints": 100}
+    chosen = {"validation": "60", "save_steps": 2, "metric_for_best_model": "recall@10", "save_total_limit": 100}
     out = train(
-        digits, tmp_path / "out", max_steps=40, patience=2, learning_rate="3e-2", scheduler="constant", **chosen
+        digits,
+        tmp_path / "out",
+        max_steps=40,
+        early_stopping_patience=2,
+        learning_rate="3e-2",
+        lr_scheduler_type="constant",
+        **chosen,
     )
     evaluated = records(out, "recall@10")
     steps = [record["step"] for record in evaluated]
@@ -118,17 +136,26 @@ def test_best_weights_are_kept_and_patience_ends_the_run(digits: Path, tmp_path:
     assert f"{100 * best['recall@10']:.1f}" in (out / "README.md").read_text()
 
 
+def test_evaluations_may_come_more_often_than_checkpoints(digits: Path, tmp_path: Path):
+    chosen = {"validation": "60", "save_steps": 4, "eval_steps": 2, "metric_for_best_model": "recall@10"}
+    out = train(digits, tmp_path / "out", max_steps=7, **chosen)
+    assert [record["step"] for record in records(out, "recall@10")] == [0, 2, 4, 6, 7]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["best", "step-00000004"]
+
+
 def test_a_metric_that_was_not_measured_is_refused(digits: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="--keep_best zero_shot_top1 cannot be measured: zero-shot accuracy needs"):
-        train(digits, tmp_path / "out", validation="60", checkpoint_steps=1, keep_best="zero_shot_top1")
+    with pytest.raises(
+        ValueError, match="--metric_for_best_model zero_shot_top1 cannot be measured: zero-shot accuracy needs"
+    ):
+        train(digits, tmp_path / "out", validation="60", save_steps=1, metric_for_best_model="zero_shot_top1")
     assert not (tmp_path / "out").exists()
 
 
 def test_start_that_was_best_is_kept_and_the_run_says_so(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     """A trained model, and a rate that ruins it."""
-    chosen = {"max_steps": 30, "batch_size": 48, "augmentation": "none", "validation": "100"}
+    chosen = {"max_steps": 30, "per_device_train_batch_size": 48, "augmentation": "none", "validation": "100"}
     trained = train(digits, tmp_path / "trained", learning_rate="3e-3", warmup_steps=3, **chosen)
-    chosen |= {"model": str(trained), "max_steps": 4, "checkpoint_steps": 2, "keep_best": "recall@10"}
+    chosen |= {"model": str(trained), "max_steps": 4, "save_steps": 2, "metric_for_best_model": "recall@10"}
     ruin = {"learning_rate": "0.1", "warmup_steps": 0}
     capsys.readouterr()
     out = train(digits, tmp_path / "out", **ruin, **chosen)
@@ -146,9 +173,9 @@ def test_start_that_was_best_is_kept_and_the_run_says_so(digits: Path, tmp_path:
     assert "4 steps of 48 pairs, 0.356 epochs." in printed
     assert " s of training, " in printed
 
-    del chosen["keep_best"]
+    del chosen["metric_for_best_model"]
     ruined = train(digits, tmp_path / "ruined", **ruin, **chosen)
-    said = f"{end['recall@1']:.3f} at step 4 (saved): the model was better before training; --keep_best recall@1 keeps"
+    said = f"{end['recall@1']:.3f} at step 4 (saved): the model was better before training; --metric_for_best_model re"
     assert said in capsys.readouterr().out
     row = f"| recall@1 | {100 * start['recall@1']:.1f} | {100 * end['recall@1']:.1f} |"
     assert row in (ruined / "README.md").read_text()
@@ -169,13 +196,15 @@ def test_figures_of_the_start_are_those_of_the_model(digits: Path, tmp_path: Pat
 
 def test_too_many_bad_rows_at_the_end_lose_nothing(digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Two of 128 rows, in a run of one epoch."""
-    chosen = {"dataset": str(digits / "several"), "batch_size": 32, "max_steps": 4}
+    chosen = {"dataset": str(digits / "several"), "per_device_train_batch_size": 32, "max_steps": 4}
     message = r"rows cannot be used, more than --max_bad_fraction 0.01 allows; the first is row \d+ of .*"
-    message += r"go on from .*checkpoints/step-00000004 with --resume latest and a higher --max_bad_fraction"
+    message += (
+        r"go on from .*checkpoints/step-00000004 with --resume_from_checkpoint latest and a higher --max_bad_fraction"
+    )
     with pytest.raises(ValueError, match=message):
         train(digits, tmp_path / "out", **chosen)
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    out = train(digits, tmp_path / "out", resume="latest", max_bad_fraction=0.1, **chosen)
+    out = train(digits, tmp_path / "out", resume_from_checkpoint="latest", max_bad_fraction=0.1, **chosen)
     whole = train(digits, tmp_path / "whole", max_bad_fraction=0.1, **chosen)
     assert largest_difference(weights(out), weights(whole)) == 0
 
@@ -190,7 +219,7 @@ def test_bad_rows_of_the_validation_data_are_logged_once_and_count(
     rows[11]["caption"] = " "
     held = datasets.Dataset.from_list(rows, features=pairs["train"].features)
     datasets.DatasetDict(train=pairs["train"], held=held).save_to_disk(tmp_path / "data")
-    chosen = {"dataset": str(tmp_path / "data"), "validation": "held", "max_steps": 2, "checkpoint_steps": 1}
+    chosen = {"dataset": str(tmp_path / "data"), "validation": "held", "max_steps": 2, "save_steps": 1}
     with caplog.at_level(logging.WARNING):
         train(digits, tmp_path / "out", max_bad_fraction=0.05, **chosen)
     lines = [record.getMessage() for record in caplog.records if record.name == "hf_clip.training.data.bad_rows"]
@@ -225,7 +254,7 @@ def test_data_that_goes_away_lose_no_step(
             row["image"].save(tmp_path / place / f"{number}.png")
         lines = [f'{number}.png,"{caption}"' for number, caption in enumerate(pairs["caption"][:])]
         (tmp_path / place / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]) + "\n")
-    chosen = {"max_steps": 6, "batch_size": 32, "max_bad_fraction": 1.0}
+    chosen = {"max_steps": 6, "per_device_train_batch_size": 32, "max_bad_fraction": 1.0}
     whole = train(digits, tmp_path / "whole", dataset=str(tmp_path / "kept"), **chosen)
 
     def after_step(run: finetune.Run, rates: dict[str, float]) -> None:
@@ -237,12 +266,12 @@ def test_data_that_goes_away_lose_no_step(
     chosen |= {"dataset": str(tmp_path / "gone")}
     with monkeypatch.context() as patch:
         patch.setattr(finetune.Run, "after_step", after_step)
-        message = r"The steps so far are in .*step-00000003; --resume latest goes on from there"
+        message = r"The steps so far are in .*step-00000003; --resume_from_checkpoint latest goes on from there"
         with pytest.raises(ValueError, match=message) as error:
             train(digits, tmp_path / "out", **chosen)
     assert len(str(error.value).splitlines()) == 1
     (tmp_path / "elsewhere").rename(tmp_path / "gone")
-    out = train(digits, tmp_path / "out", resume="latest", **chosen)
+    out = train(digits, tmp_path / "out", resume_from_checkpoint="latest", **chosen)
     assert largest_difference(weights(out), weights(whole)) == 0
 
 
@@ -256,8 +285,8 @@ def test_validation_data_that_go_away_lose_no_step(
         row["image"].save(tmp_path / "data" / f"{number}.png")
     lines = [f'{number}.png,"{caption}"' for number, caption in enumerate(pairs["caption"][:])]
     (tmp_path / "data" / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]) + "\n")
-    chosen = {"dataset": str(tmp_path / "data"), "validation": "20", "max_steps": 6, "checkpoint_steps": 3}
-    chosen |= {"batch_size": 32, "max_bad_fraction": 1.0, "ema_decay": 0.9}
+    chosen = {"dataset": str(tmp_path / "data"), "validation": "20", "max_steps": 6, "save_steps": 3}
+    chosen |= {"per_device_train_batch_size": 32, "max_bad_fraction": 1.0, "ema_decay": 0.9}
     original = finetune.Run._evaluate
 
     def _evaluate(run: finetune.Run) -> None:
@@ -266,11 +295,11 @@ def test_validation_data_that_go_away_lose_no_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune.Run, "_evaluate", _evaluate)
-        message = r"0 usable pairs.*The steps so far are in .*step-00000003; --resume latest goes on from there"
+        message = r"0 usable pairs.*The steps so far are in .*step-00000003; --resume_from_checkpoint latest goes on"
         with pytest.raises(ValueError, match=message):
             train(digits, tmp_path / "out", **chosen)
     (tmp_path / "elsewhere").rename(tmp_path / "data")
-    out = train(digits, tmp_path / "out", resume="latest", **chosen)
+    out = train(digits, tmp_path / "out", resume_from_checkpoint="latest", **chosen)
     assert [record["step"] for record in records(out, "recall@1")] == [0, 3, 6]
     whole = train(digits, tmp_path / "whole", **chosen)
     assert largest_difference(weights(out), weights(whole)) == 0
@@ -281,7 +310,15 @@ def test_validation_data_that_go_away_lose_no_step(
 
 def test_other_sizes(digits: Path, tmp_path: Path, tower: str):
     size = {"vit": 24, "resnet": 64}[tower]
-    out = train(digits, tmp_path / "out", tower, image_size=size, max_text_length=32, max_steps=2, batch_size=16)
+    out = train(
+        digits,
+        tmp_path / "out",
+        tower,
+        image_size=size,
+        max_text_length=32,
+        max_steps=2,
+        per_device_train_batch_size=16,
+    )
     model, processor = AutoModel.from_pretrained(out), AutoProcessor.from_pretrained(out)
     assert model.config.vision_config.image_size == size
     assert model.config.text_config.max_position_embeddings == processor.tokenizer.model_max_length == 32
@@ -290,7 +327,12 @@ def test_other_sizes(digits: Path, tmp_path: Path, tower: str):
 
 
 def test_from_scratch_with_a_vocabulary_of_the_captions(digits: Path, tmp_path: Path, tower: str):
-    chosen = {"model": None, "variant": str(digits / f"{tower}.json"), "max_steps": 2, "batch_size": 16}
+    chosen = {
+        "model": None,
+        "variant": str(digits / f"{tower}.json"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 16,
+    }
     out = train(digits, tmp_path / "out", tower, loss="sigmoid", **chosen)
     processor = AutoProcessor.from_pretrained(out)
     assert processor.tokenizer.tokenize("purple paper") == ["purple</w>", "paper</w>"]
@@ -304,7 +346,12 @@ def test_from_scratch_with_a_small_vocabulary_and_no_special_ids(digits: Path, t
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         del values["text_config"][name]
     (tmp_path / "custom.json").write_text(json.dumps(values))
-    chosen = {"model": None, "variant": str(tmp_path / "custom.json"), "max_steps": 2, "batch_size": 16}
+    chosen = {
+        "model": None,
+        "variant": str(tmp_path / "custom.json"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 16,
+    }
     out = train(digits, tmp_path / "out", **chosen)
     text = json.loads((out / "config.json").read_text())["text_config"]
     assert max(text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")) < text["vocab_size"] <= 600
@@ -313,7 +360,7 @@ def test_from_scratch_with_a_small_vocabulary_and_no_special_ids(digits: Path, t
 
 @pytest.mark.slow
 def test_rn50_from_scratch_at_full_size(digits: Path, tmp_path: Path):
-    chosen = {"model": None, "variant": "RN50", "max_steps": 2, "batch_size": 4, "logging_steps": 1}
+    chosen = {"model": None, "variant": "RN50", "max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
     out = train(digits, tmp_path / "out", **chosen)
     assert [record["step"] for record in records(out)] == [1, 2]
     assert all(math.isfinite(record["loss"]) for record in records(out))
@@ -327,7 +374,7 @@ def test_stock_clip_is_a_model_to_begin_with(digits: Path, tmp_path: Path):
     stock.load_state_dict(ours.state_dict())
     stock.save_pretrained(tmp_path / "stock")
     AutoProcessor.from_pretrained(digits / "vit").save_pretrained(tmp_path / "stock")
-    chosen = {"max_steps": 2, "batch_size": 16}
+    chosen = {"max_steps": 2, "per_device_train_batch_size": 16}
     first = train(digits, tmp_path / "first", **chosen)
     second = train(digits, tmp_path / "second", model=str(tmp_path / "stock"), **chosen)
     assert largest_difference(weights(first), weights(second)) == 0
@@ -338,5 +385,7 @@ def test_model_of_the_sigmoid_loss_keeps_it(digits: Path, tmp_path: Path):
     assert "logit_bias" in weights(train(digits, tmp_path / "second", model=str(first), max_steps=1))
     with pytest.raises(ValueError, match="was trained with the sigmoid loss, whose bias the softmax has no use for"):
         train(digits, tmp_path / "third", model=str(first), loss="softmax")
-    with pytest.raises(ValueError, match="--label_smoothing would have no effect: this model has the sigmoid loss"):
-        train(digits, tmp_path / "third", model=str(first), label_smoothing=0.1)
+    with pytest.raises(
+        ValueError, match="--label_smoothing_factor would have no effect: this model has the sigmoid loss"
+    ):
+        train(digits, tmp_path / "third", model=str(first), label_smoothing_factor=0.1)

@@ -35,7 +35,7 @@ def shard(
     precision: str = "no",
     **chosen: Any,
 ) -> None:
-    flags = options(digits, out, tower, batch_size=24, **STEPS | chosen)
+    flags = options(digits, out, tower, per_device_train_batch_size=24, **STEPS | chosen)
     environment = {"PYTHONPATH": str(ROOT), "OPTIONS": plugin, "GRADIENTS": gradients}
     done = launch(flags, "--multi_gpu", "--mixed_precision", precision, processes=2, program=FSDP2, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -59,7 +59,7 @@ def test_fsdp2_has_the_gradients_of_one_process(
     shard(digits, tmp_path / "two", tower, gradients=str(tmp_path / "two.pt"), **chosen)
     monkeypatch.setattr(finetune.sharding, "average_left_out_gradients", sharding.average_left_out_gradients)
     keep_gradients(str(tmp_path / "one.pt"))
-    train(digits, tmp_path / "one", tower, batch_size=48, **STEPS | chosen)
+    train(digits, tmp_path / "one", tower, per_device_train_batch_size=48, **STEPS | chosen)
     two, one = torch.load(tmp_path / "two.pt"), torch.load(tmp_path / "one.pt")
     assert two.keys() == one.keys()
     for name, gradient in one.items():
@@ -71,27 +71,27 @@ def test_fsdp2_has_the_gradients_of_one_process(
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow)])
 def test_fsdp2_goes_on_where_it_stopped(digits: Path, tmp_path: Path, kind: str):
     """With the moving average, whose parts are gathered for a checkpoint and split again."""
-    chosen = {"ema_decay": 0.9, "validation": "100", "checkpoint_steps": 2, "keep_best": "recall@1"}
+    chosen = {"ema_decay": 0.9, "validation": "100", "save_steps": 2, "metric_for_best_model": "recall@1"}
     plugin = f'{{"state_dict_type": "{kind}"}}'
     shard(digits, tmp_path / "out", plugin=plugin, **chosen)
-    alone = train(digits, tmp_path / "one", batch_size=48, **STEPS | chosen)
+    alone = train(digits, tmp_path / "one", per_device_train_batch_size=48, **STEPS | chosen)
     assert_same(tmp_path / "out", alone)
     (tmp_path / "out" / "model.safetensors").unlink()
-    shard(digits, tmp_path / "out", plugin=plugin, resume="latest", **chosen)
+    shard(digits, tmp_path / "out", plugin=plugin, resume_from_checkpoint="latest", **chosen)
     assert_same(tmp_path / "out", alone)
 
 
 def test_fsdp2_begins_with_one_set_of_adapters(digits: Path, tmp_path: Path):
     chosen = {"lora_rank": 2, "lock": "image", "gradient_checkpointing": True}
     shard(digits, tmp_path / "two", **chosen)
-    assert_same(tmp_path / "two", train(digits, tmp_path / "one", batch_size=48, **STEPS | chosen))
+    assert_same(tmp_path / "two", train(digits, tmp_path / "one", per_device_train_batch_size=48, **STEPS | chosen))
 
 
 def zero(
     digits: Path, out: Path, stage: int, tower: str = "vit", precision: str = "no", kept_whole: int = 1, **chosen: Any
 ) -> None:
     """kept_whole: the largest parameters that ZeRO 3 doesn't split; the tests' models have small ones alone"""
-    flags = options(digits, out, tower, batch_size=24, **STEPS | chosen)
+    flags = options(digits, out, tower, per_device_train_batch_size=24, **STEPS | chosen)
     launcher = ["--use_deepspeed", "--zero_stage", str(stage), "--zero3_init_flag", "false"]
     launcher += ["--mixed_precision", precision]
     environment = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
@@ -102,7 +102,7 @@ def zero(
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 # Adam would hide the size of gradients.
-ZERO_STEPS: dict[str, Any] = {"optimizer": "SGD", "learning_rate": "1e-2"}
+ZERO_STEPS: dict[str, Any] = {"optim": "SGD", "learning_rate": "1e-2"}
 
 
 @needs_deepspeed
@@ -113,12 +113,12 @@ def test_zero_trains_as_one_process_and_goes_on_where_it_stopped(digits: Path, t
     model = AutoModel.from_pretrained(hot)
     model.logit_scale.data.fill_(6.0)  # above ln 100: it is clamped, in DeepSpeed's copy too
     model.save_pretrained(hot)
-    chosen = ZERO_STEPS | {"model": str(hot), "validation": "100", "ema_decay": 0.9, "checkpoint_steps": 2}
+    chosen = ZERO_STEPS | {"model": str(hot), "validation": "100", "ema_decay": 0.9, "save_steps": 2}
     zero(digits, tmp_path / "two", stage, kept_whole=5000, **chosen)  # biases and gains, as with larger models
-    alone = train(digits, tmp_path / "one", batch_size=48, **STEPS | chosen)
+    alone = train(digits, tmp_path / "one", per_device_train_batch_size=48, **STEPS | chosen)
     assert_same(tmp_path / "two", alone)
     (tmp_path / "two" / "model.safetensors").unlink()
-    zero(digits, tmp_path / "two", stage, kept_whole=5000, resume="latest", **chosen)
+    zero(digits, tmp_path / "two", stage, kept_whole=5000, resume_from_checkpoint="latest", **chosen)
     assert_same(tmp_path / "two", alone)
 
 
@@ -136,11 +136,13 @@ def test_zero_trains_as_one_process_and_goes_on_where_it_stopped(digits: Path, t
 def test_zero_trains_what_one_process_trains(digits: Path, tmp_path: Path, stage: int, tower: str, chosen: dict):
     chosen = ZERO_STEPS | chosen
     zero(digits, tmp_path / "two", stage, tower, **chosen)
-    assert_same(tmp_path / "two", train(digits, tmp_path / "one", tower, batch_size=48, **STEPS | chosen))
+    assert_same(
+        tmp_path / "two", train(digits, tmp_path / "one", tower, per_device_train_batch_size=48, **STEPS | chosen)
+    )
 
 
 def in_bf16_by_ddp(digits: Path, out: Path, tower: str) -> Path:
-    flags = options(digits, out, tower, batch_size=24, **STEPS | ZERO_STEPS)
+    flags = options(digits, out, tower, per_device_train_batch_size=24, **STEPS | ZERO_STEPS)
     done = launch(flags, "--multi_gpu", "--mixed_precision", "bf16", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
@@ -207,7 +209,11 @@ def config_of(**fields: Any) -> TrainingConfig:
             {"deepspeed_config": {"gradient_accumulation_steps": 4}},
             "gradient_accumulation_steps: 4 in its configuration beside the launcher's 1 is not supported",
         ),
-        ("DEEPSPEED", {"deepspeed_config": {"scheduler": {}}}, "a scheduler in its configuration is not supported"),
+        (
+            "DEEPSPEED",
+            {"deepspeed_config": {"scheduler": {}}},
+            "a scheduler in its configuration is not supported",
+        ),
         (
             "DEEPSPEED",
             {"deepspeed_config": {"gradient_clipping": 1.0}},
@@ -223,8 +229,8 @@ def test_what_would_train_something_else_is_refused(kind: str, settings: dict, m
 
 
 def test_optimizers_that_look_at_whole_matrices_are_refused_where_these_are_cut():
-    adafactor = config_of(optimizer="Adafactor")
-    with pytest.raises(ValueError, match="--optimizer Adafactor is not supported under DeepSpeed: it would see flat"):
+    adafactor = config_of(optim="Adafactor")
+    with pytest.raises(ValueError, match="--optim Adafactor is not supported under DeepSpeed: it would see flat"):
         sharding.check_wrapper(accelerator_of("DEEPSPEED"), adafactor)
     sharding.check_wrapper(accelerator_of("FSDP"), adafactor)
 
@@ -246,7 +252,7 @@ def test_a_wrapper_that_accelerate_leaves_out_is_said(variable: str, name: str, 
 
 
 def test_ddp_file_launches_two_processes_and_fsdp2_file_is_refused_on_a_cpu(digits: Path, tmp_path: Path):
-    flags = options(digits, tmp_path / "out", batch_size=24, **STEPS)
+    flags = options(digits, tmp_path / "out", per_device_train_batch_size=24, **STEPS)
     done = launch(flags, "--config_file", str(CONFIGS / "ddp.yaml"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert '"processes": 2' in (tmp_path / "out" / "training_config.json").read_text()

@@ -36,7 +36,7 @@ def test_folder_is_held_by_one_run_which_is_named(digits: Path, tmp_path: Path):
             assert error.value.holder == f"process {os.getpid()} on {socket.gethostname()}"
     assert not out.exists()
     train(digits, out, max_steps=1)
-    train(digits, out, max_steps=1, overwrite=True)
+    train(digits, out, max_steps=1, overwrite_output_dir=True)
 
 
 def test_killed_run_lets_go_of_its_folder(tmp_path: Path):
@@ -82,7 +82,9 @@ def wait_for(condition, seconds: float = 120) -> None:
 
 def test_run_whose_launcher_is_killed_ends_with_a_checkpoint(digits: Path, tmp_path: Path):
     out = tmp_path / "out"
-    flags = options(digits, out, max_steps=100_000, batch_size=16, logging_steps=1, num_workers=1)
+    flags = options(
+        digits, out, max_steps=100_000, per_device_train_batch_size=16, logging_steps=1, dataloader_num_workers=1
+    )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines"]
     command += ["1", "--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "finetune.py"), *words(flags)]
     log = (tmp_path / "log").open("w")

@@ -92,7 +92,8 @@ class PairLoader:
             yield batch.tensors
         if is_empty:
             raise ValueError(
-                f"{self.pairs.name} has fewer rows than one batch of {self.plans.global_size}; lower --batch_size."
+                f"{self.pairs.name} has fewer rows than one batch of {self.plans.global_size}; lower "
+                f"--per_device_train_batch_size."
             )
         if self.bad_rows is not None:
             self.bad_rows.complete()
@@ -137,8 +138,8 @@ def build_loader(
     if training and isinstance(pairs, Pairs) and len(pairs) < global_size:
         of_each = f" ({batch_size} in each of {num_processes} processes)" if num_processes > 1 else ""
         raise ValueError(
-            f"{pairs.name} has {len(pairs)} rows, fewer than one batch of {global_size}{of_each}. Pass --batch_size "
-            f"{len(pairs) // num_processes} or less."
+            f"{pairs.name} has {len(pairs)} rows, fewer than one batch of {global_size}{of_each}. Pass "
+            f"--per_device_train_batch_size {len(pairs) // num_processes} or less."
         )
 
     def draws(epoch: int, first: int) -> Iterator[Draw]:

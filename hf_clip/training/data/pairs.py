@@ -250,7 +250,7 @@ def _flatten(stored: dict[str, Any], source: PairTable, place: int) -> dict[str,
 def load_pairs(
     sources: str | Source | Sequence[str | Source],
     *,
-    split: str = "train",
+    split: str | None = "train",
     image_column: str | None = None,
     caption_column: str | None = None,
     label_column: str | None = None,
@@ -262,7 +262,7 @@ def load_pairs(
     """Open sources of pairs, find their columns, and mix them.
 
     sources:        one or several `path` or `path=weight`, see `Source`
-    split:          the split to take of each
+    split:          the split to take of each; None is the one to evaluate on, see `open_source`
     image_column:   images, their bytes, paths (relative ones begin at the source's folder) or URLs
     caption_column: texts, lists of texts, or a template over the row's columns such as "a photo of a {label}."
     label_column:   a column of whole numbers to carry along as `labels`
@@ -286,7 +286,8 @@ def load_pairs(
             table = leave_undecoded(table, table.features or ())
             features = describe_columns(table)
         if not features or (not streaming and not len(table)):
-            raise ValueError(f"{source.path} has no rows in its split {split!r}.")
+            which = "" if split is None else f" in its split {split!r}"
+            raise ValueError(f"{source.path} has no rows{which}.")
         images = find_image_column(source.path, features, image_column)
         texts = find_caption_column(source.path, features, caption_column, images)
         reader = CaptionReader(source.path, texts, features)

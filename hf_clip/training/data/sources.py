@@ -147,6 +147,11 @@ def _numbers(inner: str, text: str) -> list[str]:
     return [str(number).zfill(width) for number in range(first, last + step, step)]
 
 
+def names_a_source(text: str) -> bool:
+    """Whether a text names a repository, a folder or files, and not a split: it has a slash or a data file's ending."""
+    return "/" in text or os.sep in text or is_pattern(text) or _builder_of(text) is not None
+
+
 def is_pattern(path: str) -> bool:
     """Whether a name stands for several."""
     return glob.has_magic(path) or "{" in path
@@ -218,21 +223,49 @@ def _load(path: str, names: list[str], streaming: bool) -> Any:
     return datasets.load_dataset(name, configuration or None, streaming=streaming)
 
 
-def open_source(path: str, split: str = "train", streaming: bool = False) -> Any:
-    """A split of a source as a `datasets.Dataset`, or as an IterableDataset when streaming.
+EVALUATION_SPLITS = ("validation", "test")
 
-    Raises FileNotFoundError where there is nothing, and ValueError where that cannot be read or has no such split.
+
+def _find_evaluation_split(path: str, splits: list[str]) -> str:
+    """The split that a source is evaluated on where none is named: its only one, or the one that is for this."""
+    found = splits if len(splits) == 1 else [name for name in EVALUATION_SPLITS if name in splits]
+    if not found:
+        raise ValueError(
+            f"{path} has the splits {', '.join(splits)}, of which none is called {' or '.join(EVALUATION_SPLITS)}: "
+            f"name the files to evaluate on."
+        )
+    return found[0]
+
+
+def open_source(path: str, split: str | None = "train", streaming: bool = False) -> Any:
+    """Open a split of a source.
+
+    Args:
+        path: see `Source`.
+        split: the split's name; None takes the one to evaluate on: the only one, or `validation`, or `test`.
+        streaming: read the source as it comes, instead of preparing tables on disk first.
+
+    Returns:
+        A `datasets.Dataset`, or a `datasets.IterableDataset` when streaming.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: it cannot be read, or has no such split.
     """
     names = [os.path.expanduser(name) for name in expand_braces(path)]
     with readable(path):
         loaded = _load(path, names, streaming)
     # What has no splits is named as `datasets` names the only split of a file.
     splits = loaded if isinstance(loaded, dict) else {ONLY_SPLIT: loaded}
+    if split is None:
+        split = _find_evaluation_split(path, list(map(str, splits)))
     if split not in splits:
         near = get_close_matches(split, map(str, splits), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         if len(splits) == 1:
             hint += " To evaluate on rows of it, hold out a number (--validation 500) or a part (--validation 0.05)."
+        if os.path.exists(split):
+            hint += f" To evaluate on the file or folder of that name, write ./{split}."
         raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(map(str, splits))}.{hint}")
     return splits[split]
 

@@ -300,11 +300,15 @@ def test_batch_of_one_is_refused(shard: str, processor: ProcessorMixin):
 
 
 def test_batch_larger_than_the_data_is_refused(shard: str, processor: ProcessorMixin):
-    with pytest.raises(ValueError, match="has 22 rows, fewer than one batch of 23. Pass --batch_size 22 or less"):
+    with pytest.raises(
+        ValueError, match="has 22 rows, fewer than one batch of 23. Pass --per_device_train_batch_size 22 or less"
+    ):
         loader_of(load_pairs(shard), processor, 23)
-    with pytest.raises(ValueError, match=r"one batch of 24 \(8 in each of 3 processes\). Pass --batch_size 7 or less"):
+    with pytest.raises(
+        ValueError, match=r"one batch of 24 \(8 in each of 3 processes\). Pass --per_device_train_batch_size 7 or less"
+    ):
         loader_of(load_pairs(shard), processor, 8, num_processes=3)
-    with pytest.raises(ValueError, match="has fewer rows than one batch of 23; lower --batch_size"):
+    with pytest.raises(ValueError, match="has fewer rows than one batch of 23; lower --per_device_train_batch_size"):
         next(loader_of(load_pairs(shard, streaming=True), processor, 23).batches())
 
 

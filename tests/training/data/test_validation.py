@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
+from hf_clip.training import build
+from hf_clip.training.config import TrainingConfig
 from hf_clip.training.data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
 from hf_clip.training.data.read_ahead import read_ahead
+from hf_clip.training.data.survey import Look
 
 from ..sources import COUNT, captions, png, write_table
 
@@ -62,6 +66,32 @@ def test_rows_held_out_of_a_mixture_of_streams_are_never_trained_on(tmp_path: Pa
         trained = {train.read(draw).captions[0] for draw in train.draws(epoch, seed=epoch)}
         assert not trained & set(kept)
         assert len(trained) == 42 - 5
+
+
+def test_validation_data_may_be_a_source_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Named by a path; of its splits the one that is for this is taken."""
+    for name, texts in (("train", ["a cat", "a dog"]), ("other", ["a bird"] * 3)):
+        write_table(tmp_path / f"{name}.csv", {"image": [f"{name}.png"] * len(texts), "caption": texts})
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    for name in ("train", "test"):
+        write_table(splits / f"{name}.csv", {"image": ["x.png"], "caption": [f"of {name}"]})
+    chosen = {"model": "m", "output_dir": "o", "max_steps": 1, "dataset": [str(tmp_path / "train.csv")]}
+    monkeypatch.setattr(build, "look_at", lambda *_: Look())
+    for validation, expected in ((tmp_path / "other.csv", ["a bird"] * 3), (splits, ["of test"])):
+        data = build.build_data(TrainingConfig(**chosen, validation=str(validation), per_device_train_batch_size=2))
+        assert texts_of(data.train, shuffle=False) == ["a cat", "a dog"]
+        assert data.validation is not None
+        assert texts_of(data.validation, shuffle=False) == expected
+    with pytest.raises(ValueError, match=r"--validation .*train.csv is a source that is trained on: name another"):
+        build.build_data(TrainingConfig(**chosen, validation=chosen["dataset"][0]))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"has no split 'splits'.* the file or folder of that name, write ./splits."):
+        build.build_data(TrainingConfig(**chosen, validation="splits"))
+    tables = {name: datasets.Dataset.from_dict({"image": ["x.png"], "caption": ["a"]}) for name in ("one", "two")}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"saved has the splits one, two, of which none is called validation or test"):
+        build.build_data(TrainingConfig(**chosen, validation="./saved"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""The options of a training run: name, type, default and what `--help` says of each.
+
+Where Hugging Face's `TrainingArguments` has an option for the same thing, its name is taken.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+METRICS = (
+    "recall@1",
+    "recall@5",
+    "recall@10",
+    "image_to_text_recall@1",
+    "text_to_image_recall@1",
+    "zero_shot_top1",
+    "zero_shot_top5",
+)
+"""What `--metric_for_best_model` may name; `recall@k` is the mean of both directions."""
+
+DEFAULT_RATES = {
+    "from scratch": "5e-4",
+    "LoRA": "3e-4",
+    "the projections alone": "1e-3",
+    "fine-tuning": "1e-5",
+}
+"""The peak learning rate where none is given. Random weights and small added parts need a higher rate than weights
+that are already trained: at such a rate these would forget what they know."""
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    metadata = {"help": help, **more}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelOptions:
+    _argument_group_name = "model"
+
+    model: str | None = _option(None, "Folder or repository to start from: hf_clip's, stock CLIP's or open_clip's")
+    variant: str | None = _option(
+        None,
+        "Train from scratch instead: one of OpenAI's nine names (with their vocabulary), a config.json (a vocabulary "
+        "is learned from the captions), or a folder with one, a tokenizer and perhaps an image processor",
+    )
+    loss: str | None = _option(None, "softmax (CLIP) or sigmoid (SigLIP); default: what the model was trained with")
+    image_size: int | None = _option(None, "Go over to images of this size (FixRes); the position table is resized")
+    max_text_length: int | None = _option(None, "Go over to texts of this many tokens (Long-CLIP)")
+
+
+@dataclass
+class TrainedOptions:
+    _argument_group_name = "what is trained"
+
+    lock: str | None = _option(
+        None,
+        "Towers to keep: image, text, image:2 (all but its last 2 blocks), image,text (all but projections)",
+    )
+    lora_rank: int | None = _option(None, "Train factors of this rank beside frozen matrices; needs peft")
+    sync_batchnorm: bool = _option(False, "Take BatchNorm's statistics over all GPUs; with --variant")
+    gradient_checkpointing: bool = _option(False, "Compute activations twice and hold few of them")
+
+
+@dataclass
+class DataOptions:
+    _argument_group_name = "data"
+
+    dataset: list[str] = _option(
+        [],
+        "Pairs: a repository, a folder with metadata.csv or classes, CSV, JSON, parquet, tars; several as a=3 b=1",
+    )
+    split: str = _option("train", "Split to train on")
+    image_column: str | None = _option(None, "Column with images, paths or URLs; default: the only possible one")
+    caption_column: str | None = _option(
+        None, 'Column with texts, or a template such as "a photo of a {label}."; default: the only possible one'
+    )
+    image_folders: list[str] = _option(
+        [], "Folders outside of the data sets' own whose images rows may name; only for rows that you trust"
+    )
+    captions: str = _option("one", "Of a row's several captions: one drawn in each epoch, or all as rows")
+    mask_duplicates: str = _option(
+        "on", "Equal images or captions of a batch are no negatives of each other; off: they are", nargs="?", const="on"
+    )
+    streaming: bool = _option(False, "Read as it comes, instead of preparing tables on disk")
+    validation: str | None = _option(
+        None,
+        "Pairs to evaluate on: a split of the data, a number of its rows (500) or a part of them (0.05) to hold out, "
+        "or another source: a file, a folder or a repository",
+    )
+    augmentation: str = _option("crop=0.9", '"crop=0.9,flip=0.5,jitter=0.2" (smallest area, chance, strength) or none')
+    max_bad_fraction: float = _option(0.01, "End the run when more rows than this part cannot be used")
+    dataloader_num_workers: int = _option(1, "Processes that open and prepare images, for each process of the run")
+
+
+@dataclass
+class OptimizationOptions:
+    _argument_group_name = "optimization"
+
+    per_device_train_batch_size: int = _option(
+        256, "Pairs of each process in a step, at most as many as there are; all are negatives"
+    )
+    num_train_epochs: float | None = _option(None, "Passes over the data")
+    max_steps: int | None = _option(None, "Or optimizer steps")
+    learning_rate: str | None = _option(
+        None,
+        'Peak rate; by parts as "1e-5,temperature=1e-3" (image, text, projections). Default: '
+        + ", ".join(f"{rate} for {mode}" for mode, rate in DEFAULT_RATES.items()),
+    )
+    optim: str = _option(
+        "AdamW",
+        'A torch.optim or 8-bit bitsandbytes class: "SGD momentum=0.9". AdamW has the paper\'s options',
+    )
+    weight_decay: float = _option(0.2, "Decay of matrices; not of gains, biases, positions, temperature")
+    layer_decay: float = _option(1.0, "Multiply the rate by this with each level down a tower")
+    lr_scheduler_type: str = _option("cosine", "cosine, linear, constant, constant_with_warmup, ... of transformers")
+    warmup_steps: int | None = _option(None, "Steps until the peak rate; default: 5 %% of all, at most 2000")
+    max_grad_norm: float | None = _option(None, "Clip gradients to this norm")
+    label_smoothing_factor: float = _option(0.0, "Part of the target spread over a batch; softmax only")
+    seed: int = _option(0, "Of order, captions, augmentation and, from scratch, weights")
+
+
+@dataclass
+class OutputOptions:
+    _argument_group_name = "output"
+
+    output_dir: str = _option("", "Folder for the model, its card, metrics.jsonl and checkpoints")
+    overwrite_output_dir: bool = _option(False, "Replace what an earlier run left in output_dir")
+    logging_steps: int = _option(25, "Steps between two lines of metrics.jsonl")
+    save_steps: int | None = _option(None, "Write a checkpoint every so many steps")
+    eval_steps: int | None = _option(
+        None, "Evaluate every so many steps; default: with each checkpoint. With --validation"
+    )
+    save_total_limit: int = _option(2, "Checkpoints to keep")
+    resume_from_checkpoint: str | None = _option(None, "Go on from a checkpoint: latest, or its folder")
+    metric_for_best_model: str | None = _option(None, f"Save the weights that were best at one of {', '.join(METRICS)}")
+    early_stopping_patience: int | None = _option(
+        None, "Stop after so many evaluations without a new best; with --metric_for_best_model"
+    )
+    ema_decay: float | None = _option(
+        None, "Evaluate and save a moving average of the weights, over about 1/(1 - decay) steps: 0.999"
+    )
+    average_with_pretrained: str | None = _option(
+        None, "WiSE-FT: α of (1-α) pretrained + α fine-tuned: 0.5, or a range 0:1:0.1 of which the best is kept"
+    )
+    output_format: str = _option("hf_clip", "hf_clip, or transformers for servers that take no code (ViTs)")
+    push_to_hub: bool = _option(False, "Publish the result on the Hub at the end")
+    hub_model_id: str | None = _option(
+        None, "Repository to publish in, as owner/name; default: your account's, named as output_dir"
+    )
+    hub_strategy: str = _option("end", "end, or every_save: publish at every checkpoint too")
+    report_to: list[str] = _option([], "Trackers besides metrics.jsonl: tensorboard, wandb, trackio")
+
+
+GROUPS: tuple[type, ...] = (ModelOptions, TrainedOptions, DataOptions, OptimizationOptions, OutputOptions)
+OPTIONS = [field.name for group in GROUPS for field in dataclasses.fields(group)]
