@@ -23,7 +23,7 @@ from tqdm import tqdm
 import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.checkpoints.whole_folder import check_destination
 from hf_clip.extras import require
-from hf_clip.hub.publish import PublishingError
+from hf_clip.hub.upload import PublishingError
 from hf_clip.training import build, failures, sharding, stopping
 from hf_clip.training.checkpoint import find_checkpoint, read_state
 from hf_clip.training.config import TrainingConfig, parse_config

@@ -25,10 +25,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoModel
 
-from hf_clip import VARIANTS, HfClipModel, Variant
+from hf_clip import VARIANTS, HfClipModel, Variant, convert
 from hf_clip.model.variants import get_variant
 
-from .convert import convert
 from .reference import build_reference, halve, reference_dimensions, write_archive
 
 TEXT_LENGTHS = (3, 9, 20, 77)

@@ -22,8 +22,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .checkpoints.conversion import convert
 from .checkpoints.open_clip import find_open_clip as _find_open_clip
-from .hub.publish import prepare_for_hub as _prepare_for_hub
+from .hub.upload import prepare_for_hub as _prepare_for_hub
 from .inference.optimize import optimize_for_inference as _optimize_for_inference
 from .model.configuration_hf_clip import BEFORE_UPLOAD as _BEFORE_UPLOAD
 from .model.configuration_hf_clip import FOREIGN_LAYOUTS as _FOREIGN_LAYOUTS
@@ -107,6 +108,7 @@ __all__ = [
     "ZeroShotClassifier",
     "__version__",
     "available_models",
+    "convert",
     "load",
     "tokenize",
 ]

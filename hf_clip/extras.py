@@ -8,6 +8,7 @@ from importlib.machinery import PathFinder
 
 EXTRAS = {
     "train": ("accelerate", "datasets"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "demo": ("accelerate", "datasets", "matplotlib", "sklearn"),
 }
 """For each extra of pyproject.toml the modules that its task needs."""

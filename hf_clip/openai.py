@@ -35,13 +35,13 @@ from .checkpoints.download import fetch_original
 from .checkpoints.keys import convert_names
 from .checkpoints.original import read_original
 from .checkpoints.vocabulary import find_vocabulary
+from .model.configuration_hf_clip import CHECKPOINT_SUFFIXES
 from .model.image_processing_hf_clip import HfClipImageProcessor
 from .model.modeling_hf_clip import HfClipModel, HfClipResNetModel
 from .model.tokenization_hf_clip import HfClipTokenizer
 from .model.variants import VARIANTS, get_variant
 
 UNLIMITED = 1 << 30
-FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 LIKE_A_VARIANT = re.compile(r"(vit-[a-z]+[/-]|rn)\d+(x\d+)?(@\d+px)?$", re.IGNORECASE)
 
 
@@ -288,7 +288,7 @@ def load(
         model = _model_of_checkpoint(fetch_original(VARIANTS[known], folder=download_root), verify=False)
     elif path.is_file():
         model = _model_of_checkpoint(path, verify=True)
-    elif path.is_dir() or (known.count("/") == 1 and path.suffix not in FILE_SUFFIXES):
+    elif path.is_dir() or (known.count("/") == 1 and path.suffix not in CHECKPOINT_SUFFIXES):
         try:
             model = HfClipModel.from_pretrained(name, dtype=torch.float32)
             processor = HfClipImageProcessor.from_pretrained(name)

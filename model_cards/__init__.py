@@ -4,6 +4,6 @@ python -m model_cards            # write the nine cards and the picture
 python -m model_cards --check    # say what differs
 """
 
-from .cards import CHART, render_card, render_custom_card
+from hf_clip.hub.openai_cards import CHART, render_card, render_custom_card
 
 __all__ = ["CHART", "render_card", "render_custom_card"]

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from hf_clip.hub.published_figures import ZERO_SHOT
 from hf_clip.model.variants import VARIANTS, Variant
-
-from .published import ZERO_SHOT
 
 COLOURS = {"ResNet": "#c2571a", "Vision Transformer": "#1f5fa8"}
 GREY = "#6b6b6b"

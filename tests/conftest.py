@@ -17,9 +17,8 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModel
 
-from conversion.convert import convert
 from conversion.reference import build_reference, write_archive
-from hf_clip import HfClipModel, HfClipTokenizer
+from hf_clip import HfClipModel, HfClipTokenizer, convert
 from hf_clip.checkpoints.vocabulary import installed_vocabulary
 
 from .small import DIMENSIONS, IMAGE_SIZES

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import hf_clip
-from hf_clip.hub.remote_code import MODEL_FOLDER, TRAVELLING
+from hf_clip.checkpoints.remote_code import MODEL_FOLDER, TRAVELLING
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_clip"

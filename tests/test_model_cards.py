@@ -16,20 +16,20 @@ from PIL import Image
 from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from conversion.convert import convert
-from conversion.publish import staged
-from hf_clip import VARIANTS, HfClipConfig
+from hf_clip import VARIANTS, HfClipConfig, convert
+from hf_clip.checkpoints.remote_code import MODEL_FOLDER, TRAVELLING, add_remote_code
 from hf_clip.hub.model_card import USAGE, card_metadata, card_text, markdown_table
-from hf_clip.hub.remote_code import TRAVELLING, add_remote_code
+from hf_clip.hub.published_figures import DATA_SETS
+from hf_clip.hub.stage import staged
 from model_cards import CHART, render_card, render_custom_card
 from model_cards import __main__ as command
 from model_cards.chart import draw, drawn_points
-from model_cards.published import DATA_SETS
 
-from .test_contracts import MODEL_FOLDER, ROOT, imports_of, modules_of
+from .test_contracts import PACKAGE, ROOT, imports_of, modules_of
 from .without_hf_clip import BLOCK_HF_CLIP
 
 CARDS = ROOT / "model_cards"
+DATA = PACKAGE / "hub" / "card_data"
 SHARED = ROOT.parent / "shared" / "data"
 STAND_INS = {"vit": "ViT-L/14@336px", "resnet": "RN50x4"}
 """The variant whose card is tried out on a reduced model of the same kind."""
@@ -76,7 +76,7 @@ def test_every_snippet_runs(
     photographs["chelsea"].save(tmp_path / "cat.jpg")
     variant = VARIANTS[STAND_INS[tower]]
     if tower == "vit":
-        convert(repository, tmp_path / f"stock-{variant.slug}", format_name="transformers")
+        convert(repository, tmp_path / f"stock-{variant.slug}", layout="transformers")
     monkeypatch.chdir(tmp_path)
 
     blocks = python_blocks(render_card(variant.name, str(published)))
@@ -101,7 +101,7 @@ def test_card_of_a_stock_repository_loads_it_with_stock_classes(
     repositories: dict[str, Path], photographs: dict[str, Image.Image], tmp_path: Path
 ):
     folder = tmp_path / "published"
-    convert(repositories["vit"], folder, format_name="transformers")
+    convert(repositories["vit"], folder, layout="transformers")
     photographs["chelsea"].save(tmp_path / "cat.jpg")
     config = HfClipConfig.from_pretrained(folder)
     for card in (
@@ -197,7 +197,7 @@ def test_tables_show_the_figures_of_the_files(variant: str):
     rows = table_rows(card, width=4)
     files = {}
     for name in ("paper_zero_shot", "paper_linear_probe"):
-        header, *lines = (CARDS / "figures" / f"{name}.csv").read_text().splitlines()
+        header, *lines = (DATA / "figures" / f"{name}.csv").read_text().splitlines()
         cells = next(line.split(",") for line in lines if line.startswith(f"{variant},"))
         files[name] = dict(zip(header.split(","), cells, strict=True))
     columns = files["paper_zero_shot"].keys() - {"variant"}
@@ -208,7 +208,7 @@ def test_tables_show_the_figures_of_the_files(variant: str):
 
     line = next(
         line
-        for line in (CARDS / "figures" / "openclip_measured.csv").read_text().splitlines()
+        for line in (DATA / "figures" / "openclip_measured.csv").read_text().splitlines()
         if line.startswith(f"{variant},")
     )
     shown = re.findall(r"^\| [^|]+ \| (?:top-1|average|[^|]*recall at 1) \| ([\d.]+) \|$", card, flags=re.MULTILINE)
@@ -252,12 +252,12 @@ def test_parity_equals_the_readme():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the separately kept figures are not part of the repository")
 def test_figures_equal_those_kept_separately():
     for name in ("paper_zero_shot.csv", "paper_linear_probe.csv", "openclip_measured.csv"):
-        assert (CARDS / "figures" / name).read_bytes() == (SHARED / name).read_bytes()
+        assert (DATA / "figures" / name).read_bytes() == (SHARED / name).read_bytes()
 
 
 def test_every_file_of_figures_has_its_source():
-    text = (CARDS / "figures" / "README.md").read_text(encoding="utf-8")
-    for path in (CARDS / "figures").glob("*.csv"):
+    text = (DATA / "figures" / "README.md").read_text(encoding="utf-8")
+    for path in (DATA / "figures").glob("*.csv"):
         assert f"| `{path.name}` |" in text
         assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["variant", *VARIANTS]
 
@@ -268,8 +268,12 @@ def test_committed_cards_are_those_that_the_command_writes(capsys: pytest.Captur
 
 
 def test_check_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    packaged = tmp_path / "package" / CHART.name
+    tmp_path = tmp_path / "cards"
     monkeypatch.setattr(command, "FOLDER", tmp_path)
+    monkeypatch.setattr(command, "CHART", packaged)
     assert command.main([]) == 0
+    assert packaged.read_bytes() == (tmp_path / CHART.name).read_bytes()
     assert f"9 cards and {CHART.name} are in {tmp_path}" in capsys.readouterr().out
     assert command.main(["--check"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {f"{row.slug}.md" for row in VARIANTS.values()} | {CHART.name}
@@ -290,8 +294,9 @@ def test_check_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         f"{CHART.name} shows other figures",
         "Write them anew with: python -m model_cards",
     ]
-    (tmp_path / CHART.name).unlink()
-    assert f"{CHART.name} is missing" in command.differences(tmp_path)
+    for path in (tmp_path / CHART.name, packaged):
+        path.unlink()
+    assert command.differences(tmp_path)[-2:] == [f"{CHART.name} is missing", f"the package's {CHART.name} is missing"]
 
 
 def test_picture_has_the_nine_points(tmp_path: Path):

@@ -30,7 +30,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError, printable
+from ..model.checked_files import one_line
+from .errors import MOST_SHOWN, CheckpointError
 from .pickle_machine import LONGEST_NAME, MOST_PICKLED_BYTES, OpcodeBudget, PickleMachine
 from .stored_values import MOST_DIMENSIONS, Record, Storage, StoredTensor, Table
 from .zip_container import ZipContainer
@@ -58,7 +59,8 @@ MOST_HEADER_BYTES = 1 << 24
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
-LFS_POINTER = b"version https://git-lfs"
+LONGEST_START = 16
+"""Bytes by which the kinds of files are told apart."""
 
 
 @dataclass
@@ -123,11 +125,13 @@ class ZipStorages:
         name = f"{self.root}data/{storage.key}"
         entry = self.container.entries.get(name)
         if entry is None:
-            raise CheckpointError(f"is truncated or damaged: it lacks {printable(name)}; copy or download it again.")
+            raise CheckpointError(
+                f"is truncated or damaged: it lacks {one_line(name, MOST_SHOWN)}; copy or download it again."
+            )
         needed = storage.numel * storage.dtype.itemsize
         if entry.file_size != needed:
             raise CheckpointError(
-                f"is damaged: {printable(name)} has {entry.file_size} bytes, but {needed} are needed."
+                f"is damaged: {one_line(name, MOST_SHOWN)} has {entry.file_size} bytes, but {needed} are needed."
             )
         return self.container.locate(entry, self.check_sums)
 
@@ -149,8 +153,8 @@ class LegacyStorages:
             position = start + storage.numel * storage.dtype.itemsize
             if position > len(mapping) or count != storage.numel:
                 raise CheckpointError(
-                    f"is truncated or damaged: it lacks elements of its storage {printable(key)}; copy or download it "
-                    f"again."
+                    f"is truncated or damaged: it lacks elements of its storage {one_line(key, MOST_SHOWN)}; copy or "
+                    f"download it again."
                 )
             self.starts[key] = start
         if position != len(mapping):
@@ -166,7 +170,7 @@ def _check_names(names: Any) -> None:
         raise CheckpointError(f"is refused: it has {len(names)} tensors, but no CLIP has more than {MOST_TENSORS}.")
     longest = max(names, key=len, default="")
     if len(longest) > LONGEST_NAME:
-        raise CheckpointError(f"is refused: it names a tensor {printable(longest)}, which no CLIP has.")
+        raise CheckpointError(f"is refused: it names a tensor {one_line(longest, MOST_SHOWN)}, which no CLIP has.")
 
 
 def _tensors_of(root: Record) -> dict[str, StoredTensor]:
@@ -182,7 +186,7 @@ def _tensors_of(root: Record) -> dict[str, StoredTensor]:
             raise CheckpointError(f"is refused: its modules have more than {MOST_ATTRIBUTES} attributes.")
         for name, value in attributes.named().items():
             if isinstance(value, (StoredTensor, Record)) and len(prefix) + len(name) >= LONGEST_NAME:
-                raise CheckpointError(f"is refused: it names a tensor or module {printable(prefix + name)}.")
+                raise CheckpointError(f"is refused: it names a tensor or module {one_line(prefix + name, MOST_SHOWN)}.")
             if isinstance(value, StoredTensor):
                 found[f"{prefix}{name}"] = value
             elif isinstance(value, Record):
@@ -219,7 +223,7 @@ def _of_pickle(path: Path, value: Any, storages: Storages, mapping: mmap.mmap) -
         elif tensors := _only_tensors(value):
             container = "state dict"
         else:
-            names = ", ".join(map(printable, list(state)[:5])) or "nothing"
+            names = ", ".join(one_line(name, MOST_SHOWN) for name in list(state)[:5]) or "nothing"
             raise CheckpointError(
                 f"holds no tensors at its top level or in {', '.join(NESTED_WEIGHTS)}, only: {names}. Save the state "
                 f"dict by itself."
@@ -249,7 +253,7 @@ def _read_zip(path: Path, check_sums: bool) -> Checkpoint:
 
         def unpickle(name: str) -> Any:
             data = container.read(name, MOST_PICKLED_BYTES)
-            return PickleMachine(data, printable(name), budget).run()
+            return PickleMachine(data, one_line(name, MOST_SHOWN), budget).run()
 
         for name in names:
             if name.endswith("pkl") and name != f"{root}data.pkl":
@@ -296,7 +300,7 @@ def _read_safetensors(path: Path, _check_sums: bool) -> Checkpoint:
             pass
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"is truncated or damaged ({printable(str(error))}); copy or download it again."
+            f"is truncated or damaged ({one_line(error, MOST_SHOWN)}); copy or download it again."
         ) from None
     header = json.loads(mapping[8 : 8 + length], object_pairs_hook=_once)
     header.pop("__metadata__", None)
@@ -305,9 +309,11 @@ def _read_safetensors(path: Path, _check_sums: bool) -> Checkpoint:
     for name, entry in header.items():
         shape, count = entry["shape"], math.prod(entry["shape"])
         if (dtype := SAFETENSORS_DTYPES.get(entry["dtype"])) is None:
-            raise CheckpointError(f"has {printable(name)} of dtype {printable(entry['dtype'])}, which no CLIP has.")
+            raise CheckpointError(
+                f"has {one_line(name, MOST_SHOWN)} of dtype {one_line(entry['dtype'], MOST_SHOWN)}, which no CLIP has."
+            )
         if len(shape) > MOST_DIMENSIONS or (count == 0 and max(shape) > len(mapping)):
-            raise CheckpointError(f"has {printable(name)} of a shape that no CLIP has.")
+            raise CheckpointError(f"has {one_line(name, MOST_SHOWN)} of a shape that no CLIP has.")
         start = 8 + length + entry["data_offsets"][0]
         flat = (
             torch.frombuffer(mapping, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
@@ -323,8 +329,6 @@ def _reader_for(start: bytes) -> Callable[[Path, bool], Checkpoint]:
         return _read_safetensors
     if start[:1] == b"\x80":  # the pickle protocol's first byte
         return _read_legacy
-    if start.startswith(LFS_POINTER):
-        raise CheckpointError("is a pointer of Git LFS and not the file itself; get that with `git lfs pull`.")
     raise CheckpointError("is neither a PyTorch checkpoint nor a safetensors file; name a file such as ViT-B-32.pt.")
 
 
@@ -350,7 +354,7 @@ def read_checkpoint(path: str | Path, *, check_sums: bool = True) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint file {path}; check the path.")
     with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
+        start = file.read(LONGEST_START)
     if not start:
         raise CheckpointError(f"{path} is empty; copy or download it again.")
     try:
@@ -359,4 +363,4 @@ def read_checkpoint(path: str | Path, *, check_sums: bool = True) -> Checkpoint:
         raise CheckpointError(f"{path} {error}") from None
 
 
-__all__ = ["SAFETENSORS_DTYPES", "Checkpoint", "CheckpointError", "printable", "read_checkpoint"]
+__all__ = ["SAFETENSORS_DTYPES", "Checkpoint", "CheckpointError", "read_checkpoint"]

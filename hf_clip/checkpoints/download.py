@@ -16,8 +16,9 @@ from filelock import FileLock
 from huggingface_hub import constants
 from tqdm import tqdm
 
+from ..model.checked_files import one_line
 from ..model.variants import VARIANTS, Variant
-from .errors import CheckpointError, printable
+from .errors import MOST_SHOWN, CheckpointError
 
 PUBLISHED_AT = "https://openaipublic.azureedge.net/clip/models"
 """The published address is this, the file's sha256, and its name."""
@@ -147,8 +148,8 @@ def fetch_original(variant: Variant, offline: bool = False, folder: str | Path |
             _download(url, unfinished)
         except (HTTPError, URLError, HTTPException, OSError) as error:
             raise ConnectionError(
-                f"{variant.checkpoint} could not be downloaded from {url} ({printable(str(error))}). The same command "
-                f"goes on where it stopped; or put the file into {target.parent}."
+                f"{variant.checkpoint} could not be downloaded from {url} ({one_line(error, MOST_SHOWN)}). The same "
+                f"command goes on where it stopped; or put the file into {target.parent}."
             ) from error
         if (found := sha256_of(unfinished)) != variant.sha256:
             unfinished.unlink()

@@ -1,7 +1,9 @@
-"""What is said of a file that cannot be read, in one line of bounded length."""
+"""What is said of a checkpoint that cannot be read."""
+
+from ..model.checked_files import one_line
 
 MOST_SHOWN = 100
-"""Characters of a name, value or reason that come from a file and are shown in a message."""
+"""Characters of a name, value or reason that come from a checkpoint and are shown in a message."""
 
 
 class CheckpointError(ValueError):
@@ -12,11 +14,4 @@ class NoCheckpointsPickleError(CheckpointError):
     """A pickle that is none of a checkpoint's."""
 
     def __init__(self, reason: str):
-        super().__init__(f"holds a pickle that is no checkpoint's ({printable(reason)}).")
-
-
-def printable(text: str, most: int = MOST_SHOWN) -> str:
-    """A text from a file as it may be shown: its start alone, without line breaks or control characters."""
-    start = text[:most]
-    start = start if start.isprintable() else ascii(start)[: 2 * most]
-    return start if len(text) <= most else f"{start}… ({len(text)} characters)"
+        super().__init__(f"holds a pickle that is no checkpoint's ({one_line(reason, MOST_SHOWN)}).")

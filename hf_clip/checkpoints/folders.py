@@ -7,11 +7,13 @@ line that does, and says what to do.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, StrictDataclassError
 
 from ..model.checked_files import TOKENIZER_CHECKS, in_one_kind, one_line, read_object
+from ..model.configuration_hf_clip import read_config_object
 from .open_clip import CONFIG_FILE
 
 WHOLE_MODELS = ("hf_clip", "clip")
@@ -19,38 +21,46 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 DESCRIPTIONS = ("config.json", *IMAGE_PROCESSOR_FILES, CONFIG_FILE)
 """The files by which a folder's readers tell what it holds: those of two layouts beside each other mislead them."""
-OBJECTS = ("config.json", *IMAGE_PROCESSOR_FILES, CONFIG_FILE)
 
 
-def check_folder(folder: str | Path) -> None:
+def check_kind(source: str | Path, values: dict[str, Any]) -> None:
+    """Raises ValueError where a config.json describes no whole CLIP."""
+    if (kind := values.get("model_type")) not in WHOLE_MODELS:
+        found = "a config.json without a model_type" if kind is None else f"a {kind!r:.80} model by its config.json"
+        raise ValueError(f"{source} holds {found}; a whole CLIP is needed, {' or '.join(WHOLE_MODELS)}.")
+
+
+def check_folder(folder: str | Path) -> dict[str, dict[str, Any]]:
     """Refuse a folder that is no model's, or whose configuration, tokenizer or image processor is missing or damaged.
 
-    Raises FileNotFoundError or ValueError.
+    Returns:
+        What its configuration and its image processor's files hold, by their names.
+
+    Raises:
+        FileNotFoundError: It is no model's folder, or a part is missing.
+        ValueError: A file is damaged, or is another model's.
     """
     folder = Path(folder)
-    names = [name for name in (*OBJECTS, *TOKENIZER_CHECKS) if (folder / name).is_file()]
+    names = [name for name in (*DESCRIPTIONS, *TOKENIZER_CHECKS) if (folder / name).is_file()]
     if "config.json" not in names and CONFIG_FILE not in names:
         raise FileNotFoundError(
             f"{folder} is a folder without a model: it has neither config.json nor {CONFIG_FILE}. Name a checkpoint "
             f"file such as ViT-B-32.pt, or the folder of a model."
         )
-    found = {name: read_object(folder / name) for name in names if name in OBJECTS}
+    readers = dict.fromkeys(DESCRIPTIONS, read_object) | {"config.json": read_config_object}
+    found = {name: readers[name](folder / name) for name in names if name in DESCRIPTIONS}
     for name in set(names) - found.keys():
         TOKENIZER_CHECKS[name](folder / name)
-    kind = found.get("config.json", {}).get("model_type")
-    if kind is None and CONFIG_FILE in names:
-        return  # open_clip's own layout, which needs neither tokenizer nor image processor
-    if kind not in WHOLE_MODELS:
-        found_kind = (
-            "a config.json without a model_type" if kind is None else f"a {kind!r:.80} model by its config.json"
-        )
-        raise ValueError(f"{folder} holds {found_kind}; a whole CLIP is needed, {' or '.join(WHOLE_MODELS)}.")
+    if found.get("config.json", {}).get("model_type") is None and CONFIG_FILE in names:
+        return found  # open_clip's own layout, which needs neither tokenizer nor image processor
+    check_kind(folder, found["config.json"])
     for what, files in (("tokenizer", TOKENIZER_FILES), ("image processor", IMAGE_PROCESSOR_FILES)):
         if not set(files) & set(names):
             raise FileNotFoundError(
                 f"{folder} has no {what} ({' or '.join(files)}); save the model's processor there: "
                 f"processor.save_pretrained({str(folder)!r})."
             )
+    return found
 
 
 def _refused_by_the_hub(source: str | Path, error: BaseException) -> OSError | None:
@@ -112,4 +122,4 @@ def in_one_line(source: str | Path) -> Iterator[None]:
         raise ConnectionError(f"{name} could not be loaded from the Hub ({one_line(error)}); try again.") from error
 
 
-__all__ = ["DESCRIPTIONS", "IMAGE_PROCESSOR_FILES", "check_folder", "in_one_line", "read_object"]
+__all__ = ["DESCRIPTIONS", "IMAGE_PROCESSOR_FILES", "check_folder", "check_kind", "in_one_line"]

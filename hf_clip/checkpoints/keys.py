@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
+from ..model.checked_files import one_line
 from ..model.configuration_hf_clip import (
     HfClipConfig,
     HfClipResNetConfig,
@@ -27,7 +28,7 @@ from ..model.configuration_hf_clip import (
 )
 from ..model.modeling_hf_clip import HfClipModel
 from ..model.variants import VARIANTS, Variant
-from .errors import CheckpointError, printable
+from .errors import MOST_SHOWN, CheckpointError
 
 HEAD_WIDTH = 64
 """All of OpenAI's towers, and the attention pools, have heads of this width; no tensor tells it."""
@@ -151,11 +152,11 @@ def _lookup(names: Iterable[str], rows: list[Row], templates_of: Callable[[Row],
 
 def _in_short(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return printable(lines[-1].strip())
+    return one_line(lines[-1].strip(), MOST_SHOWN)
 
 
 def _list_names(names: Iterable[str], most: int = 6) -> str:
-    names = sorted(map(printable, names))
+    names = sorted(one_line(name, MOST_SHOWN) for name in names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -173,7 +174,9 @@ def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             own = shorter
         own = own.removeprefix("text.")  # where open_clip keeps the text tower of its CustomTextCLIP
         if own in bare:
-            raise CheckpointError(f"holds two tensors for {printable(own)}, one of them as {printable(name)}.")
+            raise CheckpointError(
+                f"holds two tensors for {one_line(own, MOST_SHOWN)}, one of them as {one_line(name, MOST_SHOWN)}."
+            )
         bare[own] = tensor
     return bare
 
@@ -193,7 +196,7 @@ def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
             raise CheckpointError(
-                f"has {printable(name)} of dtype {tensor.dtype}, but weights are floating-point numbers."
+                f"has {one_line(name, MOST_SHOWN)} of dtype {tensor.dtype}, but weights are floating-point numbers."
             )
 
 
@@ -211,7 +214,9 @@ def convert_names(state: Mapping[str, Tensor], config: HfClipConfig) -> dict[str
     for name, tensor in weights.items():
         row, values = rows[name]
         if not row.fits(tensor):
-            raise CheckpointError(f"has {printable(name)} of shape {tuple(tensor.shape)}, which no CLIP has.")
+            raise CheckpointError(
+                f"has {one_line(name, MOST_SHOWN)} of shape {tuple(tensor.shape)}, which no CLIP has."
+            )
         converted |= zip((ours.format(**values) for ours in row.ours), row.forward(tensor), strict=True)
     expected = expected_shapes(config)
     if unknown := converted.keys() - expected.keys():
@@ -223,7 +228,7 @@ def convert_names(state: Mapping[str, Tensor], config: HfClipConfig) -> dict[str
     for name, tensor in converted.items():
         if tuple(tensor.shape) != expected[name]:
             raise CheckpointError(
-                f"has {printable(name)} of shape {tuple(tensor.shape)} where {expected[name]} is needed."
+                f"has {one_line(name, MOST_SHOWN)} of shape {tuple(tensor.shape)} where {expected[name]} is needed."
             )
     return converted
 

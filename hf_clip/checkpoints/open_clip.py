@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.utils import cached_file
 
-from ..model.checked_files import check_no_pointer, one_line, read_object
+from ..model.checked_files import one_line, read_object
 from ..model.configuration_hf_clip import (
     MOST_WIDTH,
     OPENAI_VOCAB_SIZE,
@@ -223,10 +223,15 @@ def open_clip_config(config: HfClipConfig, image_processor: HfClipImageProcessor
 def read_open_clip_config(path: str | Path) -> dict[str, Any]:
     """The content of a configuration file. Raises ValueError for a file that is none."""
     values = read_object(path)
+    check_open_clip_config(path, values)
+    return values
+
+
+def check_open_clip_config(path: str | Path, values: dict[str, Any]) -> None:
+    """Raises ValueError where `values`, which the file `path` holds, are no configuration of open_clip's."""
     model = values.get("model_cfg", values)
     if not isinstance(model, dict) or "vision_cfg" not in model:
         raise ValueError(f"{path} is no configuration of open_clip's: it has neither model_cfg nor vision_cfg.")
-    return values
 
 
 @dataclass
@@ -249,7 +254,6 @@ class OpenClipRepository:
         """Raises FileNotFoundError when there is none."""
         for name in WEIGHT_FILES:
             if (path := self._file(name)) is not None:
-                check_no_pointer(path)
                 return path
         raise FileNotFoundError(f"{self.source} has {CONFIG_FILE}, but none of its weights: {', '.join(WEIGHT_FILES)}.")
 
@@ -296,13 +300,27 @@ class OpenClipRepository:
         )
 
 
-def find_open_clip(source: Any, hub: dict[str, Any]) -> OpenClipRepository | None:
-    """The reader of `source` if it has an `open_clip_config.json`. Raises ValueError for an architecture not known."""
-    path = cached_file(source, CONFIG_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-    if path is None:
-        return None
+def find_open_clip(
+    source: Any, hub: dict[str, Any], described: dict[str, dict[str, Any]] | None = None
+) -> OpenClipRepository | None:
+    """The reader of `source` if it has an `open_clip_config.json`.
+
+    Args:
+        source: A folder, or the name of a repository on the Hub.
+        hub: Arguments of the Hub, as `from_pretrained` takes them.
+        described: The JSON files of a folder that were read before, by their names.
+
+    Raises:
+        ValueError: The file is damaged, or describes an architecture that is none of OpenAI's.
+    """
+    values = (described or {}).get(CONFIG_FILE)
     try:
-        values = read_open_clip_config(path)
+        if values is None:
+            path = cached_file(source, CONFIG_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+            if path is None:
+                return None
+            values = read_object(path)
+        check_open_clip_config(CONFIG_FILE, values)
         return OpenClipRepository(source, hub, values, config_from_open_clip(values))
     except ValueError as error:
         raise ValueError(f"The {CONFIG_FILE} of {source} cannot be read as a CLIP of OpenAI's: {error}") from None

@@ -1,9 +1,14 @@
-"""A checkpoint with OpenAI's tensor names, by whichever program it was written → a configuration and our names."""
+"""A checkpoint file with OpenAI's tensor names → a configuration, and the tensors under our names.
+
+Such files are OpenAI's archives, state dicts and safetensors of the same names, and open_clip's training checkpoints.
+What the file doesn't say, the activation and which of two sets of weights is meant, has to be told.
+"""
 
 from pathlib import Path
 
 from torch import Tensor
 
+from ..model.checked_files import check_no_pointer
 from ..model.configuration_hf_clip import HfClipConfig
 from .archive import Checkpoint, CheckpointError, read_checkpoint
 from .download import verify_file
@@ -28,6 +33,25 @@ def _choose_weights(checkpoint: Checkpoint, which: str | None) -> dict[str, Tens
     return checkpoint.averages if which == "ema" else checkpoint.tensors
 
 
+def open_checkpoint(path: Path, verify: bool, *, check_sums: bool = True) -> Checkpoint:
+    """A checkpoint file whose content was compared with what is known of it: a sha256, else an archive's own checksums.
+
+    Args:
+        path: The file.
+        verify: Whether its sha256 is compared where one is known: by a published name, or by the Hub's cache.
+        check_sums: Whether an archive's own checksums are compared, unless its sha256 was.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is a Git-LFS pointer.
+        CheckpointError: It is damaged, or another file than its name says.
+    """
+    if path.is_file():
+        check_no_pointer(path)  # before its sha256 is, which would be called wrong
+    is_verified = verify and verify_file(path)
+    return read_checkpoint(path, check_sums=check_sums and not is_verified)
+
+
 def read_original(
     path: Path,
     verify: bool = True,
@@ -39,18 +63,21 @@ def read_original(
 ) -> tuple[Checkpoint, HfClipConfig, dict[str, Tensor]]:
     """The checkpoint, its configuration, and its tensors under our names: views of the mapped file.
 
-    verify:     a file that bears one of the nine published names must have that file's sha256, and one in the Hub's
-                cache that which the Hub has
-    check_sums: an archive's own checksums are compared, unless its sha256 was; see `read_checkpoint`
-    config:     the model's configuration, where the file alone doesn't tell it all
-    activation: "quick_gelu" or "gelu", for a training checkpoint that comes without a configuration
-    weights:    "model" or "ema", for a training checkpoint that has both
+    Args:
+        path: The file.
+        verify: Whether a file that bears one of the nine published names must have that file's sha256, and one in the
+            Hub's cache that which the Hub has.
+        check_sums: Whether an archive's own checksums are compared, unless its sha256 was.
+        config: The model's configuration, where the file alone doesn't tell it all.
+        activation: "quick_gelu" or "gelu", for a training checkpoint that comes without a configuration.
+        weights: "model" or "ema", for a training checkpoint that has both.
 
-    Raises FileNotFoundError, or CheckpointError for a file that is none of CLIP's, and for a training checkpoint whose
-    activation nobody tells: no tensor shows it, and the wrong one spoils every feature by a little.
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is none of CLIP's, or it is a training checkpoint whose activation nobody tells: no
+            tensor shows it, and the wrong one spoils every feature by a little.
     """
-    is_verified = verify and verify_file(path)
-    checkpoint = read_checkpoint(path, check_sums=check_sums and not is_verified)
+    checkpoint = open_checkpoint(path, verify, check_sums=check_sums)
     try:
         stored = _choose_weights(checkpoint, weights)
         tensors = without_wrappers(stored)

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from mmap import mmap
 from typing import Any
 
-from .errors import CheckpointError, NoCheckpointsPickleError, printable
+from ..model.checked_files import one_line
+from .errors import MOST_SHOWN, CheckpointError, NoCheckpointsPickleError
 from .stored_values import GLOBALS, LARGEST_COUNT, Call, Record, ScriptClass, Storage, StorageType, Table
 
 MOST_PICKLED_BYTES = 1 << 25
@@ -165,7 +166,7 @@ class PickleMachine:
             self.stack.append(ScriptClass())
             return
         known = GLOBALS.get((module, name))
-        shown = printable(f"{module}.{name}")
+        shown = one_line(f"{module}.{name}", MOST_SHOWN)
         if known is None and module == "torch" and name.endswith("Storage"):
             raise CheckpointError(
                 f"refused: its {self.entry} asks for {shown}, but plain tensors of numbers are needed."
@@ -210,7 +211,7 @@ class PickleMachine:
             raise NoCheckpointsPickleError("a storage of a long name")
         storage = Storage(key, kind.dtype, count)
         if self.storages.setdefault(key, storage) != storage:
-            raise CheckpointError(f"is refused: its storage {printable(key)} is of two dtypes or sizes.")
+            raise CheckpointError(f"is refused: its storage {one_line(key, MOST_SHOWN)} is of two dtypes or sizes.")
         self.stack.append(storage)
 
 

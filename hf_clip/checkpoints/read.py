@@ -1,4 +1,11 @@
-"""Any of the layouts in which these models are found → configuration, tensors, tokenizer and image processor.
+"""A model from wherever it is: `read(source)` → configuration, tensors, tokenizer and image processor.
+
+    a file, or one of OpenAI's names ─ download ─ archive ─ original ──────────────┐
+    a folder or     ┌ open_clip_config.json ─ open_clip ─ archive ─ original ──────┤
+    repository ─────┴ config.json (ours, stock CLIP's) ─ archive ──────────────────┴─ StoredModel, HfClipProcessor
+
+`archive` reads tensors of any container, `original` gives OpenAI's tensor names ours. A repository's configuration is
+read once and handed on.
 
 Tensors are views of mapped files, in the dtypes that are stored: what is read and written again is bit-identical.
 Nothing is computed and no model is built.
@@ -8,33 +15,35 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 from transformers.utils import cached_file
 
-from ..model.checked_files import WEIGHT_FILES, check_no_pointer, list_shards, read_object, read_unchanged
+from ..model.checked_files import WEIGHT_FILES, list_shards, one_line, read_object, read_unchanged
 from ..model.configuration_hf_clip import (
     CHECKPOINT_SUFFIXES,
     OPENAI_VOCAB_SIZE,
     HfClipConfig,
     HfClipResNetConfig,
     HfClipTextConfig,
-    find_foreign,
+    named_as_ours,
+    read_config_object,
 )
 from ..model.image_processing_hf_clip import HfClipImageProcessor
+from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
 from ..model.tokenization_hf_clip import HfClipTokenizer
 from ..model.variants import VARIANTS
-from .archive import Checkpoint, read_checkpoint
-from .download import find_original, verify_file
-from .errors import CheckpointError, printable
-from .folders import check_folder, in_one_line
+from .archive import Checkpoint
+from .download import find_original
+from .errors import MOST_SHOWN, CheckpointError
+from .folders import check_folder, check_kind, in_one_line
 from .keys import check_dtypes, expected_shapes
-from .open_clip import config_from_open_clip, read_open_clip_config
-from .original import read_original
+from .open_clip import OpenClipRepository, config_from_open_clip, find_open_clip, read_open_clip_config
+from .original import open_checkpoint, read_original
 from .safetensors_stream import read_metadata
 from .vocabulary import find_vocabulary
 
@@ -45,19 +54,24 @@ PUBLISHED_KEY = "openai_checkpoint"
 
 @dataclass
 class StoredModel:
-    """A model as it lies on disk.
+    """The configuration and the tensors of a model, as they lie on disk.
 
-    tensors:     by our names, in the dtypes that are stored
-    checkpoints: the files behind them
-    published:   which of OpenAI's nine these weights are, where the file is known to be the published one; else None
+    Attributes:
+        config: The model's configuration.
+        tensors: By our names, in the dtypes that are stored.
+        checkpoints: The files behind them; none for a model in memory.
+        published: Which of OpenAI's nine these weights are, where the file is known to be the published one; else None.
     """
 
     config: HfClipConfig
     tensors: dict[str, Tensor]
-    tokenizer: HfClipTokenizer
-    image_processor: HfClipImageProcessor
-    checkpoints: list[Checkpoint]
+    checkpoints: list[Checkpoint] = field(default_factory=list)
     published: str | None = None
+
+    @classmethod
+    def of(cls, model: HfClipModel) -> "StoredModel":
+        """The same of a model in memory, in the dtype that it has there."""
+        return cls(model.config, {name: tensor.cpu() for name, tensor in model.state_dict().items()})
 
     @property
     def nbytes(self) -> int:
@@ -95,17 +109,13 @@ def _weight_files(source: Any, hub: dict[str, Any]) -> list[Path]:
 
     for name in WEIGHT_FILES:
         if (whole := find(name)) is not None:
-            check_no_pointer(whole)
             return [whole]
         if (index := find(f"{name}.index.json")) is not None:
             shards = list_shards(index)
             files = [find(shard) for shard in shards]
             if missing := [shard for shard, file in zip(shards, files, strict=True) if file is None]:
                 raise FileNotFoundError(f"{source} lacks {', '.join(missing)}, which its {index.name} names.")
-            found = [file for file in files if file is not None]
-            for file in found:
-                check_no_pointer(file)
-            return found
+            return [file for file in files if file is not None]
     raise FileNotFoundError(f"{source} has no weights: none of {', '.join(WEIGHT_FILES)}, whole or in shards.")
 
 
@@ -136,7 +146,7 @@ def _check_names(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) 
     shapes = expected_shapes(config)
 
     def listed(names: Iterable[str]) -> str:
-        return ", ".join(sorted(map(printable, names))[:MOST_NAMED])
+        return ", ".join(sorted(one_line(name, MOST_SHOWN) for name in names)[:MOST_NAMED])
 
     if unknown := kept.keys() - shapes.keys():
         raise CheckpointError(f"{source} holds tensors that its configuration has no place for: {listed(unknown)}.")
@@ -172,17 +182,38 @@ def _name_special_ids(config: HfClipTextConfig, tokenizer: HfClipTokenizer) -> N
         config.pad_token_id = tokenizer.pad_token_id
 
 
+def _describe(source: Any, hub: dict[str, Any]) -> tuple[HfClipConfig, OpenClipRepository | None]:
+    """The configuration of a folder or repository, and its reader where it is in open_clip's layout."""
+    described = check_folder(source) if Path(source).is_dir() else {}
+    values = described.get("config.json", {})
+    if not described:
+        try:
+            path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+        except OSError:
+            return HfClipConfig.from_pretrained(source, **hub), None  # says what the Hub's refusal means
+        values = {} if path is None else read_config_object(path)
+    if "model_type" in values:
+        check_kind(source, values)
+        return HfClipConfig.from_dict(named_as_ours(values, source)), None
+    if (repository := find_open_clip(source, hub, described)) is not None:
+        return repository.config, repository
+    return HfClipConfig.from_pretrained(source, **hub), None  # which says what is missing
+
+
 def _read_weights(
-    source: Any, config: HfClipConfig, hub: dict[str, Any], *, verify: bool, check_sums: bool = True
+    source: Any,
+    config: HfClipConfig,
+    repository: OpenClipRepository | None,
+    hub: dict[str, Any],
+    *,
+    verify: bool,
+    check_sums: bool = True,
 ) -> tuple[list[Checkpoint], dict[str, Tensor]]:
     """The files behind a repository's weights, and those under our names, which are all that `config` needs."""
-    if (foreign := find_foreign(source, hub)) is not None:
-        checkpoint, _, tensors = read_original(foreign.weights_file(), verify, check_sums=check_sums, config=config)
+    if repository is not None:
+        checkpoint, _, tensors = read_original(repository.weights_file(), verify, check_sums=check_sums, config=config)
         return [checkpoint], tensors
-    checkpoints = []
-    for path in _weight_files(source, hub):
-        is_verified = verify and verify_file(path)
-        checkpoints.append(read_checkpoint(path, check_sums=check_sums and not is_verified))
+    checkpoints = [open_checkpoint(path, verify, check_sums=check_sums) for path in _weight_files(source, hub)]
     tensors = {name: tensor for checkpoint in checkpoints for name, tensor in checkpoint.tensors.items()}
     return checkpoints, _check_names(source, tensors, config)
 
@@ -190,32 +221,79 @@ def _read_weights(
 def check_model(source: str | Path, hub: dict[str, Any] | None = None) -> HfClipConfig:
     """Refuse a folder or repository whose files are missing or damaged, or don't belong together; no tensor is read.
 
-    hub: arguments as `from_pretrained` takes them
+    Args:
+        source: The folder, or the repository's name.
+        hub: Arguments as `from_pretrained` takes them.
 
-    Raises FileNotFoundError, CheckpointError or ValueError in one line.
+    Returns:
+        Its configuration.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        CheckpointError: The weights are damaged, or are those of another model.
+        ValueError: Another file is damaged.
     """
     with in_one_line(source):
-        if Path(source).is_dir():
-            check_folder(source)
-        config = HfClipConfig.from_pretrained(source, **(hub or {}))
-        _read_weights(source, config, hub or {}, verify=False, check_sums=False)
+        config, repository = _describe(source, hub or {})
+        _read_weights(source, config, repository, hub or {}, verify=False, check_sums=False)
         return config
 
 
-def _read_repository(source: Any, hub: dict[str, Any], verify: bool) -> StoredModel:
+def _read_processor(source: Any, repository: OpenClipRepository | None, hub: dict[str, Any]) -> HfClipProcessor:
+    if repository is not None:
+        images = HfClipImageProcessor.from_dict(repository.image_processor_values())
+        return HfClipProcessor(images, repository.tokenizer())
+    return HfClipProcessor(
+        HfClipImageProcessor.from_own_layout(source, **hub), HfClipTokenizer.from_pretrained(source, **hub)
+    )
+
+
+def _read_repository(source: Any, hub: dict[str, Any], verify: bool) -> tuple[StoredModel, HfClipProcessor]:
     """A folder or a repository on the Hub: ours, stock CLIP's or open_clip's. hub: as `from_pretrained` takes it"""
     with in_one_line(source):
-        if Path(source).is_dir():
-            check_folder(source)
-        config = HfClipConfig.from_pretrained(source, **hub)
-        processor = HfClipProcessor.from_pretrained(source, **hub)
+        config, repository = _describe(source, hub)
+        processor = _read_processor(source, repository, hub)
         for values in (config.__dict__, processor.image_processor.__dict__, processor.tokenizer.init_kwargs):
             values.pop("auto_map", None)  # the code isn't taken along
-        checkpoints, tensors = _read_weights(source, config, hub, verify=verify)
+        checkpoints, tensors = _read_weights(source, config, repository, hub, verify=verify)
         published = _published([checkpoint.path for checkpoint in checkpoints])
-        tokenizer = _own_tokenizer(processor.tokenizer, config.text_config.max_position_embeddings)
-        _name_special_ids(config.text_config, tokenizer)
-    return StoredModel(config, tensors, tokenizer, processor.image_processor, checkpoints, published)
+        processor.tokenizer = _own_tokenizer(processor.tokenizer, config.text_config.max_position_embeddings)
+        _name_special_ids(config.text_config, processor.tokenizer)
+    return StoredModel(config, tensors, checkpoints, published), processor
+
+
+def _read_file(
+    path: Path,
+    *,
+    config: HfClipConfig | None,
+    activation: str | None,
+    weights: str | None,
+    vocabulary: Path,
+    verify: bool,
+    note: Callable[[str], None],
+) -> tuple[StoredModel, HfClipProcessor]:
+    """A checkpoint file with OpenAI's tensor names, by whichever program it was written."""
+    checkpoint, read_config, tensors = read_original(
+        path, verify, config=config, activation=activation, weights=weights
+    )
+    if checkpoint.container in ("state dict", "safetensors") and config is None and activation is None:
+        note(
+            "the file doesn't say which activation its transformers have; OpenAI's quick_gelu is assumed. For a model "
+            "of open_clip's that is not named -quickgelu, pass --activation gelu."
+        )
+    text = read_config.text_config
+    tokenizer = HfClipTokenizer.from_vocabulary_file(
+        vocabulary,
+        # OpenAI's code and open_clip have this one tokenizer, however many rows a table has.
+        vocab_size=min(text.vocab_size, OPENAI_VOCAB_SIZE),
+        model_max_length=text.max_position_embeddings,
+    )
+    _name_special_ids(text, tokenizer)
+    image_processor = HfClipImageProcessor.for_image_size(read_config.vision_config.image_size)
+    is_as_published = verify and config is None and activation is None and weights is None
+    verified = {variant.checkpoint: variant.name for variant in VARIANTS.values()} if is_as_published else {}
+    model = StoredModel(read_config, tensors, [checkpoint], verified.get(path.name))
+    return model, HfClipProcessor(image_processor, tokenizer)
 
 
 def _meant(name: str) -> str | None:
@@ -227,7 +305,7 @@ def _meant(name: str) -> str | None:
     return spelled.get(re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("clip-")))
 
 
-def read_model(
+def read(
     source: str | Path,
     *,
     config: str | Path | None = None,
@@ -236,20 +314,30 @@ def read_model(
     vocabulary: str | Path | None = None,
     verify: bool = True,
     offline: bool = False,
-    progress: Callable[[str], None] = lambda message: None,
-) -> StoredModel:
+    note: Callable[[str], None] = lambda line: None,
+) -> tuple[StoredModel, HfClipProcessor]:
     """Read a model from wherever it is.
 
-    source:     a checkpoint file with OpenAI's names (OpenAI's own, a state dict, open_clip's training checkpoints),
-                one of OpenAI's nine names, or a folder or repository of ours, stock CLIP's or open_clip's
-    config, activation, weights: for checkpoint files that don't say; see `read_original`. A `config` file may be
-                open_clip's or a config.json
-    vocabulary: OpenAI's vocabulary file, for checkpoint files
-    verify:     a file that bears one of the nine published names must have that file's sha256, and one in the Hub's
-                cache that which the Hub has
-    progress:   called with a line that the user should read
+    Args:
+        source: A checkpoint file with OpenAI's tensor names (OpenAI's own, a state dict, a training checkpoint of
+            open_clip's), one of OpenAI's nine names, or a folder or repository of ours, stock CLIP's or open_clip's.
+        config: For a checkpoint file that doesn't say: open_clip's configuration file, or a config.json.
+        activation: For a checkpoint file that doesn't say: "quick_gelu" or "gelu".
+        weights: "model" or "ema", for a training checkpoint that has both.
+        vocabulary: OpenAI's vocabulary file, for checkpoint files; see `find_vocabulary`.
+        verify: Whether a file that bears one of the nine published names must have that file's sha256, and one in the
+            Hub's cache that which the Hub has.
+        offline: Whether nothing may be downloaded.
+        note: Called with a line that the user should read.
 
-    Raises FileNotFoundError, ConnectionError, CheckpointError or ValueError that says what to do.
+    Returns:
+        The model as it lies on disk, and its processor.
+
+    Raises:
+        FileNotFoundError: There is no such file, folder or repository, or it lacks a part.
+        ConnectionError: A download failed.
+        CheckpointError: The weights are damaged, refused, or those of another model.
+        ValueError: Another file is damaged, or an argument doesn't fit the source.
     """
     name, path = str(source), Path(source)
     is_file = name in VARIANTS or path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or "/" not in name
@@ -262,30 +350,17 @@ def read_model(
         if given := [flag for flag, value in told.items() if value is not None]:
             raise ValueError(f"{source} is a repository, which tells everything itself: leave out {', '.join(given)}.")
         hub = {"local_files_only": True} if offline else {}
-        return cast(StoredModel, read_unchanged(source, lambda: _read_repository(source, hub, verify)))
-    given_config = None if config is None else read_config_file(config)
-    vocabulary = find_vocabulary(vocabulary, offline)
-    path = find_original(source, offline)
-    if path.is_file():
-        check_no_pointer(path)
-    checkpoint, read, tensors = read_original(path, verify, config=given_config, activation=activation, weights=weights)
-    if checkpoint.container in ("state dict", "safetensors") and config is None and activation is None:
-        progress(
-            "note: the file doesn't say which activation its transformers have; OpenAI's quick_gelu is assumed. For a "
-            "model of open_clip's that is not named -quickgelu, pass --activation gelu."
-        )
-    text = read.text_config
-    tokenizer = HfClipTokenizer.from_vocabulary_file(
-        vocabulary,
-        # OpenAI's code and open_clip have this one tokenizer, however many rows a table has.
-        vocab_size=min(text.vocab_size, OPENAI_VOCAB_SIZE),
-        model_max_length=text.max_position_embeddings,
+        repository = read_unchanged(source, lambda: _read_repository(source, hub, verify))
+        return cast(tuple[StoredModel, HfClipProcessor], repository)
+    return _read_file(
+        config=None if config is None else read_config_file(config),
+        activation=activation,
+        weights=weights,
+        vocabulary=find_vocabulary(vocabulary, offline),
+        path=find_original(source, offline),
+        verify=verify,
+        note=note,
     )
-    _name_special_ids(text, tokenizer)
-    image_processor = HfClipImageProcessor.for_image_size(read.vision_config.image_size)
-    is_as_published = verify and config is None and activation is None and weights is None
-    verified = {variant.checkpoint: variant.name for variant in VARIANTS.values()} if is_as_published else {}
-    return StoredModel(read, tensors, tokenizer, image_processor, [checkpoint], verified.get(path.name))
 
 
-__all__ = ["StoredModel", "check_model", "published_weights", "read_config_file", "read_model"]
+__all__ = ["PUBLISHED_KEY", "StoredModel", "check_model", "published_weights", "read", "read_config_file"]

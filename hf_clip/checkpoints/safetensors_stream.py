@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..model.checked_files import one_line
 from .archive import SAFETENSORS_DTYPES
-from .errors import CheckpointError, printable
+from .errors import MOST_SHOWN, CheckpointError
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -56,5 +57,5 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        reason = printable(str(error))
+        reason = one_line(error, MOST_SHOWN)
         raise CheckpointError(f"{path} is truncated or damaged ({reason}); save or download it again.") from None

@@ -10,9 +10,11 @@ from typing import Any
 
 from transformers import CLIPConfig
 
+from ..model.checked_files import read_object
 from ..model.configuration_hf_clip import LEGACY_END_OF_TEXT_ID, HfClipConfig, HfClipResNetConfig
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.tokenization_hf_clip import HfClipTokenizer
+from .whole_file import write_json
 
 OWN_FIELDS = {
     "model_type",
@@ -71,10 +73,10 @@ def write_tokenizer(folder: Path, tokenizer: HfClipTokenizer, tokenizer_class: s
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": tokenizer_class}
+    values = read_object(path) | {"tokenizer_class": tokenizer_class}
     for of_ours in ("auto_map", "processor_class"):
         values.pop(of_ours, None)
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, values)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
@@ -89,8 +91,7 @@ def write_stock_files(
     images = stock_image_processor(image_processor)
     stock.save_pretrained(folder)
     write_tokenizer(folder, tokenizer, "PreTrainedTokenizerFast")
-    text = json.dumps(images, indent=2, sort_keys=True) + "\n"
-    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    write_json(folder / "preprocessor_config.json", images, sort_keys=True)
 
 
 __all__ = [

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError, NoCheckpointsPickleError, printable
+from ..model.checked_files import one_line
+from .errors import MOST_SHOWN, CheckpointError, NoCheckpointsPickleError
 
 STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
@@ -73,7 +74,7 @@ class Table:
         for key, value in self.pairs:
             if type(key) is str:
                 if key in found:
-                    raise CheckpointError(f"is refused: it has two values for {printable(key)}.")
+                    raise CheckpointError(f"is refused: it has two values for {one_line(key, MOST_SHOWN)}.")
                 found[key] = value
         return found
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from mmap import mmap
 from pathlib import Path
 
-from .errors import CheckpointError, printable
+from ..model.checked_files import one_line
+from .errors import MOST_SHOWN, CheckpointError
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 END_RECORD = struct.Struct("<4s4H2LH")
@@ -54,7 +55,7 @@ class ZipContainer:
 
     @staticmethod
     def _damaged(reason: str) -> CheckpointError:
-        return CheckpointError(f"is truncated or damaged ({printable(reason)}); copy or download it again.")
+        return CheckpointError(f"is truncated or damaged ({one_line(reason, MOST_SHOWN)}); copy or download it again.")
 
     def _check_directory_size(self) -> None:
         """The record at the very end, and the wider one that PyTorch writes before it, tell how long the directory is.
@@ -81,7 +82,7 @@ class ZipContainer:
             )
         end = 0
         for entry in sorted(self.archive.infolist(), key=lambda entry: entry.header_offset):
-            name = printable(entry.orig_filename)
+            name = one_line(entry.orig_filename, MOST_SHOWN)
             if entry.compress_type not in COMPRESSIONS or entry.flag_bits & ENCRYPTED:
                 raise CheckpointError(
                     f"is refused: its {name} is encrypted or compressed in a way that no checkpoint is (method "
@@ -97,7 +98,7 @@ class ZipContainer:
         """Where an entry's bytes begin, after its own header, which must say what the directory says."""
         name, at = entry.orig_filename, entry.header_offset
         if not 0 <= at <= len(self.mapping) - LOCAL_HEADER.size:
-            raise self._damaged(f"{printable(name)} lies outside of the file")
+            raise self._damaged(f"{one_line(name, MOST_SHOWN)} lies outside of the file")
         signature, _, flags, method, _, _, crc, packed, size, name_length, extra_length = LOCAL_HEADER.unpack_from(
             self.mapping, at
         )
@@ -115,7 +116,7 @@ class ZipContainer:
         if (signature, own, method, flags) != (b"PK\x03\x04", name, entry.compress_type, entry.flag_bits):
             agree = False
         if not agree or not is_whole:
-            raise self._damaged(f"the directory and the entry {printable(name)} contradict each other")
+            raise self._damaged(f"the directory and the entry {one_line(name, MOST_SHOWN)} contradict each other")
         return start
 
     def read(self, name: str, most: int) -> bytes:
@@ -123,13 +124,14 @@ class ZipContainer:
         entry = self.entries[name]
         if entry.file_size > most:
             raise CheckpointError(
-                f"is refused: its {printable(name)} has {entry.file_size} bytes, far more than a checkpoint needs."
+                f"is refused: its {one_line(name, MOST_SHOWN)} has {entry.file_size} bytes, far more than a checkpoint "
+                f"needs."
             )
         return bytes(self._unpack(entry))
 
     def _chunks(self, entry: zipfile.ZipInfo) -> Iterator[bytes]:
         """An entry's bytes in parts, however many they would unpack to. Their CRC-32 is compared at the end."""
-        name, left = printable(entry.orig_filename), entry.file_size
+        name, left = one_line(entry.orig_filename, MOST_SHOWN), entry.file_size
         try:
             with self.archive.open(entry) as file:
                 while chunk := file.read(CHUNK):

@@ -1,6 +1,6 @@
 """The parts of a model card: metadata for the Hub, a table of the architecture, and snippets that load a repository.
 
-`model_cards/` composes the cards of OpenAI's nine models from these parts, and other programs compose those of their
+`openai_cards` composes the cards of OpenAI's nine models from these parts, and other programs compose those of their
 models.
 
 Invariant: every Python block made here runs unchanged, if the repository exists and an image `cat.jpg` lies in the

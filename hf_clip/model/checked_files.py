@@ -78,11 +78,15 @@ def check_no_pointer(path: str | Path) -> None:
     """Raise ValueError for a Git-LFS pointer, which stands for a large file that was not downloaded."""
     path = Path(path)
     with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(
-                f"{path} is a Git-LFS pointer, not the file itself: the repository was cloned without its large files. "
-                f"Run `git lfs pull` in {path.parent}, or download the repository with `hf download`."
-            )
+        _refuse_pointer(path, file.read(len(LFS_POINTER)))
+
+
+def _refuse_pointer(path: Path, content: bytes) -> None:
+    if content.startswith(LFS_POINTER):
+        raise ValueError(
+            f"{path} is a Git-LFS pointer, not the file itself: the repository was cloned without its large files. "
+            f"Run `git lfs pull` in {path.parent}, or download the repository with `hf download`."
+        )
 
 
 def _depth(values: Any) -> int:
@@ -110,11 +114,12 @@ def read_json(path: str | Path, most_bytes: int = MOST_BYTES) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the path.")
-    check_no_pointer(path)
     if (size := path.stat().st_size) > most_bytes:
         raise ValueError(f"{path} has {size:,} bytes, but at most {most_bytes:,} are read of a file of its kind.")
+    content = path.read_bytes()
+    _refuse_pointer(path, content)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(content.decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({one_line(error)}); save or download it again.") from None
     except RecursionError:

@@ -173,6 +173,14 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
     return repair_special_ids(values) if values["model_type"] == "hf_clip_text" else values
 
 
+def named_as_ours(values: dict[str, Any], source: Any) -> dict[str, Any]:
+    """The fields of a config.json, a stock CLIP's under our types. Raises ValueError that names `source`."""
+    try:
+        return _renamed(values)
+    except ValueError as error:
+        raise ValueError(f"The configuration of {source} is refused: {error}") from None
+
+
 def _essence(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the fields of a configuration that change what a model computes."""
     values = {name: value for name, value in config.to_dict().items() if name not in BOOKKEEPING}
@@ -196,10 +204,7 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
         if source is not None and os.path.isfile(source) and not kwargs.get("gguf_file"):
             read_config_object(source)
         values, kwargs = super().get_config_dict(source, **kwargs)
-        try:
-            return _renamed(values), kwargs
-        except ValueError as error:
-            raise ValueError(f"The configuration of {source} is refused: {error}") from None
+        return named_as_ours(values, source), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

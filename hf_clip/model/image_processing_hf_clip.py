@@ -17,8 +17,9 @@ Dimensions: B batch, C channels, Y × X pixels, y × x pixels after resizing.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -332,6 +333,16 @@ def _check_values(pixels: Tensor, first: int) -> None:
                 check_unit_range(least, most, f"images[{index}]")
 
 
+@contextmanager
+def _refused_by_name(source: Any) -> Iterator[None]:
+    """Raises ValueError that names the folder or repository, for whatever its image processor is refused."""
+    try:
+        with in_one_kind(source):
+            yield
+    except ValueError as error:
+        raise ValueError(f"The image processor of {one_line(source, 200)} is refused: {error}") from error
+
+
 class HfClipImageProcessor(HubUpload, BaseImageProcessor):
     """Prepares images for the model, as OpenAI's transform does: images become `pixel_values` (B, 3, y, x), float32.
 
@@ -427,12 +438,30 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
         """Read the settings of a folder or repository; with the package also those of an open_clip repository."""
         if (foreign := find_foreign(pretrained_model_name_or_path, kwargs)) is not None:
             return foreign.image_processor_values(), {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS}
-        source = pretrained_model_name_or_path
+        return cls._read_own_layout(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _read_own_layout(cls, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         for path in find_files(source, (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME), hub):
             values = read_object(path)
             check_no_methods(cls, values.get("image_processor", values), path)
         return super().get_image_processor_dict(source, **kwargs)
+
+    @classmethod
+    def from_own_layout(cls, source: Any, **hub: Any) -> "HfClipImageProcessor":
+        """As `from_pretrained`, for a repository that is known to be in transformers' layout: config.json isn't read.
+
+        Args:
+            source: A folder, or the name of a repository on the Hub.
+            **hub: Arguments of the Hub, as `from_pretrained` takes them.
+
+        Raises:
+            OSError: There is no image processor.
+            ValueError: A file is damaged, or its settings are impossible.
+        """
+        with _refused_by_name(source):
+            return cls.from_dict(cls._read_own_layout(source, **hub)[0])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -451,12 +480,8 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
             OSError: There is no such folder or repository.
             ValueError: A file is damaged, or a setting has a value that cannot be used.
         """
-        source = pretrained_model_name_or_path
-        try:
-            with in_one_kind(source):
-                return super().from_pretrained(source, *args, **kwargs)
-        except ValueError as error:
-            raise ValueError(f"The image processor of {one_line(source, 200)} is refused: {error}") from error
+        with _refused_by_name(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that are saved: those of the model, not those that say how this machine computes."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from ..checkpoints.folders import DESCRIPTIONS
+from ..checkpoints.remote_code import add_remote_code
 from ..checkpoints.stock import stock_image_processor, why_not_stock, write_stock_files
 from ..checkpoints.whole_folder import whole_folder
-from ..hub.publish import check_repo_id, publish_folder
-from ..hub.remote_code import add_remote_code
+from ..hub.upload import check_repo_id, publish_folder
 from ..model.modeling_hf_clip import HfClipModel
 from .card import RunFacts, trained_card
 from .config import TrainingConfig

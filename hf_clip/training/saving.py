@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..hub.publish import PublishingError
+from ..hub.upload import PublishingError
 from ..model.modeling_hf_clip import HfClipModel
 from .averaging import interpolate_weights
 from .card import RunFacts

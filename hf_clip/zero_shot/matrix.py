@@ -4,17 +4,17 @@ Dimensions: I images, D embedding, K labels, U background labels, M = K + U colu
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from ..checkpoints.whole_file import whole_file
 
 FINGERPRINT = 8
 """Number of rows and of columns of the visual projection that are kept to recognise the model."""
@@ -109,13 +109,8 @@ class ClassifierMatrix:
             metadata["templates"] = json.dumps(self.templates)
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; name a file, e.g. {path / 'classifier.safetensors'}.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished-{uuid4().hex}")
-        try:
+        with whole_file(path) as unfinished:
             save_file(tensors, unfinished, metadata)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def is_of(self, model: Any) -> bool:
         """Whether a model, of any dtype, has the visual projection of the model that made this matrix."""

@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
-from conversion.convert import convert, main
-from hf_clip import VARIANTS, load
+from conversion.convert import main
+from hf_clip import VARIANTS, convert, load
 from hf_clip.checkpoints.download import fetch_original, find_original, originals_folder
 from hf_clip.checkpoints.errors import CheckpointError
 

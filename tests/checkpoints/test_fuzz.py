@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conversion.convert import convert
 from conversion.reference import build_reference, write_archive
+from hf_clip import convert
 from hf_clip.checkpoints.archive import read_checkpoint
 from hf_clip.checkpoints.errors import CheckpointError
 from hf_clip.checkpoints.original import read_original

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig
 
 import hf_clip
-from conversion.convert import convert, main
+from conversion.convert import main
 from conversion.reference import load_open_clip_module
 from hf_clip import (
     VARIANTS,
@@ -28,6 +28,7 @@ from hf_clip import (
     HfClipTextModelWithProjection,
     HfClipVisionModelWithProjection,
     HfClipViTModel,
+    convert,
 )
 from hf_clip.checkpoints.errors import CheckpointError
 from hf_clip.checkpoints.keys import original_names
@@ -272,7 +273,7 @@ def test_descriptions_of_the_nine_are_inverted(name: str):
 
 def test_what_is_written_open_clip_loads(tower: str, repository: Path, reference: nn.Module, tmp_path: Path):
     open_clip = load_open_clip_model()
-    convert(repository, tmp_path / "written", format_name="open_clip")
+    convert(repository, tmp_path / "written", layout="open_clip")
     values = json.loads((tmp_path / "written" / "open_clip_config.json").read_text())["model_cfg"]
     assert values["text_cfg"]["hf_tokenizer_name"]  # not OpenAI's vocabulary
     theirs = open_clip.CLIP(**values).eval()

@@ -213,7 +213,6 @@ def test_truncated_file_says_so(
 def test_files_that_are_no_checkpoints(tmp_path: Path):
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "text.pt").write_text("version 1 of something that is no checkpoint")
-    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
     torch.save([1, 2, 3], tmp_path / "list.pt")
@@ -221,7 +220,6 @@ def test_files_that_are_no_checkpoints(tmp_path: Path):
     messages = {
         "empty.pt": "is empty; copy or download it again",
         "text.pt": "is neither a PyTorch checkpoint nor a safetensors file",
-        "pointer.pt": "is a pointer of Git LFS and not the file itself; get that with `git lfs pull`",
         "other.zip": "is a zip file, but no PyTorch archive: it has no data.pkl",
         "list.pt": "holds a list, but a dictionary of tensors is needed",
         "nested.pt": "no tensors at its top level or in state_dict, model_state_dict, model, only: epoch, weights",

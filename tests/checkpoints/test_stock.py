@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, pipeline
 
 import hf_clip
-from conversion.convert import convert, main
+from conversion.convert import main
 from hf_clip import (
     HfClipConfig,
     HfClipImageProcessor,
@@ -29,6 +29,7 @@ from hf_clip import (
     HfClipTokenizer,
     HfClipVisionModelWithProjection,
     HfClipViTModel,
+    convert,
 )
 
 from ..small import random_images, texts
@@ -342,10 +343,10 @@ with torch.no_grad():
     found["text_features"] = model.get_text_features(given["input_ids"]).pooler_output
     found["image_features"] = model.get_image_features(given["pixel_values"]).pooler_output
     text = {"input_ids": given["input_ids"]}
-    image = {"pixel_values": given["pixel_values"]}
+    pixels = {"pixel_values": given["pixel_values"]}
     parts = [
-        (CLIPTextModel, text, "last_hidden_state"), (CLIPVisionModel, image, "last_hidden_state"),
-        (CLIPTextModelWithProjection, text, "text_embeds"), (CLIPVisionModelWithProjection, image, "image_embeds"),
+        (CLIPTextModel, text, "last_hidden_state"), (CLIPVisionModel, pixels, "last_hidden_state"),
+        (CLIPTextModelWithProjection, text, "text_embeds"), (CLIPVisionModelWithProjection, pixels, "image_embeds"),
     ]
     for kind, inputs, name in parts:
         found[kind.__name__] = kind.from_pretrained(folder).eval()(**inputs)[name]
@@ -370,9 +371,9 @@ def written(
 ) -> dict[str, Path]:
     """The reduced ViT for stock classes: from OpenAI's archive, from our folder, and from what was so written."""
     folder = tmp_path_factory.mktemp("written")
-    convert(archives["vit"], folder / "archive", format_name="transformers")
-    convert(repositories["vit"], folder / "folder", format_name="transformers")
-    convert(folder / "archive", folder / "again", format_name="transformers")
+    convert(archives["vit"], folder / "archive", layout="transformers")
+    convert(repositories["vit"], folder / "folder", layout="transformers")
+    convert(folder / "archive", folder / "again", layout="transformers")
     return {name: folder / name for name in ("archive", "folder", "again")}
 
 
@@ -475,7 +476,7 @@ def test_squash_is_said_in_stock_words(
     from transformers import AutoImageProcessor
 
     folder = saved_with(repositories["vit"], tmp_path / "squash", fit="squash")
-    convert(folder, tmp_path / "out", format_name="transformers")
+    convert(folder, tmp_path / "out", layout="transformers")
     stock = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert not isinstance(stock, HfClipImageProcessor)
     own = HfClipImageProcessor.from_pretrained(folder)

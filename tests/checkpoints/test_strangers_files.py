@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel
 
-from conversion.convert import convert, main
-from hf_clip import HfClipConfig, HfClipImageProcessor, HfClipModel, HfClipProcessor, HfClipTokenizer
+from conversion.convert import main
+from hf_clip import HfClipConfig, HfClipImageProcessor, HfClipModel, HfClipProcessor, HfClipTokenizer, convert
 from hf_clip.model.checked_files import MOST_DEPTH, list_shards, one_line, read_json
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -78,7 +78,7 @@ def damage(path: Path, way: list[int], field: str, value: Any) -> None:
 @pytest.fixture(scope="module")
 def layouts(repositories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     open_clip = tmp_path_factory.mktemp("layouts") / "open_clip"
-    convert(repositories["vit"], open_clip, format_name="open_clip")
+    convert(repositories["vit"], open_clip, layout="open_clip")
     return [repositories["vit"], repositories["resnet"], open_clip]
 
 

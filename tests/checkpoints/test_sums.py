@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conversion.convert import convert
+from hf_clip import convert
 from hf_clip.checkpoints.download import cached_sum, verify_file
 from hf_clip.checkpoints.errors import CheckpointError
 from hf_clip.checkpoints.original import read_original

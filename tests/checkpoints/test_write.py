@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from conversion.convert import convert, main
+from conversion.convert import main
 from conversion.reference import (
     build_reference,
     halve,
@@ -27,12 +27,13 @@ from hf_clip import (
     HfClipProcessor,
     HfClipTextModel,
     HfClipTokenizer,
+    convert,
 )
 from hf_clip.checkpoints import write as writing
 from hf_clip.checkpoints.keys import original_names
 from hf_clip.checkpoints.read import StoredModel
-from hf_clip.checkpoints.write import FORMATS, check_clip_l, write_model
-from hf_clip.hub.remote_code import TRAVELLING, add_remote_code
+from hf_clip.checkpoints.remote_code import TRAVELLING, add_remote_code
+from hf_clip.checkpoints.write import LAYOUTS, check_clip_l, write
 
 from ..closeness import assert_same_features
 from ..small import DIMENSIONS, IMAGE_SIZES, random_images, texts
@@ -80,14 +81,14 @@ def files_under(folder: Path) -> set[str]:
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.usefixtures("small_clip_l")
 def test_every_format_holds_the_same_bits(name: str, halved: dict[str, Path], tower: str, tmp_path: Path):
     if (name, tower) == ("transformers", "resnet"):
         pytest.skip("transformers' CLIPModel has no ResNets")
     out, stored = tmp_path / "out", load_file(halved[tower] / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} >= {torch.float16, torch.float32}
-    convert(halved[tower], out, format_name=name)
+    convert(halved[tower], out, layout=name)
     text_tower = {name: tensor for name, tensor in stored.items() if name.startswith("text_model.")}
     originals = original_names(stored, HfClipConfig.from_pretrained(halved[tower]))
     file, expected = {
@@ -108,7 +109,7 @@ def test_every_format_holds_the_same_bits(name: str, halved: dict[str, Path], to
 def test_way_there_and_back_is_exact(name: str, halved: dict[str, Path], tower: str, tmp_path: Path):
     if (name, tower) == ("transformers", "resnet"):
         pytest.skip("transformers' CLIPModel has no ResNets")
-    convert(halved[tower], tmp_path / "there", format_name=name)
+    convert(halved[tower], tmp_path / "there", layout=name)
     source = tmp_path / "there" / "model.pt" if name == "openai" else tmp_path / "there"
     convert(source, tmp_path / "back")
     for file in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "processor_config.json"):
@@ -119,10 +120,9 @@ def test_unknown_format_is_refused(halved: dict[str, Path], tmp_path: Path, caps
     with pytest.raises(
         ValueError, match="format is 'onnx', but must be one of hf_clip, transformers, open_clip, openai, diffusers"
     ):
-        convert(halved["vit"], tmp_path / "out", format_name="onnx")
-    with pytest.raises(SystemExit):
-        main([str(halved["vit"]), str(tmp_path / "out"), "--format", "onnx"])
-    assert "invalid choice: 'onnx'" in capsys.readouterr().err
+        convert(halved["vit"], tmp_path / "out", layout="onnx")
+    assert main([str(halved["vit"]), str(tmp_path / "out"), "--format", "onnx"]) == 1
+    assert "'onnx' is not one of 'hf_clip', 'transformers', 'open_clip', 'openai'" in capsys.readouterr().err
     assert files_under(tmp_path) == set()
 
 
@@ -131,7 +131,7 @@ def test_unknown_format_is_refused(halved: dict[str, Path], tmp_path: Path, caps
 
 @torch.no_grad()
 def test_original_code_builds_what_was_written(halved: dict[str, Path], tower: str, tmp_path: Path):
-    convert(halved[tower], tmp_path / "out", format_name="openai")
+    convert(halved[tower], tmp_path / "out", layout="openai")
     assert files_under(tmp_path / "out") == {"model.pt"}
     theirs = load_reference_module("model").build_model(torch.load(tmp_path / "out" / "model.pt")).float()
     model = HfClipModel.from_pretrained(halved[tower]).eval()
@@ -149,7 +149,7 @@ def test_original_code_takes_all_nine(name: str, tmp_path: Path):
     with torch.device("meta"):
         tensors = dict(HfClipModel(config).state_dict())
         expected = load_reference_module("model").CLIP(**reference_dimensions(VARIANTS[name])).state_dict()
-    write_model(tmp_path, StoredModel(config, tensors, None, None, []), "openai")  # type: ignore[arg-type]
+    write(StoredModel(config, tensors), None, tmp_path, "openai")  # type: ignore[arg-type]
     state = torch.load(tmp_path / "model.pt")
     assert {key: tensor.shape for key, tensor in state.items()} == {k: t.shape for k, t in expected.items()}
     with torch.device("meta"):
@@ -165,7 +165,7 @@ def test_all_nine_go_to_the_original_and_back_at_full_size(name: str, tmp_path: 
     stored = {key: t for key, t in reference.state_dict().items() if not key.endswith("attn_mask")}
     write_archive(reference, tmp_path / "file.pt", VARIANTS[name].image_size)
     convert(tmp_path / "file.pt", tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "openai", format_name="openai")
+    convert(tmp_path / "ours", tmp_path / "openai", layout="openai")
     assert_same_tensors(torch.load(tmp_path / "openai" / "model.pt", mmap=True), stored)
     theirs = load_reference_module("model").build_model(torch.load(tmp_path / "openai" / "model.pt"))
     assert_same_tensors(dict(theirs.state_dict()), dict(reference.state_dict()))
@@ -268,7 +268,7 @@ def test_what_would_be_wrong_elsewhere_is_refused_and_nothing_written(
 
 @torch.no_grad()
 def test_text_tower_of_either_kind_for_diffusers(repository: Path, model: HfClipModel, tmp_path: Path):
-    convert(repository, tmp_path / "out", format_name="diffusers")
+    convert(repository, tmp_path / "out", layout="diffusers")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"text_encoder", "tokenizer"}
     stock, info = CLIPTextModel.from_pretrained(tmp_path / "out" / "text_encoder", output_loading_info=True)
     assert not any(info.values())
@@ -289,7 +289,7 @@ def test_text_tower_of_either_kind_for_diffusers(repository: Path, model: HfClip
 @torch.no_grad()
 def test_what_was_written_for_diffusers_is_read_here_too(repository: Path, model: HfClipModel, tmp_path: Path):
     """As text encoders and tokenizers of pipelines are, tokenizers of vocab.json and merges.txt alone included."""
-    convert(repository, tmp_path / "out", format_name="diffusers")
+    convert(repository, tmp_path / "out", layout="diffusers")
     tower = HfClipTextModel.from_pretrained(tmp_path / "out", subfolder="text_encoder").eval()
     assert_same_features(tower(texts()).last_hidden_state, model.text_model(texts()).last_hidden_state)
     expected = HfClipTokenizer.from_pretrained(repository)(["it’s red"]).input_ids
@@ -307,7 +307,7 @@ def test_what_was_written_for_diffusers_is_read_here_too(repository: Path, model
 @pytest.mark.usefixtures("small_clip_l")
 @torch.no_grad()
 def test_comfyui_gets_one_file_under_the_names_it_looks_for(repository: Path, model: HfClipModel, tmp_path: Path):
-    convert(repository, tmp_path / "out", format_name="comfyui")
+    convert(repository, tmp_path / "out", layout="comfyui")
     assert files_under(tmp_path / "out") == {"clip_l.safetensors"}
     tensors = load_file(tmp_path / "out" / "clip_l.safetensors")
     assert "text_model.encoder.layers.2.mlp.fc1.weight" in tensors
@@ -352,13 +352,13 @@ def test_flag_is_refused_where_no_code_is_needed(
     assert files_under(tmp_path) == set()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.usefixtures("small_clip_l")
 def test_code_is_not_taken_along(name: str, halved: dict[str, Path], tmp_path: Path):
     convert(halved["vit"], tmp_path / "published", remote_code=True)
     assert (tmp_path / "published" / f"{TRAVELLING[0]}.py").is_file()
-    convert(tmp_path / "published", tmp_path / "out", format_name=name)
-    convert(halved["vit"], tmp_path / "plain", format_name=name)
+    convert(tmp_path / "published", tmp_path / "out", layout=name)
+    convert(halved["vit"], tmp_path / "plain", layout=name)
     assert files_under(tmp_path / "out") == files_under(tmp_path / "plain")
     for path in (tmp_path / "plain").rglob("*"):
         found = tmp_path / "out" / path.relative_to(tmp_path / "plain")
@@ -373,7 +373,7 @@ def test_code_is_not_taken_along_with_added_tokens_either(halved: dict[str, Path
     tokenizer.save_pretrained(tmp_path / "published")
     add_remote_code(tmp_path / "published")
     for name in ("hf_clip", "transformers", "diffusers"):
-        convert(tmp_path / "published", tmp_path / name, format_name=name)
+        convert(tmp_path / "published", tmp_path / name, layout=name)
         for path in (tmp_path / name).rglob("*"):
             assert path.suffix != ".py"
             assert path.suffix != ".json" or "auto_map" not in path.read_text(encoding="utf-8"), path
@@ -388,7 +388,7 @@ def test_two_layouts_in_one_folder_are_refused(
 ):
     """`--overwrite` leaves files of other names alone, and some of them would go on to describe the old model."""
     out, (first, second) = tmp_path / "out", names
-    convert(halved["vit"], out, format_name=first)
+    convert(halved["vit"], out, layout=first)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert main([str(halved["vit"]), str(out), "--format", second, "--overwrite"]) == 1
     assert "of a model in another layout, which would be read with the new one's files" in capsys.readouterr().err
@@ -398,5 +398,5 @@ def test_two_layouts_in_one_folder_are_refused(
 
 def test_files_that_describe_nothing_go_beside_any_model(halved: dict[str, Path], tmp_path: Path):
     convert(halved["vit"], tmp_path / "out")
-    convert(tmp_path / "out", tmp_path / "out", format_name="openai", overwrite=True)
+    convert(tmp_path / "out", tmp_path / "out", layout="openai", overwrite=True)
     assert files_under(tmp_path / "out") == files_under(halved["vit"]) | {"model.pt"}

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from conversion.convert import convert, main
+from conversion.convert import main
 from conversion.reference import build_reference, halve, reference_dimensions, write_archive
-from hf_clip import VARIANTS, HfClipConfig, HfClipModel, HfClipProcessor
+from hf_clip import VARIANTS, HfClipConfig, HfClipModel, HfClipProcessor, convert
 from hf_clip.checkpoints import whole_folder as whole_folder_module
 from hf_clip.checkpoints import write as writing
 from hf_clip.checkpoints.errors import CheckpointError
@@ -272,7 +272,7 @@ def test_command_runs_as_a_program(archives: dict[str, Path], tmp_path: Path):
 
 MEASURE = """
 import re, sys
-from conversion.convert import convert
+from hf_clip import convert
 # Not ru_maxrss, which a process inherits from the one that started it.
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 base = peak()

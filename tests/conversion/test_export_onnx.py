@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from conversion import export_onnx as program
-from conversion import onnx_graphs
-from conversion.convert import convert
-from conversion.export_onnx import export_onnx, main
-from conversion.onnx_graphs import GRAPHS, random_inputs
-from conversion.onnx_precision import Comparison, Deviation, open_session
-from hf_clip import VARIANTS, HfClipConfig, HfClipModel, HfClipVisionModelWithProjection
+from conversion.export_onnx import main
+from hf_clip import VARIANTS, HfClipConfig, HfClipModel, HfClipVisionModelWithProjection, convert
+from hf_clip.checkpoints import onnx_export as program
+from hf_clip.checkpoints import onnx_graphs
+from hf_clip.checkpoints.onnx_export import export_onnx
+from hf_clip.checkpoints.onnx_graphs import GRAPHS, random_inputs
+from hf_clip.checkpoints.onnx_precision import Comparison, Deviation, open_session
 
 from ..small import CONTEXT_LENGTH, random_images, texts
 
@@ -242,7 +242,7 @@ def test_folders_of_other_layouts_are_exported(
     repositories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ):
     export_tiny(monkeypatch)
-    convert(repositories["vit"], tmp_path / "source", format_name=layout)
+    convert(repositories["vit"], tmp_path / "source", layout=layout)
     if layout == "open_clip":
         with pytest.raises(ValueError, match="has no config.json, which browsers read; name another folder"):
             export_onnx(tmp_path / "source")

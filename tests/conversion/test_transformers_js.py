@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from conversion.convert import convert
-from conversion.export_onnx import export_onnx
-from hf_clip import HfClipConfig, HfClipModel
+from hf_clip import HfClipConfig, HfClipModel, convert
+from hf_clip.checkpoints.onnx_export import export_onnx
 
 PACKAGE = "@huggingface/transformers@4.3.1"
 SCRIPT = Path(__file__).with_name("transformers_js.mjs")
@@ -77,7 +76,7 @@ def exported(request: pytest.FixtureRequest, repositories: dict[str, Path], tmp_
     """Both kinds of tower in our layout, and a ViT in transformers' own."""
     folder = tmp_path / request.param
     if request.param == "stock":
-        convert(repositories["vit"], folder, format_name="transformers")
+        convert(repositories["vit"], folder, layout="transformers")
         export_onnx(folder)
     else:
         export_onnx(repositories[request.param], folder)

@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from conversion.convert import convert
-from conversion.publish import main, publish
-from hf_clip import VARIANTS, HfClipModel
-from hf_clip.checkpoints.read import PUBLISHED_KEY, published_weights
-from hf_clip.hub.publish import check_repo_id, list_uploads
-from hf_clip.hub.remote_code import TRAVELLING
+from conversion.publish import main
+from hf_clip import VARIANTS, HfClipModel, convert
+from hf_clip.checkpoints.read import PUBLISHED_KEY, published_weights, read
+from hf_clip.checkpoints.remote_code import TRAVELLING
+from hf_clip.checkpoints.write import write
+from hf_clip.hub.stage import publish
+from hf_clip.hub.upload import check_repo_id, list_uploads
 
 from ..hub_server import TOKEN, HubServer
 from ..without_hf_clip import BLOCK_HF_CLIP
@@ -303,16 +304,12 @@ def test_card_of_openais_weights_has_their_figures(
     repositories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     """Weights that come from a published file say so; the same architecture alone doesn't."""
-    from hf_clip.checkpoints.read import read_model
-    from hf_clip.checkpoints.write import write_model
-
-    model = read_model(repositories["vit"])
+    model, processor = read(repositories["vit"])
     assert model.published is None
     model.published = "ViT-B/32"
-    (tmp_path / "marked").mkdir()
-    write_model(tmp_path / "marked", model, "hf_clip")
+    write(model, processor, tmp_path / "marked")
     assert published_weights(tmp_path / "marked") == "ViT-B/32"
-    monkeypatch.setattr("conversion.publish.identify_variant", lambda config: VARIANTS["ViT-B/32"])
+    monkeypatch.setattr("hf_clip.hub.stage.identify_variant", lambda config: VARIANTS["ViT-B/32"])
     publish(tmp_path / "marked", "org/marked", dry_run=True)
     assert "imagenet-against-gflops.png" in capsys.readouterr().out
     publish(repositories["vit"], "org/plain", dry_run=True)
@@ -332,12 +329,12 @@ def test_a_card_of_ones_own_is_kept(repository: Path, tmp_path: Path, capsys: py
 
 
 def test_stock_layout_is_offered_for_vits(repositories: dict[str, Path], capsys: pytest.CaptureFixture):
-    publish(repositories["vit"], "org/stock", dry_run=True, format_name="transformers")
+    publish(repositories["vit"], "org/stock", dry_run=True, layout="transformers")
     out = capsys.readouterr().out
     assert ".py" not in out
     assert "preprocessor_config.json" in out
     with pytest.raises(ValueError, match=r"cannot be published as --format transformers: its image tower is a ResNet"):
-        publish(repositories["resnet"], "org/stock", dry_run=True, format_name="transformers")
+        publish(repositories["resnet"], "org/stock", dry_run=True, layout="transformers")
 
 
 @pytest.mark.parametrize("name", ["tiny", "org/", "a/b/c", "org/bad name", "org/--x"])
@@ -356,11 +353,9 @@ def test_faults_of_the_folder(tmp_path: Path, repository: Path, capsys: pytest.C
 
 
 def test_nothing_is_written_through_to_the_folder(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import conversion.publish as program
-
     convert(repository, tmp_path / "mine")
     (tmp_path / "mine" / "imagenet-against-gflops.png").write_text("my own image")
-    monkeypatch.setattr(program, "identify_variant", lambda config: VARIANTS["ViT-B/32"])
+    monkeypatch.setattr("hf_clip.hub.stage.identify_variant", lambda config: VARIANTS["ViT-B/32"])
     publish(tmp_path / "mine", "org/mine", dry_run=True, variant_name="ViT-B/32")
     assert (tmp_path / "mine" / "imagenet-against-gflops.png").read_text() == "my own image"
 
@@ -388,10 +383,10 @@ def test_what_training_and_editors_leave_does_not_go(repository: Path, tmp_path:
 
 
 def test_other_kinds_of_folders_are_named(repositories: dict[str, Path], tmp_path: Path):
-    convert(repositories["vit"], tmp_path / "stock", format_name="transformers")
+    convert(repositories["vit"], tmp_path / "stock", layout="transformers")
     with pytest.raises(ValueError, match="stock holds a 'clip' model; pass --format transformers"):
         publish(tmp_path / "stock", "org/x", dry_run=True)
-    publish(tmp_path / "stock", "org/x", dry_run=True, format_name="transformers")
+    publish(tmp_path / "stock", "org/x", dry_run=True, layout="transformers")
     (tmp_path / "stock" / "config.json").write_text("{broken")
     with pytest.raises(ValueError, match=r"config\.json is no JSON"):
         publish(tmp_path / "stock", "org/x", dry_run=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from hf_clip import HfClipModel, HfClipProcessor
-from hf_clip.hub.remote_code import TRAVELLING, add_remote_code
+from hf_clip.checkpoints.remote_code import TRAVELLING, add_remote_code
 from hf_clip.zero_shot.pipeline import HfClipZeroShotPipeline
 
 from ..without_hf_clip import BLOCK_HF_CLIP

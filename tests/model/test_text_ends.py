@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from conversion.convert import convert
 from conversion.reference import build_reference
 from hf_clip import (
     EndOfTextError,
@@ -22,6 +21,7 @@ from hf_clip import (
     HfClipTextModel,
     HfClipTextModelWithProjection,
     HfClipTokenizer,
+    convert,
 )
 from hf_clip.checkpoints.keys import config_from_shapes, convert_names
 
@@ -107,7 +107,7 @@ def test_converted_stock_repository_names_its_end(added: bool, tmp_path: Path):
     ids = tokenizer(["a cat", "two sks dogs", ""], return_tensors="pt").input_ids
     ours = AutoModel.from_pretrained(tmp_path / "ours").eval()
     assert relative_error(ours.encode_text(ids), stock.get_text_features(ids).pooler_output) < 1e-5
-    convert(tmp_path / "ours", tmp_path / "back", format_name="transformers")
+    convert(tmp_path / "ours", tmp_path / "back", layout="transformers")
     back = CLIPModel.from_pretrained(tmp_path / "back").eval()
     assert torch.equal(back.get_text_features(ids).pooler_output, stock.get_text_features(ids).pooler_output)
 

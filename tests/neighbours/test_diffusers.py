@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, CLIPTextModel, CLIPTokenizer
 
-from conversion.convert import convert
 from hf_clip import (
     HfClipImageProcessor,
     HfClipTextModel,
     HfClipTextModelWithProjection,
     HfClipTokenizer,
     HfClipVisionModelWithProjection,
+    convert,
 )
 
 from ..small import texts
@@ -170,7 +170,7 @@ def test_converted_text_tower_takes_its_place_in_a_pipelines_folder(
     index = tmp_path / "pipeline" / "model_index.json"
     values = json.loads(index.read_text()) | {"tokenizer": ["transformers", "CLIPTokenizer"]}
     index.write_text(json.dumps(values))
-    convert(repository, tmp_path / "converted", format_name="diffusers")
+    convert(repository, tmp_path / "converted", layout="diffusers")
     shutil.copytree(tmp_path / "converted", tmp_path / "pipeline", dirs_exist_ok=True)
     loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     assert (type(loaded.text_encoder), type(loaded.tokenizer)) == (CLIPTextModel, CLIPTokenizer)

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from hf_clip import HfClipModel, HfClipProcessor
-from hf_clip.hub.remote_code import TRAVELLING, add_remote_code
+from hf_clip.checkpoints.remote_code import TRAVELLING, add_remote_code
 
 from ..without_hf_clip import BLOCK_HF_CLIP
 

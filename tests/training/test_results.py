@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from hf_clip.hub.remote_code import TRAVELLING
+from hf_clip.checkpoints.remote_code import TRAVELLING
 from hf_clip.training.config import parse_config
 
 from ..finetuning import ROOT, launch, options, records, train, weights

@@ -1,6 +1,6 @@
-"""Figures and template → the card of one model, for whichever repository it is published in.
+"""Figures and template → the card of one of OpenAI's models, for whichever repository it is published in.
 
-`template.md` holds the prose, `figures/` the numbers; what is here puts both together.
+`card_data/template.md` holds the prose, `card_data/figures/` the numbers; what is here puts both together.
 """
 
 from pathlib import Path
@@ -9,23 +9,15 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hf_clip import HfClipConfig
-from hf_clip.hub.model_card import (
-    architecture_table,
-    card_metadata,
-    card_text,
-    markdown_table,
-    name_of,
-    usage_section,
-)
-from hf_clip.model.variants import Variant, get_variant
+from ..model.configuration_hf_clip import HfClipConfig
+from ..model.variants import Variant, get_variant
+from .model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_section
+from .published_figures import DATA_SETS, LINEAR_PROBE, OPEN_CLIP, PARITY, PRETRAINING, ZERO_SHOT
 
-from .published import DATA_SETS, LINEAR_PROBE, OPEN_CLIP, PARITY, PRETRAINING, ZERO_SHOT
-
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).with_name("card_data")
 
 CHART = FOLDER / "imagenet-against-gflops.png"
-"""The image that a card shows; it belongs beside the card, under its own name."""
+"""The picture that a card shows; it belongs beside the card, under its own name."""
 
 PAPER_URL = "https://arxiv.org/abs/2103.00020"
 OPEN_CLIP_URL = "https://github.com/mlfoundations/open_clip/blob/main/docs"

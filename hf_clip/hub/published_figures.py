@@ -1,4 +1,4 @@
-"""The published and measured figures of the nine models, read from `figures/`, whose README names the sources.
+"""The published and measured figures of the nine models. The README of `card_data/figures/` names their sources.
 
 A file has one row for each model, in the order of the paper's tables. Cells stay texts, so that a card prints what the
 source prints; an empty one was not published.
@@ -8,7 +8,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).with_name("figures")
+FOLDER = Path(__file__).with_name("card_data") / "figures"
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,15 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_clip import HfClipConfig, HfClipModel
+from ..model.configuration_hf_clip import HfClipConfig
+from ..model.modeling_hf_clip import HfClipModel
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18
 LARGEST_FILE = 2_000_000_000
 """Bytes of weights that go into the graph's own file. Protocol buffers end at 2 GiB."""
@@ -81,15 +80,6 @@ class ImageTower(Graph):
 
 
 GRAPHS: tuple[type[Graph], ...] = (WholeModel, TextTower, ImageTower)
-
-
-def check_packages() -> None:
-    """Raises ModuleNotFoundError where a package of the extra is missing."""
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise ModuleNotFoundError(
-            f"Exporting to ONNX needs the package{'s' * (len(missing) > 1)} {', '.join(missing)}: "
-            f'pip install "hf-clip[onnx]"'
-        )
 
 
 def random_inputs(config: HfClipConfig, texts: int, length: int, images: int, seed: int = 0) -> dict[str, Tensor]:

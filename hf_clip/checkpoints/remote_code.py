@@ -8,13 +8,12 @@ All files of `hf_clip/model/` are copied, and no others. The Hub's loader copies
 `from .file import name`.
 """
 
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ..model.checked_files import read_object
+from .whole_file import write_json
 
 MODEL_FOLDER = Path(__file__).parents[1] / "model"
 
@@ -46,13 +45,6 @@ MODEL_MAPS = {
 PROCESSOR_MAP = {"AutoProcessor": "processing_hf_clip.HfClipProcessor"}
 IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_hf_clip.HfClipImageProcessor"}
 TOKENIZER_MAP = {"AutoTokenizer": [None, "tokenization_hf_clip.HfClipTokenizer"]}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a file by a whole one."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def described_in(folder: Path) -> dict[str, dict[str, Any]]:
@@ -104,6 +96,6 @@ def add_remote_code(folder: str | Path) -> list[Path]:
         content |= {"auto_map": maps[name]}
         if isinstance(nested := content.get("image_processor"), dict):
             content["image_processor"] = nested | {"auto_map": IMAGE_PROCESSOR_MAP}
-        _write_json(folder / name, content)
+        write_json(folder / name, content)
         written.append(folder / name)
     return written

@@ -7,7 +7,6 @@ unchanged folder makes no commit.
 Invariant: a token is given to huggingface_hub and nothing else. No message contains it.
 """
 
-import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,9 +22,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from ..checkpoints.remote_code import MODEL_MAPS, add_remote_code, described_in
 from ..model.configuration_hf_clip import HfClipConfig
 from .model_card import architecture_table, card_metadata, card_text, name_of, usage_section
-from .remote_code import MODEL_MAPS, add_remote_code, described_in
 
 STOCK_CARD_MARK = "This model card has been automatically generated."
 """Text of the card that transformers' `push_to_hub` writes for a repository without one."""
@@ -181,16 +180,6 @@ def publish_folder(
         raise PublishingError(f"{repo_id} was not published: {reason}.") from error
 
 
-def link_all(source: Path, target: Path) -> None:
-    """Fill a second folder with all files that are published. JSON and Python files are copied, all others linked."""
-    for upload in list_uploads(source):
-        (target / upload.name).parent.mkdir(parents=True, exist_ok=True)
-        if upload.name.endswith((".json", ".py")):  # copied, since these are changed later
-            shutil.copyfile(source / upload.name, target / upload.name)
-        else:
-            (target / upload.name).symlink_to((source / upload.name).resolve())
-
-
 def card_of_folder(folder: str | Path, repo_id: str) -> str:
     """Write the card of a model of which only the configuration is known."""
     config = HfClipConfig.from_pretrained(folder)
@@ -225,7 +214,6 @@ __all__ = [
     "Upload",
     "card_of_folder",
     "check_repo_id",
-    "link_all",
     "list_uploads",
     "prepare_for_hub",
     "publish_folder",

@@ -1,0 +1,53 @@
+"""A file that appears only when it is whole: written beside its place, then renamed into it."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` when the block ends without an error.
+
+    It lies in the same folder under a hidden name that ends in `.unfinished`. After an error it is removed, and what
+    was at `path` before is still there.
+
+    Args:
+        path: Where the file is to be. Its folder is made if it is missing.
+
+    Yields:
+        The path to write to.
+
+    Raises:
+        IsADirectoryError: `path` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file to write.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}-{uuid4().hex}.unfinished")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, values: Any, *, sort_keys: bool = False) -> None:
+    """Write a JSON file, whole or not at all. A file that is there is replaced.
+
+    Args:
+        path: The file.
+        values: What it is to hold.
+        sort_keys: Whether the fields of objects are put in order by their names.
+    """
+    with whole_file(path) as unfinished:
+        text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=sort_keys)
+        unfinished.write_text(text + "\n", encoding="utf-8")
+
+
+__all__ = ["whole_file", "write_json"]
