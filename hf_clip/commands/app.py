@@ -22,7 +22,7 @@ from ..model.checked_files import LONGEST_LINE, one_line
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Use a model": (),
-    "Checkpoints": (),
+    "Checkpoints": ("convert", "publish", "export-onnx"),
     "Training": (),
 }
 """Group in the help → its commands. A new command is a name here and a file."""
