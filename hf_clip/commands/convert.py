@@ -81,7 +81,7 @@ def convert(
 
         hf-clip convert clip-vit-l14-336/ stock/ --format transformers
     """
-    from .. import convert as convert_checkpoint
+    from ..checkpoints.conversion import convert as convert_checkpoint
 
     try:
         described = convert_checkpoint(
