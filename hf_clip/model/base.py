@@ -1,6 +1,6 @@
 """The base class of all models, and every hook into transformers: loading, saving, attention kinds, checkpointing."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from torch import nn
@@ -33,6 +33,10 @@ INSTEAD = {
 }
 
 
+Model = TypeVar("Model", bound="HfClipPreTrainedModel")
+"""The class on which `from_pretrained` is called."""
+
+
 class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
     """Base class of all CLIP models: loading, saving, kinds of attention and gradient checkpointing."""
 
@@ -54,7 +58,9 @@ class HfClipPreTrainedModel(HubUpload, Optimizable, PreTrainedModel):
     _supports_attention_backend = True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: type[Model], pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any
+    ) -> Model:
         """Load a model from a folder or from a repository on the Hub.
 
         Besides the layout of this package it reads the layout of stock CLIP. With the package installed it also reads

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -288,22 +288,22 @@ class Steps:
         return self.normalise_tensor(self.scale_tensor(pixels), is_levels=pixels.dtype == torch.uint8)
 
 
-def _as_tensor(item: Any, name: str, steps: Steps, data_format: str | None, device: Any, draft: int | None) -> Tensor:
+def _as_tensor(item: Any, steps: Steps, data_format: str | None, device: Any, draft: int | None) -> Tensor:
     """Open one image if needed, and return it as (C, Y, X), uint8 or float."""
     if is_to_be_opened(item):
-        item = to_image(item, name, draft=draft)
+        item = to_image(item, draft=draft)
     if isinstance(item, Image.Image):
-        image = to_image(item, name)
+        image = to_image(item)
         item = np.array(image.convert("RGB") if steps.do_convert_rgb else image)
         data_format = None if item.ndim == 2 else "channels_last"
     if not hasattr(item, "ndim") or item.ndim not in (2, 3):
-        to_image(item, name)  # raises the error that says what is wrong with it
+        to_image(item)  # raises the error that says what is wrong with it
     if isinstance(item, np.ndarray):
         item = np.require(item, requirements=["C", "W"])  # torch warns of any other array, or refuses it
     pixels = torch.as_tensor(item, device=device)
     if pixels.ndim == 2:
         pixels, data_format = pixels[None], "channels_first"
-    return pixels.movedim(channel_axis(tuple(pixels.shape), data_format, name), 0)
+    return pixels.movedim(channel_axis(tuple(pixels.shape), data_format), 0)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -324,13 +324,16 @@ def _check_values(pixels: Tensor, first: int) -> None:
         return
     if not pixels.is_floating_point():
         problem = f" is a tensor of {pixels.dtype}, but uint8 from 0 to 255 or floats from 0 to 1 are needed."
-        raise UnreadableImageError(f"images[{first}]", problem, first)
+        raise UnreadableImageError(problem, first)
     with torch.no_grad():
         flat = pixels.flatten(1)
         low, high = flat.amin(1), flat.amax(1)  # both are NaN if any value is
         for index, (least, most) in enumerate(zip(low.tolist(), high.tolist(), strict=True), start=first):
             with at_place(index):
-                check_unit_range(least, most, f"images[{index}]")
+                check_unit_range(least, most)
+
+
+Loaded = TypeVar("Loaded", bound="HfClipImageProcessor")
 
 
 @contextmanager
@@ -464,7 +467,7 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
             return cls.from_dict(cls._read_own_layout(source, **hub)[0])
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls: type[Loaded], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Loaded:
         """Load an image processor from a folder or from a repository on the Hub.
 
         Args:
@@ -582,15 +585,15 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
         batch = np.empty(shape, dtype=np.float32) if shape else None
 
         def process(index: int) -> np.ndarray:
-            item, name = items[index], f"images[{index}]"
+            item = items[index]
             is_scaled = hasattr(item, "dtype") and "float" in str(item.dtype)
             with at_place(index):
-                image = to_image(item, name, data_format=data_format, draft=draft)
+                image = to_image(item, data_format=data_format, draft=draft)
                 try:
                     write = steps.run(image, is_scaled)
                 except UNREADABLE as error:
                     described = f"mode {image.mode}, {image.width}x{image.height}"
-                    raise UnreadableImageError(name, f" ({described}) cannot be processed: {error}") from error
+                    raise UnreadableImageError(f" ({described}) cannot be processed: {error}") from error
             return write(None if batch is None else batch[index])
 
         workers = min(num_threads or torch.get_num_threads(), len(items))
@@ -616,13 +619,14 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
         if getattr(images, "ndim", 0) == 4:
             images = np.require(images, requirements=["C", "W"]) if isinstance(images, np.ndarray) else images
             batch = torch.as_tensor(images, device=device)
-            axis = channel_axis(tuple(batch.shape[1:]), data_format, "images[0]") if len(batch) else 0
+            with at_place(0):
+                axis = channel_axis(tuple(batch.shape[1:]), data_format) if len(batch) else 0
             groups = [batch.movedim(axis + 1, 1)]
         else:
             tensors = []
             for index, item in enumerate(flatten_images(images)):
                 with at_place(index):
-                    tensors.append(_as_tensor(item, f"images[{index}]", steps, data_format, device, draft))
+                    tensors.append(_as_tensor(item, steps, data_format, device, draft))
             kinds = {(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors}
             groups = [_stack(tensors)] if len(kinds) == 1 else [tensor[None] for tensor in tensors]
         if sum(map(len, groups)) == 0:

@@ -46,37 +46,28 @@ UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError
 class UnreadableImageError(ValueError):
     """An image cannot be opened, or an object is no image.
 
-    The message is `name` followed by `problem`.
+    The message is made of the attributes. A caller who knows more of where the image was sets `index`.
 
     Attributes:
-        name: Name of the image in the message, e.g. "images[3]".
-        problem: What is wrong with the image, and what to do.
+        problem: What is wrong with the image, and what to do. It follows the image's name in the message.
         index: Place of the image among all that were given, from 0. None for a single image.
     """
 
-    def __init__(self, name: str, problem: str = "", index: int | None = None):
-        super().__init__(name, problem, index)  # with all of them it can be pickled
-        self.name, self.problem, self.index = name, problem, index
+    def __init__(self, problem: str, index: int | None = None):
+        super().__init__(problem)
+        self.problem, self.index = problem, index
 
     def __str__(self) -> str:
-        return f"{self.name}{self.problem}"
-
-    def place(self, index: int | None) -> None:
-        """Set the image's place among all images that the user gave, and name it by that place.
-
-        Args:
-            index: The place, from 0. None for a single image.
-        """
-        self.index, self.name = index, "the image" if index is None else f"images[{index}]"
+        return f"{'the image' if self.index is None else f'images[{self.index}]'}{self.problem}"
 
 
 @contextmanager
 def at_place(index: int | None) -> Iterator[None]:
-    """Let an UnreadableImageError from within a `with` block name its image by this place."""
+    """Give an UnreadableImageError from within a `with` block the image's place as its `index`."""
     try:
         yield
     except UnreadableImageError as error:
-        error.place(index)
+        error.index = index
         raise
 
 
@@ -156,15 +147,12 @@ def turn_upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def open_image(
-    source: Any, name: str = "the image", *, timeout: float | None = None, draft: int | None = None
-) -> Image.Image:
+def open_image(source: Any, *, timeout: float | None = None, draft: int | None = None) -> Image.Image:
     """Open an image, turn it as its EXIF orientation says, and keep its mode.
 
     Args:
         source: A path, a URL, a data URI, base64, bytes, an open file, or an undecoded row of `datasets`, which has
             "bytes" and "path".
-        name: Name of the image in an error, e.g. "images[3]".
         timeout: Seconds until the download of an address is given up. None: 60.
         draft: Shorter side that is needed, in pixels. A JPEG that is more than four times as large is decoded at a
             half, a quarter or an eighth of its size, which is faster and not exact. None: full size.
@@ -182,19 +170,17 @@ def open_image(
             image.load()
             return turn_upright(image)
     except FileNotFoundError:
-        raise UnreadableImageError(name, f": there is no file {str(source)[:200]!r}; check the path.") from None
+        raise UnreadableImageError(f": there is no file {str(source)[:200]!r}; check the path.") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(
-            name, f" is too large: {error} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS, or scale it down."
+            f" is too large: {error} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS, or scale it down."
         ) from error
     except (*UNREADABLE, TypeError) as error:
         described = f"{str(source)[:80]!r}, " if isinstance(source, (str, os.PathLike)) else ""
-        raise UnreadableImageError(
-            name, f" cannot be opened ({described}{error}); replace it, or leave it out."
-        ) from error
+        raise UnreadableImageError(f" cannot be opened ({described}{error}); replace it, or leave it out.") from error
 
 
-def _as_levels(array: np.ndarray, name: str) -> np.ndarray:
+def _as_levels(array: np.ndarray) -> np.ndarray:
     """Convert an array of floats from 0 to 1, or of booleans, to grey levels of uint8. uint8 stays as it is."""
     if array.dtype == np.uint8:
         return array
@@ -202,37 +188,32 @@ def _as_levels(array: np.ndarray, name: str) -> np.ndarray:
         return array.astype(np.uint8) * np.uint8(255)
     if not np.issubdtype(array.dtype, np.floating):
         raise UnreadableImageError(
-            name,
             f" is an array of {array.dtype}, but images are needed: pass Pillow images, arrays of uint8 from "
             f"0 to 255, or of floats from 0 to 1.",
         )
     low, high = float(array.min(initial=0)), float(array.max(initial=0))  # both are NaN if any value is
-    check_unit_range(low, high, name)
+    check_unit_range(low, high)
     return np.round(array.clip(0, 1) * 255).astype(np.uint8)
 
 
-def check_unit_range(low: float, high: float, name: str) -> None:
+def check_unit_range(low: float, high: float) -> None:
     """Raise UnreadableImageError for a float image whose values are not from 0 to 1."""
     if not np.isfinite((low, high)).all():
-        raise UnreadableImageError(
-            name, " has values that are not finite (NaN or infinity); repair it, or leave it out."
-        )
+        raise UnreadableImageError(" has values that are not finite (NaN or infinity); repair it, or leave it out.")
     if low < -GREY_LEVEL or high > 1 + GREY_LEVEL:
         raise UnreadableImageError(
-            name,
             f" holds floats from {low:.4g} to {high:.4g}, but from 0 to 1 is needed. Divide images of 0 to 255 "
             f"by 255 or pass them as uint8; images that are normalised already need no image processor.",
         )
 
 
-def channel_axis(shape: tuple[int, ...], data_format: str | None, name: str) -> int:
+def channel_axis(shape: tuple[int, ...], data_format: str | None) -> int:
     """Find the axis of the channels in an image of three dimensions: 0 for (C, Y, X), 2 for (Y, X, C)."""
     given = getattr(data_format, "value", data_format)
     likely = 0 if shape[0] in (1, 3) and shape[-1] not in (1, 3) else 2
     axis = likely if given is None else (0 if given == "channels_first" else 2)
     if shape[axis] not in (1, 3) or 0 in shape:
         raise UnreadableImageError(
-            name,
             f" is an array of shape {tuple(shape)}, but (H, W), (H, W, 3) or (3, H, W) is needed. Of four "
             f"channels, leave the transparency out.",
         )
@@ -240,14 +221,13 @@ def channel_axis(shape: tuple[int, ...], data_format: str | None, name: str) -> 
 
 
 def to_image(
-    item: Any, name: str, *, data_format: str | None = None, timeout: float | None = None, draft: int | None = None
+    item: Any, *, data_format: str | None = None, timeout: float | None = None, draft: int | None = None
 ) -> Image.Image:
     """Turn an image in any of the accepted forms into a Pillow image.
 
     Args:
         item: A Pillow image; anything that `open_image` takes; or an array or tensor (Y, X), (Y, X, C) or (C, Y, X),
             where C is 1 or 3, of uint8 or floats from 0 to 1.
-        name: Name of the image in an error, e.g. "images[3]".
         data_format: "channels_first" or "channels_last" for arrays. None: it is inferred from the shape.
         timeout: As for `open_image`.
         draft: As for `open_image`.
@@ -259,25 +239,25 @@ def to_image(
         UnreadableImageError: The item is no image, or cannot be opened. A ValueError.
     """
     if is_to_be_opened(item):
-        item = open_image(item, name, timeout=timeout, draft=draft)
+        item = open_image(item, timeout=timeout, draft=draft)
     if isinstance(item, Image.Image):
         if 0 in item.size:
-            raise UnreadableImageError(name, f" has {item.width}x{item.height} pixels; an image needs at least one.")
+            raise UnreadableImageError(f" has {item.width}x{item.height} pixels; an image needs at least one.")
         return item
     if not hasattr(item, "ndim"):
         raise UnreadableImageError(
-            name, f" is of type {type(item).__name__}, but images are needed: Pillow images, paths, or arrays."
+            f" is of type {type(item).__name__}, but images are needed: Pillow images, paths, or arrays."
         )
     if hasattr(item, "detach"):
         item = item.detach().cpu()
         item = item.float() if item.is_floating_point() else item  # numpy has no bfloat16
     array = np.asarray(item)
     if array.ndim == 3:
-        axis = channel_axis(array.shape, data_format, name)
+        axis = channel_axis(array.shape, data_format)
         array = array.transpose(1, 2, 0) if axis == 0 else array
         array = array[..., 0] if array.shape[-1] == 1 else array
     elif array.ndim != 2 or array.size == 0:
         raise UnreadableImageError(
-            name, f" is an array of shape {tuple(array.shape)}, but (H, W), (H, W, 3) or (3, H, W) is needed."
+            f" is an array of shape {tuple(array.shape)}, but (H, W), (H, W, 3) or (3, H, W) is needed."
         )
-    return Image.fromarray(np.ascontiguousarray(_as_levels(array, name)))
+    return Image.fromarray(np.ascontiguousarray(_as_levels(array)))

@@ -1,6 +1,6 @@
 """The processor: tokenizer and image processor in one object."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import ProcessorMixin
 
@@ -8,6 +8,8 @@ from .checked_files import read_unchanged
 from .configuration_hf_clip import HubUpload, find_foreign, refuse_checkpoint_file
 from .image_processing_hf_clip import HfClipImageProcessor
 from .tokenization_hf_clip import HfClipTokenizer
+
+Processor = TypeVar("Processor", bound="HfClipProcessor")
 
 
 class HfClipProcessor(HubUpload, ProcessorMixin):
@@ -32,7 +34,9 @@ class HfClipProcessor(HubUpload, ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: type[Processor], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Processor:
         """Load a processor from a folder or from a repository on the Hub.
 
         Tokenizer and image processor belong together even if the folder is replaced while it is read.

@@ -42,17 +42,29 @@ _TOO_LARGE = re.compile(r"(?<=&#)[1-9][0-9]{7,}")
 
 
 class TextError(ValueError):
-    """A text that cannot be tokenized.
+    """A text cannot be tokenized.
+
+    The message is made of the attributes. A caller who knows more of where the text was sets them.
 
     Attributes:
-        problem: What is wrong with the text; follows the text's name in the message.
-        index: Place of the text among the given texts, from 0. For a prompt: place of its label. None if unknown.
+        problem: What is wrong with the text. It follows the text's name in the message.
+        index: Place of the text among the texts, from 0. For a prompt: place of its label. None: not known.
+        text: The text, or None where only its place is known.
+        is_prompt: Whether the text was made of a label and a template.
     """
 
-    def __init__(self, problem: str, index: int | None = None, name: str | None = None):
-        name = f"Text {index}" if name is None and index is not None else name
-        super().__init__(problem if name is None else f"{name} {problem}")
+    def __init__(self, problem: str, index: int | None = None):
+        super().__init__(problem)
         self.problem, self.index = problem, index
+        self.text: str | None = None
+        self.is_prompt = False
+
+    def __str__(self) -> str:
+        if self.text is not None and self.is_prompt:
+            return f"The prompt {self.text[:200]!r} {self.problem}"
+        if self.text is not None:
+            return f"texts[{self.index}] ({self.text[:80]!r}) {self.problem}"
+        return self.problem if self.index is None else f"Text {self.index} {self.problem}"
 
 
 def is_plain(text: str) -> bool:

@@ -128,6 +128,9 @@ def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
 
 
 # diffusers looks for this base class, under this name, in a component's module to find out how to load it.
+Loaded = TypeVar("Loaded", bound="HfClipTokenizer")
+
+
 class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     """CLIP's tokenizer, with the ids of OpenAI's tokenizer for every string.
 
@@ -165,7 +168,7 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         return tokenizer
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls: type[Loaded], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Loaded:
         """Load a tokenizer from a folder or from a repository on the Hub.
 
         Args:

@@ -8,11 +8,9 @@
 Dimensions: I images, D embedding, K labels, U background labels, M = K + U columns.
 """
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
-from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -111,19 +109,10 @@ def sum_prompts(
             for places, features in batches:
                 sums.index_add_(0, owner[places].to(sums.device), features.to(sums.device))
                 update(len(places))
-    except TextError as error:
-        if error.index is None:
-            raise
-        prompt = next(islice(prompts(), error.index, None))
-        raise TextError(error.problem, int(owner[error.index]), f"The prompt {prompt[:200]!r}") from error
-    except TextTooLongError as error:
-        raise TextTooLongError(
-            f"The prompt {next(islice(prompts(), error.index, None))[:200]!r} has {error.length} tokens, start and end "
-            f"included, but the model takes {error.limit}. Shorten the label or the template.",
-            int(owner[error.index]),
-            error.length,
-            error.limit,
-        ) from None
+    except (TextError, TextTooLongError) as error:
+        if error.index is not None:
+            error.index, error.is_prompt = int(owner[error.index]), True
+        raise
     return sums
 
 
@@ -326,22 +315,7 @@ class ZeroShotClassifier:
         matrix = self.matrix  # read once, since another thread may calibrate meanwhile
         if thresholds and matrix.thresholds is None:
             raise ValueError("This classifier has no thresholds yet; `calibrate` finds them on images with labels.")
-        scores = matrix.score(self._features(images, batch_size, progress, settings)).cpu()
-        names = matrix.names
-        least = [-math.inf] * len(names)
-        ordered, places = scores.sort(dim=1, descending=True, stable=True)
-        if thresholds and matrix.thresholds is not None:
-            least = [*matrix.thresholds.tolist(), math.inf]
-        else:
-            ordered, places = ordered[:, :top_k], places[:, :top_k]
-        results = [
-            [
-                {"label": names[place], "score": score}
-                for place, score in zip(row_places, row, strict=True)
-                if score >= least[place]
-            ][:top_k]
-            for row_places, row in zip(places.tolist(), ordered.tolist(), strict=True)
-        ]
+        results = matrix.rank(self._features(images, batch_size, progress, settings), top_k, thresholds=thresholds)
         return results[0] if is_single_image(images) else results
 
     def calibrate(

@@ -39,14 +39,22 @@ class TextTooLongError(ValueError):
             labels are counted after the labels.
         length: Number of tokens in the text, with start and end.
         limit: Number of tokens that the text tower takes.
+        text: The text.
+        is_prompt: Whether the text was made of a label and a template.
     """
 
-    def __init__(self, message: str, index: int = -1, length: int = -1, limit: int = -1):
-        super().__init__(message, index, length, limit)
-        self.index, self.length, self.limit = index, length, limit
+    def __init__(self, text: str, index: int, length: int, limit: int):
+        super().__init__(text, index, length, limit)
+        self.text, self.index, self.length, self.limit = text, index, length, limit
+        self.is_prompt = False
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        if self.is_prompt:
+            name, advice = f"The prompt {self.text[:200]!r}", "Shorten the label or the template."
+        else:
+            name = f"texts[{self.index}] ({self.text[:80]!r})"
+            advice = "Shorten it, or pass truncation=True, which keeps the end of the text marked."
+        return f"{name} has {self.length} tokens, start and end included, but the model takes {self.limit}. {advice}"
 
 
 def image_processor_of(processor: Any) -> Any:
@@ -116,21 +124,14 @@ def tokenize(
     try:
         tokens = tokenizer(texts, **settings)
     except TextError as error:
-        if error.index is None:
-            raise
-        place = first + error.index
-        raise TextError(error.problem, place, f"texts[{place}] ({texts[error.index][:80]!r})") from error
+        if error.index is not None:
+            error.text, error.index = texts[error.index], first + error.index
+        raise
     lengths = tokens["attention_mask"].sum(dim=1)
     if not is_cut and (too_long := lengths > limit).any():
         row = int(too_long.int().argmax())
         length = 2 + len(tokenizer(texts[row], add_special_tokens=False, padding=False)["input_ids"])
-        raise TextTooLongError(
-            f"texts[{first + row}] ({texts[row][:80]!r}) has {length} tokens, start and end included, but the model "
-            f"takes {limit}. Shorten it, or pass truncation=True, which keeps the end of the text marked.",
-            index=first + row,
-            length=length,
-            limit=limit,
-        )
+        raise TextTooLongError(texts[row], first + row, length, limit)
     return tokens["input_ids"], lengths
 
 
@@ -244,7 +245,7 @@ def check_images(images: Any) -> None:
 def check_single(item: Any) -> None:
     """Raise UnreadableImageError for a list or a batch where a single image is needed."""
     if isinstance(item, (list, tuple)) or getattr(item, "ndim", 0) > 3:
-        raise UnreadableImageError("the image", " holds several images; pass one image or a flat list of images.")
+        raise UnreadableImageError(" holds several images; pass one image or a flat list of images.")
 
 
 def as_read(images: Iterable[Any]) -> Iterator[Any]:
@@ -265,7 +266,17 @@ def as_read(images: Iterable[Any]) -> Iterator[Any]:
 def unread(index: int, error: BaseException) -> UnreadableImageError:
     """Return the error for an image that its data set or iterator could not deliver."""
     problem = f" could not be read from where it comes ({type(error).__name__}: {error}); replace it, or leave it out."
-    return UnreadableImageError(f"images[{index}]", problem, index)
+    return UnreadableImageError(problem, index)
+
+
+@torch.no_grad()
+def encode_pixels(model: Any, pixels: Tensor) -> Tensor:
+    """Encode what the image processor returned: (B, 3, Y, X) → features of length one (B, D), float32."""
+    pixels = pixels.to(model.device, model.dtype)
+    # An optimized model's `encode_image` does less work than a call; `torch.compile` compiles nothing but calls.
+    is_optimized = "encode_image" in vars(model)
+    embeds = model.encode_image(pixels) if is_optimized else model(pixel_values=pixels).image_embeds
+    return normalize(embeds.float(), dim=-1)
 
 
 @torch.no_grad()
@@ -316,14 +327,9 @@ def encode_images(
             try:
                 pixels = image_processor(batch, return_tensors="pt", **settings)["pixel_values"]
             except UnreadableImageError as error:
-                error.place(None if is_one else done + (error.index or 0))
+                error.index = None if is_one else done + (error.index or 0)
                 raise
-            pixels = pixels.to(model.device, model.dtype)
-            if "encode_image" in vars(model):  # an optimized model: its `encode_image` does less work than a call
-                embeds = model.encode_image(pixels)
-            else:  # a call, since `torch.compile` compiles nothing but calls
-                embeds = model(pixel_values=pixels).image_embeds
-            features.append(normalize(embeds.float(), dim=-1))
+            features.append(encode_pixels(model, pixels))
             done += len(batch)
             update(len(batch))
     return torch.cat(features)

@@ -4,6 +4,7 @@ Dimensions: I images, D embedding, K labels, U background labels, M = K + U colu
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,35 @@ class ClassifierMatrix:
             return own
         none = background.sum(-1) if self.scores == "softmax" else background.amax(-1)
         return torch.cat([own, none[:, None]], dim=1)
+
+    def rank(
+        self, features: Tensor, top_k: int | None = None, *, thresholds: bool = False
+    ) -> list[list[dict[str, Any]]]:
+        """Find the labels and scores of each image, best first.
+
+        Args:
+            features: (I, D) of any length.
+            top_k: Number of labels for each image. None: all.
+            thresholds: Whether to leave out labels whose score is below their threshold, and the background.
+
+        Returns:
+            For each image a list of `{"label": ..., "score": ...}`; the background's label is None.
+        """
+        scores, names = self.score(features).cpu(), self.names
+        least = [-math.inf] * len(names)
+        ordered, places = scores.sort(dim=1, descending=True, stable=True)
+        if thresholds and self.thresholds is not None:
+            least = [*self.thresholds.tolist(), math.inf]
+        else:
+            ordered, places = ordered[:, :top_k], places[:, :top_k]
+        return [
+            [
+                {"label": names[place], "score": score}
+                for place, score in zip(row_places, row, strict=True)
+                if score >= least[place]
+            ][:top_k]
+            for row_places, row in zip(places.tolist(), ordered.tolist(), strict=True)
+        ]
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file. It is written beside `path` and renamed once it is complete."""

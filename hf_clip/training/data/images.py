@@ -14,7 +14,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 from ...model.fetch import MAX_BYTES, fetch, is_web_address
-from ...model.open_image import open_image
+from ...model.open_image import UnreadableImageError, open_image
 from .columns import UnusableRowError
 from .sources import import_datasets, is_pattern
 
@@ -160,9 +160,10 @@ def image_content(stored: Any, places: ImagePlaces = NOWHERE, timeout: float = T
 def open_content(content: bytes, draft: int | None = None) -> Image.Image:
     """An image of its bytes, upright; see `open_image`. Raises UnusableRowError where they are none."""
     try:
-        image = open_image(content, "its image", draft=draft)
-    except ValueError as error:
-        raise UnusableRowError(str(error).removesuffix("; replace it, or leave it out.")) from error
+        image = open_image(content, draft=draft)
+    except UnreadableImageError as error:
+        problem = error.problem.removesuffix("; replace it, or leave it out.")
+        raise UnusableRowError(f"its image{problem}") from error
     if 0 in image.size:
         raise UnusableRowError(f"its image has {image.width}x{image.height} pixels")
     return image
