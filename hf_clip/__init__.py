@@ -10,17 +10,7 @@ Example::
 `import hf_clip as clip` gives the functions of OpenAI's module: `available_models`, `load` and `tokenize`.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+import transformers as _transformers
 
 from .checkpoints.conversion import convert
 from .checkpoints.open_clip import find_open_clip as _find_open_clip
@@ -51,32 +41,41 @@ from .model.modeling_hf_clip import (
 from .model.open_image import UnreadableImageError
 from .model.optimized import OPTIMIZERS as _OPTIMIZERS
 from .model.processing_hf_clip import HfClipProcessor
+from .model.repair_text import TextError
 from .model.text_ends import EndOfTextError
 from .model.tokenization_hf_clip import HfClipTokenizer
 from .model.variants import VARIANTS, Variant
 from .openai import available_models, load, tokenize
 from .zero_shot.classifier import ZeroShotClassifier
+from .zero_shot.features import TextTooLongError, encode_images, encode_texts
 from .zero_shot.pipeline import register_pipeline as _register_pipeline
 
 __version__ = "0.1.0.dev0"
 
-_MODELS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
-    HfClipConfig: HfClipModel,
-    HfClipTextConfig: HfClipTextModel,
-    HfClipViTConfig: HfClipViTModel,
-    HfClipResNetConfig: HfClipResNetModel,
-}
 
-for _config, _model in _MODELS.items():
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-AutoModelForZeroShotImageClassification.register(HfClipConfig, HfClipModel, exist_ok=True)
-AutoModelForImageClassification.register(HfClipConfig, HfClipForImageClassification, exist_ok=True)
-for _config in (HfClipConfig, HfClipTextConfig):
-    AutoTokenizer.register(_config, fast_tokenizer_class=HfClipTokenizer, exist_ok=True)
-for _config in (HfClipConfig, HfClipViTConfig, HfClipResNetConfig):
-    AutoImageProcessor.register(_config, image_processor_classes={"pil": HfClipImageProcessor}, exist_ok=True)
-AutoProcessor.register(HfClipConfig, HfClipProcessor, exist_ok=True)
+def _register() -> None:
+    """Register the classes with the Auto classes of transformers."""
+    models: dict[type[_transformers.PreTrainedConfig], type[_transformers.PreTrainedModel]] = {
+        HfClipConfig: HfClipModel,
+        HfClipTextConfig: HfClipTextModel,
+        HfClipViTConfig: HfClipViTModel,
+        HfClipResNetConfig: HfClipResNetModel,
+    }
+    for config, model in models.items():
+        _transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+        _transformers.AutoModel.register(config, model, exist_ok=True)
+    _transformers.AutoModelForZeroShotImageClassification.register(HfClipConfig, HfClipModel, exist_ok=True)
+    _transformers.AutoModelForImageClassification.register(HfClipConfig, HfClipForImageClassification, exist_ok=True)
+    for config in (HfClipConfig, HfClipTextConfig):
+        _transformers.AutoTokenizer.register(config, fast_tokenizer_class=HfClipTokenizer, exist_ok=True)
+    for config in (HfClipConfig, HfClipViTConfig, HfClipResNetConfig):
+        _transformers.AutoImageProcessor.register(
+            config, image_processor_classes={"pil": HfClipImageProcessor}, exist_ok=True
+        )
+    _transformers.AutoProcessor.register(HfClipConfig, HfClipProcessor, exist_ok=True)
+
+
+_register()
 _register_pipeline()
 _FOREIGN_LAYOUTS.append(_find_open_clip)
 _BEFORE_UPLOAD.append(_prepare_for_hub)
@@ -103,12 +102,16 @@ __all__ = [
     "HfClipViTModel",
     "HfClipVisionModelOutput",
     "HfClipVisionModelWithProjection",
+    "TextError",
+    "TextTooLongError",
     "UnreadableImageError",
     "Variant",
     "ZeroShotClassifier",
     "__version__",
     "available_models",
     "convert",
+    "encode_images",
+    "encode_texts",
     "load",
     "tokenize",
 ]

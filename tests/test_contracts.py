@@ -37,6 +37,19 @@ def test_exported_names_are_sorted_and_exist():
     assert public <= set(names)
 
 
+def test_what_a_person_sees_of_the_package_is_its_own():
+    """Completion and `dir` show the public names and the package's own parts, and nothing of other libraries."""
+    code = (
+        "import json, types, hf_clip\n"
+        "names = [name for name in dir(hf_clip) if not name.startswith('_')]\n"
+        "modules = [name for name in names if isinstance(getattr(hf_clip, name), types.ModuleType)]\n"
+        "print(json.dumps([names, modules]))"
+    )
+    names, modules = json.loads(run_python(code))
+    assert set(names) - set(modules) == set(hf_clip.__all__) - {"__version__"}
+    assert set(modules) <= {path.stem for path in PACKAGE.iterdir()}
+
+
 def test_version_is_in_the_changelog():
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", hf_clip.__version__)
     assert f"({hf_clip.__version__})" in (ROOT / "CHANGELOG.md").read_text()
