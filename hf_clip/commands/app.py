@@ -93,9 +93,7 @@ def build_app(only: str | None = None) -> typer.Typer:
         if traceback:
             os.environ[TRACEBACK] = "1"
         if version:
-            from .. import __version__
-
-            typer.echo(f"hf-clip {__version__}")
+            typer.echo(f"hf-clip {sys.modules['hf_clip'].__version__}")
         elif context.invoked_subcommand is None:
             typer.echo(context.get_help())
 
