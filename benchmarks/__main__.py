@@ -6,8 +6,8 @@
     python -m benchmarks tokenizer image_processor --picture ratios.png
 
 Without a subcommand all are measured, which takes well over an hour on two idle cores; --quick takes some minutes.
-Whoever computes something else than the float32 reference is not printed as a result. Peers that are not installed
-are left out with a line that says so. Where there is a GPU, its rows are added.
+A peer whose outputs are not those of the float32 reference is left out, and so is one that is not installed; a line
+says why. Where there is a GPU, its rows are added.
 """
 
 import argparse
@@ -25,20 +25,21 @@ from hf_clip.model.variants import get_variant
 
 from .machine import describe, headline
 from .measuring import PRECISIONS, Table, first_line
-from .reporting import as_json, draw, format_summary, format_table, import_pyplot, write_json
+from .ratio_chart import draw, import_pyplot
+from .reporting import as_json, format_summary, format_table, write_json
 from .settings import ALLOWED_ON, Settings
 
 SUBCOMMANDS = {
     "tokenizer": "captions to tensors",
-    "image_processor": "pictures to pixels",
-    "load": "ViT-L/14 from disk, and the first picture of a fresh process",
+    "image_processor": "images to pixels",
+    "load": "ViT-L/14 from disk, and the first image of a fresh process",
     "train_step": "both towers, the loss, backward, AdamW",
     "zero_shot": "the pipeline, and a classifier of 1,000 labels",
     "text_encoder": "prompts per second, in one call and one by one",
-    "image_encoder": "pictures per second, by five of the nine models",
+    "image_encoder": "images per second, by five of the nine models",
 }
-"""In the order in which they are measured: encoders last, since `optimize_for_inference` changes what the allocator of
-the process does, for everyone in it."""
+"""In the order in which they are measured. Encoders come last, because `optimize_for_inference` changes how the whole
+process allocates memory."""
 
 
 def at_least_one(text: str) -> int:
@@ -80,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     some = parser.add_argument_group("of some subcommands")
     some.add_argument("--variants", nargs="+", metavar="NAME", help="models by OpenAI's names, e.g. RN50 ViT-L/14")
     some.add_argument("--precision", nargs="+", choices=list(PRECISIONS), help="float32, bf16; fp16 on a GPU")
-    some.add_argument("--batch", nargs="+", type=at_least_one, help="pictures or pairs in a call")
+    some.add_argument("--batch", nargs="+", type=at_least_one, help="images or pairs in a call")
     some.add_argument("--prompts", type=at_least_one, help="prompts in the text encoder's call (default 512)")
     some.add_argument("--captions", type=at_least_one, help="captions for the tokenizer (default 20,000)")
     return parser

@@ -1,9 +1,9 @@
 """What the image and the text benchmark share: everyone built for one tower, checked, measured on several workloads.
 
-The float32 features of OpenAI's code are what all others must agree with; in tables of another precision its float32
-speed stands too. Peak memory is that of a process of its own which encodes twice; the account begins after loading.
-On a GPU it is the weights and the most that a call takes on top. On a CPU everyone computes in a process that keeps
-freed memory for the next layer, which `optimize_for_inference` asks of it and which quickens the peers as well.
+All contenders must agree with the float32 features of OpenAI's code. Tables of another precision show its float32 speed
+too. Peak memory is measured in a process of its own, which encodes twice; counting begins after loading. On a GPU it is
+the weights and the most that a call takes on top. On a CPU all contenders compute in one process, which keeps freed
+memory for the next layer: `optimize_for_inference` asks for that, and the peers gain from it too.
 """
 
 import gc
@@ -37,7 +37,7 @@ Extra = Callable[[Case, Tensor], Contender]
 
 @dataclass(frozen=True)
 class Workload:
-    """One batch. On a CPU, who needs to be compiled for it takes part only where the workload is the main one."""
+    """One batch. On a CPU, contenders that are compiled for a batch take part in the main workload only."""
 
     title: str
     batch: Batch

@@ -1,11 +1,11 @@
 """Timing of several implementations in turn, each of which first has to show that it computes the same.
 
-1. Every contender is called once, and what it returns is checked. Who computes something else, or cannot compute it
-   here, is left out, with a line that says why: its speed would say nothing.
+1. Every contender is called once, and its output is checked. A contender whose output differs, or that cannot run
+   here, is left out, because its speed would say nothing. A line says why.
 2. Warm-up: three more unmeasured calls, or fewer once a second has passed.
-3. Rounds: everyone has one turn in each, so that all meet the same state of the machine, and each time in another
-   order, so that nobody always comes after the same one. A turn is as many calls as fill a tenth of a second. The
-   figure is the median over the rounds.
+3. Rounds: every contender has one turn in each round, so all meet the same state of the machine. The order changes
+   from round to round, so no contender always follows the same other one. A turn is as many calls as fill a tenth of a
+   second. The figure is the median over the rounds.
 
 Rounds end sooner when the table's time is used up, but not before the third.
 """
@@ -29,9 +29,12 @@ OURS = "hf_clip"
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"float32": 1e-4, "bf16": 6e-2, "fp16": 1e-2}
-"""Largest relative error of any one feature vector. float32: sums in another order. Otherwise a rounding to 8 or 11
-bits after every layer, whose errors add up along the residual stream: bfloat16 was seen to reach 3e-2 in the worst
-row of a batch, whichever the implementation; an error in the computation is of order one."""
+"""Largest relative error of any one feature vector.
+
+In float32 only the order of sums differs. In bfloat16 and float16 every layer rounds to 8 or 11 bits, and the errors
+add up along the residual stream: in bfloat16 they reached 3e-2 in the worst row of a batch, in every implementation. A
+wrong computation gives errors of order one.
+"""
 
 WARM_UP_SECONDS, WARM_UP_CALLS = 1.0, 3
 TURN_SECONDS = 0.1

@@ -1,4 +1,4 @@
-"""Tables on the terminal, as JSON with the raw seconds, and as a picture with one bar for each ratio."""
+"""Tables on the terminal, and as JSON with the raw seconds."""
 
 import json
 import os
@@ -9,10 +9,7 @@ from typing import Any
 
 from .measuring import OURS, Row, Table
 
-COLUMNS_OF_PANELS = 3
-WIDTH_OF_PANELS = 5.8  # inches
 TABLES_FOR_A_COLUMN = 3
-FASTER, SLOWER, PALE, GREY = "#1f5fa8", "#c2571a", "#b9d0ea", "#6b6b6b"
 
 
 def column_title(name: str) -> str:
@@ -141,66 +138,3 @@ def format_summary(tables: Sequence[Table]) -> str:
 def _both(ratios: dict[str, float]) -> str:
     first, *others = (f"{ratio:.2f}" for ratio in ratios.values())
     return first + "".join(f" ({ratio})" for ratio in others)
-
-
-def import_pyplot() -> Any:
-    """Raises ModuleNotFoundError with the line that installs matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("The picture is drawn with matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def draw(path: Path, facts: dict[str, Any], tables: Sequence[Table]) -> None:
-    """A panel for each table that has peers, a bar for each peer, from which one reads how much faster ours is."""
-    plt = import_pyplot()
-    panels = [(table, bars) for table in tables if (bars := bars_of(table))]
-    if not panels:
-        return
-    across = min(COLUMNS_OF_PANELS, len(panels))
-    rows = [panels[start : start + across] for start in range(0, len(panels), across)]
-    heights = [max(len(bars) for _, bars in row) + 2.2 for row in rows]
-    size = (WIDTH_OF_PANELS * across, max(0.27 * sum(heights) + 0.9, 2.4))
-    figure, axes = plt.subplots(
-        len(rows), across, figsize=size, squeeze=False, layout="constrained", height_ratios=heights
-    )
-    for place in range(len(rows) * across):
-        panel = axes[place // across][place % across]
-        if place >= len(panels):
-            panel.set_axis_off()
-        else:
-            _draw_panel(panel, *panels[place], room=heights[place // across])
-    machine = f"{facts['machine']['processor']}, {facts['threads']} threads, {facts['date'][:10]}"
-    figure.suptitle(f"{OURS} is so many times as fast as …   ({machine})", fontsize=12, fontweight="bold")
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    # Tight, since titles may be wider than the last column.
-    figure.savefig(unfinished, dpi=110, format=path.suffix.lstrip(".") or "png", bbox_inches="tight")
-    plt.close(figure)
-    os.replace(unfinished, path)
-
-
-def _draw_panel(panel: Any, table: Table, bars: list[tuple[str, dict[str, float]]], room: float) -> None:
-    """The first row of ours in full colour; where another way is faster, its bar is pale and its label says which."""
-    farthest, longest = max(1.0, *(ratio for _, ratios in bars for ratio in ratios.values())), 0
-    for place, (_, ratios) in enumerate(bars):
-        (_, first), *others = ratios.items()
-        label, end = f"{first:.2f} ×", first
-        for name, ratio in others:
-            panel.barh(-place, ratio, height=0.66, color=PALE)
-            label, end = f"{label}, {name.removeprefix(f'{OURS}, ')} {ratio:.2f} ×", ratio
-        longest = max(longest, len(label))
-        panel.barh(-place, first, height=0.66, color=FASTER if first >= 1 else SLOWER)
-        place_of_label = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-        panel.annotate(label, (end, -place), fontsize=8.5, color=GREY, **place_of_label)
-    panel.axvline(1, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-    panel.set_yticks([-place for place in range(len(bars))], [name for name, _ in bars], fontsize=9)
-    panel.set_xlim(0, farthest * (1 + 0.04 * longest))  # the labels stand behind the bars
-    panel.set_ylim(0.6 - (room - 1.6), 0.6)  # bars of one thickness, however many a panel has
-    panel.set_title(table.title, loc="left", fontsize=9.5)
-    panel.tick_params(axis="both", length=0, labelcolor=GREY)
-    panel.set_xticks([])
-    panel.spines[["top", "right", "bottom", "left"]].set_visible(False)

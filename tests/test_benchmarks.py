@@ -10,7 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import encoders, image_processor, load, measuring, peers, reporting, text_encoder, train_step
+from benchmarks import (
+    encoders,
+    image_processor,
+    load,
+    measuring,
+    peers,
+    ratio_chart,
+    reporting,
+    text_encoder,
+    train_step,
+)
 from benchmarks.__main__ import SUBCOMMANDS, main
 from benchmarks.ceiling import as_convolution, measure_ceiling, text_flops
 from benchmarks.measuring import Contender, LeftOutError, Row, Table, agrees_with, compare, run_alone
@@ -143,6 +153,25 @@ def test_ratios_and_fraction_come_from_medians():
     assert first.fraction_of_ceiling == 0.5
     assert second.fraction_of_ceiling is None
     assert reporting.bars_of(table) == [("openai-clip", {"hf_clip": 2.0, "hf_clip, optimized": 4.0})]
+
+
+def test_chart_has_a_row_for_each_table_with_peers_and_names_every_peer(tmp_path: Path):
+    alone = Table("alone", "images", [Row("hf_clip", "float32", 1, [1.0])])
+    tables = [example_table(), alone]
+    assert ratio_chart.ratios_of(tables) == [("ViT-B/32", {"openai-clip": (2.0, 4.0)})]
+    rows = [(f"batch {size}", {"openai-clip": (2.0, 4.0), "open_clip": (2.0, 4.0)}) for size in (1, 2, 3)]
+    rows.append(("captions", {"a rare peer": (0.8, 0.8)}))
+    ratio_chart.draw_ratios(tmp_path / "ratios.svg", rows, "a machine")
+    drawn = (tmp_path / "ratios.svg").read_text()
+    words = [
+        "batch 3",
+        "captions",
+        "than openai-clip",
+        "than open_clip",
+        "a rare peer",
+        "hollow: hf_clip as it is loaded",
+    ]
+    assert [word for word in words if f"<!-- {word} -->" not in drawn] == []
 
 
 def test_table_shows_the_columns_that_have_values():
@@ -380,7 +409,7 @@ def test_report_holds_machine_versions_and_raw_seconds(tmp_path: Path, capsys: p
             ["tokenizer", "--json", "no/such/folder.json"],
             "error: no/such/folder.json cannot be written: name a file in",
         ),
-        (["tokenizer", "--picture", "ratios"], "error: ratios is no image's name; it must end in .png, .svg or .pdf"),
+        (["tokenizer", "--picture", "ratios"], "error: ratios is no picture's name; it must end in .png, .svg or .pdf"),
         (["image_encoder", "--device", "cpu", "--precision", "fp16"], "error: --precision fp16 is not measured here"),
     ],
 )
