@@ -15,7 +15,7 @@ from io import BytesIO
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
-from PIL import Image as Picture
+from PIL import Image as PillowImage
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -42,7 +42,7 @@ PHRASES = [
 
 @dataclass(frozen=True)
 class Combination:
-    """What a picture shows."""
+    """What an image shows."""
 
     digit: int
     ink: str
@@ -84,7 +84,7 @@ def load_split_digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, T
 
 
 def draw(strokes: Tensor, combinations: list[Combination], image_size: int, generator: torch.Generator) -> np.ndarray:
-    """Ink digits on paper: strokes (N, 8, 8) → pictures (N, image_size, image_size, 3), uint8.
+    """Ink digits on paper: strokes (N, 8, 8) → images (N, image_size, image_size, 3), uint8.
 
     Each is turned by up to 0.1 radians and scaled and shifted by up to 6 %.
     """
@@ -98,13 +98,13 @@ def draw(strokes: Tensor, combinations: list[Combination], image_size: int, gene
     ink = torch.nn.functional.grid_sample(strokes[:, None], grid, align_corners=False)  # (N, 1, size, size)
     colours = torch.tensor([[COLOURS[c.ink], COLOURS[c.paper]] for c in combinations]).float()  # (N, 2, 3)
     foreground, background = colours[:, 0, :, None, None], colours[:, 1, :, None, None]
-    pictures = background + ink * (foreground - background)  # (N, 3, size, size)
-    return pictures.round().byte().permute(0, 2, 3, 1).numpy()
+    drawn = background + ink * (foreground - background)  # (N, 3, size, size)
+    return drawn.round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def encode_png(picture: np.ndarray) -> bytes:
+def encode_png(image: np.ndarray) -> bytes:
     buffer = BytesIO()
-    Picture.fromarray(picture).save(buffer, format="png", compress_level=1)
+    PillowImage.fromarray(image).save(buffer, format="png", compress_level=1)
     return buffer.getvalue()
 
 
@@ -116,16 +116,16 @@ def make_split(
     seed: int,
     phrases: list[str],
 ) -> Dataset:
-    """`size` pictures with captions: each digit image in turn, in a random one of the allowed combinations."""
+    """`size` images with captions: each digit image in turn, in a random one of the allowed combinations."""
     choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     images, labels = digits
     order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in range(-(-size // len(labels)))])[:size]
     by_digit = {digit: [c for c in allowed if c.digit == digit] for digit in range(10)}
     order = torch.tensor([index for index in order.tolist() if by_digit[int(labels[index])]])
     shown = [choose.choice(by_digit[int(labels[index])]) for index in order]
-    pictures = draw(images[order], shown, image_size, generator)
+    drawn = draw(images[order], shown, image_size, generator)
     rows = {
-        "image": [{"bytes": encode_png(picture), "path": None} for picture in pictures],
+        "image": [{"bytes": encode_png(image), "path": None} for image in drawn],
         "caption": [combination.caption(choose.choice(phrases)) for combination in shown],
         "target": [COMBINATIONS.index(combination) for combination in shown],
     }

@@ -1,4 +1,4 @@
-"""The picture of the collection: ImageNet zero-shot top-1 against GFLOPs per picture, one point for each model.
+"""The picture of the collection: ImageNet zero-shot top-1 against GFLOPs per image, one point for each model.
 
 What was drawn is written into the file, so that it can be compared where matplotlib isn't installed, and although
 another version of it draws other pixels.
@@ -24,7 +24,7 @@ def kind_of(variant: Variant) -> str:
 
 
 def points() -> dict[str, tuple[float, float]]:
-    """{model: (GFLOPs per picture, top-1 in per cent)}"""
+    """{model: (GFLOPs per image, top-1 in per cent)}"""
     return {name: (row.image_gflops, float(ZERO_SHOT[name]["ImageNet"])) for name, row in VARIANTS.items()}
 
 
@@ -63,7 +63,7 @@ def draw(path: Path) -> None:
     axes.set_yticks([60, 65, 70, 75], ["60 %", "65 %", "70 %", "75 %"])
     axes.set_xticks([5, 10, 20, 50, 100, 200, 500], ["5", "10", "20", "50", "100", "200", "500"])
     axes.minorticks_off()
-    axes.set_xlabel("GFLOPs per picture (a multiplication and an addition are two)", color=GREY)
+    axes.set_xlabel("GFLOPs per image (a multiplication and an addition are two)", color=GREY)
     axes.set_title(
         "ImageNet zero-shot top-1 of OpenAI's nine CLIP models", loc="left", fontsize=12.5, fontweight="bold", pad=8
     )
