@@ -51,7 +51,7 @@ def short(caption: str) -> str:
 
 
 def title_of(best: dict[str, Any], true_caption: str) -> tuple[str, str]:
-    """What stands above an image, and its colour: the caption chosen, its probability, the true one if that is wrong."""
+    """The words above an image, and their colour: the caption chosen, its probability, the true one if it is wrong."""
     chosen = f"{short(best['label'])}: {best['score']:.2f}".replace(" on ", "\non ")
     if best["label"] == true_caption:
         return chosen, RIGHT
