@@ -1,6 +1,6 @@
-"""Figures and template → the card of one of OpenAI's models, for whichever repository it is published in.
+"""Write the model card of one of OpenAI's models, for the repository in which it is published.
 
-`card_data/template.md` holds the prose, `card_data/figures/` the numbers; what is here puts both together.
+`card_data/template.md` holds the prose, and `card_data/figures/` the numbers that are filled into it.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ METRIC_TYPES = {
     "mean of top-1 and top-5": "mean_top1_top5_accuracy",
     "ROC AUC": "roc_auc",
 }
-"""The model-index's word for each metric of the paper."""
+"""Name in the model-index of each metric of the paper."""
 
 OPEN_CLIP_RESULTS = [
     # column, data set, its type, what is measured
@@ -44,7 +44,7 @@ OPEN_CLIP_RESULTS = [
 
 
 def paper_results(variant: str) -> list[EvalResult]:
-    """Tables 10 and 11 for the model-index."""
+    """Return the results of tables 10 and 11 of the paper, for the model-index."""
     results = []
     for figures, task, method, table in (
         (ZERO_SHOT, "zero-shot-image-classification", "zero-shot", 11),
@@ -67,7 +67,7 @@ def paper_results(variant: str) -> list[EvalResult]:
 
 
 def open_clip_results(variant: str) -> list[EvalResult]:
-    """What open_clip measured with the same weights, for the model-index."""
+    """Return the results that open_clip measured with the same weights, for the model-index."""
     results = []
     for column, name, kind, what in OPEN_CLIP_RESULTS:
         is_retrieval = "recall" in what
@@ -76,7 +76,7 @@ def open_clip_results(variant: str) -> list[EvalResult]:
                 task_type="image-text-retrieval" if is_retrieval else "zero-shot-image-classification",
                 dataset_type=kind,
                 dataset_name=name,
-                # Tells it from the paper's result, whose source it would be filed under.
+                # Without this the model-index would file the result under the paper, which has one for the same set.
                 dataset_config="measured by open_clip",
                 metric_type="recall_at_1" if is_retrieval else "accuracy",
                 metric_name=f"{what} (%)",
@@ -140,9 +140,18 @@ def _fill_in(template: str, **values: Any) -> str:
 
 
 def render_card(variant_name: str, repo_id: str, *, stock: bool = False) -> str:
-    """The README.md of one of OpenAI's nine models, published as `repo_id`; the file CHART belongs beside it.
+    """Write the README.md of one of OpenAI's nine models. The file `CHART` must be put beside it.
 
-    Raises ValueError for a name that is none of the nine.
+    Args:
+        variant_name: OpenAI's exact name.
+        repo_id: Name of the repository.
+        stock: Whether the repository is in the layout of transformers' `CLIPModel`.
+
+    Returns:
+        The text of the card.
+
+    Raises:
+        ValueError: The name is none of the nine.
     """
     variant = get_variant(variant_name)
     config = HfClipConfig.from_variant(variant_name)
@@ -171,7 +180,16 @@ def render_card(variant_name: str, repo_id: str, *, stock: bool = False) -> str:
 
 
 def render_custom_card(config: HfClipConfig | dict[str, Any], repo_id: str, *, stock: bool = False) -> str:
-    """The README.md of a converted model that is none of the nine: what its configuration says, and how to load it."""
+    """Write the README.md of a converted model that is none of the nine, from its configuration.
+
+    Args:
+        config: Configuration of the model.
+        repo_id: Name of the repository.
+        stock: Whether the repository is in the layout of transformers' `CLIPModel`.
+
+    Returns:
+        The text of the card.
+    """
     described: HfClipConfig = HfClipConfig.from_dict(config) if isinstance(config, dict) else config
     body = _fill_in(
         "custom_template.md",

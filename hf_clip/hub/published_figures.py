@@ -1,7 +1,7 @@
 """The published and measured figures of the nine models. The README of `card_data/figures/` names their sources.
 
-A file has one row for each model, in the order of the paper's tables. Cells stay texts, so that a card prints what the
-source prints; an empty one was not published.
+A file has one row for each model, in the order of the paper's tables. Cells are kept as texts, so a card prints a
+figure as its source prints it. An empty cell was not published.
 """
 
 import csv
@@ -13,7 +13,13 @@ FOLDER = Path(__file__).with_name("card_data") / "figures"
 
 @dataclass(frozen=True)
 class DataSet:
-    """One of the paper's 27: its column in the files, its name, and what is measured on it (table 9)."""
+    """One of the 27 data sets of the paper.
+
+    Attributes:
+        column: Name of its column in the files.
+        name: Name of the data set.
+        metric: The metric that is reported for it (table 9 of the paper).
+    """
 
     column: str
     name: str
@@ -52,7 +58,7 @@ DATA_SETS = [
 
 
 def read_figures(name: str) -> dict[str, dict[str, str]]:
-    """`figures/name.csv` as {model: {column: cell}}."""
+    """Read `figures/NAME.csv` as a dictionary from each model to its cells by column."""
     with open(FOLDER / f"{name}.csv", encoding="utf-8", newline="") as file:
         return {row.pop("variant"): row for row in csv.DictReader(file)}
 

@@ -1,6 +1,6 @@
-"""A folder, made ready for the Hub: with the code that loads it and a card, in the layout that was asked for.
+"""Prepare a folder for the Hub: add the code that loads it and a card, and write the layout that was asked for.
 
-The folder itself stays as it is. What goes is put together in a temporary one, where weights are links.
+The folder itself is not changed. The files are put together in a temporary folder, in which weights are links.
 """
 
 import shutil
@@ -38,12 +38,12 @@ def link_all(source: Path, target: Path) -> None:
 
 
 def write_card(folder: Path, repo_id: str, variant_name: str | None, stock: bool = False) -> None:
-    """The card of one of OpenAI's models if these are known to be its weights; else one of the architecture alone."""
+    """Write a card into a folder. Without `variant_name` it describes the architecture alone."""
     if variant_name is None:
         text = render_custom_card(HfClipConfig.from_pretrained(folder), repo_id, stock=stock)
     else:
         text = render_card(variant_name, repo_id, stock=stock)
-        (folder / CHART.name).unlink(missing_ok=True)  # what is staged may be a link to the user's own file
+        (folder / CHART.name).unlink(missing_ok=True)  # it may be a link to a file in the user's folder
         shutil.copyfile(CHART, folder / CHART.name)
     (folder / CARD).unlink(missing_ok=True)
     (folder / CARD).write_text(text, encoding="utf-8")
@@ -51,9 +51,20 @@ def write_card(folder: Path, repo_id: str, variant_name: str | None, stock: bool
 
 @contextmanager
 def staged(folder: Path, repo_id: str, layout: str, variant_name: str | None) -> Iterator[Path]:
-    """A temporary folder with everything that goes to the Hub.
+    """Make a temporary folder with all files that are published, for a `with` block.
 
-    variant_name: which of OpenAI's models these weights are; by default what the weights themselves say
+    Args:
+        folder: Folder of the model.
+        repo_id: Name of the repository.
+        layout: One of `LAYOUTS`.
+        variant_name: Name of OpenAI's model whose weights these are. None: it is found out from the weights.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it has no config.json.
+        ValueError: The folder holds no model that can be published in this layout.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}; check the path.")
@@ -89,12 +100,12 @@ def staged(folder: Path, repo_id: str, layout: str, variant_name: str | None) ->
 
 @dataclass
 class Publication:
-    """What goes to the Hub, or would go.
+    """The result of publishing, or of a dry run.
 
     Attributes:
-        uploads: The files.
-        card: The text of the model card.
-        address: That of the commit, or of the repository where nothing had changed; None where nothing was sent.
+        uploads: Files that are published.
+        card: Text of the model card.
+        address: Address of the commit, or of the repository if nothing had changed. None for a dry run.
     """
 
     uploads: list[Upload]
@@ -113,23 +124,23 @@ def publish(
 ) -> Publication:
     """Publish a model in one commit: its files, the code that loads them, and a model card.
 
-    The folder itself stays as it is. After an error the same call goes on where it stopped.
+    The folder itself is not changed. After an error the same call continues where the last one stopped.
 
     Args:
-        folder: What `convert` or the trainer has written.
-        repo_id: owner/name of the repository, which is created unless it is there.
-        private: Whether a repository that is created is private; None leaves it to the owner's setting.
-        dry_run: Whether nothing is sent.
+        folder: A folder that `convert` or the trainer wrote.
+        repo_id: Name of the repository, as owner/name. It is created if it is missing.
+        private: Whether a new repository is private. None: the default of its owner.
+        dry_run: Whether to send nothing.
         layout: One of `LAYOUTS`.
-        variant_name: Which of OpenAI's models these weights are; by default what the weights themselves say.
+        variant_name: Name of OpenAI's model whose weights these are. None: it is found out from the weights.
 
     Returns:
-        What was sent.
+        The files, the card, and the address.
 
     Raises:
         FileNotFoundError: There is no such folder, or a file in it is missing.
         ValueError: The folder holds no model that can be published in this way.
-        PublishingError: What the Hub or the network says.
+        PublishingError: The Hub refused, or the connection failed.
     """
     if variant_name is not None:
         get_variant(variant_name)

@@ -174,7 +174,7 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def named_as_ours(values: dict[str, Any], source: Any) -> dict[str, Any]:
-    """The fields of a config.json, a stock CLIP's under our types. Raises ValueError that names `source`."""
+    """Replace stock CLIP's model types in a config.json's fields by ours. Raises ValueError that names `source`."""
     try:
         return _renamed(values)
     except ValueError as error:

@@ -338,7 +338,7 @@ Loaded = TypeVar("Loaded", bound="HfClipImageProcessor")
 
 @contextmanager
 def _refused_by_name(source: Any) -> Iterator[None]:
-    """Raises ValueError that names the folder or repository, for whatever its image processor is refused."""
+    """Let errors within a `with` block name the folder or repository whose image processor is refused."""
     try:
         with in_one_kind(source):
             yield
@@ -453,15 +453,20 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
 
     @classmethod
     def from_own_layout(cls, source: Any, **hub: Any) -> "HfClipImageProcessor":
-        """As `from_pretrained`, for a repository that is known to be in transformers' layout: config.json isn't read.
+        """Load an image processor from a repository that is known to be in transformers' layout.
+
+        Unlike `from_pretrained` it does not read config.json.
 
         Args:
             source: A folder, or the name of a repository on the Hub.
-            **hub: Arguments of the Hub, as `from_pretrained` takes them.
+            **hub: The Hub's arguments of `from_pretrained`.
+
+        Returns:
+            The image processor.
 
         Raises:
             OSError: There is no image processor.
-            ValueError: A file is damaged, or its settings are impossible.
+            ValueError: A file is damaged, or a setting has a value that cannot be used.
         """
         with _refused_by_name(source):
             return cls.from_dict(cls._read_own_layout(source, **hub)[0])

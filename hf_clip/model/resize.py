@@ -271,14 +271,14 @@ def _scale_floats(pixels: Tensor, axis: int, outputs: int, first: int, last: int
 
 
 def _kept_part(layout: Layout) -> tuple[int, int, int, int]:
-    """The part of the scaled image that is kept, without margins: left, top, right, bottom."""
+    """Compute the part of the resized image that is kept, without margins: left, top, right, bottom."""
     left, top = (max(edge, 0) for edge in layout.box[:2])
     right, bottom = (min(edge, limit) for edge, limit in zip(layout.box[2:], layout.size, strict=True))
     return left, top, right, bottom
 
 
 def _passes(size: tuple[int, int], layout: Layout) -> list[tuple[int, int, int, int]]:
-    """The passes in Pillow's order: (axis, lines to scale to, first line to keep, the line behind the last)."""
+    """List the passes in Pillow's order: axis, number of lines, first line to keep, and line after the last to keep."""
     left, top, right, bottom = _kept_part(layout)
     passes = [(3, layout.size[0], left, right), (2, layout.size[1], top, bottom)]
     return passes[::-1] if _height_comes_first(size, layout.size) else passes
@@ -289,7 +289,7 @@ def scale_levels_exactly(pixels: Tensor, layout: Layout, filter_name: str) -> Te
 
     Args:
         pixels: (B, C, Y, X) grey levels.
-        layout: The size to resize to, and the part to keep; margins are left out.
+        layout: Size to resize to, and part to keep. Margins are left out.
         filter_name: "bicubic" or "bilinear".
 
     Returns:

@@ -127,10 +127,10 @@ def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
     return backend
 
 
-# diffusers looks for this base class, under this name, in a component's module to find out how to load it.
 Loaded = TypeVar("Loaded", bound="HfClipTokenizer")
 
 
+# diffusers looks for this base class, under this name, in a component's module to find out how to load it.
 class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
     """CLIP's tokenizer, with the ids of OpenAI's tokenizer for every string.
 

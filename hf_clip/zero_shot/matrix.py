@@ -104,7 +104,7 @@ class ClassifierMatrix:
             thresholds: Whether to leave out labels whose score is below their threshold, and the background.
 
         Returns:
-            For each image a list of `{"label": ..., "score": ...}`; the background's label is None.
+            For each image a list of dictionaries with `label` and `score`. The label of the background is None.
         """
         scores, names = self.score(features).cpu(), self.names
         least = [-math.inf] * len(names)
