@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers.utils import cached_file
 
 from ..extras import require
-from ..model.checked_files import read_object
+from ..model.checked_files import find_file, read_object
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
@@ -126,7 +125,7 @@ def write_descriptions(
     source: where the model was read from; `out` itself, or a folder or repository whose descriptions are copied
     """
     is_elsewhere = not Path(source).is_dir() or Path(source).resolve() != out.resolve()
-    found = {name: cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in BESIDE}
+    found = {name: find_file(source, name, {}) for name in BESIDE}
     if found["config.json"] is None:  # another library's layout
         if not is_elsewhere:
             raise ValueError(f"{source} has no config.json, which browsers read; name another folder to write to.")

@@ -13,9 +13,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers.utils import cached_file
 
-from ..model.checked_files import one_line, read_object
+from ..model.checked_files import find_file, one_line, read_object
 from ..model.configuration_hf_clip import (
     MOST_WIDTH,
     OPENAI_VOCAB_SIZE,
@@ -247,8 +246,7 @@ class OpenClipRepository:
     config: HfClipConfig
 
     def _file(self, name: str) -> Path | None:
-        found = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False, **self.hub)
-        return None if found is None else Path(found)
+        return find_file(self.source, name, self.hub)
 
     def weights_file(self) -> Path:
         """Raises FileNotFoundError when there is none."""
@@ -316,7 +314,7 @@ def find_open_clip(
     values = (described or {}).get(CONFIG_FILE)
     try:
         if values is None:
-            path = cached_file(source, CONFIG_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+            path = find_file(source, CONFIG_FILE, hub)
             if path is None:
                 return None
             values = read_object(path)

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
-from transformers.utils import cached_file
 
-from ..model.checked_files import WEIGHT_FILES, list_shards, one_line, read_object, read_unchanged
+from ..model.checked_files import WEIGHT_FILES, find_file, list_shards, one_line, read_object, read_unchanged
 from ..model.configuration_hf_clip import (
     CHECKPOINT_SUFFIXES,
     OPENAI_VOCAB_SIZE,
@@ -104,8 +103,7 @@ def _weight_files(source: Any, hub: dict[str, Any]) -> list[Path]:
     """The files that hold a repository's weights: one, or the shards that an index names."""
 
     def find(name: str) -> Path | None:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-        return None if found is None else Path(found)
+        return find_file(source, name, hub)
 
     for name in WEIGHT_FILES:
         if (whole := find(name)) is not None:
@@ -188,7 +186,7 @@ def _describe(source: Any, hub: dict[str, Any]) -> tuple[HfClipConfig, OpenClipR
     values = described.get("config.json", {})
     if not described:
         try:
-            path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+            path = find_file(source, "config.json", hub)
         except OSError:
             return HfClipConfig.from_pretrained(source, **hub), None  # says what the Hub's refusal means
         values = {} if path is None else read_config_object(path)

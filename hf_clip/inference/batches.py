@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..model.attention import HfClipAttention, HfClipEncoderLayer, attend
+from ..model.attention import HfClipAttention, HfClipEncoderLayer, attend, attention_of
 from ..model.linear_map import apply_linear
 from ..model.text_ends import EndOfTextError, find_ends, find_starts
 from .layers import STAGES, images_at_once, rows_at_once
@@ -193,7 +193,7 @@ def suit_the_cache_(model: Any) -> list[str]:
     for tower in [module for module in model.modules() if hasattr(module, "attnpool") or hasattr(module, "encoder")]:
         kind = tower.config.model_type
         is_half_vit = kind == "hf_clip_vit" and tower.dtype == torch.bfloat16
-        if is_half_vit and tower.config._attn_implementation == "sdpa":
+        if is_half_vit and attention_of(tower.config) == "sdpa":
             heads = tower.config.num_attention_heads
             width = tower.config.hidden_size // heads
             if gain_of_products(heads, width, _positions(tower), tower.dtype) >= LEAST_GAIN:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..model.attention import PRODUCT_ATTENTION, HfClipEncoderLayer
-from ..model.linear_map import is_plain_patch_embedding
+from ..model.linear_map import forward_hooks, is_plain_patch_embedding
 from ..model.resnet_tower import HfClipBottleneck, HfClipResNetStage
 from .layers import (
     FUSED_ACTIVATIONS,
@@ -42,7 +42,7 @@ def _is_hooked(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks other than those by which transformers records the outputs of all layers."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    hooks = forward_hooks(module)
     return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
 

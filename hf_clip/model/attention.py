@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -76,6 +77,11 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """Return the name of the attention that a configuration chooses. transformers has no public name to ask."""
+    return config._attn_implementation
+
+
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -95,7 +101,7 @@ def attend(
     batch, query_length, width = query.shape
     heads = (module.num_heads, width // module.num_heads)  # written out, since -1 cannot be inferred for an empty batch
     is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    kind = module.config._attn_implementation
+    kind = attention_of(module.config)
     if not is_graph and batch == 0:  # only eager attention can do an empty batch
         kind, attention_mask = "eager", None
     attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)

@@ -9,7 +9,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import PrefixChange
 from transformers.utils import TransformersKwargs
 
-from .attention import BUILT_IN_ATTENTION
+from .attention import BUILT_IN_ATTENTION, attention_of
 from .checked_files import DamagedWeightsError, FolderReplacedError, check_weights, read_unchanged
 from .configuration_hf_clip import HUB_ARGUMENTS, HfClipConfig, HfClipPreTrainedConfig, HubUpload, find_foreign
 from .optimized import Optimizable
@@ -133,7 +133,7 @@ def refuse_ignored(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     An argument that is None or False is allowed. With an attention that the user registered every argument is allowed,
     since that attention may read it.
     """
-    if model.config._attn_implementation not in BUILT_IN_ATTENTION:
+    if attention_of(model.config) not in BUILT_IN_ATTENTION:
         return
     for name, value in arguments.items():
         if name not in HEEDED and name not in BY_PRODUCTS and value is not None and value is not False:

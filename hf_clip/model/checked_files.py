@@ -208,6 +208,25 @@ def check_no_methods(kind: type, values: Any, path: object) -> None:
         raise ValueError(f"{path} is refused: its field {one_line(methods[0], 80)} is the name of a method.")
 
 
+def find_file(source: Any, name: str, hub: dict[str, Any]) -> Path | None:
+    """Find a file in a folder or repository, or download it.
+
+    Args:
+        source: A folder, or the name of a repository.
+        name: Name of the file.
+        hub: The Hub's arguments of `from_pretrained`.
+
+    Returns:
+        Its path, or None if the folder or repository has no such file.
+
+    Raises:
+        OSError: The repository does not exist, or cannot be reached.
+    """
+    # The argument is private, but without it a missing file and a missing repository raise the same error.
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if found is None else Path(found)
+
+
 def find_files(source: Any, names: Iterable[str], hub: dict[str, Any]) -> list[Path]:
     """Find files in a folder or repository.
 
@@ -222,10 +241,10 @@ def find_files(source: Any, names: Iterable[str], hub: dict[str, Any]) -> list[P
     if os.path.isfile(source):
         return [Path(source)]
     try:
-        found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names]
+        found = [find_file(source, name, hub) for name in names]
     except OSError:
         return []  # transformers looks for the files next, and reports this error itself
-    return [Path(path) for path in found if path is not None]
+    return [path for path in found if path is not None]
 
 
 def list_shards(index: str | Path) -> list[str]:
@@ -344,6 +363,7 @@ __all__ = [
     "check_no_pointer",
     "check_tokenizer_file",
     "check_weights",
+    "find_file",
     "find_files",
     "in_one_kind",
     "leads_outside",

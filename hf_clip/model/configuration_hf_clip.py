@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file
 
-from .checked_files import check_names, check_no_methods, one_line, read_object, writing_of
+from .checked_files import check_names, check_no_methods, find_file, one_line, read_object, writing_of
 from .variants import get_variant
 
 LEGACY_END_OF_TEXT_ID = 2
@@ -121,7 +120,7 @@ def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
         return None
     hub = {name: arguments[name] for name in HUB_ARGUMENTS if arguments.get(name) is not None}
     try:
-        path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+        path = find_file(source, "config.json", hub)
     except OSError:
         return None  # transformers looks for the file next, and reports this error itself
     if path is not None and "model_type" in read_config_object(path):

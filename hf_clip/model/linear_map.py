@@ -79,6 +79,11 @@ def _is_faster_as_convolution(input: Tensor, weight: Tensor) -> bool:
     )
 
 
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """List what is called before and after a module's `forward`."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module has hooks, or its `forward` was replaced."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)

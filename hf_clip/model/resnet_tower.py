@@ -68,6 +68,9 @@ def channels_last(images: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.vmap knows no memory formats
 
 
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+
+
 @contextmanager
 def frozen_statistics(block: nn.Module) -> Iterator[None]:
     """Let BatchNorm normalise as in training within a `with` block, but keep its running statistics unchanged.
@@ -75,7 +78,7 @@ def frozen_statistics(block: nn.Module) -> Iterator[None]:
     The batch is counted in copies of the statistics, which are discarded. Counting cannot simply be switched off: a
     replay for gradient checkpointing must save as many tensors for autograd as the first run.
     """
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
     kept = [dict(norm.named_buffers()) for norm in norms]
     try:
         for norm, buffers in zip(norms, kept, strict=True):

@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer, trainers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from .bpe import (
     END_OF_TEXT,
@@ -32,7 +32,7 @@ from .bpe import (
     check_vocab_size,
     read_merges,
 )
-from .checked_files import TOKENIZER_CHECKS, check_tokenizer_file, find_files, in_one_kind, read_vocabulary
+from .checked_files import TOKENIZER_CHECKS, check_tokenizer_file, find_file, find_files, in_one_kind, read_vocabulary
 from .chunk_memory import BOUNDARY, ChunkMemory
 from .configuration_hf_clip import HUB_ARGUMENTS, OPENAI_VOCAB_SIZE, HubUpload, refuse_checkpoint_file
 from .repair_text import TextError, is_plain, prepare_text, repair_where_needed
@@ -115,7 +115,7 @@ def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
     """
     names = ("tokenizer.json", "vocab.json", "merges.txt")
     try:
-        whole, *found = [cached_file(source, n, _raise_exceptions_for_missing_entries=False, **hub) for n in names]
+        whole, *found = [find_file(source, name, hub) for name in names]
     except OSError:
         return None
     if whole is not None or None in found:
@@ -361,10 +361,10 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
 
     def _encoder(self, split_special_tokens: bool) -> WordEncoder:
         """Return the encoder for the present added tokens. It is made anew only when these have changed."""
-        tokens = tuple(map(describe_token, self._tokenizer.get_added_tokens_decoder().items()))
+        tokens = tuple(map(describe_token, self.backend_tokenizer.get_added_tokens_decoder().items()))
         known_tokens, encoder = self._encoders.get(split_special_tokens, (None, None))
         if encoder is None or known_tokens != tokens:
-            encoder = WordEncoder(self._tokenizer, split_special_tokens)
+            encoder = WordEncoder(self.backend_tokenizer, split_special_tokens)
             self._encoders[split_special_tokens] = (tokens, encoder)
         return encoder
 

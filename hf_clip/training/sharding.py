@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..model.resnet_tower import BatchNorm
 from .averaging import whole_tensor
 from .config import TrainingConfig
 from .lora import temperature_of
@@ -135,7 +135,7 @@ def _find_unsupported_zero(accelerator: Any, config: TrainingConfig) -> list[tup
 def _check_batch_norm(model: nn.Module, wrapper: str) -> None:
     """DDP sends the main process's statistics to all others in each step; these wrappers don't."""
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and not isinstance(module, (FrozenBatchNorm2d, nn.SyncBatchNorm)):
+        if isinstance(module, BatchNorm) and not isinstance(module, (FrozenBatchNorm2d, nn.SyncBatchNorm)):
             raise ValueError(
                 f"Under {wrapper} every process would keep BatchNorm statistics of its own: pass --sync_batchnorm."
             )

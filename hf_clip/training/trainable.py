@@ -14,7 +14,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..model.resnet_tower import BatchNorm
 
 TOWERS = {"image": "vision_model", "text": "text_model"}
 PROJECTIONS = {"image": "visual_projection", "text": "text_projection"}
@@ -119,11 +120,11 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         return self
 
 
-def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm))
+def _batch_norms(model: nn.Module) -> Iterator[tuple[str, BatchNorm]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, BatchNorm))
 
 
-def _freeze(norm: _BatchNorm) -> None:
+def _freeze(norm: BatchNorm) -> None:
     norm.__class__ = FrozenBatchNorm2d
     norm.requires_grad_(False)
     norm.eval()
