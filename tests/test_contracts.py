@@ -124,6 +124,14 @@ def test_every_file_belongs_to_a_part():
     assert {part_of(path) for path in PACKAGE.rglob("*.py")} <= {*RANKS, *TOP}
 
 
+def test_file_is_found_by_its_name():
+    """No two files of one name, and none that is named for anything at all."""
+    names = [path.stem for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
+    assert [name for name in names if names.count(name) > 1] == []
+    words = {word for name in names for word in name.split("_")}
+    assert not words & {"util", "utils", "helper", "helpers", "common", "manager", "factory", "misc"}
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_one_way(path: Path):
     part, folder = part_of(path), path.relative_to(PACKAGE).parent.parts

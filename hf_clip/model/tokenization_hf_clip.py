@@ -115,13 +115,13 @@ def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
     """
     names = ("tokenizer.json", "vocab.json", "merges.txt")
     try:
-        whole, *found = [find_file(source, name, hub) for name in names]
+        whole, table, merges = [find_file(source, name, hub) for name in names]
     except OSError:
         return None
-    if whole is not None or None in found:
+    if whole is not None or table is None or merges is None:
         return None
-    vocab = read_vocabulary(found[0])
-    backend = build_backend(read_merges(found[1], len(vocab)))
+    vocab = read_vocabulary(table)
+    backend = build_backend(read_merges(merges, len(vocab)))
     if backend.get_vocab() != vocab:
         raise ValueError(f"The vocab.json of {source} numbers its tokens otherwise than CLIP's tokenizer does.")
     return backend
