@@ -136,7 +136,9 @@ class Steps:
                         f"needed."
                     )
         if self.do_rescale:
-            _check_numbers("rescale_factor", [self.rescale_factor], positive=True)
+            _check_numbers("rescale_factor", [self.rescale_factor], positive=False)
+            if self.rescale_factor == 0:
+                raise ValueError("rescale_factor holds 0, but pixels are multiplied by it. OpenAI's is 1 / 255.")
         if self.do_normalize:
             for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
                 values = values if isinstance(values, (list, tuple, np.ndarray)) else [values]

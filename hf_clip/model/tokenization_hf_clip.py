@@ -186,6 +186,9 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         """
         source = pretrained_model_name_or_path
         refuse_checkpoint_file(source)
+        for name in kwargs:
+            if callable(getattr(cls, name, None)):  # as transformers has it; below it would look like a damaged file
+                raise AttributeError(f"{name} conflicts with the method {name} in {cls.__name__}; leave it out.")
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         for path in find_files(source, TOKENIZER_CHECKS, hub):
             TOKENIZER_CHECKS.get(path.name, check_tokenizer_file)(path)

@@ -155,12 +155,13 @@ class ModelTests(mixins.ModelTesterMixin):
         self.model_tester = self.new_tester()
 
     def test_model_forward_default_config_values(self) -> None:
-        """With a vocabulary that has the default end of text: a smaller one is refused without its own.
+        """With a vocabulary that has the default end of text, and with 0 at the end of each text.
 
+        A smaller vocabulary is refused without its own end. The test calls the id 0 the end of text.
         The name is among the base models' here, since the test passes over all others.
         """
         names = {str(number): model.__name__ for number, model in enumerate(self.all_model_classes)}
-        with patch.dict(TEXT, vocab_size=49408), patch.dict(MODEL_MAPPING_NAMES, names):
+        with patch.dict(TEXT, vocab_size=49408, eos_token_id=0), patch.dict(MODEL_MAPPING_NAMES, names):
             super().test_model_forward_default_config_values()
 
 
