@@ -1,4 +1,5 @@
 """All nine OpenAI CLIP models for transformers. Importing this registers them with the Auto classes and the pipelines.
+
 Example::
 
     import hf_clip
@@ -8,6 +9,18 @@ Example::
     classify("cat.jpg", candidate_labels=["a cat", "a dog"])
 
 `import hf_clip as clip` gives the functions of OpenAI's module: `available_models`, `load` and `tokenize`.
+
+What is public:
+
+- Models: HfClipModel; HfClipTextModel, HfClipViTModel and HfClipResNetModel, the towers alone;
+  HfClipTextModelWithProjection and HfClipVisionModelWithProjection; HfClipForImageClassification; their base class
+  HfClipPreTrainedModel; and their outputs HfClipOutput, HfClipTextModelOutput and HfClipVisionModelOutput.
+- Configurations: HfClipConfig, HfClipTextConfig, HfClipViTConfig, HfClipResNetConfig; VARIANTS, the nine models, each a
+  Variant.
+- Inputs: HfClipProcessor, HfClipTokenizer, HfClipImageProcessor.
+- Tasks: ZeroShotClassifier; encode_images and encode_texts; convert.
+- As in OpenAI's module: available_models, load, tokenize.
+- Errors: UnreadableImageError, TextError, TextTooLongError, EndOfTextError.
 """
 
 import transformers as _transformers

@@ -32,8 +32,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoints.download import fetch_original
+from .checkpoints.in_memory import build_model
 from .checkpoints.keys import convert_names
 from .checkpoints.original import read_original
+from .checkpoints.read import StoredModel
 from .checkpoints.vocabulary import find_vocabulary
 from .model.configuration_hf_clip import CHECKPOINT_SUFFIXES
 from .model.image_processing_hf_clip import HfClipImageProcessor
@@ -239,12 +241,8 @@ def _usable_device(device: str | int | torch.device | None) -> torch.device:
 
 def _model_of_checkpoint(path: Path, verify: bool) -> HfClipModel:
     """Read an original checkpoint and convert it to float32 in memory. With `verify`, checksums are compared."""
-    _, config, tensors = read_original(path, verify, check_sums=verify)
-    with torch.device("meta"):
-        model = HfClipModel(config)
-    own = {name: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for name, t in tensors.items()}
-    model.load_state_dict(own, assign=True)
-    return model
+    checkpoint, config, tensors = read_original(path, verify, check_sums=verify)
+    return build_model(StoredModel(config, tensors, [checkpoint]))
 
 
 def load(

@@ -48,6 +48,8 @@ def test_what_a_person_sees_of_the_package_is_its_own():
     names, modules = json.loads(run_python(code))
     assert set(names) - set(modules) == set(hf_clip.__all__) - {"__version__"}
     assert set(modules) <= {path.stem for path in PACKAGE.iterdir()}
+    overview = (hf_clip.__doc__ or "").partition("What is public:")[2]  # where help(hf_clip) begins
+    assert set(re.findall(r"\w+", overview)) >= set(hf_clip.__all__) - {"__version__"}
 
 
 def test_version_is_in_the_changelog():

@@ -137,7 +137,7 @@ def _check_layers(source: Any, tensors: dict[str, Tensor], config: HfClipConfig)
         )
 
 
-def _check_names(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) -> dict[str, Tensor]:
+def check_tensors(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) -> dict[str, Tensor]:
     """The model's tensors alone. Repositories of before transformers 4.31 have counters of positions beside them."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("embeddings.position_ids")}
     _check_layers(source, kept, config)
@@ -213,7 +213,7 @@ def _read_weights(
         return [checkpoint], tensors
     checkpoints = [open_checkpoint(path, verify, check_sums=check_sums) for path in _weight_files(source, hub)]
     tensors = {name: tensor for checkpoint in checkpoints for name, tensor in checkpoint.tensors.items()}
-    return checkpoints, _check_names(source, tensors, config)
+    return checkpoints, check_tensors(source, tensors, config)
 
 
 def check_model(source: str | Path, hub: dict[str, Any] | None = None) -> HfClipConfig:
@@ -294,7 +294,7 @@ def _read_file(
     return model, HfClipProcessor(image_processor, tokenizer)
 
 
-def _meant(name: str) -> str | None:
+def find_meant(name: str) -> str | None:
     """A file beside, with a suffix that was left out, or one of OpenAI's names, that was probably meant."""
     for suffix in CHECKPOINT_SUFFIXES:
         if os.path.isfile(f"{name}{suffix}"):
@@ -339,7 +339,7 @@ def read(
     """
     name, path = str(source), Path(source)
     is_file = name in VARIANTS or path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or "/" not in name
-    if name not in VARIANTS and not os.path.exists(source) and (meant := _meant(name)) is not None:
+    if name not in VARIANTS and not os.path.exists(source) and (meant := find_meant(name)) is not None:
         raise FileNotFoundError(f"There is no checkpoint file or folder {source}; did you mean {meant}?")
     if name.startswith((".", "/", "~")) and not path.exists():
         raise FileNotFoundError(f"There is no checkpoint file or folder {source}; check the path.")

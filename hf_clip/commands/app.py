@@ -21,7 +21,7 @@ import typer
 from ..model.checked_files import LONGEST_LINE, one_line
 
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "Use a model": (),
+    "Use a model": ("classify", "info"),
     "Checkpoints": ("convert", "publish", "export-onnx"),
     "Training": (),
 }

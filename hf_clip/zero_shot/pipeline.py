@@ -237,6 +237,12 @@ def check_device(device: Any) -> None:
         )
 
 
+def default_device() -> torch.device:
+    """Return the accelerator of this machine, or else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 class ZeroShotDispatcher:
     """The entry in transformers' registry of tasks: makes our pipeline for our models, the stock one for others."""
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..model.checked_files import read_json
+
 Template = Callable[[str], str]
 
 _CIFAR_ADJECTIVES = ["", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good "]
@@ -138,6 +140,33 @@ def make_prompts(names: Iterable[str], templates: list[Template]) -> Iterator[st
             if not isinstance(prompt, str):
                 raise ValueError(f"A template made {prompt!r} of a label, but a text is needed.")
             yield prompt
+
+
+def parse_labels(text: str) -> Any:
+    """Read labels as they are given in a command line.
+
+    Args:
+        text: Labels with commas between them; or the path of a file with a label on each line, or of a JSON file.
+
+    Returns:
+        Labels for `read_labels`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read.
+    """
+    suffix = os.path.splitext(text)[1].lower()
+    if suffix == ".json":
+        return read_json(text)
+    if suffix != ".txt" and not os.path.isfile(text):
+        return [label.strip() for label in text.split(",")]
+    if not os.path.isfile(text):
+        raise FileNotFoundError(f"There is no file {text} of labels; check the path.")
+    try:
+        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The labels {text!r} cannot be read ({error}).") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def read_labels(labels: Any) -> dict[str, list[str]]:

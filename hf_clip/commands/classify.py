@@ -1,0 +1,131 @@
+"""`hf-clip classify`: the labels of many images, printed or written into a table."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..zero_shot.files import Classified
+
+SOME_FAILED = 2
+"""Exit status: there are results, but not of all images."""
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def _line(result: "Classified", width: int, label_width: int) -> str:
+    """One result for people to read."""
+    if result.error is not None:
+        return f"{result.name:<{width}}  error: {result.error}"
+    found = (f"{entry['label']:<{label_width}} {entry['score']:.4f}" for entry in result.labels)
+    return f"{result.name:<{width}}  {'  '.join(found)}"
+
+
+def _take(results: "Iterable[Classified]", take: "Callable[[Classified], Any]") -> tuple[int, int]:
+    """Hand each result on; returns how many there were, and how many of them are errors."""
+    done = failed = 0
+    for result in results:
+        take(result)
+        done, failed = done + 1, failed + (result.error is not None)
+    return done, failed
+
+
+def classify(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names.", metavar="MODEL"
+        ),
+    ],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders, of which all images are taken, those in their folders too; files; addresses. Or one data "
+            "set: a repository on the Hub, a CSV, JSON lines, parquet or webdataset file, a saved data set.",
+            metavar="IMAGES...",
+        ),
+    ],
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="Labels with commas between them; or a file: a label on each line, or JSON with the names of labels.",
+            metavar="A,B,C|FILE",
+        ),
+    ],
+    templates: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A text with {} where the label belongs, given once or several times; the name of a set; or a file "
+            "with a text on each line. By default: a photo of a {}.",
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="How many labels to give for each image, best first.", min=1)] = 5,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="A table to write, which ends in .csv, .jsonl or .parquet. Without it, results are printed.",
+            metavar="FILE",
+        ),
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="The column of a data set that holds the images.")] = None,
+    split: Annotated[str | None, typer.Option(help="The split of a data set; by default train.")] = None,
+    batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 16,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU if there is one.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="The dtype to compute in.")] = Dtype.float32,
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
+) -> None:
+    """Classify the images of folders, files or a data set by labels of your choice.
+
+    A table has a row for each image: `image`, its path or its number in the data set; `label` and `score`, then
+    `label_2` and `score_2` and so on; and `error`, where it could not be opened. The table appears when it is whole.
+
+    Exit status: 0, all images were classified; 2, some could not be opened; 1, there is no result.
+
+    Examples:
+
+        hf-clip classify clip-vit-b32/ photos/ --labels "cat,dog,a bird"
+
+        hf-clip classify RN50 org/data --labels labels.txt --output scores.csv
+    """
+    from tqdm import tqdm
+
+    from ..checkpoints.in_memory import load_model
+    from ..training.data.image_stream import find_image_items
+    from ..zero_shot.classifier import ZeroShotClassifier
+    from ..zero_shot.files import classify_stream
+    from ..zero_shot.pipeline import check_device, default_device
+    from ..zero_shot.prompts import DEFAULT_TEMPLATE, parse_labels, read_labels, read_templates
+    from ..zero_shot.tables import check_table, table_writer
+
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for `datasets`, which is not imported yet
+    if output is not None:
+        check_table(output)
+    check_device(device)
+    names = read_labels(parse_labels(labels))
+    given = DEFAULT_TEMPLATE if not templates else templates[0] if len(templates) == 1 else templates
+    read_templates(given)
+    found = find_image_items(images, split=split, image_column=image_column)
+    loaded, processor = load_model(model, dtype=dtype.value, offline=offline)
+    loaded.to(device or default_device())
+    classifier = ZeroShotClassifier(loaded, processor, names, given, progress=False)
+    top_k = min(top_k, len(names))
+    results = classify_stream(classifier, found.items, top_k=top_k, batch_size=batch_size, opener=found.opener)
+    if output is None:
+        width = max(map(len, names))
+        done, failed = _take(results, lambda result: print(_line(result, found.longest_name, width), flush=True))
+    else:
+        with table_writer(output, top_k) as write, tqdm(total=found.total, unit="image", disable=None) as bar:
+            done, failed = _take(results, lambda result: (write(result), bar.update()))
+    if failed:
+        print(f"{failed:,} of {done:,} images could not be opened", file=sys.stderr)
+        raise typer.Exit(SOME_FAILED)

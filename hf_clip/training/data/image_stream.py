@@ -1,0 +1,97 @@
+"""Images alone, wherever a user has them: folders and files, or a column of a data set.
+
+Each comes with its name, which is its path, or its number in a data set. It is opened by whoever takes it.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ...model.fetch import is_web_address
+from ...model.open_image import open_image
+from ...zero_shot.files import find_images, is_image_name
+from .columns import column_of, field_of, find_image_column
+from .images import ImagePlaces, find_image_places, image_content, open_content
+from .sources import describe_columns, folder_of, leave_undecoded, open_source
+
+SAVED = ("dataset_dict.json", "state.json")
+"""What a folder holds that `save_to_disk` of `datasets` wrote."""
+
+LONGEST_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class ImageItems:
+    """Images to be opened.
+
+    Attributes:
+        items: Names, and what `opener` opens; they can be gone through once.
+        opener: Opens one. Raises ValueError where that is no image.
+        total: How many there are, or None where nobody knows.
+        longest_name: The characters of the longest name, 60 at most.
+    """
+
+    items: Iterable[tuple[str, Any]]
+    opener: Callable[[Any], Any]
+    total: int | None
+    longest_name: int
+
+
+def is_data_set(place: str) -> bool:
+    """Whether a place is a data set, and not an image or a folder of images.
+
+    What is not there is a data set on the Hub, unless it is named as an image or begins as a path.
+    """
+    if is_web_address(place):
+        return False
+    if os.path.isdir(place):
+        return any(os.path.isfile(os.path.join(place, name)) for name in SAVED)
+    if folder_of(place) is not None:  # a data file, or a pattern of such
+        return True
+    return not os.path.exists(place) and not is_image_name(place) and not place.startswith((".", "/", "~"))
+
+
+def find_image_items(places: Sequence[str], *, split: str | None = None, image_column: str | None = None) -> ImageItems:
+    """Find the images of folders, files and addresses, or of one data set.
+
+    Args:
+        places: What the user named.
+        split: A data set's split; None is "train".
+        image_column: The column of a data set that holds the images; None: the only one that can be it.
+
+    Raises:
+        FileNotFoundError: A folder has no images, or there is no such data set.
+        ValueError: The data set has no such split or column, or it is named together with other places.
+    """
+    is_forced = split is not None or image_column is not None
+    sets = list(places) if is_forced else [place for place in places if is_data_set(place)]
+    if not sets:
+        names = find_images(places)
+        longest = max(map(len, names))
+        return ImageItems(((name, name) for name in names), open_image, len(names), min(longest, LONGEST_SHOWN))
+    if len(places) > 1:
+        raise ValueError(
+            f"{sets[0]} is a data set, of which one can be read at a time, and nothing else beside it: name it alone."
+        )
+    table = open_source(sets[0], split or "train", streaming=True)
+    features = describe_columns(table)
+    column = find_image_column(sets[0], features, image_column)
+    table = leave_undecoded(table, [column_of(column, features)])
+    where = find_image_places(sets[0], folder_of(sets[0]))
+    counts = getattr(table.info, "splits", None) or {}
+    total = counts[str(table.split)].num_examples if str(table.split) in counts else None
+    return ImageItems(_rows(table, column), partial(_open_stored, places=where), total, len(str(total or 10**6)))
+
+
+def _rows(table: Any, column: str) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(table):
+        yield str(number), field_of(row, column)
+
+
+def _open_stored(stored: Any, places: ImagePlaces) -> Any:
+    return open_content(image_content(stored, places))
+
+
+__all__ = ["ImageItems", "find_image_items", "is_data_set"]

@@ -1,0 +1,159 @@
+"""Many images, one after the other: found in folders, opened ahead of the model, classified in order.
+
+Threads open, turn and resize the images that come next while the model encodes a batch. What waits is small: pixels of
+the model's size, for two batches at most. An image that cannot be opened is a result too, with its error.
+
+Dimensions: B images of a batch, C channels, Y × X pixels.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..model.fetch import is_web_address
+from ..model.open_image import RASTER_FORMATS, UnreadableImageError, open_image
+from .classifier import ZeroShotClassifier
+from .features import encode_pixels, image_processor_of
+
+MOST_THREADS = 8
+
+
+@lru_cache(maxsize=1)
+def image_suffixes() -> frozenset[str]:
+    """How the names of files that hold images end, in small letters, with the dot."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in RASTER_FORMATS)
+
+
+def is_image_name(name: str | Path) -> bool:
+    """Whether a file's name ends as those of images do."""
+    return Path(name).suffix.lower() in image_suffixes()
+
+
+def find_images(places: Iterable[str | Path]) -> list[str]:
+    """The images of folders and their folders, in the order of their names, and what else is named.
+
+    Args:
+        places: Folders, of which files that are named as images are taken, hidden ones and links to folders left out;
+            and files and web addresses, which are taken as they are, also where there is no such file.
+
+    Returns:
+        Paths, as the places were named.
+
+    Raises:
+        FileNotFoundError: A folder has no images.
+    """
+    found: list[str] = []
+    for place in map(str, places):
+        if is_web_address(place) or not os.path.isdir(place):
+            found.append(place)
+            continue
+        images = []
+        for folder, inner, files in os.walk(place):
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            images += [
+                os.path.join(folder, name) for name in sorted(files) if is_image_name(name) and not name.startswith(".")
+            ]
+        if not images:
+            raise FileNotFoundError(
+                f"The folder {place} has no images: no file in it, or in its folders, is named as one, such as .jpg or "
+                f".png. Name the files themselves, or another folder."
+            )
+        found += images
+    return found
+
+
+@dataclass(frozen=True)
+class Classified:
+    """One image's result.
+
+    Attributes:
+        name: The image's path, or what else it is called.
+        labels: Labels with their scores, best first; empty where the image could not be opened.
+        error: Why the image could not be opened, or None.
+    """
+
+    name: str
+    labels: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+
+
+def _in_words(error: ValueError) -> str:
+    """What is wrong with an image whose name stands beside this."""
+    problem = error.problem.lstrip(": ") if isinstance(error, UnreadableImageError) else str(error)
+    return problem.removesuffix("; replace it, or leave it out.").removesuffix(".")
+
+
+def _in_order(
+    items: Iterator[tuple[str, Any]], make: Callable[[Any], Tensor], threads: int, ahead: int
+) -> Iterator[tuple[str, "Future[Tensor]"]]:
+    """Each item's name and pixels in the making, in order; at most `ahead` are begun before they are asked for."""
+    waiting: deque[tuple[str, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="hf_clip images") as pool:
+        try:
+            for name, item in items:
+                waiting.append((name, pool.submit(make, item)))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def classify_stream(
+    classifier: ZeroShotClassifier,
+    items: Iterable[tuple[str, Any]],
+    *,
+    top_k: int | None = None,
+    batch_size: int = 16,
+    threads: int | None = None,
+    opener: Callable[[Any], Any] = open_image,
+    **settings: Any,
+) -> Iterator[Classified]:
+    """Classify images one batch after the other.
+
+    Args:
+        classifier: The labels, encoded.
+        items: Names, and what `opener` makes images of; read as they are needed.
+        top_k: How many labels to give for each image (default: all).
+        batch_size: Images encoded at once.
+        threads: How many open images (default: one for each core, at most 8).
+        opener: Called in a thread; a ValueError of it becomes the image's error.
+        **settings: For the image processor, e.g. fit="pad".
+
+    Yields:
+        A result for each item, in their order.
+    """
+    model, image_processor = classifier.model, image_processor_of(classifier.processor)
+
+    def make(item: Any) -> Tensor:
+        return image_processor([opener(item)], return_tensors="pt", **settings)["pixel_values"][0]
+
+    threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
+    waiting = _in_order(iter(items), make, threads, ahead=2 * batch_size + threads)
+    while batch := list(islice(waiting, batch_size)):
+        results: list[Classified | None] = []
+        pixels: list[Tensor] = []
+        for name, future in batch:
+            try:
+                pixels.append(future.result())
+                results.append(None)
+            except ValueError as error:
+                results.append(Classified(name, error=_in_words(error)))
+        ranked = iter(classifier.matrix.rank(encode_pixels(model, torch.stack(pixels)), top_k) if pixels else [])
+        for (name, _), result in zip(batch, results, strict=True):
+            yield Classified(name, next(ranked)) if result is None else result
+
+
+__all__ = ["Classified", "classify_stream", "find_images", "image_suffixes", "is_image_name"]

@@ -1,0 +1,122 @@
+"""Results of classification as a table: CSV, JSON lines or parquet, a row for each image, written as they come.
+
+    image, label, score, label_2, score_2, …, error
+
+A table appears only when it is whole.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.whole_file import whole_file
+from .files import Classified
+
+ROWS_AT_ONCE = 4096
+"""Rows of a parquet file's group, which are held until it is full."""
+
+Row = dict[str, str | float | None]
+
+
+def columns_of(top_k: int) -> list[str]:
+    """The names of a table's columns."""
+    pairs = [f"{name}{'' if rank == 1 else f'_{rank}'}" for rank in range(1, top_k + 1) for name in ("label", "score")]
+    return ["image", *pairs, "error"]
+
+
+def row_of(result: Classified, top_k: int) -> Row:
+    """A result as a row; what it doesn't have is None."""
+    values: list[Any] = [value for found in result.labels for value in (found["label"], found["score"])]
+    values += [None] * (2 * top_k - len(values))
+    # A path of this machine may hold bytes that are no text.
+    name = result.name.encode("utf-8", "backslashreplace").decode()
+    return dict(zip(columns_of(top_k), [name, *values, result.error], strict=True))
+
+
+@contextmanager
+def _csv_writer(path: Path, columns: list[str]) -> Iterator[Callable[[Row], Any]]:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        yield writer.writerow
+
+
+@contextmanager
+def _json_lines_writer(path: Path, columns: list[str]) -> Iterator[Callable[[Row], Any]]:
+    with path.open("w", encoding="utf-8") as file:
+        yield lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _parquet_writer(path: Path, columns: list[str]) -> Iterator[Callable[[Row], Any]]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    kinds = [(name, pyarrow.float32() if name.startswith("score") else pyarrow.string()) for name in columns]
+    schema = pyarrow.schema(kinds)
+    rows: list[Row] = []
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+
+        def write() -> None:
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+            rows.clear()
+
+        def take(row: Row) -> None:
+            rows.append(row)
+            if len(rows) == ROWS_AT_ONCE:
+                write()
+
+        yield take
+        write()
+
+
+WRITERS = {".csv": _csv_writer, ".jsonl": _json_lines_writer, ".parquet": _parquet_writer}
+
+
+def check_table(path: str | Path) -> None:
+    """Refuse a table that cannot be written, before any work is done for it.
+
+    Raises:
+        ValueError: The name ends otherwise than those of the three kinds.
+        IsADirectoryError: It is a folder's.
+        ImportError: A package that writes this kind is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it, such as {path / 'scores.csv'}.")
+    if path.suffix.lower() not in WRITERS:
+        raise ValueError(f"{path} ends in none of {', '.join(WRITERS)}, which say how a table is written; choose one.")
+    if path.suffix.lower() == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                'Writing parquet needs pyarrow, which this Python does not have: pip install "hf-clip[train]"; or '
+                "write .csv or .jsonl."
+            ) from error
+
+
+@contextmanager
+def table_writer(path: str | Path, top_k: int) -> Iterator[Callable[[Classified], Any]]:
+    """What writes one result after the other to a table, which takes its place when the block ends without an error.
+
+    Args:
+        path: Ends in .csv, .jsonl or .parquet.
+        top_k: The labels of an image.
+
+    Yields:
+        A function that writes a result.
+
+    Raises:
+        ValueError, IsADirectoryError, ImportError: See `check_table`.
+    """
+    check_table(path)
+    make = WRITERS[Path(path).suffix.lower()]
+    with whole_file(path) as unfinished, make(unfinished, columns_of(top_k)) as write:
+        yield lambda result: write(row_of(result, top_k))
+
+
+__all__ = ["check_table", "columns_of", "row_of", "table_writer"]
