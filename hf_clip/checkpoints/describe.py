@@ -272,14 +272,14 @@ def _describe_folder(name: str, folder: Path, on_the_hub: list[str] | None = Non
         found.add_config(config)
         if not stored:
             found.problems.append(f"It has no weights: none of {', '.join(weights)}, whole or in shards.")
-        _add_processor(found, folder, config, files)
     if stored:
         _add_weights(found, folder, stored, config, on_the_hub is not None)
     if (architectures := (values or {}).get("architectures")) and isinstance(architectures, list):
         found.model = f"{found.model or 'a model'} ({one_line(architectures[0], 60)})"
-    found.loaders = loaders_of_repository(
-        name, found.layout, config, values or {}, files, found.problems[0] if found.problems else None
-    )
+    problem = found.problems[0] if found.problems else None
+    found.loaders = loaders_of_repository(name, found.layout, config, values or {}, files, problem)
+    if config is not None:
+        _add_processor(found, folder, config, files)  # without which the model loads all the same
     return found
 
 

@@ -145,6 +145,7 @@ def test_tower_alone(repositories: dict[str, Path], tmp_path: Path, capsys: pyte
     assert found["model"] == "a text tower alone (HfClipTextModel)"
     assert found["image"] == {}
     assert found["problems"] == ["It has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt."]
+    assert loaders(found)[WITH_PACKAGE]  # the model alone
 
 
 def test_damage_and_contradictions_are_problems(repositories: dict[str, Path], tmp_path: Path, capsys: Any):
