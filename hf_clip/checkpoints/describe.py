@@ -254,6 +254,7 @@ def _describe_folder(name: str, folder: Path, on_the_hub: list[str] | None = Non
     found = Description(name)
     values = found.attempt(lambda: read_object(folder / "config.json")) if "config.json" in files else {}
     kind = (values or {}).get("model_type")
+    kind = kind if isinstance(kind, str) else None
     config: Config | None = None
     weights: tuple[str, ...] = WEIGHT_FILES
     if kind in ("hf_clip", "clip"):
@@ -272,14 +273,15 @@ def _describe_folder(name: str, folder: Path, on_the_hub: list[str] | None = Non
         found.add_config(config)
         if not stored:
             found.problems.append(f"It has no weights: none of {', '.join(weights)}, whole or in shards.")
-    if stored:
-        _add_weights(found, folder, stored, config, on_the_hub is not None)
+    is_unknown = bool(stored) and not _add_weights(found, folder, stored, config)
     if (architectures := (values or {}).get("architectures")) and isinstance(architectures, list):
         found.model = f"{found.model or 'a model'} ({one_line(architectures[0], 60)})"
     problem = found.problems[0] if found.problems else None
     found.loaders = loaders_of_repository(name, found.layout, config, values or {}, files, problem)
     if config is not None:
         _add_processor(found, folder, config, files)  # without which the model loads all the same
+    if is_unknown and problem is None:
+        found.problems.append("Its weights are pickled: their sizes and dtypes are known after a download only.")
     return found
 
 
@@ -296,21 +298,21 @@ def _name_stranger(files: list[str], values: dict[str, Any]) -> tuple[str, str |
     return "unknown", None
 
 
-def _add_weights(found: Description, folder: Path, stored: list[str], config: Config | None, is_on_hub: bool) -> None:
+def _add_weights(found: Description, folder: Path, stored: list[str], config: Config | None) -> bool:
+    """Add what the headers of the weights say; returns whether these can be read."""
     is_here = all((folder / name).is_file() for name in stored)
     headers = found.attempt(
         lambda: read_headers(*[folder / n for n in stored]) if is_here else hub_headers(found.source, stored)
     )
     if headers is None:
-        if is_on_hub and not is_here:
-            found.problems.append("Its weights are pickled; their sizes and dtypes are known after a download only.")
-        return
+        return False
     found.add_headers(headers)
     if isinstance(config, HfClipConfig) and not found.problems:
         if found.layout == "open_clip":
             found.attempt(lambda: convert_names(without_wrappers(headers.tensors), config))
         else:
             found.attempt(lambda: check_tensors(found.source, headers.tensors, config))
+    return True
 
 
 def _add_processor(found: Description, folder: Path, config: Config, files: list[str]) -> None:

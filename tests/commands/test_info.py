@@ -235,3 +235,9 @@ def test_repository_on_the_hub_is_read_without_its_weights(
         assert found["problems"] == []
         assert loaders(found)[WITH_PACKAGE]
         assert not list(tmp_path.rglob("*.safetensors"))
+        files = dict(repository.commits[repository.refs["main"]])
+        files["pytorch_model.bin"] = files.pop("model.safetensors")
+        repository.commit(files, "main", "pickled")
+        found = info("org/small", capsys)
+        assert "pickled" in found["problems"][0]
+        assert loaders(found)[WITH_PACKAGE]
