@@ -103,14 +103,14 @@ def test_card_of_a_stock_repository_loads_it_with_stock_classes(
     folder = tmp_path / "published"
     convert(repositories["vit"], folder, layout="transformers")
     photographs["chelsea"].save(tmp_path / "cat.jpg")
-    config = HfClipConfig.from_pretrained(folder)
+    config, blocks = HfClipConfig.from_pretrained(folder), []
     for card in (
         render_custom_card(config, str(folder), stock=True),
         render_card("ViT-B/32", str(folder), stock=True),
     ):
-        block = python_blocks(card)[0]
-        assert "trust_remote_code" not in block
-        run_without_hf_clip([block], tmp_path)
+        blocks.append(python_blocks(card)[0])
+        assert "trust_remote_code" not in blocks[-1]
+    run_without_hf_clip(blocks, tmp_path)
     with staged(repositories["vit"], "org/stock", "transformers", None) as out:
         assert render_custom_card(config, "org/stock", stock=True) == (out / "README.md").read_text(encoding="utf-8")
 

@@ -97,7 +97,7 @@ def refuse_checkpoint_file(source: Any) -> None:
         )
     raise ValueError(
         f"{name} is a checkpoint file, but from_pretrained takes a folder or a repository. Convert it once, by "
-        f"`python -m conversion.convert {name} FOLDER`, and pass that folder."
+        f"`hf-clip convert {name} FOLDER`, and pass that folder."
     )
 
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from conversion.export_onnx import main
+from conversion.reference import build_reference, write_archive
 from hf_clip import VARIANTS, HfClipConfig, HfClipModel, HfClipVisionModelWithProjection, convert
 from hf_clip.checkpoints import onnx_export as program
 from hf_clip.checkpoints import onnx_graphs
 from hf_clip.checkpoints.onnx_export import export_onnx
-from hf_clip.checkpoints.onnx_graphs import GRAPHS, random_inputs
+from hf_clip.checkpoints.onnx_graphs import GRAPHS, Graph, random_inputs
 from hf_clip.checkpoints.onnx_precision import Comparison, Deviation, open_session
 
-from ..small import CONTEXT_LENGTH, random_images, texts
+from ..small import CONTEXT_LENGTH, DIMENSIONS, IMAGE_SIZES, random_images, texts
 
 pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
@@ -39,6 +40,23 @@ STOCK = {
     "text_model": (["input_ids"], ["text_embeds"]),
     "vision_model": (["pixel_values"], ["image_embeds"]),
 }
+
+
+LAYERS = {
+    "vit": {"transformer_layers": 2, "vision_layers": 2},
+    "resnet": {"transformer_layers": 2, "vision_layers": (1, 1, 1, 1)},
+}
+"""Fewer than elsewhere: exporting takes time for every layer, whatever its width."""
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both reduced models, as everywhere, but with fewer layers. Tests must not write there."""
+    folder = tmp_path_factory.mktemp("models")
+    for tower, layers in LAYERS.items():
+        write_archive(build_reference(DIMENSIONS[tower] | layers, seed=1), folder / f"{tower}.pt", IMAGE_SIZES[tower])
+        convert(folder / f"{tower}.pt", folder / tower)
+    return {tower: folder / tower for tower in LAYERS}
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +198,32 @@ def test_exported_folder_is_still_a_repository(exported: Path, repository: Path)
     )
 
 
-def export_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the text tower, for tests of what happens around the graphs."""
+def export_tiny(monkeypatch: pytest.MonkeyPatch, graphs: Path | None = None) -> None:
+    """Only the text tower, for tests of what happens around the graphs.
+
+    graphs: A folder in which this tower's graph lies already. It is copied, and held against the model as any other.
+    """
     monkeypatch.setattr(program, "GRAPHS", GRAPHS[1:2])
 
+    def copy_graph(graph: Graph, path: Path) -> None:
+        assert graphs is not None
+        for file in graphs.glob(f"{graph.name}.onnx*"):  # and its weights, if they lie beside it
+            shutil.copyfile(file, path.parent / file.name)
 
+    if graphs is not None:
+        monkeypatch.setattr(program, "write_graph", copy_graph)
+
+
+@pytest.fixture
+def text_graph(exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports that follow write the text tower's graph of the ViT model, which was exported before."""
+    export_tiny(monkeypatch, exports["vit"] / "onnx")
+
+
+@pytest.mark.usefixtures("text_graph")
 def test_folder_itself_is_the_place_by_default_and_keeps_its_other_files(
     repositories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    export_tiny(monkeypatch)
     folder = tmp_path / "model"
     shutil.copytree(repositories["vit"], folder)
     before = listing(folder)
@@ -199,10 +234,10 @@ def test_folder_itself_is_the_place_by_default_and_keeps_its_other_files(
     assert HfClipModel.from_pretrained(folder).config.vision_config.image_size == 48
 
 
+@pytest.mark.usefixtures("text_graph")
 def test_program_reports_sizes_and_deviations_and_what_is_older(
     repositories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    export_tiny(monkeypatch)
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "model_fp16.onnx").write_text("older")
     assert main([str(repositories["vit"]), str(tmp_path), "--precision", "int8", "fp32"]) == 0
@@ -214,7 +249,7 @@ def test_program_reports_sizes_and_deviations_and_what_is_older(
 
 
 def test_large_weights_lie_beside_their_graph(
-    repositories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    repositories: dict[str, Path], exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     export_tiny(monkeypatch)
     monkeypatch.setattr(onnx_graphs, "LARGEST_FILE", 1000)
@@ -227,21 +262,21 @@ def test_large_weights_lie_beside_their_graph(
     HfClipConfig.from_pretrained(out).save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["transformers.js_config"] == settings
     # The others fit one file, and are made from weights that lie elsewhere.
+    export_tiny(monkeypatch, shutil.copytree(out / "onnx", tmp_path / "graphs"))
     export_onnx(repositories["vit"], out, precisions=["fp16", "int8"])
     names = {f"text_model{end}" for end in (".onnx", ".onnx_data", "_fp16.onnx", "_quantized.onnx")}
     assert listing(out / "onnx") == names
     assert json.loads((out / "config.json").read_text())["transformers.js_config"] == settings
-    monkeypatch.undo()
-    export_tiny(monkeypatch)
+    export_tiny(monkeypatch, exports["vit"] / "onnx")
     export_onnx(repositories["vit"], out)
     assert json.loads((out / "config.json").read_text())["transformers.js_config"] == {"use_external_data_format": {}}
 
 
+@pytest.mark.usefixtures("text_graph")
 @pytest.mark.parametrize("layout", ["transformers", "open_clip"])
 def test_folders_of_other_layouts_are_exported(
     repositories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ):
-    export_tiny(monkeypatch)
     convert(repositories["vit"], tmp_path / "source", layout=layout)
     if layout == "open_clip":
         with pytest.raises(ValueError, match="has no config.json, which browsers read; name another folder"):
@@ -255,6 +290,7 @@ def test_folders_of_other_layouts_are_exported(
     assert listing(tmp_path / "out") >= {"onnx/text_model.onnx", "tokenizer.json", "tokenizer_config.json"}
 
 
+@pytest.mark.usefixtures("text_graph")
 @pytest.mark.parametrize(
     ("precision", "found", "message"),
     [
@@ -272,7 +308,6 @@ def test_graph_too_far_from_the_model_is_refused_and_nothing_is_written(
     found: Deviation,
     message: str,
 ):
-    export_tiny(monkeypatch)
     end = program.PRECISIONS[precision]
     measure = Comparison.measure
 
@@ -342,7 +377,7 @@ def test_what_cannot_be_exported_says_what_to_do(
         assert main(list(arguments)) == 1
         return capsys.readouterr().err
 
-    assert "one of OpenAI's checkpoints; make a folder of it first: python -m conversion.convert ViT-B/32" in error(
+    assert "one of OpenAI's checkpoints; make a folder of it first: hf-clip convert ViT-B/32" in error(
         "ViT-B/32", "out"
     )
     assert "vit.pt is a file; make a folder of it first" in error(str(archives["vit"]), "out")

@@ -179,7 +179,7 @@ def test_tower_of_a_wrong_type_is_refused():
 def test_checkpoint_file_names_the_command_that_converts_it(kind: type, name: str, tmp_path: Path):
     if name != "missing.ckpt":
         (tmp_path / name).write_bytes(b"weights")
-    command = f"python -m conversion.convert {tmp_path / name} FOLDER"
+    command = f"hf-clip convert {tmp_path / name} FOLDER"
     for given in (tmp_path / name, str(tmp_path / name)):
         with pytest.raises(ValueError, match=f"is a checkpoint file, but .* by `{command}`, and pass that folder"):
             kind.from_pretrained(given)
