@@ -13,8 +13,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from safetensors.torch import load_file
 from torch import Tensor
 
-import finetune
 from demo.digits import COMBINATIONS, DIGITS, PHRASES, make_dataset
+from hf_clip.commands import finetune
 from hf_clip.training.config import TrainingConfig
 from hf_clip.training.scratch import build_from_scratch
 

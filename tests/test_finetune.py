@@ -13,7 +13,6 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 import demo.__main__ as demo
-import finetune
 from demo.digits import (
     COLOURS,
     COMBINATIONS,
@@ -23,6 +22,7 @@ from demo.digits import (
     make_dataset,
     untrained_combinations,
 )
+from hf_clip.commands import finetune
 
 from .finetuning import ROOT, largest_difference, launch, options, records, train, weights, words
 
@@ -153,14 +153,14 @@ def test_error_of_another_process_alone_is_said_by_it(digits: Path, tmp_path: Pa
     """The main process fails in the middle of an exchange, and says nothing."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys, finetune\n"
-        "from hf_clip.training import build\n"
-        "count = build.count_steps\n"
+        "import os, sys\n"
+        "from hf_clip.commands import finetune\n"
+        "check = finetune.check_run\n"
         "def fail(*arguments):\n"
         "    if os.environ['RANK'] == '1':\n"
         "        raise ValueError('of the second')\n"
-        "    return count(*arguments)\n"
-        "build.count_steps = fail\n"
+        "    return check(*arguments)\n"
+        "finetune.check_run = fail\n"
         "sys.exit(finetune.main())\n"
     )
     done = launch(options(digits, tmp_path / "out"), processes=2, program=program, PYTHONPATH=str(ROOT))
@@ -275,7 +275,7 @@ def test_faults_are_one_line(
     flags = options(digits, tmp_path / "out", **change)
     command = [word.replace("HERE", str(tmp_path)).replace("DIGITS", str(digits)) for word in words(flags)]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *command])
-    monkeypatch.setattr(finetune.Run, "count", None)  # none of these gets as far as a step
+    monkeypatch.setattr(finetune.Run, "batch_done", None)  # none of these gets as far as a step
     assert finetune.main() == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
@@ -347,7 +347,7 @@ def test_vocabulary_is_learned_past_a_caption_that_cannot_be_read(digits: Path, 
 WITHOUT_EXTRAS = """
 import runpy, sys
 sys.modules |= dict.fromkeys(("accelerate", "datasets", "peft"))  # as if they were not installed
-import finetune
+from hf_clip.commands from hf_clip.commands import finetune
 for words in (["--help"], %r):
     sys.argv = ["finetune.py", *words]
     try:

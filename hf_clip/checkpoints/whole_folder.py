@@ -84,6 +84,12 @@ def check_destination(out: str | Path, overwrite: bool = False, option: str = "-
     """
     out = Path(out)
     _check_unused(out, overwrite, option)
+    check_writable(out)
+    return out
+
+
+def check_writable(out: Path) -> None:
+    """Raise PermissionError or DiskFullError if a folder cannot be written, or not be made where it is missing."""
     nearest = next(folder for folder in [out.resolve(), *out.resolve().parents] if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"{out} cannot be written: {nearest} is no folder that you may write to.")
@@ -94,7 +100,6 @@ def check_destination(out: str | Path, overwrite: bool = False, option: str = "-
         if error.errno in FULL:
             raise DiskFullError(out.resolve(), None, None) from None
         raise PermissionError(f"{out} cannot be written: {nearest} takes no files ({error.strerror}).") from None
-    return out
 
 
 def _check_unused(out: Path, overwrite: bool, option: str = "--overwrite") -> None:
@@ -139,6 +144,7 @@ def held_folder(out: Path, wait: float = 0.0) -> Iterator[None]:
         FolderInUseError: Another program holds it.
         DiskFullError: There is no room for the lock.
     """
+    made = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     place = out.parent if os.access(out.parent, os.W_OK | os.X_OK) else out
     lock, holder = FileLock(place / _beside(out, "lock")), place / _beside(out, "holder")
@@ -164,6 +170,9 @@ def held_folder(out: Path, wait: float = 0.0) -> Iterator[None]:
             with suppress(OSError):  # Windows removes none that is open
                 path.unlink()
         lock.release()
+        for folder in made:  # where nothing was written, nothing is left
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _clear_leftovers(out: Path) -> None:

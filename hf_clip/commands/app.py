@@ -23,7 +23,7 @@ from ..model.checked_files import LONGEST_LINE, one_line
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Use a model": ("classify", "info"),
     "Checkpoints": ("convert", "publish", "export-onnx"),
-    "Training": (),
+    "Training": ("finetune",),
 }
 """Group in the help → its commands. A new command is a name here and a file."""
 

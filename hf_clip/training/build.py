@@ -1,22 +1,23 @@
-"""What a run needs, made from its configuration: model and processor, optimizer, loaders."""
+"""What a run needs, made from its options: data, model and processor, optimizer, loaders."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin, get_scheduler
 
 from ..checkpoints.folders import IMAGE_PROCESSOR_FILES, in_one_line, read_object
-from ..checkpoints.read import check_model
+from ..model.configuration_hf_clip import HfClipConfig
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
 from ..model.variants import VARIANTS
-from .averaging import copy_weights
+from . import sharding
+from .averaging import MovingAverage, copy_weights
 from .config import TrainingConfig
 from .data.augment import Augmentation
 from .data.bad_rows import BadRows
@@ -25,13 +26,18 @@ from .data.loader import PairLoader, build_loader
 from .data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
 from .data.sources import Source, names_a_source, parse_sources
 from .data.survey import LOOKED_AT, OPENED, describe_captions, look_at
+from .evaluating import Validation
+from .learner import Learner
 from .lora import add_lora_
 from .optim import create_optimizer, warmup_steps
-from .scratch import build_from_scratch, read_config
+from .plan import Plan
+from .scratch import build_from_scratch
+from .summary import count_parameters
 from .surgery import set_image_size_, set_text_length_, switch_to_sigmoid_
 from .trainable import freeze_batch_norm_, lock_, synchronize_batch_norm_
 
 MOST_CAPTIONED_ROWS = 1_000_000
+LARGEST_EVALUATED_BATCH = 256
 
 
 @dataclass
@@ -60,21 +66,16 @@ def _find_labels(pairs: Pairs | PairStream) -> list[str] | None:
     return [first.column.format(**{column: name}) for name in names]
 
 
-def check_start(config: TrainingConfig) -> None:
-    """Refuse a missing or damaged model or variant before the data are prepared. Raises as `check_model`."""
-    if config.variant is not None:
-        read_config(config.variant)
-        return
-    assert config.model is not None
-    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
-        raise FileNotFoundError(f"There is no model folder {config.model}; check the path.")
-    check_model(config.model)
+def open_data(config: TrainingConfig, num_processes: int = 1) -> Data:
+    """Open the data and look at some rows. `config` gets batches that are no larger than the data.
 
+    Args:
+        config: the options.
+        num_processes: of the run.
 
-def build_data(config: TrainingConfig, num_processes: int = 1) -> Data:
-    """Open the data and look at some rows; `config` takes batches no larger than there are pairs.
-
-    Raises FileNotFoundError and ValueError that say which source, split or column is wrong.
+    Raises:
+        FileNotFoundError: there is no such source.
+        ValueError: a source, split or column is wrong. The message says which.
     """
     chosen: dict[str, Any] = {
         "image_column": config.image_column,
@@ -96,7 +97,6 @@ def build_data(config: TrainingConfig, num_processes: int = 1) -> Data:
         else:
             train, validation = hold_out(train, amount, config.seed)
     prompts = None if validation is None else _find_labels(validation)
-    _check_metric(config.metric_for_best_model, prompts)
     look = look_at(train, max(LOOKED_AT, config.per_device_train_batch_size * num_processes))
     if validation is not None:
         look_at(validation, OPENED)
@@ -115,68 +115,56 @@ def _open_validation(path: str, config: TrainingConfig, chosen: dict[str, Any]) 
     return load_pairs(Source(path), split=None, **(chosen | {"captions": "all"}))
 
 
-def _check_metric(metric: str | None, class_prompts: list[str] | None) -> None:
-    """Refuse to keep what is best at something that this data cannot measure."""
-    if metric is None or not metric.startswith("zero_shot"):
-        return
-    if class_prompts is None:
-        raise ValueError(
-            f"--metric_for_best_model {metric} cannot be measured: zero-shot accuracy needs captions made of "
-            f'labels by a template, such as --caption_column "a photo of a {{label}}.".'
-        )
-    k = int(metric.rpartition("top")[2])
-    if len(class_prompts) <= k:
-        raise ValueError(
-            f"--metric_for_best_model {metric} cannot be measured: there are {len(class_prompts)} classes, of which "
-            f"{k} are always right or nearly so; take recall@1"
-            f"{' or zero_shot_top1' if len(class_prompts) > 1 < k else ''}."
-        )
-
-
 def describe_start(config: TrainingConfig, data: Data, processor: ProcessorMixin) -> list[str]:
     """Lines to be said when a run begins: what was chosen where nothing was given, and what is odd about the data."""
     is_masked = config.mask_duplicates == "on"
     return config.notes + describe_captions(data.captions, PairCollator(processor), is_masked=is_masked)
 
 
-def build_model(config: TrainingConfig, data: Data) -> tuple[HfClipModel, HfClipProcessor]:
-    """The model as training begins with it, before locks and adapters, and its processor."""
-    if config.variant is not None:
-        return _build_untrained(config, data)
-    assert config.model is not None
-    with in_one_line(config.model):
-        model = HfClipModel.from_pretrained(config.model, dtype=torch.float32)
-        processor = HfClipProcessor.from_pretrained(config.model)
+def load_image_processor(config: TrainingConfig, model_config: HfClipConfig) -> HfClipImageProcessor:
+    """The image processor that a model comes with, or one for its size where it comes with none."""
+    if config.model is not None:
+        return HfClipImageProcessor.from_pretrained(config.model)
+    for name in IMAGE_PROCESSOR_FILES:
+        if (file := Path(str(config.variant)) / name).is_file():
+            read_object(file)
+            return HfClipImageProcessor.from_pretrained(config.variant)
+    return HfClipImageProcessor.for_image_size(model_config.vision_config.image_size)
+
+
+def load_model(config: TrainingConfig, data: Data) -> tuple[HfClipModel, HfClipProcessor]:
+    """The model that training begins with, and its processor. From scratch its weights are random.
+
+    Args:
+        config: the options.
+        data: whose captions a vocabulary is learned from where none comes with the model.
+    """
+    if config.model is not None:
+        with in_one_line(config.model):
+            model = HfClipModel.from_pretrained(config.model, dtype=torch.float32)
+            processor = HfClipProcessor.from_pretrained(config.model)
+        return model, processor
+    source = str(config.variant)
+    if (Path(source) / "tokenizer.json").is_file():
+        model, processor = build_from_scratch(source, tokenizer=source, seed=config.seed)
+    elif source in VARIANTS:
+        model, processor = build_from_scratch(source, seed=config.seed)
+    else:
+        model, processor = build_from_scratch(source, captions=_captions(data.train), seed=config.seed)
+    processor.image_processor = load_image_processor(config, model.config)
+    return model, processor
+
+
+def change_model_(model: HfClipModel, processor: Any, config: TrainingConfig) -> None:
+    """Give a model and its processor the image size, text length and loss that the options ask for.
+
+    Raises:
+        ValueError: the model cannot have them.
+    """
     if config.image_size is not None:
         set_image_size_(model, processor, config.image_size)
     if config.max_text_length is not None:
         set_text_length_(model, processor, config.max_text_length)
-    _set_loss_(model, config)
-    return model, processor
-
-
-def _build_untrained(config: TrainingConfig, data: Data) -> tuple[HfClipModel, HfClipProcessor]:
-    source = str(config.variant)
-    has_tokenizer = (Path(source) / "tokenizer.json").is_file()
-    if source in VARIANTS or has_tokenizer:
-        tokenizer = source if has_tokenizer else None
-        model, processor = build_from_scratch(source, tokenizer=tokenizer, seed=config.seed)
-        if given := [name for name in IMAGE_PROCESSOR_FILES if (Path(source) / name).is_file()]:
-            read_object(Path(source) / given[0])
-            processor.image_processor = HfClipImageProcessor.from_pretrained(source)
-    else:
-        model, processor = build_from_scratch(source, captions=_captions(data.train), seed=config.seed)
-    _set_loss_(model, config)
-    return model, processor
-
-
-def _captions(pairs: Pairs | PairStream) -> Iterator[str]:
-    """The texts that a vocabulary is learned from."""
-    for draw in islice(pairs.draws(0, shuffle=False), MOST_CAPTIONED_ROWS):
-        yield from pairs.read(draw).captions
-
-
-def _set_loss_(model: HfClipModel, config: TrainingConfig) -> None:
     if config.loss == "sigmoid":
         switch_to_sigmoid_(model)
     elif config.loss == "softmax" and model.config.contrastive_loss == "sigmoid":
@@ -188,11 +176,24 @@ def _set_loss_(model: HfClipModel, config: TrainingConfig) -> None:
         raise ValueError("--label_smoothing_factor would have no effect: this model has the sigmoid loss.")
 
 
-def prepare_training_(
-    model: HfClipModel, config: TrainingConfig, device_type: str, num_processes: int
-) -> dict[str, Tensor] | None:
-    """Lock, freeze and adapt the model; returns its weights from before if they are needed for an average."""
-    pretrained = copy_weights(model) if config.alphas else None
+def _captions(pairs: Pairs | PairStream) -> Iterator[str]:
+    """The texts that a vocabulary is learned from."""
+    for draw in islice(pairs.draws(0, shuffle=False), MOST_CAPTIONED_ROWS):
+        yield from pairs.read(draw).captions
+
+
+def prepare_training_(model: HfClipModel, config: TrainingConfig, device_type: str, num_processes: int) -> None:
+    """Lock and freeze what is not trained, and put adapters beside it.
+
+    Args:
+        model: after `change_model_`.
+        config: the options.
+        device_type: where the model will be trained, such as "cuda".
+        num_processes: of the run.
+
+    Raises:
+        ValueError: the model has no such parts.
+    """
     lock_(model, config.lock)
     if config.variant is None:
         freeze_batch_norm_(model)
@@ -206,10 +207,10 @@ def prepare_training_(
         # The second is what older versions of transformers call it.
         enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    return pretrained
 
 
 def build_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer that the options ask for. Raises as `create_optimizer`."""
     assert config.learning_rate is not None
     return create_optimizer(
         model,
@@ -221,6 +222,11 @@ def build_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.opt
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int) -> Any:
+    """The schedule of the learning rates over so many steps.
+
+    Raises:
+        ValueError: there is no such schedule, or its warm-up is longer than the run.
+    """
     warmup = warmup_steps(config.warmup_steps, total_steps)
     if warmup > total_steps:
         raise ValueError(f"warmup_steps is {warmup}, but the run has {total_steps} steps; take at most as many.")
@@ -230,49 +236,57 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, to
         raise ValueError(f"The scheduler {config.lr_scheduler_type!r} cannot be made: {error}") from error
 
 
-def build_loaders(
-    data: Data,
-    processor: ProcessorMixin,
-    config: TrainingConfig,
-    *,
-    num_processes: int,
-    process_index: int,
-    pin_memory: bool,
-    bad_rows: BadRows,
-    bad_validation_rows: BadRows,
-) -> tuple[PairLoader, PairLoader | None]:
-    """The training batches, and those of the validation data, for one process."""
+def build_learner(plan: Plan, data: Data, accelerator: Any) -> Learner:
+    """Load the model and make it ready for training. Every process calls this.
+
+    Args:
+        plan: of the run, as `check_run` returns it.
+        data: likewise.
+        accelerator: what `accelerate launch` has set up.
+    """
+    from accelerate.utils import set_seed
+
+    config = plan.config
+    model, processor = load_model(config, data)
+    change_model_(model, processor, config)
+    set_seed(config.seed, device_specific=True)
+    pretrained = copy_weights(model) if config.alphas else None
+    prepare_training_(model, config, accelerator.device.type, accelerator.num_processes)
+    parameters = count_parameters(model)
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, config, plan.total_steps)
+    wrapped, optimizer = sharding.prepare(accelerator, model, optimizer, config)
+    average = None
+    if config.ema_decay is not None:
+        access = partial(sharding.whole_parameters, accelerator, model)
+        average = MovingAverage(model, config.ema_decay, access, plan.total_steps)
+    return Learner(
+        accelerator, wrapped, model, processor, optimizer, scheduler, average, pretrained, parameters=parameters
+    )
+
+
+def build_loaders(data: Data, learner: Learner, config: TrainingConfig) -> tuple[PairLoader, Validation | None]:
+    """What this process trains on and what it is evaluated on.
+
+    Args:
+        data: as `check_run` returns it.
+        learner: whose processor prepares images and captions.
+        config: the options.
+    """
+    accelerator, processor = learner.accelerator, learner.processor
     shared: dict[str, Any] = {
         "num_workers": config.dataloader_num_workers,
-        "num_processes": num_processes,
-        "process_index": process_index,
-        "pin_memory": pin_memory,
+        "num_processes": accelerator.num_processes,
+        "process_index": accelerator.process_index,
+        "pin_memory": accelerator.device.type == "cuda",
         "seed": config.seed,
     }
     collator = PairCollator(processor, Augmentation.parse(config.augmentation), seed=config.seed)
-    train = build_loader(data.train, collator, config.per_device_train_batch_size, bad_rows=bad_rows, **shared)
+    size, bad_rows = config.per_device_train_batch_size, BadRows(config.max_bad_fraction)
+    train = build_loader(data.train, collator, size, bad_rows=bad_rows, **shared)
     if data.validation is None:
         return train, None
-    plain = PairCollator(processor, seed=config.seed)
-    size = min(config.per_device_train_batch_size, 256)
-    return train, build_loader(data.validation, plain, size, training=False, bad_rows=bad_validation_rows, **shared)
-
-
-def count_steps(loader: PairLoader, config: TrainingConfig, accumulation: int) -> int:
-    """Optimizer steps of the whole run. Raises ValueError where they cannot be known, or end before a checkpoint."""
-    if config.max_steps is not None:
-        steps = config.max_steps
-    else:
-        assert config.num_train_epochs is not None
-        try:
-            batches = len(loader)
-        except TypeError:
-            raise ValueError(
-                "How long an epoch of a stream is isn't known before it was read: say how long to train with "
-                "--max_steps."
-            ) from None
-        steps = max(1, int(config.num_train_epochs * batches) // accumulation)
-    for name, every in (("save_steps", config.save_steps), ("eval_steps", config.eval_steps)):
-        if every is not None and every >= steps:
-            raise ValueError(f"--{name} {every} would have no effect: the run has {steps} steps in all.")
-    return steps
+    plain, bad_rows = PairCollator(processor, seed=config.seed), BadRows(config.max_bad_fraction)
+    size = min(size, LARGEST_EVALUATED_BATCH)
+    loader = build_loader(data.validation, plain, size, training=False, bad_rows=bad_rows, **shared)
+    return train, Validation(loader, plain.tokenize(data.class_prompts) if data.class_prompts else None)

@@ -1,8 +1,11 @@
-"""Checkpoints of a run. Each is written beside its place and renamed: a checkpoint that has its name is whole.
+"""Checkpoints: a run's states in a folder, from which it can go on.
 
-    output_dir/checkpoints/step-00001000/     model, optimizer, schedule and random states, see states.py, and
+    output_dir/checkpoints/step-00001000/     model, optimizer, schedule and random states (see states.py), and
                                               run.json: step, position in the data, the best figure so far
-    output_dir/checkpoints/best/              the weights that were best
+    output_dir/checkpoints/best/              the weights that were best (see best.py)
+
+A checkpoint is written under another name and renamed when all its files are there. So whatever has a checkpoint's name
+is complete.
 
 Every process calls every function here, at the same step.
 """
@@ -17,32 +20,37 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from .data.bad_rows import BadRows
+from .learner import Learner
 from .option_names import RENAMED
-from .states import Resumable, load_states, save_states
+from .plan import Plan
+from .states import load_states, save_states
 
 FOLDER = "checkpoints"
 PREFIX = "step-"
 STATE = "run.json"
-BEST = "best"
 UNFINISHED = ".unfinished"
 FORMAT = 2
 """Of a checkpoint's files; the first was accelerate's own."""
 
+COUNTED = {"drawn": int, "bad": int, "cut": int, "first": str}
+"""What run.json says of each process's bad rows; the oldest have no `cut`."""
+
 
 @dataclass
 class RunState:
-    """Where a run stands.
+    """Where a run stands. This is what run.json holds.
 
-    epoch, batch: what of the data is done, see `Position`
-    best:         the best figure so far and its step; `evaluations_since` then
-    losses, accuracies: of the batches since the last record
-    bad_rows:     each process's counter of them
-    identity:     what a resumed run must have in common with the one that wrote this
-    format:       see `FORMAT`
+    Attributes:
+        format: of the checkpoint's files, see `FORMAT`.
+        step: optimizer steps that are done.
+        epoch, batch: the position in the data, see `Position`.
+        best, best_step: the best figure so far and its step.
+        evaluations_since: evaluations since then.
+        losses, accuracies: of the batches since the last record.
+        bad_rows: for each process the state of its counter, see `BadRows`.
+        identity: what a resumed run must have in common with this one.
     """
 
     format: int = FORMAT
@@ -58,53 +66,30 @@ class RunState:
     identity: dict[str, Any] = field(default_factory=dict)
 
 
+# --- the folders -----------------------------------------------------------------------------------------------------
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The whole ones, oldest first. Folders whose names are no steps are someone else's."""
+    """The complete checkpoints, oldest first. A folder whose name is no step is someone else's."""
     found = [path.parent for path in Path(output_dir, FOLDER).glob(f"{PREFIX}*/{STATE}")]
     return sorted((path for path in found if re.fullmatch(f"{PREFIX}[0-9]+", path.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by its folder's name."""
     return int(folder.name.removeprefix(PREFIX))
 
 
-def save_checkpoint(parts: Resumable, output_dir: str | Path, state: RunState) -> Path:
-    """Write one, and remove those of later steps, which a run that went back left. Others stay: see `remove_older`."""
-    accelerator = parts.accelerator
-    folder = Path(output_dir, FOLDER) / f"{PREFIX}{state.step:08}"
-    unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    save_states(parts, unfinished)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (unfinished / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
-        for other in list_checkpoints(output_dir):
-            if step_of(other) > state.step:
-                shutil.rmtree(other)
-    accelerator.wait_for_everyone()
-    return folder
-
-
-def remove_older(output_dir: str | Path, keep: int) -> None:
-    """Remove all but the last `keep`. The main process calls this once the last has proved to be of use."""
-    for folder in list_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(folder)
-
-
-def remove_unfinished(output_dir: str | Path) -> None:
-    """Remove what a run left that was killed while it wrote. Only who holds the folder may call this."""
-    for path in Path(output_dir, FOLDER).glob(f".{PREFIX}*{UNFINISHED}"):
-        shutil.rmtree(path, ignore_errors=True)
-    Path(output_dir, FOLDER, BEST, f".model{UNFINISHED}").unlink(missing_ok=True)
-
-
 def find_checkpoint(output_dir: str | Path, resume: str) -> Path:
-    """The folder that `--resume_from_checkpoint` means. Raises FileNotFoundError that names what there is."""
+    """The folder that `--resume_from_checkpoint` means.
+
+    Args:
+        output_dir: of the run.
+        resume: `latest`, or a checkpoint's folder.
+
+    Raises:
+        FileNotFoundError: there is none. The message names those that there are.
+    """
     found = list_checkpoints(output_dir)
     if resume == "latest":
         if not found:
@@ -117,19 +102,32 @@ def find_checkpoint(output_dir: str | Path, resume: str) -> Path:
     return folder
 
 
-def _damaged(folder: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, UnpicklingError) or "weights_only" in str(error):  # torch tells how to read it nevertheless
-        reason = "one of its files holds other things than tensors and numbers, or is cut off"
-    others = [str(path) for path in list_checkpoints(folder.parent.parent) if path.name != folder.name]
-    advice = "There is no other: start anew"
-    if others:
-        advice = f"Go on from another with --resume_from_checkpoint {others[-1]}"
-    return ValueError(f"The checkpoint {folder} is damaged ({reason}). {advice}.")
+def remove_older(output_dir: str | Path, keep: int) -> None:
+    """Remove all checkpoints but the last `keep`. The main process calls this once the last has proved to be of use."""
+    for folder in list_checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(folder)
 
 
-def read_state(folder: Path, identity: dict[str, Any]) -> RunState:
-    """Where a checkpoint's run stood. Raises ValueError when this run differs from that one in `identity`."""
+def remove_unfinished(output_dir: str | Path) -> None:
+    """Remove what a run left that was killed while it wrote. Only the program that holds the folder may call this."""
+    checkpoints = Path(output_dir, FOLDER)
+    for path in (*checkpoints.glob(f".{PREFIX}*{UNFINISHED}"), *checkpoints.glob(f"*/.model{UNFINISHED}")):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class OlderFormatError(ValueError):
+    """A checkpoint has files of another version, which this one does not read."""
+
+
+def read_state(folder: Path) -> RunState:
+    """Where a checkpoint's run stood. Options that were renamed since have their present names.
+
+    Raises:
+        ValueError: run.json is damaged, or of another version (`OlderFormatError`).
+    """
     try:
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
         _check_format(folder, values)
@@ -140,17 +138,37 @@ def read_state(folder: Path, identity: dict[str, Any]) -> RunState:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(folder, error) from error
     state.identity = {RENAMED.get(name, name): value for name, value in state.identity.items()}
-    if differing := [name for name, value in identity.items() if state.identity.get(name) != value]:
-        name = differing[0]
-        raise ValueError(
-            f"{folder} was written by a run with {name} {state.identity.get(name)!r}, and this one has "
-            f"{identity[name]!r}: it could not go on where that stopped. Start anew, or resume with the same options."
-        )
     return state
 
 
-class OlderFormatError(ValueError):
-    """A checkpoint has files of another version, which this one does not read."""
+def check_identity(folder: Path, state: RunState, identity: dict[str, Any]) -> None:
+    """Refuse a checkpoint of a run that differs from this one.
+
+    Args:
+        folder: of the checkpoint.
+        state: as `read_state` returns it.
+        identity: of this run, see `Plan.identity`.
+
+    Raises:
+        ValueError: an option, the number of steps or processes, or the launcher's settings differ.
+    """
+    for name, value in identity.items():
+        if (written := state.identity.get(name)) != value:
+            raise ValueError(
+                f"{folder} was written by a run with {name} {written!r}, and this one has {value!r}: it could not go "
+                f"on where that stopped. Start anew, or resume with the same options."
+            )
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, UnpicklingError) or "weights_only" in str(error):  # torch tells how to read it nevertheless
+        reason = "one of its files holds other things than tensors and numbers, or is cut off"
+    others = [str(path) for path in list_checkpoints(folder.parent.parent) if path.name != folder.name]
+    advice = "There is no other: start anew"
+    if others:
+        advice = f"Go on from another with --resume_from_checkpoint {others[-1]}"
+    return ValueError(f"The checkpoint {folder} is damaged ({reason}). {advice}.")
 
 
 def _check_format(folder: Path, values: Any) -> None:
@@ -171,57 +189,142 @@ def _check_types(state: RunState) -> None:
             raise ValueError(f"{known.name} in {STATE} is {str(value)[:50]!r}")
     if any(type(number) not in (int, float) for number in (*state.losses, *state.accuracies)):
         raise ValueError(f"losses and accuracies in {STATE} are not all numbers")
+    if state.bad_rows and len(state.bad_rows) != state.identity.get("processes"):
+        raise ValueError(f"bad_rows in {STATE} has {len(state.bad_rows)} counters, which is not one for each process")
+    for counter in state.bad_rows:
+        values = {"cut": 0} | counter if isinstance(counter, dict) else {}
+        is_right = values.keys() == COUNTED.keys() and all(type(values[name]) is kind for name, kind in COUNTED.items())
+        if not is_right or min(values["drawn"], values["bad"], values["cut"]) < 0:
+            raise ValueError(f"bad_rows in {STATE} has {str(counter)[:50]!r}")
 
 
-def load_checkpoint(parts: Resumable, folder: Path, identity: dict[str, Any]) -> RunState:
-    """Restore model, optimizer, schedule and random states; returns where the run stood. Raises as `read_state`."""
-    state = read_state(folder, identity)
-    try:
-        load_states(parts, folder)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a damaged file makes its reader do
-        raise _damaged(folder, error) from error
-    return state
+# --- of one run ------------------------------------------------------------------------------------------------------
 
 
-def save_best(accelerator: Any, output_dir: str | Path, weights: dict[str, Tensor], step: int) -> None:
-    """Keep these weights as the best so far."""
-    if accelerator.is_main_process:
-        folder = Path(output_dir, FOLDER, BEST)
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f".model{UNFINISHED}"
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished, {"step": str(step)})
-        os.replace(unfinished, folder / "model.safetensors")
-    accelerator.wait_for_everyone()
+class Checkpoints:
+    """What writes the checkpoints of a run that is going on, and where the run stands.
 
-
-def step_of_best(output_dir: str | Path) -> int | None:
-    """After which step the weights that are kept as the best were saved; None where there are none.
-
-    Raises ValueError where they are damaged.
+    Attributes:
+        state: where the run stands.
+        resumed_at: the step that the run went on from, 0 for a new run.
     """
-    path = Path(output_dir, FOLDER, BEST) / "model.safetensors"
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return int(file.metadata()["step"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise _damaged_best(path, error) from error
 
+    def __init__(self, plan: Plan, learner: Learner, bad_rows: BadRows):
+        """Begin a run, or restore what the checkpoint holds that `--resume_from_checkpoint` names.
 
-def load_best(output_dir: str | Path) -> dict[str, Tensor]:
-    path = Path(output_dir, FOLDER, BEST) / "model.safetensors"
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise _damaged_best(path, error) from error
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it is damaged, or of another run.
+        """
+        self.config, self.learner, self.bad_rows = plan.config, learner, bad_rows
+        self.state = RunState(identity=plan.identity())
+        self.last: Path | None = None
+        self.is_last_proved = True
+        if self.config.resume_from_checkpoint is not None:
+            self.last = find_checkpoint(self.config.output_dir, self.config.resume_from_checkpoint)
+            self.state = self._load(self.last, plan)
+        self.resumed_at = self.state.step
+        self.remember_step()
 
+    def _load(self, folder: Path, plan: Plan) -> RunState:
+        state = read_state(folder)
+        check_identity(folder, state, plan.identity())
+        try:
+            load_states(self.learner, folder)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a damaged file makes its reader do
+            raise _damaged(folder, error) from error
+        if state.bad_rows:
+            self.bad_rows.load_state_dict(state.bad_rows[self.learner.accelerator.process_index])
+        return state
 
-def _damaged_best(path: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return ValueError(
-        f"The best weights so far, {path}, are damaged ({reason}). Delete that file: the best of the steps to come are "
-        f"kept then."
-    )
+    def remember_step(self) -> None:
+        """Remember what grows with each batch, as it is after a whole step."""
+        state = self.state
+        self._whole_step = (state.epoch, state.batch, [*state.losses], [*state.accuracies], self.bad_rows.state_dict())
+
+    def is_within_step(self) -> bool:
+        """Whether batches were counted since the last whole step."""
+        return (self.state.epoch, self.state.batch) != self._whole_step[:2]
+
+    def save(self) -> Path:
+        """Write a checkpoint, and remove those of later steps, which a run that went back left.
+
+        Older ones stay until `prove`, since these weights may be those that the next loss is no number with.
+
+        Raises:
+            ValueError: weights are no numbers.
+        """
+        from accelerate.utils import gather_object
+
+        if not self.learner.are_weights_finite():
+            raise self.diverged(f"Weights became nan in step {self.state.step}")
+        self.state.bad_rows = gather_object([self.bad_rows.state_dict()])
+        self.last = self._write()
+        self.is_last_proved = False
+        return self.last
+
+    def _write(self) -> Path:
+        accelerator, output_dir = self.learner.accelerator, self.config.output_dir
+        folder = Path(output_dir, FOLDER) / f"{PREFIX}{self.state.step:08}"
+        unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        save_states(self.learner, unfinished)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (unfinished / STATE).write_text(json.dumps(asdict(self.state), indent=2) + "\n")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(unfinished, folder)
+            for other in list_checkpoints(output_dir):
+                if step_of(other) > self.state.step:
+                    shutil.rmtree(other)
+        accelerator.wait_for_everyone()
+        return folder
+
+    def save_whole_step(self) -> str:
+        """See to it that there is a checkpoint of the last whole step.
+
+        Returns:
+            What remains of the run, in words; an empty text where no step was done.
+        """
+        if self.state.step == 0:
+            return ""
+        if self.last is None or step_of(self.last) != self.state.step:
+            self.state.epoch, self.state.batch, self.state.losses, self.state.accuracies, rows = self._whole_step
+            self.bad_rows.load_state_dict(rows)
+            self.save()
+        return (
+            f"the {self.state.step} steps so far are in {self.last}; --resume_from_checkpoint latest goes on from there"
+        )
+
+    def prove(self) -> None:
+        """The loss is a number with the last checkpoint's weights: remove older ones beyond `save_total_limit`."""
+        if not self.is_last_proved:
+            self.is_last_proved = True
+            if self.learner.accelerator.is_main_process:
+                remove_older(self.config.output_dir, self.config.save_total_limit)
+
+    def diverged(self, what: str) -> ValueError:
+        """The error for weights, as they are after the present step, that are of no use any more.
+
+        Args:
+            what: what was seen of it, as the beginning of the message.
+        """
+        found = list_checkpoints(self.config.output_dir)
+        # One of the present step has these same weights; of earlier ones the loss was still a number.
+        good = [folder for folder in found if step_of(folder) < self.state.step]
+        same = [folder for folder in found if step_of(folder) == self.state.step]
+        if good:
+            saved = f"the last good checkpoint is {good[-1]}"
+        elif same:
+            saved = f"no good checkpoint was saved ({same[0]} has the weights that gave this)"
+        else:
+            saved = "no checkpoint was saved"
+        return ValueError(
+            f"{what} (logit scale {self.learner.model.logit_scale.exp().item():.1f}); {saved}. Lower --learning_rate, "
+            f"raise --warmup_steps, or train in bf16 instead of fp16."
+        )

@@ -21,6 +21,7 @@ from .options import (
     GROUPS,
     METRICS,
     OPTIONS,
+    TRACKERS,
     DataOptions,
     ModelOptions,
     OptimizationOptions,
@@ -189,6 +190,9 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
             if (value := getattr(self, name)) not in allowed:
                 listed = ", ".join(str(choice) for choice in allowed if choice is not None)
                 raise ValueError(f"{name} is {value!r}, but must be one of {listed}.")
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise ValueError(f"report_to has {name!r}, but must be of {', '.join(TRACKERS)}.")
         if not isinstance(self.push_to_hub, bool):
             raise ValueError(moved_repository(self.push_to_hub))
 

@@ -1,22 +1,30 @@
-"""Evaluation while training: retrieval in both directions on held-out pairs, and zero-shot accuracy where there are
-labels.
+"""Evaluation while training: retrieval in both directions on held-out pairs, and zero-shot accuracy with labels.
 
-Pairs that share an image or a caption, directly or through others, are right answers to each other: an image's
-other captions, and the other images of one caption. Every image and every caption counts once.
+Two pairs that share an image or a caption, or that are linked so through other pairs, are right answers to each other.
+Every image and every caption counts once.
 
 Invariant: the same figures with any number of processes.
 
 Dimensions: B local batch, N pairs of all processes, K classes, D embedding.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..evaluation.metrics import recall_at_k, top_k_accuracy
+from .best import BestWeights
+from .checkpoint import Checkpoints
+from .data.bad_rows import BadRows
 from .data.loader import PairLoader
+from .learner import Learner
 from .losses import exchange_counts, gather_with_gradients
+from .plan import Plan
+from .records import Records
+from .summary import figures_in_words, sentence
 
 KS = (1, 5, 10)
 
@@ -100,11 +108,20 @@ def retrieval(image_embeds: Tensor, text_embeds: Tensor, image_ids: Tensor, text
 def evaluate(
     model: Any, loader: PairLoader, device: torch.device, class_tokens: dict[str, Tensor] | None = None
 ) -> dict[str, float]:
-    """Figures of a model, wrapped or not, which is put into evaluation mode and back. All processes get all figures.
+    """Measure a model on validation pairs. Every process calls this, and all get the figures of all pairs.
 
-    Raises, on all processes, NotFiniteError for features that are no numbers, and TooFewPairsError.
+    Args:
+        model: an HfClipModel, wrapped or not. It is put into evaluation mode and back.
+        loader: of the validation pairs.
+        device: where the model is.
+        class_tokens: input_ids and attention_mask of each class's prompt, (K, L), where the loader has labels.
 
-    class_tokens: input_ids and attention_mask of each class's prompt, (K, L), where the loader has labels
+    Returns:
+        Figures by name, from 0 to 1.
+
+    Raises:
+        NotFiniteError: features are no numbers. On all processes.
+        TooFewPairsError: fewer than two pairs can be used. On all processes.
     """
     was_training = model.training
     model.eval()
@@ -134,3 +151,95 @@ def evaluate(
         figures |= {f"zero_shot_top{k}": value for k, value in accuracies.items()}
     model.train(was_training)
     return figures
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a run is evaluated on.
+
+    Attributes:
+        loader: of the pairs.
+        class_tokens: of the classes' prompts, see `evaluate`.
+    """
+
+    loader: PairLoader
+    class_tokens: dict[str, Tensor] | None = None
+
+    @property
+    def bad_rows(self) -> BadRows:
+        """The counter of pairs that cannot be used, which counts each evaluation by itself."""
+        assert self.loader.bad_rows is not None
+        return self.loader.bad_rows
+
+    def measure(self, model: Any, device: torch.device) -> dict[str, float]:
+        """The figures of a model. Raises as `evaluate`."""
+        self.bad_rows.restart()
+        return evaluate(model, self.loader, device, self.class_tokens)
+
+
+class Evaluations:
+    """The evaluations of a run that is going on. Without validation data there are none.
+
+    Attributes:
+        figures: of the last evaluation, by name.
+        start_figures: of the model that training started from.
+        step: of the last evaluation, -1 before the first.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        learner: Learner,
+        validation: Validation | None,
+        records: Records,
+        checkpoints: Checkpoints,
+        best: BestWeights,
+    ):
+        self.plan, self.learner, self.validation, self.records = plan, learner, validation, records
+        self.checkpoints, self.best, self.state = checkpoints, best, checkpoints.state
+        self.figures: dict[str, float] = {}
+        self.start_figures: dict[str, float] = {}
+        self.step = -1
+
+    def measure(self) -> dict[str, float]:
+        """The figures of the present weights, which are not recorded.
+
+        Raises:
+            ValueError: the weights are broken, or the validation data are gone. The message says what remains.
+        """
+        assert self.validation is not None
+        try:
+            with self.learner.averaged():
+                return self.validation.measure(self.learner.wrapped, self.learner.accelerator.device)
+        except NotFiniteError:
+            if self.state.step == 0:
+                raise
+            raise self.checkpoints.diverged(f"Features became nan after step {self.state.step}") from None
+        except TooFewPairsError as error:
+            if not (remains := self.checkpoints.save_whole_step()):
+                raise
+            raise ValueError(f"{error} {sentence(remains)}") from error
+
+    def run(self) -> None:
+        """Evaluate the present weights, record it, and keep them if they are the best."""
+        if self.validation is not None:
+            self.take(self.measure())
+
+    def take(self, figures: dict[str, float]) -> None:
+        """Record the figures of the present weights, and keep these if they are the best."""
+        self.figures, self.step = figures, self.state.step
+        self.records.add({"step": self.state.step, **figures})
+        if self.learner.accelerator.is_main_process:
+            name = f"step {self.state.step}" if self.state.step else "at the start"
+            tqdm.write(f"{name}: {figures_in_words(figures)}")
+        self.best.compare(figures)
+
+    def catch_up(self) -> None:
+        """Evaluate a resumed run's step that was due for it, where a signal ended the run before."""
+        every, step = self.plan.config.steps_between_evaluations, self.state.step
+        if self.validation is None or every is None or step % every or step >= self.plan.total_steps:
+            return
+        accelerator = self.learner.accelerator
+        is_missing = accelerator.is_main_process and not self.records.figures_of(step)
+        if any(missing for (missing,) in exchange_counts([int(is_missing)], accelerator.device)):
+            self.run()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..extras import require
 from .trainable import TEMPERATURE, freeze_batch_norm_
 
 NOT_ADAPTED = "patch_embedding"
@@ -21,10 +22,9 @@ NOT_ADAPTED = "patch_embedding"
 
 
 def import_peft() -> Any:
-    try:
-        return import_module("peft")
-    except ImportError as error:
-        raise ValueError("LoRA needs the package peft, which is not installed: pip install peft") from error
+    """The package peft. Raises ImportError with the way to install it."""
+    require("LoRA", "lora")
+    return import_module("peft")
 
 
 def lora_targets(model: nn.Module) -> list[str]:

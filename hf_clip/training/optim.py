@@ -257,6 +257,8 @@ def create_optimizer(
         options = ADAM_OF_TOWER[model.config.vision_config.model_type] | options
     if name in ("Adam", "AdamW") and not options.keys() & {"fused", "foreach", "capturable", "differentiable"}:
         options["fused"] = all(p.device.type in FUSED_DEVICES for group in groups for p in group["params"])
+    if next(model.parameters()).is_meta:
+        options.pop("fused", None)  # what is tried without numbers has no fused step
     if name in EIGHT_BIT:
         _keep_embeddings_exact(model)
     try:

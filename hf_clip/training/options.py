@@ -28,6 +28,9 @@ DEFAULT_RATES = {
 that are already trained: at such a rate these would forget what they know."""
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
 def _option(default: Any, help: str, **more: Any) -> Any:
     metadata = {"help": help, **more}
     if isinstance(default, list):
@@ -150,7 +153,7 @@ class OutputOptions:
         None, "Repository to publish in, as owner/name; default: your account's, named as output_dir"
     )
     hub_strategy: str = _option("end", "end, or every_save: publish at every checkpoint too")
-    report_to: list[str] = _option([], "Trackers besides metrics.jsonl: tensorboard, wandb, trackio")
+    report_to: list[str] = _option([], f"Trackers besides metrics.jsonl: {', '.join(TRACKERS)}")
 
 
 GROUPS: tuple[type, ...] = (ModelOptions, TrainedOptions, DataOptions, OptimizationOptions, OutputOptions)

@@ -1,56 +1,57 @@
-"""What a run leaves: a folder that loads as any other model, its card, its curve, and its publication.
+"""What a run leaves: a folder that loads as any other model, with its card and the plot of its run.
 
-The folder's files appear together; checkpoints and metrics.jsonl are there from the start.
+These files appear together; checkpoints and metrics.jsonl are there from the start.
 """
 
-import json
-from contextlib import suppress
+import sys
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from torch import Tensor
 from transformers import ProcessorMixin
 
 from ..checkpoints.folders import DESCRIPTIONS
 from ..checkpoints.remote_code import add_remote_code
 from ..checkpoints.stock import stock_image_processor, why_not_stock, write_stock_files
 from ..checkpoints.whole_folder import whole_folder
-from ..hub.upload import check_repo_id, publish_folder
-from ..model.modeling_hf_clip import HfClipModel
+from ..extras import missing_packages
+from ..model.configuration_hf_clip import HfClipConfig
 from .card import RunFacts, trained_card
 from .config import TrainingConfig
+from .outcome import Outcome
+from .plan import Plan
+from .records import Records, read_metrics
 
-METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "training_config.json"
 CURVE_FILE = "training-curve.png"
-RETRIEVAL = ("recall@1", "recall@5", "recall@10")
+RETRIEVAL = {"recall@10": (4.5, "#a8c8ec"), "recall@5": (2.8, "#4f8fd0"), "recall@1": (1.3, "#12355b")}
+"""Curve → width and colour. The wide ones are drawn first, so curves that lie on each other are all seen."""
 
 
-def check_output_format(model: HfClipModel, processor: ProcessorMixin, config: TrainingConfig) -> None:
-    """Refuse before training what could not be written after it."""
+def check_output_format(config: TrainingConfig, model_config: HfClipConfig, image_processor: Any) -> None:
+    """Refuse a layout that cannot hold a model.
+
+    Args:
+        config: the options.
+        model_config: of the model as it will be trained.
+        image_processor: the model's.
+
+    Raises:
+        ValueError: transformers' own layout is asked for, and cannot hold it.
+    """
     if config.output_format == "transformers":
-        if reason := why_not_stock(model.config):
+        if reason := why_not_stock(model_config):
             raise ValueError(f"--output_format transformers cannot hold this model: {reason}.")
-        stock_image_processor(processor.image_processor)
+        stock_image_processor(image_processor)
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run. A line that the end of a program cut off is passed over."""
-    path = folder / METRICS_FILE
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "step" in record]
+def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss, and recall if it was evaluated, over the steps.
 
+    Args:
+        records: as `read_metrics` returns them.
+        path: of the PNG file to write.
+    """
+    import matplotlib
 
-def draw_curve(records: list[dict[str, Any]], path: Path) -> bool:
-    """Loss, and recall where it was evaluated, over the steps. False where matplotlib isn't installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -60,9 +61,10 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> bool:
     axes[0][0].plot([r["step"] for r in trained], [r["loss"] for r in trained], color="#1f5fa8")
     axes[0][0].set(title="Training loss", xlabel="step")
     if evaluated:
-        for name in RETRIEVAL:
+        for name, (width, colour) in RETRIEVAL.items():
             points = [100 * record[name] for record in evaluated]
-            axes[0][1].plot([record["step"] for record in evaluated], points, marker="o", markersize=3, label=name)
+            steps = [record["step"] for record in evaluated]
+            axes[0][1].plot(steps, points, color=colour, linewidth=width, marker="o", markersize=width + 2, label=name)
         axes[0][1].set(title="Retrieval on validation pairs, %", xlabel="step")
         axes[0][1].legend(frameon=False)
     for axis in axes[0]:
@@ -70,64 +72,43 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> bool:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-    return True
 
 
 def save_results(
-    model: HfClipModel,
-    processor: ProcessorMixin,
-    weights: dict[str, Tensor],
-    config: TrainingConfig,
-    figures: dict[str, float],
-    facts: RunFacts,
-) -> bool:
-    """Write the trained model into the run's folder, which the caller holds, all files at once.
+    plan: Plan, processor: ProcessorMixin, outcome: Outcome, start_figures: dict[str, float], records: Records
+) -> None:
+    """Write the trained model into the run's folder, all files at once. The main process alone calls this.
 
     The folder carries the code that loads it, as a repository does, so that it works wherever it is copied to.
 
     Args:
-        weights: the model's, whole, on the CPU.
-        figures: of these weights on the validation data, if there is any.
-        facts: what the options alone do not tell of the run.
-
-    Returns:
-        Whether the curve could be drawn.
+        plan: of the run, whose folder the caller holds.
+        processor: of the model.
+        outcome: the weights, with what is known of them.
+        start_figures: of the model that training started from; empty where it was not evaluated.
+        records: of the run.
     """
-    out = Path(config.output_dir)
+    config = plan.config
+    out, model = Path(config.output_dir), outcome.model
+    facts = RunFacts(
+        step=outcome.step,
+        total_steps=plan.total_steps,
+        global_batch=plan.global_batch,
+        launched=plan.launched,
+        alpha=outcome.alpha,
+        start_figures=start_figures,
+        part_cut=records.last_part_cut(),
+    )
     with whole_folder(out, instead_of=DESCRIPTIONS, is_held=True) as folder:
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder)
         if config.output_format == "transformers":
             write_stock_files(folder, model.config, processor.tokenizer, processor.image_processor)
         else:
             processor.save_pretrained(folder)
             add_remote_code(folder)
-        has_curve = draw_curve(read_metrics(out), folder / CURVE_FILE)
-        curve = CURVE_FILE if has_curve else None
-        (folder / "README.md").write_text(trained_card(model.config, config, figures, facts, curve), encoding="utf-8")
-    return has_curve
-
-
-def publish_results(config: TrainingConfig, message: str) -> str:
-    """Push the run's folder. Raises PublishingError; what is on this machine stays as it is."""
-    assert config.hub_model_id is not None
-    return publish_folder(config.output_dir, config.hub_model_id, message=message)
-
-
-def name_repository(config: TrainingConfig) -> str:
-    """The repository that a run publishes in: the one that was named, or one of the user's, named as the output folder.
-
-    Raises:
-        ValueError: the name is none that the Hub takes, or the user is not known.
-    """
-    if config.hub_model_id is not None:
-        return check_repo_id(config.hub_model_id)
-    name = Path(config.output_dir).resolve().name
-    try:
-        owner = HfApi().whoami()["name"]
-    except Exception as error:  # no token, one that the Hub does not know, no network
-        raise ValueError(
-            f"--push_to_hub would publish {name} in your account, which could not be found out "
-            f"({str(error).strip().splitlines()[0]}): log in with `hf auth login`, or name the repository with "
-            f"--hub_model_id."
-        ) from None
-    return check_repo_id(f"{owner}/{name}")
+        if missing := missing_packages("The plot on the card", "train", ["matplotlib"]):
+            print(f"note: {missing}", file=sys.stderr)
+        else:
+            draw_curve(read_metrics(out), folder / CURVE_FILE)
+        card = trained_card(model.config, config, outcome.figures, facts, None if missing else CURVE_FILE)
+        (folder / "README.md").write_text(card, encoding="utf-8")

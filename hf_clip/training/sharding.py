@@ -132,8 +132,17 @@ def _find_unsupported_zero(accelerator: Any, config: TrainingConfig) -> list[tup
     return [(setting, instead) for is_so, setting, instead in possible if is_so]
 
 
-def _check_batch_norm(model: nn.Module, wrapper: str) -> None:
-    """DDP sends the main process's statistics to all others in each step; these wrappers don't."""
+def check_batch_norm(accelerator: Any, model: nn.Module) -> None:
+    """Refuse BatchNorm whose statistics would differ between processes.
+
+    DDP sends the main process's statistics to all others in each step. FSDP2 and DeepSpeed do not.
+
+    Raises:
+        ValueError: the model has such a BatchNorm and is to be wrapped by FSDP2 or DeepSpeed.
+    """
+    wrapper = "FSDP" if is_fsdp2(accelerator) else "DeepSpeed" if is_deepspeed(accelerator) else None
+    if wrapper is None:
+        return
     for module in model.modules():
         if isinstance(module, BatchNorm) and not isinstance(module, (FrozenBatchNorm2d, nn.SyncBatchNorm)):
             raise ValueError(
@@ -157,7 +166,7 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
     """`accelerator.prepare` of model and optimizer, after `check_wrapper`; returns both as accelerate made them."""
     precision = accelerator.mixed_precision  # under DeepSpeed it is read from the settings that are changed here
     if is_fsdp2(accelerator):
-        _check_batch_norm(model, "FSDP")
+        check_batch_norm(accelerator, model)
         plugin = accelerator.state.fsdp_plugin
         for parameter in temperature_of(model).values():
             parameter.data = parameter.data.to(accelerator.device)
@@ -169,7 +178,7 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
         _autocast_(model, accelerator.device.type, precision)
         _broadcast_(model, accelerator.device)
     elif is_deepspeed(accelerator):
-        _check_batch_norm(model, "DeepSpeed")
+        check_batch_norm(accelerator, model)
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = config.per_device_train_batch_size
         settings["gradient_clipping"] = config.max_grad_norm or 0.0

@@ -19,7 +19,6 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ from typing import Any
 import numpy
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from .averaging import MovingAverage
+from .learner import Learner
 from .sharding import is_deepspeed, is_fsdp2, whole_weights
 
 MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.pt", "moving_average.safetensors"
@@ -43,21 +42,6 @@ ZERO_CLASSES = {
 """What DeepSpeed's files hold besides tensors and containers: classes that keep numbers."""
 
 FORCED, FORCED_OFF = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-
-
-@dataclass
-class Resumable:
-    """What of a run goes on where it stopped.
-
-    wrapped, optimizer: as accelerate made them.   model: the model itself
-    """
-
-    accelerator: Any
-    wrapped: Any
-    model: nn.Module
-    optimizer: Any
-    scheduler: Any
-    average: MovingAverage | None
 
 
 def _random_states_file(process_index: int) -> str:
@@ -93,21 +77,26 @@ def _device_generator(device: torch.device) -> Any:
     return torch.get_device_module(device)
 
 
-def save_states(parts: Resumable, folder: Path) -> None:
-    """Write all files of a checkpoint into a folder that exists."""
-    accelerator = parts.accelerator
+def save_states(learner: Learner, folder: Path) -> None:
+    """Write all files of a checkpoint.
+
+    Args:
+        learner: whose states are written.
+        folder: that exists.
+    """
+    accelerator = learner.accelerator
     if is_deepspeed(accelerator):
-        parts.wrapped.save_checkpoint(str(folder), ZERO)
+        learner.wrapped.save_checkpoint(str(folder), ZERO)
     else:
-        weights, optimizer = whole_weights(accelerator, parts.wrapped, parts.model), _optimizer_state(parts)
+        weights, optimizer = whole_weights(accelerator, learner.wrapped, learner.model), _optimizer_state(learner)
         if accelerator.is_main_process:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / MODEL)
             torch.save(optimizer, folder / OPTIMIZER)
-    schedule = {"scheduler": parts.scheduler.state_dict()}
+    schedule = {"scheduler": learner.scheduler.state_dict()}
     if accelerator.scaler is not None:
         schedule["scaler"] = accelerator.scaler.state_dict()
-    if parts.average is not None:
-        average = parts.average.state_dict()
+    if learner.average is not None:
+        average = learner.average.state_dict()
         weights = average.pop("weights")
         schedule["moving_average"] = average
         if accelerator.is_main_process:
@@ -118,9 +107,14 @@ def save_states(parts: Resumable, folder: Path) -> None:
     (folder / _random_states_file(accelerator.process_index)).write_text(json.dumps(states))
 
 
-def load_states(parts: Resumable, folder: Path) -> None:
-    """Restore what `save_states` wrote. Raises whatever a damaged file makes its reader raise."""
-    accelerator = parts.accelerator
+def load_states(learner: Learner, folder: Path) -> None:
+    """Restore what `save_states` wrote. Raises whatever a damaged file makes its reader raise.
+
+    Args:
+        learner: whose states are replaced.
+        folder: of the checkpoint.
+    """
+    accelerator = learner.accelerator
     schedule = json.loads((folder / SCHEDULE).read_text())
     states = json.loads((folder / _random_states_file(accelerator.process_index)).read_text())
     if accelerator.scaler is not None:
@@ -128,17 +122,17 @@ def load_states(parts: Resumable, folder: Path) -> None:
         accelerator.scaler.load_state_dict(schedule["scaler"])
     if is_deepspeed(accelerator):
         with _weights_only():
-            path, _ = parts.wrapped.load_checkpoint(str(folder), ZERO)
+            path, _ = learner.wrapped.load_checkpoint(str(folder), ZERO)
         if path is None:
             raise FileNotFoundError(f"there is no {ZERO} in it")
     else:
-        _load_model(parts, folder)
-        _load_optimizer(parts, folder)
-    _check_names(schedule["scheduler"], parts.scheduler.state_dict())
-    parts.scheduler.load_state_dict(schedule["scheduler"])
-    if parts.average is not None:
+        _load_model(learner, folder)
+        _load_optimizer(learner, folder)
+    _check_names(schedule["scheduler"], learner.scheduler.state_dict())
+    learner.scheduler.load_state_dict(schedule["scheduler"])
+    if learner.average is not None:
         weights: dict[str, Tensor] = load_file(folder / AVERAGE)
-        parts.average.load_state_dict(schedule["moving_average"] | {"weights": weights})
+        learner.average.load_state_dict(schedule["moving_average"] | {"weights": weights})
     _set_random_states(states, accelerator.device)
 
 
@@ -148,39 +142,39 @@ def _check_names(state: dict[str, Any], own: dict[str, Any]) -> None:
         raise ValueError(f"{SCHEDULE} has other entries than this version's: {differing[0]}")
 
 
-def _load_model(parts: Resumable, folder: Path) -> None:
-    accelerator = parts.accelerator
+def _load_model(learner: Learner, folder: Path) -> None:
+    accelerator = learner.accelerator
     if not is_fsdp2(accelerator):
-        parts.model.load_state_dict(load_file(folder / MODEL))
+        learner.model.load_state_dict(load_file(folder / MODEL))
         return
     from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
     state = load_file(folder / MODEL) if accelerator.is_main_process else {}
-    set_model_state_dict(parts.model, state, options=_gathered())
+    set_model_state_dict(learner.model, state, options=_gathered())
 
 
-def _optimizer_state(parts: Resumable) -> dict[str, Any]:
-    if not is_fsdp2(parts.accelerator):
-        return parts.optimizer.state_dict()
+def _optimizer_state(learner: Learner) -> dict[str, Any]:
+    if not is_fsdp2(learner.accelerator):
+        return learner.optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    return get_optimizer_state_dict(parts.model, parts.optimizer, options=_gathered())
+    return get_optimizer_state_dict(learner.model, learner.optimizer, options=_gathered())
 
 
-def _load_optimizer(parts: Resumable, folder: Path) -> None:
-    accelerator = parts.accelerator
+def _load_optimizer(learner: Learner, folder: Path) -> None:
+    accelerator = learner.accelerator
     is_read = accelerator.is_main_process or not is_fsdp2(accelerator)
     state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True) if is_read else {}
     if not is_fsdp2(accelerator):
-        parts.optimizer.load_state_dict(state)
+        learner.optimizer.load_state_dict(state)
         return
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-    set_optimizer_state_dict(parts.model, parts.optimizer, state, options=_gathered())
+    set_optimizer_state_dict(learner.model, learner.optimizer, state, options=_gathered())
 
 
 def _gathered() -> Any:
-    """FSDP2: whole on the main process, from which the others get their parts."""
+    """FSDP2: whole on the main process, from which the others get their learner."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     return StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)

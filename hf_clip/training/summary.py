@@ -3,6 +3,7 @@
 from torch import nn
 
 from .data.pairs import Pairs, PairStream
+from .plan import Plan
 
 SHOWN = ("recall@1", "recall@5", "recall@10", "zero_shot_top1")
 
@@ -20,21 +21,23 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def run_in_words(
-    train: Pairs | PairStream,
-    validation: Pairs | PairStream | None,
-    parameters: tuple[int, int],
-    *,
-    steps: int,
-    pairs_in_step: int,
-    processes: int,
+    train: Pairs | PairStream, validation: Pairs | PairStream | None, parameters: tuple[int, int], plan: Plan
 ) -> str:
-    """The line before the first step. pairs_in_step: of all processes, and of all batches of one step"""
+    """The line before the first step.
+
+    Args:
+        train: pairs to train on.
+        validation: pairs to evaluate on.
+        parameters: how many numbers are trained, and how many there are.
+        plan: of the run.
+    """
     trained, whole = parameters
-    epochs = "" if isinstance(train, PairStream) else f", {steps * pairs_in_step / len(train):.3g} epochs"
+    steps, pairs, processes = plan.total_steps, plan.pairs_in_step, int(plan.launched["processes"])
+    epochs = "" if isinstance(train, PairStream) else f", {steps * pairs / len(train):.3g} epochs"
     over = f" over {processes} processes" if processes > 1 else ""
     return (
         f"Training on {_rows(train)}, validation on {_rows(validation) or 'none'}. "
-        f"{trained:,} of {whole:,} parameters are trained. {steps:,} steps of {pairs_in_step:,} pairs{over}{epochs}."
+        f"{trained:,} of {whole:,} parameters are trained. {steps:,} steps of {pairs:,} pairs{over}{epochs}."
     )
 
 
@@ -66,3 +69,8 @@ def wait_in_words(waited: float, trained: float) -> str:
     share = waited / trained if trained > 0 else 0.0
     advice = "; more --dataloader_num_workers may help" if share > 0.1 else ""
     return f"{trained:.0f} s of training, {waited:.0f} s of which ({share:.0%}) it waited for data{advice}."
+
+
+def sentence(words: str) -> str:
+    """Words that may stand within a sentence as a sentence of their own."""
+    return f"{words[:1].upper()}{words[1:]}."

@@ -15,9 +15,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
-import finetune
+from hf_clip.commands import finetune
 from hf_clip.training.averaging import whole_tensor
-from hf_clip.training.sharding import check_wrapper
 
 
 def keep_gradients(path: str) -> None:
@@ -43,7 +42,6 @@ def main() -> int:
         plugin = FullyShardedDataParallelPlugin(**options | json.loads(os.environ.get("OPTIONS", "{}")))
         PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
-        check_wrapper(accelerator, config)
         return accelerator
 
     def prepare(*arguments: Any) -> Any:

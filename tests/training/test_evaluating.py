@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from hf_clip import ZeroShotClassifier
-from hf_clip.training.build import build_data
+from hf_clip.training.build import open_data
 from hf_clip.training.config import TrainingConfig
 from hf_clip.training.data.images import open_content
 from hf_clip.training.evaluating import group_pairs, retrieval
@@ -61,7 +61,7 @@ def test_zero_shot_accuracy_is_that_of_the_saved_model(digits: Path, tmp_path: P
     (_, figures) = records(out, "zero_shot_top1")
     assert figures.keys() >= {"recall@1", "zero_shot_top1", "zero_shot_top5"}
 
-    data = build_data(TrainingConfig(**options(digits, out, **chosen)))
+    data = open_data(TrainingConfig(**options(digits, out, **chosen)))
     assert data.class_prompts is not None
     assert data.class_prompts[7] == "the digit seven"
     rows = [data.validation.read(draw) for draw in data.validation.draws(0, shuffle=False)]

@@ -173,5 +173,7 @@ def test_nothing_left_to_adapt_is_refused(model: HfClipModel):
 
 def test_missing_package_is_named_with_the_way_to_install_it(model: HfClipModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match="LoRA needs the package peft, which is not installed: pip install peft"):
+    with pytest.raises(
+        ImportError, match=r'LoRA needs peft, which this Python does not have: pip install "hf-clip\[lora\]"'
+    ):
         add_lora_(model, 2)

@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import finetune
+from hf_clip.commands import finetune
 from hf_clip.training import stopping
-from hf_clip.training.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of_best
+from hf_clip.training.best import step_of_best
+from hf_clip.training.checkpoint import check_identity, find_checkpoint, list_checkpoints, read_state
 from hf_clip.training.data.loader import PairLoader, Position
 from hf_clip.training.option_names import RENAMED
-from hf_clip.training.run import GO_ON
 
 from ..finetuning import launch, options, records, train, weights, words
 
@@ -163,7 +163,9 @@ def test_checkpoints_are_found_when_they_are_whole(tmp_path: Path):
     assert find_checkpoint(tmp_path, "latest").name == "step-00000010"
     with pytest.raises(FileNotFoundError, match=r"no whole checkpoint .*12; those of .*: .*step-00000009, .*10\."):
         find_checkpoint(tmp_path, str(tmp_path / "checkpoints" / "step-00000012"))
-    assert read_state(tmp_path / "checkpoints" / "step-00000009", {"seed": 0}).step == 9
+    state = read_state(tmp_path / "checkpoints" / "step-00000009")
+    check_identity(tmp_path, state, {"seed": 0})
+    assert state.step == 9
 
 
 @pytest.mark.parametrize(
@@ -199,9 +201,11 @@ def test_options_that_were_called_otherwise_are_known_again(uninterrupted: dict[
     values["identity"] = {old.get(name, name): value for name, value in identity.items()}
     assert {"optimizer", "scheduler", "keep_best"} <= values["identity"].keys()
     (tmp_path / "run.json").write_text(json.dumps(values))
-    assert read_state(tmp_path, identity) == read_state(written, identity)
+    state = read_state(tmp_path)
+    assert state == read_state(written)
+    check_identity(tmp_path, state, identity)
     with pytest.raises(ValueError, match="with optim 'AdamW', and this one has 'SGD'"):
-        read_state(tmp_path, identity | {"optim": "SGD"})
+        check_identity(tmp_path, state, identity | {"optim": "SGD"})
 
 
 class Planted:
@@ -261,8 +265,16 @@ def test_no_file_of_a_checkpoint_runs_code(digits: Path, uninterrupted: dict[str
         ({"best": []}, "is damaged .best in run.json is"),
         ({"losses": ["x"]}, "is damaged .losses and accuracies in run.json are not all numbers"),
         ({"more": 1}, "is damaged .*unexpected keyword argument 'more'"),
+        ({"bad_rows": [{}, {}]}, "is damaged .bad_rows in run.json has 2 counters, which is not one for each process"),
+        ({"bad_rows": [3]}, "is damaged .bad_rows in run.json has '3'"),
+        ({"bad_rows": [{"drawn": 5, "bad": 0}]}, "is damaged .bad_rows in run.json has .{'drawn': 5"),
+        ({"bad_rows": [{"drawn": "5", "bad": 0, "first": ""}]}, "is damaged .bad_rows in run.json has"),
+        ({"bad_rows": [{"drawn": 5, "bad": -1, "first": ""}]}, "is damaged .bad_rows in run.json has"),
     ],
-    ids=["older", "newer", "word", "negative", "list", "losses", "unknown"],
+    ids=[
+        *("older", "newer", "word", "negative", "list", "losses", "unknown"),
+        *("counters", "no counter", "half a counter", "text for a number", "negative number"),
+    ],
 )
 def test_states_that_no_run_wrote_are_refused(
     uninterrupted: dict[str, Path], tmp_path: Path, change: dict, message: str
@@ -273,11 +285,11 @@ def test_states_that_no_run_wrote_are_refused(
     stored = {name: value for name, value in values.items() if value is not None or name == "best"}
     (folder / "run.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=message):
-        read_state(folder, {})
+        read_state(folder)
     for text in ("[" * 100_000, "[]", "3", '"step"', "{}x"):
         (folder / "run.json").write_text(text)
         with pytest.raises(ValueError, match="is damaged") as error:
-            read_state(folder, {})
+            read_state(folder)
         assert len(str(error.value)) < 1000
 
 
@@ -323,7 +335,8 @@ def test_signal_ends_the_run_with_a_checkpoint_of_its_step(
     assert [path.name for path in list_checkpoints(out)] == ["step-00000004", f"step-{at:08}"]
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "ended by" in line]
     saved = out / "checkpoints" / f"step-{at:08}"
-    assert line == f"ended by {signum.name}: the {at} steps so far are in {saved}; {GO_ON}"
+    remains = f"the {at} steps so far are in {saved}; --resume_from_checkpoint latest goes on from there"
+    assert line == f"ended by {signum.name}: {remains}"
     train(digits, out, **chosen(digits, resume_from_checkpoint="latest"))
     first, second = weights(uninterrupted["vit"]), weights(out)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -350,13 +363,13 @@ def test_signal_waits_for_an_accumulated_step_and_a_failure_goes_back_to_the_las
     with monkeypatch.context() as patch:
         patch.setattr(PairLoader, "batches", batches)
         with pytest.raises(
-            ValueError, match=r"the data are gone. The steps so far are in .*step-00000002; --resume_from_checkpoint"
+            ValueError, match=r"the data are gone. The 2 steps so far are in .*step-00000002; --resume_from_checkpoint"
         ):
             train(digits, tmp_path / "gone", **given)
     # Six or nine batches, five in an epoch.
     for name, where in (("out", (3, 1, 4)), ("gone", (2, 1, 1))):
         (last,) = list_checkpoints(tmp_path / name)
-        state = read_state(last, {})
+        state = read_state(last)
         assert (state.step, state.epoch, state.batch) == where
         assert len(state.losses) == 3 * (state.step % 3)  # those since the last record, of every third step
         out = train(digits, tmp_path / name, resume_from_checkpoint="latest", **given)
@@ -374,10 +387,10 @@ def test_second_signal_ends_at_once_and_one_before_the_steps_too(
     assert stop.value.saved.endswith("--resume_from_checkpoint latest goes on from the last checkpoint, if any")
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["step-00000004"]
 
-    def build_data(*_: Any) -> None:
+    def check_run(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(finetune.build, "build_data", build_data)
+    monkeypatch.setattr(finetune, "check_run", check_run)
     with pytest.raises(stopping.Stopped) as stop:
         train(digits, tmp_path / "early", **chosen(digits))
     assert (stop.value.status, stop.value.saved) == (143, "")

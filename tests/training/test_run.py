@@ -12,8 +12,9 @@ from datasets import load_from_disk
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, pipeline
 
-import finetune
+from hf_clip.commands import finetune
 from hf_clip.training.averaging import interpolate_weights
+from hf_clip.training.evaluating import Evaluations
 
 from ..finetuning import largest_difference, records, train, weights
 
@@ -257,16 +258,16 @@ def test_data_that_goes_away_lose_no_step(
     chosen = {"max_steps": 6, "per_device_train_batch_size": 32, "max_bad_fraction": 1.0}
     whole = train(digits, tmp_path / "whole", dataset=str(tmp_path / "kept"), **chosen)
 
-    def after_step(run: finetune.Run, rates: dict[str, float]) -> None:
+    def step_done(run: finetune.Run, rates: dict[str, float]) -> None:
         original(run, rates)
         if run.state.step == 3:
             (tmp_path / "gone").rename(tmp_path / "elsewhere")
 
-    original = finetune.Run.after_step
+    original = finetune.Run._step_done
     chosen |= {"dataset": str(tmp_path / "gone")}
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Run, "after_step", after_step)
-        message = r"The steps so far are in .*step-00000003; --resume_from_checkpoint latest goes on from there"
+        patch.setattr(finetune.Run, "_step_done", step_done)
+        message = r"The 3 steps so far are in .*step-00000003; --resume_from_checkpoint latest goes on from there"
         with pytest.raises(ValueError, match=message) as error:
             train(digits, tmp_path / "out", **chosen)
     assert len(str(error.value).splitlines()) == 1
@@ -287,15 +288,15 @@ def test_validation_data_that_go_away_lose_no_step(
     (tmp_path / "data" / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]) + "\n")
     chosen = {"dataset": str(tmp_path / "data"), "validation": "20", "max_steps": 6, "save_steps": 3}
     chosen |= {"per_device_train_batch_size": 32, "max_bad_fraction": 1.0, "ema_decay": 0.9}
-    original = finetune.Run._evaluate
+    original = Evaluations.run
 
-    def _evaluate(run: finetune.Run) -> None:
+    def run(evaluations: Evaluations) -> None:
         (tmp_path / "data").rename(tmp_path / "elsewhere")
-        original(run)
+        original(evaluations)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Run, "_evaluate", _evaluate)
-        message = r"0 usable pairs.*The steps so far are in .*step-00000003; --resume_from_checkpoint latest goes on"
+        patch.setattr(Evaluations, "run", run)
+        message = r"0 usable pairs.*The 3 steps so far are in .*step-00000003; --resume_from_checkpoint latest goes on"
         with pytest.raises(ValueError, match=message):
             train(digits, tmp_path / "out", **chosen)
     (tmp_path / "elsewhere").rename(tmp_path / "data")

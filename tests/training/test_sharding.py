@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 from transformers import AutoModel
 
-import finetune
+from hf_clip.commands import finetune
 from hf_clip.training import sharding
 from hf_clip.training.config import TrainingConfig
 

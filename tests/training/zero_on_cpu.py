@@ -8,7 +8,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-import finetune
+from hf_clip.commands import finetune
 
 
 def main() -> int:

@@ -76,6 +76,13 @@ class Batch:
         return replace(self, tensors={name: tensor.pin_memory() for name, tensor in self.tensors.items()})
 
 
+def check_image_processor(image_processor: Any) -> None:
+    """Raises ValueError for an image processor whose images would have several sizes."""
+    for setting in ("do_resize", "do_center_crop"):
+        if not getattr(image_processor, setting):
+            raise ValueError(f"The image processor has {setting}=False, but images of one size are needed.")
+
+
 class PairCollator:
     """Rows → pixel_values (B, C, y, x), input_ids and attention_mask (B, L), image_ids and text_ids (B,), labels (B,).
 
@@ -95,9 +102,7 @@ class PairCollator:
         timeout: float = TIMEOUT,
     ):
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
-        for setting in ("do_resize", "do_center_crop"):
-            if not getattr(self.image_processor, setting):
-                raise ValueError(f"The image processor has {setting}=False, but images of one size are needed.")
+        check_image_processor(self.image_processor)
         self.seed, self.timeout = seed, timeout
         self.augmented = None if augmentation is None else AugmentedPixels(self.image_processor, augmentation)
 

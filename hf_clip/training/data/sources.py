@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ...extras import require
 from .columns import describe_feature
 
 BUILDERS = {
@@ -39,11 +40,10 @@ FIRST_ROWS = 16
 
 
 def import_datasets() -> Any:
-    """The package `datasets`, which only training and evaluation need."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError('Reading data needs the package datasets: pip install "hf-clip[train]"') from error
+    """The package `datasets`, for training and evaluation. Raises ImportError with the way to install it."""
+    require("Reading data", "train", ["datasets"])
+    import datasets
+
     return datasets
 
 

@@ -79,19 +79,19 @@ def test_validation_data_may_be_a_source_of_their_own(tmp_path: Path, monkeypatc
     chosen = {"model": "m", "output_dir": "o", "max_steps": 1, "dataset": [str(tmp_path / "train.csv")]}
     monkeypatch.setattr(build, "look_at", lambda *_: Look())
     for validation, expected in ((tmp_path / "other.csv", ["a bird"] * 3), (splits, ["of test"])):
-        data = build.build_data(TrainingConfig(**chosen, validation=str(validation), per_device_train_batch_size=2))
+        data = build.open_data(TrainingConfig(**chosen, validation=str(validation), per_device_train_batch_size=2))
         assert texts_of(data.train, shuffle=False) == ["a cat", "a dog"]
         assert data.validation is not None
         assert texts_of(data.validation, shuffle=False) == expected
     with pytest.raises(ValueError, match=r"--validation .*train.csv is a source that is trained on: name another"):
-        build.build_data(TrainingConfig(**chosen, validation=chosen["dataset"][0]))
+        build.open_data(TrainingConfig(**chosen, validation=chosen["dataset"][0]))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"has no split 'splits'.* the file or folder of that name, write ./splits."):
-        build.build_data(TrainingConfig(**chosen, validation="splits"))
+        build.open_data(TrainingConfig(**chosen, validation="splits"))
     tables = {name: datasets.Dataset.from_dict({"image": ["x.png"], "caption": ["a"]}) for name in ("one", "two")}
     datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"saved has the splits one, two, of which none is called validation or test"):
-        build.build_data(TrainingConfig(**chosen, validation="./saved"))
+        build.open_data(TrainingConfig(**chosen, validation="./saved"))
 
 
 @pytest.mark.parametrize(

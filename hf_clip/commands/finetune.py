@@ -1,0 +1,147 @@
+"""`hf-clip finetune`: contrastive training of a CLIP on images with captions.
+
+    accelerate launch -m hf_clip.commands.finetune --model clip-vit-b32/ --dataset my/pairs --num_train_epochs 3 \\
+        --output_dir fine-tuned/
+    hf-clip finetune run.yaml --max_steps 100
+
+The same program runs on one CPU and on many GPUs: the loss is over the pairs of all processes. `hf-clip finetune` runs
+it in one process. The output folder holds the model, its processor and card, metrics.jsonl, training_config.json and
+the checkpoints.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import typer
+
+from ..extras import require
+from ..hub.upload import PublishingError
+from ..training import failures, sharding, stopping
+from ..training.build import build_learner, build_loaders, describe_start
+from ..training.config import TrainingConfig, parse_config
+from ..training.evaluating import model_inputs
+from ..training.launching import make_accelerator
+from ..training.losses import global_contrastive_loss
+from ..training.optim import learning_rates
+from ..training.output import held
+from ..training.refusals import check_run
+from ..training.run import Run
+from ..training.summary import run_in_words
+
+SETTINGS = {
+    "add_help_option": False,
+    "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
+}
+"""For the console program: the options are read by `parse_config`, which knows their groups."""
+
+
+def train(config: TrainingConfig) -> None:
+    """Train one model, save it, and publish it if that is asked for.
+
+    Args:
+        config: all options of the run.
+
+    Raises:
+        OSError, ValueError, ImportError: the run cannot be done. The message says why and what to do.
+        Stopped: a signal ended it. This is a KeyboardInterrupt.
+    """
+    require("Training", "train")
+    signals = stopping.Signals()
+    with stopping.heeded(signals):
+        accelerator = make_accelerator(config)
+        holding = held(config.output_dir) if accelerator.is_main_process else nullcontext()
+        with stopping.others_watched(), holding:
+            train_alone(config, accelerator, signals)
+
+
+def train_alone(config: TrainingConfig, accelerator: Any, signals: stopping.Signals) -> None:
+    """`train`, in the output folder that the main process holds."""
+    data, plan = check_run(config, accelerator)
+    learner = build_learner(plan, data, accelerator)
+    loader, validation = build_loaders(data, learner, config)
+    run = Run(plan, learner, loader, validation, signals)
+    if accelerator.is_main_process:
+        sys.stderr.writelines(f"{line}\n" for line in describe_start(config, data, learner.processor))
+        print(run_in_words(data.train, data.validation, learner.parameters, plan))
+    if accelerator.device.type == "cpu":
+        warn_of_few_threads()
+
+    wrapped, model = learner.wrapped, learner.model
+    wrapped.train()
+    for batch in run.batches():
+        with accelerator.accumulate(wrapped):
+            outputs = wrapped(**model_inputs(batch, accelerator.device))
+            result = global_contrastive_loss(
+                outputs.image_embeds,
+                outputs.text_embeds,
+                model.logit_scale,
+                logit_bias=model.logit_bias,
+                kind=model.config.contrastive_loss,
+                label_smoothing=config.label_smoothing_factor,
+                local_image_ids=batch["image_ids"] if config.mask_duplicates == "on" else None,
+                local_text_ids=batch["text_ids"] if config.mask_duplicates == "on" else None,
+            )
+            run.check_loss(result.global_loss)
+            accelerator.backward(result.local_loss_to_backpropagate)
+            if accelerator.sync_gradients:
+                sharding.average_left_out_gradients(accelerator, model)
+                if config.max_grad_norm is not None:
+                    accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+            rates = learning_rates(learner.optimizer)
+            learner.optimizer.step()
+            learner.optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            if not accelerator.optimizer_step_was_skipped:  # fp16 passes over steps whose gradients overflow
+                learner.scheduler.step()
+            sharding.clamp_temperature_(accelerator, model)
+        run.batch_done(result, rates)
+    run.finish()
+
+
+def warn_of_few_threads() -> None:
+    """Say so where `accelerate launch` has left most of a machine's cores unused."""
+    if torch.get_num_threads() == 1 < (os.cpu_count() or 1) and "LOCAL_RANK" not in os.environ:
+        print(
+            f"note: `accelerate launch` gives a process one CPU thread unless told otherwise; this machine has "
+            f"{os.cpu_count()}: pass --num_cpu_threads_per_process before the program's name.",
+            file=sys.stderr,
+        )
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "finetune.py") -> int:
+    """Run one command line.
+
+    Args:
+        arguments: the words behind the program's name; None takes those of this process.
+        prog: what the program is called in its help.
+
+    Returns:
+        The exit status: 0, 1 after an error, or 128 and the number of the signal that ended the run.
+    """
+    try:
+        with failures.said_once():
+            config = parse_config(arguments, prog)
+        train(config)
+    except KeyboardInterrupt as stop:
+        return failures.report_stop(stop)
+    except PublishingError as error:
+        return failures.report(PublishingError(f"{error} The model itself is in the output folder."))
+    except Exception as error:
+        return failures.report(error)
+    return 0
+
+
+def finetune(context: typer.Context) -> int:
+    """Train a CLIP on images with captions, from another CLIP or from scratch.
+
+    On several GPUs: accelerate launch -m hf_clip.commands.finetune, with the same options.
+    """
+    return main(context.args, prog="hf-clip finetune")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The model in training and everything that changes its weights."""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from ..model.modeling_hf_clip import HfClipModel
+from .averaging import MovingAverage
+from .config import TrainingConfig
+from .lora import add_lora_, merge_lora_
+from .losses import exchange_counts
+from .sharding import whole_weights
+from .trainable import lock_
+
+
+@dataclass
+class Learner:
+    """A model with its optimizer, as `build_learner` makes it. Every process has one and calls it alike.
+
+    Attributes:
+        accelerator: what `accelerate launch` has set up.
+        wrapped: the model as accelerate made it. It computes.
+        model: the model itself.
+        processor: the model's.
+        optimizer: as accelerate made it.
+        scheduler: of the learning rates.
+        average: the moving average of the weights, where the run has one.
+        pretrained: the weights from before training, where the result is averaged with them.
+        parameters: how many numbers are trained, and how many there are, before a wrapper splits them.
+    """
+
+    accelerator: Any
+    wrapped: Any
+    model: HfClipModel
+    processor: ProcessorMixin
+    optimizer: Any
+    scheduler: Any
+    average: MovingAverage | None = None
+    pretrained: dict[str, Tensor] | None = None
+    parameters: tuple[int, int] = (0, 0)
+
+    def averaged(self) -> AbstractContextManager:
+        """Within this block the model has the weights that are evaluated and saved: the average's, if there is one."""
+        return nullcontext() if self.average is None else self.average.swapped_in(self.model)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that are evaluated and saved, whole, on the CPU."""
+        with self.averaged():
+            return whole_weights(self.accelerator, self.wrapped, self.model)
+
+    def are_weights_finite(self) -> bool:
+        """Whether all trained weights of all processes are numbers. Each process looks at its own part."""
+        parts = [getattr(p, "ds_tensor", p) for p in self.model.parameters() if p.requires_grad]
+        local = [part.to_local() if hasattr(part, "to_local") else part for part in parts]
+        is_finite = all(bool(part.detach().isfinite().all()) for part in local)
+        return all(finite for (finite,) in exchange_counts([int(is_finite)], self.accelerator.device))
+
+    def plain_model(self, weights: dict[str, Tensor], config: TrainingConfig) -> HfClipModel:
+        """A model of its own on the CPU.
+
+        Args:
+            weights: as `weights` returns them.
+            config: of the run, which says where adapters are.
+
+        Returns:
+            The model with these weights. Adapters are merged.
+        """
+        rank = config.lora_rank
+        with torch.device("meta"):  # a copy of the model would bring its wrapper along
+            model = HfClipModel(copy.deepcopy(self.model.config))
+            if rank is not None:
+                lock_(model, config.lock)
+                add_lora_(model, rank)
+        model.load_state_dict(weights, assign=True)
+        return merge_lora_(model) if rank is not None else model

@@ -1,0 +1,137 @@
+"""Everything that a run is refused for, found before weights are loaded and before anything is written.
+
+What options alone tell, `TrainingConfig` refuses. What they mean for this launcher, this folder, this model and these
+data is refused by `check_run`. The data are opened for it. The model and its optimizer are made once without numbers,
+on torch's meta device, by the same calls that make them later: what cannot be made is refused by these.
+
+What only shows in the midst of a run (data that go away, weights that are no numbers) is not here.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..checkpoints.folders import in_one_line
+from ..checkpoints.read import check_model
+from ..checkpoints.whole_folder import check_destination
+from ..model.configuration_hf_clip import HfClipConfig
+from ..model.modeling_hf_clip import HfClipModel
+from ..model.processing_hf_clip import HfClipProcessor
+from .best import step_of_best
+from .build import (
+    Data,
+    build_optimizer,
+    build_scheduler,
+    change_model_,
+    load_image_processor,
+    open_data,
+    prepare_training_,
+)
+from .checkpoint import check_identity, find_checkpoint, read_state
+from .config import TrainingConfig
+from .data.collator import check_image_processor
+from .launching import launch_settings
+from .plan import Plan, make_plan
+from .publishing import name_repository
+from .results import check_output_format
+from .scratch import read_config
+from .sharding import check_batch_norm, check_wrapper
+
+
+def check_run(config: TrainingConfig, accelerator: Any) -> tuple[Data, Plan]:
+    """Refuse a run that cannot be done, or that would lose something. Every process calls this.
+
+    Args:
+        config: the options. Batches become no larger than the data, and a repository gets its name.
+        accelerator: what `accelerate launch` has set up. Its main process holds the output folder.
+
+    Returns:
+        The data, opened, and the plan of the run.
+
+    Raises:
+        FileNotFoundError, FileExistsError, PermissionError: a file or folder is missing, or in the way.
+        ImportError: a package is missing.
+        ValueError: an option fits neither the model, nor the data, nor the launcher.
+    """
+    _check_trackers(config)
+    check_wrapper(accelerator, config)
+    _check_output(config, accelerator.is_main_process)
+    model_config = _check_model(config)
+    data = open_data(config, accelerator.num_processes)
+    _check_metric(config.metric_for_best_model, data.class_prompts)
+    plan = make_plan(config, data.train, launch_settings(accelerator))
+    _check_resumed(plan)
+    _rehearse(plan, model_config, accelerator)
+    return data, plan
+
+
+def _check_trackers(config: TrainingConfig) -> None:
+    for name in config.report_to:
+        if find_spec(name) is None:  # accelerate would pass over it
+            raise ImportError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+
+
+def _check_output(config: TrainingConfig, is_main_process: bool) -> None:
+    """Refuse a folder that cannot be written or would lose something, checkpoints that are damaged, or a repository."""
+    if config.resume_from_checkpoint is not None:
+        read_state(find_checkpoint(config.output_dir, config.resume_from_checkpoint))
+        step_of_best(config.output_dir)
+    elif is_main_process:
+        check_destination(config.output_dir, config.overwrite_output_dir, "--overwrite_output_dir")
+    if config.push_to_hub and is_main_process:
+        config.hub_model_id = name_repository(config)
+
+
+def _check_model(config: TrainingConfig) -> HfClipConfig:
+    """Refuse a missing or damaged model or variant; returns its configuration."""
+    if config.variant is not None:
+        return read_config(config.variant)
+    assert config.model is not None
+    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
+        raise FileNotFoundError(f"There is no model folder {config.model}; check the path.")
+    return check_model(config.model)
+
+
+def _check_metric(metric: str | None, class_prompts: list[str] | None) -> None:
+    """Refuse to keep what is best at something that these data cannot measure."""
+    if metric is None or not metric.startswith("zero_shot"):
+        return
+    if class_prompts is None:
+        raise ValueError(
+            f"--metric_for_best_model {metric} cannot be measured: zero-shot accuracy needs captions made of labels "
+            f'by a template, such as --caption_column "a photo of a {{label}}.".'
+        )
+    k, classes = int(metric.rpartition("top")[2]), len(class_prompts)
+    if classes <= k:
+        instead = " or zero_shot_top1" if classes > 1 < k else ""
+        raise ValueError(
+            f"--metric_for_best_model {metric} cannot be measured: there are {classes} classes, of which {k} are "
+            f"always right or nearly so; take recall@1{instead}."
+        )
+
+
+def _check_resumed(plan: Plan) -> None:
+    if plan.config.resume_from_checkpoint is not None:
+        folder = find_checkpoint(plan.config.output_dir, plan.config.resume_from_checkpoint)
+        check_identity(folder, read_state(folder), plan.identity())
+
+
+def _rehearse(plan: Plan, model_config: HfClipConfig, accelerator: Any) -> None:
+    """Make the model, what is trained of it, its optimizer and schedule without numbers."""
+    config = plan.config
+    with in_one_line(config.model or str(config.variant)):
+        image_processor = load_image_processor(config, model_config)
+        # The tokenizer of a model from scratch may still have to be learned, and nothing is changed in it.
+        tokenizer = None if config.model is None else HfClipProcessor.from_pretrained(config.model).tokenizer
+        processor = SimpleNamespace(image_processor=image_processor, tokenizer=tokenizer)
+    check_image_processor(image_processor)
+    with torch.device("meta"):
+        model = HfClipModel(model_config)
+        change_model_(model, processor, config)
+        check_output_format(config, model.config, image_processor)
+        prepare_training_(model, config, accelerator.device.type, accelerator.num_processes)
+        check_batch_norm(accelerator, model)
+        build_scheduler(build_optimizer(model, config), config, plan.total_steps)
