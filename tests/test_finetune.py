@@ -347,7 +347,7 @@ def test_vocabulary_is_learned_past_a_caption_that_cannot_be_read(digits: Path, 
 WITHOUT_EXTRAS = """
 import runpy, sys
 sys.modules |= dict.fromkeys(("accelerate", "datasets", "peft"))  # as if they were not installed
-from hf_clip.commands from hf_clip.commands import finetune
+from hf_clip.commands import finetune
 for words in (["--help"], %r):
     sys.argv = ["finetune.py", *words]
     try:

@@ -1,6 +1,7 @@
 """What `accelerate launch` has set up, checked, and by name."""
 
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -16,9 +17,6 @@ def make_accelerator(config: TrainingConfig) -> Any:
 
     Args:
         config: the options, which name trackers.
-
-    Raises:
-        ImportError: a tracker is not installed.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -26,7 +24,8 @@ def make_accelerator(config: TrainingConfig) -> Any:
     # At checkpoints the others wait while the main process uploads.
     longest = LONGEST_UPLOAD if config.hub_strategy == "every_save" else LONGEST_WAIT
     accelerator = Accelerator(
-        log_with=config.report_to or None,
+        # A tracker that is missing is refused with all else that is; accelerate would only warn of it.
+        log_with=[name for name in config.report_to if find_spec(name) is not None] or None,
         project_dir=config.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=longest)],
     )
