@@ -140,7 +140,10 @@ def finetune(context: typer.Context) -> int:
 
     On several GPUs: accelerate launch -m hf_clip.commands.finetune, with the same options.
     """
-    return main(context.args, prog="hf-clip finetune")
+    try:
+        return main(context.args, prog="hf-clip finetune")
+    except SystemExit as end:  # after --help, or an option that there isn't
+        return end.code if isinstance(end.code, int) else 1
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ cannot be meant is refused, and so is an option that another option leaves witho
 
 import dataclasses
 import math
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,6 +268,18 @@ def moved_repository(name: Any) -> str:
     )
 
 
+EXAMPLES = """\
+examples:
+  {prog} --model clip-vit-b32/ --dataset my/pairs --num_train_epochs 3 --output_dir fine-tuned/
+  {prog} run.yaml --max_steps 100
+  accelerate launch --num_processes 8 -m hf_clip.commands.finetune run.yaml
+"""
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults behind each option, and examples line by line."""
+
+
 INSTEAD = (
     ("num_train_epochs", "max_steps"),
     ("model", "variant"),
@@ -331,8 +344,9 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
     parser = HfArgumentParser(
         GROUPS,
         prog=prog,
-        description="Contrastive training of a CLIP on images with captions. Options may stand in a file: "
-        f"{prog} run.yaml --max_steps 100",
+        description="Contrastive training of a CLIP on images with captions.",
+        epilog=EXAMPLES.format(prog=prog),
+        formatter_class=_HelpFormatter,
         usage=f"{prog} [run.yaml] --model MODEL --dataset DATASET --output_dir FOLDER --num_train_epochs N [options]",
         allow_abbrev=False,
     )
