@@ -1,0 +1,126 @@
+"""The command lines of the pages, read by the parsers of the programs that they name, and never carried out here."""
+
+import argparse
+import os
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import typer
+from accelerate.commands.launch import launch_command_parser
+
+from hf_clip.commands.app import build_app, read_alike
+from hf_clip.training.config import OPTIONS, parse_config
+
+from .doc_blocks import ROOT
+
+PROGRAMS = ("benchmarks", "conversion.parity", "demo", "model_cards")
+"""Those of a checkout that read their command line by argparse, in `main`."""
+
+SECTION = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+EXTRAS = set(re.findall(r"^(\w+) = \[", SECTION, flags=re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+ELSEWHERE = {"--help", "--strategy"}
+"""Options of programs that are none of ours."""
+
+
+class ParsedError(Exception):
+    """A command line was read; it holds the parser."""
+
+
+def read_by_argparse(program: str, words: Sequence[str]) -> argparse.ArgumentParser:
+    """Raises SystemExit for a command line that the program would refuse."""
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser: argparse.ArgumentParser, *given: Any, **more: Any) -> None:
+        real(parser, *given, **more)
+        raise ParsedError(parser)
+
+    name = f"{program}.__main__" if (ROOT / program.replace(".", "/")).is_dir() else program
+    with patch.object(argparse.ArgumentParser, "parse_args", parse_args):
+        try:
+            import_module(name).main(list(words))
+        except ParsedError as read:
+            return read.args[0]
+    raise AssertionError(f"{program} reads no command line")
+
+
+def program() -> Any:
+    """`hf-clip` as click has it, with all commands."""
+    return typer.main.get_command(build_app())
+
+
+def read_by_hf_clip(words: Sequence[str]) -> None:
+    """Raises typer's UsageError, or SystemExit, for a command line that `hf-clip` would refuse."""
+    name, *rest = read_alike(words)
+    if name == "finetune":
+        read_trainer(words[1:])
+    else:
+        program().commands[name].make_context(name, list(rest))
+
+
+def read_by_accelerate(words: Sequence[str]) -> None:
+    options = launch_command_parser().parse_args(list(words))
+    assert options.training_script in ("finetune.py", "hf_clip.commands.finetune"), options.training_script
+    if options.config_file:
+        assert (ROOT / options.config_file).is_file(), options.config_file
+    read_trainer(options.training_script_args)
+
+
+def read_trainer(words: Sequence[str]) -> None:
+    """A run's options, but where they stand in an example's file, which nobody has."""
+    if not words[0].endswith((".yaml", ".json")):
+        parse_config(list(words))
+
+
+def read_by_pip(words: Sequence[str]) -> None:
+    assert words[0] == "install", words
+    for extras in re.findall(r"\[(.+?)\]", " ".join(words)):
+        assert set(extras.split(",")) <= EXTRAS, extras
+
+
+def read_by_make(words: Sequence[str]) -> None:
+    assert {word for word in words if "=" not in word} <= TARGETS, words
+
+
+def read_by_python(words: Sequence[str]) -> None:
+    assert words[0] == "-m", words
+    read_by_argparse(words[1], words[2:])
+
+
+READERS: dict[str, Callable[[Sequence[str]], Any]] = {
+    "hf-clip": read_by_hf_clip,
+    "accelerate": lambda words: read_by_accelerate(words[1:]),
+    "pip": read_by_pip,
+    "make": read_by_make,
+    "python": read_by_python,
+}
+
+
+def read_command(line: str) -> None:
+    """Fails as the program would that the line names."""
+    words = shlex.split(line)
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    assert words[0] in READERS, f"{line}: no reader for {words[0]}"
+    READERS[words[0]](words[1:])
+
+
+def known_options() -> set[str]:
+    """Every option that a page may name, with hyphens."""
+    found = set(ELSEWHERE)
+    for command in (program(), *program().commands.values()):
+        found |= {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
+    found |= {f"--{name}" for name in OPTIONS}
+    parsers = [launch_command_parser(), *(read_by_argparse(name, []) for name in PROGRAMS)]
+    found |= {name for parser in parsers for name in parser._option_string_actions}
+    return {name.replace("_", "-") for name in found}
+
+
+def is_dry(line: str) -> bool:
+    """Whether a command line installs or builds something, which no test does."""
+    return shlex.split(line)[0] in ("pip", "make", os.devnull)
