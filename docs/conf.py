@@ -1,7 +1,6 @@
 """Settings of Sphinx: guides in Markdown (MyST), reference pages from the docstrings of the package."""
 
 import dataclasses
-import re
 import sys
 from pathlib import Path
 
@@ -36,7 +35,8 @@ default_role = "code"  # docstrings write `name`, as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_class_signature = "separated"
+autodoc_class_signature = "mixed"
+smartquotes = False  # they would make one dash of the two before an option
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -64,23 +64,5 @@ class TrainingOptions(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
-ARGUMENT = re.compile(r"[a-z_]\w*(, [a-z_]\w*)*:\s+\S")
-
-
-def name_arguments(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Give a list of arguments that has no heading the heading `Args:`."""
-    found: list[str] = []
-    inside = False
-    for line in lines:
-        if ARGUMENT.match(line) and (inside or not found or not found[-1]):
-            found += [] if inside else ["Args:"]
-            inside = True
-        elif not line.strip() or not line.startswith(" "):
-            inside = False
-        found.append(f"    {line}" if inside else line)
-    lines[:] = found
-
-
 def setup(app: Sphinx) -> None:
-    app.connect("autodoc-process-docstring", name_arguments, priority=400)  # before napoleon
     app.add_directive("training-options", TrainingOptions)
