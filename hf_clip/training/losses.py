@@ -43,9 +43,10 @@ INITIAL_SIGMOID_LOGIT_BIAS = -10.0
 class ContrastiveResult:
     """What `global_contrastive_loss` returns. The global values are equal on all processes and have no graph.
 
-    local_loss_to_backpropagate: ()  R times this process's share; its own value means nothing
-    global_loss:                 ()  the loss, to be reported
-    global_accuracy:             ()  how often a pair's own logit is above all its negatives', over images and texts
+    Attributes:
+        local_loss_to_backpropagate: () R times this process's share. Its value alone means nothing.
+        global_loss: () the loss, to be reported.
+        global_accuracy: () the part of the images and texts whose own logit is above those of all their negatives.
     """
 
     local_loss_to_backpropagate: Tensor
@@ -86,11 +87,16 @@ class _GatherWithGradients(torch.autograd.Function):
 
 
 def gather_with_gradients(local: Tensor, counts: list[int]) -> Tensor:
-    """All processes' rows, in the order of the processes: (B, …) → (N, …).
+    """Gather the rows of all processes, in the order of the processes.
 
-    counts: the B of every process, as `exchange_counts` returns them
+    Backwards, a row receives the sum of its gradients from the losses of all processes.
 
-    Backwards, a row receives the sum of what all processes' losses owe to it. On one process this returns its argument.
+    Args:
+        local: (B, …) the rows of this process.
+        counts: The B of every process, as `exchange_counts` returns them.
+
+    Returns:
+        (N, …). On one process this is `local` itself.
     """
     return _GatherWithGradients.apply(local, counts) if world_size() > 1 else local
 
@@ -260,17 +266,26 @@ def global_contrastive_loss(
     local_image_ids: Tensor | None = None,
     local_text_ids: Tensor | None = None,
 ) -> ContrastiveResult:
-    """The contrastive loss of the global batch; on one process, that of `HfClipModel(return_loss=True)`.
+    """Compute the contrastive loss of the global batch. On one process it equals `HfClipModel(return_loss=True)`.
 
-    local_image_embeds, local_text_embeds: (B, D)  row i of both is a pair; they are not normalised here
-    logit_scale:      ()  the scale's logarithm, as the model has it
-    logit_bias:       ()  for the sigmoid loss
-    label_smoothing:  what part of a row's target is spread evenly over its positive and negatives; softmax only
-    local_image_ids, local_text_ids: (B,) integers, `content_id` of images and captions: pairs with an equal one are
-                      not counted as each other's negatives. Either may be left out.
+    Every process must call this. Row i of the image embeddings and row i of the text embeddings are one pair.
 
-    Raises ValueError, on all processes, for a global batch of fewer than two pairs, for embeddings or ids of different
-    counts, and for arguments that contradict each other.
+    Args:
+        local_image_embeds: (B, D) of this process, already normalised.
+        local_text_embeds: (B, D) of this process, already normalised.
+        logit_scale: () the logarithm of the scale, as the model has it.
+        logit_bias: () for the sigmoid loss, which needs one.
+        kind: "softmax" or "sigmoid".
+        label_smoothing: The part of a row's target that is spread evenly over its positive and negatives; softmax only.
+        local_image_ids: (B,) int64, `content_id` of the images. Pairs with equal ids are no negatives of each other.
+        local_text_ids: (B,) int64, `content_id` of the captions, likewise.
+
+    Returns:
+        The loss to backpropagate, the global loss to report, and the global accuracy.
+
+    Raises:
+        ValueError: On all processes. The global batch has fewer than two pairs, the counts of embeddings or ids
+            differ, or the arguments contradict each other.
     """
     ids = (local_image_ids, local_text_ids)
     _check_arguments(local_image_embeds, local_text_embeds, logit_bias, kind, label_smoothing, ids)
