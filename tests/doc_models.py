@@ -90,8 +90,10 @@ def write_stand_ins(
     folder: Path, tokenizer: HfClipTokenizer, photographs: dict[str, Image.Image], digits: Path
 ) -> None:
     images = dict(zip(NAMES, (photographs["chelsea"], photographs["astronaut"]), strict=True))
-    for name, image in images.items():
-        image.save(folder / name)
+    (folder / "photos" / "more").mkdir(parents=True)
+    for name, place in zip(NAMES, (folder / "photos", folder / "photos" / "more"), strict=True):
+        images[name].save(folder / name)
+        images[name].save(place / name)
     (folder / "notes.txt").write_text("no image")
     write_openai(folder, tokenizer, images)
     write_demo(folder, digits / "pairs")
