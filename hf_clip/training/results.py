@@ -22,7 +22,7 @@ from .plan import Plan
 from .records import Records, read_metrics
 
 CURVE_FILE = "training-curve.png"
-RETRIEVAL = {"recall@10": (4.5, "#a8c8ec"), "recall@5": (2.8, "#4f8fd0"), "recall@1": (1.3, "#12355b")}
+RETRIEVAL = {"recall@10": (8.0, "#a8c8ec"), "recall@5": (4.0, "#4f8fd0"), "recall@1": (1.3, "#12355b")}
 """Curve → width and colour. The wide ones are drawn first, so curves that lie on each other are all seen."""
 
 
