@@ -1,1 +1,4 @@
-"""Checkpoints in and out: every layout that is read and written, where files come from, and how they are kept whole."""
+"""Read and write CLIP checkpoints in every layout.
+
+`read.py` reads any layout, `write.py` writes any layout, and `conversion.py` does both. The other files serve these.
+"""

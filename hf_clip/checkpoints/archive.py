@@ -67,8 +67,11 @@ LONGEST_START = 16
 class Checkpoint:
     """Tensors by name, mapped from the file at `path`.
 
-    container: "torchscript", "state dict", "training checkpoint" or "safetensors"
-    averages:  a training checkpoint's moving averages of the weights; of others, and where there are none, None
+    Attributes:
+        path: The file.
+        container: "torchscript", "state dict", "training checkpoint" or "safetensors".
+        tensors: The tensors, by the names that the file has for them.
+        averages: The moving averages of the weights, if a training checkpoint holds any; else None.
     """
 
     path: Path
@@ -92,7 +95,7 @@ class Storages(Protocol):
 
 
 class Tensors:
-    """Makes tensors of their descriptions: views of the stored bytes, each storage located and checked once."""
+    """Makes tensors from their descriptions, as views of the stored bytes. Each storage is located and checked once."""
 
     def __init__(self, storages: Storages):
         self.storages = storages
@@ -137,9 +140,9 @@ class ZipStorages:
 
 
 class LegacyStorages:
-    """The storages behind the pickles of a file of before PyTorch 1.6, to the file's end.
+    """The storages of a file from before PyTorch 1.6. They follow the pickles and end where the file ends.
 
-    Each is its number of elements in eight bytes, and the elements.
+    Each storage is its number of elements in eight bytes, followed by the elements.
     """
 
     def __init__(self, mapping: mmap.mmap, position: int, keys: list[Any], storages: dict[str, Storage]):
@@ -165,7 +168,7 @@ class LegacyStorages:
 
 
 def _check_names(names: Any) -> None:
-    """Refuse as many tensors, or as long names, as only serve to keep a reader busy."""
+    """Refuse more tensors, or longer names, than any model has. They would only keep the reader busy."""
     if len(names) > MOST_TENSORS:
         raise CheckpointError(f"is refused: it has {len(names)} tensors, but no CLIP has more than {MOST_TENSORS}.")
     longest = max(names, key=len, default="")

@@ -1,4 +1,4 @@
-"""From one layout to another: `convert(source, out, layout)` reads a model and writes it."""
+"""Convert a model from any layout to any other: `convert(source, out, layout)` reads it and writes it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +26,8 @@ def convert(
 ) -> HfClipConfig:
     """Turn a CLIP into a folder that transformers loads, or into another library's layout.
 
-    Tensors keep their dtypes and their bits. No code of a checkpoint is run. The folder appears only when it is whole.
-
-    Example:
-        >>> hf_clip.convert("ViT-L-14-336px.pt", "clip-vit-l14-336")  # doctest: +SKIP
-        >>> hf_clip.convert("ViT-L/14@336px", "clip-vit-l14-336")  # downloads it  # doctest: +SKIP
-        >>> hf_clip.convert("clip-vit-l14-336", "stock", layout="transformers")  # doctest: +SKIP
+    Tensors keep their dtypes and their bits. No code of a checkpoint is run. The folder appears only when it is
+    complete.
 
     Args:
         source: A checkpoint file with OpenAI's tensor names (OpenAI's own, a state dict, a training checkpoint of
@@ -57,6 +53,12 @@ def convert(
         OSError: A file or folder is missing, in use or full, or a download failed.
         ValueError: A file is damaged or another model's (CheckpointError is one), or the layout cannot express the
             model. Nothing is written to `out` then.
+
+    Example::
+
+        hf_clip.convert("ViT-L-14-336px.pt", "clip-vit-l14-336")
+        hf_clip.convert("ViT-L/14@336px", "clip-vit-l14-336")  # downloads it
+        hf_clip.convert("clip-vit-l14-336", "stock", layout="transformers")
     """
     check_layout(layout, remote_code)
     out = check_destination(out, overwrite)

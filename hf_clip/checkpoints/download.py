@@ -31,7 +31,7 @@ TIMEOUT = 30.0
 
 
 def originals_folder() -> Path:
-    """Where fetched checkpoints are kept, and where a file can be put by hand: within the Hugging Face cache."""
+    """Return the folder of downloaded checkpoints, within the Hugging Face cache. Files can be put there by hand."""
     return Path(constants.HF_HOME) / "hf_clip" / "originals"
 
 
@@ -122,11 +122,18 @@ def _download(url: str, unfinished: Path) -> None:
 def fetch_original(variant: Variant, offline: bool = False, folder: str | Path | None = None) -> Path:
     """The published checkpoint of a variant: from its folder, else downloaded into it. Its sha256 is checked.
 
-    offline: never download; HF_HUB_OFFLINE=1 means the same
-    folder:  where checkpoints are kept, if not in the Hugging Face cache
+    Args:
+        variant: The model.
+        offline: Whether nothing may be downloaded. HF_HUB_OFFLINE=1 means the same.
+        folder: The folder of checkpoints. By default it is within the Hugging Face cache.
 
-    Raises FileNotFoundError offline, ConnectionError when the download fails (it can be continued by the same
-    call), CheckpointError when what arrived is not the published file.
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: The file is missing, and nothing may be downloaded.
+        ConnectionError: The download failed. The same call continues it.
+        CheckpointError: What arrived is not the published file.
     """
     target = Path(folder or originals_folder()).expanduser() / variant.checkpoint
     address = os.environ.get(ADDRESS_VARIABLE, PUBLISHED_AT).rstrip("/")

@@ -1,7 +1,7 @@
-"""Whether the files of a model are there and can be read, asked before anything is built of them.
+"""Check that the files of a model exist and can be read, before anything is built from them.
 
-What transformers says of a missing or damaged file is a traceback, several lines, or names no file. Here it is one
-line that does, and says what to do.
+For a missing or damaged file transformers raises errors of many kinds, some of several lines, some without the file's
+name. Here the error is one line that names the file and says what to do.
 """
 
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def check_folder(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def _refused_by_the_hub(source: str | Path, error: BaseException) -> OSError | None:
-    """What the Hub's answer means, where it is another than that there is no such repository."""
+    """Return the error that explains the Hub's answer. None if the answer is that there is no such repository."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
@@ -97,10 +97,14 @@ def _refused_by_the_hub(source: str | Path, error: BaseException) -> OSError | N
 
 @contextmanager
 def in_one_line(source: str | Path) -> Iterator[None]:
-    """What transformers and the Hub say of a model's folder or repository as one line, which says what to do.
+    """Turn every error of transformers and the Hub about a folder or repository into one line that says what to do.
 
-    Raises OSError or ValueError, whatever the block raises: readers of other libraries meet values of any kind in a
-    damaged file, and have no one kind of error for that.
+    Args:
+        source: The folder, or the repository's name.
+
+    Raises:
+        OSError: The folder or repository is missing, or cannot be reached.
+        ValueError: A file is damaged, whatever error its reader raised for that.
     """
     name = one_line(source, 200)
     try:

@@ -139,7 +139,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def _lookup(names: Iterable[str], rows: list[Row], templates_of: Callable[[Row], tuple[str, ...]]) -> dict[str, tuple]:
-    """For each name the row that matches it and the values of its placeholders; unmatched names are left out."""
+    """Find the row that matches each name, and the values of its placeholders. Names without a row are left out."""
     patterns = [(row, _pattern(template)) for row in rows for template in templates_of(row)]
     found = {}
     for name in names:
@@ -201,7 +201,7 @@ def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
 
 
 def convert_names(state: Mapping[str, Tensor], config: HfClipConfig) -> dict[str, Tensor]:
-    """Original names → ours. The result's tensors are views of the given ones, which stay as they are.
+    """Convert original names to ours. The tensors of the result are views of the given ones.
 
     Raises CheckpointError that names every unknown or missing tensor, or one of a wrong shape or dtype.
     """
@@ -240,7 +240,7 @@ def original_names_of(names: Iterable[str], config: HfClipConfig) -> set[str]:
 
 
 def original_names(state: Mapping[str, Tensor], config: HfClipConfig) -> dict[str, Tensor]:
-    """Our names → the original's: the inverse of `convert_names`, bit for bit.
+    """Convert our names to the original's; the exact inverse of `convert_names`.
 
     Raises CheckpointError that names every unknown or missing tensor.
     """
@@ -278,7 +278,7 @@ def _heads(name: str, width: int) -> int:
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many layers the names tell of. No more than the file has tensors for, since a model of them is built."""
+    """Count the layers that the names belong to. Raises CheckpointError if the file has too few tensors for so many."""
     count = len({match[1] for name in state if (match := re.match(pattern, name))})
     if count * TENSORS_OF_A_LAYER > len(state):
         raise CheckpointError(f"names {count} layers, but its {len(state)} tensors are too few for these.")
@@ -363,7 +363,7 @@ def config_from_shapes(state: Mapping[str, Any], activation: str = OPENAI_ACTIVA
 
 
 def _architecture(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration's dictionary without what it says about a file or a class."""
+    """Return the fields that describe the architecture: all but those about a file or a class."""
     return {
         name: _architecture(value) if isinstance(value, dict) else value
         for name, value in values.items()
@@ -372,7 +372,7 @@ def _architecture(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def identify_variant(config: HfClipConfig) -> Variant | None:
-    """Which of the nine published models has this architecture; None for a custom one."""
+    """Find the published model that has this architecture. None if it is none of the nine."""
     architecture = _architecture(config.to_dict())
     for variant in VARIANTS.values():
         if _architecture(HfClipConfig.from_variant(variant.name).to_dict()) == architecture:

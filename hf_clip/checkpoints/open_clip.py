@@ -1,10 +1,11 @@
-"""open_clip's layout: `open_clip_config.json` beside weights that bear OpenAI's tensor names.
+"""Read and write open_clip's configuration, and read its repositories.
 
-Repositories such as `timm/vit_base_patch32_clip_224.openai` are read in place: `from_pretrained` of the model, its
-towers, the processor and the image processor find the reader through `FOREIGN_LAYOUTS`. The configuration says what no
-tensor tells: the activation, QuickGELU or GELU, which silently exchanged costs a few points of accuracy.
+A repository in open_clip's layout has `open_clip_config.json`, and weights with OpenAI's tensor names. An example is
+`timm/vit_base_patch32_clip_224.openai`. `from_pretrained` of our classes loads such a repository directly: it finds
+`find_open_clip` in the list `FOREIGN_LAYOUTS`.
 
-Every field is known or refused: one that changes the architecture and that CLIP doesn't have is an error.
+The configuration is needed, since no tensor shows the activation. QuickGELU in place of GELU raises no error and costs
+a few points of accuracy. A field that is not known here and may change the architecture is an error.
 """
 
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ MODEL_FIELDS = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit
 
 
 def _number(name: str, values: dict[str, Any], field: str, default: float | None, kind: type = int) -> Any:
-    """A field's number, of the kind that the architecture has there: a positive whole one, or any float."""
+    """Read a number from a field. Raises ValueError unless it is of the given kind; an int must be positive."""
     value = values.get(field, default)
     kinds = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) <= MOST_WIDTH:
@@ -74,7 +75,7 @@ def _number(name: str, values: dict[str, Any], field: str, default: float | None
 
 
 def _check_fields(name: str, values: Any, known: set[str]) -> dict[str, Any]:
-    """Refuse whatever asks for another architecture than CLIP's."""
+    """Return the fields. Raises ValueError for a field that asks for another architecture than CLIP."""
     if not isinstance(values, dict):
         raise ValueError(f"{name} is a {type(values).__name__}, but an object of fields is needed.")
     for field, value in values.items():
@@ -144,9 +145,16 @@ def _build_config(model: dict[str, Any]) -> HfClipConfig:
 
 
 def config_from_open_clip(values: dict[str, Any]) -> HfClipConfig:
-    """The configuration that `open_clip_config.json`, or one of open_clip's model configurations, describes.
+    """Build the configuration of a model from open_clip's.
 
-    Raises ValueError for one that is no CLIP of OpenAI's architectures: other towers, poolings or blocks.
+    Args:
+        values: The content of `open_clip_config.json`, or of one of open_clip's model configurations.
+
+    Returns:
+        The same model's configuration here.
+
+    Raises:
+        ValueError: The model has another architecture than OpenAI's: other towers, poolings or blocks.
     """
     model = values.get("model_cfg", values)
     try:
@@ -160,9 +168,17 @@ def config_from_open_clip(values: dict[str, Any]) -> HfClipConfig:
 
 
 def open_clip_config(config: HfClipConfig, image_processor: HfClipImageProcessor) -> dict[str, Any]:
-    """The content of `open_clip_config.json` for a model and its images: the inverse of the above.
+    """Build the content of `open_clip_config.json`; the inverse of `config_from_open_clip`.
 
-    Raises ValueError for a model that open_clip cannot express.
+    Args:
+        config: The model's configuration.
+        image_processor: Its image processor.
+
+    Returns:
+        The fields of the file.
+
+    Raises:
+        ValueError: open_clip cannot express the model or its images.
     """
     text, vision = config.text_config, config.vision_config
     activations = {text.hidden_act} | ({vision.hidden_act} if isinstance(vision, HfClipViTConfig) else set())
@@ -220,14 +236,14 @@ def open_clip_config(config: HfClipConfig, image_processor: HfClipImageProcessor
 
 
 def read_open_clip_config(path: str | Path) -> dict[str, Any]:
-    """The content of a configuration file. Raises ValueError for a file that is none."""
+    """Read a configuration file of open_clip's. Raises ValueError for another file."""
     values = read_object(path)
     check_open_clip_config(path, values)
     return values
 
 
 def check_open_clip_config(path: str | Path, values: dict[str, Any]) -> None:
-    """Raises ValueError where `values`, which the file `path` holds, are no configuration of open_clip's."""
+    """Raise ValueError unless `values`, the content of the file `path`, are a configuration of open_clip's."""
     model = values.get("model_cfg", values)
     if not isinstance(model, dict) or "vision_cfg" not in model:
         raise ValueError(f"{path} is no configuration of open_clip's: it has neither model_cfg nor vision_cfg.")
@@ -237,7 +253,11 @@ def check_open_clip_config(path: str | Path, values: dict[str, Any]) -> None:
 class OpenClipRepository:
     """A folder or a repository on the Hub in open_clip's layout.
 
-    source: the folder, or the repository's name.   hub: arguments of the Hub, as `from_pretrained` takes them
+    Attributes:
+        source: The folder, or the repository's name.
+        hub: The Hub's arguments of `from_pretrained`.
+        values: The content of `open_clip_config.json`.
+        config: The configuration that it describes.
     """
 
     source: Any
@@ -249,19 +269,19 @@ class OpenClipRepository:
         return find_file(self.source, name, self.hub)
 
     def weights_file(self) -> Path:
-        """Raises FileNotFoundError when there is none."""
+        """Find the file of weights. Raises FileNotFoundError if there is none."""
         for name in WEIGHT_FILES:
             if (path := self._file(name)) is not None:
                 return path
         raise FileNotFoundError(f"{self.source} has {CONFIG_FILE}, but none of its weights: {', '.join(WEIGHT_FILES)}.")
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights under our names: views of the mapped file, in the dtypes that it has."""
+        """Read the weights under our names, as views of the mapped file in its dtypes."""
         _, _, tensors = read_original(self.weights_file(), verify=False, config=self.config)
         return tensors
 
     def image_processor_values(self) -> dict[str, Any]:
-        """The fields of an HfClipImageProcessor that prepares images as `preprocess_cfg` says."""
+        """Return the fields of an HfClipImageProcessor that prepares images as `preprocess_cfg` says."""
         images = self.values.get("preprocess_cfg") or {}
         if not isinstance(images, dict):
             raise ValueError(f"The {CONFIG_FILE} of {self.source} has a preprocess_cfg that is no object of fields.")
@@ -284,7 +304,7 @@ class OpenClipRepository:
         return processor.to_dict()
 
     def tokenizer(self) -> HfClipTokenizer:
-        """The repository's own tokenizer; where it has none, OpenAI's, which open_clip's has the ids of."""
+        """Load the repository's tokenizer. Without one, open_clip uses OpenAI's, so that is loaded."""
         text = self.config.text_config
         if self._file("tokenizer.json") is not None:
             return HfClipTokenizer.from_pretrained(
@@ -301,12 +321,15 @@ class OpenClipRepository:
 def find_open_clip(
     source: Any, hub: dict[str, Any], described: dict[str, dict[str, Any]] | None = None
 ) -> OpenClipRepository | None:
-    """The reader of `source` if it has an `open_clip_config.json`.
+    """Find `open_clip_config.json` in a folder or repository, and read it.
 
     Args:
         source: A folder, or the name of a repository on the Hub.
-        hub: Arguments of the Hub, as `from_pretrained` takes them.
-        described: The JSON files of a folder that were read before, by their names.
+        hub: The Hub's arguments of `from_pretrained`.
+        described: The content of a folder's JSON files that were read before, by their names.
+
+    Returns:
+        The repository, or None if it is in another layout.
 
     Raises:
         ValueError: The file is damaged, or describes an architecture that is none of OpenAI's.

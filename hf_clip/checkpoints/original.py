@@ -1,7 +1,8 @@
-"""A checkpoint file with OpenAI's tensor names → a configuration, and the tensors under our names.
+"""Read a checkpoint file with OpenAI's tensor names: its configuration, and its tensors under our names.
 
-Such files are OpenAI's archives, state dicts and safetensors of the same names, and open_clip's training checkpoints.
-What the file doesn't say, the activation and which of two sets of weights is meant, has to be told.
+Such files are OpenAI's archives, state dicts and safetensors files with the same tensor names, and training
+checkpoints of open_clip's. The caller names the activation of a training checkpoint, which no tensor shows. If it holds
+moving averages as well, the caller chooses between the two sets of weights.
 """
 
 from pathlib import Path
@@ -34,7 +35,7 @@ def _choose_weights(checkpoint: Checkpoint, which: str | None) -> dict[str, Tens
 
 
 def open_checkpoint(path: Path, verify: bool, *, check_sums: bool = True) -> Checkpoint:
-    """A checkpoint file whose content was compared with what is known of it: a sha256, else an archive's own checksums.
+    """Open a checkpoint file and check its content: its sha256 if that is known, else the checksums of an archive.
 
     Args:
         path: The file.
@@ -61,7 +62,9 @@ def read_original(
     activation: str | None = None,
     weights: str | None = None,
 ) -> tuple[Checkpoint, HfClipConfig, dict[str, Tensor]]:
-    """The checkpoint, its configuration, and its tensors under our names: views of the mapped file.
+    """Read a checkpoint file: the checkpoint, its configuration, and its tensors under our names.
+
+    The tensors are views of the mapped file.
 
     Args:
         path: The file.

@@ -1,14 +1,14 @@
-"""A model from wherever it is: `read(source)` → configuration, tensors, tokenizer and image processor.
+"""Read a model of any layout: `read(source)` returns its configuration and tensors, and its processor.
 
     a file, or one of OpenAI's names ─ download ─ archive ─ original ──────────────┐
     a folder or     ┌ open_clip_config.json ─ open_clip ─ archive ─ original ──────┤
     repository ─────┴ config.json (ours, stock CLIP's) ─ archive ──────────────────┴─ StoredModel, HfClipProcessor
 
-`archive` reads tensors of any container, `original` gives OpenAI's tensor names ours. A repository's configuration is
-read once and handed on.
+`archive` reads the tensors of a file of any kind, and `original` replaces OpenAI's tensor names by ours. The
+configuration of a repository is read once.
 
-Tensors are views of mapped files, in the dtypes that are stored: what is read and written again is bit-identical.
-Nothing is computed and no model is built.
+The tensors are views of mapped files in the stored dtypes, so a model that is read and written again has the same bits.
+Nothing is computed, and no model is built.
 """
 
 import json
@@ -123,12 +123,12 @@ def _published(files: list[Path]) -> str | None:
 
 
 def published_weights(folder: str | Path) -> str | None:
-    """Which of OpenAI's nine a folder's weights are, as their file says; None for all others."""
+    """Return the name of the OpenAI model whose weights a folder holds, which the file says. None for other weights."""
     return _published(_weight_files(folder, {}))
 
 
 def _check_layers(source: Any, tensors: dict[str, Tensor], config: HfClipConfig) -> None:
-    """Refuse more layers than there are tensors before any is built, which could take hours."""
+    """Refuse a configuration with more layers than there are tensors. Building all these layers could take hours."""
     vision = config.vision_config
     blocks = sum(vision.depths) if isinstance(vision, HfClipResNetConfig) else vision.num_hidden_layers
     if (layers := config.text_config.num_hidden_layers + blocks) > len(tensors):
@@ -163,10 +163,10 @@ def check_tensors(source: Any, tensors: dict[str, Tensor], config: HfClipConfig)
 
 
 def _own_tokenizer(tokenizer: HfClipTokenizer, context_length: int) -> HfClipTokenizer:
-    """The same tokenizer as if it had been made here.
+    """Build the tokenizer anew from its merges, unless it has added tokens.
 
-    The tokenizer.json of a stock repository lacks what its users need for OpenAI's ids, the repair of quotes and
-    ligatures, and what was loaded remembers where from. One with added tokens stays as it is.
+    The tokenizer.json of a stock repository lacks the repair of quotes and ligatures, without which ids differ from
+    OpenAI's. A loaded tokenizer also remembers where it was loaded from.
     """
     merges = [tuple(merge) for merge in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
     own = HfClipTokenizer.from_merges(merges, min(tokenizer.model_max_length, context_length))
@@ -174,7 +174,7 @@ def _own_tokenizer(tokenizer: HfClipTokenizer, context_length: int) -> HfClipTok
 
 
 def _name_special_ids(config: HfClipTextConfig, tokenizer: HfClipTokenizer) -> None:
-    """Where a text's feature is taken at its highest id, say which that is, if the tokenizer's is always its end."""
+    """Name the end of text in a configuration that takes the highest id, if the tokenizer's end of text is that id."""
     if config.eos_token_id is None and tokenizer.eos_token_id == len(tokenizer) - 1:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
@@ -295,7 +295,7 @@ def _read_file(
 
 
 def find_meant(name: str) -> str | None:
-    """A file beside, with a suffix that was left out, or one of OpenAI's names, that was probably meant."""
+    """Guess what was meant: a file whose suffix was left out, or one of OpenAI's names."""
     for suffix in CHECKPOINT_SUFFIXES:
         if os.path.isfile(f"{name}{suffix}"):
             return f"{name}{suffix}"

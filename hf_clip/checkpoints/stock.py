@@ -1,7 +1,7 @@
-"""transformers' own layout, for servers and programs that take no code: `CLIPModel` loads it without this package.
+"""Write the layout of transformers' own CLIP, which `CLIPModel` loads without this package.
 
-Tensor names are the same, so only descriptions differ. What stock CLIP cannot express is refused: a ResNet, the
-sigmoid loss, whole images with margins.
+Servers that run no code of a repository need it. The tensor names are the same as ours, so only the JSON files differ.
+Stock CLIP has no ResNet, no sigmoid loss and no margins around images. Models with one of these are refused.
 """
 
 import json
@@ -28,7 +28,7 @@ TOWER_FIELDS = {"model_type", "transformers_version", "architectures", "dtype"}
 
 
 def why_not_stock(config: HfClipConfig) -> str | None:
-    """What keeps a model from being said as a stock CLIPModel, or None."""
+    """Say why stock CLIP cannot express a model. None if it can."""
     if isinstance(config.vision_config, HfClipResNetConfig):
         return "its image tower is a ResNet, and transformers' CLIPModel has ViTs only"
     if config.contrastive_loss != "softmax":
@@ -37,12 +37,12 @@ def why_not_stock(config: HfClipConfig) -> str | None:
 
 
 def stock_special_ids(text: dict[str, Any]) -> dict[str, Any]:
-    """A text configuration for transformers' CLIP, which takes the highest id of a text where 2 is named as its end."""
+    """Return a text configuration's fields with the end of text that makes stock CLIP use the highest id of a text."""
     return text | {"eos_token_id": LEGACY_END_OF_TEXT_ID} if text["eos_token_id"] is None else text
 
 
 def stock_config(config: HfClipConfig) -> CLIPConfig:
-    """The stock configuration of the same model. Raises ValueError for a model that has none."""
+    """Build the stock configuration of a model. Raises ValueError for a model that stock CLIP cannot express."""
     if reason := why_not_stock(config):
         raise ValueError(f"This model cannot be written for transformers' own CLIP: {reason}. Leave out --format.")
     values = config.to_dict()
@@ -56,7 +56,7 @@ def stock_config(config: HfClipConfig) -> CLIPConfig:
 
 
 def stock_image_processor(processor: HfClipImageProcessor) -> dict[str, Any]:
-    """The content of a stock `preprocessor_config.json`. Raises ValueError for `fit="pad"`."""
+    """Build the content of a stock `preprocessor_config.json`. Raises ValueError for `fit="pad"`."""
     if processor.fit == "pad":
         raise ValueError('fit="pad" cannot be said to transformers\' CLIPImageProcessor, which crops; choose another.')
     values = {k: v for k, v in processor.to_dict().items() if k not in ("fit", "auto_map", "image_processor_type")}
@@ -66,10 +66,14 @@ def stock_image_processor(processor: HfClipImageProcessor) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, tokenizer: HfClipTokenizer, tokenizer_class: str) -> None:
-    """tokenizer.json with everything that Rust can repair, and vocab.json and merges.txt for those who want these.
+    """Write tokenizer.json, and vocab.json and merges.txt for programs that read these.
 
-    tokenizer_class: "PreTrainedTokenizerFast" uses all of tokenizer.json; "CLIPTokenizer" takes vocabulary and merges
-    alone, and tokenizes typographic quotes and ligatures otherwise than OpenAI's.
+    Args:
+        folder: The folder to write to.
+        tokenizer: The tokenizer.
+        tokenizer_class: The class that transformers loads. "PreTrainedTokenizerFast" uses all of tokenizer.json.
+            "CLIPTokenizer" uses the vocabulary and the merges only, so its ids of typographic quotes and ligatures
+            differ from OpenAI's.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -86,7 +90,7 @@ def write_tokenizer(folder: Path, tokenizer: HfClipTokenizer, tokenizer_class: s
 def write_stock_files(
     folder: Path, config: HfClipConfig, tokenizer: HfClipTokenizer, image_processor: HfClipImageProcessor
 ) -> None:
-    """Everything of a stock repository but its weights, which keep their names."""
+    """Write all files of a stock repository except the weights, whose tensor names stay the same."""
     stock = stock_config(config)
     images = stock_image_processor(image_processor)
     stock.save_pretrained(folder)

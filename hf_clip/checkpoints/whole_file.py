@@ -1,4 +1,4 @@
-"""A file that appears only when it is whole: written beside its place, then renamed into it."""
+"""Write a file completely or not at all: write it beside its place, then rename it."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from uuid import uuid4
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when the block ends without an error.
+    """Write a file that takes the place of `path` when the block ends without an error.
 
-    It lies in the same folder under a hidden name that ends in `.unfinished`. After an error it is removed, and what
-    was at `path` before is still there.
+    Until then it has a hidden name in the same folder, which ends in `.unfinished`. After an error it is removed, and
+    `path` is as it was.
 
     Args:
-        path: Where the file is to be. Its folder is made if it is missing.
+        path: The file. Its folder is made if it is missing.
 
     Yields:
         The path to write to.
@@ -38,7 +38,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, values: Any, *, sort_keys: bool = False) -> None:
-    """Write a JSON file, whole or not at all. A file that is there is replaced.
+    """Write a JSON file completely or not at all. An existing file is replaced.
 
     Args:
         path: The file.

@@ -1,17 +1,17 @@
-"""Folders that appear only when they are whole: written beside their place, then moved in under a lock.
+"""Write a folder completely or not at all: write beside its place, then move the files in under a lock.
 
-A folder that is there keeps its place, and the files in it that are not the model's: it may be a mount point, a
-working folder, or hold a repository of git. So it is never exchanged for another one. Instead,
+An existing folder is not replaced as a whole, since it may be a mount point, the current folder or a git repository,
+and may hold other files. Its files are replaced in this order:
 
-1. config.json, then all other descriptions (*.json), then all other files that are replaced leave it;
-2. the new ones enter in the opposite order, config.json last.
+1. The old files move out: config.json first, then the other JSON files, then the rest.
+2. The new files move in, in the opposite order: config.json last.
 
-Invariant: while config.json stands in the folder, all files beside it are of the same writing. Who reads config.json
-before and after everything else, and finds the same file, has read one model: `model.checked_files.read_unchanged`
-does so. In between there is no model to read, for less than a millisecond.
+Invariant: while config.json is in the folder, all files beside it were written together. A reader that finds the same
+config.json before and after it reads the other files has read one model. `model.checked_files.read_unchanged` does
+this. Between the two steps the folder holds no model, for less than a millisecond.
 
-A writer that was killed leaves hidden folders behind. Their owner held the lock, so the next one that holds it may
-remove them, and puts back what had left.
+A writer that is killed leaves hidden folders behind. The next writer that holds the lock moves the old files back and
+removes these folders.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""A model into a folder, in the layout of one of the libraries around it: `write(model, processor, out, layout)`.
+"""Write a model into a folder in the layout of a library: `write(model, processor, out, layout)`.
 
 | layout       | what is written                                               | who loads it                     |
 |--------------|---------------------------------------------------------------|----------------------------------|
@@ -9,7 +9,8 @@
 | diffusers    | text_encoder/ and tokenizer/                                  | diffusion pipelines              |
 | comfyui      | clip_l.safetensors: text tower of ViT-L/14 or RN50x16         | ComfyUI                          |
 
-Tensors are written as they are stored: every layout holds the same bits. A folder appears only when it is whole.
+Tensors are written as they are stored, so every layout holds the same bits. The folder appears only when it is
+complete.
 """
 
 import copy
@@ -73,7 +74,7 @@ def write_transformers(folder: Path, model: StoredModel, processor: HfClipProces
 
 
 def check_pooling(config: HfClipTextConfig, program: str) -> None:
-    """Refuse a text tower whose end of text isn't the last id, at which those programs take the feature."""
+    """Refuse a text tower whose end of text is not its last id. Those programs take the feature at the highest id."""
     if config.eos_token_id not in (None, config.vocab_size - 1):
         raise ValueError(
             f"{program} takes a text's feature at its largest id, but this model's end of text is "
@@ -140,7 +141,7 @@ def write_diffusers(folder: Path, model: StoredModel, processor: HfClipProcessor
 
 
 def check_clip_l(config: HfClipTextConfig) -> None:
-    """Raises ValueError for a text tower that ComfyUI's `clip_l` is not."""
+    """Raise ValueError for a text tower of another shape than ComfyUI's `clip_l`."""
     other = {name: value for name, value in CLIP_L.items() if getattr(config, name) != value}
     if other:
         listed = ", ".join(f"{name} {getattr(config, name)} instead of {value}" for name, value in other.items())
@@ -168,7 +169,7 @@ LAYOUTS = tuple(WRITERS)
 
 
 def check_layout(layout: str, remote_code: bool = False) -> None:
-    """Raises ValueError for a layout that isn't known, or that needs no code."""
+    """Raise ValueError for an unknown layout, or for code beside a layout that needs none."""
     if layout not in WRITERS:
         raise ValueError(f"format is {layout!r}, but must be one of {', '.join(LAYOUTS)}.")
     if remote_code and layout != "hf_clip":
@@ -195,7 +196,7 @@ def check_leftovers(out: Path, folder: Path) -> None:
 
 
 def print_note(line: str) -> None:
-    """A line that the user should read, beside the progress bars."""
+    """Print a line for the user on stderr, where the progress bars are."""
     print(f"note: {line}", file=sys.stderr)  # noqa: T201
 
 
