@@ -3,7 +3,6 @@
 They lie in output_dir/checkpoints/best/model.safetensors, with their step in the file's header.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .checkpoint import FOLDER, UNFINISHED, RunState
+from ..checkpoints.whole_file import whole_file
+from .checkpoint import FOLDER, RunState
 from .config import TrainingConfig
 from .learner import Learner
 
@@ -57,11 +57,8 @@ def load_best(output_dir: str | Path) -> dict[str, Tensor]:
 def save_best(accelerator: Any, output_dir: str | Path, weights: dict[str, Tensor], step: int) -> None:
     """Keep these weights, of this step, as the best so far. Every process calls this."""
     if accelerator.is_main_process:
-        path = _path(output_dir)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".model{UNFINISHED}")
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished, {"step": str(step)})
-        os.replace(unfinished, path)
+        with whole_file(_path(output_dir)) as unfinished:
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished, {"step": str(step)})
     accelerator.wait_for_everyone()
 
 

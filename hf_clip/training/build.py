@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, get_scheduler
 
-from ..checkpoints.folders import IMAGE_PROCESSOR_FILES, in_one_line, read_object
+from ..checkpoints.folders import IMAGE_PROCESSOR_FILES, in_one_line
+from ..model.checked_files import read_object
 from ..model.configuration_hf_clip import HfClipConfig
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.modeling_hf_clip import HfClipModel

@@ -10,7 +10,6 @@ is complete.
 Every process calls every function here, at the same step.
 """
 
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.whole_file import write_json
+from ..model.checked_files import read_json
 from .data.bad_rows import BadRows
 from .learner import Learner
 from .option_names import RENAMED
@@ -111,7 +112,7 @@ def remove_older(output_dir: str | Path, keep: int) -> None:
 def remove_unfinished(output_dir: str | Path) -> None:
     """Remove what a run left that was killed while it wrote. Only the program that holds the folder may call this."""
     checkpoints = Path(output_dir, FOLDER)
-    for path in (*checkpoints.glob(f".{PREFIX}*{UNFINISHED}"), *checkpoints.glob(f"*/.model{UNFINISHED}")):
+    for path in (*checkpoints.glob(f".{PREFIX}*{UNFINISHED}"), *checkpoints.glob(f"*/.model*{UNFINISHED}")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -129,7 +130,7 @@ def read_state(folder: Path) -> RunState:
         ValueError: run.json is damaged, or of another version (`OlderFormatError`).
     """
     try:
-        values = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        values = read_json(folder / STATE)
         _check_format(folder, values)
         state = RunState(**values)
         _check_types(state)
@@ -276,7 +277,7 @@ class Checkpoints:
         save_states(self.learner, unfinished)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (unfinished / STATE).write_text(json.dumps(asdict(self.state), indent=2) + "\n")
+            write_json(unfinished / STATE, asdict(self.state))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(unfinished, folder)
             for other in list_checkpoints(output_dir):

@@ -8,7 +8,6 @@ Invariant: until `merge_lora_` every tensor of the model but the temperature sta
 
 from collections.abc import Iterable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,21 +118,3 @@ def merge_lora_(model: Any) -> Any:
     del model.peft_config
     model._hf_peft_config_loaded = False
     return model
-
-
-def save_adapter(model: Any, folder: str | Path) -> None:
-    """Write the adapters alone, in peft's format, with the temperature, which was trained beside them.
-
-    `PeftModel.from_pretrained(base, folder)` reads all of it.
-    """
-    peft = import_peft()
-    from safetensors.torch import save_file
-
-    if not getattr(model, "peft_config", None):
-        raise ValueError("This model has no adapters to save; merged ones cannot be told from the weights.")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    weights = peft.get_peft_model_state_dict(model)
-    tensors = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in weights.items()}
-    tensors |= {f"base_model.model.{name}": tensor.detach() for name, tensor in temperature_of(model).items()}
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-    model.peft_config["default"].save_pretrained(folder)

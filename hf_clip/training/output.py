@@ -1,11 +1,11 @@
 """The folder of a run: one run at a time, and nothing in it of runs that were killed."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..checkpoints.whole_file import write_json
 from ..checkpoints.whole_folder import check_writable, held_folder
 from .checkpoint import FOLDER, remove_unfinished
 from .option_file import LAUNCH
@@ -44,4 +44,4 @@ def prepare_output(plan: Plan) -> None:
         output.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(output / FOLDER, ignore_errors=True)
         (output / METRICS_FILE).write_text("")
-    (output / CONFIG_FILE).write_text(json.dumps(config.to_dict() | {LAUNCH: plan.launched}, indent=2) + "\n")
+    write_json(output / CONFIG_FILE, config.to_dict() | {LAUNCH: plan.launched})

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..checkpoints.folders import in_one_line, read_object
+from ..checkpoints.folders import in_one_line
 from ..checkpoints.vocabulary import find_vocabulary
+from ..model.checked_files import read_object
 from ..model.configuration_hf_clip import HfClipConfig, HfClipTextConfig
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.modeling_hf_clip import HfClipModel

@@ -14,7 +14,6 @@ files, with torch's `weights_only` forced upon it and the four classes allowed t
 Every process calls every function here.
 """
 
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -28,6 +27,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..checkpoints.whole_file import write_json
+from ..model.checked_files import read_json
 from .learner import Learner
 from .sharding import is_deepspeed, is_fsdp2, whole_weights
 
@@ -102,9 +103,9 @@ def save_states(learner: Learner, folder: Path) -> None:
         if accelerator.is_main_process:
             save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / AVERAGE)
     if accelerator.is_main_process:
-        (folder / SCHEDULE).write_text(json.dumps(schedule))
+        write_json(folder / SCHEDULE, schedule)
     states = _random_states(accelerator.device)
-    (folder / _random_states_file(accelerator.process_index)).write_text(json.dumps(states))
+    write_json(folder / _random_states_file(accelerator.process_index), states)
 
 
 def load_states(learner: Learner, folder: Path) -> None:
@@ -115,8 +116,8 @@ def load_states(learner: Learner, folder: Path) -> None:
         folder: of the checkpoint.
     """
     accelerator = learner.accelerator
-    schedule = json.loads((folder / SCHEDULE).read_text())
-    states = json.loads((folder / _random_states_file(accelerator.process_index)).read_text())
+    schedule = read_json(folder / SCHEDULE)
+    states = read_json(folder / _random_states_file(accelerator.process_index))
     if accelerator.scaler is not None:
         _check_names(schedule["scaler"], accelerator.scaler.state_dict())
         accelerator.scaler.load_state_dict(schedule["scaler"])

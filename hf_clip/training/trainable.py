@@ -159,13 +159,3 @@ def synchronize_batch_norm_(model: nn.Module, device_type: str) -> None:
         parent = model.get_submodule(name.rpartition(".")[0])
         child = name.rpartition(".")[2]
         setattr(parent, child, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(parent, child)))
-
-
-def count_trainable(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Of each part, how many numbers are trained, and how many there are."""
-    counts = dict.fromkeys(PARTS, (0, 0))
-    for name, parameter in model.named_parameters():
-        part = part_of(name)
-        trained, total = counts[part]
-        counts[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
-    return counts

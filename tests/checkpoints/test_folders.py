@@ -10,8 +10,9 @@ from huggingface_hub.errors import StrictDataclassError
 
 from conversion.convert import main as convert
 from conversion.publish import main as publish
-from hf_clip.checkpoints.folders import check_folder, in_one_line, read_object
+from hf_clip.checkpoints.folders import check_folder, in_one_line
 from hf_clip.checkpoints.read import check_model
+from hf_clip.model.checked_files import read_object
 
 DAMAGES: list[tuple[str, Callable[[bytes], bytes] | None, str]] = [
     ("model.safetensors", lambda content: b"", "model.safetensors is empty"),
