@@ -18,7 +18,7 @@ from hf_clip import VARIANTS, HfClipModel, convert
 from hf_clip.checkpoints.read import PUBLISHED_KEY, published_weights, read
 from hf_clip.checkpoints.remote_code import TRAVELLING
 from hf_clip.checkpoints.write import write
-from hf_clip.hub.stage import publish
+from hf_clip.hub.stage import Publication, publish
 from hf_clip.hub.upload import check_repo_id, list_uploads
 
 from ..hub_server import TOKEN, HubServer
@@ -300,8 +300,12 @@ def test_dry_run_shows_what_would_go(repository: Path, capsys: pytest.CaptureFix
     assert sorted(path.name for path in repository.iterdir()) == before
 
 
+def names_of(publication: Publication) -> set[str]:
+    return {upload.name for upload in publication.uploads}
+
+
 def test_card_of_openais_weights_has_their_figures(
-    repositories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    repositories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Weights that come from a published file say so; the same architecture alone doesn't."""
     model, processor = read(repositories["vit"])
@@ -310,10 +314,9 @@ def test_card_of_openais_weights_has_their_figures(
     write(model, processor, tmp_path / "marked")
     assert published_weights(tmp_path / "marked") == "ViT-B/32"
     monkeypatch.setattr("hf_clip.hub.stage.identify_variant", lambda config: VARIANTS["ViT-B/32"])
-    publish(tmp_path / "marked", "org/marked", dry_run=True)
-    assert "imagenet-against-gflops.png" in capsys.readouterr().out
-    publish(repositories["vit"], "org/plain", dry_run=True)
-    assert "imagenet-against-gflops.png" not in capsys.readouterr().out
+    picture = "imagenet-against-gflops.png"
+    assert picture in names_of(publish(tmp_path / "marked", "org/marked", dry_run=True))
+    assert picture not in names_of(publish(repositories["vit"], "org/plain", dry_run=True))
     HfClipModel.from_pretrained(tmp_path / "marked").save_pretrained(tmp_path / "changed")
     assert published_weights(tmp_path / "changed") is None
     convert(tmp_path / "marked", tmp_path / "again")
@@ -321,18 +324,17 @@ def test_card_of_openais_weights_has_their_figures(
     assert PUBLISHED_KEY not in load_file(tmp_path / "again" / "model.safetensors")
 
 
-def test_a_card_of_ones_own_is_kept(repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_card_of_ones_own_is_kept(repository: Path, tmp_path: Path):
     convert(repository, tmp_path / "mine")
     (tmp_path / "mine" / "README.md").write_text("# A card of my own\n")
-    publish(tmp_path / "mine", "org/mine", dry_run=True)
-    assert "# A card of my own" in capsys.readouterr().out
+    assert publish(tmp_path / "mine", "org/mine", dry_run=True).card == "# A card of my own\n"
 
 
-def test_stock_layout_is_offered_for_vits(repositories: dict[str, Path], capsys: pytest.CaptureFixture):
-    publish(repositories["vit"], "org/stock", dry_run=True, layout="transformers")
-    out = capsys.readouterr().out
-    assert ".py" not in out
-    assert "preprocessor_config.json" in out
+def test_stock_layout_is_offered_for_vits(repositories: dict[str, Path]):
+    found = publish(repositories["vit"], "org/stock", dry_run=True, layout="transformers")
+    assert not [name for name in names_of(found) if name.endswith(".py")]
+    assert "preprocessor_config.json" in names_of(found)
+    assert found.address is None
     with pytest.raises(ValueError, match=r"cannot be published as --format transformers: its image tower is a ResNet"):
         publish(repositories["resnet"], "org/stock", dry_run=True, layout="transformers")
 
