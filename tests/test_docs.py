@@ -176,5 +176,9 @@ def test_picture_of_the_import_order_is_the_list_of_the_contract_tests():
 def test_readme_is_short_and_shows_its_pictures_everywhere():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 160
-    for address in re.findall(r"!\[.*?\]\((.+?)\)", text):
-        assert address.startswith("https://"), address
+    home = re.search(r'^Source = "https://github.com/(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert home is not None
+    assert re.findall(r"!\[.*?\]\((?!https://)", text) == []  # the package index shows no others
+    places = re.findall(rf"https://raw.githubusercontent.com/{home[1]}/main/([^)\s]+)", text)
+    assert len(places) == text.count("raw.githubusercontent.com") > 0
+    assert [place for place in places if not (ROOT / place).is_file()] == []
