@@ -7,6 +7,7 @@ os.environ["TQDM_DISABLE"] = "1"
 # Where several processes share the cores, their threads would wait for each other; children take this over.
 os.environ.update({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hf_clip import HfClipModel, HfClipTokenizer, convert
 from hf_clip.checkpoints.vocabulary import installed_vocabulary
 
 from .small import DIMENSIONS, IMAGE_SIZES
+from .two_processes import TwoProcesses
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -90,6 +92,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
+    """Two processes that train together; see the class."""
+    processes = TwoProcesses(tmp_path_factory.mktemp("two-processes"))
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")

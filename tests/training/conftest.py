@@ -24,8 +24,10 @@ def prepared_here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     with warnings.catch_warnings():
         # `datasets` leaves tables open for the garbage collector, which would warn in the middle of another test.
         warnings.simplefilter("ignore", ResourceWarning)
+        gc.freeze()  # what was there before need not be looked at again: that would take a second for each test
         yield
         gc.collect()
+        gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

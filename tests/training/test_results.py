@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from hf_clip.checkpoints.remote_code import TRAVELLING
+from hf_clip.commands import finetune
 from hf_clip.training.config import parse_config
 
-from ..finetuning import ROOT, launch, options, records, train, weights
+from ..finetuning import options, records, train, weights, words
 from ..hub_server import TOKEN, HubServer
 from ..without_hf_clip import BLOCK_HF_CLIP
 
@@ -37,12 +39,6 @@ print("RESULT" + json.dumps(classify(image, candidate_labels=["a red seven", "a 
 def image(tmp_path: Path) -> Path:
     Image.effect_noise((16, 16), 90).convert("RGB").save(tmp_path / "image.png")
     return tmp_path / "image.png"
-
-
-@pytest.fixture
-def server() -> Iterator[HubServer]:
-    with HubServer() as running:
-        yield running
 
 
 def test_folder_is_complete_and_its_card_can_be_read_by_the_hub(digits: Path, tmp_path: Path, image: Path):
@@ -124,38 +120,48 @@ def test_tensorboard_gets_every_record(digits: Path, tmp_path: Path):
 # --- publication -----------------------------------------------------------------------------------------------------
 
 
-def push(digits: Path, home: Path, server: HubServer, **fields: object) -> subprocess.CompletedProcess:
-    """A run in a process of its own, whose Hub is `server`."""
-    settings = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(home / "home"), "PYTHONPATH": str(ROOT)}
-    done = launch(options(digits, home / "out", max_steps=4, per_device_train_batch_size=16, **fields), **settings)
-    assert TOKEN not in done.stdout + done.stderr
-    return done
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """What this process takes for the Hub, with a token for it."""
+    with HubServer() as running:
+        settings = {"ENDPOINT": running.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        for name, value in (settings | {"HF_HUB_DISABLE_TELEMETRY": True}).items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield running
 
 
-def test_run_is_published_at_checkpoints_and_at_its_end(digits: Path, tmp_path: Path, server: HubServer):
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")  # huggingface_hub's own call
+def test_run_is_published_at_checkpoints_and_at_its_end(
+    digits: Path, tmp_path: Path, server: HubServer, capsys: pytest.CaptureFixture
+):
     """In the account that the token is of, under the folder's name."""
     chosen = {"push_to_hub": True, "hub_strategy": "every_save", "save_steps": 2}
-    done = push(digits, tmp_path, server, **chosen)
-    assert done.returncode == 0, done.stderr[-3000:]
+    out = train(digits, tmp_path / "out", max_steps=4, per_device_train_batch_size=16, **chosen)
     repository = server.hub.repositories["org/out"]
     assert repository.messages == ["initial commit", "Step 2", "4 steps of training"]
     files = server.hub.uploaded("org/out")
-    assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert files["model.safetensors"] == (out / "model.safetensors").read_bytes()
     assert files.keys() >= {"README.md", "metrics.jsonl", "training-curve.png", "modeling_hf_clip.py", "config.json"}
     assert not any("checkpoints" in name for name in files)
     assert 'from_pretrained("org/out")' in files["README.md"].decode()
-    assert f"{server.url}/org/out/commit/" in done.stdout
+    printed = capsys.readouterr()
+    assert f"{server.url}/org/out/commit/" in printed.out
+    assert TOKEN not in printed.out + printed.err
 
 
-def test_refused_push_is_one_line_and_keeps_the_result(digits: Path, tmp_path: Path, server: HubServer):
-    done = push(digits, tmp_path, server, push_to_hub=True, hub_model_id="others/digits")
-    assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def test_refused_push_is_one_line_and_keeps_the_result(
+    digits: Path, tmp_path: Path, server: HubServer, capsys: pytest.CaptureFixture
+):
+    chosen = {"max_steps": 4, "per_device_train_batch_size": 16, "push_to_hub": True, "hub_model_id": "others/digits"}
+    assert finetune.main(words(options(digits, tmp_path / "out", **chosen))) == 1
+    printed = capsys.readouterr().err
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: others/digits was not published: your token may not write to others (")
     assert line.endswith("The model itself is in the output folder.")
     assert weights(tmp_path / "out").keys() == weights(digits / "vit").keys()
-    assert 'finetune.py", line' not in done.stderr  # no traceback of ours
+    assert "Traceback" not in printed
+    assert TOKEN not in printed
 
 
 def test_padding_image_processor_is_refused_before_training(digits: Path, tmp_path: Path):

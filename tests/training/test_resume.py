@@ -24,7 +24,8 @@ from hf_clip.training.checkpoint import check_identity, find_checkpoint, list_ch
 from hf_clip.training.data.loader import PairLoader, Position
 from hf_clip.training.option_names import RENAMED
 
-from ..finetuning import launch, options, records, train, weights, words
+from ..finetuning import options, records, train, weights, words
+from ..two_processes import TwoProcesses
 
 SPEED = ("images_per_second", "peak_memory_gb")
 
@@ -431,13 +432,12 @@ def test_other_launchers_are_refused(digits: Path, uninterrupted: dict[str, Path
         train(digits, uninterrupted["vit"], **chosen(digits, resume_from_checkpoint="latest"))
 
 
-def test_two_processes_go_on_where_they_stopped(digits: Path, tmp_path: Path):
+def test_two_processes_go_on_where_they_stopped(digits: Path, tmp_path: Path, two_processes: TwoProcesses):
     """Each with its own count of rows that cannot be used."""
     flags = {"dataset": [str(digits / "several")], "max_bad_fraction": 0.5, "max_steps": 7, "save_steps": 3}
     flags |= {"per_device_train_batch_size": 12, "logging_steps": 1}
     for resume in (None, "latest"):
-        done = launch(options(digits, tmp_path / "two", resume_from_checkpoint=resume, **flags), processes=2)
-        assert done.returncode == 0, done.stderr[-3000:]
+        two_processes.run(words(options(digits, tmp_path / "two", resume_from_checkpoint=resume, **flags)))
         last = list_checkpoints(tmp_path / "two")[-1]
         counts = [(each["drawn"], each["bad"]) for each in json.loads((last / "run.json").read_text())["bad_rows"]]
         assert [drawn for drawn, _ in counts] == [6 * 12, 6 * 12]

@@ -14,31 +14,32 @@ import yaml
 from torch import nn
 from transformers import AutoModel
 
-from hf_clip.commands import finetune
 from hf_clip.training import sharding
 from hf_clip.training.config import TrainingConfig
 
-from ..finetuning import ROOT, largest_difference, launch, options, records, train, weights
-from .fsdp2_on_cpu import keep_gradients
+from ..finetuning import ROOT, largest_difference, launch, options, records, train, weights, words
+from ..two_processes import TwoProcesses
+from .fsdp2_on_cpu import keeping_gradients
 
 CONFIGS = ROOT / "accelerate_configs"
-FSDP2, ZERO = (Path(__file__).with_name(f"{name}_on_cpu.py") for name in ("fsdp2", "zero"))
+ZERO = Path(__file__).with_name("zero_on_cpu.py")
 STEPS: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "warmup_steps": 1, "learning_rate": "5e-4"}
 
 
 def shard(
     digits: Path,
     out: Path,
+    two_processes: TwoProcesses,
     tower: str = "vit",
-    plugin: str = "{}",
-    gradients: str = "",
+    plugin: dict[str, Any] | None = None,
     precision: str = "no",
     **chosen: Any,
-) -> None:
+) -> Path:
+    """A run of two processes under FSDP2; returns the file with the gradients of its first step."""
     flags = options(digits, out, tower, per_device_train_batch_size=24, **STEPS | chosen)
-    environment = {"PYTHONPATH": str(ROOT), "OPTIONS": plugin, "GRADIENTS": gradients}
-    done = launch(flags, "--multi_gpu", "--mixed_precision", precision, processes=2, program=FSDP2, **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    gradients = out.with_suffix(".pt")
+    two_processes.run(words(flags), {"plugin": plugin or {}, "gradients": str(gradients)}, precision)
+    return gradients
 
 
 def assert_same(sharded: Path, alone: Path) -> None:
@@ -53,14 +54,13 @@ def assert_same(sharded: Path, alone: Path) -> None:
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_fsdp2_has_the_gradients_of_one_process(
-    digits: Path, tmp_path: Path, tower: str, loss: str, monkeypatch: pytest.MonkeyPatch
+    digits: Path, tmp_path: Path, tower: str, loss: str, two_processes: TwoProcesses
 ):
     chosen = {"loss": loss, "max_grad_norm": 1.0}
-    shard(digits, tmp_path / "two", tower, gradients=str(tmp_path / "two.pt"), **chosen)
-    monkeypatch.setattr(finetune.sharding, "average_left_out_gradients", sharding.average_left_out_gradients)
-    keep_gradients(str(tmp_path / "one.pt"))
-    train(digits, tmp_path / "one", tower, per_device_train_batch_size=48, **STEPS | chosen)
-    two, one = torch.load(tmp_path / "two.pt"), torch.load(tmp_path / "one.pt")
+    two = torch.load(shard(digits, tmp_path / "two", two_processes, tower, **chosen))
+    with keeping_gradients(str(tmp_path / "one.pt")):
+        train(digits, tmp_path / "one", tower, per_device_train_batch_size=48, **STEPS | chosen)
+    one = torch.load(tmp_path / "one.pt")
     assert two.keys() == one.keys()
     for name, gradient in one.items():
         if not name.endswith("k_proj.bias"):
@@ -69,21 +69,23 @@ def test_fsdp2_has_the_gradients_of_one_process(
 
 
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow)])
-def test_fsdp2_goes_on_where_it_stopped(digits: Path, tmp_path: Path, kind: str):
+def test_fsdp2_goes_on_where_it_stopped(digits: Path, tmp_path: Path, kind: str, two_processes: TwoProcesses):
     """With the moving average, whose parts are gathered for a checkpoint and split again."""
     chosen = {"ema_decay": 0.9, "validation": "100", "save_steps": 2, "metric_for_best_model": "recall@1"}
-    plugin = f'{{"state_dict_type": "{kind}"}}'
-    shard(digits, tmp_path / "out", plugin=plugin, **chosen)
+    chosen |= {"plugin": {"state_dict_type": kind}}
+    shard(digits, tmp_path / "out", two_processes, **chosen)
+    resumed = chosen | {"resume_from_checkpoint": "latest"}
+    del chosen["plugin"]
     alone = train(digits, tmp_path / "one", per_device_train_batch_size=48, **STEPS | chosen)
     assert_same(tmp_path / "out", alone)
     (tmp_path / "out" / "model.safetensors").unlink()
-    shard(digits, tmp_path / "out", plugin=plugin, resume_from_checkpoint="latest", **chosen)
+    shard(digits, tmp_path / "out", two_processes, **resumed)
     assert_same(tmp_path / "out", alone)
 
 
-def test_fsdp2_begins_with_one_set_of_adapters(digits: Path, tmp_path: Path):
+def test_fsdp2_begins_with_one_set_of_adapters(digits: Path, tmp_path: Path, two_processes: TwoProcesses):
     chosen = {"lora_rank": 2, "lock": "image", "gradient_checkpointing": True}
-    shard(digits, tmp_path / "two", **chosen)
+    shard(digits, tmp_path / "two", two_processes, **chosen)
     assert_same(tmp_path / "two", train(digits, tmp_path / "one", per_device_train_batch_size=48, **STEPS | chosen))
 
 
@@ -141,10 +143,9 @@ def test_zero_trains_what_one_process_trains(digits: Path, tmp_path: Path, stage
     )
 
 
-def in_bf16_by_ddp(digits: Path, out: Path, tower: str) -> Path:
+def in_bf16_by_ddp(digits: Path, out: Path, tower: str, two_processes: TwoProcesses) -> Path:
     flags = options(digits, out, tower, per_device_train_batch_size=24, **STEPS | ZERO_STEPS)
-    done = launch(flags, "--multi_gpu", "--mixed_precision", "bf16", processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes.run(words(flags), precision="bf16")
     return out
 
 
@@ -155,14 +156,14 @@ def assert_same_in_bf16(sharded: Path, plain: Path, rel: float = 1e-5) -> None:
     assert largest_difference(weights(sharded), weights(plain)) < rel
 
 
-def test_fsdp2_computes_in_bf16_as_ddp_does(digits: Path, tmp_path: Path, tower: str):
-    shard(digits, tmp_path / "sharded", tower, precision="bf16", **ZERO_STEPS)
-    assert_same_in_bf16(tmp_path / "sharded", in_bf16_by_ddp(digits, tmp_path / "plain", tower))
+def test_fsdp2_computes_in_bf16_as_ddp_does(digits: Path, tmp_path: Path, tower: str, two_processes: TwoProcesses):
+    shard(digits, tmp_path / "sharded", two_processes, tower, precision="bf16", **ZERO_STEPS)
+    assert_same_in_bf16(tmp_path / "sharded", in_bf16_by_ddp(digits, tmp_path / "plain", tower, two_processes))
 
 
 @needs_deepspeed
-def test_zero_computes_in_bf16_as_ddp_does(digits: Path, tmp_path: Path, tower: str):
-    plain = in_bf16_by_ddp(digits, tmp_path / "plain", tower)
+def test_zero_computes_in_bf16_as_ddp_does(digits: Path, tmp_path: Path, tower: str, two_processes: TwoProcesses):
+    plain = in_bf16_by_ddp(digits, tmp_path / "plain", tower, two_processes)
     for stage in (2, 3):
         zero(digits, tmp_path / str(stage), stage, tower, precision="bf16", **ZERO_STEPS)
     assert_same_in_bf16(tmp_path / "2", plain)
@@ -251,11 +252,7 @@ def test_a_wrapper_that_accelerate_leaves_out_is_said(variable: str, name: str, 
 # --- the files -------------------------------------------------------------------------------------------------------
 
 
-def test_ddp_file_launches_two_processes_and_fsdp2_file_is_refused_on_a_cpu(digits: Path, tmp_path: Path):
-    flags = options(digits, tmp_path / "out", per_device_train_batch_size=24, **STEPS)
-    done = launch(flags, "--config_file", str(CONFIGS / "ddp.yaml"), processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert '"processes": 2' in (tmp_path / "out" / "training_config.json").read_text()
+def test_fsdp2_file_is_refused_on_a_cpu(digits: Path, tmp_path: Path):
     done = launch(options(digits, tmp_path / "no"), "--config_file", str(CONFIGS / "fsdp2.yaml"), processes=2)
     assert done.returncode != 0
     assert "error: The launcher asks for FSDP, but accelerate shards nothing here (2 process(es) on cpu)" in done.stderr

@@ -21,7 +21,7 @@ from hf_clip.training import stopping
 from hf_clip.training.checkpoint import list_checkpoints
 from hf_clip.training.output import held
 
-from ..finetuning import ROOT, options, records, train, words
+from ..finetuning import options, records, train, words
 
 # --- the folder ------------------------------------------------------------------------------------------------------
 
@@ -86,7 +86,8 @@ def test_run_whose_launcher_is_killed_ends_with_a_checkpoint(digits: Path, tmp_p
         digits, out, max_steps=100_000, per_device_train_batch_size=16, logging_steps=1, dataloader_num_workers=1
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines"]
-    command += ["1", "--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "finetune.py"), *words(flags)]
+    command += ["1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hf_clip.commands.finetune"]
+    command += words(flags)
     log = (tmp_path / "log").open("w")
     launcher = subprocess.Popen(command, stdout=log, stderr=log)
     try:
