@@ -77,7 +77,7 @@ def test_validation_data_may_be_a_source_of_their_own(tmp_path: Path, monkeypatc
     for name in ("train", "test"):
         write_table(splits / f"{name}.csv", {"image": ["x.png"], "caption": [f"of {name}"]})
     chosen = {"model": "m", "output_dir": "o", "max_steps": 1, "dataset": [str(tmp_path / "train.csv")]}
-    monkeypatch.setattr(build, "look_at", lambda *_: Look())
+    monkeypatch.setattr(build, "look_at", lambda *_: Look(draws=2))
     for validation, expected in ((tmp_path / "other.csv", ["a bird"] * 3), (splits, ["of test"])):
         data = build.open_data(TrainingConfig(**chosen, validation=str(validation), per_device_train_batch_size=2))
         assert texts_of(data.train, shuffle=False) == ["a cat", "a dog"]
