@@ -19,7 +19,7 @@ TAGS = ("clip", "hf_clip", "vision", "contrastive", "image-text-retrieval")
 """Tags of every model of this package."""
 
 USAGE = Template("""\
-With the package `hf_clip` (`pip install .` in a checkout of it), the calls are those of any other model:
+With the package `hf_clip` (`pip install hf-clip`), the calls are those of any other model:
 
 ```python
 from transformers import pipeline
@@ -105,8 +105,8 @@ with torch.no_grad():
 print(torch.cosine_similarity(image_features, text_features))
 ```
 
-With the package `hf_clip`, `HfClipModel.from_pretrained("$repo_id")` and `HfClipProcessor` read the same files. Texts \
-have at most $length tokens.
+With the package `hf_clip` (`pip install hf-clip`), `HfClipModel.from_pretrained("$repo_id")` and `HfClipProcessor` \
+read the same files. Texts have at most $length tokens.
 """)
 
 

@@ -1,7 +1,8 @@
-"""Averages of weights: between two models (WiSE-FT) and along a run (exponential moving average).
+"""Averages of weights: of two models (WiSE-FT), and along a run (exponential moving average).
 
-Both work on state dicts of plain models: merge adapters first. What is floating point is averaged, BatchNorm's running
-statistics too, in float32 and then in the tensor's own type; integers (BatchNorm's counter of batches) are copied.
+Both are made of the state dicts of plain models, so merge adapters first. Floating-point tensors are averaged in
+float32, BatchNorm's running statistics too, and get their own type again. Integers, which count BatchNorm's batches,
+are copied.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 
 
 def parse_alphas(spec: str | float) -> list[float]:
-    """`0.5`, a list `"0.3,0.5"`, or a range with both its ends `"0:1:0.1"` (from, to, step)."""
+    """Read the values of α that WiSE-FT is to try.
+
+    Args:
+        spec: `0.5`, or a list `"0.3,0.5"`, or a range with both its ends `"0:1:0.1"` (from, to, step).
+
+    Raises:
+        ValueError: It is none of these, or a value is not between 0 and 1.
+    """
     text = str(spec)
     pieces = text.split(":")
     try:
@@ -74,12 +82,21 @@ def _check_same(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor
 def interpolate_weights(
     pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], alpha: float
 ) -> dict[str, Tensor]:
-    """θ = (1 − α) · pretrained + α · fine-tuned (Wortsman et al. 2022, equation 1), as new tensors.
+    """Average two models: θ = (1 − α) · pretrained + α · fine-tuned (Wortsman et al. 2022, equation 1).
 
-    α = 0 and α = 1 give either model bit for bit; in between integers are the fine-tuned model's. Running statistics
-    between two models are those of neither; where BatchNorm was frozen, both have the same and so has the result.
+    α = 0 and α = 1 give either model bit for bit. In between, integers are those of the fine-tuned model, and running
+    statistics fit neither model. BatchNorm that was frozen has the same statistics in both, and so in the result.
 
-    Raises ValueError for models that differ in more than their numbers.
+    Args:
+        pretrained: State dict from before training.
+        finetuned: State dict from after it.
+        alpha: From 0 to 1.
+
+    Returns:
+        New tensors by name.
+
+    Raises:
+        ValueError: The models differ in more than their numbers.
     """
     _check_same(pretrained, finetuned)
     mixed = {}
@@ -109,7 +126,13 @@ def at_any_time(written: bool = False) -> AbstractContextManager:
 
 @contextmanager
 def weights_swapped_in(model: nn.Module, weights: Mapping[str, Tensor], access: Access = at_any_time) -> Iterator[None]:
-    """Within this block the model has other weights, all or some of its own; afterwards its own again, bit for bit."""
+    """Within this block a model has other weights, and afterwards its own again, bit for bit.
+
+    Args:
+        model: Whose weights are swapped.
+        weights: All or some of the model's tensors, by name.
+        access: What makes the model's weights readable and writable; see `Access`.
+    """
     with access():
         own = model.state_dict()
         kept = {name: own[name].clone() for name in weights}
@@ -134,32 +157,38 @@ USUAL_WARMUP, SHORTEST_WARMUP = 9.0, 1.0
 
 
 def spans_all_steps(decay: float, total_steps: int) -> bool:
-    """Whether a run is too short for a moving average of this decay, which would span more steps than it has."""
+    """Whether a moving average of this decay would span more steps than the run has."""
     return total_steps * (1 - decay) < SHORTEST_WARMUP
 
 
 def warmup_of(decay: float, total_steps: int | None) -> float:
-    """k of `MovingAverage`, for a run of so many steps; None is for a run of any length."""
+    """k of `MovingAverage`.
+
+    Args:
+        decay: Of the average.
+        total_steps: Of the run, or None for a run of any length.
+    """
     return USUAL_WARMUP if total_steps is None else min(max(total_steps * (1 - decay), SHORTEST_WARMUP), USUAL_WARMUP)
 
 
 class MovingAverage:
     """An exponential moving average of what is trained, for evaluation and saving.
 
-    After step n (from 1) average ← d · average + (1 − d) · weights with d = min(decay, (1 + n) / (1 + k + n)). The
-    average starts at the weights it is made from, and the warm-up keeps these and the first steps from weighing for
-    thousands, so no correction is needed afterwards. (It is that of timm's ModelEmaV3 with `warmup_power` 1 and
-    `warmup_gamma` k.) After step n the average spans about the last n / k steps.
+    After step n, counted from 1, average ← d · average + (1 − d) · weights, where d = min(decay, (1 + n) / (1 + k +
+    n)). The average starts at the weights it is made from. Because d is small at first, these and the first steps soon
+    lose their weight, and no correction is needed. After step n the average spans about the last n / k steps. (timm's
+    ModelEmaV3 is the same with `warmup_power` 1 and `warmup_gamma` k.)
 
-    k is 9, as usual, wherever the decay is reached within the run. In a shorter run of T steps the usual warm-up would
-    never end, and all decays give one result. There k = T · (1 − decay): the decay is reached at the end of the run.
-    k is at least 1, the mean of all steps, which is what a decay above 1 − 1 / T comes to: see `spans_all_steps`.
+    k is 9, as usual, in a run that is long enough to reach the decay. In a shorter run of T steps d would never reach
+    it, and all decays would give one result. There k = T · (1 − decay), so that d reaches the decay at the end of the
+    run. k is at least 1. With k = 1 the average is the mean of all steps; that is so for any decay above 1 − 1 / T
+    (`spans_all_steps`).
 
-    It holds the trainable parameters and the running statistics in float32, since steps below bfloat16's resolution
-    would be lost. Processes of one run hold the same parameters and so the same average of them; running statistics
-    differ between processes, in the model as here, unless BatchNorm is synchronised or frozen.
+    Trainable parameters and running statistics are averaged in float32, since steps below bfloat16's resolution would
+    be lost. All processes of a run have the same parameters and so the same average. Running statistics differ between
+    processes, in the model as here, unless BatchNorm is synchronised or frozen.
 
-    Call it with the model itself, not with what it is wrapped in, after all surgery, locks and adapters.
+    Give it the model itself, not what it is wrapped in, after all changes, locks and adapters.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The card of a trained model: what it comes from, everything that decided how it was trained, what was measured.
+"""The card of a trained model: what it comes from, what decided how it was trained, what was measured.
 
-Invariant: an option that decides what comes out of a run (`TrainingConfig.identity`) stands on the card wherever it has
-another value than its default, so a new option cannot be forgotten here.
+Invariant: every option that decides the result (`TrainingConfig.identity`) stands on the card unless it has its
+default. So a new option cannot be forgotten here.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class RunFacts:
 
 
 def is_repository(name: str | None) -> bool:
-    """Whether this may be said on the Hub to be a repository: a local folder's name means nothing there."""
+    """Whether a name may be given on the Hub as a repository. A folder of this machine means nothing there."""
     if name is None or name.count("/") != 1 or Path(name).exists():
         return False
     try:
@@ -79,7 +79,7 @@ def is_repository(name: str | None) -> bool:
 
 
 def shown(name: str) -> str:
-    """A model's or a data set's name as it may be published: of a folder on this machine its last part."""
+    """The name of a model or data set as it may be published. Of a folder on this machine that is its last part."""
     repository, _, configuration = name.partition(":")
     if configuration and is_repository(repository):
         return name
@@ -202,11 +202,17 @@ def trained_card(
     facts: RunFacts,
     curve: str | None = None,
 ) -> str:
-    """The README.md of a trained model.
+    """Write the README.md of a trained model.
 
     Args:
-        figures: of the saved weights on the validation data; empty where nothing was evaluated.
-        curve: file with the plot of the run, where it could be drawn.
+        model_config: Of the model.
+        config: The options of the run.
+        figures: Of the saved weights on the validation data; empty if nothing was evaluated.
+        facts: What the options do not tell.
+        curve: The file with the plot of the run, if there is one.
+
+    Returns:
+        The card's text, with the metadata for the Hub.
     """
     repo_id = config.hub_model_id or Path(config.output_dir).resolve().name
     names = [source.path.partition(":")[0] for source in parse_sources(config.dataset)]  # user/name:config

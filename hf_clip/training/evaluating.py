@@ -46,7 +46,10 @@ def model_inputs(batch: dict[str, Tensor], device: torch.device) -> dict[str, Te
 
 
 def _embed(model: Any, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, D) twice, float32. Where a process has no row, it computes one that is thrown away: wrappers synchronise."""
+    """The features of a batch, (B, D) twice, in float32.
+
+    A process without a row computes one and drops it, since wrappers wait for all processes.
+    """
     count = len(batch["input_ids"])
     inputs = model_inputs(batch, device)
     if count == 0:
@@ -64,7 +67,15 @@ def _end_of_text_id(model: Any) -> int:
 
 
 def group_pairs(image_ids: Tensor, text_ids: Tensor) -> Tensor:
-    """The number of the group that each pair is in: pairs with an equal image or caption are in one, (N,) → (N,)."""
+    """Put pairs that share an image or a caption into one group.
+
+    Args:
+        image_ids: (N,) equal for equal images.
+        text_ids: (N,) equal for equal captions.
+
+    Returns:
+        (N,) the number of each pair's group.
+    """
     parent = list(range(len(image_ids)))
 
     def find(item: int) -> int:
@@ -89,9 +100,16 @@ def _first_of_each(ids: Tensor) -> Tensor:
 
 
 def retrieval(image_embeds: Tensor, text_embeds: Tensor, image_ids: Tensor, text_ids: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10, from images to texts, from texts to images, and the mean of both.
+    """Recall at 1, 5 and 10 from images to texts, from texts to images, and the mean of both.
 
-    image_embeds, text_embeds: (N, D) of length one.   image_ids, text_ids: (N,) what is equal has an equal number
+    Args:
+        image_embeds: (N, D) of length one.
+        text_embeds: (N, D) of length one.
+        image_ids: (N,) equal for equal images.
+        text_ids: (N,) equal for equal captions.
+
+    Returns:
+        Figures by name, from 0 to 1.
     """
     groups = group_pairs(image_ids, text_ids)
     images, texts = _first_of_each(image_ids), _first_of_each(text_ids)

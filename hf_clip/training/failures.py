@@ -1,11 +1,12 @@
-"""One line for what ends a run, however many processes it has.
+"""One line that says why a run ends, however many processes it has.
 
-When one process stops, the others fail in the middle of an exchange with it. Who is first to put its name down in the
-store through which the processes found each other says why; the others see that it is taken, and say nothing. The main
-process goes first, since most errors meet all of them. Before they have found each other they all read the same
-command line and the same files: there it speaks alone.
+When one process stops, the others fail in the midst of an exchange with it. Only one of them may say why. Whichever
+process is the first to write its name into the store, through which they found each other, says it. The main process
+writes first, since most errors meet all processes. Before the processes have found each other, all of them read the
+same command line and the same files, so the main process alone speaks.
 
-A launcher ends all processes when one has ended: those that have nothing to say give the main process time to speak.
+A launcher ends all processes when one has ended. So those that have nothing to say wait until the main process has
+spoken.
 """
 
 import io
@@ -34,7 +35,7 @@ def _is_main() -> bool:
 
 @contextmanager
 def said_once() -> Iterator[None]:
-    """What the reader of the command line prints when it ends the program, from the main process alone."""
+    """Within this block only the main process prints what ends the program, such as a line of usage."""
     if _is_main():
         yield
         return
@@ -67,9 +68,16 @@ def _may_speak() -> bool:
 
 
 def report(error: Exception) -> int:
-    """Say in one line why the run ends, unless another process does; returns the exit status.
+    """Say in one line why the run ends, unless another process says it.
 
-    Raises an error that is none of the user's, unless it only follows from another process having stopped.
+    Args:
+        error: What ended this process.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        Exception: `error` itself, if it is a fault of the program and no other process has spoken.
     """
     if not _may_speak():
         return 1
@@ -85,7 +93,14 @@ def report(error: Exception) -> int:
 
 
 def report_stop(stop: KeyboardInterrupt) -> int:
-    """Say in one line that a signal ended the run, and what remains; returns the exit status."""
+    """Say in one line which signal ended the run, and what remains of it.
+
+    Args:
+        stop: What was raised for the signal.
+
+    Returns:
+        The exit status, 128 and the signal's number.
+    """
     signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
     saved = stop.saved if isinstance(stop, Stopped) else ""
     if signum == signal.SIGINT:

@@ -27,10 +27,10 @@ def import_peft() -> Any:
 
 
 def lora_targets(model: nn.Module) -> list[str]:
-    """The matrices and convolutions that are still trained.
+    """The names of the matrices and convolutions of a model that are still trained.
 
-    In a transformer q_proj, k_proj, v_proj, out_proj, fc1 and fc2; in a ResNet all convolutions and the attention
-    pool's q_proj, k_proj and v_proj; and the projections.
+    They are q_proj, k_proj, v_proj, out_proj, fc1 and fc2 of transformers, all convolutions of ResNets, q_proj, k_proj
+    and v_proj of attention pools, and the projections.
     """
     return [
         name
@@ -47,13 +47,22 @@ def add_lora_(
     dropout: float = 0.0,
     targets: str | Iterable[str] | None = None,
 ) -> list[str]:
-    """Put adapters into an HfClipModel, freeze all else but the temperature, and return the adapted modules' names.
+    """Put adapters into an HfClipModel, and freeze all else but the temperature. Lock the model first.
 
-    rank:    width of the factors; `alpha` / `rank` scales their product, which is 1 unless alpha is given
-    dropout: on what goes into the adapters
-    targets: ends of module names to adapt among `lora_targets`, e.g. ["q_proj", "v_proj"], or one of them; default all
+    Args:
+        model: An HfClipModel. Its BatchNorms are frozen too.
+        rank: Width of the factors.
+        alpha: The product of the factors is multiplied by `alpha / rank`. None multiplies it by 1.
+        dropout: On what goes into the adapters.
+        targets: Ends of the names of the modules to adapt, such as ["q_proj", "v_proj"]. None adapts all of
+            `lora_targets`.
 
-    Lock first. BatchNorms are frozen too. Raises ValueError.
+    Returns:
+        The names of the adapted modules.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: There is nothing to adapt, or an argument does not fit the model.
     """
     if rank < 1:
         raise ValueError(f"The LoRA rank is {rank}, but must be at least 1.")
@@ -104,10 +113,18 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 @torch.no_grad()
 def merge_lora_(model: Any) -> Any:
-    """Add the adapters' products to their matrices and remove them: a plain HfClipModel again, which is returned.
+    """Add the adapters' products to their matrices, and remove the adapters.
 
     To save a model that goes on training, merge a copy: `merge_lora_(copy.deepcopy(model)).save_pretrained(...)`.
-    Raises ValueError when there are no adapters, and when a product is not finite.
+
+    Args:
+        model: An HfClipModel with adapters.
+
+    Returns:
+        The same model, which is a plain HfClipModel again.
+
+    Raises:
+        ValueError: There are no adapters, or a product is not finite.
     """
     if not getattr(model, "peft_config", None):
         raise ValueError("This model has no adapters to merge; add_lora_ adds them.")

@@ -102,7 +102,12 @@ def gather_with_gradients(local: Tensor, counts: list[int]) -> Tensor:
 
 
 def exchange_counts(local_counts: list[int], device: torch.device) -> list[list[int]]:
-    """Every process's list, in their order; all lists have the same length. Waits for the device."""
+    """Every process's list of numbers, in the order of the processes. Waits for the device.
+
+    Args:
+        local_counts: of this process; every process passes as many numbers.
+        device: where the processes exchange them.
+    """
     if world_size() == 1:
         return [local_counts]
     local = torch.tensor(local_counts, device=device)
@@ -119,7 +124,7 @@ def _agree_on_counts(
 ) -> list[int]:
     """The number of pairs of every process, checked.
 
-    All processes see all counts before any of them refuses, so that they all do, and none is left waiting.
+    All processes see all counts before any of them refuses. So all refuse, and none is left waiting.
     """
     given = (local_image_embeds, local_text_embeds, local_image_ids, local_text_ids)
     local_counts = [NOT_GIVEN if tensor is None else tensor.shape[0] for tensor in given]
@@ -155,9 +160,9 @@ def _is_own(own: Tensor, columns: int) -> Tensor:
 def _find_duplicates(
     own: Tensor, counts: list[int], local_image_ids: Tensor | None, local_text_ids: Tensor | None
 ) -> Tensor | None:
-    """(B, N) bool: which pairs are no negatives of the local ones, since they share the image or the caption.
+    """(B, N) bool: which pairs share the image or the caption with the local pairs, and so are no negatives of them.
 
-    That relation is symmetric: it holds for a local image against all texts as for a local text against all images.
+    The relation is symmetric. It holds for a local image against all texts and for a local text against all images.
     Returns None if there are no ids.
     """
     given = [ids.to(own) for ids in (local_image_ids, local_text_ids) if ids is not None]
@@ -173,9 +178,16 @@ def _find_duplicates(
 def softmax_terms(
     local_logits: Tensor, own: Tensor, is_duplicate: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Each row's cross-entropy: (B, N) → (B,). Duplicates are left out of the softmax, and of what smoothing is over.
+    """The cross-entropy of each row. Duplicates are left out of the softmax and of the smoothing.
 
-    own: (B,) the column of each row's own pair
+    Args:
+        local_logits: (B, N) of the local images or texts against all others.
+        own: (B,) the column of each row's own pair.
+        is_duplicate: (B, N) bool, which pairs are no negatives.
+        label_smoothing: The part of the target that is spread over the row.
+
+    Returns:
+        (B,)
     """
     if is_duplicate is not None:
         local_logits = local_logits.masked_fill(is_duplicate, -torch.inf)
@@ -191,7 +203,16 @@ def softmax_terms(
 
 
 def sigmoid_terms(local_logits: Tensor, own: Tensor, is_duplicate: Tensor | None = None) -> Tensor:
-    """Each row's sum of −log σ(±z) over its pairs, without duplicates: (B, N) → (B,). own: (B,) as above."""
+    """The sum of −log σ(±z) over each row, without duplicates.
+
+    Args:
+        local_logits: (B, N) of the local images against all texts.
+        own: (B,) the column of each row's own pair.
+        is_duplicate: (B, N) bool, which pairs are no negatives.
+
+    Returns:
+        (B,)
+    """
     terms = -logsigmoid(torch.where(_is_own(own, local_logits.shape[1]), local_logits, -local_logits))
     if is_duplicate is not None:
         terms = terms.masked_fill(is_duplicate, 0.0)
@@ -200,10 +221,11 @@ def sigmoid_terms(local_logits: Tensor, own: Tensor, is_duplicate: Tensor | None
 
 @torch.no_grad()
 def _count_right(local_logits: Tensor, own: Tensor, is_duplicate: Tensor | None) -> Tensor:
-    """How many of the local images, plus how many of the local texts, have their own logit above all negatives': ().
+    """How many of the local images and texts have their own logit above those of all their negatives: ().
 
-    local_logits: (B, N), the local images' rows. Columns are completed by the other processes' maxima, so that the
-    other half of the logits isn't needed. An equal logit counts as wrong: a collapsed model is never right.
+    local_logits are the rows of the local images, (B, N). For the texts, each process takes the maxima of its part of
+    the columns, and the maxima of all processes complete a column; so the other half of the logits is not needed. An
+    equal logit counts as wrong: a collapsed model is never right.
     """
     own_logits = local_logits.gather(1, own[:, None])[:, 0]  # (B,)
     negatives = local_logits.scatter(1, own[:, None], -torch.inf)

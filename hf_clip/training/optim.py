@@ -1,7 +1,7 @@
-"""The optimizer: which parameter learns at which rate, what decays, and by which rule.
+"""The optimizer: at which rate each parameter learns, what decays, and by which rule.
 
-Every trained parameter is in exactly one group; groups differ in learning rate or weight decay, or hold the
-temperature, and carry the parts of the model they hold. A schedule scales all of them alike.
+Every trained parameter is in exactly one group. Two groups differ in learning rate or in weight decay; the temperature
+has a group of its own. A group names the parts of the model that are in it. A schedule scales all rates alike.
 
 Weight decay is for matrices and convolutions: not for gains, biases, positions, the class token or the temperature
 (Radford et al. 2021, section 2.5).
@@ -46,10 +46,18 @@ UNSUITABLE = {
 
 
 def parse_rates(spec: str | float) -> dict[str, float]:
-    """A learning rate for each part of the model.
+    """Read the learning rate of each part of the model.
 
-    `1e-5`; or rates by name, `"image=1e-6,text=1e-5,temperature=1e-3,projections=1e-4"`; or both, where the plain
-    number holds for the parts that are not named: `"1e-5,temperature=1e-3"`. A rate of 0 keeps a part as it is.
+    Args:
+        spec: One rate for all parts, `1e-5`; or rates by name,
+            `"image=1e-6,text=1e-5,temperature=1e-3,projections=1e-4"`; or both, `"1e-5,temperature=1e-3"`, where the
+            plain number is for the parts that are not named. A rate of 0 keeps a part as it is.
+
+    Returns:
+        A rate for each of `PARTS`.
+
+    Raises:
+        ValueError: A part or a rate cannot be meant.
     """
     base: float | None = None
     rates: dict[str, Any] = {}
@@ -92,10 +100,21 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 def parameter_groups(
     model: nn.Module, rates: dict[str, float], weight_decay: float = 0.2, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """The trained parameters of an HfClipModel by learning rate and weight decay, those that decay first.
+    """Sort the trained parameters of an HfClipModel into groups, for an optimizer.
 
-    layer_decay: what the rate is multiplied by with each level down a tower: the final LayerNorm or attention pool has
-                 the tower's rate, the last layer or stage that times `layer_decay`, the embeddings or stem the lowest
+    Args:
+        model: An HfClipModel, locked and adapted.
+        rates: The learning rate of each part, as `parse_rates` returns them.
+        weight_decay: For matrices and convolutions.
+        layer_decay: The rate is multiplied by this with each level down a tower. The final LayerNorm or the attention
+            pool has the tower's rate, the last layer or stage `layer_decay` times that, and so on down to the
+            embeddings or the stem.
+
+    Returns:
+        The groups, those that decay first. Each has `params`, `lr`, `weight_decay` and `parts`.
+
+    Raises:
+        ValueError: Nothing is trained, or a decay cannot be meant.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay is {layer_decay}, but must be above 0 and at most 1, where it changes nothing.")
@@ -124,12 +143,17 @@ def parameter_groups(
 
 
 def warmup_steps(given: int | None, total_steps: int) -> int:
-    """Steps until the peak rate: as given, else 5 % of the run, at most `LONGEST_DEFAULT_WARMUP`."""
+    """Steps until the learning rate is at its peak.
+
+    Args:
+        given: What the user asked for, or None for 5 % of the run, at most `LONGEST_DEFAULT_WARMUP`.
+        total_steps: Of the run.
+    """
     return min(total_steps // 20, LONGEST_DEFAULT_WARMUP) if given is None else given
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The present rate of each trained part; of a tower with layer decay the highest, which is its top's."""
+    """The present learning rate of each trained part. A tower with layer decay has the rate of its top."""
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:
         for part in group["parts"]:
@@ -174,7 +198,14 @@ def _torch_optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
 
 
 def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """The class of `torch.optim`, or for a name in 8 bit of `bitsandbytes`. Raises ValueError with names near by."""
+    """Find an optimizer's class.
+
+    Args:
+        name: Of a class of `torch.optim`, or of an 8-bit one of bitsandbytes.
+
+    Raises:
+        ValueError: There is no such class, or bitsandbytes is not installed. The message has names that are alike.
+    """
     if name in UNSUITABLE:
         raise ValueError(f"The optimizer {name} {UNSUITABLE[name]}. Take another, such as AdamW.")
     known = _torch_optimizers()
@@ -235,15 +266,23 @@ def create_optimizer(
     layer_decay: float = 1.0,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """The optimizer of what an HfClipModel has left trainable. Lock and adapt first.
+    """Make the optimizer of what is trainable in a model. Lock and adapt the model first.
 
-    optimizer: a class of `torch.optim` or an 8-bit one of bitsandbytes, with its options: `"SGD momentum=0.9"`. Adam
-               and AdamW take the paper's betas and epsilon for the kind of image tower, and one fused step for all
-               parameters, unless told otherwise (`"AdamW betas=0.9,0.95 fused=false"`)
-    rates:     see `parse_rates`;  weight_decay, layer_decay: see `parameter_groups`
-    options:   the same as in the name, which wins
+    Args:
+        model: An HfClipModel.
+        optimizer: A class of `torch.optim` or an 8-bit one of bitsandbytes, perhaps with options:
+            `"SGD momentum=0.9"`. Adam and AdamW take the paper's betas and epsilon for the kind of image tower, and
+            one fused step for all parameters, unless told otherwise: `"AdamW betas=0.9,0.95 fused=false"`.
+        rates: See `parse_rates`.
+        weight_decay: See `parameter_groups`.
+        layer_decay: See `parameter_groups`.
+        **options: Of the optimizer. Those in its name win.
 
-    Raises ValueError for what doesn't exist, isn't installed or doesn't fit.
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: The optimizer does not exist, is not installed, or does not fit the model or the options.
     """
     name, given = parse_optimizer(optimizer)
     kind = find_optimizer(name)
@@ -269,10 +308,10 @@ def create_optimizer(
 
 @torch.no_grad()
 def clamp_logit_scale_(model: Any) -> None:
-    """After each step: keep a CLIP's logit scale at or below ln 100.
+    """Keep a CLIP's logit scale at or below ln 100. Call it after each step.
 
-    A model of the sigmoid loss is left alone: there the scale is bounded by the bias that learns against it, and
-    published ones stand above 100 (Zhai et al. 2023 use no clamp).
+    A model of the sigmoid loss is left alone. There a bias learns against the scale and so bounds it, and published
+    models have scales above 100 (Zhai et al. 2023 do not clamp).
     """
     if model.config.contrastive_loss == "softmax":
         model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)

@@ -1,4 +1,4 @@
-"""Options of a run out of a YAML or JSON file, or as a program gives them: by name, a value or a list of such."""
+"""Options of a run in a YAML or JSON file: a value, or a list of values, for each name."""
 
 import json
 import os
@@ -12,11 +12,18 @@ LAUNCH = "launch"
 
 
 def read_options(path: Path, known: list[str]) -> dict[str, Any]:
-    """A file's options by name. Raises FileNotFoundError or ValueError that names the file.
+    """Read the options of a file.
 
     Args:
-        path: a .yaml, .yml or .json file.
-        known: the options that there are.
+        path: A .yaml, .yml or .json file.
+        known: The options that there are.
+
+    Returns:
+        Values by name, with `_` for `-`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read, or has an option that there isn't.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file {path}; check the path.")

@@ -1,6 +1,6 @@
-"""A model without any training, and its processor: for training from scratch.
+"""An untrained model and its processor, for training from scratch.
 
-The same arguments give the same model, whatever was drawn at random before; nothing else is drawn differently after.
+The same arguments give the same model, whatever was drawn at random before. Nothing that is drawn later changes.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,15 @@ from ..model.variants import VARIANTS
 
 
 def read_config(source: str | Path) -> HfClipConfig:
-    """The configuration of one of the nine variants by its name, or from a config.json or a folder that has one."""
+    """Read the configuration of a model that is to be made.
+
+    Args:
+        source: One of OpenAI's nine names, a config.json, or a folder that has one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: There is no such name, or the file is not the configuration of an HfClipModel.
+    """
     path = Path(source)
     looks_like_a_path = str(source).startswith((".", "/", "~")) or path.suffix == ".json" or path.exists()
     if str(source) in VARIANTS or not looks_like_a_path:
@@ -80,14 +88,24 @@ def build_from_scratch(
     vocabulary: str | Path | None = None,
     seed: int = 0,
 ) -> tuple[HfClipModel, HfClipProcessor]:
-    """An untrained HfClipModel and its processor.
+    """Make an untrained HfClipModel and its processor.
 
-    source:     one of the nine variants ("RN50"), or a config.json of model_type hf_clip, or a folder that has one
-    captions:   texts to learn a vocabulary of at most the configuration's `vocab_size` ids from
-    tokenizer:  instead, a folder with a tokenizer
-    vocabulary: instead, OpenAI's vocabulary file; with none of the three it is looked for where it is installed
+    The vocabulary comes from one of three places, or from OpenAI's file where that is installed. The configuration gets
+    the tokenizer's vocabulary size and special ids.
 
-    The configuration's vocabulary size and special ids become the tokenizer's. Raises FileNotFoundError or ValueError.
+    Args:
+        source: One of OpenAI's nine names ("RN50"), a config.json of model_type hf_clip, or a folder that has one.
+        captions: Texts to learn a vocabulary from. It has at most the configuration's `vocab_size` ids.
+        tokenizer: Instead, a folder with a tokenizer.
+        vocabulary: Instead, OpenAI's vocabulary file.
+        seed: Of the weights.
+
+    Returns:
+        The model and its processor.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file cannot be read, or several vocabularies were named.
     """
     given = {"captions": captions, "tokenizer": tokenizer, "vocabulary": vocabulary}
     if len(named := [name for name, value in given.items() if value is not None]) > 1:

@@ -1,15 +1,15 @@
 """Runs whose wrapper splits the model or the optimizer's state over the processes: FSDP2, and DeepSpeed's ZeRO 1 to 3.
 
-What is trained, and to which numbers, is that of DDP. What these wrappers would do otherwise is taken from them:
+They train the same parameters to the same numbers as DDP. Where a wrapper would do otherwise, this file steps in:
 
-- FSDP2 shards no scalars. The temperature stays whole on every process; its gradients are averaged here.
-- Mixed precision is autocast around the model's forward, as under DDP, over weights, statistics and gradients in
-  float32; by themselves both would cast all of these, and round what is locked.
-- DeepSpeed takes no scalars, so during the run the temperature has shape (1,). It steps on copies of the parameters,
-  so the logit scale is clamped in the copy.
-- ZeRO 3 splits parameters too, and puts them together for their layer alone. The temperature is gathered for the loss
-  and after steps; whoever else reads or writes weights does so in `whole_parameters`. Models are built whole, and a
-  moving average is whole on every process.
+- FSDP2 shards no scalars. The temperature stays whole on every process, and its gradients are averaged here.
+- By themselves both wrappers would cast weights, statistics and gradients to bfloat16, and round what is locked. Here
+  all of these stay in float32, and the model's forward runs under autocast, as under DDP.
+- DeepSpeed takes no scalars. During the run the temperature has shape (1,). DeepSpeed steps on copies of the
+  parameters, so the logit scale is clamped in the copy.
+- ZeRO 3 splits parameters too, and gathers those of a layer while it computes. The temperature is gathered for the loss
+  and after steps. All other code that reads or writes weights does so in `whole_parameters`. Models are built whole,
+  and a moving average is whole on every process.
 
 Invariant: the same loss, gradients and weights as one process with the whole batch. What is not known to keep it is
 refused before any work is done. Every process calls every function here.
@@ -61,7 +61,15 @@ def is_zero3(accelerator: Any) -> bool:
 
 
 def check_wrapper(accelerator: Any, config: TrainingConfig) -> None:
-    """Refuse a wrapper that accelerate would silently leave out, and settings that would train something else."""
+    """Refuse a wrapper that accelerate would silently leave out, and settings that would train something else.
+
+    Args:
+        accelerator: What `accelerate launch` has set up.
+        config: The options.
+
+    Raises:
+        ValueError: The message names the setting and what to do instead.
+    """
     kind = accelerator.distributed_type.value
     for asked, variable in ASKED.items():
         if os.environ.get(variable, "false").lower() == "true" and kind != asked:
@@ -154,7 +162,7 @@ def check_batch_norm(accelerator: Any, model: nn.Module) -> None:
 
 
 class _Temperature(nn.Module):
-    """Holds a model's scalars: what is to be left out of sharding is named by modules."""
+    """A module that holds a model's scalars, because accelerate leaves whole modules out of sharding."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -163,7 +171,20 @@ class _Temperature(nn.Module):
 
 
 def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainingConfig) -> Any:
-    """`accelerator.prepare` of model and optimizer, after `check_wrapper`; returns both as accelerate made them."""
+    """`accelerator.prepare` of a model and its optimizer. Call `check_wrapper` before.
+
+    Args:
+        accelerator: What `accelerate launch` has set up.
+        model: An HfClipModel, locked and adapted.
+        optimizer: The model's.
+        config: The options.
+
+    Returns:
+        Model and optimizer as accelerate made them.
+
+    Raises:
+        ValueError: See `check_batch_norm`.
+    """
     precision = accelerator.mixed_precision  # under DeepSpeed it is read from the settings that are changed here
     if is_fsdp2(accelerator):
         check_batch_norm(accelerator, model)
@@ -208,9 +229,15 @@ def _gather_temperature(model: nn.Module) -> None:
 def whole_parameters(
     accelerator: Any, model: nn.Module, parameters: list[nn.Parameter] | None = None, *, written: bool = False
 ) -> Iterator[None]:
-    """Within this block ZeRO 3's parameters are whole on every process, to be read or, if `written`, written too.
+    """Within this block ZeRO 3's parameters are whole on every process. Other wrappers' are left as they are.
 
-    Nothing is computed with them there: layers let go of them when they are done.
+    The model must not compute within the block: a layer lets go of its parameters when it is done.
+
+    Args:
+        accelerator: What `accelerate launch` has set up.
+        model: The model itself.
+        parameters: Which ones; all where they are not named.
+        written: Whether they may be written too.
     """
     if not is_zero3(accelerator):
         yield
@@ -223,7 +250,7 @@ def whole_parameters(
 
 @torch.no_grad()
 def _broadcast_(model: nn.Module, device: torch.device) -> None:
-    """Begin with the main process's weights, as DDP and DeepSpeed do: each process draws its adapters at random."""
+    """Give all processes the main process's weights, since each draws its adapters at random."""
     for tensor in (*model.parameters(), *model.buffers()):
         sent = tensor.detach().to(device)
         dist.broadcast(sent, src=0)
@@ -237,7 +264,7 @@ def _autocast_(model: Any, device_type: str, precision: str) -> None:
 
 @torch.no_grad()
 def average_left_out_gradients(accelerator: Any, model: nn.Module) -> None:
-    """After the last backward of a step, before clipping: what FSDP2 leaves out is averaged as all else was."""
+    """Average the gradients of what FSDP2 leaves out. Call it after the last backward of a step, before clipping."""
     if is_fsdp2(accelerator):
         for parameter in temperature_of(model).values():
             if parameter.grad is not None:
@@ -265,7 +292,13 @@ def clamp_temperature_(accelerator: Any, model: Any) -> None:
 
 
 def whole_weights(accelerator: Any, wrapped: Any, model: nn.Module) -> dict[str, Tensor]:
-    """The model's whole state by its own names, in the computer's memory, on every process."""
+    """The whole state of a model by its own names, on the CPU, on every process.
+
+    Args:
+        accelerator: What `accelerate launch` has set up.
+        wrapped: The model as accelerate made it.
+        model: The model itself.
+    """
     if is_deepspeed(accelerator):
         with whole_parameters(accelerator, model):
             state = _copied(model.state_dict())

@@ -1,4 +1,4 @@
-"""The files of a checkpoint. Reading them runs no code that they bring along.
+"""The files of a checkpoint. None of them can run code when it is read.
 
     model.safetensors             whole, by the model's own names
     optimizer.pt                  tensors, numbers and containers: read with torch's `weights_only`
@@ -9,7 +9,7 @@
 
 They are the same for one process, DDP and FSDP2, whose weights and optimizer are gathered. accelerate's `load_state`
 and torch's distributed checkpoints unpickle some of their files, so neither is used. DeepSpeed's engine reads its own
-files, with torch's `weights_only` forced upon it and the four classes allowed that it writes.
+files. It is made to use `weights_only`, with the four classes allowed that it writes.
 
 Every process calls every function here.
 """
@@ -74,7 +74,7 @@ def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 def _device_generator(device: torch.device) -> Any:
-    """The module that has the random state of this process's accelerator, which is the current one."""
+    """The module that has the random state of this process's accelerator."""
     return torch.get_device_module(device)
 
 
@@ -175,7 +175,7 @@ def _load_optimizer(learner: Learner, folder: Path) -> None:
 
 
 def _gathered() -> Any:
-    """FSDP2: whole on the main process, from which the others get their learner."""
+    """FSDP2: whole on the main process, from which the others get their parts."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     return StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
@@ -183,7 +183,7 @@ def _gathered() -> Any:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Within this block torch.load allows tensors, containers and DeepSpeed's classes, whatever it is called with."""
+    """Within this block torch.load takes tensors, containers and DeepSpeed's classes, whatever it is called with."""
     before = {name: os.environ.pop(name, None) for name in (FORCED, FORCED_OFF)}
     os.environ[FORCED] = "1"
     allowed = [getattr(import_module(module), name) for module, names in ZERO_CLASSES.items() for name in names]

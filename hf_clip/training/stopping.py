@@ -1,14 +1,14 @@
 """What ends a run from outside: a signal, a launcher that is gone, a process that stands still.
 
-SIGINT, SIGTERM and SIGHUP end a run at once while it has nothing to lose. Within the steps they are remembered, and
-`Run` saves a checkpoint when the present step is done; a second one ends it there and then.
+SIGINT, SIGTERM and SIGHUP end a run at once while it has nothing to lose. Within the steps a signal is remembered, and
+`Run` saves a checkpoint when the present step is done. A second signal ends the run at once.
 
-A launcher that was killed would leave its processes training and writing. Each looks every second whether the process
-that started it is still there, and takes its end for a SIGTERM.
+If only the launcher were killed, its processes would go on training and writing. So each process looks every second
+whether the process that started it is still there. If it is gone, that is taken for a SIGTERM.
 
-Processes wait for each other in every step. One that was stopped, or whose machine is gone, would keep the others
-waiting. So each counts in the store through which they found each other, and watches the next one's count. This is a
-thread's work: it goes on while a step takes long.
+Processes wait for each other in every step. If one was stopped, or its machine is gone, the others would wait for ever.
+So each process keeps counting in the store through which they found each other, and watches the count of the next one.
+A thread does this, also while a step takes long.
 """
 
 import os
@@ -85,13 +85,13 @@ class Signals:
         raise Stopped(signum, "" if self.received is None else AT_ONCE)
 
     def _leave_terminals(self) -> None:
-        """A terminal that has hung up refuses every line, and the first would end the run."""
+        """Write to nothing from now on: a terminal that has hung up refuses every line, which would end the run."""
         for terminal in self._terminals:
             with suppress(OSError), open(os.devnull, "wb") as nothing:
                 os.dup2(nothing.fileno(), terminal)
 
     def _handle_in_child(self, signum: int) -> None:
-        """Ctrl-C and batch systems tell workers too, which their process ends itself when it is done with them."""
+        """Ctrl-C and batch systems send signals to workers too. Their process ends them when it is done with them."""
         if get_worker_info() is None or (signum != signal.SIGINT and self.received is not None):
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -103,7 +103,10 @@ class Signals:
 
 @contextmanager
 def heeded(signals: Signals) -> Iterator[None]:
-    """Within this block SIGINT, SIGTERM and SIGHUP do what the module says, but for those that are ignored (nohup)."""
+    """Within this block SIGINT, SIGTERM and SIGHUP do what the module says.
+
+    Signals that are ignored (nohup) stay ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -120,7 +123,10 @@ def heeded(signals: Signals) -> Iterator[None]:
 
 
 def find_launcher() -> int | None:
-    """The parent's process id where that is a launcher; a shell may leave its programs behind, a launcher may not."""
+    """The process id of the parent if it is a launcher, else None.
+
+    A shell may end before its programs, a launcher may not.
+    """
     import psutil  # type: ignore[import-untyped]  # accelerate brings it
 
     parent = os.getppid()
@@ -133,7 +139,12 @@ def find_launcher() -> int | None:
 
 
 def end_without_launcher(launcher: int, is_over: threading.Event) -> None:
-    """When the launcher is gone, end this process as a SIGTERM would, or without a word where that takes too long."""
+    """Wait until the launcher is gone, and end this process then.
+
+    Args:
+        launcher: Its process id.
+        is_over: Set when the run is over.
+    """
     while os.getppid() == launcher:
         if is_over.wait(INTERVAL):
             return
@@ -146,9 +157,12 @@ ENDED = "ended"
 
 
 class SignsOfLife:
-    """Gives one process's and watches those of the next.
+    """Gives signs of life of one process, and watches for those of the next.
 
-    store: a connection of its own to the processes' store, since a store serves one call at a time
+    Args:
+        store: A connection of its own to the processes' store, which serves one call of a connection at a time.
+        rank: Of this process.
+        count: Of the processes.
     """
 
     def __init__(self, store: Any, rank: int, count: int):
@@ -162,7 +176,10 @@ class SignsOfLife:
         self.store.set(f"hf_clip_alive_{self.rank}", f"process id {os.getpid()} on {socket.gethostname()}, {self.own}")
 
     def find_still(self) -> str | None:
-        """The next process's name where it has stood still for too long, while this one did not."""
+        """The name of the next process if it has stood still for too long.
+
+        While this process stood still itself, nothing is known of the next.
+        """
         now, looked = time.monotonic(), self.looked
         self.looked = now
         key = f"hf_clip_alive_{self.next}"
@@ -177,7 +194,12 @@ class SignsOfLife:
         return f"process {self.next} of {self.count} ({self.seen.rpartition(',')[0]})"
 
     def watch(self, end: Callable[[str], None], is_over: threading.Event) -> None:
-        """Until the run is over; `end` is called with the name of a process that stands still."""
+        """Give signs and watch until the run is over.
+
+        Args:
+            end: Called with the name of a process that stands still.
+            is_over: Set when the run is over.
+        """
         try:
             while (still := self.find_still()) is None:
                 self.give()
@@ -200,7 +222,7 @@ def _end_because_of(still: str) -> None:
 
 @contextmanager
 def others_watched() -> Iterator[None]:
-    """Within this block threads look after the launcher and after the next process of the run."""
+    """Within this block threads watch the launcher and the next process of the run."""
     is_over = threading.Event()
     threads = []
     if (launcher := find_launcher()) is not None:
@@ -219,7 +241,7 @@ def others_watched() -> Iterator[None]:
 
 
 def _connect() -> Any:
-    """A connection to the store of a run of several processes; None where they found each other through another."""
+    """A connection to the store of a run of several processes. None if they found each other in another way."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1 or not address or not port:
         return None
@@ -230,7 +252,10 @@ def _connect() -> Any:
 
 
 def wait_for_launchers_end(seconds: float = 1.5) -> None:
-    """After Ctrl-C: `accelerate launch` of one process gets it too and ends with a traceback; the last line is ours."""
+    """Wait for the launcher to end after Ctrl-C, so that our line is the last.
+
+    `accelerate launch` of one process gets the signal too, and ends with a traceback.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ or (launcher := find_launcher()) is None:
         return
     until = time.monotonic() + seconds

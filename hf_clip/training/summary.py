@@ -48,7 +48,15 @@ def figures_in_words(figures: dict[str, float]) -> str:
 def gain_in_words(
     metric: str, start: dict[str, float], saved: tuple[int, float], last: tuple[int, float] | None, is_best_kept: bool
 ) -> str:
-    """What training gained. saved, last: step and figure of what is saved, and of the last step where it is another"""
+    """The line that says what training has gained.
+
+    Args:
+        metric: The name of the figure.
+        start: Figures of the model that training started from.
+        saved: The step of the saved weights, and their figure.
+        last: The last step and its figure, if it is another.
+        is_best_kept: Whether the best weights are saved.
+    """
     before, (step, after) = start[metric], saved
     ended = f", {last[1]:.3f} at step {last[0]} (the last)" if last is not None else ""
     if step == 0:
@@ -65,7 +73,12 @@ def gain_in_words(
 
 
 def wait_in_words(waited: float, trained: float) -> str:
-    """The line about the data. waited: seconds in which the step had no batch, of `trained` seconds in all"""
+    """The line that says how long training waited for data.
+
+    Args:
+        waited: Seconds without a batch.
+        trained: Seconds of training in all.
+    """
     share = waited / trained if trained > 0 else 0.0
     advice = "; more --dataloader_num_workers may help" if share > 0.1 else ""
     return f"{trained:.0f} s of training, {waited:.0f} s of which ({share:.0%}) it waited for data{advice}."

@@ -1,7 +1,7 @@
-"""A model made to take other images, longer texts or another loss, before it is trained on.
+"""Changes to a model before it is trained: images of another size, longer texts, another loss.
 
-Invariant: what the change doesn't concern stays bit-equal, and model, configuration and processor change together, so
-the saved folder works by itself. Change a model before it is locked, adapted, given to an optimizer or wrapped.
+Invariant: tensors that a change does not concern stay bit-equal. Model, configuration and processor change together,
+so that the saved folder works by itself. Change a model before it is locked, adapted, wrapped or given to an optimizer.
 
 Dimensions: P positions, W tower width.
 """
@@ -33,10 +33,18 @@ def _replace_embedding(module: Any, table: Tensor) -> None:
 
 @torch.no_grad()
 def set_image_size_(model: Any, processor: Any, image_size: int) -> None:
-    """Make an HfClipModel take images of another size (Touvron et al. 2019, FixRes), and its processor make them.
+    """Make a model take images of another size, and its processor make them (Touvron et al. 2019, FixRes).
 
     The position table of a ViT or an attention pool is resampled bicubically. The processor's `size` keeps its ratio to
-    the crop. Raises ValueError for a size that patches or strides don't divide.
+    the crop.
+
+    Args:
+        model: An HfClipModel.
+        processor: The model's.
+        image_size: In pixels.
+
+    Raises:
+        ValueError: The tower's patches or strides do not divide the size.
     """
     vision = model.vision_model
     is_resnet = hasattr(vision, "attnpool")
@@ -65,10 +73,18 @@ def set_image_size_(model: Any, processor: Any, image_size: int) -> None:
 
 
 def stretch_positions(table: Tensor, length: int, kept: int = KEPT_POSITIONS) -> Tensor:
-    """(P, W) → (length, W): the first rows stay as they are, the others are spread out evenly and interpolated.
+    """Stretch a position table: the first rows stay, the others are spread out evenly and interpolated.
 
-    New row t ≥ kept stands at kept + (t − kept) / ratio of the old table, ratio = (length − kept) / (P − kept), which
-    is 4 from 77 to 248. Behind the last old row the line through the last two goes on.
+    New row t ≥ kept stands at kept + (t − kept) / ratio of the old table, where ratio = (length − kept) / (P − kept).
+    From 77 to 248 rows that is 4. Behind the last old row the line through the last two goes on.
+
+    Args:
+        table: (P, W)
+        length: Rows of the new table.
+        kept: The first rows, which stay as they are.
+
+    Returns:
+        (length, W)
     """
     old = table.shape[0]
     places = kept + torch.arange(length - kept, dtype=torch.float64) * (old - kept) / (length - kept)
@@ -81,10 +97,17 @@ def stretch_positions(table: Tensor, length: int, kept: int = KEPT_POSITIONS) ->
 
 @torch.no_grad()
 def set_text_length_(model: Any, processor: Any, length: int) -> None:
-    """Make an HfClipModel take longer texts, and its tokenizer too (Zhang et al. 2024, Long-CLIP, section 3.1).
+    """Make a model and its tokenizer take longer texts (Zhang et al. 2024, Long-CLIP, section 3.1).
 
-    Texts of up to 20 tokens keep their features. Raises ValueError for fewer tokens than the model takes now, and for
-    a table too short to be stretched behind its first 20 rows.
+    Texts of up to 20 tokens keep their features.
+
+    Args:
+        model: An HfClipModel.
+        processor: The model's.
+        length: In tokens.
+
+    Raises:
+        ValueError: The model takes longer texts already, or has too few positions to stretch.
     """
     embeddings = model.text_model.embeddings
     table = embeddings.position_embedding.weight
@@ -106,10 +129,13 @@ def set_text_length_(model: Any, processor: Any, length: int) -> None:
 
 
 def switch_to_sigmoid_(model: Any) -> None:
-    """Make an HfClipModel one of the sigmoid loss: logit scale ln 10 and logit bias −10, as SigLIP begins.
+    """Give a model the sigmoid loss, with logit scale ln 10 and logit bias −10, with which SigLIP begins.
 
-    The configuration says so, and wherever scores are computed the sigmoid is then taken. A model of that loss already
-    is left as it is.
+    The configuration says so. Wherever scores are computed the sigmoid is then taken. A model that has this loss
+    already is left as it is.
+
+    Args:
+        model: An HfClipModel.
     """
     if model.config.contrastive_loss == "sigmoid":
         return

@@ -1,8 +1,9 @@
 """What is trained: the parts of a model, locked towers, and BatchNorm that stays as it is.
 
-A CLIP has four parts: the towers `image` and `text`, their `projections`, and the `temperature` (logit scale, and
-bias where there is one). A tower's parameters stand on levels: 0 for the embeddings or the stem, then one for each
-layer of a transformer or stage of a ResNet, and a last one for the final LayerNorm or the attention pool.
+A CLIP has four parts: the towers `image` and `text`, their `projections`, and the `temperature` (the logit scale, and
+the logit bias where there is one). A tower's parameters stand on levels. Level 0 has the embeddings or the stem. Each
+layer of a transformer, or stage of a ResNet, is a level. The highest level has the final LayerNorm or the attention
+pool.
 
 Invariant: what is locked stays bit-equal, running statistics included. Parameters keep their names, so a model saves
 and loads as if nothing had been locked.
@@ -56,9 +57,18 @@ def level_of(name: str, blocks: int) -> int:
 
 
 def parse_lock(spec: str | None) -> dict[str, int | None]:
-    """Towers to lock, each with the number of its last blocks to leave unlocked, or None for none and no projection.
+    """Read which towers are locked.
 
-    `"image"`, `"text"`: the whole tower; `"image:2"`: all but its last two blocks; `"image,text:4"`: both.
+    Args:
+        spec: `"image"` or `"text"` for a whole tower, `"image:2"` for all but its last two blocks, `"image,text:4"` for
+            both towers. None locks nothing.
+
+    Returns:
+        For each locked tower how many of its last blocks stay unlocked. None stands for a tower that is locked with
+        its projection.
+
+    Raises:
+        ValueError: It cannot be read.
     """
     lock: dict[str, int | None] = {}
     for item in filter(None, (item.strip() for item in (spec or "").split(","))):
@@ -80,12 +90,19 @@ def parse_lock(spec: str | None) -> dict[str, int | None]:
 def lock_(model: Any, spec: str | None) -> None:
     """Lock towers of an HfClipModel: their parameters get no gradients, their BatchNorms no statistics.
 
-    "image":    the image tower and its projection, as in Zhai et al. 2022 (LiT); "text" likewise
-    "image:2":  the image tower but for its last two layers (a ViT's) or stages (a ResNet's) and what follows them: the
-                final LayerNorm or attention pool, and the projection. "image:0" leaves only that
-    "image,text": both towers and no projection, since the temperature alone could not learn anything
+    `"image"` locks the image tower and its projection, as in Zhai et al. 2022 (LiT), and `"text"` the text tower
+    likewise. `"image:2"` leaves the last two layers of a ViT, or stages of a ResNet, unlocked, with what follows them:
+    the final LayerNorm or attention pool, and the projection. `"image:0"` leaves only what follows them. `"image,text"`
+    locks both towers and no projection, since the temperature alone could not learn anything.
 
-    Calling it again locks more and unlocks nothing. Raises ValueError for a spec that doesn't fit the model.
+    Calling it again locks more and unlocks nothing.
+
+    Args:
+        model: An HfClipModel.
+        spec: See above and `parse_lock`.
+
+    Raises:
+        ValueError: It cannot be read, or leaves more blocks than the tower has.
     """
     lock = parse_lock(spec)
     for tower, unlocked in lock.items():
@@ -131,10 +148,13 @@ def _freeze(norm: BatchNorm) -> None:
 
 
 def freeze_batch_norm_(model: nn.Module) -> int:
-    """Freeze statistics, gains and biases of every BatchNorm, for good; returns how many there are (a ViT has none).
+    """Freeze the statistics, gains and biases of every BatchNorm for good.
 
-    For fine-tuning: the statistics of few or narrow batches would replace those of 400 million images, and a
+    This is for fine-tuning. The statistics of few or narrow batches would replace those of 400 million images. A
     gradient cache needs the same output for an image whichever batch it is in.
+
+    Returns:
+        How many BatchNorms there are. A ViT has none.
     """
     norms = [norm for _, norm in _batch_norms(model)]
     for norm in norms:
@@ -145,9 +165,12 @@ def freeze_batch_norm_(model: nn.Module) -> int:
 def synchronize_batch_norm_(model: nn.Module, device_type: str) -> None:
     """Let BatchNorms that are not frozen take their statistics over all processes, for training from scratch.
 
-    device_type: where the model will be trained, as `accelerator.device.type`
+    Args:
+        model: An HfClipModel.
+        device_type: Where it will be trained, as `accelerator.device.type`.
 
-    Raises ValueError where there is none to synchronise, or where torch cannot.
+    Raises:
+        ValueError: There is no BatchNorm to synchronise, or torch cannot do it on this device.
     """
     waiting = [name for name, norm in _batch_norms(model) if not isinstance(norm, FrozenBatchNorm2d)]
     if not waiting:

@@ -138,6 +138,7 @@ def test_snippets_of_the_card_run_on_the_folder_as_it_is(
     monkeypatch.chdir(tmp_path)
     card = (out / "README.md").read_text()
     assert "`my-digits` as it is seen from the folder that it lies in" in card
+    assert "`pip install hf-clip`" in card
     blocks = python_blocks(card)
     remote = [block for block in blocks if "trust_remote_code" in block]
     assert len(remote) == 1
@@ -145,3 +146,8 @@ def test_snippets_of_the_card_run_on_the_folder_as_it_is(
     for block in blocks:
         if block not in remote:
             exec(compile(block, "card", "exec"), {})
+    chosen = {"output_format": "transformers", "max_steps": 1, "per_device_train_batch_size": 16}
+    card = (train(digits, tmp_path / "stock", **chosen) / "README.md").read_text()
+    assert "`pip install hf-clip`" in card
+    (block,) = python_blocks(card)
+    exec(compile(block, "card", "exec"), {})

@@ -1,8 +1,8 @@
-"""Training images: a random part of each, scaled to the model's size, seldom mirrored, its colours perhaps shifted.
+"""Training images: a random part of each, scaled to the model's size, perhaps mirrored, its colours perhaps shifted.
 
-Every image is worked on with a generator of random numbers of its own, so what is drawn depends on nothing but the
-row: not on workers, processes, or what came before. Images are tensors from decoding on, so the torch backend of the
-image processor does the scaling.
+Every image has a generator of random numbers of its own. So what is drawn depends on the row alone: not on workers,
+processes, or what came before. Images are tensors once they are decoded, and the torch backend of the image processor
+scales them.
 
 Dimensions: B batch, C channels, Y × X pixels, y = x the side that the model gets.
 """
@@ -28,9 +28,10 @@ GREY = (0.299, 0.587, 0.114)
 class Augmentation:
     """What may happen to a training image.
 
-    crop:   the least part of its area that is kept; 1 keeps what the image processor keeps
-    flip:   probability of mirroring; 0 by default, since there is writing in images
-    jitter: brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter
+    Attributes:
+        crop: The least part of its area that is kept; 1 keeps what the image processor keeps.
+        flip: Probability of mirroring; 0 by default, since there is writing in images.
+        jitter: Brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter.
     """
 
     crop: float = 0.9
@@ -49,7 +50,7 @@ class Augmentation:
 
     @classmethod
     def parse(cls, text: str) -> "Augmentation":
-        """`"crop=0.9,flip=0.5,jitter=0.2"`, where what is left out keeps its default, or `"none"`."""
+        """Read an augmentation: `"crop=0.9,flip=0.5,jitter=0.2"`, or `"none"`. What is left out keeps its default."""
         if text.strip() == "none":
             return cls(crop=1.0)
         names = [field.name for field in fields(cls)]
@@ -68,11 +69,19 @@ class Augmentation:
         return cls(**values)
 
     def part(self, size: tuple[int, int], aspects: tuple[float, float], rng: np.random.Generator) -> tuple[int, ...]:
-        """The part to keep of an image of this width and height: left, top, right, bottom.
+        """Draw the part of an image that is kept.
 
-        Area and aspect (on a logarithmic scale) are drawn evenly, as in "Going deeper with convolutions". Where none of
-        ten draws fits, because the image is too long, the part is all of its shorter side and as much of the longer
-        as the aspects allow, at a random place.
+        Area and aspect (on a logarithmic scale) are drawn evenly, as in "Going deeper with convolutions". If none of
+        ten draws fits, because the image is too long, the part is all of its shorter side and as much of the longer as
+        the aspects allow, at a random place.
+
+        Args:
+            size: Width and height of the image.
+            aspects: The least and the greatest ratio of width to height.
+            rng: Random numbers.
+
+        Returns:
+            left, top, right, bottom
         """
         width, height = size
         for _ in range(ATTEMPTS):
@@ -99,9 +108,9 @@ class Augmentation:
 
 
 class AugmentedPixels:
-    """An image → pixel values (3, y, x), by an image processor's own settings but for what is augmented.
+    """Turns an image into pixel values (3, y, x), by an image processor's settings and an augmentation.
 
-    What is done to each image by itself and what can be done to a batch at once are two methods.
+    `scaled` does what is done to each image by itself, `normalised` what can be done to a batch at once.
     """
 
     def __init__(self, image_processor: Any, augmentation: Augmentation):

@@ -1,10 +1,10 @@
-"""Rows that cannot be used, and what becomes of a run that meets too many; captions that were cut are counted too.
+"""Rows that cannot be used, and the end of a run that meets too many. Captions that were cut are counted too.
 
-A loader that ended one process would leave the others waiting, and lose what was trained. So in a run nothing is
-raised where a row is met: after every step the processes add up what they have met; where that is too much, all save a
-checkpoint, and all stop.
+If a loader raised an error in one process, the others would wait for it, and what was trained would be lost. So nothing
+is raised where a row is met. After every step the processes add up what they have met. If that is too much, all of them
+save a checkpoint and stop.
 
-Invariant: any number of processes that see the same rows refuse the same.
+Invariant: the same rows are refused by any number of processes.
 """
 
 import logging

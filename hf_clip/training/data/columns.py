@@ -1,7 +1,7 @@
 """Which column holds the images and which the captions, and what a row's captions are.
 
-A column is found by what it holds and by its name. Where that leaves a choice, the choice is the user's: the error
-names the candidates.
+A column is found by what it holds and by its name. If several are possible, the user has to choose: the error names
+them.
 """
 
 import re

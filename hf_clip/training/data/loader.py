@@ -1,12 +1,11 @@
-"""Batches for contrastive training: in order, shared out among processes, to be taken up anywhere.
+"""Batches for contrastive training, shared out among processes. A run can go on from any of them.
 
-A global batch is the next `batch_size` × `num_processes` rows of the order; process p of them prepares rows
-p·batch_size to (p + 1)·batch_size. So what the processes have together is what one process with the whole batch has,
-and no wrapper around the loader may share it out again: it does not go through `Accelerator.prepare`.
+A global batch is the next `batch_size` × `num_processes` rows of the order. Process p prepares rows p·batch_size to
+(p + 1)·batch_size of it. Together the processes have what one process with the whole batch would have. So the loader
+does not go through `Accelerator.prepare`, which would share it out again.
 
-The order is made in the main process and rows are prepared in worker processes, so it doesn't depend on how many there
-are. A stream is read by the main process of every process of the run, which costs each of them the whole stream's
-bytes; only its own share is decoded.
+The main process makes the order and worker processes prepare the rows, so the batches don't depend on how many workers
+there are. Every process of a run reads a whole stream and decodes its own share of it.
 
 Invariant: a batch is a function of (seed, epoch, its number), and starting at batch n prepares nothing before it.
 """
@@ -75,10 +74,16 @@ class PairLoader:
         return whole + (rest > 0 and not self.plans.is_training)
 
     def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[dict[str, Tensor]]:
-        """The batches of one epoch from number `first_batch` on.
+        """The batches of one epoch.
 
-        Raises ValueError when a row and all that would step in for it cannot be used, or a stream has not enough for
-        one batch.
+        Args:
+            epoch: Its number.
+            first_batch: The number of the batch to begin with.
+
+        Raises:
+            ValueError: Neither a row nor any of those that would step in for it can be used, or a stream has not enough
+            rows
+                for one batch.
         """
         self.plans.epoch, self.plans.first_batch = epoch, first_batch
         is_empty = first_batch == 0
@@ -99,7 +104,14 @@ class PairLoader:
             self.bad_rows.complete()
 
     def batches(self, position: Position = Position()) -> Iterator[tuple[Position, dict[str, Tensor]]]:  # noqa: B008
-        """Batches without end, from a position on; each comes with the position behind it, to go on from later."""
+        """Batches without end.
+
+        Args:
+            position: Where to begin.
+
+        Yields:
+            Each batch with the position behind it, from which a run can go on later.
+        """
         epoch, first_batch = position
         while True:
             for number, batch in enumerate(self.epoch(epoch, first_batch), start=first_batch + 1):
@@ -120,17 +132,22 @@ def build_loader(
     bad_rows: BadRows | None = None,
     pin_memory: bool = False,
 ) -> PairLoader:
-    """Loader of batches for one process of a run.
+    """Make the loader of one process of a run.
 
-    batch_size:    pairs of one process; every process has as many in every batch
-    training:      shuffled full batches; else all rows in their order. Every process has as many batches, but the last
-                   may have fewer rows, in some processes none, which the model is to be spared (no row: shape (0, ...))
-    seed:          of the order
-    num_workers:   processes that open and prepare images
-    num_processes: of the run, and `process_index` the one that this is
-    bad_rows:      counts this process's rows
+    Args:
+        pairs: Where rows come from. collator: Prepares them. batch_size: Pairs of one process. Every process has as
+        many in every batch. training: True gives full batches in random order. False gives all rows in their order:
+        every process has as many
+            batches, but in the last one some may have fewer rows or none, with tensors of shape (0, …).
+        seed: Of the order.
+        num_workers: Processes that open and prepare images.
+        num_processes: Of the run.
+        process_index: Which of them this is.
+        bad_rows: Counts the rows of this process.
+        pin_memory: Whether batches go into pinned memory.
 
-    Raises ValueError for a batch without negatives, and for one larger than the data.
+    Raises:
+        ValueError: A batch has no negatives, or is larger than the data.
     """
     global_size = batch_size * num_processes
     if batch_size < 1 or (training and global_size < 2):

@@ -1,13 +1,13 @@
 """Sources brought together: the order in which their rows are drawn, and what a drawn row is.
 
-Tables: an epoch draws as often as there are items. An item is a row, or with captions="all" a row with one of its
-captions. Without weights every item comes once; with weights each source has its share of the draws, and goes through
-its items as often, or as far, as that takes, continuing where the epoch before it ended. The order is a function of
-(seed, epoch), and any place of it can be reached without reading what stands before.
+Tables. An item is a row, or with captions="all" a row with one of its captions. An epoch draws as often as there are
+items. Without weights every item comes once. With weights each source has its share of the draws. It goes through its
+items as often as that takes, and begins where it ended in the epoch before. The order is a function of (seed, epoch),
+and any place of it can be reached without reading what stands before.
 
-Streams: sources are interleaved by `datasets`, shuffled within a buffer. The order is a function of (seed, epoch) too,
-but its n-th row is reached only by reading those before, undecoded. An epoch ends when every source was read to its
-end; one with weights reads the sources that end earlier again.
+Streams. `datasets` interleaves the sources and shuffles rows within a buffer. The order is a function of (seed, epoch)
+too, but to reach its n-th row those before are read, undecoded. An epoch ends when every source was read to its end.
+With weights, sources that end earlier are read again.
 
 Invariant: what a `Draw` becomes depends on the draw alone: its source, row, caption and round.
 """
@@ -50,7 +50,15 @@ ANY = -1
 
 
 class Draw(NamedTuple):
-    """A row to be read.   round: how often its source was gone through before   stored: the row itself, of a stream"""
+    """A row to be read.
+
+    Attributes:
+        source: The number of its source.
+        row: Its number in the source.
+        caption: Which of its captions, or `ANY`.
+        round: How often its source was gone through before.
+        stored: The row itself, of a stream.
+    """
 
     source: int
     row: int
@@ -261,17 +269,23 @@ def load_pairs(
 ) -> Pairs | PairStream:
     """Open sources of pairs, find their columns, and mix them.
 
-    sources:        one or several `path` or `path=weight`, see `Source`
-    split:          the split to take of each; None is the one to evaluate on, see `open_source`
-    image_column:   images, their bytes, paths (relative ones begin at the source's folder) or URLs
-    caption_column: texts, lists of texts, or a template over the row's columns such as "a photo of a {label}."
-    label_column:   a column of whole numbers to carry along as `labels`
-    captions:       of a row with several, "one" is drawn in each epoch, or "all" make a row each
-    streaming:      read the sources as they come, instead of preparing tables on disk first
-    buffer:         rows of a stream among which the next is drawn
-    image_folders:  folders outside of the source's own whose images its rows may name; see `training.images`
+    Args:
+        sources: One or several `path` or `path=weight`, see `Source`.
+        split: The split to take of each. None takes the one to evaluate on, see `open_source`.
+        image_column: Images, their bytes, paths (relative ones begin at the source's folder) or URLs.
+        caption_column: Texts, lists of texts, or a template over the row's columns such as "a photo of a {label}."
+        label_column: A column of whole numbers to carry along as `labels`.
+        captions: Of a row with several, "one" is drawn in each epoch, or "all" make a row each.
+        streaming: Read the sources as they come, instead of preparing tables on disk first.
+        buffer: Rows of a stream among which the next is drawn.
+        image_folders: Folders outside of the source's own whose images its rows may name; see `images`.
 
-    Raises FileNotFoundError for what isn't there, and ValueError for a split or column that is missing or ambiguous.
+    Returns:
+        `PairStream` when streaming, else `Pairs`.
+
+    Raises:
+        FileNotFoundError: There is no such source.
+        ValueError: A split or column is missing, or there is a choice of columns.
     """
     if captions not in ("one", "all"):
         raise ValueError(
@@ -304,7 +318,7 @@ def load_pairs(
 
 
 def read_validation(text: str) -> str | int | float:
-    """`"validation"` is a split's name, `"500"` a number of rows to hold out, `"0.05"` a part of them."""
+    """What `--validation` means: `"500"` is a number of rows to hold out, `"0.05"` a part of them, all else a name."""
     for kind in (int, float):
         try:
             number = kind(text)
@@ -318,11 +332,19 @@ def read_validation(text: str) -> str | int | float:
 def hold_out(pairs: Pairs | PairStream, amount: int | float, seed: int = 0) -> tuple[Any, Any]:
     """Split pairs into those to train on and those held out.
 
-    amount: rows, or if below 1 a part of all rows. Of tables they are drawn by `seed`, whole rows with all of their
-        captions; of a stream they are its first ones (of every source as many) and must be counted. The order of a
-        stream's files then stays as it is, and only its buffer is shuffled.
+    Of tables, whole rows with all of their captions are drawn by `seed`. Of a stream, the first rows are held out, of
+    every source as many. The order of a stream's files then stays as it is, and only its buffer is shuffled.
 
-    Raises ValueError where nothing would be held out, or nothing be left.
+    Args:
+        pairs: What is split.
+        amount: Rows, or if below 1 a part of all rows. Of a stream it is a number of rows.
+        seed: Of the choice.
+
+    Returns:
+        Pairs to train on and pairs held out.
+
+    Raises:
+        ValueError: Nothing would be held out, or nothing be left.
     """
     wanted = f"--validation {amount}"
     if isinstance(pairs, PairStream):

@@ -54,8 +54,9 @@ ONLY_SPLIT = "train"
 class Source:
     """Where pairs come from.
 
-    path:   a repository (`name`, or `name:configuration`), a folder, a file, or a pattern of files
-    weight: its share of the pairs in proportion to the other sources' weights, or None
+    Attributes:
+        path: A repository (`name`, or `name:configuration`), a folder, a file, or a pattern of files.
+        weight: Its share of the pairs in proportion to the other sources' weights, or None.
     """
 
     path: str
@@ -173,7 +174,7 @@ def folder_of(path: str) -> Path | None:
 
 
 def _check_files(names: list[str], builder: str) -> None:
-    """Every name of a list must be there: what is left out of a range would be missed by nobody."""
+    """Refuse a list of files of which one is missing: of a range, nobody would miss it."""
     for name in names:
         if _builder_of(name) != builder:
             raise ValueError(f"{name} and {names[0]} are files of different kinds; name them apart")
@@ -305,7 +306,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def describe_columns(table: Any) -> dict[str, Any]:
-    """Column → what it holds (a feature of `datasets`); for a stream that declares none, from its first rows.
+    """What each column holds, as a feature of `datasets`. If a stream declares none, its first rows tell.
 
     Without any row nothing is known, and the result is empty.
     """
@@ -323,7 +324,10 @@ def describe_columns(table: Any) -> dict[str, Any]:
 
 
 def leave_undecoded(table: Any, columns: Iterable[str]) -> Any:
-    """The same with images as bytes or a path: a stream that decodes by itself ends at its first broken image."""
+    """The same table with images as bytes or a path.
+
+    A stream that decodes by itself would end at its first broken image.
+    """
     datasets = import_datasets()
     for column in columns:
         if describe_feature((table.features or {}).get(column)) == "image":

@@ -1,6 +1,6 @@
-"""A look at some rows before anything is loaded or written: columns that were swapped, captions that say too little.
+"""A look at some rows before a model is loaded: are columns swapped, do captions say enough?
 
-Of a table rows are taken at even distances, since files are often sorted; of a stream its first ones.
+Of a table rows are taken at even distances, since files are often sorted. Of a stream the first rows are taken.
 """
 
 import re
@@ -33,9 +33,10 @@ _ADDRESS = re.compile(r"https?://\S+|\S+\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IG
 class Look:
     """What was seen of the data.
 
-    draws:    how often an epoch draws a row, or of a stream how many rows were read before the look ended
-    is_whole: whether those are all there are
-    captions: of the rows that were looked at
+    Attributes:
+        draws: How often an epoch draws a row. Of a stream: how many rows were read before the look ended.
+        is_whole: Whether those are all there are.
+        captions: Of the rows that were looked at.
     """
 
     draws: int = 0
@@ -44,10 +45,14 @@ class Look:
 
 
 def look_at(pairs: Pairs | PairStream, count: int = LOOKED_AT) -> Look:
-    """Look at about `count` rows, with captions, and open an image of each source.
+    """Look at some rows with captions, and open an image of each source.
+
+    Args:
+        pairs: The data.
+        count: About how many rows.
 
     Raises:
-        ValueError: no row of a source that was looked at can be used, or its captions are paths or URLs of images.
+        ValueError: No row of a source that was looked at can be used, or its captions are paths or URLs of images.
     """
     if isinstance(pairs, Pairs):
         look = Look(len(pairs))
@@ -127,12 +132,12 @@ def _open(row: Row) -> None:
 
 
 def describe_captions(captions: list[str], collator: PairCollator, *, is_masked: bool) -> list[str]:
-    """What is to be said of captions: how many are cut, become equal by it, or repeat. A line each, or none.
+    """Lines that say how many captions are cut, become equal by it, or repeat.
 
     Args:
-        captions: those that were looked at.
-        collator: of the model.
-        is_masked: whether equal ones are kept from being negatives of each other.
+        captions: Those that were looked at.
+        collator: Of the model.
+        is_masked: Whether equal ones are kept from being negatives of each other.
     """
     by_text: dict[str, tuple[int, bool]] = {}
     for caption in dict.fromkeys(captions):
