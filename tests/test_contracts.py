@@ -105,7 +105,7 @@ ORDER = (
     ("training",),
     ("evaluation",),
     ("zero_shot",),
-    ("inference", "hub"),
+    ("inference", "hub", "data"),
     ("checkpoints",),
     ("model",),
     ("extras",),

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, get_scheduler
 
 from ..checkpoints.folders import IMAGE_PROCESSOR_FILES, in_one_line
+from ..data.sources import Source, names_a_source, parse_sources
 from ..model.checked_files import read_object
 from ..model.configuration_hf_clip import HfClipConfig
 from ..model.image_processing_hf_clip import HfClipImageProcessor
@@ -25,7 +26,6 @@ from .data.bad_rows import BadRows
 from .data.collator import PairCollator
 from .data.loader import PairLoader, build_loader
 from .data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
-from .data.sources import Source, names_a_source, parse_sources
 from .data.survey import LOOKED_AT, OPENED, describe_captions, look_at
 from .evaluating import Validation
 from .learner import Learner

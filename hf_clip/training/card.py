@@ -15,11 +15,11 @@ from huggingface_hub import DatasetCard, EvalResult, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..data.sources import names_a_source, parse_sources
 from ..hub.model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_section
 from ..model.configuration_hf_clip import HfClipConfig
 from .averaging import warmup_of
 from .config import WITHOUT_WARMUP, TrainingConfig
-from .data.sources import names_a_source, parse_sources
 from .optim import warmup_steps
 
 FILES = (".csv", ".json", ".jsonl", ".parquet", ".tar", ".txt")

@@ -17,9 +17,9 @@ from datasets import Image as ImageFeature
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from hf_clip import HfClipImageProcessor
+from hf_clip.data.columns import UnusableRowError
+from hf_clip.data.images import open_content
 from hf_clip.model.open_image import RASTER_FORMATS, UnreadableImageError, open_image, open_raster
-from hf_clip.training.data.columns import UnusableRowError
-from hf_clip.training.data.images import open_content
 
 
 def as_jpeg(image: Image.Image, orientation: int | None = None, quality: int = 95) -> bytes:

@@ -14,9 +14,9 @@ from datasets import Dataset
 from PIL import Image
 from transformers import ProcessorMixin
 
+from hf_clip.data.content import tokens_id
 from hf_clip.training.data.augment import Augmentation
 from hf_clip.training.data.collator import PairCollator
-from hf_clip.training.data.content import tokens_id
 from hf_clip.training.data.loader import PairLoader, build_loader
 from hf_clip.training.data.pairs import Pairs, PairStream
 

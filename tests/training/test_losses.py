@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 from transformers import AutoModel
 
 from hf_clip import HfClipConfig
+from hf_clip.data.content import content_id
 from hf_clip.model.modeling_hf_clip import contrastive_loss, sigmoid_loss
-from hf_clip.training.data.content import content_id
 from hf_clip.training.losses import (
     INITIAL_SIGMOID_LOGIT_BIAS,
     INITIAL_SIGMOID_LOGIT_SCALE,

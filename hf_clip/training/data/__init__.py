@@ -1,1 +1,1 @@
-"""The data of contrastive training: sources, columns, pairs, batches, and rows that cannot be used."""
+"""The data of contrastive training: pairs, batches, and rows that cannot be used."""

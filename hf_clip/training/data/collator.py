@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from ...data.columns import UnusableRowError
+from ...data.content import content_id, tokens_id
+from ...data.images import TIMEOUT, image_content, open_content
 from ...model.open_image import UNREADABLE
 from .augment import Augmentation, AugmentedPixels
-from .columns import UnusableRowError
-from .content import content_id, tokens_id
-from .images import TIMEOUT, image_content, open_content
 from .pairs import Draw, Pairs, PairStream, Row
 
 PAD_TO = 8

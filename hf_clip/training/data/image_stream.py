@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ...data.columns import column_of, field_of, find_image_column
+from ...data.images import ImagePlaces, find_image_places, image_content, open_content
+from ...data.sources import describe_columns, folder_of, leave_undecoded, open_source
 from ...model.fetch import is_web_address
 from ...model.open_image import open_image
 from ...zero_shot.files import find_images, is_image_name
-from .columns import column_of, field_of, find_image_column
-from .images import ImagePlaces, find_image_places, image_content, open_content
-from .sources import describe_columns, folder_of, leave_undecoded, open_source
 
 SAVED = ("dataset_dict.json", "state.json")
 """What a folder holds that `save_to_disk` of `datasets` wrote."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .columns import (
+from ...data.columns import (
     CaptionReader,
     UnusableRowError,
     check_label_column,
@@ -31,8 +31,8 @@ from .columns import (
     find_image_column,
     with_fields,
 )
-from .images import NOWHERE, ImagePlaces, find_image_places
-from .sources import (
+from ...data.images import NOWHERE, ImagePlaces, find_image_places
+from ...data.sources import (
     Source,
     describe_columns,
     folder_of,

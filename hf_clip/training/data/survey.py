@@ -11,10 +11,10 @@ from itertools import islice
 
 import numpy as np
 
+from ...data.columns import UnusableRowError
+from ...data.content import tokens_id
+from ...data.images import image_content, open_content
 from .collator import PairCollator
-from .columns import UnusableRowError
-from .content import tokens_id
-from .images import image_content, open_content
 from .pairs import Pairs, PairStream, PairTable, Row
 
 LOOKED_AT = 1000

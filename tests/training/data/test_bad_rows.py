@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import ProcessorMixin
 
+from hf_clip.data.columns import UnusableRowError
+from hf_clip.data.images import ImagePlaces, find_image_places, image_content
 from hf_clip.training.data.bad_rows import BadRows, find_refusal, part_cut
-from hf_clip.training.data.columns import UnusableRowError
-from hf_clip.training.data.images import ImagePlaces, find_image_places, image_content
 from hf_clip.training.data.pairs import load_pairs
 
 from ..sources import COUNT, captions, loader_of, png, text_ids, write_table
@@ -217,7 +217,7 @@ def test_rows_from_elsewhere_name_no_file_of_this_machine(private: Path):
 
 
 def test_rows_of_a_repository_find_what_was_downloaded_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("hf_clip.training.data.images.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("hf_clip.data.images.HF_HUB_CACHE", str(tmp_path))
     blob, snapshot = (tmp_path / "datasets--user--pairs" / name for name in ("blobs", "snapshots/1a2b"))
     for folder in (blob, snapshot):
         folder.mkdir(parents=True)
@@ -272,7 +272,7 @@ def test_what_is_no_plain_file_is_not_opened(tmp_path: Path):
 
 
 def test_archive_member_is_limited_as_an_address_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("hf_clip.training.data.images.MAX_BYTES", 2**20)
+    monkeypatch.setattr("hf_clip.data.images.MAX_BYTES", 2**20)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(2**20 + 1))
     with pytest.raises(UnusableRowError, match=r"its image 'zip://a.png::a.zip' cannot be read \(it is larger than 1 "):

@@ -12,9 +12,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from hf_clip.data.content import content_id
 from hf_clip.training.data.bad_rows import BadRows
 from hf_clip.training.data.collator import PairCollator
-from hf_clip.training.data.content import content_id
 from hf_clip.training.data.loader import Position
 from hf_clip.training.data.pairs import load_pairs
 

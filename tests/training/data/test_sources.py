@@ -17,10 +17,10 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 
-from hf_clip.training.data.columns import UnusableRowError, describe_feature, find_image_column
-from hf_clip.training.data.images import find_image_places, image_content, open_content
+from hf_clip.data.columns import UnusableRowError, describe_feature, find_image_column
+from hf_clip.data.images import find_image_places, image_content, open_content
+from hf_clip.data.sources import Source, expand_braces, parse_sources
 from hf_clip.training.data.pairs import Pairs, PairStream, Row, load_pairs
-from hf_clip.training.data.sources import Source, expand_braces, parse_sources
 
 from ..sources import SMALL, WRITERS, captions, jpeg, png, write_pictures, write_table, write_tar
 

@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
-from ...model.fetch import MAX_BYTES, fetch, is_web_address
-from ...model.open_image import UnreadableImageError, open_image
+from ..model.fetch import MAX_BYTES, fetch, is_web_address
+from ..model.open_image import UnreadableImageError, open_image
 from .columns import UnusableRowError
 from .sources import import_datasets, is_pattern
 

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...extras import require
+from ..extras import require
 from .columns import describe_feature
 
 BUILDERS = {
