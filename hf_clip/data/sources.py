@@ -8,7 +8,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -227,24 +227,52 @@ def _load(path: str, names: list[str], streaming: bool) -> Any:
 EVALUATION_SPLITS = ("validation", "test")
 
 
-def _find_evaluation_split(path: str, splits: list[str]) -> str:
+def _find_evaluation_split(path: str, splits: list[str], preferred: Sequence[str] = EVALUATION_SPLITS) -> str:
     """The split that a source is evaluated on where none is named: its only one, or the one that is for this."""
-    found = splits if len(splits) == 1 else [name for name in EVALUATION_SPLITS if name in splits]
+    found = splits if len(splits) == 1 else [name for name in preferred if name in splits]
     if not found:
         raise ValueError(
-            f"{path} has the splits {', '.join(splits)}, of which none is called {' or '.join(EVALUATION_SPLITS)}: "
+            f"{path} has the splits {', '.join(splits)}, of which none is called {' or '.join(preferred)}: "
             f"name the files to evaluate on."
         )
     return found[0]
 
 
-def open_source(path: str, split: str | None = "train", streaming: bool = False) -> Any:
+def choose_split(
+    path: str, splits: Sequence[str], split: str | None, preferred: Sequence[str] = EVALUATION_SPLITS, advice: str = ""
+) -> str:
+    """Find a split among those that a source has.
+
+    Args:
+        path: Name of the source, for an error.
+        splits: Names of its splits.
+        split: The one that is wanted; None takes the one to evaluate on.
+        preferred: Names of the splits to evaluate on, the best first.
+        advice: What an error adds.
+
+    Raises:
+        ValueError: There is no such split, or none to evaluate on.
+    """
+    names = list(map(str, splits))
+    if split is None:
+        return _find_evaluation_split(path, names, preferred)
+    if split not in names:
+        near = get_close_matches(split, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(names)}.{hint}{advice}")
+    return split
+
+
+def open_source(
+    path: str, split: str | None = "train", streaming: bool = False, preferred: Sequence[str] = EVALUATION_SPLITS
+) -> Any:
     """Open a split of a source.
 
     Args:
         path: see `Source`.
-        split: the split's name; None takes the one to evaluate on: the only one, or `validation`, or `test`.
+        split: the split's name; None takes the one to evaluate on: the only one, or the first of `preferred`.
         streaming: read the source as it comes, instead of preparing tables on disk first.
+        preferred: names of the splits to evaluate on, the best first.
 
     Returns:
         A `datasets.Dataset`, or a `datasets.IterableDataset` when streaming.
@@ -253,22 +281,26 @@ def open_source(path: str, split: str | None = "train", streaming: bool = False)
         FileNotFoundError: there is nothing of that name.
         ValueError: it cannot be read, or has no such split.
     """
+    return open_splits(path, split, streaming, preferred)[1]
+
+
+def open_splits(
+    path: str, split: str | None = "train", streaming: bool = False, preferred: Sequence[str] = EVALUATION_SPLITS
+) -> tuple[str, Any]:
+    """Open a split of a source, as `open_source` does. Returns the split's name as well."""
     names = [os.path.expanduser(name) for name in expand_braces(path)]
     with readable(path):
         loaded = _load(path, names, streaming)
     # What has no splits is named as `datasets` names the only split of a file.
     splits = loaded if isinstance(loaded, dict) else {ONLY_SPLIT: loaded}
-    if split is None:
-        split = _find_evaluation_split(path, list(map(str, splits)))
-    if split not in splits:
-        near = get_close_matches(split, map(str, splits), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+    advice = ""
+    if preferred == EVALUATION_SPLITS:  # the trainer's, which can do without
         if len(splits) == 1:
-            hint += " To evaluate on rows of it, hold out a number (--validation 500) or a part (--validation 0.05)."
-        if os.path.exists(split):
-            hint += f" To evaluate on the file or folder of that name, write ./{split}."
-        raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(map(str, splits))}.{hint}")
-    return splits[split]
+            advice += " To evaluate on rows of it, hold out a number (--validation 500) or a part (--validation 0.05)."
+        if split is not None and os.path.exists(split):
+            advice += f" To evaluate on the file or folder of that name, write ./{split}."
+    chosen = choose_split(path, list(map(str, splits)), split, preferred, advice)
+    return chosen, splits[chosen]
 
 
 @contextmanager

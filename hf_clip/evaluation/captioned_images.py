@@ -1,0 +1,296 @@
+"""Data sets of images with captions, for retrieval; and of right and wrong captions, for compositionality.
+
+An image may have several captions: a column of lists, the lines of a `.txt` entry, or several rows with one image. Rows
+with equal bytes, or with one path, are one image.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from ..data.benchmark_shards import BenchmarkShards, find_benchmark_shards, image_of
+from ..data.columns import CaptionReader, describe_feature, field_of, find_caption_column, find_image_column
+from ..data.images import NOWHERE, ImagePlaces, find_image_places
+from ..data.sources import describe_columns, folder_of, leave_undecoded, readable
+from .labelled_images import fingerprint_of, open_source_of
+
+RIGHT_NAMES = ("caption", "true_caption", "positive_caption", "correct_caption", "caption_0")
+WRONG_NAMES = ("negative_caption", "false_caption", "wrong_caption", "incorrect_caption", "caption_1")
+"""Names of the columns of right and wrong captions, as SugarCrepe, ARO and Winoground have them."""
+
+TWO_IMAGES = ("image_0", "image_1")
+TWO_CAPTIONS = ("caption_0", "caption_1")
+"""Winoground's columns: caption 0 belongs to image 0, caption 1 to image 1."""
+
+
+class CaptionedRow(NamedTuple):
+    """A row.   name: for messages   image: undecoded   captions: one or several"""
+
+    name: str
+    image: Any
+    captions: list[str]
+
+
+class ChoiceRow(NamedTuple):
+    """A row of a test of compositionality.
+
+    With one image the first caption is right, and all others are wrong. With two images caption i belongs to image i.
+    """
+
+    name: str
+    images: list[Any]
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class CaptionedImages:
+    """A data set of images with captions.
+
+    Attributes:
+        name: As the user named it.
+        split: The split's name.
+        rows: A function that reads the rows from the first on.
+        count: Number of rows. None if it isn't known.
+        places: Where paths in the rows may lead.
+        fingerprint: A text that changes with the data. None if it isn't known.
+    """
+
+    name: str
+    split: str
+    rows: Callable[[], Iterator[CaptionedRow]]
+    count: int | None = None
+    places: ImagePlaces = NOWHERE
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A test of compositionality. The attributes are those of `CaptionedImages`, and `layout` names the columns."""
+
+    name: str
+    split: str
+    layout: str
+    rows: Callable[[], Iterator[ChoiceRow]]
+    count: int | None = None
+    places: ImagePlaces = NOWHERE
+
+
+def _describe(name: str, split: str, table: Any) -> tuple[Any, dict[str, Any], int | None]:
+    """Return a table with images undecoded, its columns, and the number of its rows if that is known."""
+    with readable(name):
+        features = describe_columns(table)
+        table = leave_undecoded(table, features if table.features else ())
+    count = len(table) if hasattr(table, "__len__") else None
+    if not features or count == 0:
+        raise ValueError(f"{name} has no rows{f' in its split {split!r}' if split else ''}.")
+    return table, features, count
+
+
+def _read(name: str, table: Any) -> Iterator[Mapping[str, Any]]:
+    with readable(name):
+        iterator = iter(table)
+    while True:
+        with readable(name):
+            row = next(iterator, None)
+        if row is None:
+            return
+        yield row
+
+
+def _open_shards(source: str, shards: BenchmarkShards, split: str | None) -> CaptionedImages:
+    if shards.kind != "retrieval":
+        raise ValueError(
+            f"{source} has labels and no captions (dataset_type.txt: {shards.kind}); evaluate zero-shot on it."
+        )
+    chosen = shards.find_split(split)
+
+    def rows() -> Iterator[CaptionedRow]:
+        for name, entries in shards.rows(chosen):
+            lines = entries.get("txt", b"").decode("utf-8", errors="replace").splitlines()
+            captions = [line.strip() for line in lines if line.strip()]
+            if not captions:
+                raise ValueError(f"{name} has no captions: its entries end in {', '.join(entries)}; txt is needed.")
+            yield CaptionedRow(name, image_of(name, entries), captions)
+
+    return CaptionedImages(source, chosen, rows, fingerprint=fingerprint_of(source, chosen))
+
+
+def captioned_table(
+    table: Any,
+    *,
+    name: str = "the data set",
+    split: str = "",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    places: ImagePlaces = NOWHERE,
+) -> CaptionedImages:
+    """Find images and captions in a table or stream of `datasets`.
+
+    Args:
+        table: A `datasets.Dataset` or `IterableDataset`.
+        name: Its name, for messages and results.
+        split: Name of its split, for results.
+        image_column: The column of images. None: the only one that can be it.
+        caption_column: The column of captions, or a template over the columns. None: the only one that can be it.
+        places: Where paths in the rows may lead.
+
+    Raises:
+        ValueError: It has no rows, or a column is missing or ambiguous.
+    """
+    table, features, count = _describe(name, split, table)
+    images = find_image_column(name, features, image_column)
+    texts = find_caption_column(name, features, caption_column, images)
+    reader = CaptionReader(name, texts, features)
+
+    def rows() -> Iterator[CaptionedRow]:
+        for place, row in enumerate(_read(name, table)):
+            title = f"row {place} of {name}"
+            try:
+                captions = [caption for caption in reader(row) if caption]
+            except ValueError as error:
+                raise ValueError(f"{title} cannot be used: {error}; leave it out.") from error
+            yield CaptionedRow(title, field_of(row, images), captions)
+
+    return CaptionedImages(name, split, rows, count, places)
+
+
+def open_captioned(
+    source: Any,
+    split: str | None = None,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    image_folders: Sequence[str] = (),
+) -> CaptionedImages:
+    """Open a data set of images with captions.
+
+    Args:
+        source: What the trainer opens; a data set in the layout of `clip-benchmark/wds_*`; or from Python a
+            `datasets.Dataset` or `IterableDataset`. A `CaptionedImages` is returned as it is.
+        split: Name of the split. None: the only one, or `test`, or `validation`.
+        image_column: The column of images. None: the only one that can be it.
+        caption_column: The column of captions, or a template over the columns. None: the only one that can be it.
+        image_folders: Folders besides the source's own that paths in its rows may lead to.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ValueError: A split or a column is missing, or the split is empty.
+    """
+    if isinstance(source, CaptionedImages):
+        return source
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    if hasattr(source, "features") and hasattr(source, "select_columns"):
+        return captioned_table(source, split=split or "", **columns)
+    source = str(source)
+    if (shards := find_benchmark_shards(source)) is not None:
+        return _open_shards(source, shards, split)
+    chosen, table = open_source_of(source, split)
+    places = find_image_places(source, folder_of(source), image_folders)
+    found = captioned_table(table, name=source, split=chosen, places=places, **columns)
+    return replace(found, fingerprint=fingerprint_of(source, chosen))
+
+
+def _find_text(name: str, features: Mapping[str, Any], given: str | None, usual: Sequence[str], what: str) -> str:
+    if given is not None and given not in features:
+        raise ValueError(f"{name} has no column {given!r}; its columns are {', '.join(features)}.")
+    found = [given] if given else [column for column in usual if column in features]
+    if not found:
+        raise ValueError(
+            f"{name}: no column looks like the {what} captions ({', '.join(usual)}); its columns are "
+            f"{', '.join(features)}. Name one with --{what}-column."
+        )
+    if describe_feature(features[found[0]]) not in ("text", "texts") and features[found[0]] is not None:
+        raise ValueError(f"{name}: the column {found[0]!r} holds {features[found[0]]}, but texts are needed.")
+    return found[0]
+
+
+def _texts(title: str, value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else list(value or ())
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{title} has the caption {value!r:.80}, but a text is needed; leave the row out.")
+    return texts
+
+
+def choices_table(
+    table: Any,
+    *,
+    name: str = "the data set",
+    split: str = "",
+    image_column: str | None = None,
+    right_column: str | None = None,
+    wrong_column: str | None = None,
+    places: ImagePlaces = NOWHERE,
+) -> Choices:
+    """Find images with right and wrong captions in a table or stream of `datasets`.
+
+    Args:
+        table: With `image_0`, `image_1`, `caption_0` and `caption_1`, as Winoground has it; or with an image, a right
+            caption and one or several wrong ones, as ARO and SugarCrepe have it.
+        name: Its name, for messages and results.
+        split: Name of its split, for results.
+        image_column: The column of images. None: the only one that can be it.
+        right_column: The column of right captions. None: the first that is there of `RIGHT_NAMES`.
+        wrong_column: The column of wrong captions. None: the first that is there of `WRONG_NAMES`.
+        places: Where paths in the rows may lead.
+
+    Raises:
+        ValueError: It has no rows, or a column is missing.
+    """
+    table, features, count = _describe(name, split, table)
+    if image_column is None and set(TWO_IMAGES + TWO_CAPTIONS) <= set(features):
+
+        def pairs() -> Iterator[ChoiceRow]:
+            for place, row in enumerate(_read(name, table)):
+                title = f"row {place} of {name}"
+                captions = [text for column in TWO_CAPTIONS for text in _texts(title, row[column])]
+                yield ChoiceRow(title, [row[column] for column in TWO_IMAGES], captions)
+
+        return Choices(name, split, "two images and two captions", pairs, count, places)
+    images = find_image_column(name, features, image_column)
+    right = _find_text(name, features, right_column, RIGHT_NAMES, "right")
+    wrong = _find_text(name, features, wrong_column, WRONG_NAMES, "wrong")
+
+    def rows() -> Iterator[ChoiceRow]:
+        for place, row in enumerate(_read(name, table)):
+            title = f"row {place} of {name}"
+            first = _texts(title, row[right])
+            if len(first) != 1:
+                raise ValueError(f"{title} has {len(first)} right captions, but one is needed; leave it out.")
+            yield ChoiceRow(title, [field_of(row, images)], first + _texts(title, row[wrong]))
+
+    return Choices(name, split, f"an image, {right} and {wrong}", rows, count, places)
+
+
+def open_choices(
+    source: Any,
+    split: str | None = None,
+    *,
+    image_column: str | None = None,
+    right_column: str | None = None,
+    wrong_column: str | None = None,
+    image_folders: Sequence[str] = (),
+) -> Choices:
+    """Open a test of compositionality.
+
+    Args:
+        source: What the trainer opens, or from Python a `datasets.Dataset` or `IterableDataset`. A `Choices` is
+            returned as it is.
+        split: Name of the split. None: the only one, or `test`, or `validation`.
+        image_column: See `choices_table`.
+        right_column: See `choices_table`.
+        wrong_column: See `choices_table`.
+        image_folders: Folders besides the source's own that paths in its rows may lead to.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ValueError: A split or a column is missing, or the split is empty.
+    """
+    if isinstance(source, Choices):
+        return source
+    columns = {"image_column": image_column, "right_column": right_column, "wrong_column": wrong_column}
+    if hasattr(source, "features") and hasattr(source, "select_columns"):
+        return choices_table(source, split=split or "", **columns)
+    source = str(source)
+    chosen, table = open_source_of(source, split)
+    places = find_image_places(source, folder_of(source), image_folders)
+    return choices_table(table, name=source, split=chosen, places=places, **columns)

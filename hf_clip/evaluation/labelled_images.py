@@ -1,0 +1,452 @@
+"""Data sets of images with labels: what a user names becomes rows of an image and the places of its classes.
+
+A data set is one of these:
+
+- a folder with a folder of images for each class; or such folders below `train/`, `val/`, `test/`, which are its splits;
+- a data set in the layout of `clip-benchmark/wds_*`, see `hf_clip.data.benchmark_shards`;
+- whatever the trainer opens: a repository on the Hub, a folder, CSV, JSON, parquet, webdataset tars;
+- from Python, a `datasets.Dataset` or `IterableDataset`.
+
+Everything but a folder that `datasets` has written is read as a stream, so nothing is stored twice. Images stay
+undecoded until they are encoded.
+
+Dimensions: I images, K classes.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..data.benchmark_shards import BenchmarkShards, find_benchmark_shards, image_of
+from ..data.columns import describe_feature, find_image_column
+from ..data.images import NOWHERE, ImagePlaces, find_image_places
+from ..data.sources import (
+    BUILDERS,
+    EVALUATION_SPLITS,
+    choose_split,
+    describe_columns,
+    folder_of,
+    leave_undecoded,
+    open_splits,
+    readable,
+)
+from ..zero_shot.prompts import LabelError, read_labels
+
+PREFERRED = EVALUATION_SPLITS[::-1]
+"""Splits to measure on where none is named, the best first: figures of papers are of `test`."""
+
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"} | {
+    "dev": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""Folders that are splits, and the split's name."""
+
+LABEL_NAMES = ("label", "labels", "class", "classes", "target", "cls", "fine_label", "category", "categories")
+"""Names under which a column of numbers or texts is taken for labels."""
+
+WRITTEN_BY_DATASETS = ("dataset_dict.json", "state.json")
+
+
+class LabelledRow(NamedTuple):
+    """A row.   name: for messages   image: undecoded   labels: places of its classes, one or several"""
+
+    name: str
+    image: Any
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A data set of images with labels.
+
+    Attributes:
+        name: As the user named it.
+        split: The split's name.
+        class_names: The K classes. Each is a list of names, whose first is the class's own.
+        rows: A function that reads the rows from the first on.
+        count: Number of rows. None if it isn't known.
+        is_multi_label: Whether an image may have several classes, or none.
+        places: Where paths in the rows may lead.
+        templates: Templates that came with the data. None if none came.
+        fingerprint: A text that changes with the data. None if it isn't known.
+    """
+
+    name: str
+    split: str
+    class_names: list[list[str]]
+    rows: Callable[[], Iterator[LabelledRow]]
+    count: int | None = None
+    is_multi_label: bool = False
+    places: ImagePlaces = NOWHERE
+    templates: list[str] | None = None
+    fingerprint: str | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        """The first name of each class."""
+        return [names[0] for names in self.class_names]
+
+
+def read_class_names(given: Any) -> list[list[str]]:
+    """Read the names of classes.
+
+    Args:
+        given: A list of names, or of lists of names; a mapping from classes to names; a `datasets.ClassLabel`; or the
+            path of a file: JSON, or a text with one class a line.
+
+    Returns:
+        For each class its names, the first of which is its own.
+
+    Raises:
+        LabelError: A class is empty or appears twice.
+        ValueError: The file cannot be read, or there are fewer than two classes.
+    """
+    if isinstance(given, (str, Path)):
+        path = Path(given)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            given = (
+                json.loads(text) if path.suffix == ".json" else [s for line in text.splitlines() if (s := line.strip())]
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The class names {str(path)!r} cannot be read ({error}).") from error
+    names = [list(dict.fromkeys(found)) for found in read_labels(given).values()]
+    if len(names) < 2:
+        raise ValueError(
+            f"There is only one class, {names[0][0]!r}: every image would be right. Name at least two classes."
+        )
+    return names
+
+
+def resolve_names(source: str, own: Sequence[str] | None, given: Any) -> list[list[str]]:
+    """Choose between the names that came with the data and those of the user, and compare their numbers.
+
+    Raises:
+        ValueError: There are none, or their numbers differ.
+    """
+    if given is None and own is None:
+        raise ValueError(
+            f"{source} does not name its classes: pass class names, a file with one class a line "
+            f"(--class-names classnames.txt)."
+        )
+    if given is None:
+        return read_class_names(own)
+    names = read_class_names(given)
+    if own is not None and len(own) != len(names):
+        raise ValueError(
+            f"{source} has {len(own)} classes, {own[0]!r} to {own[-1]!r}, but {len(names)} class names were given, "
+            f"{names[0][0]!r} to {names[-1][0]!r}: one for each is needed, in the order of the labels."
+        )
+    return names
+
+
+def _wrong_label(row: str, label: Any, count: int, place: int) -> LabelError:
+    hint = " A negative number often stands for a label that is kept secret: take another split." if label == -1 else ""
+    return LabelError(
+        f"{row} has the label {label!r}, but there are {count} classes: a number from 0 to {count - 1} is needed, or a "
+        f"class's name.{hint}",
+        place,
+    )
+
+
+def _label_reader(class_names: list[list[str]], is_multi_label: bool) -> Callable[[str, Any, int], tuple[int, ...]]:
+    """Return a function from a row's name, its stored label and its place to the places of its classes."""
+    places = {name: place for place, names in enumerate(class_names) for name in names}
+    count = len(class_names)
+
+    def read_one(row: str, label: Any, place: int) -> int:
+        found = places.get(label, -1) if isinstance(label, str) else label
+        if isinstance(found, bool) or not isinstance(found, (int, np.integer)) or not 0 <= found < count:
+            raise _wrong_label(row, label, count, place)
+        return int(found)
+
+    def read(row: str, label: Any, place: int) -> tuple[int, ...]:
+        if not is_multi_label:
+            return (read_one(row, label, place),)
+        values = [] if label is None else list(label)
+        return tuple(dict.fromkeys(read_one(row, value, place) for value in values))
+
+    return read
+
+
+def _digest(parts: Iterator[str]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        state.update(f"{part}\0".encode())
+    return state.hexdigest()
+
+
+def fingerprint_of_files(folder: Path, split: str) -> str:
+    """Return a text that changes when a file is added to a folder, removed, or written anew."""
+    files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+    states = ((path, path.stat()) for path in files)
+    return _digest(
+        f"{split} {path.relative_to(folder.parent)} {state.st_size} {state.st_mtime_ns}" for path, state in states
+    )
+
+
+def fingerprint_of(source: str, split: str) -> str | None:
+    """Return a text that changes with a source: its files' sizes and times, or its commit on the Hub. None if unknown."""
+    place = Path(source).expanduser()
+    if place.exists():
+        return fingerprint_of_files(place, split)
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(source.partition(":")[0]).sha
+    except Exception:  # no network, a pattern of files, an address
+        return None
+    return _digest(iter([source, str(commit), split]))
+
+
+def _image_endings() -> set[str]:
+    Image.init()
+    return set(Image.EXTENSION)
+
+
+def _folders(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _find_class_folders(place: Path) -> dict[str, Path] | None:
+    """Return the splits of a folder of class folders. None for a folder of another kind."""
+    if not place.is_dir() or any((place / name).is_file() for name in WRITTEN_BY_DATASETS):
+        return None
+    endings, folders = _image_endings(), _folders(place)
+    # A table beside the folders says more of the images than the folders do.
+    if not folders or any(path.suffix.lower() in {*BUILDERS} for path in place.iterdir() if path.is_file()):
+        return None
+    splits = {}
+    for folder in folders:
+        if (split := SPLIT_FOLDERS.get(folder.name.lower())) is not None and _folders(folder):
+            splits[split] = folder
+    if len(splits) == len(folders):
+        return splits
+    has_images = any(path.suffix.lower() in endings for folder in folders for path in folder.iterdir())
+    return {"train": place} if has_images else None
+
+
+def _open_class_folders(source: str, splits: dict[str, Path], split: str | None, names: Any) -> LabelledImages:
+    wanted = None if split is None else SPLIT_FOLDERS.get(split.lower(), split)
+    chosen = choose_split(source, list(splits), wanted, PREFERRED)
+    folder, endings = splits[chosen], _image_endings()
+    classes = _folders(folder)
+    own = [path.name for path in classes]
+    files = [
+        (path, place)
+        for place, name in enumerate(classes)
+        for path in sorted(name.rglob("*"))
+        if path.suffix.lower() in endings and path.is_file()
+    ]
+    if not files:
+        raise ValueError(f"{source} has no images in its split {chosen!r}.")
+
+    def rows() -> Iterator[LabelledRow]:
+        for path, place in files:
+            yield LabelledRow(str(path.relative_to(folder)), str(path), (place,))
+
+    return LabelledImages(
+        name=source,
+        split=chosen,
+        class_names=resolve_names(source, own, names),
+        rows=rows,
+        count=len(files),
+        places=ImagePlaces(folder, (folder.resolve(),)),
+        fingerprint=fingerprint_of_files(folder, chosen),
+    )
+
+
+def _open_shards(source: str, shards: BenchmarkShards, split: str | None, names: Any) -> LabelledImages:
+    if shards.kind == "retrieval":
+        raise ValueError(
+            f"{source} has captions and no labels (dataset_type.txt: retrieval); evaluate retrieval on it."
+        )
+    chosen = shards.find_split(split)
+    class_names = resolve_names(source, shards.class_names, names)
+    is_multi_label = shards.kind == "multilabel"
+    ending = "npy" if is_multi_label else "cls"
+    read_label = _label_reader(class_names, is_multi_label)
+
+    def rows() -> Iterator[LabelledRow]:
+        for place, (name, entries) in enumerate(shards.rows(chosen)):
+            if ending not in entries:
+                raise ValueError(f"{name} has no label: its entries end in {', '.join(entries)}, and none in {ending}.")
+            label: Any
+            if is_multi_label:
+                given = np.load(io.BytesIO(entries[ending]), allow_pickle=False)
+                if given.shape != (len(class_names),):
+                    raise LabelError(
+                        f"{name} has labels of shape {given.shape}, but there are {len(class_names)} classes: a one or "
+                        f"a zero for each is needed.",
+                        place,
+                    )
+                label = given.nonzero()[0].tolist()
+            else:
+                text = entries[ending].decode("utf-8", errors="replace").strip()
+                label = int(text) if text.lstrip("-").isdigit() else text
+            yield LabelledRow(name, image_of(name, entries), read_label(name, label, place))
+
+    return LabelledImages(
+        name=source,
+        split=chosen,
+        class_names=class_names,
+        rows=rows,
+        is_multi_label=is_multi_label,
+        templates=shards.templates,
+        fingerprint=fingerprint_of(source, chosen),
+    )
+
+
+def find_label_column(source: str, features: Mapping[str, Any], named: str | None, image_column: str) -> str:
+    """Find the column of labels: the one that is named, the only column of classes, or the only one with a usual name.
+
+    Raises:
+        ValueError: There is none, or there are several.
+    """
+    columns = ", ".join(features)
+    if named is not None:
+        if named not in features:
+            raise ValueError(
+                f"{source} has no column {named!r}; its columns are {columns}. Name the right one with --label-column."
+            )
+        return named
+    others = {name: feature for name, feature in features.items() if name != image_column}
+    found = [name for name, feature in others.items() if describe_feature(_inner(feature)) == "label"]
+    found = found or [name for name in others if name.lower() in LABEL_NAMES]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{source}: {' and '.join(found)} could all be the labels; name one with --label-column.")
+    raise ValueError(
+        f"{source}: no column looks like the labels; its columns are {columns}. Name one with --label-column."
+    )
+
+
+def _inner(feature: Any) -> Any:
+    """Return the feature of a list's items. Any other feature is returned as it is."""
+    if isinstance(feature, list) and len(feature) == 1:
+        return feature[0]
+    return getattr(feature, "feature", feature)
+
+
+def labelled_table(
+    table: Any,
+    *,
+    name: str = "the data set",
+    split: str = "",
+    class_names: Any = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    places: ImagePlaces = NOWHERE,
+) -> LabelledImages:
+    """Find images, labels and class names in a table or stream of `datasets`.
+
+    Args:
+        table: A `datasets.Dataset` or `IterableDataset`.
+        name: Its name, for messages and results.
+        split: Name of its split, for results.
+        class_names: See `read_class_names`. None: those of its `ClassLabel`, or the distinct texts of a table's labels
+            in alphabetical order.
+        image_column: The column of images. None: the only one that can be it.
+        label_column: The column of labels. None: the only one that can be it.
+        places: Where paths in the rows may lead.
+
+    Returns:
+        The data set.
+
+    Raises:
+        ValueError: It has no rows; a column is missing or ambiguous; or its classes have no names.
+    """
+    with readable(name):
+        features = describe_columns(table)
+        table = leave_undecoded(table, features if table.features else ())
+    count = len(table) if hasattr(table, "__len__") else None
+    if not features or count == 0:
+        raise ValueError(f"{name} has no rows{f' in its split {split!r}' if split else ''}.")
+    images = find_image_column(name, features, image_column)
+    labels = find_label_column(name, features, label_column, images)
+    feature = features[labels]
+    inner = _inner(feature)
+    own = list(inner.names) if describe_feature(inner) == "label" else None
+    is_multi_label = inner is not feature
+    if own is None and class_names is None and count is not None and not is_multi_label:
+        values = set(table.select_columns([labels]).with_format(None)[labels])
+        own = sorted(values) if values and all(isinstance(value, str) for value in values) else None
+    names = resolve_names(name, own, class_names)
+    read_label = _label_reader(names, is_multi_label)
+    chosen = table.select_columns([images, labels]) if "." not in images else table
+
+    def rows() -> Iterator[LabelledRow]:
+        with readable(name):
+            iterator = iter(chosen)
+        place = 0
+        while True:
+            with readable(name):
+                row = next(iterator, None)
+            if row is None:
+                return
+            title = f"row {place} of {name}"
+            yield LabelledRow(title, row[images], read_label(title, row[labels], place))
+            place += 1
+
+    return LabelledImages(
+        name=name, split=split, class_names=names, rows=rows, count=count, is_multi_label=is_multi_label, places=places
+    )
+
+
+def open_labelled(
+    source: Any,
+    split: str | None = None,
+    *,
+    class_names: Any = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    image_folders: Sequence[str] = (),
+) -> LabelledImages:
+    """Open a data set of images with labels.
+
+    Args:
+        source: See the module. A `LabelledImages` is returned as it is.
+        split: Name of the split. None: the only one, or `test`, or `validation`.
+        class_names: Names of the classes, see `read_class_names`. None: those that come with the data.
+        image_column: The column of images. None: the only one that can be it.
+        label_column: The column of labels. None: the only one that can be it.
+        image_folders: Folders besides the source's own that paths in its rows may lead to.
+
+    Returns:
+        The data set.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ValueError: A split, a column or the class names are missing; or the split is empty.
+    """
+    if isinstance(source, LabelledImages):
+        return source if class_names is None else replace(source, class_names=read_class_names(class_names))
+    columns = {"image_column": image_column, "label_column": label_column}
+    if hasattr(source, "features") and hasattr(source, "select_columns"):
+        return labelled_table(source, split=split or "", class_names=class_names, **columns)
+    source = str(source)
+    if (splits := _find_class_folders(Path(source).expanduser())) is not None:
+        return _open_class_folders(source, splits, split, class_names)
+    if (shards := find_benchmark_shards(source)) is not None:
+        return _open_shards(source, shards, split, class_names)
+    chosen, table = open_source_of(source, split)
+    places = find_image_places(source, folder_of(source), image_folders)
+    found = labelled_table(table, name=source, split=chosen, class_names=class_names, places=places, **columns)
+    return replace(found, fingerprint=fingerprint_of(source, chosen))
+
+
+def open_source_of(source: str, split: str | None) -> tuple[str, Any]:
+    """Open what `datasets` opens: as a table if that was written by `datasets`, else as a stream."""
+    place = Path(source).expanduser()
+    is_stored = any((place / name).is_file() for name in WRITTEN_BY_DATASETS)
+    return open_splits(source, split, streaming=not is_stored, preferred=PREFERRED)

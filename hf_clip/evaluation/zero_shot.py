@@ -1,0 +1,286 @@
+"""Zero-shot classification of a data set: accuracy as the papers report it, with what it was measured by.
+
+Dimensions: I images, K classes, D embedding.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..zero_shot.features import progress_bar
+from .class_metrics import (
+    Reliability,
+    best_wrong_first,
+    confusion_matrix,
+    expected_calibration_error,
+    reliability,
+    roc_auc,
+)
+from .embed import Embedder, Unreadable
+from .feature_cache import FeatureCache, processor_settings
+from .labelled_images import LabelledImages, open_labelled
+from .metrics import mean_average_precision, mean_per_class_accuracy, top_k_accuracy
+from .prompts_of_classes import class_matrix, class_prompts
+
+METRICS = {
+    "acc1": "the class has the highest logit",
+    "acc5": "the class is among the five highest",
+    "mean_per_class_recall": "acc1 of each class, averaged",
+    "mean_of_acc1_and_acc5": "(acc1 + acc5) / 2",
+    "roc_auc": "area under the ROC curve of the second of two classes",
+    "mean_average_precision": "of several classes to an image",
+    "mean_average_precision_11": "the same, at eleven levels of recall, as for VOC 2007",
+    "ece": "expected calibration error: distance of confidence and accuracy; lower is better",
+}
+"""All metrics of this task, as fractions from 0 to 1. Which of them there are depends on the data."""
+
+BINS = 15
+
+
+class Mistake(NamedTuple):
+    """An image that is taken for another class.   image: as the row holds it   confidence: of the wrong class"""
+
+    confidence: float
+    name: str
+    label: str
+    predicted: str
+    image: Any
+
+
+class ClassFigures(NamedTuple):
+    """Figures of one class.   taken_for: the class that its images are most often taken for wrongly; "" if never"""
+
+    name: str
+    images: int
+    recall: float
+    precision: float
+    taken_for: str
+
+
+@dataclass
+class ZeroShotResult:
+    """What zero-shot classification of a data set gave.
+
+    Attributes:
+        metrics: Those of `METRICS` that there are, as fractions from 0 to 1.
+        metric: The one that the data set is reported by.
+        count: Number of images.
+        unreadable: Images that cannot be opened, which are left out, each with its reason.
+        labels: The K classes.
+        per_class: Figures of each class; empty if an image may have several.
+        confusion: (K, K) int64; row i, column j: images of class i taken for class j. None as above.
+        reliability: Confidence and accuracy by bins. None as above.
+        mistakes: The most confident mistakes, the worst first.
+        protocol: How it was measured, in words.
+        precision: The dtype that the model computed in.
+        processor: The image processor's settings.
+    """
+
+    metrics: dict[str, float]
+    metric: str
+    count: int
+    labels: list[str]
+    protocol: str
+    precision: str
+    processor: dict[str, Any]
+    unreadable: list[str] = field(default_factory=list)
+    per_class: list[ClassFigures] = field(default_factory=list)
+    confusion: Tensor | None = None
+    reliability: Reliability | None = None
+    mistakes: list[Mistake] = field(default_factory=list)
+
+    @property
+    def value(self) -> float:
+        """The metric that the data set is reported by."""
+        return self.metrics[self.metric]
+
+
+def check_metric(metric: str | None, available: dict[str, float]) -> str | None:
+    """Return a metric's name if there is such a metric. Raises ValueError otherwise."""
+    if metric is not None and metric not in available:
+        known = "this task does not have" if metric not in METRICS else "these data cannot be measured by"
+        raise ValueError(f"The metric {metric!r} is one that {known}: there are {', '.join(available)}.")
+    return metric
+
+
+def _scores(model: Any, cosines: Tensor, scores: str) -> tuple[Tensor, Tensor]:
+    """Return logits and probabilities (I, K)."""
+    logits = cosines * float(model.logit_scale.detach().float().exp())
+    if scores == "softmax":
+        return logits, logits.softmax(-1)
+    bias = getattr(model, "logit_bias", None)
+    return logits, (logits + (0.0 if bias is None else float(bias.detach()))).sigmoid()
+
+
+def _scores_of(model: Any) -> str:
+    """Return what the model was trained by: "softmax" or "sigmoid"."""
+    if "siglip" in str(model.config.model_type):
+        return "sigmoid"
+    return getattr(model.config, "contrastive_loss", "softmax")
+
+
+class _Mistakes:
+    """The most confident mistakes of those that are seen."""
+
+    def __init__(self, most: int, labels: list[str]):
+        self.most, self.labels, self.number = most, labels, 0
+        self.heap: list[tuple[float, int, Mistake]] = []
+
+    def look(self, rows: list[Any], probabilities: Tensor) -> None:
+        if self.most == 0:
+            return
+        confidences, places = probabilities.max(dim=-1)
+        for row, confidence, place in zip(rows, confidences.tolist(), places.tolist(), strict=True):
+            if place in row.labels or not row.labels:
+                continue
+            self.number -= 1  # among equal ones the first stays
+            names = self.labels[row.labels[0]], self.labels[place]
+            entry = (confidence, self.number, Mistake(confidence, row.name, *names, row.image))
+            (heapq.heappush if len(self.heap) < self.most else heapq.heappushpop)(self.heap, entry)
+
+    def worst_first(self) -> list[Mistake]:
+        return [mistake for _, _, mistake in sorted(self.heap, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _single_label(logits: Tensor, probabilities: Tensor, labels: Tensor, names: list[str], bins: int) -> dict[str, Any]:
+    """Compute all figures of data with one class to an image, as fields of `ZeroShotResult`."""
+    classes = len(names)
+    accuracy = top_k_accuracy(logits, labels, [k for k in (1, 5) if k < classes])
+    found = {f"acc{k}": value for k, value in accuracy.items()}
+    found["mean_per_class_recall"] = mean_per_class_accuracy(logits, labels)
+    if 5 in accuracy:
+        found["mean_of_acc1_and_acc5"] = (accuracy[1] + accuracy[5]) / 2
+    if classes == 2 and 0 < int(labels.sum()) < len(labels):
+        found["roc_auc"] = roc_auc(logits[:, 1] - logits[:, 0], labels == 1)
+    predictions = best_wrong_first(logits, labels)
+    confidences, is_right = probabilities.gather(1, predictions[:, None])[:, 0], predictions == labels
+    found["ece"] = expected_calibration_error(confidences, is_right, bins)
+    confusion = confusion_matrix(labels, predictions, classes)
+    return {
+        "metrics": found,
+        "confusion": confusion,
+        "per_class": per_class_figures(confusion, names),
+        "reliability": reliability(confidences, is_right, bins),
+    }
+
+
+def per_class_figures(confusion: Tensor, names: list[str]) -> list[ClassFigures]:
+    """Compute recall and precision of each class that has images, out of a confusion matrix (K, K)."""
+    wrong = confusion.clone().fill_diagonal_(0)
+    figures = []
+    for place, name in enumerate(names):
+        count, taken = int(confusion[place].sum()), int(confusion[:, place].sum())
+        right, other = int(confusion[place, place]), int(wrong[place].argmax())
+        taken_for = names[other] if wrong[place, other] else ""
+        figures.append(ClassFigures(name, count, right / max(count, 1), right / max(taken, 1), taken_for))
+    return [row for row in figures if row.images]
+
+
+def _multi_label(logits: Tensor, rows: list[tuple[int, ...]]) -> dict[str, float]:
+    is_right = torch.zeros(logits.shape, dtype=torch.bool)
+    for place, labels in enumerate(rows):
+        is_right[place, list(labels)] = True
+    occurs = is_right.any(0)  # a class that no image has has no precision
+    if not occurs.any():
+        raise ValueError("No image has a label, so there is nothing to measure; check the column of labels.")
+    columns = logits[:, occurs], is_right[:, occurs]
+    return {
+        "mean_average_precision": mean_average_precision(*columns),
+        "mean_average_precision_11": mean_average_precision(*columns, eleven_point=True),
+    }
+
+
+def evaluate_zero_shot(
+    model: Any,
+    processor: Any,
+    dataset: Any,
+    *,
+    split: str | None = None,
+    class_names: Any = None,
+    templates: Any = None,
+    metric: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    batch_size: int = 32,
+    bins: int = BINS,
+    mistakes: int = 0,
+    feature_cache: Any = None,
+    threads: int | None = None,
+    progress: bool = False,
+) -> ZeroShotResult:
+    """Measure zero-shot classification of a data set.
+
+    Args:
+        model: A model of the CLIP family: ours, or transformers' CLIP or SigLIP.
+        processor: Its processor.
+        dataset: A folder of class folders, or whatever else `open_labelled` takes.
+        split: Name of the split. None: the only one, or `test`, or `validation`.
+        class_names: Names of the classes. None: those that come with the data.
+        templates: See `class_prompts`. None: those that come with the data, else "a photo of a {}."
+        metric: The metric that the data set is reported by, one of `METRICS`. None: acc1, or mean_average_precision.
+        image_column: The column of images. None: the only one that can be it.
+        label_column: The column of labels. None: the only one that can be it.
+        batch_size: Number of images encoded at once.
+        bins: Number of bins of the calibration error.
+        mistakes: Number of mistakes to keep, the most confident ones.
+        feature_cache: Folder in which image features are kept. None: they are not kept.
+        threads: Number of threads that open images. None: the number of processors.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The result.
+
+    Raises:
+        LabelError: A label is none of the classes. A ValueError; its `index` is the row's place.
+        UnreadableImagesError: More than 1 % of the images cannot be opened. A ValueError.
+        NotFiniteFeaturesError: The model gives NaN. A ValueError.
+        ValueError: The split is empty, columns or class names are missing, or the metric does not fit the data.
+
+    Example::
+
+        result = evaluate_zero_shot(model, processor, "flowers/", templates="a photo of a {}, a type of flower.")
+        print(f"{result.value:.1%} of {result.count} images")
+    """
+    data: LabelledImages = open_labelled(
+        dataset, split, class_names=class_names, image_column=image_column, label_column=label_column
+    )
+    embedder = Embedder(model, processor, batch_size=batch_size, threads=threads)
+    prompts = class_prompts(data.class_names, templates, data.templates)
+    scores = _scores_of(model)
+    unreadable = Unreadable(data.name, data.count)
+    cache = None
+    if feature_cache is not None:
+        cache = FeatureCache(feature_cache, model, processor, embedder.precision, data.fingerprint)
+    kept = _Mistakes(mistakes, data.labels)
+    labels: list[tuple[int, ...]] = []
+    parts: list[Tensor] = []
+    with embedder.evaluating(), progress_bar(f"Zero-shot on {data.name}", "image", data.count, progress) as update:
+        weights = class_matrix(embedder, prompts)
+        for rows, features in embedder.images(data.rows(), places=data.places, unreadable=unreadable, cache=cache):
+            cosines = features @ weights
+            kept.look(rows, _scores(model, cosines, scores)[1])
+            parts.append(cosines)
+            labels += [row.labels for row in rows]
+            update(len(rows))
+    if not parts:
+        raise ValueError(f"{data.name} has no rows in its split {data.split!r}.")
+    logits, probabilities = _scores(model, torch.cat(parts), scores)
+    if data.is_multi_label:
+        fields: dict[str, Any] = {"metrics": _multi_label(logits, labels)}
+    else:
+        fields = _single_label(logits, probabilities, torch.tensor([first for (first,) in labels]), data.labels, bins)
+    chosen = check_metric(metric, fields["metrics"]) or next(iter(fields["metrics"]))
+    return ZeroShotResult(
+        **fields,
+        metric=chosen,
+        count=len(labels),
+        labels=data.labels,
+        protocol=f"zero-shot, {len(data.labels)} classes, {prompts.described}; confidence by {scores}",
+        precision=embedder.precision,
+        processor=processor_settings(processor),
+        unreadable=unreadable.reasons,
+        mistakes=kept.worst_first(),
+    )
