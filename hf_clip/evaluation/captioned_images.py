@@ -12,7 +12,8 @@ from ..data.benchmark_shards import BenchmarkShards, find_benchmark_shards, imag
 from ..data.columns import CaptionReader, describe_feature, field_of, find_caption_column, find_image_column
 from ..data.images import NOWHERE, ImagePlaces, find_image_places
 from ..data.sources import describe_columns, folder_of, leave_undecoded, readable
-from .labelled_images import fingerprint_of, open_source_of
+from .fingerprint import fingerprint_of
+from .labelled_images import open_source_of
 
 RIGHT_NAMES = ("caption", "true_caption", "positive_caption", "correct_caption", "caption_0")
 WRONG_NAMES = ("negative_caption", "false_caption", "wrong_caption", "incorrect_caption", "caption_1")
@@ -178,7 +179,7 @@ def open_captioned(
     """
     if isinstance(source, CaptionedImages):
         return source
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
     if hasattr(source, "features") and hasattr(source, "select_columns"):
         return captioned_table(source, split=split or "", **columns)
     source = str(source)
@@ -287,7 +288,7 @@ def open_choices(
     """
     if isinstance(source, Choices):
         return source
-    columns = {"image_column": image_column, "right_column": right_column, "wrong_column": wrong_column}
+    columns: dict[str, Any] = {"image_column": image_column, "right_column": right_column, "wrong_column": wrong_column}
     if hasattr(source, "features") and hasattr(source, "select_columns"):
         return choices_table(source, split=split or "", **columns)
     source = str(source)

@@ -93,7 +93,7 @@ def evaluate_composition(
         NotFiniteFeaturesError: The model gives NaN. A ValueError.
         ValueError: The split is empty, or a column is missing.
     """
-    columns = {"image_column": image_column, "right_column": right_column, "wrong_column": wrong_column}
+    columns: dict[str, Any] = {"image_column": image_column, "right_column": right_column, "wrong_column": wrong_column}
     data: Choices = open_choices(dataset, split, **columns)
     embedder = Embedder(model, processor, batch_size=batch_size, threads=threads)
     captions: list[list[str]] = []

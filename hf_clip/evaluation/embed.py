@@ -104,6 +104,11 @@ def _is_ours(model: Any) -> bool:
     return isinstance(getattr(model, "_orig_mod", model), HfClipPreTrainedModel)
 
 
+def _processors() -> int:
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Row(NamedTuple):
     """What is encoded: a row of a data set with the place it has there, among all rows from 0."""
 

@@ -2,7 +2,7 @@
 
 A data set is one of these:
 
-- a folder with a folder of images for each class; or such folders below `train/`, `val/`, `test/`, which are its splits;
+- a folder with a folder of images for each class, or such folders below its splits `train/`, `val/`, `test/`;
 - a data set in the layout of `clip-benchmark/wds_*`, see `hf_clip.data.benchmark_shards`;
 - whatever the trainer opens: a repository on the Hub, a folder, CSV, JSON, parquet, webdataset tars;
 - from Python, a `datasets.Dataset` or `IterableDataset`.
@@ -13,9 +13,7 @@ undecoded until they are encoded.
 Dimensions: I images, K classes.
 """
 
-import hashlib
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +35,9 @@ from ..data.sources import (
     open_splits,
     readable,
 )
-from ..zero_shot.prompts import LabelError, read_labels
+from ..zero_shot.prompts import LabelError
+from .class_names import label_reader, read_class_names, resolve_names
+from .fingerprint import fingerprint_of, fingerprint_of_files
 
 PREFERRED = EVALUATION_SPLITS[::-1]
 """Splits to measure on where none is named, the best first: figures of papers are of `test`."""
@@ -94,118 +94,6 @@ class LabelledImages:
     def labels(self) -> list[str]:
         """The first name of each class."""
         return [names[0] for names in self.class_names]
-
-
-def read_class_names(given: Any) -> list[list[str]]:
-    """Read the names of classes.
-
-    Args:
-        given: A list of names, or of lists of names; a mapping from classes to names; a `datasets.ClassLabel`; or the
-            path of a file: JSON, or a text with one class a line.
-
-    Returns:
-        For each class its names, the first of which is its own.
-
-    Raises:
-        LabelError: A class is empty or appears twice.
-        ValueError: The file cannot be read, or there are fewer than two classes.
-    """
-    if isinstance(given, (str, Path)):
-        path = Path(given)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            given = (
-                json.loads(text) if path.suffix == ".json" else [s for line in text.splitlines() if (s := line.strip())]
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"The class names {str(path)!r} cannot be read ({error}).") from error
-    names = [list(dict.fromkeys(found)) for found in read_labels(given).values()]
-    if len(names) < 2:
-        raise ValueError(
-            f"There is only one class, {names[0][0]!r}: every image would be right. Name at least two classes."
-        )
-    return names
-
-
-def resolve_names(source: str, own: Sequence[str] | None, given: Any) -> list[list[str]]:
-    """Choose between the names that came with the data and those of the user, and compare their numbers.
-
-    Raises:
-        ValueError: There are none, or their numbers differ.
-    """
-    if given is None and own is None:
-        raise ValueError(
-            f"{source} does not name its classes: pass class names, a file with one class a line "
-            f"(--class-names classnames.txt)."
-        )
-    if given is None:
-        return read_class_names(own)
-    names = read_class_names(given)
-    if own is not None and len(own) != len(names):
-        raise ValueError(
-            f"{source} has {len(own)} classes, {own[0]!r} to {own[-1]!r}, but {len(names)} class names were given, "
-            f"{names[0][0]!r} to {names[-1][0]!r}: one for each is needed, in the order of the labels."
-        )
-    return names
-
-
-def _wrong_label(row: str, label: Any, count: int, place: int) -> LabelError:
-    hint = " A negative number often stands for a label that is kept secret: take another split." if label == -1 else ""
-    return LabelError(
-        f"{row} has the label {label!r}, but there are {count} classes: a number from 0 to {count - 1} is needed, or a "
-        f"class's name.{hint}",
-        place,
-    )
-
-
-def _label_reader(class_names: list[list[str]], is_multi_label: bool) -> Callable[[str, Any, int], tuple[int, ...]]:
-    """Return a function from a row's name, its stored label and its place to the places of its classes."""
-    places = {name: place for place, names in enumerate(class_names) for name in names}
-    count = len(class_names)
-
-    def read_one(row: str, label: Any, place: int) -> int:
-        found = places.get(label, -1) if isinstance(label, str) else label
-        if isinstance(found, bool) or not isinstance(found, (int, np.integer)) or not 0 <= found < count:
-            raise _wrong_label(row, label, count, place)
-        return int(found)
-
-    def read(row: str, label: Any, place: int) -> tuple[int, ...]:
-        if not is_multi_label:
-            return (read_one(row, label, place),)
-        values = [] if label is None else list(label)
-        return tuple(dict.fromkeys(read_one(row, value, place) for value in values))
-
-    return read
-
-
-def _digest(parts: Iterator[str]) -> str:
-    state = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        state.update(f"{part}\0".encode())
-    return state.hexdigest()
-
-
-def fingerprint_of_files(folder: Path, split: str) -> str:
-    """Return a text that changes when a file is added to a folder, removed, or written anew."""
-    files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
-    states = ((path, path.stat()) for path in files)
-    return _digest(
-        f"{split} {path.relative_to(folder.parent)} {state.st_size} {state.st_mtime_ns}" for path, state in states
-    )
-
-
-def fingerprint_of(source: str, split: str) -> str | None:
-    """Return a text that changes with a source: its files' sizes and times, or its commit on the Hub. None if unknown."""
-    place = Path(source).expanduser()
-    if place.exists():
-        return fingerprint_of_files(place, split)
-    from huggingface_hub import HfApi
-
-    try:
-        commit = HfApi().dataset_info(source.partition(":")[0]).sha
-    except Exception:  # no network, a pattern of files, an address
-        return None
-    return _digest(iter([source, str(commit), split]))
 
 
 def _image_endings() -> set[str]:
@@ -274,7 +162,7 @@ def _open_shards(source: str, shards: BenchmarkShards, split: str | None, names:
     class_names = resolve_names(source, shards.class_names, names)
     is_multi_label = shards.kind == "multilabel"
     ending = "npy" if is_multi_label else "cls"
-    read_label = _label_reader(class_names, is_multi_label)
+    read_label = label_reader(class_names, is_multi_label)
 
     def rows() -> Iterator[LabelledRow]:
         for place, (name, entries) in enumerate(shards.rows(chosen)):
@@ -382,7 +270,7 @@ def labelled_table(
         values = set(table.select_columns([labels]).with_format(None)[labels])
         own = sorted(values) if values and all(isinstance(value, str) for value in values) else None
     names = resolve_names(name, own, class_names)
-    read_label = _label_reader(names, is_multi_label)
+    read_label = label_reader(names, is_multi_label)
     chosen = table.select_columns([images, labels]) if "." not in images else table
 
     def rows() -> Iterator[LabelledRow]:
@@ -431,7 +319,7 @@ def open_labelled(
     """
     if isinstance(source, LabelledImages):
         return source if class_names is None else replace(source, class_names=read_class_names(class_names))
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     if hasattr(source, "features") and hasattr(source, "select_columns"):
         return labelled_table(source, split=split or "", class_names=class_names, **columns)
     source = str(source)

@@ -22,6 +22,7 @@ from .ranking import hub_bias, rank_both_ways
 
 KS = (1, 5, 10)
 HUB_K = 128
+TIES = "equal similarities count against the model"
 """Number of reference queries whose similarities are averaged, as in arXiv:2410.24114."""
 
 
@@ -202,7 +203,7 @@ def evaluate_retrieval(
             "The correction of hubs needs both its factor and reference queries, which are not those of the test: name "
             "both, e.g. --hub-correction 0.75 --hub-references train."
         )
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
     data = open_captioned(dataset, split, **columns)
     embedder = Embedder(model, processor, batch_size=batch_size, threads=threads)
 

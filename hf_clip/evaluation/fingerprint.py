@@ -1,0 +1,38 @@
+"""A text that changes when a data set changes, by which features that were kept are found again."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def _digest(parts: Iterator[str]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        state.update(f"{part}\0".encode())
+    return state.hexdigest()
+
+
+def fingerprint_of_files(folder: Path, split: str) -> str:
+    """Return a text that changes when a file is added to a folder, removed, or written anew."""
+    files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+    states = ((path, path.stat()) for path in files)
+    return _digest(
+        f"{split} {path.relative_to(folder.parent)} {state.st_size} {state.st_mtime_ns}" for path, state in states
+    )
+
+
+def fingerprint_of(source: str, split: str) -> str | None:
+    """Return a text that changes with a source: its files' sizes and times, or its commit on the Hub.
+
+    None if it isn't known.
+    """
+    place = Path(source).expanduser()
+    if place.exists():
+        return fingerprint_of_files(place, split)
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(source.partition(":")[0]).sha
+    except Exception:  # no network, a pattern of files, an address
+        return None
+    return _digest(iter([source, str(commit), split]))

@@ -1,0 +1,212 @@
+"""What is written of measurements: records in CLIP_benchmark's keys, tables, and entries of a model card.
+
+A record is a dictionary with `dataset`, `model`, `pretrained`, `task`, `metrics` and `language`, as CLIP_benchmark
+writes it, and with `split`, `metric`, `count`, `unreadable`, `protocol`, `precision` and `processor`. Figures are
+fractions from 0 to 1, but for median ranks.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from huggingface_hub import EvalResult, ModelCard
+
+from ..checkpoints.keys import identify_variant
+from ..hub.model_card import markdown_table
+from ..model.configuration_hf_clip import HfClipConfig
+from .paper_data_sets import find_paper_data_set
+
+TASKS = {
+    "zero-shot": "zeroshot_classification",
+    "retrieval": "zeroshot_retrieval",
+    "compose": "image_caption_selection",
+}
+"""Our tasks, and CLIP_benchmark's names."""
+
+CARD_TASKS = {
+    "zeroshot_classification": "zero-shot-image-classification",
+    "zeroshot_retrieval": "image-text-retrieval",
+    "image_caption_selection": "image-text-matching",
+}
+
+NOT_FRACTIONS = ("median_rank",)
+
+
+def architecture_of(config: Any) -> str:
+    """Return the name of one of OpenAI's architectures, such as "ViT-B/32", or else the model type."""
+    values = config.to_dict()
+    try:
+        ours = (
+            config if isinstance(config, HfClipConfig) else HfClipConfig.from_dict(values | {"model_type": "hf_clip"})
+        )
+        variant = identify_variant(ours) if str(config.model_type) in ("clip", "hf_clip") else None
+    except ValueError:
+        variant = None
+    return variant.name if variant else str(config.model_type)
+
+
+def published_figure(dataset: str, architecture: str, task: str) -> float | None:
+    """Return the paper's figure in per cent for OpenAI's model of this architecture. None if there is none."""
+    found = find_paper_data_set(dataset) if task == "zero-shot" else None
+    return found.zero_shot.get(architecture) if found else None
+
+
+def record_of(
+    result: Any,
+    *,
+    task: str,
+    model: str,
+    dataset: str,
+    split: str | None = None,
+    architecture: str = "",
+    language: str = "en",
+) -> dict[str, Any]:
+    """Make the record of a measurement.
+
+    Args:
+        result: What an `evaluate_...` function returned.
+        task: One of `TASKS`.
+        model: Name of the model, as the user named it.
+        dataset: Name of the data set, as the user named it.
+        split: The split that was asked for.
+        architecture: See `architecture_of`.
+        language: Language of the texts.
+
+    Returns:
+        The record, which JSON can hold.
+    """
+    metrics = dict(result.metrics)
+    metrics |= {f"{name}_hub_corrected": value for name, value in getattr(result, "corrected", {}).items()}
+    record = {
+        "dataset": dataset,
+        "model": architecture or model,
+        "pretrained": model,
+        "task": TASKS[task],
+        "metrics": metrics,
+        "language": language,
+        "split": split,
+        "metric": result.metric,
+        "count": result.count,
+        "unreadable": len(result.unreadable),
+        "protocol": result.protocol,
+        "precision": result.precision,
+        "processor": result.processor,
+    }
+    if (figure := published_figure(dataset, architecture, task)) is not None:
+        record["published"] = figure
+    return json.loads(json.dumps(record, default=str))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that it appears when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def shown_figure(name: str, value: float) -> str:
+    """Write a figure for a table: a fraction in per cent, a rank as it is."""
+    return f"{value:.1f}" if name.endswith(NOT_FRACTIONS) else f"{100 * value:.1f} %"
+
+
+def table_rows(records: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Make header and rows of a table of records."""
+    header = ["model", "dataset", "metric", "value", "published", "count"]
+    rows = []
+    for record in records:
+        name = record["metric"]
+        figure = f"{record['published']:.1f} %" if "published" in record else ""
+        value = shown_figure(name, record["metrics"][name])
+        rows.append([record["pretrained"], record["dataset"], name, value, figure, str(record["count"])])
+    if not any(row[4] for row in rows):
+        header.pop(4)
+        rows = [row[:4] + row[5:] for row in rows]
+    return header, rows
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table for a terminal."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown_report(records: Sequence[dict[str, Any]]) -> str:
+    """Write a table of the reported metrics, then all metrics and the protocol of each measurement."""
+    header, rows = table_rows(records)
+    parts = ["# Results", markdown_table(header, rows)]
+    for record in records:
+        parts.append(f"## {record['pretrained']} on {record['dataset']}: {record['task']}")
+        figures = [[name, shown_figure(name, value)] for name, value in record["metrics"].items()]
+        parts.append(markdown_table(["metric", "value"], figures))
+        parts.append(f"{record['protocol']}. {record['precision']}, {record['count']} rows.")
+        if record["unreadable"]:
+            parts.append(f"{record['unreadable']} images could not be opened and were left out.")
+    if any("published" in record for record in records):
+        parts.append(
+            "Published figures are those of OpenAI's model of the same architecture (arXiv:2103.00020, table 11)."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def card_results(record: dict[str, Any]) -> list[EvalResult]:
+    """Make the entries of a record for the model-index of a card."""
+    dataset = record["dataset"].rstrip("/")
+    shown = dataset if dataset.count("/") == 1 and not Path(dataset).exists() else Path(dataset).name
+    return [
+        EvalResult(
+            task_type=CARD_TASKS[record["task"]],
+            task_name=record["task"],
+            dataset_type=shown,
+            dataset_name=shown,
+            dataset_split=record["split"],
+            metric_type=name.replace("@", "_at_"),
+            metric_name=f"{name} ({record['protocol']}, {record['precision']})",
+            metric_value=round(value, 4),
+        )
+        for name, value in record["metrics"].items()
+    ]
+
+
+def _is_of_same(one: EvalResult, other: EvalResult) -> bool:
+    names = ("task_type", "dataset_type", "dataset_split", "metric_type")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+def update_card(folder: str | Path, records: Iterable[dict[str, Any]]) -> Path:
+    """Put measurements into the model-index of a local repository's card. Entries of the same kind are replaced.
+
+    Args:
+        folder: The repository.
+        records: What was measured of its model.
+
+    Returns:
+        The card.
+
+    Raises:
+        FileNotFoundError: The folder has no README.md.
+        ValueError: Its metadata cannot be read.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there, so results have no place: --update-card takes a local repository with a card. "
+            f"Write one first; `hf-clip publish` and the trainer do."
+        )
+    try:
+        card = ModelCard.load(path)
+    except Exception as error:  # whatever YAML's reader says
+        raise ValueError(f"The metadata of {path} cannot be read ({str(error).splitlines()[0]}).") from error
+    added = [entry for record in records for entry in card_results(record)]
+    kept = [entry for entry in card.data.eval_results or [] if not any(_is_of_same(entry, new) for new in added)]
+    card.data.eval_results = kept + added
+    card.data.model_name = card.data.model_name or Path(folder).resolve().name
+    write_whole(path, str(card))
+    return path
