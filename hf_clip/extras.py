@@ -10,6 +10,7 @@ from importlib.machinery import PathFinder
 EXTRAS = {
     "train": ("accelerate", "datasets"),
     "lora": ("peft",),
+    "eval": ("datasets",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "demo": ("accelerate", "datasets", "matplotlib", "sklearn"),
 }

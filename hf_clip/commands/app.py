@@ -21,11 +21,14 @@ import typer
 from ..model.checked_files import LONGEST_LINE, one_line
 
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "Use a model": ("classify", "info"),
+    "Use a model": ("classify", "evaluate", "info"),
     "Checkpoints": ("convert", "publish", "export-onnx"),
     "Training": ("finetune",),
 }
 """Group in the help → its commands. A new command is a name here and a file."""
+
+HAVE_SEVERAL = ("evaluate",)
+"""Commands with options that take several values, see `name_each`."""
 
 TRACEBACK = "HF_CLIP_TRACEBACK"
 """Environment variable: errors come with their traceback."""
@@ -72,6 +75,29 @@ def read_alike(words: Sequence[str]) -> list[str]:
     return [*first, *(word for word in found if word != "--traceback"), *words[end:]]
 
 
+def name_each(words: Sequence[str]) -> list[str]:
+    """A command line with each value of an option behind the option's name, for the options that take several.
+
+    `--model A B --split test` becomes `--model A --model B --split test`, for the options that a command's file lists
+    as SEVERAL.
+    """
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command not in HAVE_SEVERAL:
+        return list(words)
+    several = import_module(f"{__package__}.{command.replace('-', '_')}").SEVERAL
+    found: list[str] = []
+    option, has_value = "", False
+    for word in words:
+        if word.startswith("-") and len(word) > 1:
+            option, has_value = word if word in several else "", False
+        elif option:
+            if has_value:
+                found.append(option)
+            has_value = True
+        found.append(word)
+    return found
+
+
 def build_app(only: str | None = None) -> typer.Typer:
     """The program, with all commands or one of them."""
     app = typer.Typer(
@@ -102,9 +128,13 @@ def build_app(only: str | None = None) -> typer.Typer:
             if only in (None, name):
                 function_name = name.replace("-", "_")
                 module = import_module(f"{__package__}.{function_name}")
+                command = getattr(module, function_name)
+                if isinstance(command, typer.Typer):  # a group of commands, each of which ends in one line by itself
+                    app.add_typer(command, name=name, rich_help_panel=panel)
+                    continue
                 # A command that reads its own options, as the trainer does, says so in SETTINGS.
                 register = app.command(name, rich_help_panel=panel, **getattr(module, "SETTINGS", {}))
-                register(in_one_line(getattr(module, function_name)))
+                register(in_one_line(command))
     return app
 
 
@@ -114,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 1: an error; 2: some of many things could not be done, which each command's help describes
     """
     words = read_alike(sys.argv[1:] if arguments is None else arguments)
+    words = name_each(words)
     names = [name for names in COMMANDS.values() for name in names]
     only = next((word for word in words if not word.startswith("-")), None)
     is_completion = "_HF_CLIP_COMPLETE" in os.environ

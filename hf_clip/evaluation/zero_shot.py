@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..data.images import NOWHERE, ImagePlaces
 from ..zero_shot.features import progress_bar
 from .class_metrics import (
     Reliability,
@@ -74,6 +75,7 @@ class ZeroShotResult:
         confusion: (K, K) int64; row i, column j: images of class i taken for class j. None as above.
         reliability: Confidence and accuracy by bins. None as above.
         mistakes: The most confident mistakes, the worst first.
+        places: Where the paths of their images may lead.
         protocol: How it was measured, in words.
         precision: The dtype that the model computed in.
         processor: The image processor's settings.
@@ -91,6 +93,7 @@ class ZeroShotResult:
     confusion: Tensor | None = None
     reliability: Reliability | None = None
     mistakes: list[Mistake] = field(default_factory=list)
+    places: ImagePlaces = NOWHERE
 
     @property
     def value(self) -> float:
@@ -283,4 +286,5 @@ def evaluate_zero_shot(
         processor=processor_settings(processor),
         unreadable=unreadable.reasons,
         mistakes=kept.worst_first(),
+        places=data.places,
     )

@@ -1,0 +1,251 @@
+"""Several models on several data sets: each pair is a cell, which is measured once and kept.
+
+    OUTPUT/results.json            a list of records, see `reports`
+    OUTPUT/results.md              the same as tables
+    OUTPUT/cells/NAME.json         a record for each cell, for `clip_benchmark build`
+    OUTPUT/cells/NAME/             per_class.csv, confusion.png, reliability.png, mistakes.png
+
+A cell whose record is there is not measured again, unless an option, the model's files or the data have changed. A cell
+that fails is reported, and the others are measured.
+"""
+
+import csv
+import gc
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.whole_folder import held_folder
+from ..model.checked_files import one_line
+from .fingerprint import fingerprint_of_files
+from .reports import architecture_of, markdown_report, record_of, write_whole
+from .zero_shot import ZeroShotResult
+
+IDENTITY = "identity"
+"""Key of a record: a hash of everything that decided it."""
+
+
+def load_model(name: str, dtype: str = "float32", device: str | None = None) -> tuple[Any, Any]:
+    """Load a model and its processor for a measurement.
+
+    Args:
+        name: A folder or repository: ours, or transformers' CLIP or SigLIP.
+        dtype: The dtype to compute in.
+        device: "cpu", "cuda" and the like. None: a GPU if there is one.
+
+    Returns:
+        The model in evaluation mode, and its processor.
+
+    Raises:
+        ValueError: The dtype is unknown.
+        OSError: The model is not there, or cannot be read.
+    """
+    from transformers import AutoModel, AutoProcessor
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}, but one that computes is needed: float32, bfloat16 or float16.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModel.from_pretrained(name, dtype=kind).to(device).eval()
+    return model, AutoProcessor.from_pretrained(name)
+
+
+@dataclass
+class Cell:
+    """A model and a data set.   path: of its record"""
+
+    model: str
+    dataset: str
+    path: Path
+    identity: str
+
+
+@dataclass
+class Outcome:
+    """What a grid gave.
+
+    Attributes:
+        records: Of all cells that there are now, in order.
+        failures: `model on data set: error` of those that failed.
+        skipped: Number of cells that were there already.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    skipped: int = 0
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name.strip("/.")).strip("_")[-60:] or "unnamed"
+
+
+def _state(name: str) -> str:
+    """Return a text that changes with a local folder or file; of anything else its name."""
+    place = Path(name).expanduser()
+    return fingerprint_of_files(place, "") if place.exists() else name
+
+
+def cells_of(
+    task: str, models: Sequence[str], datasets: Sequence[str], output: Path, options: dict[str, Any]
+) -> list[Cell]:
+    """List the cells of models and data sets.
+
+    Args:
+        task: Name of the task.
+        models: The models.
+        datasets: The data sets.
+        output: Folder of the results.
+        options: What else decides a result. Files among them are known by their content's size and time.
+    """
+    cells = []
+    decided = json.dumps({name: _state(str(value)) for name, value in sorted(options.items()) if value is not None})
+    states = {name: _state(name) for name in {*models, *datasets}}
+    for model in dict.fromkeys(models):
+        for dataset in dict.fromkeys(datasets):
+            whole = "\0".join([task, model, dataset, states[model], states[dataset], decided])
+            identity = hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
+            chosen = hashlib.blake2b("\0".join([task, model, dataset, decided]).encode(), digest_size=4).hexdigest()
+            name = f"{task}--{_slug(model)}--{_slug(dataset)}--{chosen}"
+            cells.append(Cell(model, dataset, output / "cells" / f"{name}.json", identity))
+    return cells
+
+
+def _finished(cell: Cell) -> dict[str, Any] | None:
+    try:
+        record = json.loads(cell.path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get(IDENTITY) == cell.identity else None
+
+
+def run_grid(
+    task: str,
+    models: Sequence[str],
+    datasets: Sequence[str],
+    output: str | Path,
+    measure: Callable[[Any, Any, str], Any],
+    *,
+    options: dict[str, Any],
+    split: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    plots: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Measure all cells that are not there yet, and write the results of all.
+
+    Args:
+        task: One of `reports.TASKS`.
+        models: Folders or repositories.
+        datasets: Data sets.
+        output: Folder of the results.
+        measure: A function from a model, a processor and a data set's name to a result.
+        options: What else decides a result.
+        split: The split that was asked for, for the records.
+        dtype: The dtype to compute in.
+        device: See `load_model`.
+        plots: Whether to draw pictures.
+        say: Takes a line for each cell that is skipped or fails.
+
+    Returns:
+        The records, and what failed.
+
+    Raises:
+        FolderInUseError: Another program writes into the folder.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    outcome = Outcome()
+    with held_folder(output.resolve()):
+        cells = cells_of(task, models, datasets, output, options | {"split": split, "dtype": dtype})
+        for name in dict.fromkeys(cell.model for cell in cells):
+            loaded: tuple[Any, Any] | None = None
+            for cell in (cell for cell in cells if cell.model == name):
+                if (record := _finished(cell)) is not None:
+                    outcome.skipped += 1
+                    outcome.records.append(record)
+                    say(f"{cell.model} on {cell.dataset}: measured before, {cell.path}")
+                    continue
+                try:
+                    loaded = loaded or load_model(name, dtype, device)
+                    result = measure(*loaded, cell.dataset)
+                    outcome.records.append(_keep(result, cell, task, split, loaded[0], plots, say))
+                except (OSError, ValueError, ImportError) as error:
+                    outcome.failures.append(f"{cell.model} on {cell.dataset}: {one_line(error)}")
+                    say(f"error: {outcome.failures[-1]}")
+            del loaded
+            gc.collect()
+        if outcome.records:
+            write_results(output)
+    return outcome
+
+
+def _keep(
+    result: Any, cell: Cell, task: str, split: str | None, model: Any, plots: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write what belongs to a cell; the record comes last, since it says that the cell is finished."""
+    record = record_of(
+        result,
+        task=task,
+        model=cell.model,
+        dataset=cell.dataset,
+        split=split,
+        architecture=architecture_of(model.config),
+    )
+    if isinstance(result, ZeroShotResult):
+        folder = cell.path.with_suffix("")
+        if result.per_class:
+            write_whole(folder / "per_class.csv", per_class_csv(result))
+        if plots:
+            for picture in draw(result, f"{Path(cell.model).name} on {Path(cell.dataset).name}", folder):
+                say(f"picture: {picture}")
+    record[IDENTITY] = cell.identity
+    write_whole(cell.path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return record
+
+
+def per_class_csv(result: ZeroShotResult) -> str:
+    """Write the figures of each class as CSV, in the classes' order."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["class", "images", "recall", "precision", "most often taken for"])
+    for row in result.per_class:
+        writer.writerow([row.name, row.images, f"{row.recall:.4f}", f"{row.precision:.4f}", row.taken_for])
+    return buffer.getvalue()
+
+
+def draw(result: ZeroShotResult, title: str, folder: Path) -> Iterator[Path]:
+    """Draw the pictures of a result into a folder, and yield their paths.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from .plots import plot_confusion, plot_mistakes, plot_reliability
+
+    if result.reliability is not None:
+        plot_reliability(result.reliability, result.metrics["ece"], title, folder / "reliability.png")
+        yield folder / "reliability.png"
+    if result.confusion is not None:
+        plot_confusion(result.confusion, result.labels, title, folder / "confusion.png")
+        yield folder / "confusion.png"
+    if result.mistakes:
+        plot_mistakes(result.mistakes, f"{title}: the most confident mistakes", folder / "mistakes.png", result.places)
+        yield folder / "mistakes.png"
+
+
+def write_results(output: Path) -> list[dict[str, Any]]:
+    """Write results.json and results.md out of the records of all cells in a folder, and return the records."""
+    found = []
+    for path in sorted((output / "cells").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found.append({name: value for name, value in record.items() if name != IDENTITY})
+    write_whole(output / "results.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    write_whole(output / "results.md", markdown_report(found))
+    return found
