@@ -16,18 +16,17 @@ Dimensions: I images, D embedding.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoints.whole_file import whole_file, write_json
 from ..model.configuration_hf_clip import BOOKKEEPING
 from ..zero_shot.features import image_processor_of
 
@@ -131,9 +130,7 @@ class FeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             if any(self.folder.glob("*.safetensors")):
                 raise ValueError(f"The feature cache {self.folder} has no {DESCRIPTION}; remove that folder.")
-            unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
-            unfinished.write_text(json.dumps(self.description, indent=2) + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
+            write_json(path, self.description)
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -188,13 +185,8 @@ class FeatureCache:
         tensors = {"features": features.float().contiguous(), "rows": torch.tensor(rows, dtype=torch.int64)}
         metadata = {"start": str(self.start), "stop": str(self.stop), "reasons": json.dumps(self.pending_reasons)}
         metadata["checksum"] = _checksum(tensors, metadata)
-        path = self._path()
-        unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
-        try:
+        with whole_file(self._path()) as unfinished:
             save_file(tensors, unfinished, metadata)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
         self.number, self.start = self.number + 1, self.stop
         self.pending, self.pending_reasons = [], []
 

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.whole_file import write_json
 from ..checkpoints.whole_folder import held_folder
 from ..model.checked_files import one_line
 from .fingerprint import fingerprint_of_files
-from .reports import architecture_of, markdown_report, record_of, write_whole
+from .reports import architecture_of, markdown_report, record_of, write_text
 from .zero_shot import ZeroShotResult
 
 IDENTITY = "identity"
@@ -202,12 +203,12 @@ def _keep(
     if isinstance(result, ZeroShotResult):
         folder = cell.path.with_suffix("")
         if result.per_class:
-            write_whole(folder / "per_class.csv", per_class_csv(result))
+            write_text(folder / "per_class.csv", per_class_csv(result))
         if plots:
             for picture in draw(result, f"{Path(cell.model).name} on {Path(cell.dataset).name}", folder):
                 say(f"picture: {picture}")
     record[IDENTITY] = cell.identity
-    write_whole(cell.path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_json(cell.path, record)
     return record
 
 
@@ -246,6 +247,6 @@ def write_results(output: Path) -> list[dict[str, Any]]:
     for path in sorted((output / "cells").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         found.append({name: value for name, value in record.items() if name != IDENTITY})
-    write_whole(output / "results.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    write_whole(output / "results.md", markdown_report(found))
+    write_json(output / "results.json", found)
+    write_text(output / "results.md", markdown_report(found))
     return found

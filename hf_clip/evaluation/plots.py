@@ -23,7 +23,7 @@ MOST_COUNTED = 20
 """Number of classes up to which the cells hold their numbers."""
 
 COLUMNS = 6
-BLUE, RED, GREY = "#2f6fb0", "#b23a48", "#777777"
+BLUE, GREY = "#2f6fb0", "#777777"
 
 
 def _figure(width: float, height: float, **settings: Any) -> Any:
@@ -66,8 +66,6 @@ def plot_reliability(found: Reliability, error: float, title: str, path: Path) -
         starts, [found.accuracy[place] for place in filled], width, align="edge", color=BLUE, edgecolor="white",
         label="accuracy",
     )  # fmt: skip
-    confidence = [float(found.confidence[place]) for place in filled]
-    axes.plot(confidence, confidence, "o", color=RED, markersize=4, label="mean confidence")
     axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="well calibrated")
     axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="fraction of images that is right", title=title)
     axes.legend(loc="upper left", frameon=False, title=f"calibration error {error:.1%}", alignment="left")

@@ -6,15 +6,14 @@ fractions from 0 to 1, but for median ranks.
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from huggingface_hub import EvalResult, ModelCard
 
 from ..checkpoints.keys import identify_variant
+from ..checkpoints.whole_file import whole_file
 from ..hub.model_card import markdown_table
 from ..model.configuration_hf_clip import HfClipConfig
 from .paper_data_sets import find_paper_data_set
@@ -100,15 +99,10 @@ def record_of(
     return json.loads(json.dumps(record, default=str))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that it appears when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def shown_figure(name: str, value: float) -> str:
@@ -208,5 +202,5 @@ def update_card(folder: str | Path, records: Iterable[dict[str, Any]]) -> Path:
     kept = [entry for entry in card.data.eval_results or [] if not any(_is_of_same(entry, new) for new in added)]
     card.data.eval_results = kept + added
     card.data.model_name = card.data.model_name or Path(folder).resolve().name
-    write_whole(path, str(card))
+    write_text(path, str(card))
     return path

@@ -1,0 +1,143 @@
+"""Retrieval on a data set, and compositionality, from end to end."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, Image
+
+from hf_clip.evaluation.composition import evaluate_composition
+from hf_clip.evaluation.metrics import recall_at_k
+from hf_clip.evaluation.retrieval import evaluate_retrieval, retrieval_metrics
+from hf_clip.zero_shot.features import encode_images, encode_texts
+
+from ..neighbours.stock import stock_model
+from .data_sets import captioned, write_shards
+
+Clip = tuple[Any, Any]
+
+
+def distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of which no two have equal captions."""
+    return list({row["caption"]: row for row in rows}.values())
+
+
+def test_metrics_checked_by_hand():
+    """Images find a right text at 1, 2 and 7; texts find their image at 1, 1, 3 and 30."""
+    found = retrieval_metrics(torch.tensor([0, 1, 6]), torch.tensor([0, 0, 2, 29]))
+    assert found["text_retrieval_recall@1"] == pytest.approx(1 / 3)
+    assert found["text_retrieval_recall@5"] == pytest.approx(2 / 3)
+    assert found["text_retrieval_recall@10"] == 1
+    assert found["image_retrieval_recall@1"] == 0.5
+    assert found["image_retrieval_recall@10"] == 0.75
+    assert found["mean_recall@1"] == pytest.approx((1 / 3 + 0.5) / 2)
+    assert (found["text_retrieval_median_rank"], found["image_retrieval_median_rank"]) == (2, 2)
+
+
+def test_figures_are_those_of_the_metrics(small_clip: Clip, rows: list[dict[str, Any]]):
+    given = distinct(rows)
+    found = evaluate_retrieval(*small_clip, captioned(given), batch_size=16)
+    images = encode_images(*small_clip, [row["bytes"] for row in given])
+    texts = encode_texts(*small_clip, [row["caption"] for row in given])
+    ids = torch.arange(len(given))
+    for k, value in recall_at_k(texts, images, ids, ids).items():
+        assert found.metrics[f"image_retrieval_recall@{k}"] == pytest.approx(value)
+    for k, value in recall_at_k(images, texts, ids, ids).items():
+        assert found.metrics[f"text_retrieval_recall@{k}"] == pytest.approx(value)
+    assert (found.images, found.texts, found.value) == (len(given), len(given), found.metrics["mean_recall@1"])
+    assert found.protocol == "retrieval, captions cut at 24 tokens, equal similarities count against the model"
+
+
+def test_image_in_several_rows_is_one_image(small_clip: Clip, tmp_path: Path, rows: list[dict[str, Any]]):
+    """A row for each caption, a column of lists, and lines in tars: the same figures."""
+    given = distinct(rows)[:12]
+    captions = [[row["caption"], f"{row['caption']} once more"] for row in given]
+    flat = [{**row, "caption": text} for row, texts in zip(given, captions, strict=True) for text in texts]
+    lists = captioned(given).remove_columns("caption").add_column("captions", captions)
+    shards = write_shards(
+        tmp_path / "wds", [{**row, "captions": c} for row, c in zip(given, captions, strict=True)], "retrieval", 5
+    )
+    found = [evaluate_retrieval(*small_clip, source) for source in (captioned(flat), lists, shards)]
+    assert [(result.images, result.texts) for result in found] == [(12, 24)] * 3
+    assert found[0].metrics == found[1].metrics == found[2].metrics
+
+
+def test_hubs_are_corrected_by_other_data(small_clip: Clip, rows: list[dict[str, Any]]):
+    given = distinct(rows)
+    found = evaluate_retrieval(
+        *small_clip, captioned(given[:20]), references=captioned(given[20:]), hub_correction=0.75, hub_k=8
+    )
+    assert found.corrected.keys() == found.metrics.keys()
+    assert found.corrected != found.metrics
+    count = len(given) - 20
+    assert f"corrected: 0.75 times the mean of 8 of {count} reference texts and of {count}" in found.protocol
+    with pytest.raises(ValueError, match=r"The correction of hubs needs both its factor and reference queries"):
+        evaluate_retrieval(*small_clip, captioned(given[:20]), hub_correction=0.75)
+
+
+def test_labels_are_no_captions(small_clip: Clip, tmp_path: Path, rows: list[dict[str, Any]]):
+    folder = write_shards(tmp_path / "wds", rows[:3])
+    with pytest.raises(ValueError, match=r"wds has labels and no captions .*; evaluate zero-shot on it\."):
+        evaluate_retrieval(*small_clip, folder)
+
+
+def test_one_image_is_nothing_to_search_among(small_clip: Clip, rows: list[dict[str, Any]]):
+    with pytest.raises(ValueError, match=r"has 1 images, but at least 2 are needed to search among\."):
+        evaluate_retrieval(*small_clip, captioned(rows[:1]))
+
+
+def test_cached_features_give_the_same_figures(small_clip: Clip, tmp_path: Path, rows: list[dict[str, Any]]):
+    folder = write_shards(tmp_path / "wds", distinct(rows), "retrieval")
+    first, second = (evaluate_retrieval(*small_clip, folder, feature_cache=tmp_path / "cache") for _ in range(2))
+    assert first.metrics == second.metrics
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+
+
+def two_images(rows: list[dict[str, Any]], count: int) -> Dataset:
+    """Winoground's layout."""
+    sides = {
+        f"image_{side}": [{"bytes": row["bytes"], "path": None} for row in rows[side : 2 * count : 2]]
+        for side in (0, 1)
+    }
+    texts = {f"caption_{side}": [row["caption"] for row in rows[side : 2 * count : 2]] for side in (0, 1)}
+    return Dataset.from_dict(sides | texts).cast_column("image_0", Image()).cast_column("image_1", Image())
+
+
+def test_composition_with_two_images(small_clip: Clip, rows: list[dict[str, Any]]):
+    given = distinct(rows)
+    found = evaluate_composition(*small_clip, two_images(given, 15))
+    images = encode_images(*small_clip, [row["bytes"] for row in given[:30]])
+    texts = encode_texts(*small_clip, [row["caption"] for row in given[:30]])
+    right = {"text_score": 0, "image_score": 0, "group_score": 0}
+    for pair in range(0, 30, 2):
+        (a, b), (c, d) = (images[pair : pair + 2] @ texts[pair : pair + 2].T).tolist()
+        text, image = a > b and d > c, a > c and d > b
+        right = {
+            name: right[name] + is_right for name, is_right in zip(right, (text, image, text and image), strict=True)
+        }
+    assert found.metrics == pytest.approx({name: number / 15 for name, number in right.items()})
+    assert found.count == 15
+
+
+@pytest.mark.parametrize("columns", [("caption", "negative_caption"), ("true_caption", "false_caption")])
+def test_composition_with_wrong_captions(small_clip: Clip, rows: list[dict[str, Any]], columns: tuple[str, str]):
+    given = distinct(rows)[:20]
+    wrong = [given[place - 1]["caption"] for place in range(20)]
+    data = captioned(given).rename_column("caption", "x").add_column(columns[1], wrong).rename_column("x", columns[0])
+    images = encode_images(*small_clip, [row["bytes"] for row in given])
+    texts = encode_texts(*small_clip, [row["caption"] for row in given])
+    similarities = images @ texts.T
+    right = sum(bool(similarities[place, place] > similarities[place, place - 1]) for place in range(20))
+    found = evaluate_composition(*small_clip, data)
+    assert found.metrics == {"text_score": pytest.approx(right / 20)}
+    assert found.protocol.startswith(f"composition, an image, {columns[0]} and {columns[1]}; equal")
+    stock = evaluate_composition(stock_model(small_clip[0]), small_clip[1], data)
+    assert stock.metrics == found.metrics
+
+
+def test_composition_without_wrong_captions_is_an_error(small_clip: Clip, rows: list[dict[str, Any]]):
+    with pytest.raises(
+        ValueError, match=r"no column looks like the wrong captions .*; its columns are image, caption\."
+    ):
+        evaluate_composition(*small_clip, captioned(rows[:2]))
