@@ -14,7 +14,14 @@ SEVERAL = ("--model", "--dataset")
 
 evaluate = typer.Typer(
     name="evaluate",
-    help="Measure models on data sets, the way the papers do it. Results are named by their protocol.",
+    help="""Measure models on data sets, the way the papers do it. Each result is named by its protocol.
+
+    Examples:
+
+        hf-clip evaluate zero-shot --model clip-vit-b32/ --dataset flowers/ --templates "a photo of a {}, a flower."
+
+        hf-clip evaluate retrieval --model clip-vit-b32/ clip-rn50/ --dataset clip-benchmark/wds_flickr30k
+    """,
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -154,20 +161,19 @@ def zero_shot(
 
         hf-clip evaluate zero-shot --model clip-vit-b32/ clip-rn50/ --dataset CIFAR10 OxfordPets --output results/
     """
+    from ..evaluation.labelled_images import open_labelled
     from ..evaluation.zero_shot import evaluate_zero_shot
 
     def measure(loaded: Any, processor: Any, name: str) -> Any:
         source, chosen, known = _resolved(name, split)
+        columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+        data = open_labelled(source, chosen, class_names=class_names, **columns)
         return evaluate_zero_shot(
             loaded,
             processor,
-            source,
-            split=chosen,
-            class_names=class_names,
-            templates=templates or (known.templates if known else None),
+            data,
+            templates=templates or data.templates or (known.templates if known else None),
             metric=metric or (known.metric if known else None),
-            image_column=image_column,
-            label_column=label_column,
             batch_size=batch_size,
             bins=bins,
             mistakes=0 if no_plots else mistakes,
@@ -326,7 +332,7 @@ def list_data_sets(
     ] = "ViT-B/32",
 ) -> None:
     """List the 27 data sets of the paper: name, metric, copy on the Hub, published figures."""
-    from ..evaluation.paper_data_sets import figures_source, paper_data_sets
+    from ..evaluation.paper_data_sets import SOURCE, paper_data_sets
     from ..evaluation.reports import text_table
     from ..model.variants import VARIANTS
 
@@ -339,4 +345,4 @@ def list_data_sets(
         shown = ["" if figure is None else f"{figure:.1f}" for figure in figures]
         rows.append([entry.name, entry.metric, *shown, entry.repository or ""])
     print(text_table(header, rows))
-    print(f"\n{architecture}, per cent. {figures_source()}")
+    print(f"\n{architecture}, per cent. {SOURCE}.")

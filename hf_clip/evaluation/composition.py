@@ -32,6 +32,7 @@ class CompositionResult:
         count: Number of rows.
         protocol: How it was measured, in words.
         precision: The dtype that the model computed in.
+        split: The data set's split.
         processor: The image processor's settings.
         unreadable: Rows that are left out, since an image cannot be opened, each with its reason.
         metric: The one that the data set is reported by.
@@ -42,6 +43,7 @@ class CompositionResult:
     protocol: str
     precision: str
     processor: dict[str, Any]
+    split: str = ""
     unreadable: list[str] = field(default_factory=list)
     metric: str = "text_score"
 
@@ -126,6 +128,7 @@ def evaluate_composition(
         count=len(whole),
         protocol=f"composition, {data.layout}; equal similarities count against the model",
         precision=embedder.precision,
+        split=data.split,
         processor=processor_settings(processor),
         unreadable=unreadable.reasons,
     )

@@ -63,7 +63,7 @@ def plot_reliability(found: Reliability, error: float, title: str, path: Path) -
     filled = [place for place, count in enumerate(found.counts.tolist()) if count]
     starts = [edges[place] for place in filled]
     axes.bar(
-        starts, [found.accuracy[place] for place in filled], width, align="edge", color=BLUE, edgecolor="white",
+        starts, [float(found.accuracy[place]) for place in filled], width, align="edge", color=BLUE, edgecolor="white",
         label="accuracy",
     )  # fmt: skip
     axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="well calibrated")
@@ -98,7 +98,7 @@ def plot_confusion(confusion: Tensor, names: list[str], title: str, path: Path) 
     side = max(4.5, 0.36 * min(len(chosen), MOST_NAMED) + 2.2)
     figure = _figure(side + 0.8, side)
     axes = figure.subplots()
-    shown = axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
+    shown = axes.imshow(parts.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(shown, ax=axes, label="part of the class's images", shrink=0.8)
     if len(chosen) <= MOST_SHOWN:
         size = 9 if len(chosen) <= MOST_COUNTED else 6
@@ -109,7 +109,7 @@ def plot_confusion(confusion: Tensor, names: list[str], title: str, path: Path) 
         for row, place in enumerate(chosen):
             for column, other in enumerate(chosen):
                 if number := int(confusion[place, other]):
-                    colour = "white" if parts[row, column] > 0.5 else "black"
+                    colour = "white" if float(parts[row, column]) > 0.5 else "black"
                     axes.text(column, row, str(number), ha="center", va="center", fontsize=8, color=colour)
     axes.set(xlabel="taken for", ylabel="class", title=title)
     _save(figure, path)

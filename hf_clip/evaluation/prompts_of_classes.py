@@ -104,8 +104,8 @@ def class_prompts(class_names: list[list[str]], templates: Any = None, own: list
     if isinstance(templates, Mapping):
         prompts = _own_prompts(labels, templates, source)
         return ClassPrompts(prompts, f"{sum(map(len, prompts))} prompts of {len(prompts)} classes, averaged")
-    origin = "" if templates is not None or own is None else " of the data set"
     given = templates if templates is not None else own or DEFAULT_TEMPLATE
+    origin = " of the data set" if own is not None and given == own else ""
     functions, texts = read_templates(_with_braces(given))
     prompts = [list(make_prompts(names, functions)) for names in class_names]
     count = len(functions)

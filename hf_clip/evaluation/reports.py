@@ -86,7 +86,7 @@ def record_of(
         "task": TASKS[task],
         "metrics": metrics,
         "language": language,
-        "split": split,
+        "split": result.split or split,
         "metric": result.metric,
         "count": result.count,
         "unreadable": len(result.unreadable),

@@ -38,6 +38,7 @@ class RetrievalResult:
         texts: Number of captions.
         protocol: How it was measured, in words.
         precision: The dtype that the model computed in.
+        split: The data set's split.
         processor: The image processor's settings.
         unreadable: Images that cannot be opened, which are left out with their captions, each with its reason.
         metric: The one that the data set is reported by.
@@ -49,6 +50,7 @@ class RetrievalResult:
     protocol: str
     precision: str
     processor: dict[str, Any]
+    split: str = ""
     corrected: dict[str, float] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
     metric: str = "mean_recall@1"
@@ -242,6 +244,7 @@ def evaluate_retrieval(
         texts=len(found.texts),
         protocol=protocol,
         precision=embedder.precision,
+        split=data.split,
         processor=processor_settings(processor),
         corrected=corrected,
         unreadable=found.unreadable,

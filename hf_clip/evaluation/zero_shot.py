@@ -78,6 +78,7 @@ class ZeroShotResult:
         places: Where the paths of their images may lead.
         protocol: How it was measured, in words.
         precision: The dtype that the model computed in.
+        split: The data set's split.
         processor: The image processor's settings.
     """
 
@@ -88,6 +89,7 @@ class ZeroShotResult:
     protocol: str
     precision: str
     processor: dict[str, Any]
+    split: str = ""
     unreadable: list[str] = field(default_factory=list)
     per_class: list[ClassFigures] = field(default_factory=list)
     confusion: Tensor | None = None
@@ -283,6 +285,7 @@ def evaluate_zero_shot(
         labels=data.labels,
         protocol=f"zero-shot, {len(data.labels)} classes, {prompts.described}; confidence by {scores}",
         precision=embedder.precision,
+        split=data.split,
         processor=processor_settings(processor),
         unreadable=unreadable.reasons,
         mistakes=kept.worst_first(),

@@ -1,0 +1,126 @@
+"""`hf-clip evaluate`: a grid of models and data sets, what is written, and what a failure leaves."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hf_clip.commands import app
+from hf_clip.evaluation import grid
+
+from ..evaluation.data_sets import TEMPLATES, captioned, stored_rows, write_class_folders
+
+
+@pytest.fixture(scope="module")
+def data(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of class folders, captions, pairs of captions, templates. Tests must not write there."""
+    folder, rows = tmp_path_factory.mktemp("data"), stored_rows(digits, 30)
+    write_class_folders(folder / "shapes", rows)
+    table = captioned(rows)
+    table.save_to_disk(folder / "captions")
+    table.add_column("negative_caption", [row["caption"] for row in rows[1:] + rows[:1]]).save_to_disk(
+        folder / "choices"
+    )
+    (folder / "templates.txt").write_text("\n".join(TEMPLATES))
+    return folder
+
+
+def run(*words: object) -> int:
+    return app.main(["evaluate", *map(str, words)])
+
+
+def test_models_times_data_sets(
+    digits: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(digits / "vit", tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    words = ["zero-shot", "--model", tmp_path / "mine", digits / "resnet", "--templates", data / "templates.txt"]
+    words += ["--dataset", data / "shapes", data / "absent", "--output", tmp_path / "results", "--mistakes", 4]
+    assert run(*words) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].split() == ["model", "dataset", "metric", "value", "count"]
+    assert [line.split()[1:3] for line in out.splitlines()[1:3]] == [[str(data / "shapes"), "acc1"]] * 2
+    failures = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(failures) == 2
+    assert f"error: {tmp_path / 'mine'} on {data / 'absent'}: There is no data set" in failures[0]
+    records = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert {record["pretrained"] for record in records} == {str(tmp_path / "mine"), str(digits / "resnet")}
+    assert all(record["split"] == "train" and record["precision"] == "float32" for record in records)
+    cells = tmp_path / "results" / "cells"
+    assert len(list(cells.glob("*.json"))) == 2
+    for folder in (path for path in cells.iterdir() if path.is_dir()):
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == ["confusion.png", "mistakes.png", "per_class.csv", "reliability.png"]
+        for path in folder.glob("*.png"):
+            with Image.open(path) as picture:
+                assert len(picture.convert("RGB").resize((64, 64)).getcolors(64 * 64) or []) > 20
+    # Finished cells are skipped, whatever a model would say now; a card takes them all the same.
+    monkeypatch.setattr(grid, "load_model", lambda *given: pytest.fail("loaded again"))
+    words = [*words[: words.index("--dataset") + 2], *words[words.index("--dataset") + 3 :]]
+    words.remove(digits / "resnet")
+    assert run(*words, "--update-card") == 0
+    assert "measured before" in capsys.readouterr().err
+    assert "zero-shot-image-classification" in (tmp_path / "mine" / "README.md").read_text()
+    assert len(json.loads((tmp_path / "results" / "results.json").read_text())) == 2
+
+
+def test_changed_model_is_measured_again(digits: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(digits / "vit", tmp_path / "mine")
+    words = ["zero-shot", "--model", tmp_path / "mine", "--dataset", data / "shapes", "--no-plots"]
+    words += ["--output", tmp_path / "results"]
+    assert run(*words) == 0
+    assert run(*words) == 0
+    assert "measured before" in capsys.readouterr().err
+    shutil.copyfile(digits / "vit" / "model.safetensors", tmp_path / "mine" / "model.safetensors")
+    assert run(*words) == 0
+    assert "measured before" not in capsys.readouterr().err
+    assert run(*words, "--dtype", "bfloat16") == 0
+    records = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert sorted(record["precision"] for record in records) == ["bfloat16", "float32"]
+
+
+def test_retrieval_and_composition(digits: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    common = ["--model", digits / "vit", "--output", tmp_path]
+    assert run("retrieval", "--dataset", data / "captions", *common) == 0
+    assert "mean_recall@1" in capsys.readouterr().out
+    assert run("compose", "--dataset", data / "choices", *common) == 0
+    assert "text_score" in capsys.readouterr().out
+    tasks = [record["task"] for record in json.loads((tmp_path / "results.json").read_text())]
+    assert tasks == ["image_caption_selection", "zeroshot_retrieval"]
+    assert "image_retrieval_recall@10" in (tmp_path / "results.md").read_text()
+
+
+def test_list_names_the_papers_data_sets(capsys: pytest.CaptureFixture[str]):
+    assert run("list", "--architecture", "RN50") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["name", "metric"]
+    assert lines[2].split() == ["CIFAR10", "acc1", "75.6", "88.7", "clip-benchmark/wds_vtab-cifar10"]
+    assert len(lines) == 30
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["zero-shot", "--dataset", "x"], "error: Missing option '--model'. See hf-clip evaluate zero-shot --help."),
+        (["zero-shot", "--model", "m", "--dataset", "UCF101"], "the Hub has no copy that is read as it is: name your"),
+        (["list", "--architecture", "RN7"], "error: 'RN7' is no model of the paper's; those are RN50, RN101,"),
+    ],
+)
+def test_wrong_words_are_one_line(
+    words: list[str], message: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [str(digits / "vit") if word == "m" else word for word in words]
+    output = [] if words[0] == "list" else ["--output", str(tmp_path)]
+    assert run(*words, *output) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_each_value_stands_behind_the_name_of_its_option():
+    given = ["evaluate", "zero-shot", "--model", "a", "b", "--split", "test", "--dataset", "c", "--dataset", "d", "e"]
+    spread = "evaluate zero-shot --model a --model b --split test --dataset c --dataset d --dataset e"
+    assert app.name_each(given) == spread.split()
+    other: list[Any] = ["convert", "--model", "a", "b"]
+    assert app.name_each(other) == other
