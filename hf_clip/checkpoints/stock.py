@@ -20,6 +20,7 @@ OWN_FIELDS = {
     "model_type",
     "contrastive_loss",
     "logit_bias_init_value",
+    "return_tensors_from_features",
     "architectures",
     "transformers_version",
     "dtype",

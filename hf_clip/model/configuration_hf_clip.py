@@ -575,6 +575,9 @@ class HfClipConfig(HfClipPreTrainedConfig):
             2023).
         logit_bias_init_value: Logit bias before training, with the sigmoid loss (Zhai et al. 2023, section 3.1).
         initializer_factor: Factor of the standard deviations of fresh projections.
+        return_tensors_from_features: Whether `get_text_features` and `get_image_features` return the features alone,
+            tensors (B, D), as transformers 4 did. False (default): the tower's output with the features in its
+            `pooler_output`, as in transformers 5. Programs that expect tensors need True.
 
     Example::
 
@@ -592,6 +595,7 @@ class HfClipConfig(HfClipPreTrainedConfig):
     contrastive_loss: str = "softmax"
     logit_bias_init_value: float | int = -10.0
     initializer_factor: float = 1.0
+    return_tensors_from_features: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         text = kwargs.pop("text_config_dict", None)  # repositories of 2022 nest the real values under these names

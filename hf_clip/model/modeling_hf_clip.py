@@ -211,7 +211,6 @@ class HfClipModel(HfClipPreTrainedModel):
         outputs = self.text_model(input_ids, attention_mask=attention_mask, return_dict=True)
         return self.text_projection(outputs.pooler_output)
 
-    @can_return_tuple
     def get_text_features(
         self,
         input_ids: Tensor,
@@ -228,15 +227,32 @@ class HfClipModel(HfClipPreTrainedModel):
             **kwargs: As for any model of transformers, e.g. `output_hidden_states=True`.
 
         Returns:
-            The text tower's output. Its `pooler_output` holds the features (B, D), projected and not normalised.
+            The text tower's output. Its `pooler_output` holds the features (B, D), projected and not normalised. With
+            `config.return_tensors_from_features` the features alone, a tensor.
         """
+        outputs = self._text_outputs(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **(kwargs | ({"return_dict": True} if self.config.return_tensors_from_features else {})),
+        )
+        return outputs.pooler_output if self.config.return_tensors_from_features else outputs
+
+    @can_return_tuple
+    def _text_outputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Run the text tower, and project its `pooler_output`."""
         outputs = self.text_model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, **(kwargs | {"return_dict": True})
         )
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         return outputs
 
-    @can_return_tuple
     def get_image_features(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
@@ -248,8 +264,21 @@ class HfClipModel(HfClipPreTrainedModel):
             **kwargs: As for any model of transformers, e.g. `output_hidden_states=True`.
 
         Returns:
-            The image tower's output. Its `pooler_output` holds the features (B, D), projected and not normalised.
+            The image tower's output. Its `pooler_output` holds the features (B, D), projected and not normalised. With
+            `config.return_tensors_from_features` the features alone, a tensor.
         """
+        outputs = self._image_outputs(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **(kwargs | ({"return_dict": True} if self.config.return_tensors_from_features else {})),
+        )
+        return outputs.pooler_output if self.config.return_tensors_from_features else outputs
+
+    @can_return_tuple
+    def _image_outputs(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Run the image tower, and project its `pooler_output`."""
         outputs = self.vision_model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **(kwargs | {"return_dict": True})
         )
@@ -301,12 +330,12 @@ class HfClipModel(HfClipPreTrainedModel):
         image_embeds = text_embeds = logits_per_image = logits_per_text = loss = None
         vision = text = None
         if pixel_values is not None:
-            vision = self.get_image_features(
+            vision = self._image_outputs(
                 pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **(kwargs | {"return_dict": True})
             )
             image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
         if input_ids is not None:
-            text = self.get_text_features(
+            text = self._text_outputs(
                 input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,

@@ -117,6 +117,21 @@ def test_either_modality_alone_gives_its_embeddings_only(model: HfClipModel, tow
 
 
 @torch.no_grad()
+def test_features_are_tensors_where_the_configuration_says_so(model: HfClipModel, tower: str, tmp_path: Path):
+    """As programs for transformers 4 expect. It is saved, and changes no other output."""
+    images, ids = random_images(tower), texts()
+    before = model(input_ids=ids, pixel_values=images)
+    model.config.return_tensors_from_features = True
+    model.save_pretrained(tmp_path)
+    loaded = HfClipModel.from_pretrained(tmp_path).eval()
+    assert_same_features(loaded.get_image_features(images), model.encode_image(images))
+    assert_same_features(loaded.get_text_features(ids, return_dict=False), model.encode_text(ids))
+    after = loaded(input_ids=ids, pixel_values=images)
+    assert after.keys() == before.keys()
+    assert_same_features(after.vision_model_output.pooler_output, before.vision_model_output.pooler_output)
+
+
+@torch.no_grad()
 def test_features_encodings_and_embeddings_agree(model: HfClipModel, tower: str):
     images, ids = random_images(tower), texts()
     outputs = model(input_ids=ids, pixel_values=images)
