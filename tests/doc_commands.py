@@ -12,7 +12,7 @@ from unittest.mock import patch
 import typer
 from accelerate.commands.launch import launch_command_parser
 
-from hf_clip.commands.app import build_app, read_alike
+from hf_clip.commands.app import build_app, name_each, read_alike
 from hf_clip.training.config import OPTIONS, parse_config
 
 from .doc_blocks import ROOT
@@ -56,11 +56,14 @@ def program() -> Any:
 
 def read_by_hf_clip(words: Sequence[str]) -> None:
     """Raises typer's UsageError, or SystemExit, for a command line that `hf-clip` would refuse."""
-    name, *rest = read_alike(words)
+    name, *rest = name_each(read_alike(words))
     if name == "finetune":
         read_trainer(words[1:])
-    else:
-        program().commands[name].make_context(name, list(rest))
+        return
+    command = program().commands[name]
+    while hasattr(command, "commands"):  # a group, as `evaluate` is
+        command, rest = command.commands[rest[0]], rest[1:]
+    command.make_context(name, list(rest))
 
 
 def read_by_accelerate(words: Sequence[str]) -> None:
@@ -113,7 +116,8 @@ def read_command(line: str) -> None:
 def known_options() -> set[str]:
     """Every option that a page may name, with hyphens."""
     found = set(ELSEWHERE)
-    for command in (program(), *program().commands.values()):
+    groups = [program(), *(command for command in program().commands.values() if hasattr(command, "commands"))]
+    for command in (*groups, *(command for group in groups for command in group.commands.values())):
         found |= {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
     found |= {f"--{name}" for name in OPTIONS}
     parsers = [launch_command_parser(), *(read_by_argparse(name, []) for name in PROGRAMS)]

@@ -237,7 +237,8 @@ def evaluate_retrieval(
             protocol += (
                 f"; corrected: {hub_correction:g} times the mean of {hub_k} of {len(given.texts)} reference texts "
             )
-            protocol += f"and of {len(given.images)} reference images of {others.name} ({others.split})"
+            protocol += f"and of {len(given.images)} reference images of {others.name}"
+            protocol += f" ({others.split})" if others.split else ""
     return RetrievalResult(
         metrics=metrics,
         images=len(found.images),
