@@ -99,7 +99,7 @@ def plot_confusion(confusion: Tensor, names: list[str], title: str, path: Path) 
     figure = _figure(side + 0.8, side)
     axes = figure.subplots()
     shown = axes.imshow(parts.numpy(), cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(shown, ax=axes, label="part of the class's images", shrink=0.8)
+    figure.colorbar(shown, ax=axes, label="part of the class's images", shrink=0.8, fraction=0.05, pad=0.02)
     if len(chosen) <= MOST_SHOWN:
         size = 9 if len(chosen) <= MOST_COUNTED else 6
         labels = [_short(names[place]) for place in chosen]
