@@ -107,7 +107,7 @@ def write_text(path: Path, text: str) -> None:
 
 def shown_figure(name: str, value: float) -> str:
     """Write a figure for a table: a fraction in per cent, a rank as it is."""
-    return f"{value:5.1f}" if name.endswith(NOT_FRACTIONS) else f"{100 * value:5.1f} %"
+    return f"{value:.1f}" if name.endswith(NOT_FRACTIONS) else f"{100 * value:.1f} %"
 
 
 def table_rows(records: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -116,8 +116,8 @@ def table_rows(records: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[
     rows = []
     for record in records:
         name = record["metric"]
-        figure = f"{record['published']:5.1f} %" if "published" in record else ""
-        value = shown_figure(name, record["metrics"][name])
+        figure = f"{record['published']:.1f} %" if "published" in record else ""
+        value = shown_figure(name, record["metrics"][name]).ljust(len("100.0 %"))
         rows.append([record["pretrained"], record["dataset"], name, value, figure, str(record["count"])])
     if not any(row[4] for row in rows):
         header.pop(4)
@@ -139,7 +139,7 @@ def markdown_report(records: Sequence[dict[str, Any]]) -> str:
     parts = ["# Results", markdown_table(header, rows)]
     for record in records:
         parts.append(f"## {record['pretrained']} on {record['dataset']}: {record['task']}")
-        figures = [[name, shown_figure(name, value).strip()] for name, value in record["metrics"].items()]
+        figures = [[name, shown_figure(name, value)] for name, value in record["metrics"].items()]
         parts.append(markdown_table(["metric", "value"], figures))
         parts.append(f"{record['protocol']}. {record['precision']}, {record['count']} rows.")
         if record["unreadable"]:
