@@ -112,16 +112,15 @@ def shown_figure(name: str, value: float) -> str:
 
 def table_rows(records: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Make header and rows of a table of records."""
-    header = ["model", "dataset", "metric", "value", "published", "count"]
+    header = ["model", "dataset", "metric", "count", "value", "published"]
     rows = []
     for record in records:
         name = record["metric"]
-        figure = f"{record['published']:.1f} %" if "published" in record else ""
-        value = shown_figure(name, record["metrics"][name]).ljust(len("100.0 %"))
-        rows.append([record["pretrained"], record["dataset"], name, value, figure, str(record["count"])])
-    if not any(row[4] for row in rows):
-        header.pop(4)
-        rows = [row[:4] + row[5:] for row in rows]
+        published = f"{record['published']:.1f} %" if "published" in record else ""
+        figures = [str(record["count"]), shown_figure(name, record["metrics"][name]), published]
+        rows.append([record["pretrained"], record["dataset"], name, *figures])
+    if not any(row[-1] for row in rows):
+        return header[:-1], [row[:-1] for row in rows]
     return header, rows
 
 
@@ -135,7 +134,6 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def markdown_report(records: Sequence[dict[str, Any]]) -> str:
     """Write a table of the reported metrics, then all metrics and the protocol of each measurement."""
     header, rows = table_rows(records)
-    rows = [[cell.strip() for cell in row] for row in rows]
     parts = ["# Results", markdown_table(header, rows)]
     for record in records:
         parts.append(f"## {record['pretrained']} on {record['dataset']}: {record['task']}")

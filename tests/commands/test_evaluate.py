@@ -41,7 +41,7 @@ def test_models_times_data_sets(
     words += ["--dataset", data / "shapes", data / "absent", "--output", tmp_path / "results", "--mistakes", 4]
     assert run(*words) == 2
     out, err = capsys.readouterr()
-    assert out.splitlines()[0].split() == ["model", "dataset", "metric", "value", "count"]
+    assert out.splitlines()[0].split() == ["model", "dataset", "metric", "count", "value"]
     assert [line.split()[1:3] for line in out.splitlines()[1:3]] == [[str(data / "shapes"), "acc1"]] * 2
     failures = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(failures) == 2

@@ -59,9 +59,9 @@ def test_published_figure_stands_beside_the_measured_one():
     other = record_of(composed, task="compose", model="mine", dataset="pairs.csv")
     lines = text_table(*table_rows([zero_shot_record(), other])).splitlines()
     assert [line.split() for line in lines] == [
-        ["model", "dataset", "metric", "value", "published", "count"],
-        ["clip-vit-b32", CIFAR, "acc1", "90.0", "%", "91.3", "%", "100"],
-        ["mine", "pairs.csv", "text_score", "25.0", "%", "4"],
+        ["model", "dataset", "metric", "count", "value", "published"],
+        ["clip-vit-b32", CIFAR, "acc1", "100", "90.0", "%", "91.3", "%"],
+        ["mine", "pairs.csv", "text_score", "4", "25.0", "%"],
     ]
     assert "published" not in text_table(*table_rows([other]))
     assert "OpenAI's model of the same architecture" in markdown_report([zero_shot_record()])
