@@ -106,7 +106,7 @@ def evaluate_composition(
             for side, image in enumerate(row.images):
                 yield _OneImage(row.name, image, place, side)
 
-    unreadable = Unreadable(data.name, data.count)
+    unreadable = Unreadable(data.name)  # the rows are known, and not their images
     found: dict[tuple[int, int], Tensor] = {}
     with embedder.evaluating(), progress_bar(f"Composition on {data.name}", "image", data.count, progress) as update:
         for rows, features in embedder.images(images(), places=data.places, unreadable=unreadable):
