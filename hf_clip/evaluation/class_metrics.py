@@ -3,7 +3,7 @@
 Dimensions: I images, K classes, N pairs, M bins.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ def best_wrong_first(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(ranks == 0, labels.long(), others)
 
 
-class Reliability(NamedTuple):
+@dataclass(frozen=True)
+class Reliability:
     """How often images are right at each level of confidence; a bin without images has 0 everywhere.
 
     Attributes:

@@ -22,7 +22,6 @@ from torch.nn.functional import normalize
 
 from ..data.columns import UnusableRowError
 from ..data.images import NOWHERE, ImagePlaces, image_content, open_content
-from ..model.base import HfClipPreTrainedModel
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.open_image import UnreadableImageError
 from ..zero_shot.features import check_batch_size, encode_texts, image_processor_of, in_batches, tokenizer_of
@@ -101,7 +100,7 @@ def open_stored(stored: Any, places: ImagePlaces = NOWHERE) -> Image.Image:
 
 
 def _is_ours(model: Any) -> bool:
-    return isinstance(getattr(model, "_orig_mod", model), HfClipPreTrainedModel)
+    return str(model.config.model_type).startswith("hf_clip")  # of a compiled model too, which is of another class
 
 
 def _processors() -> int:

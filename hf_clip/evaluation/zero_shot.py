@@ -5,7 +5,7 @@ Dimensions: I images, K classes, D embedding.
 
 import heapq
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +41,17 @@ METRICS = {
 BINS = 15
 
 
-class Mistake(NamedTuple):
-    """An image that is taken for another class.   image: as the row holds it   confidence: of the wrong class"""
+@dataclass(frozen=True)
+class Mistake:
+    """An image that is taken for another class.
+
+    Attributes:
+        confidence: The confidence in the wrong class.
+        name: Name of the row.
+        label: The image's class.
+        predicted: The class that it is taken for.
+        image: The image as the row holds it.
+    """
 
     confidence: float
     name: str
@@ -51,8 +60,17 @@ class Mistake(NamedTuple):
     image: Any
 
 
-class ClassFigures(NamedTuple):
-    """Figures of one class.   taken_for: the class that its images are most often taken for wrongly; "" if never"""
+@dataclass(frozen=True)
+class ClassFigures:
+    """Figures of one class.
+
+    Attributes:
+        name: The class.
+        images: Number of its images.
+        recall: The fraction of its images that is taken for it.
+        precision: The fraction of what is taken for it that is of it.
+        taken_for: The class that its images are most often taken for wrongly. Empty if they never are.
+    """
 
     name: str
     images: int
