@@ -263,16 +263,13 @@ def choose_split(
     return split
 
 
-def open_source(
-    path: str, split: str | None = "train", streaming: bool = False, preferred: Sequence[str] = EVALUATION_SPLITS
-) -> Any:
+def open_source(path: str, split: str | None = "train", streaming: bool = False) -> Any:
     """Open a split of a source.
 
     Args:
         path: see `Source`.
-        split: the split's name; None takes the one to evaluate on: the only one, or the first of `preferred`.
+        split: the split's name; None takes the one to evaluate on: the only one, or `validation`, or `test`.
         streaming: read the source as it comes, instead of preparing tables on disk first.
-        preferred: names of the splits to evaluate on, the best first.
 
     Returns:
         A `datasets.Dataset`, or a `datasets.IterableDataset` when streaming.
@@ -281,13 +278,16 @@ def open_source(
         FileNotFoundError: there is nothing of that name.
         ValueError: it cannot be read, or has no such split.
     """
-    return open_splits(path, split, streaming, preferred)[1]
+    return open_splits(path, split, streaming)[1]
 
 
 def open_splits(
     path: str, split: str | None = "train", streaming: bool = False, preferred: Sequence[str] = EVALUATION_SPLITS
 ) -> tuple[str, Any]:
-    """Open a split of a source, as `open_source` does. Returns the split's name as well."""
+    """Open a split of a source, as `open_source` does, and return the split's name with it.
+
+    `preferred` holds the names of the splits to evaluate on, the best first.
+    """
     names = [os.path.expanduser(name) for name in expand_braces(path)]
     with readable(path):
         loaded = _load(path, names, streaming)
