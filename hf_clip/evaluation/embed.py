@@ -100,7 +100,8 @@ def open_stored(stored: Any, places: ImagePlaces = NOWHERE) -> Image.Image:
 
 
 def _is_ours(model: Any) -> bool:
-    return str(model.config.model_type).startswith("hf_clip")  # of a compiled model too, which is of another class
+    # By its methods: compiled models and those of remote code are of other classes.
+    return hasattr(model, "encode_image") and hasattr(model, "encode_text")
 
 
 def _processors() -> int:
