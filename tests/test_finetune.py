@@ -465,7 +465,7 @@ def test_splits_share_neither_images_nor_combinations():
 @pytest.mark.parametrize("tower", ["vit", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_demo_runs_from_data_to_picture(tower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
     """The whole way with a short training, whose scores must already be far above chance."""
-    short = {"max_steps": 60, "per_device_train_batch_size": 128}
+    short = {"max_steps": 50, "per_device_train_batch_size": 64}
     monkeypatch.setitem(demo.TRAINING, tower, demo.TRAINING[tower] | short)
     monkeypatch.setitem(demo.TRAIN_SIZE, tower, 2000)
     scores = demo.run(tower, tmp_path, seed=0)

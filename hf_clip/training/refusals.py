@@ -60,6 +60,7 @@ def check_run(config: TrainingConfig, accelerator: Any) -> tuple[Data, Plan]:
     check_wrapper(accelerator, config)
     _check_output(config, accelerator.is_main_process)
     model_config = _check_model(config)
+    _check_batch(config, accelerator.num_processes)
     data = open_data(config, accelerator.num_processes)
     _check_metric(config.metric_for_best_model, data.class_prompts)
     plan = make_plan(config, data.train, launch_settings(accelerator))
@@ -83,6 +84,14 @@ def _check_output(config: TrainingConfig, is_main_process: bool) -> None:
         check_destination(config.output_dir, config.overwrite_output_dir, "--overwrite_output_dir")
     if config.push_to_hub and is_main_process:
         config.hub_model_id = name_repository(config)
+
+
+def _check_batch(config: TrainingConfig, num_processes: int) -> None:
+    if config.per_device_train_batch_size * num_processes < 2:
+        raise ValueError(
+            f"per_device_train_batch_size is {config.per_device_train_batch_size}, but a pair is learned against "
+            f"others: take at least 2."
+        )
 
 
 def _check_model(config: TrainingConfig) -> HfClipConfig:
