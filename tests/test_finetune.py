@@ -1,6 +1,7 @@
 """finetune.py as a user runs it, and the demo built on it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from demo.digits import (
     untrained_combinations,
 )
 from hf_clip.commands import finetune
+from hf_clip.training.summary import wait_in_words
 
 from .finetuning import ROOT, largest_difference, launch, options, records, train, weights, words
 from .two_processes import TwoProcesses
@@ -347,10 +349,40 @@ def test_vocabulary_is_learned_past_a_caption_that_cannot_be_read(digits: Path, 
     assert AutoProcessor.from_pretrained(out).tokenizer("digit 3").input_ids
 
 
+@pytest.mark.parametrize(
+    ("launched", "threads_given", "is_said"),
+    [(False, False, False), (True, False, True), (True, True, False)],
+)
+def test_one_thread_is_noted_where_the_launcher_chose_it(
+    launched: bool, threads_given: bool, is_said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(finetune.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    environment = {"OMP_NUM_THREADS": "1"} if threads_given else {}
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, env={"PATH": os.environ["PATH"], **environment}) as parent:
+        monkeypatch.setattr(os, "getppid", lambda: parent.pid)
+        finetune.warn_of_few_threads()
+        parent.communicate()
+    assert ("gives a process one CPU thread" in capsys.readouterr().err) is is_said
+
+
+def test_wait_for_data_is_told_of_runs_that_are_long_enough():
+    assert wait_in_words(0.6, 1.2) == "1 s of training."
+    assert wait_in_words(0.0, 0.0) == "0 s of training."
+    advice = "; more --dataloader_num_workers may help"
+    assert wait_in_words(9, 60) == f"60 s of training, 9 s of which (15%) it waited for data{advice}."
+    assert wait_in_words(3, 60) == "60 s of training, 3 s of which (5%) it waited for data."
+
+
 WITHOUT_EXTRAS = """
 import runpy, sys
 sys.modules |= dict.fromkeys(("accelerate", "datasets", "peft"))  # as if they were not installed
 from hf_clip.commands import finetune
+from hf_clip.training.summary import wait_in_words
 for words in (["--help"], %r):
     sys.argv = ["finetune.py", *words]
     try:

@@ -30,6 +30,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 HAVE_SEVERAL = ("evaluate",)
 """Commands with options that take several values, see `name_each`."""
 
+READ_ALIKE = ("finetune",)
+"""Commands whose own parser takes an option's underscores and hyphens alike."""
+
 TRACEBACK = "HF_CLIP_TRACEBACK"
 """Environment variable: errors come with their traceback."""
 
@@ -60,16 +63,22 @@ def in_one_line(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _command_in(words: Sequence[str]) -> str:
+    return next((word for word in words if not word.startswith("-")), "")
+
+
 def read_alike(words: Sequence[str]) -> list[str]:
     """A command line's words with hyphens in the names of its options, and `--traceback` first.
 
-    What follows `=` or a lone `--` stays as it is.
+    What follows `=` or a lone `--` stays as it is, and so do all options of a command that reads both spellings itself:
+    its errors then name an option as it was typed.
     """
+    is_read_alike = _command_in(words) in READ_ALIKE
     end = list(words).index("--") if "--" in words else len(words)
     found = []
     for word in words[:end]:
         name, equals, value = word.partition("=")
-        is_option = re.fullmatch(r"--[A-Za-z][A-Za-z0-9_-]*", name) is not None
+        is_option = not is_read_alike and re.fullmatch(r"--[A-Za-z][A-Za-z0-9_-]*", name) is not None
         found.append(f"{name.replace('_', '-')}{equals}{value}" if is_option else word)
     first = ["--traceback"] if "--traceback" in found else []
     return [*first, *(word for word in found if word != "--traceback"), *words[end:]]
@@ -81,7 +90,7 @@ def name_each(words: Sequence[str]) -> list[str]:
     `--model A B --split test` becomes `--model A --model B --split test`, for the options that a command's file lists
     as SEVERAL.
     """
-    command = next((word for word in words if not word.startswith("-")), "")
+    command = _command_in(words)
     if command not in HAVE_SEVERAL:
         return list(words)
     several = import_module(f"{__package__}.{command.replace('-', '_')}").SEVERAL
@@ -146,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = read_alike(sys.argv[1:] if arguments is None else arguments)
     words = name_each(words)
     names = [name for names in COMMANDS.values() for name in names]
-    only = next((word for word in words if not word.startswith("-")), None)
+    only = _command_in(words)
     is_completion = "_HF_CLIP_COMPLETE" in os.environ
     app = build_app(only if only in names and not is_completion else None)
     try:

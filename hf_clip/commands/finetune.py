@@ -31,6 +31,7 @@ from ..training.output import held
 from ..training.refusals import check_run
 from ..training.run import Run
 from ..training.summary import run_in_words
+from .app import TRACEBACK
 
 SETTINGS = {
     "add_help_option": False,
@@ -104,12 +105,23 @@ def train_alone(config: TrainingConfig, accelerator: Any, signals: stopping.Sign
 
 def warn_of_few_threads() -> None:
     """Say so where `accelerate launch` has left most of a machine's cores unused."""
-    if torch.get_num_threads() == 1 < (os.cpu_count() or 1) and "LOCAL_RANK" not in os.environ:
+    is_launched_alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
+    if is_launched_alone and torch.get_num_threads() == 1 < (os.cpu_count() or 1) and not is_one_thread_wanted():
         print(
             f"note: `accelerate launch` gives a process one CPU thread unless told otherwise; this machine has "
             f"{os.cpu_count()}: pass --num_cpu_threads_per_process before the program's name.",
             file=sys.stderr,
         )
+
+
+def is_one_thread_wanted() -> bool:
+    """Whether `OMP_NUM_THREADS` was set for the launcher, which is this process's parent and sets it for this one."""
+    from psutil import Error, Process  # which accelerate brings
+
+    try:
+        return "OMP_NUM_THREADS" in Process(os.getppid()).environ()
+    except Error:  # another user's, or gone
+        return False
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "finetune.py") -> int:
@@ -128,10 +140,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "finetune.py") -> i
         train(config)
     except KeyboardInterrupt as stop:
         return failures.report_stop(stop)
-    except PublishingError as error:
-        return failures.report(PublishingError(f"{error} The model itself is in the output folder."))
     except Exception as error:
-        return failures.report(error)
+        if isinstance(error, PublishingError):
+            error = PublishingError(f"{error} The model itself is in the output folder.")
+        return failures.report(error, with_traceback=bool(os.environ.get(TRACEBACK)))
     return 0
 
 
@@ -142,7 +154,7 @@ def finetune(context: typer.Context) -> int:
     """
     try:
         return main(context.args, prog="hf-clip finetune")
-    except SystemExit as end:  # after --help, or an option that there isn't
+    except SystemExit as end:  # after --help
         return end.code if isinstance(end.code, int) else 1
 
 

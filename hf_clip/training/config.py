@@ -6,8 +6,9 @@ cannot be meant is refused, and so is an option that another option leaves witho
 
 import dataclasses
 import math
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+import re
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,11 @@ examples:
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults behind each option, and examples line by line."""
+    """Defaults behind each option whose text does not say its own, and examples line by line."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        said = action.help or ""
+        return said if action.default in (None, "", []) or "default:" in said else super()._get_help_string(action)
 
 
 INSTEAD = (
@@ -307,17 +312,33 @@ def _check_push_to_hub(words: Sequence[str]) -> None:
             raise ValueError(moved_repository(value))
 
 
-def _check_words(parser: Any, words: list[str], path: Path) -> None:
-    """Raises ValueError that names the file for a value of a wrong type, instead of ending the program."""
+def _refuse_with(words: Sequence[str], before: str = "", after: str = "") -> Callable[[str], None]:
+    """What a parser does instead of ending the program with a line of usage: a function that raises ValueError.
+
+    Args:
+        words: Of the command line. An option that has two spellings is named as it stands there.
+        before: What is said before what is wrong.
+        after: What is said behind it.
+    """
 
     def refuse(message: str) -> None:
-        raise ValueError(f"{path}: {message}.")
+        if found := re.match(r"argument (--\S+): ", message):
+            spellings, given = found[1].split("/"), [word.partition("=")[0] for word in words]
+            typed = next((name for name in reversed(given) if name in spellings), spellings[0])
+            message = f"{typed}: {message[found.end() :]}"
+        end = "" if message.endswith((".", "?")) else "."
+        raise ValueError(f"{before}{message}{end}{after}")
 
-    end, parser.error = parser.error, refuse
+    return refuse
+
+
+def _check_words(parser: Any, words: list[str], path: Path) -> None:
+    """Raises ValueError that names the file for a value of a wrong type."""
+    before, parser.error = parser.error, _refuse_with(words, f"{path}: ")
     try:
         parser.parse_args(words)
     finally:
-        parser.error = end
+        parser.error = before
 
 
 def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.py") -> TrainingConfig:
@@ -333,8 +354,9 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: the file cannot be read, or the options contradict each other.
-        SystemExit: after --help, and after a line of usage for a flag that there isn't or that is ill-formed.
+        ValueError: the file cannot be read, there is no such option, its value is ill-formed, or the options contradict
+            each other.
+        SystemExit: after --help.
     """
     import sys
 
@@ -357,6 +379,7 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
         _check_words(parser, from_file, path)
         words = [*from_file, *words]
     _check_push_to_hub(words)
+    parser.error = _refuse_with(words, after=f" See {prog} --help.")
     values: dict[str, Any] = {}
     *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:

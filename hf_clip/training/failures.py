@@ -67,21 +67,23 @@ def _may_speak() -> bool:
         return False
 
 
-def report(error: Exception) -> int:
+def report(error: Exception, *, with_traceback: bool = False) -> int:
     """Say in one line why the run ends, unless another process says it.
 
     Args:
         error: What ended this process.
+        with_traceback: Whether the user asked for the traceback of every error.
 
     Returns:
         The exit status.
 
     Raises:
-        Exception: `error` itself, if it is a fault of the program and no other process has spoken.
+        Exception: `error` itself, if no other process has spoken, and it is a fault of the program or its traceback was
+            asked for.
     """
     if not _may_speak():
         return 1
-    if not isinstance(error, EXPECTED):
+    if with_traceback or not isinstance(error, EXPECTED):
         raise error
     line = f"error: {' '.join(str(error).split())}"
     sys.stderr.write(line + "\n" if _is_main() else f"\n{line}\n")  # behind the main process's bar

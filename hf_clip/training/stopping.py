@@ -127,7 +127,7 @@ def find_launcher() -> int | None:
 
     A shell may end before its programs, a launcher may not.
     """
-    import psutil  # type: ignore[import-untyped]  # accelerate brings it
+    import psutil
 
     parent = os.getppid()
     try:

@@ -5,6 +5,9 @@ from torch import nn
 from .data.pairs import Pairs, PairStream
 from .plan import Plan
 
+SHORT_RUN = 30.0
+"""Seconds below which the start of the workers is most of the wait, which then says nothing."""
+
 SHOWN = ("recall@1", "recall@5", "recall@10", "zero_shot_top1")
 
 
@@ -73,13 +76,15 @@ def gain_in_words(
 
 
 def wait_in_words(waited: float, trained: float) -> str:
-    """The line that says how long training waited for data.
+    """The line that says how long training took, and how long it waited for data.
 
     Args:
         waited: Seconds without a batch.
         trained: Seconds of training in all.
     """
-    share = waited / trained if trained > 0 else 0.0
+    if trained < SHORT_RUN:
+        return f"{trained:.0f} s of training."
+    share = waited / trained
     advice = "; more --dataloader_num_workers may help" if share > 0.1 else ""
     return f"{trained:.0f} s of training, {waited:.0f} s of which ({share:.0%}) it waited for data{advice}."
 

@@ -120,6 +120,18 @@ def test_traceback_is_shown_when_asked_for(scratch: list[object], monkeypatch: p
         app.main(["scratch-pad", "--problem", "file"])
 
 
+@pytest.mark.parametrize("option", ["--max_step", "--max-step"])
+def test_trainer_reports_as_all_commands_do(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setenv(app.TRACEBACK, "")
+    assert app.main(["finetune", option, "4"]) == 1
+    line = f"error: there is no option {option!r}. Did you mean '--max_steps'? See hf-clip finetune --help.\n"
+    assert capsys.readouterr().err == line
+    with pytest.raises(ValueError, match="there is no option"):
+        app.main(["finetune", option, "4", "--traceback"])
+
+
 def test_a_fault_of_ours_keeps_its_traceback(scratch: list[object]):
     with pytest.raises(ZeroDivisionError):
         app.main(["scratch-pad", "--problem", "fault"])
