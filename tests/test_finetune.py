@@ -233,6 +233,7 @@ def test_failed_run_leaves_an_earlier_ones_model_as_it_was(digits: Path, tmp_pat
     ("change", "message"),
     [
         ({"model": "/no/model"}, "There is no model folder /no/model"),
+        ({"model": "ViT-B/32"}, "Convert it once, by `hf-clip convert ViT-B/32 clip-vit-b32/`, and pass that folder"),
         ({"model": "nothing"}, "There is no folder 'nothing', and no model of that name could be loaded from the Hub"),
         ({"model": "DIGITS"}, "is a folder without a model: it has neither config.json nor open_clip_config.json"),
         ({"model": "DIGITS/damaged"}, "damaged/model.safetensors is truncated or damaged"),

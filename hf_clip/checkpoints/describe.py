@@ -43,6 +43,7 @@ TOWERS: dict[str, type[HfClipTextConfig] | type[HfClipViTConfig] | type[HfClipRe
 }
 """Model types of a tower alone → the class that reads them."""
 
+MODEL_FILES = [f"{name}{end}" for name in WEIGHT_FILES for end in ("", ".index.json")]
 SMALL_FILES = ("*.json", "merges.txt")
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
@@ -159,7 +160,7 @@ def describe(source: str | Path, *, offline: bool = False) -> Description:
         What is known of it, also where it is no CLIP.
 
     Raises:
-        FileNotFoundError: There is no such source.
+        FileNotFoundError: There is no such source, or a folder or repository without a model.
         ConnectionError, PermissionError: The Hub refuses the repository.
         CheckpointError: A file is damaged, or no checkpoint.
     """
@@ -268,6 +269,11 @@ def _describe_folder(name: str, folder: Path, on_the_hub: list[str] | None = Non
         config = found.attempt(lambda: config_from_open_clip(read_open_clip_config(folder / CONFIG_FILE)))
     else:
         found.layout, found.model = _name_stranger(files, values or {})
+        if found.layout == "unknown" and "config.json" not in files and not set(MODEL_FILES) & set(files):
+            raise FileNotFoundError(
+                f"{name} holds no model: it has neither config.json nor {CONFIG_FILE}. Name a checkpoint file such as "
+                f"ViT-B-32.pt, or the folder or repository of a model."
+            )
     stored = found.attempt(lambda: _weight_files(folder, weights, files)) or []
     if config is not None:
         found.add_config(config)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..model.configuration_hf_clip import HfClipConfig
+from ..model.configuration_hf_clip import HfClipConfig, HfClipTextConfig
 from .stock import why_not_stock
 
 
@@ -61,11 +61,19 @@ def loaders_of_repository(
         reason = problem or f"it is no CLIP of OpenAI's architectures; its layout is that of {layout}"
         return [Loader(WITH_PACKAGE, False, reason)]
     return [
-        Loader(WITH_PACKAGE, True, f'import hf_clip; AutoModel.from_pretrained("{name}")'),
+        Loader(WITH_PACKAGE, True, _call_with_package(name, layout, config)),
         _with_code(name, values, files),
         _stock(name, layout, config),
         _open_clip(name, layout, config),
     ]
+
+
+def _call_with_package(name: str, layout: str, config: Any) -> str:
+    """The call that loads it with hf_clip. Without a config.json of its own `AutoModel` does not know the class."""
+    if layout == "hf_clip":
+        return f'import hf_clip; AutoModel.from_pretrained("{name}")'
+    kinds = {HfClipConfig: "HfClipModel", HfClipTextConfig: "HfClipTextModel"}
+    return f'hf_clip.{kinds.get(type(config), "HfClipVisionModel")}.from_pretrained("{name}")'
 
 
 def _with_code(name: str, values: dict[str, Any], files: list[str]) -> Loader:

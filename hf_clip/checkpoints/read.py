@@ -30,6 +30,7 @@ from ..model.configuration_hf_clip import (
     HfClipTextConfig,
     named_as_ours,
     read_config_object,
+    refuse_checkpoint_file,
 )
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.modeling_hf_clip import HfClipModel
@@ -229,8 +230,9 @@ def check_model(source: str | Path, hub: dict[str, Any] | None = None) -> HfClip
     Raises:
         FileNotFoundError: A file is missing.
         CheckpointError: The weights are damaged, or are those of another model.
-        ValueError: Another file is damaged.
+        ValueError: Another file is damaged, or `source` is a checkpoint file, which is converted first.
     """
+    refuse_checkpoint_file(source)
     with in_one_line(source):
         config, repository = _describe(source, hub or {})
         _read_weights(source, config, repository, hub or {}, verify=False, check_sums=False)

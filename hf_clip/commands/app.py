@@ -107,6 +107,13 @@ def name_each(words: Sequence[str]) -> list[str]:
     return found
 
 
+def _in_words(error: Any) -> str:
+    """What is wrong with a command line, without what the libraries below add: once said, one option suggested."""
+    if near := getattr(error, "possibilities", None):  # best first
+        return f"{error.message}. Did you mean {near[0]}?"
+    return one_line(error.format_message(), LONGEST_LINE).replace(": Value error, ", ": ")
+
+
 def build_app(only: str | None = None) -> typer.Typer:
     """The program, with all commands or one of them."""
     app = typer.Typer(
@@ -162,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = app(words, prog_name="hf-clip", standalone_mode=False)
     except UsageError as error:
         where = getattr(getattr(error, "ctx", None), "command_path", "hf-clip")
-        problem = one_line(error.format_message(), LONGEST_LINE)
+        problem = _in_words(error)
         end = "" if problem.endswith((".", ")", "?")) else "."
         print(f"error: {problem}{end} See {where} --help.", file=sys.stderr)
         return 1

@@ -126,6 +126,8 @@ def classify(
     else:
         with table_writer(output, top_k) as write, tqdm(total=found.total, unit="image", disable=None) as bar:
             done, failed = _take(results, lambda result: (write(result), bar.update()))
+    if failed and failed == done:
+        raise ValueError(f"none of {done:,} images could be opened")
     if failed:
         print(f"{failed:,} of {done:,} images could not be opened", file=sys.stderr)
         raise typer.Exit(SOME_FAILED)

@@ -44,7 +44,7 @@ def convert(
         ),
     ],
     out: Annotated[str, typer.Argument(help="Folder to write.")],
-    layout: Annotated[Layout, typer.Option("--format", help="Layout of the folder.")] = Layout.hf_clip,
+    layout: Annotated[Layout, typer.Option("--format", "--layout", help="Layout of the folder.")] = Layout.hf_clip,
     remote_code: Annotated[
         bool, typer.Option("--remote-code", help="Add the code that loads the model without this package.")
     ] = False,

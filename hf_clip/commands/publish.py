@@ -47,7 +47,9 @@ def publish(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; nothing is sent.")] = False,
     layout: Annotated[
         Layout,
-        typer.Option("--format", help="transformers: a stock repository for servers that take no code, ViTs only."),
+        typer.Option(
+            "--format", "--layout", help="transformers: a stock repository for servers that take no code, ViTs only."
+        ),
     ] = Layout.hf_clip,
     variant: Annotated[
         str | None,

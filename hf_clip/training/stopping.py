@@ -127,7 +127,7 @@ def find_launcher() -> int | None:
 
     A shell may end before its programs, a launcher may not.
     """
-    import psutil
+    import psutil  # accelerate brings it
 
     parent = os.getppid()
     try:

@@ -96,7 +96,9 @@ def test_what_a_user_can_mend_is_one_line(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["scratch-pad", "--batch-sise", "3"], "No such option: --batch-sise"),
+        (["scratch-pad", "--batch-sise", "3"], "No such option: --batch-sise. Did you mean --batch-size? See"),
+        (["scratch-pad", "--label", "3"], "No such option: --label. Did you mean --labels? See"),
+        (["convert", "--layout", "x"], "Invalid value for '--format' / '--layout': 'x' is not one of 'hf_clip', 'tr"),
         (["scratch-pad", "--batch_size", "many"], "Invalid value for '--batch-size': "),
         (["scratch-pads"], "No such command 'scratch-pads'."),
     ],
@@ -107,7 +109,7 @@ def test_command_line_that_cannot_be_read_is_one_line(
     assert app.main(words) == 1
     shown = capsys.readouterr().err
     assert shown.startswith(f"error: {line}")
-    assert re.search(r"[.)?] See hf-clip( scratch-pad)? --help\.\n$", shown)
+    assert re.search(r"[.)?] See hf-clip( scratch-pad| convert)? --help\.\n$", shown)
     assert shown.count("\n") == 1
     assert scratch == []
 

@@ -98,6 +98,15 @@ def test_results_are_printed_where_no_table_is_asked_for(
             assert part in line
 
 
+def test_images_of_which_none_can_be_opened_are_an_error(
+    folder: Path, repositories: dict[str, Path], capsys: pytest.CaptureFixture
+):
+    assert run(repositories["vit"], folder / "broken.png", folder / "no.png") == 1
+    shown = capsys.readouterr()
+    assert shown.out.count("  error: ") == 2
+    assert shown.err == "error: none of 2 images could be opened\n"
+
+
 def test_data_set_is_classified_by_number(
     folder: Path, repositories: dict[str, Path], expected: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -137,6 +146,7 @@ def test_labels_come_from_a_file(name: str, content: str, labels: list[str], tmp
         (["{empty}"], "has no images: no file in it"),
         (["{images}", "--device", "cuda:77"], "device='cuda:77' asks for"),
         (["{images}", "--templates", "a photo"], "The template 'a photo' has no placeholder {}"),
+        (["nowhere/"], "There is no folder or file 'nowhere/', and no data set of that name ("),
         (["{images}", "nothing/such"], "nothing/such is a data set, of which one can be read at a time"),
         (["{images}", "--labels", "a,a"], "The label 'a' appears twice"),
         (["{images}", "--labels", "none.txt"], "There is no file none.txt"),

@@ -12,7 +12,9 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoModel
 
+import hf_clip
 from hf_clip import HfClipTextModel
 from hf_clip.checkpoints import describe as describing
 from hf_clip.checkpoints.conversion import convert
@@ -22,6 +24,7 @@ from ..hub_server import HubServer, Repository
 from ..small import DIMENSIONS
 
 WITH_PACKAGE, STOCK, OPEN_CLIP = "transformers with hf_clip", "transformers alone", "open_clip"
+WITH_CODE = "transformers with trust_remote_code"
 
 
 def info(source: object, capsys: pytest.CaptureFixture) -> dict[str, Any]:
@@ -117,6 +120,36 @@ def test_state_dicts(kind: str, layout: str, references: dict[str, nn.Module], t
     assert loaders(found).get("hf_clip.load") is (None if kind.startswith("training") else True)
 
 
+CALLS = {
+    "hf_clip": {WITH_PACKAGE: "HfClipModel", WITH_CODE: "HfClipModel"},
+    "transformers": {WITH_PACKAGE: "HfClipModel", STOCK: "CLIPModel"},
+    "open_clip": {WITH_PACKAGE: "HfClipModel"},
+    "archive": {"hf_clip.load": "tuple"},
+}
+"""Layout → who loads it → what its call returns."""
+
+
+@pytest.mark.parametrize("layout", CALLS)
+def test_call_that_is_named_loads_it(
+    layout: str, archives: dict[str, Path], tmp_path: Path, capsys: Any, vocabulary: Path
+):
+    source = archives["vit"]
+    if layout != "archive":
+        source = tmp_path / "out"
+        convert(archives["vit"], source, layout, remote_code=layout == "hf_clip")
+    found = info(source, capsys)
+    calls = {loader["name"]: loader["how"] for loader in found["loaders"] if loader["loads"]}
+    for name in ("OpenAI's clip", OPEN_CLIP):  # these need torchvision
+        calls.pop(name, None)
+    assert calls.keys() == CALLS[layout].keys()
+    for name, call in calls.items():
+        *statements, expression = call.split("; ")
+        space: dict[str, Any] = {"AutoModel": AutoModel, "hf_clip": hf_clip}
+        for statement in statements:
+            exec(statement, space)
+        assert type(eval(expression, space)).__name__ == CALLS[layout][name]
+
+
 @pytest.mark.parametrize(("layout", "who"), [("transformers", STOCK), ("open_clip", OPEN_CLIP)])
 def test_layouts_of_others(
     layout: str, who: str, repositories: dict[str, Path], references: dict[str, nn.Module], tmp_path: Path, capsys: Any
@@ -170,7 +203,7 @@ STRANGERS = {
     "PEFT": ({"adapter_config.json": {"base_model_name_or_path": "x"}}, "an adapter, which needs its base model"),
     "transformers": ({"config.json": {"model_type": "siglip"}}, "a model of the type 'siglip'"),
     "diffusers": ({"model_index.json": {}}, "a diffusion pipeline, whose text tower lies in text_encoder/"),
-    "unknown": ({"notes.json": {}}, None),
+    "unknown": ({"config.json": {"notes": 1}}, None),
 }
 
 
@@ -204,10 +237,16 @@ def test_files_of_strangers_are_told_by_their_names(name: str, layout: str, tmp_
 
 @pytest.mark.parametrize(
     ("source", "line"),
-    [("nowhere.pt", "There is no checkpoint file or folder nowhere.pt"), ("./nowhere", "check the path")],
+    [
+        ("nowhere.pt", "There is no checkpoint file or folder nowhere.pt"),
+        ("./nowhere", "check the path"),
+        ("PHOTOS", "photos holds no model: it has neither config.json nor open_clip_config.json. Name a checkpoint"),
+    ],
 )
-def test_what_is_not_there_is_one_line(source: str, line: str, capsys: pytest.CaptureFixture):
-    assert main(["info", source]) == 1
+def test_what_is_not_there_is_one_line(source: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "notes.json").write_text("{}")
+    assert main(["info", source.replace("PHOTOS", str(tmp_path / "photos"))]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert line in shown

@@ -185,6 +185,14 @@ def test_checkpoint_file_names_the_command_that_converts_it(kind: type, name: st
             kind.from_pretrained(given)
 
 
+@pytest.mark.parametrize("kind", [HfClipModel, HfClipProcessor, HfClipTokenizer, HfClipConfig])
+def test_name_of_openai_names_the_command_that_converts_it(kind: type):
+    with pytest.raises(
+        ValueError, match="ViT-B/32 is .* by `hf-clip convert ViT-B/32 clip-vit-b32/`, and pass that fo"
+    ):
+        kind.from_pretrained("ViT-B/32")
+
+
 def test_weights_of_a_folder_name_the_folder(repositories: dict[str, Path]):
     folder = repositories["vit"]
     with pytest.raises(ValueError, match=f"takes the folder that describes it too: pass {folder}"):

@@ -12,6 +12,7 @@ from typing import Any
 from ...data.columns import column_of, field_of, find_image_column
 from ...data.images import ImagePlaces, find_image_places, image_content, open_content
 from ...data.sources import describe_columns, folder_of, leave_undecoded, open_source
+from ...model.checked_files import one_line
 from ...model.fetch import is_web_address
 from ...model.open_image import open_image
 from ...zero_shot.files import find_images, is_image_name
@@ -75,7 +76,7 @@ def find_image_items(places: Sequence[str], *, split: str | None = None, image_c
         raise ValueError(
             f"{sets[0]} is a data set, of which one can be read at a time, and nothing else beside it: name it alone."
         )
-    table = open_source(sets[0], split or "train", streaming=True)
+    table = _open_data_set(sets[0], split)
     features = describe_columns(table)
     column = find_image_column(sets[0], features, image_column)
     table = leave_undecoded(table, [column_of(column, features)])
@@ -83,6 +84,19 @@ def find_image_items(places: Sequence[str], *, split: str | None = None, image_c
     counts = getattr(table.info, "splits", None) or {}
     total = counts[str(table.split)].num_examples if str(table.split) in counts else None
     return ImageItems(_rows(table, column), partial(_open_stored, places=where), total, len(str(total or 10**6)))
+
+
+def _open_data_set(place: str, split: str | None) -> Any:
+    try:
+        return open_source(place, split or "train", streaming=True)
+    except FileNotFoundError as error:
+        if os.path.exists(place):
+            raise
+        reason = one_line(error.__cause__ or error)
+        raise FileNotFoundError(
+            f"There is no folder or file {place!r}, and no data set of that name ({reason}). Name a folder of images, "
+            f"image files or web addresses, or one data set."
+        ) from error
 
 
 def _rows(table: Any, column: str) -> Iterator[tuple[str, Any]]:
