@@ -73,7 +73,7 @@ def _call_with_package(name: str, layout: str, config: Any) -> str:
     if layout == "hf_clip":
         return f'import hf_clip; AutoModel.from_pretrained("{name}")'
     kinds = {HfClipConfig: "HfClipModel", HfClipTextConfig: "HfClipTextModel"}
-    return f'hf_clip.{kinds.get(type(config), "HfClipVisionModel")}.from_pretrained("{name}")'
+    return f'hf_clip.{kinds.get(type(config), "HfClipViTModel")}.from_pretrained("{name}")'
 
 
 def _with_code(name: str, values: dict[str, Any], files: list[str]) -> Loader:

@@ -7,6 +7,8 @@ Invariant: every Python block made here runs unchanged, if the repository exists
 current folder. The tests run them.
 """
 
+import json
+import re
 from collections.abc import Iterable, Sequence
 from string import Template
 from typing import Any
@@ -14,6 +16,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..model.configuration_hf_clip import HfClipConfig, HfClipResNetConfig
+
+USAGE_BEGIN = "<!-- How to use {}: written by hf_clip -->"
+USAGE_END = "<!-- written by hf_clip until here -->"
+USAGE_PART = re.compile("([^\\n]+)".join(map(re.escape, USAGE_BEGIN.split("{}"))) + f".*?{USAGE_END}", re.DOTALL)
+"""Comments around the part of a card that names the place of the model, and is written again at publishing."""
 
 TAGS = ("clip", "hf_clip", "vision", "contrastive", "image-text-retrieval")
 """Tags of every model of this package."""
@@ -230,3 +237,44 @@ def usage_section(config: HfClipConfig, repo_id: str, *, stock: bool = False) ->
         )
         .strip()
     )
+
+
+def usage_part(config: HfClipConfig, name: str, *, stock: bool = False, note: str = "") -> str:
+    """Write the part of a card that `named_for_repository` finds again.
+
+    Args:
+        config: Configuration of the model.
+        name: The folder or repository that the snippets load.
+        stock: Whether it is in the layout of transformers' `CLIPModel`.
+        note: A paragraph before the snippets.
+
+    Returns:
+        The part, in Markdown.
+    """
+    parts = [USAGE_BEGIN.format(name), "## How to use it", note, usage_section(config, name, stock=stock), USAGE_END]
+    return "\n\n".join(part for part in parts if part)
+
+
+def named_for_repository(card: str, config: HfClipConfig, repo_id: str, *, stock: bool = False) -> str | None:
+    """Write a card that the trainer made for a folder again, for a repository.
+
+    Its title, the name in its model-index and its snippets become the repository's. All else stays as it is, also what
+    a user has changed there.
+
+    Args:
+        card: Text of the card.
+        config: Configuration of the model.
+        repo_id: Name of the repository.
+        stock: Whether the repository is in the layout of transformers' `CLIPModel`.
+
+    Returns:
+        The text; None for a card without a part that `usage_part` has written.
+    """
+    if (found := USAGE_PART.search(card)) is None:
+        return None
+    old, new = re.escape(name_of(found[1])), name_of(repo_id)
+    before, after = card[: found.start()], card[found.end() :]
+    before = re.sub(rf"^# {old}$", lambda _: f"# {new}", before, count=1, flags=re.MULTILINE)
+    in_index = re.compile(rf"^(model-index:\n- name: )(['\"]?){old}\2$", re.MULTILINE)
+    before = in_index.sub(lambda match: f"{match[1]}{json.dumps(new)}", before, count=1)
+    return f"{before}{usage_part(config, repo_id, stock=stock)}{after}"

@@ -3,6 +3,7 @@
 The folder itself is not changed. The files are put together in a temporary folder, in which weights are links.
 """
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from ..checkpoints.stock import why_not_stock
 from ..checkpoints.write import write
 from ..model.configuration_hf_clip import HfClipConfig
 from ..model.variants import get_variant
-from .model_card import name_of
+from .model_card import name_of, named_for_repository
 from .openai_cards import CHART, render_card, render_custom_card
 from .upload import Upload, check_repo_id, list_uploads, publish_folder
 
@@ -25,6 +26,9 @@ LAYOUTS = ("hf_clip", "transformers")
 """The layouts in which a model is published."""
 
 CARD = "README.md"
+
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)\n*")
+"""A picture in a card. Its place is the group."""
 
 
 def link_all(source: Path, target: Path) -> None:
@@ -47,6 +51,21 @@ def write_card(folder: Path, repo_id: str, variant_name: str | None, stock: bool
         shutil.copyfile(CHART, folder / CHART.name)
     (folder / CARD).unlink(missing_ok=True)
     (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def take_card(folder: Path, out: Path, config: HfClipConfig, repo_id: str, *, stock: bool) -> None:
+    """Take a folder's own card along, with the pictures beside it. The trainer's is written for the repository."""
+    text = (folder / CARD).read_text(encoding="utf-8")
+    for name in PICTURE.findall(text):
+        if Path(name).name == name and (folder / name).is_file() and not (out / name).exists():
+            (out / name).symlink_to((folder / name).resolve())
+    renamed = named_for_repository(text, config, repo_id, stock=stock)
+    (out / CARD).unlink(missing_ok=True)  # it may be a link to the user's
+    if renamed is None:
+        shutil.copyfile(folder / CARD, out / CARD)
+        return
+    kept = PICTURE.sub(lambda found: found[0] if "/" in found[1] or (out / found[1]).exists() else "", renamed)
+    (out / CARD).write_text(kept, encoding="utf-8")
 
 
 @contextmanager
@@ -93,8 +112,8 @@ def staged(folder: Path, repo_id: str, layout: str, variant_name: str | None) ->
             write(*read(folder), out, layout)
         if not (folder / CARD).is_file():
             write_card(out, repo_id, variant_name, stock=layout == "transformers")
-        elif layout != "hf_clip":
-            shutil.copyfile(folder / CARD, out / CARD)
+        else:
+            take_card(folder, out, config, repo_id, stock=layout == "transformers")
         yield out
 
 

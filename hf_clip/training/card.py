@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..data.sources import names_a_source, parse_sources
-from ..hub.model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_section
+from ..hub.model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_part
 from ..model.configuration_hf_clip import HfClipConfig
 from .averaging import warmup_of
 from .config import WITHOUT_WARMUP, TrainingConfig
@@ -237,8 +237,7 @@ def trained_card(
         parts.append(f"![Loss and retrieval over the steps of training]({curve})")
     if figures:
         parts += measured_section(figures, config, facts.start_figures)
-    parts.append("## How to use it")
-    if not config.push_to_hub:
-        parts.append(f"The snippets name the folder `{repo_id}` as it is seen from the folder that it lies in.")
-    parts.append(usage_section(model_config, repo_id, stock=config.output_format == "transformers"))
+    note = f"The snippets name the folder `{repo_id}` as it is seen from the folder that it lies in."
+    stock = config.output_format == "transformers"
+    parts.append(usage_part(model_config, repo_id, stock=stock, note="" if config.push_to_hub else note))
     return card_text(metadata, "\n\n".join(parts))

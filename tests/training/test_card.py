@@ -1,5 +1,6 @@
 """The card of a trained model: complete, true, without paths of the machine, and with snippets that run."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from hf_clip import HfClipConfig
+from hf_clip.hub.stage import PICTURE, publish
 from hf_clip.training.card import ALWAYS, SAID_OTHERWISE, RunFacts, is_repository, row_name, shown, trained_card
 from hf_clip.training.config import TrainingConfig
 
@@ -151,3 +153,33 @@ def test_snippets_of_the_card_run_on_the_folder_as_it_is(
     assert "`pip install hf-clip`" in card
     (block,) = python_blocks(card)
     exec(compile(block, "card", "exec"), {})
+
+
+@pytest.mark.parametrize("layout", ["hf_clip", "transformers"])
+def test_card_names_the_repository_where_the_folder_is_published(
+    layout: str, repositories: dict[str, Path], tmp_path: Path
+):
+    out = tmp_path / "fine-tuned"
+    shutil.copytree(repositories["vit"], out)
+    options = TrainingConfig(model="m", dataset=["a/b"], output_dir=str(out), max_steps=9, validation="50")
+    facts = RunFacts(9, 9, 16, LAUNCHED)
+    text = trained_card(HfClipConfig.from_pretrained(out), options, {"recall@1": 0.5}, facts, "training-curve.png")
+    (out / "README.md").write_text(f"{text}\nWords of my own on fine-tuned.\n")
+    (out / "training-curve.png").write_bytes(b"a picture")
+    found = publish(out, "me/ft", dry_run=True, layout=layout)
+    assert "training-curve.png" in {upload.name for upload in found.uploads}
+    assert "](training-curve.png)" in found.card
+    assert found.card.count("fine-tuned from") == 1
+    assert found.card.endswith("Words of my own on fine-tuned.\n")
+    assert found.card.count("fine-tuned") == 2  # besides these no word of the folder
+    assert "\n# ft\n" in found.card
+    card = ModelCard(found.card)
+    assert card.data.model_name == "ft"
+    assert card.data.eval_results == ModelCard(text).data.eval_results
+    snippets = "\n".join(python_blocks(found.card))
+    assert set(re.findall(r'(?:model=|from_pretrained\()"([^"]*)"', snippets)) == {"me/ft"}
+    assert ("code in this repository" in found.card) == ("trust_remote_code" in found.card) == (layout == "hf_clip")
+    (out / "training-curve.png").unlink()
+    again = publish(out, "me/ft", dry_run=True, layout=layout).card
+    assert "training-curve.png" not in again
+    assert again.replace("\n", "") == PICTURE.sub("", found.card).replace("\n", "")
