@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import hf_clip  # noqa: E402
-from hf_clip.training.config import GROUPS  # noqa: E402
+from hf_clip.training.options import DEFAULT, GROUPS  # noqa: E402
 
 project = "hf_clip"
 author = "The hf_clip developers"
@@ -58,7 +58,13 @@ class TrainingOptions(SphinxDirective):
             for field in dataclasses.fields(group):
                 default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
                 shown = "" if default in (None, "", []) else f"`{default}`"
-                meaning = field.metadata["help"].replace("%%", "%").replace("|", "\\|").replace("<", "\\<")
+                meaning = (
+                    field.metadata["help"]
+                    .removesuffix(DEFAULT)
+                    .replace("%%", "%")
+                    .replace("|", "\\|")
+                    .replace("<", "\\<")
+                )
                 lines.append(f"| `--{field.name}` | {shown} | {meaning} |")
             lines.append("")
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)

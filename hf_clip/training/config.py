@@ -7,7 +7,7 @@ cannot be meant is refused, and so is an option that another option leaves witho
 import dataclasses
 import math
 import re
-from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,14 +277,6 @@ examples:
 """
 
 
-class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults behind each option whose text does not say its own, and examples line by line."""
-
-    def _get_help_string(self, action: Action) -> str | None:
-        said = action.help or ""
-        return said if action.default in (None, "", []) or "default:" in said else super()._get_help_string(action)
-
-
 INSTEAD = (
     ("num_train_epochs", "max_steps"),
     ("model", "variant"),
@@ -368,7 +360,7 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
         prog=prog,
         description="Contrastive training of a CLIP on images with captions.",
         epilog=EXAMPLES.format(prog=prog),
-        formatter_class=_HelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
         usage=f"{prog} [run.yaml] --model MODEL --dataset DATASET --output_dir FOLDER --num_train_epochs N [options]",
         allow_abbrev=False,
     )

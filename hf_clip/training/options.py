@@ -28,11 +28,15 @@ DEFAULT_RATES = {
 that are already trained: at such a rate these would forget what they know."""
 
 
+DEFAULT = " (default: %(default)s)"
+"""Behind the help of an option that has a default and does not say it itself."""
+
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
-    metadata = {"help": help, **more}
+    is_default_said = default in (None, "", []) or "default:" in help.lower()
+    metadata = {"help": help if is_default_said else help + DEFAULT, **more}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
