@@ -3,6 +3,7 @@
 No weights are read, nothing that lies there is executed, and nothing but small files is downloaded.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,7 +165,7 @@ def describe(source: str | Path, *, offline: bool = False) -> Description:
         ConnectionError, PermissionError: The Hub refuses the repository.
         CheckpointError: A file is damaged, or no checkpoint.
     """
-    name, path = str(source), Path(source).expanduser()
+    name, path = str(source), Path(os.path.expanduser(source))
     if name in VARIANTS and not path.exists():
         path = originals_folder() / VARIANTS[name].checkpoint
         return _describe_file(name, path) if path.is_file() else _describe_published(name)
@@ -174,6 +175,8 @@ def describe(source: str | Path, *, offline: bool = False) -> Description:
         return _describe_file(name, path)
     if path.is_dir():
         return _describe_folder(name, path)
+    if os.path.lexists(path):
+        raise FileNotFoundError(f"{name} is no file and no folder, but a link to nowhere, a pipe or a device.")
     if (meant := find_meant(name)) is not None:
         raise FileNotFoundError(f"There is no checkpoint file or folder {name}; did you mean {meant}?")
     if name.startswith((".", "/", "~")) or path.suffix in CHECKPOINT_SUFFIXES or name.count("/") > 1:
@@ -203,7 +206,9 @@ def _describe_file(name: str, path: Path) -> Description:
     naming = naming_of(headers.tensors)
     found = Description(name, layout=f"{naming or 'unknown'}, {CONTAINERS[headers.container]}")
     found.add_headers(headers)
-    if naming is None:
+    if not headers.tensors:
+        found.problems.append("It has no tensors.")
+    elif naming is None:
         some = ", ".join(one_line(tensor, 60) for tensor in list(headers.tensors)[:3])
         found.problems.append(f"Its tensors bear names of no model that is known here: {some}, …")
     elif naming == "OpenAI":
@@ -279,7 +284,7 @@ def _describe_folder(name: str, folder: Path, on_the_hub: list[str] | None = Non
         found.add_config(config)
         if not stored:
             found.problems.append(f"It has no weights: none of {', '.join(weights)}, whole or in shards.")
-    is_unknown = bool(stored) and not _add_weights(found, folder, stored, config)
+    is_unknown = bool(stored) and not _add_weights(found, folder, stored, config, on_the_hub is not None)
     if (architectures := (values or {}).get("architectures")) and isinstance(architectures, list):
         found.model = f"{found.model or 'a model'} ({one_line(architectures[0], 60)})"
     problem = found.problems[0] if found.problems else None
@@ -304,9 +309,12 @@ def _name_stranger(files: list[str], values: dict[str, Any]) -> tuple[str, str |
     return "unknown", None
 
 
-def _add_weights(found: Description, folder: Path, stored: list[str], config: Config | None) -> bool:
+def _add_weights(
+    found: Description, folder: Path, stored: list[str], config: Config | None, may_be_remote: bool
+) -> bool:
     """Add what the headers of the weights say; returns whether these can be read."""
-    is_here = all((folder / name).is_file() for name in stored)
+    # A folder whose files are missing may be named as somebody's repository, which is not asked about then.
+    is_here = not may_be_remote or all((folder / name).is_file() for name in stored)
     headers = found.attempt(
         lambda: read_headers(*[folder / n for n in stored]) if is_here else hub_headers(found.source, stored)
     )

@@ -135,7 +135,7 @@ def fetch_original(variant: Variant, offline: bool = False, folder: str | Path |
         ConnectionError: The download failed. The same call continues it.
         CheckpointError: What arrived is not the published file.
     """
-    target = Path(folder or originals_folder()).expanduser() / variant.checkpoint
+    target = Path(os.path.expanduser(folder or originals_folder())) / variant.checkpoint
     address = os.environ.get(ADDRESS_VARIABLE, PUBLISHED_AT).rstrip("/")
     url = f"{address}/{variant.sha256}/{variant.checkpoint}"
     if target.is_file():

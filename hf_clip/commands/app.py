@@ -11,7 +11,7 @@ the top, and what does the work within the function: the help of all commands is
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib import import_module
 from typing import Annotated, Any
@@ -42,12 +42,22 @@ UsageError: Any = typer.BadParameter.__base__
 INTERRUPTED = 130
 
 
+def check_not_empty(options: Mapping[str, Any]) -> None:
+    """Refuse an empty text, such as a shell makes of "$OUT" if there is no OUT: as a path, it is the current folder."""
+    for name, given in options.items():
+        if "" in (given if isinstance(given, (list, tuple)) else [given]):
+            raise ValueError(
+                f"{name.replace('_', '-')} is given as an empty text; write what is meant, or leave it out."
+            )
+
+
 def in_one_line(command: Callable[..., Any]) -> Callable[..., Any]:
     """The same command, ending with `error: …` and status 1 where the user can do something about it."""
 
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> Any:
         try:
+            check_not_empty(options)
             return command(*arguments, **options)
         except BrokenPipeError:  # whoever reads our output has read enough
             raise
@@ -164,8 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [name for names in COMMANDS.values() for name in names]
     only = _command_in(words)
     is_completion = "_HF_CLIP_COMPLETE" in os.environ
-    app = build_app(only if only in names and not is_completion else None)
     try:
+        app = build_app(only if only in names and not is_completion else None)
         status = app(words, prog_name="hf-clip", standalone_mode=False)
     except UsageError as error:
         where = getattr(getattr(error, "ctx", None), "command_path", "hf-clip")
@@ -173,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end = "" if problem.endswith((".", ")", "?")) else "."
         print(f"error: {problem}{end} See {where} --help.", file=sys.stderr)
         return 1
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:

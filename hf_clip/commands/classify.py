@@ -22,11 +22,13 @@ class Dtype(str, Enum):
 
 
 def _line(result: "Classified", width: int, label_width: int) -> str:
-    """One result for people to read."""
+    """One result for people to read: one line, whatever the names of files and labels hold."""
     if result.error is not None:
-        return f"{result.name:<{width}}  error: {result.error}"
-    found = (f"{entry['label']:<{label_width}} {entry['score']:.4f}" for entry in result.labels)
-    return f"{result.name:<{width}}  {'  '.join(found)}"
+        said = f"error: {result.error}"
+    else:
+        said = "  ".join(f"{entry['label']:<{label_width}} {entry['score']:.4f}" for entry in result.labels)
+    line = f"{result.name:<{width}}  {said}"
+    return "".join(character if character.isprintable() else "�" for character in line)
 
 
 def _take(results: "Iterable[Classified]", take: "Callable[[Classified], Any]") -> tuple[int, int]:
@@ -78,6 +80,10 @@ def classify(
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="The column of a data set that holds the images.")] = None,
     split: Annotated[str | None, typer.Option(help="The split of a data set; by default train.")] = None,
+    image_folders: Annotated[
+        list[str] | None,
+        typer.Option(help="More folders whose images the rows of a data set may name; only for rows you trust."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU if there is one.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="The dtype to compute in.")] = Dtype.float32,
@@ -114,7 +120,7 @@ def classify(
     names = read_labels(parse_labels(labels))
     given = DEFAULT_TEMPLATE if not templates else templates[0] if len(templates) == 1 else templates
     read_templates(given)
-    found = find_image_items(images, split=split, image_column=image_column)
+    found = find_image_items(images, split=split, image_column=image_column, image_folders=image_folders or ())
     loaded, processor = load_model(model, dtype=dtype.value, offline=offline)
     loaded.to(device or default_device())
     classifier = ZeroShotClassifier(loaded, processor, names, given, progress=False)

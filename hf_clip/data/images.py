@@ -5,6 +5,7 @@ an address of another file system would put files of this machine, or of its use
 may name images on the web (http, https), within the data set, and nowhere else but where the user allows it.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,8 @@ def find_image_places(source: str, folder: Path | None, allowed: Sequence[str] =
     for place in allowed:
         if "://" in place:
             remote.append(f"{place.rstrip('/')}/")
-        elif Path(place).expanduser().is_dir():
-            local.append(Path(place).expanduser())
+        elif (folder_allowed := Path(os.path.expanduser(place))).is_dir():
+            local.append(folder_allowed)
         else:
             raise ValueError(f"--image_folders names {place}, which is no folder; check the path.")
     return ImagePlaces(folder, tuple(path.resolve() for path in local), tuple(remote))

@@ -162,7 +162,7 @@ def folder_of(path: str) -> Path | None:
     """Where relative paths of images begin: the folder itself, that of a data file, or what a pattern's files share."""
     if "://" in path:
         return None
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if place.is_dir():
         return place
     if _builder_of(expand_braces(path)[0]) is None:
@@ -205,7 +205,7 @@ def _separator_of(name: str) -> str | None:
 def _load(path: str, names: list[str], streaming: bool) -> Any:
     """Whatever `datasets` makes of it: a table or stream, or a mapping of splits to them."""
     datasets = import_datasets()
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         saved = datasets.load_from_disk(str(place))
         if not streaming:

@@ -11,6 +11,7 @@ Dimensions: B batch, C channels, Y × X pixels.
 
 import base64
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO, UnsupportedOperation
@@ -39,8 +40,12 @@ image of any format, EPS included; BUFR, GRIB and HDF5, for which Pillow calls a
 of which Pillow reads no pixels.
 """
 
-UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""Errors that Pillow raises for a file that is no image, or is cut off."""
+UNREADABLE = (
+    *(UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError),
+    *(RuntimeError, struct.error),
+)
+"""Errors that Pillow raises for a file that is no image, or is cut off. RuntimeError comes from a damaged AVIF; a
+NotImplementedError, which is one too, from a damaged DDS or BLP."""
 
 
 class UnreadableImageError(ValueError):

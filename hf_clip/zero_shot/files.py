@@ -7,6 +7,7 @@ Dimensions: B images of a batch, C channels, Y × X pixels.
 """
 
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,30 +40,45 @@ def is_image_name(name: str | Path) -> bool:
     return Path(name).suffix.lower() in image_suffixes()
 
 
+def _never_ends(path: str) -> bool:
+    """Whether a path is a pipe, socket or device, whose reader may wait forever."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False  # whoever opens it gets the error
+    return not stat.S_ISREG(mode)
+
+
 def find_images(places: Iterable[str | Path]) -> list[str]:
     """The images of folders and their folders, in the order of their names, and what else is named.
 
     Args:
-        places: Folders, of which files that are named as images are taken, hidden ones and links to folders left out;
-            and files and web addresses, which are taken as they are, also where there is no such file.
+        places: Folders, of which files that are named as images are taken, hidden ones, links to folders, pipes and
+            devices left out; and files and web addresses, which are taken as they are, also where there is no such
+            file.
 
     Returns:
-        Paths, as the places were named.
+        Paths, as the places were named. A folder within a folder that may not be read is one of them.
 
     Raises:
         FileNotFoundError: A folder has no images.
+        PermissionError: A named folder may not be read.
     """
     found: list[str] = []
     for place in map(str, places):
         if is_web_address(place) or not os.path.isdir(place):
             found.append(place)
             continue
+        unread: list[OSError] = []
         images = []
-        for folder, inner, files in os.walk(place):
+        for folder, inner, files in os.walk(place, onerror=unread.append):
             inner[:] = sorted(name for name in inner if not name.startswith("."))
-            images += [
-                os.path.join(folder, name) for name in sorted(files) if is_image_name(name) and not name.startswith(".")
-            ]
+            names = [name for name in sorted(files) if is_image_name(name) and not name.startswith(".")]
+            images += [path for name in names if not _never_ends(path := os.path.join(folder, name))]
+        for error in unread:
+            if error.filename == place:
+                raise error
+            images.append(error.filename)  # whoever opens it gets the same error
         if not images:
             raise FileNotFoundError(
                 f"The folder {place} has no images: no file in it, or in its folders, is named as one, such as .jpg or "

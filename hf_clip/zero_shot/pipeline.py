@@ -213,13 +213,16 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
 
 
 def check_device(device: Any) -> None:
-    """Raise ValueError for an accelerator that is missing.
+    """Raise ValueError for an accelerator that is missing, and for what is no device.
 
     Without this, transformers takes the CPU for `device=0`, and for other devices torch raises errors of several kinds.
     """
     if device is None or (isinstance(device, int) and device < 0):
         return
-    named = torch.device(device) if isinstance(device, str) else device
+    try:
+        named = torch.device(device) if isinstance(device, str) else device
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is no device; write cpu, cuda, cuda:1, mps or the like.") from None
     kind, number = ("", int(named)) if isinstance(named, int) else (named.type, named.index or 0)
     if kind in ("cpu", "meta"):
         return

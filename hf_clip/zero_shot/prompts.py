@@ -158,14 +158,15 @@ def parse_labels(text: str) -> Any:
     suffix = os.path.splitext(text)[1].lower()
     if suffix == ".json":
         return read_json(text)
-    if suffix != ".txt" and not os.path.isfile(text):
+    looks_like_path = os.path.isdir(text) or ("," not in text and os.sep in text)
+    if suffix != ".txt" and not looks_like_path and not os.path.isfile(text):
         return [label.strip() for label in text.split(",")]
     if not os.path.isfile(text):
         raise FileNotFoundError(f"There is no file {text} of labels; check the path.")
     try:
         lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The labels {text!r} cannot be read ({error}).") from error
+        raise ValueError(f"The labels {text!r} cannot be read ({error}); save them as text in UTF-8.") from error
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -194,8 +195,8 @@ def read_labels(labels: Any) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     owner: dict[str, str] = {}
     for place, (label, given) in enumerate(pairs):
-        several = isinstance(given, Iterable) and not isinstance(given, str) and getattr(given, "ndim", 1) > 0
-        names = list(map(as_plain, given)) if several else [as_plain(given)]
+        is_one = isinstance(given, (str, Mapping)) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
+        names = [as_plain(given)] if is_one else list(map(as_plain, given))
         for name in [*names, *([] if label is None else [label])]:
             if not isinstance(name, str) or not name.strip():
                 shown = given if label is None else {label: given}

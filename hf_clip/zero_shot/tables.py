@@ -7,6 +7,7 @@ A table appears only when it is whole.
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,7 @@ def check_table(path: str | Path) -> None:
     Raises:
         ValueError: The name ends otherwise than those of the three kinds.
         IsADirectoryError: It is a folder's.
+        NotADirectoryError, PermissionError: Nothing can be written where it is to stand.
         ImportError: A package that writes this kind is missing.
     """
     path = Path(path)
@@ -89,6 +91,11 @@ def check_table(path: str | Path) -> None:
         raise IsADirectoryError(f"{path} is a folder; name a file in it, such as {path / 'scores.csv'}.")
     if path.suffix.lower() not in WRITERS:
         raise ValueError(f"{path} ends in none of {', '.join(WRITERS)}, which say how a table is written; choose one.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {folder} is no folder. Choose another name.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: you may not write in {folder}. Choose another folder.")
     if path.suffix.lower() == ".parquet":
         try:
             import pyarrow  # noqa: F401

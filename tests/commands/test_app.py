@@ -23,8 +23,9 @@ def scratch(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
     def scratch_pad(
         batch_size: Annotated[int, typer.Option(help="A size.")] = 1,
-        labels: Annotated[str, typer.Option(help="Labels.")] = "",
-        problem: Annotated[str, typer.Option(help="An error's name.")] = "",
+        labels: Annotated[str, typer.Option(help="Labels.")] = "a",
+        problem: Annotated[str, typer.Option(help="An error's name.")] = "none",
+        out_folder: Annotated[str | None, typer.Option(help="A folder.")] = None,
     ) -> None:
         """Do something."""
         seen.append((batch_size, labels))
@@ -36,7 +37,7 @@ def scratch(monkeypatch: pytest.MonkeyPatch) -> list[object]:
             "signal": KeyboardInterrupt("interrupted; nothing was written"),
             "pipe": BrokenPipeError(),
         }
-        if problem:
+        if problem != "none":
             raise kinds[problem]
 
     module.scratch_pad = scratch_pad  # type: ignore[attr-defined]
@@ -75,6 +76,12 @@ def test_help_of_a_command_has_two_examples(name: str, capsys: pytest.CaptureFix
 def test_options_are_read_in_both_spellings(option: str, scratch: list[object]):
     assert app.main(["scratch-pad", option, "--labels", "a_b,c"]) == 0
     assert scratch == [(3, "a_b,c")]
+
+
+def test_empty_text_is_not_the_current_folder(scratch: list[object], capsys: pytest.CaptureFixture[str]):
+    assert app.main(["scratch-pad", "--batch-size", "3", "--out-folder", ""]) == 1
+    assert capsys.readouterr().err.startswith("error: out-folder is given as an empty text; write what is meant")
+    assert scratch == []
 
 
 def test_values_keep_their_underscores():
@@ -142,6 +149,15 @@ def test_a_fault_of_ours_keeps_its_traceback(scratch: list[object]):
 def test_interruption(scratch: list[object], capsys: pytest.CaptureFixture[str]):
     assert app.main(["scratch-pad", "--problem", "signal"]) == 130
     assert capsys.readouterr().err == "\ninterrupted; nothing was written\n"
+
+
+def test_interruption_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def stop(name: str) -> ModuleType:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "import_module", stop)
+    assert app.main(["finetune"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_reader_that_has_read_enough(scratch: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

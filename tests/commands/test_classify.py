@@ -2,6 +2,9 @@
 
 import csv
 import json
+import re
+import tarfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +110,40 @@ def test_images_of_which_none_can_be_opened_are_an_error(
     assert shown.err == "error: none of 2 images could be opened\n"
 
 
+def test_names_that_would_write_over_the_screen_are_one_line(
+    folder: Path, repositories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    odd = tmp_path / "a\nb\x1b[31m.png"
+    odd.write_bytes((folder / GOOD[0]).read_bytes())
+    assert run(repositories["vit"], odd) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "a�b�[31m.png  " in line
+
+
+def test_data_set_that_breaks_on_the_way_is_one_line_and_no_table(
+    folder: Path, repositories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    packed = BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for number in range(9):
+            archive.add(folder / GOOD[0], f"{number}.png")
+    shard, table = tmp_path / "shard.tar.gz", tmp_path / "scores.csv"
+    shard.write_bytes(packed.getvalue()[:-30])
+    assert run(repositories["vit"], shard, "--output", table) == 1
+    assert re.search(r"^error: The data set '.*shard.tar.gz' cannot be read: .*$", capsys.readouterr().err, re.M)
+    assert list(tmp_path.iterdir()) == [shard]
+
+
+def test_rows_may_name_images_elsewhere_where_that_is_allowed(
+    folder: Path, repositories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"image\n{folder / GOOD[0]}\n")
+    assert run(repositories["vit"], rows) == 1
+    assert "--image_folders" in capsys.readouterr().out
+    assert run(repositories["vit"], rows, "--image_folders", folder) == 0
+
+
 def test_data_set_is_classified_by_number(
     folder: Path, repositories: dict[str, Path], expected: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -144,19 +181,26 @@ def test_labels_come_from_a_file(name: str, content: str, labels: list[str], tmp
         (["{images}", "--output", "scores.txt"], "scores.txt ends in none of .csv, .jsonl, .parquet"),
         (["{images}", "--output", "{images}"], "is a folder; name a file in it"),
         (["{empty}"], "has no images: no file in it"),
+        (["{images}", "--output", ""], "output is given as an empty text"),
+        (["{images}", "--output", "{file}/scores.csv"], "notes.txt is no folder"),
         (["{images}", "--device", "cuda:77"], "device='cuda:77' asks for"),
+        (["{images}", "--device", "gpu"], "device='gpu' is no device; write cpu, cuda"),
+        (["~no-such-user/rows.csv"], "There is no folder or file '~no-such-user/rows.csv'"),
+        (["{images}", ""], "images is given as an empty text"),
         (["{images}", "--templates", "a photo"], "The template 'a photo' has no placeholder {}"),
         (["nowhere/"], "There is no folder or file 'nowhere/', and no data set of that name ("),
         (["{images}", "nothing/such"], "nothing/such is a data set, of which one can be read at a time"),
         (["{images}", "--labels", "a,a"], "The label 'a' appears twice"),
         (["{images}", "--labels", "none.txt"], "There is no file none.txt"),
+        (["{images}", "--labels", "my/labels"], "There is no file my/labels of labels"),
+        (["{images}", "--labels", "{images}"], "of labels; check the path"),
     ],
 )
 def test_refusals_come_before_the_model_is_loaded(
     words: list[str], line: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    places = {"{images}": str(folder), "{empty}": str(tmp_path)}
-    given = [places.get(word, word) for word in words]
+    places = {"images": folder, "empty": tmp_path, "file": folder / "notes.txt"}
+    given = [word.format(**places) for word in words]
     given += [] if "--labels" in given else ["--labels", "a,b"]
     assert main(["classify", str(tmp_path / "no-model"), *given]) == 1
     shown = capsys.readouterr().err

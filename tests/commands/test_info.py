@@ -1,6 +1,7 @@
 """`hf-clip info`: every layout that is read or met is named, and who would load it, from headers alone."""
 
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -241,6 +242,8 @@ def test_files_of_strangers_are_told_by_their_names(name: str, layout: str, tmp_
         ("nowhere.pt", "There is no checkpoint file or folder nowhere.pt"),
         ("./nowhere", "check the path"),
         ("PHOTOS", "photos holds no model: it has neither config.json nor open_clip_config.json. Name a checkpoint"),
+        ("~no-such-user/model", "check the path"),
+        (os.devnull, "is no file and no folder, but a link to nowhere, a pipe or a device"),
     ],
 )
 def test_what_is_not_there_is_one_line(source: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -250,6 +253,18 @@ def test_what_is_not_there_is_one_line(source: str, line: str, tmp_path: Path, c
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert line in shown
+
+
+def test_folder_whose_weights_are_missing_is_not_asked_for_on_the_hub(
+    repositories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(repositories["vit"], tmp_path / "org" / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("nowhere")
+    monkeypatch.setattr(describing, "hub_headers", lambda *_: pytest.fail("the Hub was asked"))
+    found = info("org/model", capsys)
+    assert found["problems"] == ["There is no checkpoint file org/model/model.safetensors; check the path."]
 
 
 def test_repository_on_the_hub_is_read_without_its_weights(

@@ -137,6 +137,17 @@ def test_bad_images_are_named_by_their_place(jpeg: bytes, tmp_path: Path, monkey
         HfClipImageProcessor()([good, jpeg])
 
 
+@pytest.mark.parametrize(("form", "at", "damage"), [("DDS", 80, 0), ("BLP", 4, 255)])
+def test_decoder_that_does_not_know_what_to_do_is_an_unreadable_image(form: str, at: int, damage: int):
+    file = BytesIO()
+    Image.new("P" if form == "BLP" else "RGB", (8, 8)).save(file, form)
+    data = bytearray(file.getvalue())
+    data[at : at + 4] = [damage] * 4
+    with pytest.raises(UnreadableImageError, match="the image cannot be opened") as caught:
+        open_image(bytes(data))
+    assert isinstance(caught.value.__cause__, NotImplementedError)
+
+
 def test_draft_decodes_less_and_stays_near(photographs: dict[str, Image.Image]):
     large = photographs["astronaut"].resize((2400, 1800), Image.Resampling.LANCZOS)
     data = as_jpeg(large, orientation=6)

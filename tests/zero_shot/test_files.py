@@ -1,5 +1,6 @@
 """Many images in order: what is found, what is opened ahead, and what becomes of errors."""
 
+import os
 import time
 from collections.abc import Iterator
 from itertools import count, islice
@@ -83,3 +84,27 @@ def test_folders_are_searched_and_what_is_named_is_taken(tmp_path: Path):
 )
 def test_images_are_told_by_their_names(name: str, is_image: bool):
     assert is_image_name(name) is is_image
+
+
+def test_pipe_named_as_an_image_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("pipe.png")
+    (tmp_path / "nowhere.png").symlink_to("none.png")
+    grey(1).save(tmp_path / "image.png")
+    assert find_images([tmp_path]) == [str(tmp_path / name) for name in ("image.png", "nowhere.png")]
+
+
+def test_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "locked").mkdir()
+    grey(1).save(tmp_path / "image.png")
+    scan = os.scandir
+
+    def refuse(place: str) -> object:
+        if str(place).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert find_images([tmp_path]) == [str(tmp_path / "image.png"), str(tmp_path / "locked")]
+    with pytest.raises(PermissionError):
+        find_images([tmp_path / "locked"])

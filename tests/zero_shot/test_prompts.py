@@ -130,6 +130,7 @@ def test_templates_come_back_as_plain_texts():
         ([["cat", "pet"], ["dog", "pet"]], "The name 'pet' stands for both 'cat' and 'dog'"),
         ([["cat", "cat"]], "The name 'cat' stands twice for 'cat'"),
         ({"": "cat"}, r"Label 0 is \{'': 'cat'\}"),
+        ({"id2label": {"0": "cat"}}, r"Label 0 is \{'id2label': \{'0': 'cat'\}\}, but a text"),
         ({0: "cat"}, r"Label 0 is \{0: 'cat'\}, but a text"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...data.columns import column_of, field_of, find_image_column
 from ...data.images import ImagePlaces, find_image_places, image_content, open_content
-from ...data.sources import describe_columns, folder_of, leave_undecoded, open_source
+from ...data.sources import describe_columns, folder_of, leave_undecoded, open_source, readable
 from ...model.checked_files import one_line
 from ...model.fetch import is_web_address
 from ...model.open_image import open_image
@@ -54,13 +54,20 @@ def is_data_set(place: str) -> bool:
     return not os.path.exists(place) and not is_image_name(place) and not place.startswith((".", "/", "~"))
 
 
-def find_image_items(places: Sequence[str], *, split: str | None = None, image_column: str | None = None) -> ImageItems:
+def find_image_items(
+    places: Sequence[str],
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    image_folders: Sequence[str] = (),
+) -> ImageItems:
     """Find the images of folders, files and addresses, or of one data set.
 
     Args:
         places: What the user named.
         split: A data set's split; None is "train".
         image_column: The column of a data set that holds the images; None: the only one that can be it.
+        image_folders: Folders outside of the data set's own whose images its rows may name.
 
     Raises:
         FileNotFoundError: A folder has no images, or there is no such data set.
@@ -80,10 +87,11 @@ def find_image_items(places: Sequence[str], *, split: str | None = None, image_c
     features = describe_columns(table)
     column = find_image_column(sets[0], features, image_column)
     table = leave_undecoded(table, [column_of(column, features)])
-    where = find_image_places(sets[0], folder_of(sets[0]))
+    where = find_image_places(sets[0], folder_of(sets[0]), image_folders)
     counts = getattr(table.info, "splits", None) or {}
     total = counts[str(table.split)].num_examples if str(table.split) in counts else None
-    return ImageItems(_rows(table, column), partial(_open_stored, places=where), total, len(str(total or 10**6)))
+    items, opener = _rows(sets[0], table, column), partial(_open_stored, places=where)
+    return ImageItems(items, opener, total, len(str(total or 10**6)))
 
 
 def _open_data_set(place: str, split: str | None) -> Any:
@@ -99,9 +107,11 @@ def _open_data_set(place: str, split: str | None) -> Any:
         ) from error
 
 
-def _rows(table: Any, column: str) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(table):
-        yield str(number), field_of(row, column)
+def _rows(source: str, table: Any, column: str) -> Iterator[tuple[str, Any]]:
+    """Each row's number and image. A file that is damaged further on is an error of one line, too."""
+    with readable(source):
+        for number, row in enumerate(table):
+            yield str(number), field_of(row, column)
 
 
 def _open_stored(stored: Any, places: ImagePlaces) -> Any:
