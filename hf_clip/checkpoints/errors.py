@@ -14,4 +14,8 @@ class NoCheckpointsPickleError(CheckpointError):
     """A pickle that is none of a checkpoint's."""
 
     def __init__(self, reason: str):
-        super().__init__(f"holds a pickle that is no checkpoint's ({one_line(reason, MOST_SHOWN)}).")
+        self.reason = one_line(reason, MOST_SHOWN)
+        super().__init__(f"holds a pickle that is no checkpoint's ({self.reason}).")
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return type(self), (self.reason,)

@@ -50,6 +50,9 @@ class FolderInUseError(OSError):
             f"folder."
         )
 
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        return type(self), (self.folder, self.holder)
+
 
 class DiskFullError(OSError):
     """There is no room for a folder.
@@ -65,6 +68,9 @@ class DiskFullError(OSError):
             f"No space left in {folder.parent}: {folder.name}{amount}{left}; nothing was written. Make room there, or "
             f"name a folder on another disk."
         )
+
+    def __reduce__(self) -> tuple[type, tuple[Path, int | None, int | None]]:
+        return type(self), (self.folder, self.needed, self.free)
 
 
 def check_destination(out: str | Path, overwrite: bool = False, option: str = "--overwrite") -> Path:

@@ -53,17 +53,24 @@ class FolderReplacedError(OSError):
         self.folder = folder
         super().__init__(f"{folder} was replaced by another model while it was being read; load it again.")
 
+    def __reduce__(self) -> tuple[type, tuple[object]]:
+        return type(self), (self.folder,)
+
 
 class DamagedWeightsError(OSError):
     """A file of weights is damaged or cut off.
 
     Attributes:
         source: The folder or repository.
+        reason: What was found.
     """
 
     def __init__(self, source: object, reason: object):
-        self.source = source
-        super().__init__(f"The weights in {source} are damaged or cut off ({one_line(reason)}); copy them again.")
+        self.source, self.reason = source, one_line(reason)
+        super().__init__(f"The weights in {source} are damaged or cut off ({self.reason}); copy them again.")
+
+    def __reduce__(self) -> tuple[type, tuple[object, str]]:
+        return type(self), (self.source, self.reason)
 
 
 def one_line(message: object, most: int = LONGEST_MESSAGE) -> str:

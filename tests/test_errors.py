@@ -1,0 +1,64 @@
+"""Errors come whole out of another process: pickled, each keeps its message and what it says of its cause."""
+
+import copy
+import importlib
+import pickle
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hf_clip
+from hf_clip.checkpoints.errors import CheckpointError, NoCheckpointsPickleError
+from hf_clip.checkpoints.whole_folder import DiskFullError, FolderInUseError
+from hf_clip.evaluation.embed import NotFiniteFeaturesError, UnreadableImagesError
+from hf_clip.model.checked_files import DamagedWeightsError, FolderReplacedError
+from hf_clip.model.fetch import FetchError
+from hf_clip.model.open_image import UnreadableImageError
+from hf_clip.model.repair_text import TextError
+from hf_clip.model.text_ends import EndOfTextError
+from hf_clip.training.stopping import Stopped
+from hf_clip.zero_shot.features import TextTooLongError
+from hf_clip.zero_shot.prompts import LabelError
+
+MADE: list[BaseException] = [
+    UnreadableImageError(" is empty", 3),
+    TextError("no text", 2),
+    TextTooLongError("a text", 1, 90, 77),
+    EndOfTextError("rows 1 and 2 have none", [1, 2]),
+    LabelError("a label", 4),
+    DamagedWeightsError("folder", "cut\noff"),
+    FolderReplacedError("folder"),
+    FolderInUseError(Path("folder"), "process 3"),
+    DiskFullError(Path("here/folder"), 5000, 30),
+    CheckpointError("file is damaged"),
+    NoCheckpointsPickleError("a mark is missing"),
+    NotFiniteFeaturesError("a feature is NaN", "a.png"),
+    UnreadableImagesError("too many", 2, 9, ["a.png: empty"]),
+    FetchError("http://x/y", "gone", 404, 3.0),
+    Stopped(15, "a checkpoint"),
+]
+
+
+@pytest.mark.parametrize("error", MADE, ids=lambda error: type(error).__name__)
+def test_error_is_the_same_after_a_way_through_another_process(error: BaseException):
+    for arrived in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(arrived) is type(error)
+        assert str(arrived) == str(error)
+        assert vars(arrived) == vars(error)
+
+
+def _below(kind: type) -> Iterator[type]:
+    for inner in kind.__subclasses__():
+        yield inner
+        yield from _below(inner)
+
+
+def test_every_error_that_is_made_of_more_than_its_message_is_tried_here():
+    for module in pkgutil.walk_packages(hf_clip.__path__, "hf_clip."):
+        importlib.import_module(module.name)
+    made = {
+        kind for kind in _below(BaseException) if kind.__module__.startswith("hf_clip.") and "__init__" in vars(kind)
+    }
+    assert made <= {type(error) for error in MADE}
