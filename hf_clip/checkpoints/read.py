@@ -338,8 +338,16 @@ def read(
         ConnectionError: A download failed.
         CheckpointError: The weights are damaged, refused, or those of another model.
         ValueError: Another file is damaged, or an argument doesn't fit the source.
+        TypeError: The source is no name.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"source is a {type(source).__name__}, but the name of a file, folder or repository is needed; save a "
+            f"model in memory and its processor by save_pretrained first, and name that folder."
+        )
     name, path = str(source), Path(source)
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):
+        raise FileNotFoundError(f"{source} is no file and no folder, but a pipe or a device; name a checkpoint.")
     is_file = name in VARIANTS or path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or "/" not in name
     if name not in VARIANTS and not os.path.exists(source) and (meant := find_meant(name)) is not None:
         raise FileNotFoundError(f"There is no checkpoint file or folder {source}; did you mean {meant}?")

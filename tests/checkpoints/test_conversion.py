@@ -1,5 +1,6 @@
 """`hf_clip.convert`, `read` and `write` as functions: what goes in, what comes out, and what is read on the way."""
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -104,3 +105,14 @@ def test_precisions_may_follow_each_other(words: list[str], precisions: list[str
 def test_words_of_the_export_that_mean_nothing(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert main(["export-onnx", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_model_in_memory_is_no_source(repositories: dict[str, Path], tmp_path: Path):
+    with pytest.raises(TypeError, match=r"^source is a HfClipModel, but the name .* save_pretrained first, and name"):
+        hf_clip.convert(HfClipModel.from_pretrained(repositories["vit"]), tmp_path / "out")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_device_is_no_source(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="is no file and no folder, but a pipe or a device"):
+        hf_clip.convert(os.devnull, tmp_path / "out")
