@@ -16,7 +16,7 @@ from typing import Any
 from .averaging import parse_alphas
 from .data.augment import Augmentation
 from .optim import find_optimizer, parse_optimizer, parse_rates
-from .option_file import LAUNCH, plain, read_options, words_of
+from .option_file import LAUNCH, OPTION_FILES, plain, read_options, words_of
 from .option_names import hint
 from .options import (
     DEFAULT_RATES,
@@ -364,7 +364,7 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
         usage=f"{prog} [run.yaml] --model MODEL --dataset DATASET --output_dir FOLDER --num_train_epochs N [options]",
         allow_abbrev=False,
     )
-    if words and words[0].endswith((".json", ".yaml", ".yml")):
+    if words and words[0].endswith(OPTION_FILES):
         path, words = Path(words[0]), words[1:]
         from_file = words_of(_without_replaced(read_options(path, OPTIONS), words))
         _check_push_to_hub(from_file)
@@ -375,6 +375,8 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
     values: dict[str, Any] = {}
     *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
+        if unknown[0].endswith(OPTION_FILES):
+            parser.error(f"{unknown[0]} is no option; a file of options comes first, before all options.")
         parser.error(f"there is no option {unknown[0]!r}.{hint(unknown[0], OPTIONS, dashes='--')}")
     for group in groups:
         values |= dataclasses.asdict(group)

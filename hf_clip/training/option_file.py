@@ -10,6 +10,9 @@ from .option_names import hint
 LAUNCH = "launch"
 """What a run's training_config.json says of its launcher; where that file is given as options it is passed over."""
 
+OPTION_FILES = (".json", ".yaml", ".yml")
+"""How the names of such files end."""
+
 
 def read_options(path: Path, known: list[str]) -> dict[str, Any]:
     """Read the options of a file.
@@ -35,7 +38,7 @@ def read_options(path: Path, known: list[str]) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}. Write it anew.") from None
     if values is None:
-        raise ValueError(f"{path} is empty; write options by name into it, such as batch_size: 64.")
+        raise ValueError(f"{path} is empty; write options by name into it, such as num_train_epochs: 3.")
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, but options by name are needed.")
     values = {str(name).replace("-", "_"): value for name, value in values.items() if name != LAUNCH}

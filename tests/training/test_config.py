@@ -255,6 +255,13 @@ def test_what_cannot_be_read_names_the_option_as_it_was_typed(option: str):
         parse_config([*NEEDED, f"{option}s", "4"])
 
 
+def test_file_of_options_comes_first():
+    with pytest.raises(
+        ValueError, match=r"^run.yaml is no option; a file of options comes first, before all options\."
+    ):
+        parse_config([*NEEDED, "run.yaml"])
+
+
 def test_help_says_each_default_once(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         parse_config(["--help"])

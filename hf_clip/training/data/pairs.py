@@ -361,8 +361,8 @@ def hold_out(pairs: Pairs | PairStream, amount: int | float, seed: int = 0) -> t
         return streams[0], streams[1]
     total = sum(len(source.rows) for source in pairs.sources)
     count = amount if isinstance(amount, int) else round(total * amount)
-    if not 0 < count < total or (isinstance(amount, float) and amount >= 1):
-        raise ValueError(f"{wanted} would hold out {count} of {total} rows; take at least 1, and leave at least 1.")
+    if not 1 < count < total or (isinstance(amount, float) and amount >= 1):  # one pair alone is always found
+        raise ValueError(f"{wanted} would hold out {count} of {total} rows; take at least 2, and leave at least 1.")
     is_held = np.zeros(total, dtype=bool)
     is_held[np.random.default_rng((seed, 2)).choice(total, count, replace=False)] = True
     parts: list[list[PairTable]] = [[], []]

@@ -98,7 +98,8 @@ def test_validation_data_may_be_a_source_of_their_own(tmp_path: Path, monkeypatc
     ("streaming", "amount", "message"),
     [
         (False, 0, "--validation 0 would hold out 0 of 22 rows"),
-        (False, 22, "would hold out 22 of 22 rows; take at least 1, and leave at least 1"),
+        (False, 22, "would hold out 22 of 22 rows; take at least 2, and leave at least 1"),
+        (False, 1, "--validation 1 would hold out 1 of 22 rows; take at least 2"),
         (False, 0.01, "would hold out 0 of 22 rows"),
         (False, 1.0, "would hold out 22 of 22"),
         (True, 0.1, "the length of a stream isn't known; hold out a number of its rows, or a split"),
