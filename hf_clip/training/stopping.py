@@ -122,6 +122,19 @@ def heeded(signals: Signals) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+def heed_in_worker(worker: int) -> None:
+    """Give SIGTERM back to the handler of `heeded`, as a DataLoader's `worker_init_fn`.
+
+    torch puts a handler of its own in its place, by which a worker ends at once, and its process with an error then.
+
+    Args:
+        worker: The worker's number.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)
+
+
 def find_launcher() -> int | None:
     """The process id of the parent if it is a launcher, else None.
 

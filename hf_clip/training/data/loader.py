@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..stopping import heed_in_worker
 from .bad_rows import BadRows
 from .collator import Batch, PairCollator, Plan, Preparation
 from .pairs import Draw, Pairs, PairStream
@@ -171,6 +172,7 @@ def build_loader(
         collate_fn=_as_it_is,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=heed_in_worker,
         pin_memory=pin_memory,
     )
     return PairLoader(pairs, plans, loader, bad_rows)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -17,6 +18,7 @@ from hf_clip.training.data.bad_rows import BadRows
 from hf_clip.training.data.collator import PairCollator
 from hf_clip.training.data.loader import Position
 from hf_clip.training.data.pairs import load_pairs
+from hf_clip.training.stopping import Signals, heeded
 
 from ..sources import COUNT, captions, jpeg, loader_of, png, text_id, text_ids, write_table
 
@@ -195,6 +197,18 @@ def test_batches_do_not_depend_on_the_number_of_workers(
         loader = loader_of(load_pairs(shard_with_bad_rows, streaming=streaming), processor, num_workers=workers)
         found.append([batch for _, batch in islice(loader.batches(), 8)])  # into the second epoch
     assert_equal(*found)
+
+
+def test_worker_that_is_told_to_end_serves_its_process_on(shard: str, processor: ProcessorMixin):
+    """A launcher and a batch system send SIGTERM to the workers too, and the present step still needs them."""
+    with heeded(Signals()):
+        batches = loader_of(load_pairs(shard), processor, num_workers=1).batches()
+        others = set(psutil.Process().children())
+        next(batches)
+        begun = set(psutil.Process().children()) - others
+        (worker,) = [child for child in begun if "resource_tracker" not in " ".join(child.cmdline())]
+        worker.terminate()
+        assert len(list(islice(batches, 12))) == 12
 
 
 @STREAMING
