@@ -182,7 +182,7 @@ def test_start_that_was_best_is_kept_and_the_run_says_so(
     assert said in printed
     assert "Training on 540 pairs, validation on 100 pairs. " in printed
     assert "4 steps of 48 pairs, 0.356 epochs." in printed
-    assert " s of training, " in printed
+    assert " s of training" in printed
 
     del chosen["metric_for_best_model"]
     ruined = train(digits, tmp_path / "ruined", **chosen)
