@@ -121,7 +121,7 @@ def _run(
     if update_card:
         for name in dict.fromkeys(record["pretrained"] for record in outcome.records):
             card = write_card(name, [record for record in outcome.records if record["pretrained"] == name])
-            print(f"{card}")
+            print(card)
     if outcome.failures:
         raise typer.Exit(2 if outcome.records else 1)
 

@@ -8,9 +8,8 @@ Dimensions: B batch, I images, T texts, D embedding.
 
 import itertools
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from ..data.images import NOWHERE, ImagePlaces, image_content, open_content
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.open_image import UnreadableImageError
 from ..zero_shot.features import check_batch_size, encode_texts, image_processor_of, in_batches, tokenizer_of
+from ..zero_shot.files import in_order
 from .feature_cache import CachedRows, FeatureCache
 
 MOST_UNREADABLE = 0.01
@@ -135,9 +135,7 @@ class Embedder:
                     f"family, with AutoModel.from_pretrained."
                 )
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.threads = threads or min(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, MOST_THREADS
-        )
+        self.threads = threads or min(_processors(), MOST_THREADS)
 
     @property
     def precision(self) -> str:
@@ -231,22 +229,13 @@ class Embedder:
         return normalize(found.float(), dim=-1).cpu()
 
     def _prepared(self, rows: Iterable[Row], places: ImagePlaces) -> Iterator[tuple[Row, "Future[Tensor]"]]:
-        """Yield rows with their pixel values, which threads compute up to two batches ahead."""
+        """Return rows with their pixel values, which threads compute up to two batches ahead."""
 
         def prepare(stored: Any) -> Tensor:
             return self.prepare(open_stored(stored, places))
 
-        waiting: deque[tuple[Row, Future[Tensor]]] = deque()
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="hf_clip images")
-        try:
-            for row in rows:
-                waiting.append((row, pool.submit(prepare, row.row.image)))
-                if len(waiting) > 2 * self.batch_size + self.threads:
-                    yield waiting.popleft()
-            while waiting:
-                yield waiting.popleft()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        items = ((row, row.row.image) for row in rows)
+        return in_order(items, prepare, self.threads, ahead=2 * self.batch_size + self.threads)
 
     def _batches(
         self, rows: Iterable[Row], places: ImagePlaces, unreadable: Unreadable

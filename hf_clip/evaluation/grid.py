@@ -25,6 +25,7 @@ import torch
 from ..checkpoints.whole_file import write_json
 from ..checkpoints.whole_folder import held_folder
 from ..model.checked_files import one_line
+from ..model.configuration_hf_clip import refuse_checkpoint_file
 from .fingerprint import fingerprint_of_files
 from .reports import architecture_of, markdown_report, record_of, write_text
 from .zero_shot import ZeroShotResult
@@ -45,7 +46,7 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
         The model in evaluation mode, and its processor.
 
     Raises:
-        ValueError: The dtype is unknown.
+        ValueError: The dtype is unknown, or the name is that of a checkpoint file, which is converted first.
         OSError: The model is not there, or cannot be read.
     """
     from transformers import AutoModel, AutoProcessor
@@ -53,6 +54,7 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}, but one that computes is needed: float32, bfloat16 or float16.")
+    refuse_checkpoint_file(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModel.from_pretrained(name, dtype=kind).to(device).eval()
     return model, AutoProcessor.from_pretrained(name)

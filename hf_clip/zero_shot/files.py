@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -27,6 +27,7 @@ from .classifier import ZeroShotClassifier
 from .features import encode_pixels, image_processor_of
 
 MOST_THREADS = 8
+Named = TypeVar("Named")
 
 
 @lru_cache(maxsize=1)
@@ -109,11 +110,21 @@ def _in_words(error: ValueError) -> str:
     return problem.removesuffix("; replace it, or leave it out.").removesuffix(".")
 
 
-def _in_order(
-    items: Iterator[tuple[str, Any]], make: Callable[[Any], Tensor], threads: int, ahead: int
-) -> Iterator[tuple[str, "Future[Tensor]"]]:
-    """Each item's name and pixels in the making, in order; at most `ahead` are begun before they are asked for."""
-    waiting: deque[tuple[str, Future[Tensor]]] = deque()
+def in_order(
+    items: Iterable[tuple[Named, Any]], make: Callable[[Any], Tensor], threads: int, ahead: int
+) -> Iterator[tuple[Named, "Future[Tensor]"]]:
+    """Let threads make pixel values of images, and yield them in order.
+
+    Args:
+        items: What each image is called, and the image itself. They are read as they are needed.
+        make: Turns an image into pixel values (C, Y, X). It is called in a thread.
+        threads: Number of threads.
+        ahead: Largest number of images that are begun before they are asked for.
+
+    Yields:
+        What the image is called, and its pixel values in the making.
+    """
+    waiting: deque[tuple[Named, Future[Tensor]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="hf_clip images") as pool:
         try:
             for name, item in items:
@@ -157,7 +168,7 @@ def classify_stream(
         return image_processor([opener(item)], return_tensors="pt", **settings)["pixel_values"][0]
 
     threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
-    waiting = _in_order(iter(items), make, threads, ahead=2 * batch_size + threads)
+    waiting = in_order(items, make, threads, ahead=2 * batch_size + threads)
     while batch := list(islice(waiting, batch_size)):
         results: list[Classified | None] = []
         pixels: list[Tensor] = []
@@ -172,4 +183,4 @@ def classify_stream(
             yield Classified(name, next(ranked)) if result is None else result
 
 
-__all__ = ["Classified", "classify_stream", "find_images", "image_suffixes", "is_image_name"]
+__all__ = ["Classified", "classify_stream", "find_images", "image_suffixes", "in_order", "is_image_name"]

@@ -124,3 +124,9 @@ def test_each_value_stands_behind_the_name_of_its_option():
     assert app.name_each(given) == spread.split()
     other: list[Any] = ["convert", "--model", "a", "b"]
     assert app.name_each(other) == other
+
+
+def test_checkpoint_file_is_to_be_converted_first(tmp_path: Path):
+    (tmp_path / "clip.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a checkpoint file, but .* Convert it once, by `hf-clip convert"):
+        grid.load_model(str(tmp_path / "clip.pt"))
