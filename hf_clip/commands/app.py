@@ -5,7 +5,8 @@
    traceback.
 
 A command is a function in a file, both named as the command, with underscores for hyphens. Its file imports typer at
-the top, and what does the work within the function: the help of all commands is then as fast as `import hf_clip`.
+the top, and what does the work within the function: the help of all commands is then as fast as `import hf_clip`. A
+command with tasks is a folder with a file for each.
 """
 
 import os

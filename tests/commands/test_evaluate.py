@@ -1,7 +1,9 @@
 """`hf-clip evaluate`: a grid of models and data sets, what is written, and what a failure leaves."""
 
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,11 @@ def test_checkpoint_file_is_to_be_converted_first(tmp_path: Path):
     (tmp_path / "clip.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="is a checkpoint file, but .* Convert it once, by `hf-clip convert"):
         grid.load_model(str(tmp_path / "clip.pt"))
+
+
+def test_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`python -m` and `accelerate launch -m` run it."""
+    monkeypatch.setattr(sys, "argv", ["evaluate", "list", "--architecture", "RN7"])
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_module("hf_clip.commands.evaluate", run_name="__main__")
+    assert "error: 'RN7' is no model of the paper's" in capsys.readouterr().err

@@ -1,0 +1,107 @@
+"""What the tasks of `hf-clip evaluate` have in common: options, and the grid of models and data sets that they run."""
+
+import sys
+from collections.abc import Callable
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Models = Annotated[
+    list[str],
+    typer.Option("--model", help="Folders or repositories: ours, or stock CLIP or SigLIP.", metavar="M [M ...]"),
+]
+DataSets = Annotated[
+    list[str],
+    typer.Option(
+        "--dataset",
+        help="What the trainer opens; a folder of class folders; clip-benchmark/wds_*; a name of `evaluate list`.",
+        metavar="D [D ...]",
+    ),
+]
+Output = Annotated[
+    str, typer.Option("--output", help="Folder of the results. What is there is not measured again.", metavar="FOLDER")
+]
+Split = Annotated[str | None, typer.Option(help="Split of the data. Default: test, validation, or the only one.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Column of images, if not the only one that can be it.")]
+BatchSize = Annotated[int, typer.Option(help="Images encoded at once; halved if a GPU runs out of memory.")]
+Cache = Annotated[
+    str | None, typer.Option("--feature-cache", help="Folder in which image features are kept.", metavar="FOLDER")
+]
+Precision = Annotated[Dtype, typer.Option("--dtype", help="What the model computes in.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]
+UpdateCard = Annotated[
+    bool, typer.Option("--update-card", help="Put the results into the model-index of a local model's README.md.")
+]
+Threads = Annotated[int | None, typer.Option(help="Threads that open images. Default: the number of processors.")]
+
+
+def resolved(dataset: str, split: str | None) -> tuple[str, str | None, Any]:
+    """Return what a data set's name stands for, the split, and the entry of the paper's table if there is one."""
+    from pathlib import Path
+
+    from ...evaluation.paper_data_sets import find_paper_data_set
+
+    found = find_paper_data_set(dataset)
+    if found is None or Path(dataset).expanduser().exists() or "/" in dataset:
+        return dataset, split, found
+    if found.repository is None:
+        raise ValueError(
+            f"{dataset} is one of the paper's data sets, but the Hub has no copy that is read as it is: name your own "
+            f"folder or files."
+        )
+    return found.repository, split or found.split, found
+
+
+def run_task(
+    task: str,
+    models: list[str],
+    datasets: list[str],
+    output: str,
+    measure: Callable[..., Any],
+    options: dict[str, Any],
+    *,
+    split: str | None,
+    dtype: Dtype,
+    device: str | None,
+    update_card: bool,
+    plots: bool = False,
+) -> None:
+    """Measure all pairs of a model and a data set, print a table, and end with 1 or 2 if some failed."""
+    from pathlib import Path
+
+    from ...evaluation.grid import run_grid
+    from ...evaluation.reports import table_rows, text_table
+    from ...evaluation.reports import update_card as write_card
+    from ...extras import require
+
+    require(f"hf-clip evaluate {task}", "eval")
+    outcome = run_grid(
+        task,
+        models,
+        datasets,
+        output,
+        measure,
+        options=options,
+        split=split,
+        dtype=dtype.value,
+        device=device,
+        plots=plots,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    if outcome.records:
+        print(text_table(*table_rows(outcome.records)))
+        print(f"\n{Path(output) / 'results.json'}")
+    if update_card:
+        for name in dict.fromkeys(record["pretrained"] for record in outcome.records):
+            card = write_card(name, [record for record in outcome.records if record["pretrained"] == name])
+            print(card)
+    if outcome.failures:
+        raise typer.Exit(2 if outcome.records else 1)
