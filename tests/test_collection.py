@@ -23,6 +23,7 @@ def by_file(names: list[str]) -> dict[str, list[str]]:
     return files
 
 
+@pytest.mark.slow  # the workers of `make test` compare what they collect by themselves
 def test_another_process_collects_the_same_tests(request: pytest.FixtureRequest):
     """This process has collected some time ago; another does it now, and its sets have another order."""
     time.sleep(max(0.0, STARTED + APART - time.monotonic()))

@@ -56,7 +56,7 @@ def test_load_checkpoint_and_dispatch(repository: Path, model: HfClipModel, towe
 
 
 def test_checkpoint_in_shards_is_dispatched(model: HfClipModel, tower: str, tmp_path: Path):
-    model.save_pretrained(tmp_path / "shards", max_shard_size="500KB")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="2MB")
     with init_empty_weights():
         empty = HfClipModel(model.config)
     placed = load_checkpoint_and_dispatch(empty, str(tmp_path / "shards"), device_map="auto")
