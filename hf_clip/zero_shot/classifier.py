@@ -179,8 +179,8 @@ class ZeroShotClassifier:
         labels: The K labels: a list of texts, a list of lists of names (the first name is the label), a mapping from
             labels to names, or the `ClassLabel` of a data set.
         templates: How a name becomes a prompt: a text such as `"a photo of a {}."`, a function from a name to a
-            prompt, a list of these, the name of a set ("simple", "imagenet_7", "cifar_18"), or the path of a file with
-            one template per line. The features of several templates are averaged.
+            prompt, a list of these, the name of a set ("simple", "imagenet_80", "imagenet_7", "cifar_18"), or the path
+            of a file with one template per line. The features of several templates are averaged.
         background: Further labels for everything else that an image may show. They compete with `labels`, and in the
             results all of them together are one entry, whose label is None.
         scores: How logits become scores. "softmax": probabilities that sum to one over labels and background labels.

@@ -10,30 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..model.checked_files import read_json
+from .template_sets import TEMPLATE_SETS
 
 Template = Callable[[str], str]
-
-_CIFAR_ADJECTIVES = ["", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good "]
-
-TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
-    "simple": ("a photo of a {}.",),
-    # OpenAI chose these seven from 80 by forward selection, in its notebook on prompts for ImageNet.
-    "imagenet_7": (
-        "itap of a {}.",
-        "a bad photo of the {}.",
-        "a origami {}.",
-        "a photo of the large {}.",
-        "a {} in a video game.",
-        "art of the {}.",
-        "a photo of the small {}.",
-    ),
-    # OpenAI's eighteen templates for CIFAR-10 and CIFAR-100: small images of varying quality.
-    "cifar_18": (
-        *(f"a {adjective}photo of {article} {{}}." for article in ("a", "the") for adjective in _CIFAR_ADJECTIVES),
-        *(f"a photo of {article} {size} {{}}." for article in ("a", "the") for size in ("small", "big")),
-    ),
-}
-"""Sets of templates, by the names that `templates` takes."""
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset
 
+from conversion.reference import load_open_clip_module
 from hf_clip.zero_shot.prompts import TEMPLATE_SETS, LabelError, make_prompts, read_labels, read_templates
 
 
@@ -28,7 +29,11 @@ def test_templates_in_every_form(tmp_path: Path):
 
 
 def test_sets_have_what_was_published():
+    eighty = TEMPLATE_SETS["imagenet_80"]
+    assert len(set(eighty)) == len(eighty) == 80
+    assert (eighty[0], eighty[-1]) == ("a bad photo of a {}.", "a tattoo of the {}.")
     assert len(TEMPLATE_SETS["imagenet_7"]) == 7
+    assert set(TEMPLATE_SETS["imagenet_7"]) < set(eighty)
     cifar = TEMPLATE_SETS["cifar_18"]
     assert len(set(cifar)) == 18
     assert {"a photo of a {}.", "a black and white photo of the {}.", "a photo of the big {}."} <= set(cifar)
@@ -38,11 +43,20 @@ def test_sets_have_what_was_published():
 
 
 @pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("imagenet_80", "OPENAI_IMAGENET_TEMPLATES"), ("imagenet_7", "SIMPLE_IMAGENET_TEMPLATES")],
+)
+def test_sets_equal_those_of_open_clip(ours: str, theirs: str):
+    module = load_open_clip_module("zero_shot_metadata") or pytest.skip("needs open_clip: pip install --no-deps")
+    assert list(TEMPLATE_SETS[ours]) == [template("{}") for template in getattr(module, theirs)]
+
+
+@pytest.mark.parametrize(
     ("templates", "message"),
     [
         ("a photo of", r"'a photo of' has no placeholder \{\} for the label"),
         (["{}", "a photo of a cat"], "'a photo of a cat' has no placeholder"),
-        ("imagenet_80", r"has no placeholder .* nor is it the name of a set \(simple, imagenet_7, cifar_18\)"),
+        ("imagenet_9", r"has no placeholder .* the name of a set \(simple, imagenet_80, imagenet_7, cifar_18\)"),
         ("a photo of a {label}", r"cannot be filled in \(KeyError: 'label'\)"),
         ("{} and {}", "cannot be filled in"),
         ("a { of {}", "cannot be filled in"),
