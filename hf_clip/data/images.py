@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
@@ -46,6 +46,13 @@ class ImagePlaces:
 
 
 NOWHERE = ImagePlaces()
+
+
+class ImageRegion(NamedTuple):
+    """A part of an image.   stored: as `image_content` takes it   box: left, top, right and bottom in pixels"""
+
+    stored: Any
+    box: tuple[int, int, int, int]
 
 
 def find_image_places(source: str, folder: Path | None, allowed: Sequence[str] = ()) -> ImagePlaces:

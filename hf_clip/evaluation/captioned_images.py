@@ -4,13 +4,14 @@ An image may have several captions: a column of lists, the lines of a `.txt` ent
 with equal bytes, or with one path, are one image.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..data.benchmark_shards import BenchmarkShards, find_benchmark_shards, image_of
 from ..data.columns import CaptionReader, describe_feature, field_of, find_caption_column, find_image_column
-from ..data.images import NOWHERE, ImagePlaces, find_image_places
+from ..data.images import NOWHERE, ImagePlaces, ImageRegion, find_image_places
 from ..data.sources import describe_columns, folder_of, leave_undecoded, readable
 from .fingerprint import fingerprint_of
 from .labelled_images import open_source_of
@@ -18,6 +19,16 @@ from .labelled_images import open_source_of
 RIGHT_NAMES = ("caption", "true_caption", "positive_caption", "correct_caption", "caption_0")
 WRONG_NAMES = ("negative_caption", "false_caption", "wrong_caption", "incorrect_caption", "caption_1")
 """Names of the columns of right and wrong captions, as SugarCrepe, ARO and Winoground have them."""
+
+OPTIONS = "caption_options"
+"""ARO's column of all captions, the right one among them: the second one for relations and attributes, the first one
+for the tests of order (`dataset_zoo/aro_datasets.py` of mertyg/vision-language-models-are-bows)."""
+
+SEVERAL_WRONG = re.compile(r"hard_text_\d+")
+"""Columns of wrong captions, one each, as copies of ARO's tests of order have them."""
+
+BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+"""The part of an image that ARO shows to the model, in pixels: left, top, width and height."""
 
 TWO_IMAGES = ("image_0", "image_1")
 TWO_CAPTIONS = ("caption_0", "caption_1")
@@ -212,6 +223,46 @@ def _texts(title: str, value: Any) -> list[str]:
     return texts
 
 
+def _captions_of(
+    name: str, features: Mapping[str, Any], right: str | None, wrong: str | None, right_index: int | None
+) -> tuple[str, Callable[[str, Mapping[str, Any]], list[str]]]:
+    """Return what the captions are, in words, and a function from a row to its captions, the right one first."""
+    if right_index is not None or (right is None and wrong is None and OPTIONS in features):
+        if OPTIONS not in features:
+            raise ValueError(
+                f"--right-index is {right_index}, but {name} has no column {OPTIONS}; its columns are "
+                f"{', '.join(features)}."
+            )
+        if right_index is None or right_index < 0:
+            raise ValueError(
+                f"{name} has {OPTIONS}, and not which of them is right: name its place with --right-index. In ARO it "
+                f"is 1 for relations and attributes, and 0 for the tests of order."
+            )
+        place: int = right_index
+
+        def of_options(title: str, row: Mapping[str, Any]) -> list[str]:
+            texts = _texts(title, row[OPTIONS])
+            if not place < len(texts) or len(texts) < 2:
+                raise ValueError(
+                    f"{title} has {len(texts)} {OPTIONS}, but a wrong one and one at place {place}, counted from 0, "
+                    f"are needed; change --right-index, or leave the row out."
+                )
+            return [texts[place], *texts[:place], *texts[place + 1 :]]
+
+        return f"{OPTIONS}, of which {place} is right", of_options
+    first = _find_text(name, features, right, RIGHT_NAMES, "right")
+    several = [] if wrong else [column for column in features if SEVERAL_WRONG.fullmatch(column)]
+    others = several or [_find_text(name, features, wrong, WRONG_NAMES, "wrong")]
+
+    def of_columns(title: str, row: Mapping[str, Any]) -> list[str]:
+        found = _texts(title, row[first])
+        if len(found) != 1:
+            raise ValueError(f"{title} has {len(found)} right captions, but one is needed; leave it out.")
+        return found + [text for column in others for text in _texts(title, row[column])]
+
+    return f"{first} and {', '.join(others)}", of_columns
+
+
 def choices_table(
     table: Any,
     *,
@@ -220,9 +271,12 @@ def choices_table(
     image_column: str | None = None,
     right_column: str | None = None,
     wrong_column: str | None = None,
+    right_index: int | None = None,
     places: ImagePlaces = NOWHERE,
 ) -> Choices:
     """Find images with right and wrong captions in a table or stream of `datasets`.
+
+    An image with ARO's columns `bbox_x`, `bbox_y`, `bbox_w` and `bbox_h` is cropped to that box, as ARO does.
 
     Args:
         table: With `image_0`, `image_1`, `caption_0` and `caption_1`, as Winoground has it; or with an image, a right
@@ -231,7 +285,10 @@ def choices_table(
         split: Name of its split, for results.
         image_column: The column of images. None: the only one that can be it.
         right_column: The column of right captions. None: the first that is there of `RIGHT_NAMES`.
-        wrong_column: The column of wrong captions. None: the first that is there of `WRONG_NAMES`.
+        wrong_column: The column of wrong captions. None: the first that is there of `WRONG_NAMES`, or all of
+            `hard_text_1`, `hard_text_2` and so on.
+        right_index: Where right and wrong captions stand in one column `caption_options`: the place of the right one,
+            from 0.
         places: Where paths in the rows may lead.
 
     Raises:
@@ -248,18 +305,20 @@ def choices_table(
 
         return Choices(name, split, "two images and two captions", pairs, count, places)
     images = find_image_column(name, features, image_column)
-    right = _find_text(name, features, right_column, RIGHT_NAMES, "right")
-    wrong = _find_text(name, features, wrong_column, WRONG_NAMES, "wrong")
+    described, captions_of = _captions_of(name, features, right_column, wrong_column, right_index)
+    is_cropped = set(BOX) <= set(features)
 
     def rows() -> Iterator[ChoiceRow]:
         for place, row in enumerate(_read(name, table)):
             title = f"row {place} of {name}"
-            first = _texts(title, row[right])
-            if len(first) != 1:
-                raise ValueError(f"{title} has {len(first)} right captions, but one is needed; leave it out.")
-            yield ChoiceRow(title, [field_of(row, images)], first + _texts(title, row[wrong]))
+            image = field_of(row, images)
+            if is_cropped:
+                left, top, width, height = (int(row[column]) for column in BOX)
+                image = ImageRegion(image, (left, top, left + width, top + height))
+            yield ChoiceRow(title, [image], captions_of(title, row))
 
-    return Choices(name, split, f"an image, {right} and {wrong}", rows, count, places)
+    image = "the box of an image" if is_cropped else "an image"
+    return Choices(name, split, f"{image}, {described}", rows, count, places)
 
 
 def open_choices(
@@ -269,6 +328,7 @@ def open_choices(
     image_column: str | None = None,
     right_column: str | None = None,
     wrong_column: str | None = None,
+    right_index: int | None = None,
     image_folders: Sequence[str] = (),
 ) -> Choices:
     """Open a test of compositionality.
@@ -280,6 +340,7 @@ def open_choices(
         image_column: See `choices_table`.
         right_column: See `choices_table`.
         wrong_column: See `choices_table`.
+        right_index: See `choices_table`.
         image_folders: Folders besides the source's own that paths in its rows may lead to.
 
     Raises:
@@ -289,6 +350,7 @@ def open_choices(
     if isinstance(source, Choices):
         return source
     columns: dict[str, Any] = {"image_column": image_column, "right_column": right_column, "wrong_column": wrong_column}
+    columns["right_index"] = right_index
     if hasattr(source, "features") and hasattr(source, "select_columns"):
         return choices_table(source, split=split or "", **columns)
     source = str(source)

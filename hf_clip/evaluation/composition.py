@@ -69,6 +69,7 @@ def evaluate_composition(
     image_column: str | None = None,
     right_column: str | None = None,
     wrong_column: str | None = None,
+    right_index: int | None = None,
     batch_size: int = 32,
     threads: int | None = None,
     progress: bool = False,
@@ -83,6 +84,7 @@ def evaluate_composition(
         image_column: The column of images. None: the only one that can be it.
         right_column: The column of right captions. None: `caption`, `true_caption` and the like.
         wrong_column: The column of wrong captions. None: `negative_caption`, `false_caption` and the like.
+        right_index: Where all captions stand in one column `caption_options`: the place of the right one, from 0.
         batch_size: Number of images encoded at once.
         threads: Number of threads that open images. None: the number of processors.
         progress: Whether to show a progress bar.
@@ -96,6 +98,7 @@ def evaluate_composition(
         ValueError: The split is empty, or a column is missing.
     """
     columns: dict[str, Any] = {"image_column": image_column, "right_column": right_column, "wrong_column": wrong_column}
+    columns["right_index"] = right_index
     data: Choices = open_choices(dataset, split, **columns)
     embedder = Embedder(model, processor, batch_size=batch_size, threads=threads)
     captions: list[list[str]] = []

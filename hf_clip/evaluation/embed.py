@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..data.columns import UnusableRowError
-from ..data.images import NOWHERE, ImagePlaces, image_content, open_content
+from ..data.images import NOWHERE, ImagePlaces, ImageRegion, image_content, open_content
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.open_image import UnreadableImageError
 from ..zero_shot.features import check_batch_size, encode_texts, image_processor_of, in_batches, tokenizer_of
@@ -95,7 +95,9 @@ class Unreadable:
 
 
 def open_stored(stored: Any, places: ImagePlaces = NOWHERE) -> Image.Image:
-    """Open an image as a row holds it. Raises UnusableRowError if it cannot be opened."""
+    """Open an image, or a region of one, as a row holds it. Raises UnusableRowError if it cannot be opened."""
+    if isinstance(stored, ImageRegion):
+        return open_stored(stored.stored, places).crop(stored.box)
     return stored if isinstance(stored, Image.Image) else open_content(image_content(stored, places))
 
 

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image
 
+from hf_clip.evaluation.captioned_images import choices_table
 from hf_clip.evaluation.composition import evaluate_composition
+from hf_clip.evaluation.embed import open_stored
 from hf_clip.evaluation.metrics import recall_at_k
 from hf_clip.evaluation.retrieval import evaluate_retrieval, retrieval_metrics
 from hf_clip.zero_shot.features import encode_images, encode_texts
@@ -134,6 +137,56 @@ def test_composition_with_wrong_captions(small_clip: Clip, rows: list[dict[str, 
     assert found.protocol.startswith(f"composition, an image, {columns[0]} and {columns[1]}; equal")
     stock = evaluate_composition(stock_model(small_clip[0]), small_clip[1], data)
     assert stock.metrics == found.metrics
+
+
+def with_options(rows: list[dict[str, Any]], place: int, count: int = 3) -> Dataset:
+    """ARO's layout: the right caption stands at one place among all."""
+    options = [
+        [rows[(number + side) % len(rows)]["caption"] for side in range(count)][::-1] for number in range(len(rows))
+    ]  # of row 0: captions 2, 1, 0
+    options = [[*texts[:-1][:place], texts[-1], *texts[:-1][place:]] for texts in options]
+    return captioned(rows).remove_columns("caption").add_column("caption_options", options)
+
+
+def test_right_caption_stands_at_a_place_among_the_options(small_clip: Clip, rows: list[dict[str, Any]]):
+    given = distinct(rows)[:12]
+    similarities = (
+        encode_images(*small_clip, [row["bytes"] for row in given])
+        @ encode_texts(*small_clip, [row["caption"] for row in given]).T
+    )
+    others = [[(place + 1) % 12, (place + 2) % 12] for place in range(12)]
+    right = sum(
+        bool((similarities[place, place] > similarities[place, wrong]).all()) for place, wrong in enumerate(others)
+    )
+    for place in range(3):
+        found = evaluate_composition(*small_clip, with_options(given, place), right_index=place)
+        assert found.metrics == {"text_score": pytest.approx(right / 12)}
+    assert found.protocol.startswith("composition, an image, caption_options, of which 2 is right; equal")
+
+
+def test_place_of_the_right_caption_is_not_guessed(rows: list[dict[str, Any]]):
+    data = with_options(rows[:4], 0)
+    with pytest.raises(ValueError, match=r"has caption_options, and not which of them is right: name its place with"):
+        choices_table(data)
+    with pytest.raises(ValueError, match=r"^row 0 of the data set has 3 caption_options, but a wrong one and one at "):
+        next(choices_table(data, right_index=3).rows())
+    with pytest.raises(ValueError, match=r"--right-index is 1, but the data set has no column caption_options; its"):
+        choices_table(captioned(rows[:2]), right_index=1)
+
+
+def test_box_of_aro_is_what_the_model_sees(rows: list[dict[str, Any]]):
+    """In the columns of visual_genome_relation.json, and with the four wrong captions of the tests of order."""
+    data = captioned(rows[:1]).rename_column("caption", "correct_caption")
+    for name, value in {"bbox_x": 3, "bbox_y": 1, "bbox_w": 9, "bbox_h": 14}.items():
+        data = data.add_column(name, [value])
+    for number in (1, 2):
+        data = data.add_column(f"hard_text_{number}", [f"wrong {number}"])
+    found = choices_table(data)
+    (row,) = found.rows()
+    assert row.captions == [rows[0]["caption"], "wrong 1", "wrong 2"]
+    assert found.layout == "the box of an image, correct_caption and hard_text_1, hard_text_2"
+    whole = np.asarray(open_stored({"bytes": rows[0]["bytes"]}))
+    assert np.array_equal(np.asarray(open_stored(row.images[0])), whole[1:15, 3:12])
 
 
 def test_composition_without_wrong_captions_is_an_error(small_clip: Clip, rows: list[dict[str, Any]]):

@@ -29,6 +29,9 @@ def compose(
     image_column: ImageColumn = None,
     right_column: Annotated[str | None, typer.Option(help="Column of right captions.")] = None,
     wrong_column: Annotated[str | None, typer.Option(help="Column of wrong captions, one or several.")] = None,
+    right_index: Annotated[
+        int | None, typer.Option(help="Place of the right caption in a column caption_options, from 0.", min=0)
+    ] = None,
     batch_size: BatchSize = 32,
     dtype: Precision = Dtype.float32,
     device: Device = None,
@@ -54,12 +57,14 @@ def compose(
             image_column=image_column,
             right_column=right_column,
             wrong_column=wrong_column,
+            right_index=right_index,
             batch_size=batch_size,
             threads=threads,
             progress=sys.stderr.isatty(),
         )
 
-    options = {"image_column": image_column, "right_column": right_column, "wrong_column": wrong_column}
+    options: dict[str, Any] = {"image_column": image_column, "right_column": right_column}
+    options |= {"wrong_column": wrong_column, "right_index": right_index}
     run_task(
         "compose",
         model,
