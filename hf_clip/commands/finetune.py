@@ -13,19 +13,23 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import typer
+from torch import Tensor
 
 from ..extras import require
 from ..hub.upload import PublishingError
 from ..training import failures, sharding, stopping
 from ..training.build import build_learner, build_loaders, describe_start
 from ..training.config import TrainingConfig, parse_config
-from ..training.evaluating import model_inputs
+from ..training.evaluating import INPUTS
+from ..training.gradient_caching import backpropagate
 from ..training.launching import make_accelerator
-from ..training.losses import global_contrastive_loss
+from ..training.losses import ContrastiveResult, global_contrastive_loss
+from ..training.micro_batch_size import settle_micro_batch_size
 from ..training.optim import learning_rates
 from ..training.output import held
 from ..training.refusals import check_run
@@ -64,6 +68,7 @@ def train_alone(config: TrainingConfig, accelerator: Any, signals: stopping.Sign
     data, plan = check_run(config, accelerator)
     learner = build_learner(plan, data, accelerator)
     loader, validation = build_loaders(data, learner, config)
+    settle_micro_batch_size(config, learner)
     run = Run(plan, learner, loader, validation, signals)
     if accelerator.is_main_process:
         sys.stderr.writelines(f"{line}\n" for line in describe_start(config, data, learner.processor))
@@ -75,19 +80,14 @@ def train_alone(config: TrainingConfig, accelerator: Any, signals: stopping.Sign
     wrapped.train()
     for batch in run.batches():
         with accelerator.accumulate(wrapped):
-            outputs = wrapped(**model_inputs(batch, accelerator.device))
-            result = global_contrastive_loss(
-                outputs.image_embeds,
-                outputs.text_embeds,
-                model.logit_scale,
-                logit_bias=model.logit_bias,
-                kind=model.config.contrastive_loss,
-                label_smoothing=config.label_smoothing_factor,
-                local_image_ids=batch["image_ids"] if config.mask_duplicates == "on" else None,
-                local_text_ids=batch["text_ids"] if config.mask_duplicates == "on" else None,
+            result = backpropagate(
+                model,
+                {name: batch[name] for name in INPUTS},
+                partial(contrast, run, batch),
+                micro_batch_size=config.pairs_at_once,
+                wrapped=wrapped,
+                accelerator=accelerator,
             )
-            run.check_loss(result.global_loss)
-            accelerator.backward(result.local_loss_to_backpropagate)
             if accelerator.sync_gradients:
                 sharding.average_left_out_gradients(accelerator, model)
                 if config.max_grad_norm is not None:
@@ -101,6 +101,39 @@ def train_alone(config: TrainingConfig, accelerator: Any, signals: stopping.Sign
             sharding.clamp_temperature_(accelerator, model)
         run.batch_done(result, rates)
     run.finish()
+
+
+def contrast(
+    run: Run,
+    batch: dict[str, Tensor],
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+) -> ContrastiveResult:
+    """The loss of a whole batch, however many of its pairs are embedded at once.
+
+    Args:
+        run: Which refuses a loss that is no number.
+        batch: Pairs of this process.
+        image_embeds: (B, D) of all of them.
+        text_embeds: (B, D) likewise.
+        logit_scale: () as the model has it.
+        logit_bias: () likewise.
+    """
+    is_masked = run.config.mask_duplicates == "on"
+    result = global_contrastive_loss(
+        image_embeds,
+        text_embeds,
+        logit_scale,
+        logit_bias=logit_bias,
+        kind=run.learner.model.config.contrastive_loss,
+        label_smoothing=run.config.label_smoothing_factor,
+        local_image_ids=batch["image_ids"] if is_masked else None,
+        local_text_ids=batch["text_ids"] if is_masked else None,
+    )
+    run.check_loss(result.global_loss)
+    return result
 
 
 def warn_of_few_threads() -> None:

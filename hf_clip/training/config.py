@@ -32,6 +32,9 @@ from .options import (
 )
 from .trainable import parse_lock
 
+AUTO = "auto"
+"""Of `--micro_batch_size`: the largest that fits into memory."""
+
 WITHOUT_WARMUP = ("constant",)
 
 NEED_A_METRIC = ("reduce_lr_on_plateau", "greedy")
@@ -65,7 +68,7 @@ MAY_CHANGE = (
     *("logging_steps", "save_steps", "eval_steps", "save_total_limit"),
     *("dataloader_num_workers", "max_bad_fraction", "image_folders", "gradient_checkpointing"),
     # What counts of these are the pairs in a batch and the steps of the run, which are compared by themselves.
-    *("per_device_train_batch_size", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "micro_batch_size", "num_train_epochs", "max_steps"),
 )
 """Options that a resumed run may change. All others decide what comes out of a run."""
 
@@ -108,6 +111,25 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         """`eval_steps`, else `save_steps`. None where the model is evaluated at the start and at the end only."""
         return self.save_steps if self.eval_steps is None else self.eval_steps
 
+    @property
+    def pairs_at_once(self) -> int | None:
+        """Pairs of a process that are in memory at once. None: to be found, see `settle_micro_batch_size`."""
+        if self.micro_batch_size is None:
+            return self.per_device_train_batch_size
+        if self.micro_batch_size == AUTO:
+            return None
+        return min(int(self.micro_batch_size), self.per_device_train_batch_size)
+
+    def settle_micro_batch_size(self, size: int, reason: str) -> None:
+        """Take what was found for `auto`, and note it.
+
+        Args:
+            size: in pairs of a process.
+            reason: why it is this one, to be said behind "since".
+        """
+        self._notes.append(f"note: --micro_batch_size is {size}, since {reason}.")
+        self.micro_batch_size = None if size >= self.per_device_train_batch_size else str(size)
+
     def limit_batch_size(self, rows: int, num_processes: int, data: str) -> None:
         """Make batches no larger than the data, and note it.
 
@@ -130,6 +152,8 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
             )
         self._notes.append(f"note: --per_device_train_batch_size is {most}{of_each}, since an epoch has {rows} pairs.")
         self.per_device_train_batch_size = most
+        if self.pairs_at_once == most:
+            self.micro_batch_size = None
 
     def _make_plain(self) -> None:
         """Paths, NumPy's numbers and arrays, single words for lists and YAML's `on` and `off` as what JSON can hold."""
@@ -138,6 +162,7 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
             if field.default_factory is not dataclasses.MISSING:
                 value = [value] if isinstance(value, str) else list(value or [])
             setattr(self, field.name, value)
+        self.micro_batch_size = None if self.micro_batch_size is None else str(self.micro_batch_size).lower()
         switch = str(self.mask_duplicates).lower()
         self.mask_duplicates = {"true": "on", "false": "off"}.get(switch, self.mask_duplicates)
         if str(self.resume_from_checkpoint).lower() == "true":  # as Trainer.train takes it
@@ -180,6 +205,12 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         for name in ("dataloader_num_workers", "weight_decay", "warmup_steps"):
             if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}, but must be 0 (none) or more.")
+        micro = self.micro_batch_size
+        if micro not in (None, AUTO) and not (micro.isdecimal() and int(micro) > 0):
+            raise ValueError(
+                f"micro_batch_size is {micro!r}, but must be a number of pairs, at least 1, or {AUTO}: the largest that "
+                f"fits into memory."
+            )
         for name, low, high, words in RANGES:
             if (value := getattr(self, name)) is not None and not low <= value <= high:
                 raise ValueError(f"{name} is {value}, but must be {words}.")
@@ -202,7 +233,13 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         """Refuse what the other options leave without effect."""
         scratch, evaluated, metric = self.variant is not None, self.validation is not None, self.metric_for_best_model
         alphas, are_towers_locked = self.alphas, self._are_towers_locked()
+        at_once = self.pairs_at_once
         without_effect = [
+            (
+                self.micro_batch_size is not None and at_once == self.per_device_train_batch_size,
+                "micro_batch_size",
+                f"a batch has {self.per_device_train_batch_size} pairs, which are in memory at once without it",
+            ),
             (are_towers_locked and self.layer_decay != 1, "layer_decay", "both towers are locked"),
             (are_towers_locked and self.gradient_checkpointing, "gradient_checkpointing", "both towers are locked"),
             (self.sync_batchnorm and not scratch, "sync_batchnorm", "fine-tuning keeps BatchNorm as it is"),

@@ -49,6 +49,10 @@ KNOWN_AS = {
     "augmentation": "aug aug_cfg augment augmentations transform transforms",
     "dataloader_num_workers": "n_workers nw preprocessing_num_workers workers",
     "per_device_train_batch_size": "batch batchsize bs per_device_batch_size per_gpu_batch_size train_batch_size",
+    "micro_batch_size": (
+        "accum_freq chunk_size chunk_sizes gc_chunk_size gradcache grad_cache gradient_cache gradient_caching "
+        "microbatch_size micro_batch mini_batch_size minibatch_size per_device_micro_batch_size"
+    ),
     "num_train_epochs": "ep epoch max_epochs n_epochs num_epochs",
     "max_steps": "iterations iters max_iters max_iterations max_train_steps n_steps num_steps num_train_steps steps "
     "total_steps train_steps",
@@ -84,8 +88,7 @@ KNOWN_AS = {
 OF_THE_LAUNCHER = {
     "accelerate launch --mixed_precision bf16": "amp bf16 dtype fp16 half mixed_precision precision",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 in front of the command": (
-        "accum_freq accumulate_grad_batches accumulation_steps grad_accum gradient_accumulation "
-        "gradient_accumulation_steps"
+        "accumulate_grad_batches accumulation_steps grad_accum gradient_accumulation gradient_accumulation_steps"
     ),
     "accelerate launch --num_processes 8": "devices gpus n_gpu nproc_per_node num_gpus num_processes world_size",
     "accelerate launch --dynamo_backend inductor": "compile torch_compile torchcompile",

@@ -108,6 +108,11 @@ class OptimizationOptions:
     per_device_train_batch_size: int = _option(
         256, "Pairs of each process in a step, at most as many as there are; all are negatives"
     )
+    micro_batch_size: str | None = _option(
+        None,
+        "Pairs in memory at once: a step embeds its batch in such parts, twice, and contrasts all of it. A number, or "
+        "auto for the largest that fits; default: the whole batch",
+    )
     num_train_epochs: float | None = _option(None, "Passes over the data")
     max_steps: int | None = _option(None, "Or optimizer steps")
     learning_rate: str | None = _option(

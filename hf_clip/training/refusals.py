@@ -33,6 +33,7 @@ from .build import (
 from .checkpoint import check_identity, find_checkpoint, read_state
 from .config import TrainingConfig
 from .data.collator import check_image_processor
+from .gradient_caching import check_batch_norm_is_frozen
 from .launching import launch_settings
 from .plan import Plan, make_plan
 from .publishing import name_repository
@@ -143,4 +144,6 @@ def _rehearse(plan: Plan, model_config: HfClipConfig, accelerator: Any) -> None:
         check_output_format(config, model.config, image_processor)
         prepare_training_(model, config, accelerator.device.type, accelerator.num_processes)
         check_batch_norm(accelerator, model)
+        if config.micro_batch_size is not None:
+            check_batch_norm_is_frozen(model.train())
         build_scheduler(build_optimizer(model, config), config, plan.total_steps)

@@ -81,6 +81,11 @@ def check_wrapper(accelerator: Any, config: TrainingConfig) -> None:
     if kind not in ASKED:
         return
     precision = accelerator.mixed_precision
+    if config.pairs_at_once is None:
+        raise ValueError(
+            f"--micro_batch_size auto is not supported under {NAMES[kind]}: a process that runs out of memory would "
+            f"leave the others waiting for its part of the weights. Pass a number."
+        )
     unsupported = _find_unsupported_fsdp(accelerator) if kind == "FSDP" else _find_unsupported_zero(accelerator, config)
     if precision not in ("no", "bf16"):
         unsupported = [(f"mixed_precision: {precision}", "take bf16"), *unsupported]

@@ -23,6 +23,20 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trained, sum(parameter.numel() for parameter in model.parameters())
 
 
+def _parts_in_words(plan: Plan) -> str:
+    """What a step is made of, where that is not one batch at once: sentences behind others."""
+    batches, batch, at_once = plan.pairs_in_step // plan.global_batch, plan.global_batch, plan.config.pairs_at_once
+    words = ""
+    if batches > 1:
+        words += (
+            f" A step adds up the gradients of {batches} separate batches: a pair is contrasted with the {batch:,} of "
+            f"its own batch alone."
+        )
+    if at_once is not None and at_once < plan.config.per_device_train_batch_size:
+        words += f" Each process has {at_once:,} pairs in memory at once; all {batch:,} of a batch are contrasted."
+    return words
+
+
 def run_in_words(
     train: Pairs | PairStream, validation: Pairs | PairStream | None, parameters: tuple[int, int], plan: Plan
 ) -> str:
@@ -41,6 +55,7 @@ def run_in_words(
     return (
         f"Training on {_rows(train)}, validation on {_rows(validation) or 'none'}. "
         f"{trained:,} of {whole:,} parameters are trained. {steps:,} steps of {pairs:,} pairs{over}{epochs}."
+        f"{_parts_in_words(plan)}"
     )
 
 

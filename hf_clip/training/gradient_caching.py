@@ -1,0 +1,256 @@
+"""Contrastive gradients of a batch of any size, in the memory of a micro-batch (Gao et al. 2021, section 3).
+
+1. Embed every micro-batch without a graph. Keep the embeddings, and the random state before each.
+2. Compute the loss of the whole batch and its gradient on the embeddings and on the temperature.
+3. Embed every micro-batch again, from the same random state and with a graph, and go on from step 2's gradient.
+
+Invariant: the gradients are those of the whole batch but for rounding. By the chain rule that holds as long as the
+embedding of a pair does not depend on the pairs beside it, and is the same in steps 1 and 3. BatchNorm in training mode
+breaks the first, see `check_batch_norm_is_frozen`. Random numbers that are not torch's would break the second.
+
+To accumulate the gradients of separate batches is something else: there a pair is contrasted with the pairs of its own
+part alone.
+
+Processes exchange gradients once in a step, at the last micro-batch. ZeRO 2 and 3 hold no whole gradients, so they
+reduce them at every micro-batch.
+
+Dimensions: B pairs of this process, D embedding.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.resnet_tower import BatchNorm
+from .losses import ContrastiveResult
+from .sharding import is_deepspeed
+from .trainable import PROJECTIONS, TOWERS
+
+Inputs = Mapping[str, Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], ContrastiveResult]
+"""Image embeddings (B, D), text embeddings (B, D), logit scale and logit bias → the result."""
+
+OF_IMAGES = "pixel_values"
+"""The model's input for images; all others are for texts."""
+
+
+def check_batch_norm_is_frozen(model: nn.Module) -> None:
+    """Refuse a model that would embed a pair otherwise in a micro-batch than in the whole batch.
+
+    Args:
+        model: Whose modules are in the mode in which they will be trained.
+
+    Raises:
+        ValueError: A BatchNorm is in training mode.
+    """
+    found = [name for name, module in model.named_modules() if isinstance(module, BatchNorm) and module.training]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(
+            f"Micro-batches need an embedding that does not depend on the batch, but BatchNorm in training mode "
+            f"({found[0]}{more}) takes its statistics over what is embedded at once. Start from a trained ResNet with "
+            f"--model, which freezes BatchNorm (freeze_batch_norm_ in a loop of your own), take a ViT, or leave out "
+            f"--micro_batch_size."
+        )
+
+
+def split_batch(batch: Inputs, micro_batch_size: int) -> list[dict[str, Tensor]]:
+    """Cut a batch into micro-batches, as views.
+
+    Args:
+        batch: Tensors (B, …) by name.
+        micro_batch_size: Pairs in a micro-batch. The last one may have fewer.
+
+    Returns:
+        The micro-batches in order.
+    """
+    if micro_batch_size < 1:
+        raise ValueError(f"micro_batch_size is {micro_batch_size}, but must be at least 1.")
+    parts = {name: tensor.split(micro_batch_size) for name, tensor in batch.items()}
+    return [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
+
+
+class _RandomState:
+    """torch's random state of now, on the CPU and on one device."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.of_cpu = device, torch.get_rng_state()
+        if device.type != "cpu":
+            self.of_device = torch.get_device_module(device).get_rng_state(device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Within this block random numbers are drawn from this state on. Behind it they go on as before."""
+        is_cpu = self.device.type == "cpu"
+        devices, device_type = ([], "cuda") if is_cpu else ([self.device], self.device.type)
+        with torch.random.fork_rng(devices, device_type=device_type):
+            torch.set_rng_state(self.of_cpu)
+            if not is_cpu:
+                torch.get_device_module(self.device).set_rng_state(self.of_device, self.device)
+            yield
+
+
+@contextmanager
+def _withheld(accelerator: Any) -> Iterator[None]:
+    """Within this block DeepSpeed adds up gradients and takes no step."""
+    is_synced, accelerator.sync_gradients = accelerator.sync_gradients, False
+    try:
+        yield
+    finally:
+        accelerator.sync_gradients = is_synced
+
+
+@contextmanager
+def _unreduced(sharded: Any) -> Iterator[None]:
+    """Within this block FSDP2 keeps gradients whole."""
+    sharded.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        sharded.set_requires_gradient_sync(True)
+
+
+def without_synchronization(wrapped: Any, accelerator: Any = None) -> AbstractContextManager:
+    """A context in which gradients of this process are added up, and not exchanged with the other processes.
+
+    Args:
+        wrapped: The model as it computes: in DDP, FSDP2, DeepSpeed's engine, or plain.
+        accelerator: What wrapped it, if that was accelerate. Needed for DeepSpeed.
+    """
+    if accelerator is not None and is_deepspeed(accelerator):
+        return _withheld(accelerator)
+    if accelerator is not None and not accelerator.sync_gradients:
+        return nullcontext()  # accelerate's accumulation has seen to it
+    if hasattr(wrapped, "set_requires_gradient_sync"):
+        return _unreduced(wrapped)
+    return wrapped.no_sync() if hasattr(wrapped, "no_sync") else nullcontext()
+
+
+def _untrained_inputs(model: nn.Module, part: Inputs) -> set[str]:
+    """The inputs of a tower of which nothing is trained, projection included: it need not embed them again."""
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    is_of = {"image": [name for name in part if name == OF_IMAGES], "text": [name for name in part if name != OF_IMAGES]}
+    return {name for tower in TOWERS if not trained & {TOWERS[tower], PROJECTIONS[tower]} for name in is_of[tower]}
+
+
+def _temperature(model: Any) -> list[Tensor | None]:
+    return [model.logit_scale, getattr(model, "logit_bias", None)]
+
+
+def _on(device: torch.device, inputs: Inputs) -> dict[str, Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+def _sum_of_products(pairs: list[tuple[Tensor | None, Tensor | None]]) -> Tensor:
+    """Σ tensor · gradient: its gradient on each tensor is the given one."""
+    terms = [
+        (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * gradient).sum()
+        for tensor, gradient in pairs
+        if tensor is not None and gradient is not None and tensor.requires_grad
+    ]
+    return torch.stack(terms).sum()
+
+
+def backpropagate(
+    model: Any,
+    batch: Inputs | Sequence[Inputs],
+    loss: Loss,
+    *,
+    micro_batch_size: int | None = None,
+    wrapped: Any = None,
+    accelerator: Any = None,
+) -> ContrastiveResult:
+    """Compute the loss of a whole batch and add its gradients to the model's parameters.
+
+    Every process must call this. Under FSDP2 and ZeRO 3 every process needs as many micro-batches.
+
+    Args:
+        model: An HfClipModel.
+        batch: What the model is called with, tensors (B, …). They may lie on another device than the model and are
+            moved there by micro-batches. Or a sequence of micro-batches, each of which is read twice.
+        loss: Gets all B embeddings, (B, D) twice, the logit scale and the logit bias, or None for it. For example
+            `global_contrastive_loss` with its options.
+        micro_batch_size: Pairs that are in memory at once. None computes the batch as it is.
+        wrapped: The model in DDP, FSDP2 or what `Accelerator.prepare` returns. None: the model itself.
+        accelerator: What wrapped it, if that was accelerate.
+
+    Returns:
+        What `loss` returned.
+
+    Raises:
+        ValueError: BatchNorm is in training mode, or micro_batch_size is below 1.
+
+    Example::
+
+        model.train()
+        freeze_batch_norm_(model)  # only a ResNet has some
+        for batch in loader:
+            result = backpropagate(
+                model,
+                {"pixel_values": batch["pixel_values"], "input_ids": batch["input_ids"]},
+                lambda images, texts, scale, bias: global_contrastive_loss(images, texts, scale),
+                micro_batch_size=64,
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+    """
+    wrapped, device = model if wrapped is None else wrapped, model.logit_scale.device
+    backward = Tensor.backward if accelerator is None else accelerator.backward
+    parts: Sequence[Inputs] = [batch] if isinstance(batch, Mapping) else batch
+    if isinstance(batch, Mapping) and micro_batch_size is not None:
+        parts = split_batch(batch, micro_batch_size)
+    if len(parts) == 1:
+        outputs = wrapped(**_on(device, parts[0]))
+        result = loss(outputs.image_embeds, outputs.text_embeds, *_temperature(model))
+        backward(result.local_loss_to_backpropagate)
+        return result
+
+    check_batch_norm_is_frozen(model)
+    with without_synchronization(wrapped, accelerator):
+        embeddings, states = _embed_without_graph(wrapped, parts, device)
+    result, cached, of_temperature = _loss_gradients(model, loss, embeddings)
+    unneeded, last = _untrained_inputs(model, parts[0]), len(parts) - 1
+    for number, (part, state, (of_images, of_texts)) in enumerate(zip(parts, states, cached, strict=True)):
+        needed = {name: tensor for name, tensor in part.items() if name not in unneeded}
+        is_last = number == last
+        with nullcontext() if is_last else without_synchronization(wrapped, accelerator):
+            with state.replayed():
+                outputs = wrapped(**_on(device, needed))
+            products = [(outputs.image_embeds, of_images), (outputs.text_embeds, of_texts)]
+            if is_last:  # wrappers that exchange gradients wait for all parameters
+                products += zip(_temperature(model), of_temperature, strict=True)
+            backward(_sum_of_products(products))
+    return result
+
+
+def _embed_without_graph(
+    wrapped: Any, parts: Sequence[Inputs], device: torch.device
+) -> tuple[list[tuple[Tensor, Tensor]], list[_RandomState]]:
+    """Step 1: the image and text embeddings of each micro-batch, and the random state before it."""
+    embeddings, states = [], []
+    with torch.no_grad():
+        for part in parts:
+            states.append(_RandomState(device))
+            outputs = wrapped(**_on(device, part))
+            embeddings.append((outputs.image_embeds, outputs.text_embeds))
+    # Within a block of autocast the weights' casts are kept, and these have no graph.
+    torch.clear_autocast_cache()
+    return embeddings, states
+
+
+def _loss_gradients(
+    model: Any, loss: Loss, embeddings: list[tuple[Tensor, Tensor]]
+) -> tuple[ContrastiveResult, list[tuple[Tensor, Tensor]], list[Tensor | None]]:
+    """Step 2: the result, its gradients on each micro-batch's embeddings, and those on the temperature."""
+    sizes = [len(images) for images, _ in embeddings]
+    images, texts = (torch.cat(column).requires_grad_() for column in zip(*embeddings, strict=True))
+    temperature = [None if scalar is None else scalar.detach().requires_grad_() for scalar in _temperature(model)]
+    with torch.enable_grad():
+        result = loss(images, texts, *temperature)
+    result.local_loss_to_backpropagate.backward()
+    assert images.grad is not None and texts.grad is not None
+    cached = list(zip(images.grad.split(sizes), texts.grad.split(sizes), strict=True))
+    return result, cached, [None if scalar is None else scalar.grad for scalar in temperature]
