@@ -43,6 +43,8 @@ def test_what_is_missing_is_named(fields: dict, message: str):
     ("fields", "message"),
     [
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0, but it must be positive"),
+        ({"micro_batch_size": 0}, "micro_batch_size is '0', but must be a number of pairs, at least 1, or auto: the la"),
+        ({"micro_batch_size": "2.5"}, "micro_batch_size is '2.5', but must be a number of pairs"),
         ({"max_steps": 0}, "max_steps is 0, but it must be positive"),
         ({"max_steps": None, "num_train_epochs": -1.0}, "num_train_epochs is -1.0, but it must be positive"),
         ({"logging_steps": 0}, "logging_steps is 0, but it must be positive"),
@@ -92,6 +94,7 @@ BEST = {"metric_for_best_model": "recall@1", "validation": "5", "save_steps": 5}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"micro_batch_size": 256}, "--micro_batch_size would have no effect: a batch has 256 pairs, which are in mem"),
         ({"sync_batchnorm": True}, "--sync_batchnorm would have no effect: fine-tuning keeps BatchNorm as it is"),
         (SCRATCH | {"lora_rank": 4}, "--lora_rank would have no effect: adapters stand beside trained weights"),
         (SCRATCH | {"lock": "image"}, "--lock would have no effect: random weights are not worth keeping"),
@@ -192,6 +195,22 @@ def test_batches_are_no_larger_than_the_data(rows: int, processes: int, expected
     assert (found.per_device_train_batch_size, found.notes) == (expected, [note] if note else [])
 
 
+def test_micro_batch_is_smaller_than_the_batch():
+    assert config().pairs_at_once == 256
+    assert config(micro_batch_size=64).pairs_at_once == 64
+    assert config(micro_batch_size="AUTO").pairs_at_once is None
+    found = config(micro_batch_size="64", learning_rate="1e-5")
+    found.limit_batch_size(100, 1, "d")
+    assert found.pairs_at_once == 64
+    found.limit_batch_size(50, 1, "d")
+    assert (found.pairs_at_once, found.micro_batch_size) == (50, None)
+    found = config(micro_batch_size="auto", learning_rate="1e-5")
+    found.settle_micro_batch_size(128, "it fits")
+    assert (found.pairs_at_once, found.notes) == (128, ["note: --micro_batch_size is 128, since it fits."])
+    found.settle_micro_batch_size(256, "it fits")
+    assert (found.pairs_at_once, found.micro_batch_size) == (256, None)
+
+
 @pytest.mark.parametrize(("rows", "processes", "least"), [(1, 1, 2), (3, 4, 4), (1, 2, 2)])
 def test_data_without_a_pair_to_compare_with_are_refused(rows: int, processes: int, least: int):
     with pytest.raises(ValueError, match=f"d: an epoch has {rows} pairs.*: at least {least} are needed"):
@@ -216,7 +235,7 @@ def test_numpy_pandas_and_paths_become_what_json_holds():
 def test_a_resumed_run_may_differ_only_in_what_leaves_its_result_alone():
     assert set(MAY_CHANGE) < config().to_dict().keys()
     assert (
-        config(logging_steps=3, dataloader_num_workers=7, per_device_train_batch_size=4).identity()
+        config(logging_steps=3, dataloader_num_workers=7, per_device_train_batch_size=4, micro_batch_size=2).identity()
         == config().identity()
     )
     for fields in ({"learning_rate": "1e-4"}, {"augmentation": "none"}, {"ema_decay": 0.9}, {"weight_decay": 0.0}):
@@ -291,6 +310,7 @@ def test_help_says_each_default_once(capsys: pytest.CaptureFixture):
         ("--train_data", "--dataset"),
         ("--warmup", "--warmup_steps"),
         ("--lora_r", "--lora_rank"),
+        ("--accum_freq", "--micro_batch_size"),
         ("--wieght_decay", "--weight_decay"),
     ],
 )

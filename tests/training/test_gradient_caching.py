@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel
 
@@ -187,53 +188,56 @@ class OnDemand:
         return (self[number] for number in range(len(self)))
 
 
-def test_micro_batches_may_be_made_when_they_are_read(training: HfClipModel, tower: str):
-    batch = batch_for(tower)
-    backpropagate(training, batch, loss_of())
-    expected = gradients_of(training)
+def test_micro_batches_may_be_made_when_they_are_read(repositories: dict[str, Path]):
+    model, batch = AutoModel.from_pretrained(repositories["vit"]).train(), batch_for("vit")
+    backpropagate(model, batch, loss_of())
+    expected = gradients_of(model)
     parts = OnDemand(batch, 3)
-    backpropagate(training, parts, loss_of())
-    assert_same_gradients(gradients_of(training), expected)
+    backpropagate(model, parts, loss_of())
+    assert_same_gradients(gradients_of(model), expected)
     assert parts.read <= 1 + 2 * len(parts)  # twice each, and one is looked at
 
 
-def test_memory_is_that_of_a_micro_batch(training: HfClipModel, tower: str):
-    """Four times the pairs add their embeddings, the gradients of these, and the loss's own copies."""
-    backpropagate(training, {name: t[:4] for name, t in batch_for(tower).items()}, loss_of(), micro_batch_size=2)
+def test_memory_is_that_of_a_micro_batch(repositories: dict[str, Path]):
+    """Four times the pairs add themselves, their embeddings, the gradients of these, and the loss's own copies."""
+    model = AutoModel.from_pretrained(repositories["vit"]).train()
+    backpropagate(model, batch_for("vit"), loss_of())  # from here on there are gradients
 
     def most(pairs: int, micro: int | None) -> int:
-        lengths = (LENGTHS * 2)[:pairs]
-        batch = {"pixel_values": random_images(tower, pairs), "input_ids": texts(lengths)}
+        batch = {"pixel_values": random_images("vit", pairs), "input_ids": texts((LENGTHS * 2)[:pairs])}
         with HeldMemory() as memory:
-            backpropagate(training, batch, loss_of(), micro_batch_size=micro)
-        return memory.most
+            backpropagate(model, batch, loss_of(), micro_batch_size=micro)
+        return memory.most - sum(tensor.nbytes for tensor in batch.values())
 
     few, many, whole = most(4, 2), most(16, 2), most(16, None)
-    width = training.config.projection_dim
-    assert many - few < 0.05 * few + 10 * 2 * (16 - 4) * width * 4
+    features = 2 * (16 - 4) * model.config.projection_dim * 4
+    assert many - few < 0.05 * few + 8 * features
     assert many < 0.7 * whole
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-def test_gradients_are_exchanged_once_in_a_step(one_process: None, training: HfClipModel, tower: str):
-    expected, _ = in_both_ways(training, batch_for(tower), loss_of())
-    wrapped = DistributedDataParallel(training, bucket_cap_mb=1000)
+def test_gradients_are_exchanged_once_in_a_step(one_process: None, repositories: dict[str, Path]):
+    model, batch = AutoModel.from_pretrained(repositories["vit"]).train(), batch_for("vit")
+    expected, _ = in_both_ways(model, batch, loss_of())
+    wrapped = DistributedDataParallel(model)
     exchanged = []
 
-    def count(_: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+    def count(_: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         exchanged.append(bucket)
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
 
     wrapped.register_comm_hook(None, count)
-    backpropagate(training, batch_for(tower), loss_of(), micro_batch_size=4, wrapped=wrapped)
-    assert_same_gradients(gradients_of(training), expected)
-    cached = len(exchanged)
-    backpropagate(training, batch_for(tower), loss_of(), wrapped=wrapped)
-    assert cached == len(exchanged) - cached  # as a whole batch does
+    backpropagate(model, batch, loss_of(), wrapped=wrapped)
+    once = len(exchanged)
+    model.zero_grad()
+    backpropagate(model, batch, loss_of(), micro_batch_size=4, wrapped=wrapped)
+    assert_same_gradients(gradients_of(model), expected)
+    # The first step of DDP finds the order of its buckets, and has one more or less.
+    assert 0 < len(exchanged) - once <= once + 1
 
 
 def test_what_wraps_the_model_is_told_to_wait():
@@ -283,9 +287,9 @@ def test_run_that_would_train_batch_norm_is_refused(digits: Path, tmp_path: Path
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_run_gives_the_weights_of_whole_batches(
-    digits: Path, tmp_path: Path, tower: str, capsys: pytest.CaptureFixture
-):
+def test_run_gives_the_weights_of_whole_batches(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Of a ResNet, whose BatchNorm is frozen in fine-tuning."""
+    tower = "resnet"
     chosen = {"max_steps": 3, "per_device_train_batch_size": 48, "optim": "SGD", "learning_rate": "1e-2"}
     whole = train(digits, tmp_path / "whole", tower, **chosen)
     assert "in memory at once" not in capsys.readouterr().out

@@ -29,7 +29,9 @@ def classify(folder: Path, size: int) -> list[dict]:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def test_accumulated_batches_are_one_step(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_accumulated_batches_are_one_step(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     chosen = {
         "max_steps": None,
@@ -42,8 +44,13 @@ def test_accumulated_batches_are_one_step(digits: Path, tmp_path: Path, monkeypa
     assert [line["step"] for line in records(out)] == [1, 2, 3, 4, 5]  # 640 rows are 10 batches of 64
     state = json.loads((out / "checkpoints" / "step-00000002" / "run.json").read_text())
     assert (state["step"], state["epoch"], state["batch"]) == (2, 0, 4)
-    resumed = train(digits, out, **chosen, resume_from_checkpoint="latest")
+    said = "A step adds up the gradients of 2 separate batches: a pair is contrasted with the 64 of its own batch alone."
+    assert said in capsys.readouterr().out
+    whole = weights(out)
+    # The last step again, by micro-batches.
+    resumed = train(digits, out, **chosen, resume_from_checkpoint="latest", micro_batch_size=30)
     assert [line["step"] for line in records(resumed)] == [1, 2, 3, 4, 5]
+    assert largest_difference(weights(out), whole) < 1e-4
 
 
 def test_gradients_are_clipped(digits: Path, tmp_path: Path):

@@ -52,12 +52,14 @@ def assert_same(sharded: Path, alone: Path) -> None:
     assert AutoModel.from_pretrained(sharded).logit_scale.shape == ()
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("loss", "micro_batch_size"), [("softmax", None), ("sigmoid", 10)])
 def test_fsdp2_has_the_gradients_of_one_process(
-    digits: Path, tmp_path: Path, tower: str, loss: str, two_processes: TwoProcesses
+    digits: Path, tmp_path: Path, tower: str, loss: str, micro_batch_size: int | None, two_processes: TwoProcesses
 ):
+    """With the whole batch, however many pairs are embedded at once."""
     chosen = {"loss": loss, "max_grad_norm": 1.0}
-    two = torch.load(shard(digits, tmp_path / "two", two_processes, tower, **chosen))
+    gradients = shard(digits, tmp_path / "two", two_processes, tower, micro_batch_size=micro_batch_size, **chosen)
+    two = torch.load(gradients)
     with keeping_gradients(str(tmp_path / "one.pt")):
         train(digits, tmp_path / "one", tower, per_device_train_batch_size=48, **STEPS | chosen)
     one = torch.load(tmp_path / "one.pt")
@@ -85,7 +87,7 @@ def test_fsdp2_goes_on_where_it_stopped(digits: Path, tmp_path: Path, kind: str,
 
 def test_fsdp2_begins_with_one_set_of_adapters(digits: Path, tmp_path: Path, two_processes: TwoProcesses):
     chosen = {"lora_rank": 2, "lock": "image", "gradient_checkpointing": True}
-    shard(digits, tmp_path / "two", two_processes, **chosen)
+    shard(digits, tmp_path / "two", two_processes, micro_batch_size=10, **chosen)
     assert_same(tmp_path / "two", train(digits, tmp_path / "one", per_device_train_batch_size=48, **STEPS | chosen))
 
 
@@ -116,7 +118,8 @@ def test_zero_trains_as_one_process_and_goes_on_where_it_stopped(digits: Path, t
     model.logit_scale.data.fill_(6.0)  # above ln 100: it is clamped, in DeepSpeed's copy too
     model.save_pretrained(hot)
     chosen = ZERO_STEPS | {"model": str(hot), "validation": "100", "ema_decay": 0.9, "save_steps": 2}
-    zero(digits, tmp_path / "two", stage, kept_whole=5000, **chosen)  # biases and gains, as with larger models
+    # biases and gains are kept whole, as with larger models
+    zero(digits, tmp_path / "two", stage, kept_whole=5000, micro_batch_size=10, **chosen)
     alone = train(digits, tmp_path / "one", per_device_train_batch_size=48, **STEPS | chosen)
     assert_same(tmp_path / "two", alone)
     (tmp_path / "two" / "model.safetensors").unlink()
@@ -129,7 +132,7 @@ def test_zero_trains_as_one_process_and_goes_on_where_it_stopped(digits: Path, t
     ("tower", "chosen"),
     [
         ("resnet", {"loss": "sigmoid", "max_grad_norm": 0.5, "mask_duplicates": True}),
-        ("vit", {"lora_rank": 2, "lock": "image", "gradient_checkpointing": True}),
+        ("vit", {"lora_rank": 2, "lock": "image", "gradient_checkpointing": True, "micro_batch_size": 10}),
         ("vit", {"lock": "image:1,text", "average_with_pretrained": 0.5}),
     ],
     ids=["sigmoid", "adapters", "locked"],
@@ -138,9 +141,8 @@ def test_zero_trains_as_one_process_and_goes_on_where_it_stopped(digits: Path, t
 def test_zero_trains_what_one_process_trains(digits: Path, tmp_path: Path, stage: int, tower: str, chosen: dict):
     chosen = ZERO_STEPS | chosen
     zero(digits, tmp_path / "two", stage, tower, **chosen)
-    assert_same(
-        tmp_path / "two", train(digits, tmp_path / "one", tower, per_device_train_batch_size=48, **STEPS | chosen)
-    )
+    chosen = STEPS | chosen | {"micro_batch_size": None}
+    assert_same(tmp_path / "two", train(digits, tmp_path / "one", tower, per_device_train_batch_size=48, **chosen))
 
 
 def in_bf16_by_ddp(digits: Path, out: Path, tower: str, two_processes: TwoProcesses) -> Path:
@@ -234,6 +236,15 @@ def test_optimizers_that_look_at_whole_matrices_are_refused_where_these_are_cut(
     with pytest.raises(ValueError, match="--optim Adafactor is not supported under DeepSpeed: it would see flat"):
         sharding.check_wrapper(accelerator_of("DEEPSPEED"), adafactor)
     sharding.check_wrapper(accelerator_of("FSDP"), adafactor)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_trying_sizes_is_refused_where_others_would_wait(kind: str, name: str):
+    message = f"--micro_batch_size auto is not supported under {name}: a process that runs out of memory would leave"
+    with pytest.raises(ValueError, match=message):
+        sharding.check_wrapper(accelerator_of(kind), config_of(micro_batch_size="auto"))
+    sharding.check_wrapper(accelerator_of(kind), config_of(micro_batch_size=8))
+    sharding.check_wrapper(accelerator_of("MULTI_GPU"), config_of(micro_batch_size="auto"))
 
 
 def test_statistics_that_no_one_shares_are_refused():
