@@ -208,8 +208,8 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         micro = self.micro_batch_size
         if micro not in (None, AUTO) and not (micro.isdecimal() and int(micro) > 0):
             raise ValueError(
-                f"micro_batch_size is {micro!r}, but must be a number of pairs, at least 1, or {AUTO}: the largest that "
-                f"fits into memory."
+                f"micro_batch_size is {micro!r}, but must be a number of pairs, at least 1, or {AUTO} for the largest "
+                f"that fits."
             )
         for name, low, high, words in RANGES:
             if (value := getattr(self, name)) is not None and not low <= value <= high:

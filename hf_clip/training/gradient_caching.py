@@ -17,7 +17,7 @@ reduce them at every micro-batch.
 Dimensions: B pairs of this process, D embedding.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -129,22 +129,30 @@ def without_synchronization(wrapped: Any, accelerator: Any = None) -> AbstractCo
     return wrapped.no_sync() if hasattr(wrapped, "no_sync") else nullcontext()
 
 
+def _without(part: Inputs, names: set[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in part.items() if name not in names}
+
+
 def _untrained_inputs(model: nn.Module, part: Inputs) -> set[str]:
-    """The inputs of a tower of which nothing is trained, projection included: it need not embed them again."""
+    """The inputs of a tower of which nothing is trained while the other learns: it need not embed them again."""
     trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
-    is_of = {"image": [name for name in part if name == OF_IMAGES], "text": [name for name in part if name != OF_IMAGES]}
-    return {name for tower in TOWERS if not trained & {TOWERS[tower], PROJECTIONS[tower]} for name in is_of[tower]}
+    is_of = {
+        "image": [name for name in part if name == OF_IMAGES],
+        "text": [name for name in part if name != OF_IMAGES],
+    }
+    locked = [tower for tower in TOWERS if not trained & {TOWERS[tower], PROJECTIONS[tower]}]
+    return set(is_of[locked[0]]) if len(locked) == 1 else set()
 
 
-def _temperature(model: Any) -> list[Tensor | None]:
-    return [model.logit_scale, getattr(model, "logit_bias", None)]
+def _temperature(model: Any) -> tuple[Tensor, Tensor | None]:
+    return model.logit_scale, getattr(model, "logit_bias", None)
 
 
 def _on(device: torch.device, inputs: Inputs) -> dict[str, Tensor]:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
-def _sum_of_products(pairs: list[tuple[Tensor | None, Tensor | None]]) -> Tensor:
+def _sum_of_products(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> Tensor:
     """Σ tensor · gradient: its gradient on each tensor is the given one."""
     terms = [
         (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * gradient).sum()
@@ -209,33 +217,39 @@ def backpropagate(
         return result
 
     check_batch_norm_is_frozen(model)
+    untrained, last = _untrained_inputs(model, parts[0]), len(parts) - 1
     with without_synchronization(wrapped, accelerator):
-        embeddings, states = _embed_without_graph(wrapped, parts, device)
+        embeddings, states = _embed_without_graph(wrapped, parts, untrained, device)
     result, cached, of_temperature = _loss_gradients(model, loss, embeddings)
-    unneeded, last = _untrained_inputs(model, parts[0]), len(parts) - 1
+    zeros = [None if gradient is None else torch.zeros_like(gradient) for gradient in of_temperature]
     for number, (part, state, (of_images, of_texts)) in enumerate(zip(parts, states, cached, strict=True)):
-        needed = {name: tensor for name, tensor in part.items() if name not in unneeded}
-        is_last = number == last
-        with nullcontext() if is_last else without_synchronization(wrapped, accelerator):
+        with nullcontext() if number == last else without_synchronization(wrapped, accelerator):
             with state.replayed():
-                outputs = wrapped(**_on(device, needed))
-            products = [(outputs.image_embeds, of_images), (outputs.text_embeds, of_texts)]
-            if is_last:  # wrappers that exchange gradients wait for all parameters
-                products += zip(_temperature(model), of_temperature, strict=True)
-            backward(_sum_of_products(products))
+                outputs = wrapped(**_on(device, _without(part, untrained)))
+            pairs = [(outputs.image_embeds, of_images), (outputs.text_embeds, of_texts)]
+            # It has its gradient at the first micro-batch, where ZeRO 3 forgets the last step's. Later it has zeros,
+            # since DDP waits for the gradients of all parameters at the last.
+            pairs += zip(_temperature(model), of_temperature if number == 0 else zeros, strict=True)
+            backward(_sum_of_products(pairs))
     return result
 
 
 def _embed_without_graph(
-    wrapped: Any, parts: Sequence[Inputs], device: torch.device
+    wrapped: Any, parts: Sequence[Inputs], untrained: set[str], device: torch.device
 ) -> tuple[list[tuple[Tensor, Tensor]], list[_RandomState]]:
-    """Step 1: the image and text embeddings of each micro-batch, and the random state before it."""
+    """Step 1: the image and text embeddings of each micro-batch, and the random state from which to do it again."""
     embeddings, states = [], []
     with torch.no_grad():
         for part in parts:
+            once = wrapped(**_on(device, {name: part[name] for name in untrained})) if untrained else None
             states.append(_RandomState(device))
-            outputs = wrapped(**_on(device, part))
-            embeddings.append((outputs.image_embeds, outputs.text_embeds))
+            again = wrapped(**_on(device, _without(part, untrained)))
+            both = [again] if once is None else [again, once]
+            images, texts = (
+                next(tensor for outputs in both if (tensor := outputs[name]) is not None)
+                for name in ("image_embeds", "text_embeds")
+            )
+            embeddings.append((images, texts))
     # Within a block of autocast the weights' casts are kept, and these have no graph.
     torch.clear_autocast_cache()
     return embeddings, states
@@ -243,14 +257,16 @@ def _embed_without_graph(
 
 def _loss_gradients(
     model: Any, loss: Loss, embeddings: list[tuple[Tensor, Tensor]]
-) -> tuple[ContrastiveResult, list[tuple[Tensor, Tensor]], list[Tensor | None]]:
+) -> tuple[ContrastiveResult, list[tuple[Any, Any]], list[Tensor | None]]:
     """Step 2: the result, its gradients on each micro-batch's embeddings, and those on the temperature."""
     sizes = [len(images) for images, _ in embeddings]
     images, texts = (torch.cat(column).requires_grad_() for column in zip(*embeddings, strict=True))
-    temperature = [None if scalar is None else scalar.detach().requires_grad_() for scalar in _temperature(model)]
+    scale, bias = (None if scalar is None else scalar.detach().requires_grad_() for scalar in _temperature(model))
+    assert scale is not None
     with torch.enable_grad():
-        result = loss(images, texts, *temperature)
+        result = loss(images, texts, scale, bias)
     result.local_loss_to_backpropagate.backward()
-    assert images.grad is not None and texts.grad is not None
+    assert images.grad is not None
+    assert texts.grad is not None
     cached = list(zip(images.grad.split(sizes), texts.grad.split(sizes), strict=True))
-    return result, cached, [None if scalar is None else scalar.grad for scalar in temperature]
+    return result, cached, [scale.grad, None if bias is None else bias.grad]

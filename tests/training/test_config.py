@@ -43,7 +43,10 @@ def test_what_is_missing_is_named(fields: dict, message: str):
     ("fields", "message"),
     [
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0, but it must be positive"),
-        ({"micro_batch_size": 0}, "micro_batch_size is '0', but must be a number of pairs, at least 1, or auto: the la"),
+        (
+            {"micro_batch_size": 0},
+            "micro_batch_size is '0', but must be a number of pairs, at least 1, or auto for the",
+        ),
         ({"micro_batch_size": "2.5"}, "micro_batch_size is '2.5', but must be a number of pairs"),
         ({"max_steps": 0}, "max_steps is 0, but it must be positive"),
         ({"max_steps": None, "num_train_epochs": -1.0}, "num_train_epochs is -1.0, but it must be positive"),

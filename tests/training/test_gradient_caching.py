@@ -18,8 +18,8 @@ from hf_clip import HfClipModel
 from hf_clip.training import micro_batch_size
 from hf_clip.training.config import TrainingConfig
 from hf_clip.training.gradient_caching import backpropagate, check_batch_norm_is_frozen, without_synchronization
-from hf_clip.training.losses import ContrastiveResult, global_contrastive_loss
 from hf_clip.training.lora import add_lora_
+from hf_clip.training.losses import ContrastiveResult, global_contrastive_loss
 from hf_clip.training.micro_batch_size import bytes_of_a_pair, does_fit, halve, settle_micro_batch_size
 from hf_clip.training.trainable import freeze_batch_norm_, lock_
 
@@ -122,19 +122,30 @@ def test_locked_tower_embeds_each_pair_once(training: HfClipModel, tower: str, l
     assert (rows[of_locked], rows[of_other]) == (10 + 10, 10 + 20)
 
 
+def test_temperature_learns_by_itself(training: HfClipModel, tower: str):
+    training.requires_grad_(False).logit_scale.requires_grad_()
+    expected, found = in_both_ways(training, batch_for(tower), loss_of())
+    assert found.keys() == {"logit_scale"}
+    assert_same_gradients(found, expected)
+
+
 def add_dropout_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.3
 
 
-def test_dropout_and_augmentation_on_the_device_are_replayed(repositories: dict[str, Path]):
+@pytest.mark.parametrize("locked", [None, "image"])
+def test_dropout_and_augmentation_on_the_device_are_replayed(repositories: dict[str, Path], locked: str | None):
     """Against one graph over all micro-batches, since a whole batch draws other numbers."""
     model = AutoModel.from_pretrained(repositories["vit"]).train()
     add_dropout_(model)
+    lock_(model, locked)
 
-    def augmented(pixel_values: Tensor, input_ids: Tensor) -> Any:
-        return model(pixel_values=pixel_values + torch.rand_like(pixel_values), input_ids=input_ids)
+    def augmented(pixel_values: Tensor | None = None, input_ids: Tensor | None = None) -> Any:
+        if pixel_values is not None:
+            pixel_values = pixel_values + torch.rand_like(pixel_values)
+        return model(pixel_values=pixel_values, input_ids=input_ids)
 
     batch = batch_for("vit")
     torch.manual_seed(7)
@@ -312,7 +323,9 @@ def test_size_is_halved_until_it_fits():
 
     assert halve(150, fits, torch.device("cpu")) == 19
     assert tried == [150, 75, 38, 19]
-    with pytest.raises(ValueError, match="not even one pair fits into memory. Pass --gradient_checkpointing, train les"):
+    with pytest.raises(
+        ValueError, match="not even one pair fits into memory. Pass --gradient_checkpointing, train les"
+    ):
         halve(4, lambda size: False, torch.device("cpu"))
 
 
@@ -349,7 +362,9 @@ def test_cpu_counts_what_a_pair_keeps(training: HfClipModel, monkeypatch: pytest
     monkeypatch.setattr(micro_batch_size, "free_memory", lambda: 4 * 100 * needed)
     settle_micro_batch_size(config, learner_of(training))
     assert config.pairs_at_once == 64  # of 256, for 100 pairs
-    assert re.match(r"note: --micro_batch_size is 64, since \d+ MB are kept for a pair and .* are free", config.notes[0])
+    assert re.match(
+        r"note: --micro_batch_size is 64, since \d+ MB are kept for a pair and .* are free", config.notes[0]
+    )
 
 
 def test_largest_is_found_before_the_first_step(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -44,7 +44,9 @@ def test_accumulated_batches_are_one_step(
     assert [line["step"] for line in records(out)] == [1, 2, 3, 4, 5]  # 640 rows are 10 batches of 64
     state = json.loads((out / "checkpoints" / "step-00000002" / "run.json").read_text())
     assert (state["step"], state["epoch"], state["batch"]) == (2, 0, 4)
-    said = "A step adds up the gradients of 2 separate batches: a pair is contrasted with the 64 of its own batch alone."
+    said = (
+        "A step adds up the gradients of 2 separate batches: a pair is contrasted with the 64 of its own batch alone."
+    )
     assert said in capsys.readouterr().out
     whole = weights(out)
     # The last step again, by micro-batches.
