@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "image_processor": "images to pixels",
     "load": "ViT-L/14 from disk, and the first image of a fresh process",
     "train_step": "both towers, the loss, backward, AdamW",
+    "gradient_caching": "a training step by micro-batches: time of a pair, and memory",
     "zero_shot": "the pipeline, and a classifier of 1,000 labels",
     "text_encoder": "prompts per second, in one call and one by one",
     "image_encoder": "images per second, by five of the nine models",

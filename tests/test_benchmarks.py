@@ -337,6 +337,32 @@ def test_training_steps_have_the_same_loss(vit: Variant, monkeypatch: pytest.Mon
     assert check(2.0) == "after 1 updates its loss is 1.6000, where hf_clip has 1.5000"
 
 
+def test_steps_by_micro_batches_have_the_same_loss_and_memory_is_compared(
+    vit: Variant, monkeypatch: pytest.MonkeyPatch
+):
+    module = import_module("benchmarks.gradient_caching")
+    for where in (module, train_step):
+        monkeypatch.setattr(where, "VARIANT", vit.name)
+    settings = replace(tiny_settings(precisions=("float32",)), batches=(8,), is_memory_measured=True)
+    taken = iter([[2.0, 300_000_000], [9.0, 310_000_000]])
+    monkeypatch.setattr(module, "run_alone", lambda function, **arguments: next(taken))
+    timed, memory = module.run(settings)
+    assert names_of(timed) == ["hf_clip, 8 pairs by 2", "8 pairs at once", "2 pairs at once"]
+    assert not timed.lacks_ours
+    assert names_of(memory) == ["hf_clip, 256 pairs by 64", "hf_clip, 1,024 pairs by 64"]
+    assert memory.notes == ["1,024 pairs take 10 MB more than 256, of which 3 MB are their embeddings"]
+    pairs = module.RandomPairs(70, 64)
+    assert [len(part["input_ids"]) for part in pairs] == [64, 6]
+    assert all(
+        torch.equal(*parts)
+        for first, second in zip(pairs, pairs, strict=True)
+        for parts in [(first["pixel_values"], second["pixel_values"])]
+    )
+    seconds, used = module.step_alone(4, 2, "float32", torch.get_num_threads(), "cpu")
+    assert seconds > 0
+    assert used is None or used >= 0
+
+
 def test_zero_shot_answers_agree(vit: Variant, monkeypatch: pytest.MonkeyPatch):
     module = import_module("benchmarks.zero_shot")
     for name, value in (("QUICK_IMAGES", 2), ("LABELS", 3), ("QUICK_CLASSES", 4), ("CLASSES_BY_RECIPE", 2)):

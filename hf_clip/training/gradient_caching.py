@@ -17,9 +17,9 @@ reduce them at every micro-batch.
 Dimensions: B pairs of this process, D embedding.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,15 @@ from .trainable import PROJECTIONS, TOWERS
 Inputs = Mapping[str, Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], ContrastiveResult]
 """Image embeddings (B, D), text embeddings (B, D), logit scale and logit bias → the result."""
+
+
+class MicroBatches(Protocol):
+    """What is iterated over twice in a step: a list, or what makes micro-batches when they are read."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Inputs]: ...
+
 
 OF_IMAGES = "pixel_values"
 """The model's input for images; all others are for texts."""
@@ -164,7 +173,7 @@ def _sum_of_products(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> Te
 
 def backpropagate(
     model: Any,
-    batch: Inputs | Sequence[Inputs],
+    batch: Inputs | MicroBatches,
     loss: Loss,
     *,
     micro_batch_size: int | None = None,
@@ -178,7 +187,7 @@ def backpropagate(
     Args:
         model: An HfClipModel.
         batch: What the model is called with, tensors (B, …). They may lie on another device than the model and are
-            moved there by micro-batches. Or a sequence of micro-batches, each of which is read twice.
+            moved there by micro-batches. Or micro-batches, such as a list of them, which are iterated over twice.
         loss: Gets all B embeddings, (B, D) twice, the logit scale and the logit bias, or None for it. For example
             `global_contrastive_loss` with its options.
         micro_batch_size: Pairs that are in memory at once. None computes the batch as it is.
@@ -205,19 +214,28 @@ def backpropagate(
             optimizer.step()
             optimizer.zero_grad()
     """
-    wrapped, device = model if wrapped is None else wrapped, model.logit_scale.device
-    backward = Tensor.backward if accelerator is None else accelerator.backward
-    parts: Sequence[Inputs] = [batch] if isinstance(batch, Mapping) else batch
+    wrapped = model if wrapped is None else wrapped
+    parts: MicroBatches = [batch] if isinstance(batch, Mapping) else batch
     if isinstance(batch, Mapping) and micro_batch_size is not None:
         parts = split_batch(batch, micro_batch_size)
-    if len(parts) == 1:
-        outputs = wrapped(**_on(device, parts[0]))
-        result = loss(outputs.image_embeds, outputs.text_embeds, *_temperature(model))
-        backward(result.local_loss_to_backpropagate)
-        return result
+    if len(parts) > 1:
+        return _in_parts(model, wrapped, parts, loss, accelerator)
+    (part,) = parts
+    outputs = wrapped(**_on(model.logit_scale.device, part))
+    result = loss(outputs.image_embeds, outputs.text_embeds, *_temperature(model))
+    _backward(accelerator)(result.local_loss_to_backpropagate)
+    return result
 
+
+def _backward(accelerator: Any) -> Callable[[Tensor], None]:
+    return Tensor.backward if accelerator is None else accelerator.backward
+
+
+def _in_parts(model: Any, wrapped: Any, parts: MicroBatches, loss: Loss, accelerator: Any) -> ContrastiveResult:
+    """`backpropagate` for several micro-batches."""
+    device, backward = model.logit_scale.device, _backward(accelerator)
     check_batch_norm_is_frozen(model)
-    untrained, last = _untrained_inputs(model, parts[0]), len(parts) - 1
+    untrained, last = _untrained_inputs(model, next(iter(parts))), len(parts) - 1
     with without_synchronization(wrapped, accelerator):
         embeddings, states = _embed_without_graph(wrapped, parts, untrained, device)
     result, cached, of_temperature = _loss_gradients(model, loss, embeddings)
@@ -235,20 +253,17 @@ def backpropagate(
 
 
 def _embed_without_graph(
-    wrapped: Any, parts: Sequence[Inputs], untrained: set[str], device: torch.device
+    wrapped: Any, parts: MicroBatches, untrained: set[str], device: torch.device
 ) -> tuple[list[tuple[Tensor, Tensor]], list[_RandomState]]:
     """Step 1: the image and text embeddings of each micro-batch, and the random state from which to do it again."""
     embeddings, states = [], []
     with torch.no_grad():
         for part in parts:
-            once = wrapped(**_on(device, {name: part[name] for name in untrained})) if untrained else None
+            once: Any = wrapped(**_on(device, {name: part[name] for name in untrained})) if untrained else None
             states.append(_RandomState(device))
             again = wrapped(**_on(device, _without(part, untrained)))
-            both = [again] if once is None else [again, once]
-            images, texts = (
-                next(tensor for outputs in both if (tensor := outputs[name]) is not None)
-                for name in ("image_embeds", "text_embeds")
-            )
+            images = (once if again.image_embeds is None else again).image_embeds
+            texts = (once if again.text_embeds is None else again).text_embeds
             embeddings.append((images, texts))
     # Within a block of autocast the weights' casts are kept, and these have no graph.
     torch.clear_autocast_cache()

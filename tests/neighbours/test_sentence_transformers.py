@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,11 @@ from transformers import AutoModel, AutoProcessor
 
 from hf_clip import HfClipModel, HfClipProcessor
 from hf_clip.checkpoints.remote_code import TRAVELLING, add_remote_code
+from hf_clip.training.gradient_caching import backpropagate
+from hf_clip.training.losses import global_contrastive_loss
+from hf_clip.training.trainable import freeze_batch_norm_
 
+from ..closeness import assert_same_gradients
 from ..without_hf_clip import BLOCK_HF_CLIP
 
 sentence_transformers = pytest.importorskip(
@@ -161,3 +166,55 @@ def test_trainer_takes_a_step(repository: Path, photographs: dict[str, Image.Ima
     assert_same_vectors(again.encode(TEXTS), model.encode(TEXTS))
     assert type(AutoModel.from_pretrained(tmp_path / "saved")) is HfClipModel
     assert type(AutoProcessor.from_pretrained(tmp_path / "saved")) is HfClipProcessor
+
+
+def ranking(model: Any, **cached: int) -> Any:
+    """Their ranking loss in both directions, by which the model's own contrastive loss is known."""
+    losses = sentence_transformers.sentence_transformer.losses
+    loss = losses.CachedMultipleNegativesRankingLoss if cached else losses.MultipleNegativesRankingLoss
+    both = ("query_to_doc", "doc_to_query")
+    scale = model[0].model.logit_scale.exp().item()
+    return loss(model, scale=scale, directions=both, partition_mode="per_direction", **cached)
+
+
+def guided(model: Any, **cached: int) -> Any:
+    losses = sentence_transformers.sentence_transformer.losses
+    guide = copy.deepcopy(model).eval()
+    loss = losses.CachedGISTEmbedLoss if cached else losses.GISTEmbedLoss
+    return loss(model, guide, **cached)
+
+
+@pytest.mark.parametrize("loss_of", [ranking, guided])
+def test_cached_losses_have_the_gradients_of_the_plain_ones(
+    repository: Path, photographs: dict[str, Image.Image], loss_of: Any
+):
+    """Texts beside images, in parts of two; the ranking loss also has those of our own micro-batches."""
+    model = sentence_transformers.SentenceTransformer(str(repository), device="cpu").train()
+    clip = model[0].model
+    norms = freeze_batch_norm_(clip)
+    images, captions = (
+        [photographs[name] for name in [*CAPTIONS, "camera"]],
+        [*CAPTIONS.values(), "a man with a camera"],
+    )
+
+    def gradients(loss: Any) -> dict[str, torch.Tensor]:
+        loss([model.preprocess(captions), model.preprocess(images)], None).backward()
+        found = {name: p.grad for name, p in clip.named_parameters() if p.grad is not None}
+        clip.zero_grad()
+        return found
+
+    expected = gradients(loss_of(model))
+    assert len(expected) == len(list(clip.parameters())) - 1 - 2 * norms  # the temperature is a number
+    cached = gradients(loss_of(model, mini_batch_size=2))
+    assert cached.keys() == expected.keys()
+    for name, gradient in expected.items():  # a small temperature makes much of rounding
+        if not name.endswith("k_proj.bias"):
+            assert (cached[name] - gradient).norm() < 1e-3 * gradient.norm(), name
+    if loss_of is ranking:
+        pairs = model[0].processor(text=captions, images=images, return_tensors="pt")
+        backpropagate(
+            clip, pairs, lambda image, text, scale, _: global_contrastive_loss(image, text, scale), micro_batch_size=2
+        )
+        ours = {name: p.grad for name, p in clip.named_parameters() if p.grad is not None}
+        assert ours.pop("logit_scale") != 0
+        assert_same_gradients(ours, expected)

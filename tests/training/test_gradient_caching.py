@@ -181,29 +181,25 @@ def test_bfloat16_differs_by_its_rounding_alone(training: HfClipModel, tower: st
 
 
 class OnDemand:
-    """Micro-batches that are made when they are read."""
+    """Micro-batches of three pairs that are made when they are read."""
 
-    def __init__(self, batch: dict[str, Tensor], size: int):
-        self.batch, self.size, self.read = batch, size, 0
+    def __init__(self, batch: dict[str, Tensor]):
+        self.batch, self.read = batch, 0
 
     def __len__(self) -> int:
-        return -(-len(LENGTHS) // self.size)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        if number >= len(self):
-            raise IndexError(number)
-        self.read += 1
-        return {name: t[number * self.size : (number + 1) * self.size] for name, t in self.batch.items()}
+        return -(-len(LENGTHS) // 3)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self[number] for number in range(len(self)))
+        for first in range(0, len(LENGTHS), 3):
+            self.read += 1
+            yield {name: tensor[first : first + 3] for name, tensor in self.batch.items()}
 
 
 def test_micro_batches_may_be_made_when_they_are_read(repositories: dict[str, Path]):
     model, batch = AutoModel.from_pretrained(repositories["vit"]).train(), batch_for("vit")
     backpropagate(model, batch, loss_of())
     expected = gradients_of(model)
-    parts = OnDemand(batch, 3)
+    parts = OnDemand(batch)
     backpropagate(model, parts, loss_of())
     assert_same_gradients(gradients_of(model), expected)
     assert parts.read <= 1 + 2 * len(parts)  # twice each, and one is looked at
