@@ -303,6 +303,19 @@ def open_splits(
     return chosen, splits[chosen]
 
 
+def split_names(path: str) -> list[str]:
+    """Return the names of a source's splits. What has none is called `train`, as `datasets` calls a file's only split.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ValueError: It cannot be read.
+    """
+    names = [os.path.expanduser(name) for name in expand_braces(path)]
+    with readable(path):
+        loaded = _load(path, names, streaming=True)
+    return list(map(str, loaded)) if isinstance(loaded, dict) else [ONLY_SPLIT]
+
+
 @contextmanager
 def readable(path: str) -> Iterator[None]:
     """Whatever goes wrong within, in `datasets` or below it, as one line that names the data set."""

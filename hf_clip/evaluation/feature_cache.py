@@ -100,12 +100,21 @@ class FeatureCache:
         processor: Its processor.
         precision: The dtype that the model computes in.
         fingerprint: Fingerprint of the data.
+        features: Which features of an image these are. None: the normalised embedding.
 
     Raises:
         ValueError: The fingerprint is None; or the folder holds features of other origin.
     """
 
-    def __init__(self, folder: str | Path, model: Any, processor: Any, precision: str, fingerprint: str | None):
+    def __init__(
+        self,
+        folder: str | Path,
+        model: Any,
+        processor: Any,
+        precision: str,
+        fingerprint: str | None,
+        features: str | None = None,
+    ):
         if fingerprint is None:
             raise ValueError(
                 "The features of these data cannot be kept, since it isn't known when the data change: name a folder "
@@ -117,6 +126,8 @@ class FeatureCache:
             "data": fingerprint,
             "precision": precision,
         }
+        if features is not None:
+            self.description["features"] = features
         key = _digest(json.dumps(self.description, sort_keys=True).encode())
         self.folder = Path(folder).expanduser() / key
         self.pending: list[tuple[list[int], Tensor]] = []

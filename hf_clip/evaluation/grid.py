@@ -26,8 +26,10 @@ from ..checkpoints.whole_file import write_json
 from ..checkpoints.whole_folder import held_folder
 from ..model.checked_files import one_line
 from ..model.configuration_hf_clip import refuse_checkpoint_file
+from .architecture import architecture_of
 from .fingerprint import fingerprint_of_files
-from .reports import architecture_of, markdown_report, record_of, write_text
+from .linear_probe import LinearProbeResult
+from .reports import markdown_report, record_of, write_text
 from .zero_shot import ZeroShotResult
 
 IDENTITY = "identity"
@@ -141,6 +143,7 @@ def run_grid(
     device: str | None = None,
     plots: bool = True,
     say: Callable[[str], None] = lambda line: None,
+    needs_model: bool = True,
 ) -> Outcome:
     """Measure all cells that are not there yet, and write the results of all.
 
@@ -156,6 +159,7 @@ def run_grid(
         device: See `load_model`.
         plots: Whether to draw pictures.
         say: Takes a line for each cell that is skipped or fails.
+        needs_model: Whether models are loaded. Otherwise `measure` gets None in their place.
 
     Returns:
         The records, and what failed.
@@ -169,7 +173,7 @@ def run_grid(
     with held_folder(output.resolve()):
         cells = cells_of(task, models, datasets, output, options | {"split": split, "dtype": dtype})
         for name in dict.fromkeys(cell.model for cell in cells):
-            loaded: tuple[Any, Any] | None = None
+            loaded = None if needs_model else (None, None)
             for cell in (cell for cell in cells if cell.model == name):
                 if (record := _finished(cell)) is not None:
                     outcome.skipped += 1
@@ -200,9 +204,9 @@ def _keep(
         model=cell.model,
         dataset=cell.dataset,
         split=split,
-        architecture=architecture_of(model.config),
+        architecture=result.architecture if model is None else architecture_of(model.config),
     )
-    if isinstance(result, ZeroShotResult):
+    if isinstance(result, (ZeroShotResult, LinearProbeResult)):
         folder = cell.path.with_suffix("")
         if result.per_class:
             write_text(folder / "per_class.csv", per_class_csv(result))
@@ -214,7 +218,7 @@ def _keep(
     return record
 
 
-def per_class_csv(result: ZeroShotResult) -> str:
+def per_class_csv(result: ZeroShotResult | LinearProbeResult) -> str:
     """Write the figures of each class as CSV, in the classes' order."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -224,7 +228,7 @@ def per_class_csv(result: ZeroShotResult) -> str:
     return buffer.getvalue()
 
 
-def draw(result: ZeroShotResult, title: str, folder: Path) -> Iterator[Path]:
+def draw(result: ZeroShotResult | LinearProbeResult, title: str, folder: Path) -> Iterator[Path]:
     """Draw the pictures of a result into a folder, and yield their paths.
 
     Raises:
@@ -238,7 +242,7 @@ def draw(result: ZeroShotResult, title: str, folder: Path) -> Iterator[Path]:
     if result.confusion is not None:
         plot_confusion(result.confusion, result.labels, title, folder / "confusion.png")
         yield folder / "confusion.png"
-    if result.mistakes:
+    if isinstance(result, ZeroShotResult) and result.mistakes:
         plot_mistakes(result.mistakes, f"{title}: the most confident mistakes", folder / "mistakes.png", result.places)
         yield folder / "mistakes.png"
 

@@ -34,6 +34,7 @@ from ..data.sources import (
     leave_undecoded,
     open_splits,
     readable,
+    split_names,
 )
 from ..zero_shot.prompts import LabelError
 from .class_names import label_reader, read_class_names, resolve_names
@@ -331,6 +332,24 @@ def open_labelled(
     places = find_image_places(source, folder_of(source), image_folders)
     found = labelled_table(table, name=source, split=chosen, class_names=class_names, places=places, **columns)
     return replace(found, fingerprint=fingerprint_of(source, chosen))
+
+
+def splits_of(source: Any) -> list[str]:
+    """Return the names of the splits that a data set has.
+
+    Args:
+        source: What `open_labelled` takes.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ValueError: It cannot be read.
+    """
+    source = str(source)
+    if (splits := _find_class_folders(Path(source).expanduser())) is not None:
+        return list(splits)
+    if (shards := find_benchmark_shards(source)) is not None:
+        return shards.splits
+    return split_names(source)
 
 
 def open_source_of(source: str, split: str | None) -> tuple[str, Any]:

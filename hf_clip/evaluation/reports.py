@@ -12,15 +12,16 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from ..checkpoints.keys import identify_variant
 from ..checkpoints.whole_file import whole_file
 from ..hub.model_card import markdown_table
-from ..model.configuration_hf_clip import HfClipConfig
+from .few_shot import LP_PLUS_PLUS
+from .linear_probe import PREFIX, LinearProbeResult
 from .paper_data_sets import find_paper_data_set
 
 TASKS = {
     "zero-shot": "zeroshot_classification",
     "retrieval": "zeroshot_retrieval",
+    "linear-probe": "linear_probe",
     "compose": "image_caption_selection",
 }
 """Our tasks, and CLIP_benchmark's names."""
@@ -28,29 +29,34 @@ TASKS = {
 CARD_TASKS = {
     "zeroshot_classification": "zero-shot-image-classification",
     "zeroshot_retrieval": "image-text-retrieval",
+    "linear_probe": "image-classification",
     "image_caption_selection": "image-text-matching",
 }
 
 NOT_FRACTIONS = ("median_rank",)
 
 
-def architecture_of(config: Any) -> str:
-    """Return the name of one of OpenAI's architectures, such as "ViT-B/32", or else the model type."""
-    values = config.to_dict()
-    try:
-        ours = (
-            config if isinstance(config, HfClipConfig) else HfClipConfig.from_dict(values | {"model_type": "hf_clip"})
-        )
-        variant = identify_variant(ours) if str(config.model_type) in ("clip", "hf_clip") else None
-    except ValueError:
-        variant = None
-    return variant.name if variant else str(config.model_type)
-
-
 def published_figure(dataset: str, architecture: str, task: str) -> float | None:
     """Return the paper's figure in per cent for OpenAI's model of this architecture. None if there is none."""
-    found = find_paper_data_set(dataset) if task == "zero-shot" else None
-    return found.zero_shot.get(architecture) if found else None
+    found = find_paper_data_set(dataset)
+    if found is None or task not in ("zero-shot", "linear-probe"):
+        return None
+    return (found.zero_shot if task == "zero-shot" else found.linear_probe).get(architecture)
+
+
+def _linear_probe_fields(result: LinearProbeResult) -> dict[str, Any]:
+    """Make what a record of a linear probe has besides: its metrics under CLIP_benchmark's names, and few-shot ones."""
+    metrics = {f"{PREFIX}{name}": value for name, value in result.metrics.items()}
+    few_shot = []
+    for row in result.few_shot:
+        name = f"{'lp_plus_plus_' if row.head == LP_PLUS_PLUS else PREFIX}{result.metric}_{row.shots}_shot"
+        metrics |= {name: row.mean, f"{name}_std": row.spread}
+        few_shot.append(
+            {"head": row.head, "shots": row.shots, "mean": row.mean, "std": row.spread} | {"values": row.values}
+        )
+    found = {"metrics": metrics, "metric": f"{PREFIX}{result.metric}", "strength": result.strength}
+    found |= {"protocol_name": result.protocol_name}
+    return found | {"tried": result.tried} | ({"few_shot": few_shot} if few_shot else {})
 
 
 def record_of(
@@ -94,6 +100,8 @@ def record_of(
         "precision": result.precision,
         "processor": result.processor,
     }
+    if isinstance(result, LinearProbeResult):
+        record |= _linear_probe_fields(result)
     if (figure := published_figure(dataset, architecture, task)) is not None:
         record["published"] = figure
     return json.loads(json.dumps(record, default=str))
@@ -118,7 +126,12 @@ def table_rows(records: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[
         name = record["metric"]
         published = f"{record['published']:.1f} %" if "published" in record else ""
         figures = [str(record["count"]), shown_figure(name, record["metrics"][name]), published]
-        rows.append([record["pretrained"], record["dataset"], name, *figures])
+        shown = f"{name}, {record['protocol_name']}" if "protocol_name" in record else name
+        rows.append([record["pretrained"], record["dataset"], shown, *figures])
+        for few in record.get("few_shot", ()):
+            metric = f"{few['shots']}-shot {few['head']}"
+            value = f"{100 * few['mean']:.1f} ± {100 * few['std']:.1f} %"
+            rows.append([record["pretrained"], record["dataset"], metric, figures[0], value, ""])
     if not any(row[-1] for row in rows):
         return header[:-1], [row[:-1] for row in rows]
     return header, rows
@@ -144,7 +157,8 @@ def markdown_report(records: Sequence[dict[str, Any]]) -> str:
             parts.append(f"{record['unreadable']} images could not be opened and were left out.")
     if any("published" in record for record in records):
         parts.append(
-            "Published figures are those of OpenAI's model of the same architecture (arXiv:2103.00020, table 11)."
+            "Published figures are those of OpenAI's model of the same architecture (arXiv:2103.00020, table 10 for "
+            "linear probes and table 11 for zero-shot)."
         )
     return "\n\n".join(parts) + "\n"
 
@@ -156,7 +170,7 @@ def card_results(record: dict[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=CARD_TASKS[record["task"]],
-            task_name=record["task"],
+            task_name=record["task"] + (f" ({record['protocol_name']})" if "protocol_name" in record else ""),
             dataset_type=shown,
             dataset_name=shown,
             dataset_split=record["split"],
@@ -169,7 +183,7 @@ def card_results(record: dict[str, Any]) -> list[EvalResult]:
 
 
 def _is_of_same(one: EvalResult, other: EvalResult) -> bool:
-    names = ("task_type", "dataset_type", "dataset_split", "metric_type")
+    names = ("task_type", "task_name", "dataset_type", "dataset_split", "metric_type")
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
 

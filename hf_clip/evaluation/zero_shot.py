@@ -168,8 +168,18 @@ class _Mistakes:
         return [mistake for _, _, mistake in sorted(self.heap, key=lambda entry: entry[:2], reverse=True)]
 
 
-def _single_label(logits: Tensor, probabilities: Tensor, labels: Tensor, names: list[str], bins: int) -> dict[str, Any]:
-    """Compute all figures of data with one class to an image, as fields of `ZeroShotResult`."""
+def single_label_figures(
+    logits: Tensor, probabilities: Tensor, labels: Tensor, names: list[str], bins: int = BINS
+) -> dict[str, Any]:
+    """Compute all figures of data with one class to an image, as fields of a result.
+
+    Args:
+        logits: (I, K).
+        probabilities: (I, K).
+        labels: (I,) places of the classes.
+        names: The K classes.
+        bins: Number of bins of the calibration error.
+    """
     classes = len(names)
     accuracy = top_k_accuracy(logits, labels, [k for k in (1, 5) if k < classes])
     found = {f"acc{k}": value for k, value in accuracy.items()}
@@ -202,10 +212,16 @@ def per_class_figures(confusion: Tensor, names: list[str]) -> list[ClassFigures]
     return [row for row in figures if row.images]
 
 
-def _multi_label(logits: Tensor, rows: list[tuple[int, ...]]) -> dict[str, float]:
-    is_right = torch.zeros(logits.shape, dtype=torch.bool)
+def _is_right(rows: list[tuple[int, ...]], classes: int) -> Tensor:
+    """Return (I, K) bool of each row's classes."""
+    found = torch.zeros(len(rows), classes, dtype=torch.bool)
     for place, labels in enumerate(rows):
-        is_right[place, list(labels)] = True
+        found[place, list(labels)] = True
+    return found
+
+
+def multi_label_figures(logits: Tensor, is_right: Tensor) -> dict[str, float]:
+    """Compute the metrics of data with several classes to an image.   logits: (I, K)   is_right: (I, K) bool"""
     occurs = is_right.any(0)  # a class that no image has has no precision
     if not occurs.any():
         raise ValueError("No image has a label, so there is nothing to measure; check the column of labels.")
@@ -292,9 +308,11 @@ def evaluate_zero_shot(
         raise ValueError(f"{data.name} has no rows in its split {data.split!r}.")
     logits, probabilities = _scores(model, torch.cat(parts), scores)
     if data.is_multi_label:
-        fields: dict[str, Any] = {"metrics": _multi_label(logits, labels)}
+        fields: dict[str, Any] = {"metrics": multi_label_figures(logits, _is_right(labels, len(data.labels)))}
     else:
-        fields = _single_label(logits, probabilities, torch.tensor([first for (first,) in labels]), data.labels, bins)
+        fields = single_label_figures(
+            logits, probabilities, torch.tensor([first for (first,) in labels]), data.labels, bins
+        )
     chosen = check_metric(metric, fields["metrics"]) or next(iter(fields["metrics"]))
     return ZeroShotResult(
         **fields,

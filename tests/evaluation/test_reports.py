@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_clip import VARIANTS, HfClipConfig
+from hf_clip.evaluation.architecture import architecture_of
 from hf_clip.evaluation.composition import CompositionResult
 from hf_clip.evaluation.paper_data_sets import find_paper_data_set, paper_data_sets
 from hf_clip.evaluation.reports import (
-    architecture_of,
     markdown_report,
     record_of,
     table_rows,

@@ -7,6 +7,7 @@ import typer
 
 from ..app import in_one_line
 from .compose_task import compose
+from .linear_probe_task import linear_probe
 from .list_task import list_data_sets
 from .retrieval_task import retrieval
 from .zero_shot_task import zero_shot
@@ -31,6 +32,7 @@ evaluate = typer.Typer(
 TASKS: dict[str, Callable[..., Any]] = {
     "zero-shot": zero_shot,
     "retrieval": retrieval,
+    "linear-probe": linear_probe,
     "compose": compose,
     "list": list_data_sets,
 }

@@ -73,6 +73,7 @@ def run_task(
     device: str | None,
     update_card: bool,
     plots: bool = False,
+    needs_model: bool = True,
 ) -> None:
     """Measure all pairs of a model and a data set, print a table, and end with 1 or 2 if some failed."""
     from pathlib import Path
@@ -95,6 +96,7 @@ def run_task(
         device=device,
         plots=plots,
         say=lambda line: print(line, file=sys.stderr),
+        needs_model=needs_model,
     )
     if outcome.records:
         print(text_table(*table_rows(outcome.records)))

@@ -1,0 +1,200 @@
+"""`hf-clip evaluate linear-probe`."""
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .task_options import (
+    BatchSize,
+    Cache,
+    Device,
+    Dtype,
+    ImageColumn,
+    Output,
+    Precision,
+    Split,
+    Threads,
+    UpdateCard,
+    resolved,
+    run_task,
+)
+
+
+class ProtocolName(str, Enum):
+    paper = "paper"
+    openai = "openai"
+    clip_benchmark = "clip_benchmark"
+
+
+def read_shots(text: str | None) -> list[int]:
+    """Read numbers of images of each class, such as "1,2,4,8,16"."""
+    words = [word.strip() for word in (text or "").split(",") if word.strip()]
+    if any(not word.isdigit() or int(word) == 0 for word in words):
+        raise ValueError(f"--few-shot is {text!r}, but numbers of images of each class are needed, such as 1,2,4,8,16.")
+    return [int(word) for word in words]
+
+
+def check_sources(
+    model: list[str], dataset: list[str], features: str | None, save_features: str | None, update_card: bool
+) -> None:
+    """Raise ValueError unless there is either a file of features, or models and data sets."""
+    if features is not None:
+        for option, given in (("--model", model), ("--dataset", dataset), ("--save-features", save_features)):
+            if given:
+                raise ValueError(f"--features is what a model has made of a data set already: leave {option} out.")
+        if update_card:
+            raise ValueError("--update-card needs the model's folder: name it with --model, in place of --features.")
+        return
+    for option, given in (("--model", model), ("--dataset", dataset)):
+        if not given:
+            raise ValueError(f"{option} is missing: name models and data sets, or a file of features by --features.")
+    if save_features is not None and len(model) * len(dataset) > 1:
+        raise ValueError(
+            f"--save-features names one file, but there are {len(model)} models and {len(dataset)} data sets: name one "
+            f"of each."
+        )
+    if save_features is not None and Path(save_features).expanduser().exists():
+        raise ValueError(f"{save_features} is there already: measure it by --features, or remove it.")
+
+
+def linear_probe(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Folders or repositories: ours, or stock CLIP or SigLIP.", metavar="M [M ...]"),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="As in zero-shot, with at least two splits; a folder has train/ and test/, and perhaps val/.",
+            metavar="D [D ...]",
+        ),
+    ] = None,
+    protocol: Annotated[
+        ProtocolName, typer.Option(help="How the probe is fitted: as the paper, its repository or CLIP_benchmark do.")
+    ] = ProtocolName.paper,
+    output: Output = "results",
+    train_split: Annotated[str, typer.Option(help="Split to fit to.")] = "train",
+    validation_split: Annotated[
+        str | None, typer.Option(help="Split to choose the regularisation on. Default: validation, if there is one.")
+    ] = None,
+    split: Split = None,
+    validation_part: Annotated[
+        float | None,
+        typer.Option(help="Part of train to hold out where there is no validation split. Default: paper 0.2, else 0."),
+    ] = None,
+    few_shot: Annotated[
+        str | None, typer.Option(help="Images of each class for few-shot probes: 1,2,4,8,16.", metavar="K[,K...]")
+    ] = None,
+    few_shot_draws: Annotated[int, typer.Option(help="Draws of these images, for mean and standard deviation.")] = 5,
+    lp_plus_plus: Annotated[
+        bool, typer.Option("--lp-plus-plus", help="Fit LP++ (arXiv:2404.02285) to the same few images.")
+    ] = False,
+    templates: Annotated[str | None, typer.Option(help="Templates of the classes' prompts, for LP++.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of what is held out, of AdamW, and of the first draw.")] = 0,
+    class_names: Annotated[
+        str | None, typer.Option(help="Names of the classes: a text with one a line, or JSON.", metavar="FILE")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric that the table shows. Default: the paper's.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Features in place of models and data sets, see the guide.", metavar="FILE")
+    ] = None,
+    save_features: Annotated[
+        str | None, typer.Option(help="Write the features, for --features.", metavar="FILE")
+    ] = None,
+    image_column: ImageColumn = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels, if not the only one.")] = None,
+    batch_size: BatchSize = 32,
+    no_plots: Annotated[bool, typer.Option("--no-plots", help="Draw no pictures.")] = False,
+    feature_cache: Cache = None,
+    dtype: Precision = Dtype.float32,
+    device: Device = None,
+    threads: Threads = None,
+    update_card: UpdateCard = False,
+) -> None:
+    """Fit a linear classifier to frozen features and measure it: all metrics of zero-shot, by a named protocol.
+
+    Examples:
+
+        hf-clip evaluate linear-probe --model clip-vit-b32/ --dataset flowers/ --protocol paper
+
+        hf-clip evaluate linear-probe --model clip-vit-b32/ --dataset flowers/ --few-shot 1,2,4,8,16 --lp-plus-plus
+
+        hf-clip evaluate linear-probe --features features.safetensors --protocol openai
+    """
+    from dataclasses import replace
+
+    from ...evaluation.feature_file import read_features, write_features
+    from ...evaluation.grid import load_model
+    from ...evaluation.linear_probe import probe_features
+    from ...evaluation.paper_data_sets import find_paper_data_set
+    from ...evaluation.probe_encoding import encode_splits
+
+    models, datasets, shots = model or [], dataset or [], read_shots(few_shot)
+    check_sources(models, datasets, features, save_features, update_card)
+    progress = sys.stderr.isatty()
+
+    def encode(loaded: Any, processor: Any, name: str) -> Any:
+        source, chosen, known = resolved(name, split)
+        return encode_splits(
+            loaded,
+            processor,
+            source,
+            train_split=train_split,
+            validation_split=validation_split,
+            split=chosen,
+            class_names=class_names,
+            templates=templates or (known.templates if known else None),
+            with_texts=lp_plus_plus,
+            image_column=image_column,
+            label_column=label_column,
+            batch_size=batch_size,
+            feature_cache=feature_cache,
+            threads=threads,
+            progress=progress,
+        )
+
+    if save_features is not None:
+        found = encode(*load_model(models[0], dtype.value, device), datasets[0])
+        write_features(save_features, replace(found, model=models[0], dataset=datasets[0]))
+        features = save_features
+    given = None if features is None else read_features(features)
+    if given is not None:
+        models, datasets = [given.model or str(features)], [given.dataset]
+
+    def measure(loaded: Any, processor: Any, name: str) -> Any:
+        known = find_paper_data_set(name)
+        return probe_features(
+            encode(loaded, processor, name) if given is None else given,
+            protocol=protocol.value,
+            metric=metric or (known.metric if known else None),
+            validation_part=validation_part,
+            few_shot=shots,
+            draws=few_shot_draws,
+            lp_plus_plus=lp_plus_plus,
+            seed=seed,
+            device=(device or "cpu") if loaded is None else str(loaded.device),
+            progress=progress,
+        )
+
+    options: dict[str, Any] = {"protocol": protocol.value, "train_split": train_split, "features": features}
+    options |= {"validation_split": validation_split, "validation_part": validation_part, "metric": metric}
+    options |= {"few_shot": few_shot, "few_shot_draws": few_shot_draws, "lp_plus_plus": lp_plus_plus, "seed": seed}
+    options |= {"class_names": class_names, "templates": templates}
+    options |= {"image_column": image_column, "label_column": label_column}
+    run_task(
+        "linear-probe",
+        models,
+        datasets,
+        output,
+        measure,
+        options,
+        split=split,
+        dtype=dtype,
+        device=device,
+        update_card=update_card,
+        plots=not no_plots,
+        needs_model=given is None,
+    )
