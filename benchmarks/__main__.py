@@ -32,6 +32,7 @@ from .settings import ALLOWED_ON, Settings
 SUBCOMMANDS = {
     "tokenizer": "captions to tensors",
     "image_processor": "images to pixels",
+    "loader": "JPEGs to batches for training, by worker processes",
     "load": "ViT-L/14 from disk, and the first image of a fresh process",
     "train_step": "both towers, the loss, backward, AdamW",
     "gradient_caching": "a training step by micro-batches: time of a pair, and memory",
