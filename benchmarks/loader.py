@@ -176,9 +176,7 @@ def find_difference(pairs: Pairs, collator: PairCollator, stock: CLIPImageProces
 
 def run(settings: Settings) -> Iterator[Table]:
     rows, batch = settings.choose(ROWS, QUICK_ROWS), (settings.batches or (BATCH,))[0]
-    ours = HfClipProcessor(
-        HfClipImageProcessor(), HfClipTokenizer.from_vocabulary_file(find_vocabulary(offline=True))
-    )
+    ours = HfClipProcessor(HfClipImageProcessor(), HfClipTokenizer.from_vocabulary_file(find_vocabulary(offline=True)))
     stock = CLIPImageProcessorPil()
     with tempfile.TemporaryDirectory(prefix="hf_clip-benchmark-") as folder:
         pairs = write_pairs(Path(folder), rows)

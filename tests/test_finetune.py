@@ -29,7 +29,16 @@ from hf_clip.training.summary import wait_in_words
 from .finetuning import ROOT, largest_difference, launch, options, records, train, weights, words
 from .two_processes import TwoProcesses
 
-FIGURES = {"step", "loss", "accuracy", "learning_rate", "logit_scale", "images_per_second", "peak_memory_gb"}
+FIGURES = {
+    "step",
+    "loss",
+    "accuracy",
+    "learning_rate",
+    "logit_scale",
+    "images_per_second",
+    "data_wait",
+    "peak_memory_gb",
+}
 FIGURES |= {"truncated_captions"}
 
 
@@ -374,7 +383,7 @@ def test_one_thread_is_noted_where_the_launcher_chose_it(
 def test_wait_for_data_is_told_of_runs_that_are_long_enough():
     assert wait_in_words(0.6, 1.2) == "1 s of training."
     assert wait_in_words(0.0, 0.0) == "0 s of training."
-    advice = "; more --dataloader_num_workers may help"
+    advice = "; more --dataloader_num_workers may help, and on a GPU --augment_on device"
     assert wait_in_words(9, 60) == f"60 s of training, 9 s of which (15%) it waited for data{advice}."
     assert wait_in_words(3, 60) == "60 s of training, 3 s of which (5%) it waited for data."
 

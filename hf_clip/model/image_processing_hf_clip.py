@@ -195,6 +195,28 @@ class Steps:
             return 1 / self.rescale_factor
         return 255.0 if is_scaled else None
 
+    def levels(self, image: Image.Image) -> np.ndarray:
+        """Resize and cut one Pillow image, and convert it to RGB.
+
+        Args:
+            image: A Pillow image.
+
+        Returns:
+            Grey levels (y, x, C), uint8.
+        """
+        image = scale_and_cut(image, self.layout(image.size), int(self.resample or 0))
+        if self.do_convert_rgb and image.mode != "RGB":
+            image = image.convert("RGB")
+        levels = np.asarray(image)
+        levels = levels[..., None] if levels.ndim == 2 else levels
+        if margins := self.margins(*levels.shape[:2]):
+            left, right, top, bottom = margins
+            framed = np.empty((self.crop_size.height, self.crop_size.width, levels.shape[2]), levels.dtype)
+            framed[:] = self.margin_colour()
+            framed[top : len(framed) - bottom, left : framed.shape[1] - right] = levels
+            levels = framed
+        return levels
+
     def run(self, image: Image.Image, is_scaled: bool) -> Callable[[np.ndarray | None], np.ndarray]:
         """Resize and cut one image, and convert it to RGB.
 
@@ -206,18 +228,7 @@ class Steps:
             A function that divides and normalises the image. It writes the result into the array (C, y, x), float32,
             that it is given; for None it makes that array.
         """
-        image = scale_and_cut(image, self.layout(image.size), int(self.resample or 0))
-        if self.do_convert_rgb and image.mode != "RGB":
-            image = image.convert("RGB")
-        levels = np.asarray(image)
-        levels = levels[..., None] if levels.ndim == 2 else levels  # (y, x, C)
-        if margins := self.margins(*levels.shape[:2]):
-            left, right, top, bottom = margins
-            framed = np.empty((self.crop_size.height, self.crop_size.width, levels.shape[2]), levels.dtype)
-            framed[:] = self.margin_colour()
-            framed[top : len(framed) - bottom, left : framed.shape[1] - right] = levels
-            levels = framed
-        return partial(self._normalise, levels.transpose(2, 0, 1), self.divisor(is_scaled))
+        return partial(self._normalise, self.levels(image).transpose(2, 0, 1), self.divisor(is_scaled))
 
     def _normalise(self, levels: np.ndarray, divisor: float | None, out: np.ndarray | None) -> np.ndarray:
         """Divide and normalise grey levels (C, y, x) → float32, into `out` unless that is None."""
@@ -277,6 +288,26 @@ class Steps:
         if is_levels:  # in place, which no gradient forbids: fresh memory costs more time than the arithmetic
             return pixels.float().mul_(scale / std).sub_(mean / std)
         return torch.addcmul(-mean / std, pixels, scale / std)
+
+    def normalise_tensor_exactly(self, levels: Tensor) -> Tensor:
+        """Divide and normalise grey levels with the operations of `run` in their order, on any device.
+
+        Args:
+            levels: (B, C, y, x), grey levels from 0 to 255 of any dtype.
+
+        Returns:
+            (B, C, y, x), float32, on the same device.
+        """
+
+        def column(values: Any) -> Tensor:
+            # A tensor, since a GPU multiplies by the inverse of a number, which differs in the last bit.
+            return torch.tensor(np.atleast_1d(values), dtype=torch.float32).reshape(-1, 1, 1).to(levels.device)
+
+        divisor = self.divisor(is_scaled=False)
+        pixels = levels.float() if divisor is None else levels.float() / column(divisor)
+        if not self.do_normalize:
+            return pixels
+        return pixels.sub_(column(self.image_mean)).div_(column(self.image_std))
 
     def run_tensor(self, pixels: Tensor) -> Tensor:
         """Carry out all steps for a batch of images.

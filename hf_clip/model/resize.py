@@ -162,7 +162,7 @@ def _is_much_longer(outputs: int, needed: int) -> bool:
     return outputs >= MUCH_LONGER * max(needed, 1)
 
 
-def _height_comes_first(size: tuple[int, int], new_size: tuple[int, int]) -> bool | None:
+def height_comes_first(size: tuple[int, int], new_size: tuple[int, int]) -> bool | None:
     """Whether Pillow resizes along the columns first, which changes roundings. None if that is unknown.
 
     Releases before 12 never do. Release 13 does if the height loses more than twice as many pixels as the width.
@@ -224,7 +224,7 @@ def scale_and_cut(image: Image.Image, layout: Layout, resample: int) -> Image.Im
     mode, size, new_size, box = image.mode, image.size, layout.size, layout.box
     if size == new_size:
         return image.crop(box)
-    height_first = _height_comes_first(size, new_size)
+    height_first = height_comes_first(size, new_size)
     if height_first is None or mode in UNFILTERED_MODES or resample not in KNOWN_FILTERS:
         return image.resize(new_size, resample).crop(box)
     if mode in PREMULTIPLIED:
@@ -281,7 +281,7 @@ def _passes(size: tuple[int, int], layout: Layout) -> list[tuple[int, int, int, 
     """List the passes in Pillow's order: axis, number of lines, first line to keep, and line after the last to keep."""
     left, top, right, bottom = _kept_part(layout)
     passes = [(3, layout.size[0], left, right), (2, layout.size[1], top, bottom)]
-    return passes[::-1] if _height_comes_first(size, layout.size) else passes
+    return passes[::-1] if height_comes_first(size, layout.size) else passes
 
 
 def scale_levels_exactly(pixels: Tensor, layout: Layout, filter_name: str) -> Tensor:
@@ -331,7 +331,7 @@ def scale_and_cut_tensor(pixels: Tensor, layout: Layout, filter_name: str) -> Te
     left, top, right, bottom = _kept_part(layout)
     new_width, new_height = layout.size
     height, width = pixels.shape[2:]
-    height_first = _height_comes_first((width, height), layout.size)
+    height_first = height_comes_first((width, height), layout.size)
     is_quick = (
         is_levels
         and pixels.device.type == "cpu"

@@ -1,5 +1,6 @@
 """What a run needs, made from its options: data, model and processor, optimizer, loaders."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,9 @@ from .trainable import freeze_batch_norm_, lock_, synchronize_batch_norm_
 
 MOST_CAPTIONED_ROWS = 1_000_000
 LARGEST_EVALUATED_BATCH = 256
+
+MOST_WORKERS = 16
+"""Of one process, where the options do not say: more than most GPUs can follow. Each holds two batches."""
 
 
 @dataclass
@@ -266,6 +270,22 @@ def build_learner(plan: Plan, data: Data, accelerator: Any) -> Learner:
     )
 
 
+def find_num_workers(accelerator: Any) -> int:
+    """How many workers a loader of this process has where the options do not say: see `MOST_WORKERS`.
+
+    A GPU leaves all cores but one to them, of which the processes of this machine have as many each. Without a GPU the
+    cores compute, and one worker is enough.
+
+    Args:
+        accelerator: what `accelerate launch` has set up.
+    """
+    if accelerator.device.type == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return min(max(cores // on_this_machine - 1, 1), MOST_WORKERS)
+
+
 def build_loaders(data: Data, learner: Learner, config: TrainingConfig) -> tuple[PairLoader, Validation | None]:
     """What this process trains on and what it is evaluated on.
 
@@ -275,19 +295,22 @@ def build_loaders(data: Data, learner: Learner, config: TrainingConfig) -> tuple
         config: the options.
     """
     accelerator, processor = learner.accelerator, learner.processor
+    num_workers = config.dataloader_num_workers
     shared: dict[str, Any] = {
-        "num_workers": config.dataloader_num_workers,
+        "num_workers": find_num_workers(accelerator) if num_workers is None else num_workers,
         "num_processes": accelerator.num_processes,
         "process_index": accelerator.process_index,
         "pin_memory": accelerator.device.type == "cuda",
         "seed": config.seed,
+        "finish_images": False,
     }
-    collator = PairCollator(processor, Augmentation.parse(config.augmentation), seed=config.seed)
+    prepared: dict[str, Any] = {"seed": config.seed, "on_device": config.augment_on == "device"}
+    collator = PairCollator(processor, Augmentation.parse(config.augmentation), **prepared)
     size, bad_rows = config.per_device_train_batch_size, BadRows(config.max_bad_fraction)
     train = build_loader(data.train, collator, size, bad_rows=bad_rows, **shared)
     if data.validation is None:
         return train, None
-    plain, bad_rows = PairCollator(processor, seed=config.seed), BadRows(config.max_bad_fraction)
+    plain, bad_rows = PairCollator(processor, **prepared), BadRows(config.max_bad_fraction)
     size = min(size, LARGEST_EVALUATED_BATCH)
     loader = build_loader(data.validation, plain, size, training=False, bad_rows=bad_rows, **shared)
     return train, Validation(loader, plain.tokenize(data.class_prompts) if data.class_prompts else None)

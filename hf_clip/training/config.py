@@ -56,6 +56,7 @@ COUNTS = (
 CHOICES = {
     "loss": (None, "softmax", "sigmoid"),
     "captions": ("one", "all"),
+    "augment_on": ("worker", "device"),
     "mask_duplicates": ("on", "off"),
     "output_format": ("hf_clip", "transformers"),
     "hub_strategy": ("end", "every_save"),

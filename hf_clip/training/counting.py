@@ -36,12 +36,18 @@ class Counts:
 
     def __init__(self, learner: Learner, state: RunState, bad_rows: BadRows):
         self.learner, self.state, self.bad_rows = learner, state, bad_rows
-        self.trained = self.waited = 0.0
+        self.trained = self.waited = self._waited_lately = 0.0
         self.begin()
 
     def begin(self) -> None:
         """Count images and seconds from now on."""
-        self.images, self.since = 0, time.perf_counter()
+        self.images, self.since, self._waited_lately = 0, time.perf_counter(), 0.0
+
+    def add_wait(self, seconds: float) -> None:
+        """Count seconds in which there was no batch to train on."""
+        self.waited += seconds
+        self.trained += seconds
+        self._waited_lately += seconds
 
     def add(self, result: ContrastiveResult, global_pairs: int) -> None:
         """Count one batch."""
@@ -65,13 +71,15 @@ class Counts:
             rates: the learning rate of each part of the model.
         """
         model, device = self.learner.model, self.learner.accelerator.device
+        seconds = time.perf_counter() - self.since
         record = {
             "step": self.state.step,
             "loss": mean(self.state.losses),
             "accuracy": mean(self.state.accuracies),
             "learning_rate": max(rates.values()),
             "logit_scale": model.logit_scale.exp().item(),
-            "images_per_second": self.images / (time.perf_counter() - self.since),
+            "images_per_second": self.images / seconds,
+            "data_wait": self._waited_lately / seconds,
             "peak_memory_gb": peak_memory(device) / 1e9,
             "truncated_captions": part_cut(self.bad_rows, device),
         }
@@ -91,5 +99,6 @@ def shown_on_the_bar(record: dict[str, Any]) -> dict[str, str]:
         "acc": f"{record['accuracy']:.0%}",
         "scale": f"{record['logit_scale']:.1f}",
         "images_per_s": f"{record['images_per_second']:.0f}",
+        "wait": f"{record['data_wait']:.0%}",
         "mem": f"{record['peak_memory_gb']:.1f}GB",
     }

@@ -47,6 +47,7 @@ KNOWN_AS = {
         "val_split valid validation_file validation_split validation_split_percentage"
     ),
     "augmentation": "aug aug_cfg augment augmentations transform transforms",
+    "augment_on": "aug_device augmentation_device dali gpu_augment gpu_augmentation gpu_transforms",
     "dataloader_num_workers": "n_workers nw preprocessing_num_workers workers",
     "per_device_train_batch_size": "batch batchsize bs per_device_batch_size per_gpu_batch_size train_batch_size",
     "micro_batch_size": (

@@ -98,7 +98,14 @@ class DataOptions:
     )
     augmentation: str = _option("crop=0.9", '"crop=0.9,flip=0.5,jitter=0.2" (smallest area, chance, strength) or none')
     max_bad_fraction: float = _option(0.01, "End the run when more rows than this part cannot be used")
-    dataloader_num_workers: int = _option(1, "Processes that open and prepare images, for each process of the run")
+    augment_on: str = _option(
+        "worker", "Who crops, scales and normalises images: worker, or device, for a GPU that waits for its workers"
+    )
+    dataloader_num_workers: int | None = _option(
+        None,
+        "Processes that open and prepare images, for each process of the run. Default: as many as there are cores for, "
+        "at most 16; without a GPU one",
+    )
 
 
 @dataclass

@@ -99,6 +99,7 @@ class Run:
                     failure = error
                 waited = time.perf_counter() - started
                 self._check_failures(failure)
+                self.counts.add_wait(waited)
                 if not has_begun:
                     self._begin()
                     has_begun = True
@@ -109,8 +110,7 @@ class Run:
                 self._position, batch = item
                 yield batch
                 assert self._position is None, "batch_done is to be called for every batch"
-                self.counts.waited += waited
-                self.counts.trained += waited + time.perf_counter() - started
+                self.counts.trained += time.perf_counter() - started
             if not has_begun:  # it goes on behind its last step
                 self._begin()
 

@@ -100,7 +100,7 @@ def wait_in_words(waited: float, trained: float) -> str:
     if trained < SHORT_RUN:
         return f"{trained:.0f} s of training."
     share = waited / trained
-    advice = "; more --dataloader_num_workers may help" if share > 0.1 else ""
+    advice = "; more --dataloader_num_workers may help, and on a GPU --augment_on device" if share > 0.1 else ""
     return f"{trained:.0f} s of training, {waited:.0f} s of which ({share:.0%}) it waited for data{advice}."
 
 

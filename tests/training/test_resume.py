@@ -27,7 +27,10 @@ from hf_clip.training.option_names import RENAMED
 from ..finetuning import options, records, train, weights, words
 from ..two_processes import TwoProcesses
 
-SPEED = ("images_per_second", "peak_memory_gb")
+SPEED = ("images_per_second", "data_wait", "peak_memory_gb")
+
+
+AUGMENT_ON = {"vit": "worker", "resnet": "device"}
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -49,7 +52,10 @@ def chosen(digits: Path, **fields: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def uninterrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return {tower: train(digits, folder / tower, tower, **chosen(digits)) for tower in ("vit", "resnet")}
+    return {
+        tower: train(digits, folder / tower, tower, **chosen(digits, augment_on=AUGMENT_ON[tower]))
+        for tower in ("vit", "resnet")
+    }
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
@@ -96,15 +102,15 @@ def test_resumed_run_ends_as_the_uninterrupted_one(
     uninterrupted: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    out = tmp_path / "out"
+    out, given = tmp_path / "out", chosen(digits, augment_on=AUGMENT_ON[tower])
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt(patch, at=11)
-        train(digits, out, tower, **chosen(digits))
+        train(digits, out, tower, **given)
     assert not (out / "model.safetensors").exists()
     assert [path.name for path in list_checkpoints(out)] == ["step-00000004", "step-00000008"]
     assert plain(out)[-1]["step"] == 9
     start = "latest" if resume == "latest" else str(out / "checkpoints" / "step-00000004")
-    train(digits, out, tower, **chosen(digits, resume_from_checkpoint=start))
+    train(digits, out, tower, **given, resume_from_checkpoint=start)
 
     first, second = weights(uninterrupted[tower]), weights(out)
     assert all(torch.equal(first[name], second[name]) for name in first)

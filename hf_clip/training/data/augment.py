@@ -19,6 +19,9 @@ from torch import Tensor
 ASPECTS = (3 / 4, 4 / 3)
 """How much wider or narrower than the model's image a part may be, which it is squeezed or stretched to."""
 
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom"""
+
 ATTEMPTS = 10
 GREY = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R 601-2, as Pillow has them)."""
@@ -68,7 +71,7 @@ class Augmentation:
                 ) from None
         return cls(**values)
 
-    def part(self, size: tuple[int, int], aspects: tuple[float, float], rng: np.random.Generator) -> tuple[int, ...]:
+    def part(self, size: tuple[int, int], aspects: tuple[float, float], rng: np.random.Generator) -> Box:
         """Draw the part of an image that is kept.
 
         Area and aspect (on a logarithmic scale) are drawn evenly, as in "Going deeper with convolutions". If none of
@@ -96,15 +99,48 @@ class Augmentation:
         left, top = int(rng.integers(width - w, endpoint=True)), int(rng.integers(height - h, endpoint=True))
         return left, top, left + w, top + h
 
+    def draw_colours(self, rng: np.random.Generator) -> tuple[float, float, float]:
+        """Draw what brightness, contrast and saturation are multiplied by."""
+        brightness, contrast, saturation = rng.uniform(1 - self.jitter, 1 + self.jitter, size=3).tolist()
+        return brightness, contrast, saturation
+
     def shift_colours(self, pixels: Tensor, rng: np.random.Generator) -> Tensor:
         """Brightness, contrast and saturation of an image (C, Y, X) of floats from 0 to 1."""
-        brightness, contrast, saturation = rng.uniform(1 - self.jitter, 1 + self.jitter, size=3).tolist()
-        weights = torch.tensor(GREY).reshape(-1, 1, 1)
-        pixels = (pixels * brightness).clamp(0, 1)
-        middle = (pixels * weights).sum(0).mean()
-        pixels = (middle + (pixels - middle) * contrast).clamp(0, 1)
-        grey = (pixels * weights).sum(0, keepdim=True)  # (1, Y, X)
-        return (grey + (pixels - grey) * saturation).clamp(0, 1)
+        return shift_colours(pixels[None], torch.tensor([self.draw_colours(rng)]))[0]
+
+
+def shift_colours(pixels: Tensor, factors: Tensor) -> Tensor:
+    """Multiply brightness, contrast and saturation.
+
+    Args:
+        pixels: (B, 3, Y, X), floats from 0 to 1.
+        factors: (B, 3), float32: of brightness, contrast and saturation.
+
+    Returns:
+        (B, 3, Y, X), floats from 0 to 1.
+    """
+    weights = torch.tensor(GREY).reshape(-1, 1, 1).to(pixels.device)
+    brightness, contrast, saturation = factors.T.reshape(3, -1, 1, 1, 1)
+    pixels = (pixels * brightness).clamp(0, 1)
+    middle = (pixels * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    pixels = (middle + (pixels - middle) * contrast).clamp(0, 1)
+    grey = (pixels * weights).sum(1, keepdim=True)  # (B, 1, Y, X)
+    return (grey + (pixels - grey) * saturation).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was drawn for one image.
+
+    Attributes:
+        box: The part that is kept: left, top, right, bottom. None is all of it.
+        is_flipped: Whether it is mirrored.
+        colours: What brightness, contrast and saturation are multiplied by. None leaves them as they are.
+    """
+
+    box: Box | None = None
+    is_flipped: bool = False
+    colours: tuple[float, float, float] | None = None
 
 
 class AugmentedPixels:
@@ -125,19 +161,37 @@ class AugmentedPixels:
             steps = replace(steps, fit="squash")  # the part that was drawn takes the place of the centre
         self.steps = steps
 
-    def scaled(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """An image's part in the model's size (C, y, x): grey levels, or with jitter floats from 0 to 1."""
-        augmentation = self.augmentation
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)  # (C, Y, X)
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Change:
+        """Draw what happens to an image of (width, height)."""
+        augmentation, box = self.augmentation, None
         if augmentation.crop < 1:
             # An image that is shown whole keeps its own aspect but for the part's.
-            usual = self.frame_aspect if self.fit == "crop" else image.width / image.height
-            left, top, right, bottom = augmentation.part(image.size, (ASPECTS[0] * usual, ASPECTS[1] * usual), rng)
-            pixels = pixels[:, top:bottom, left:right]
-        pixels = self.steps.scale_tensor(pixels[None])[0]  # (C, y, x)
-        if augmentation.flip and rng.random() < augmentation.flip:
+            usual = self.frame_aspect if self.fit == "crop" else size[0] / size[1]
+            box = augmentation.part(size, (ASPECTS[0] * usual, ASPECTS[1] * usual), rng)
+        is_flipped = bool(augmentation.flip) and rng.random() < augmentation.flip
+        return Change(box, is_flipped, augmentation.draw_colours(rng) if augmentation.jitter else None)
+
+    def cut(self, image: Image.Image, change: Change) -> Tensor:
+        """An image's part in RGB (Y, X, 3), uint8."""
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if change.box is not None:
+            image = image.crop(change.box)
+        return torch.from_numpy(np.array(image))
+
+    def scaled(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        """An image's part in the model's size (C, y, x): grey levels, or with jitter floats from 0 to 1."""
+        change = self.draw(image.size, rng)
+        return self.finished(self.cut(image, change), change)
+
+    def finished(self, part: Tensor, change: Change) -> Tensor:
+        """An image's part (Y, X, 3) in the model's size (C, y, x), flipped and with its colours shifted."""
+        pixels = self.steps.scale_tensor(part.movedim(-1, 0)[None])
+        if change.is_flipped:
             pixels = pixels.flip(-1)
-        return augmentation.shift_colours(pixels / 255, rng) if augmentation.jitter else pixels
+        if change.colours is not None:
+            pixels = shift_colours(pixels / 255, torch.tensor([change.colours]))
+        return pixels[0]
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """(B, C, y, x) as `scaled` makes them → pixel values."""

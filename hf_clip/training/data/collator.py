@@ -8,8 +8,9 @@ of the order of the data. In evaluation nothing steps in.
 Dimensions: B local batch, L text length, C channels, y × x pixels that the model gets.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,13 @@ from ...data.columns import UnusableRowError
 from ...data.content import content_id, tokens_id
 from ...data.images import TIMEOUT, image_content, open_content
 from ...model.open_image import UNREADABLE
-from .augment import Augmentation, AugmentedPixels
+from .augment import Augmentation
+from .image_batch import PreparedImage
+from .image_preparation import ImagePreparation
 from .pairs import Draw, Pairs, PairStream, Row
+
+Tokens = Mapping[str, tuple[list[int], bool]]
+"""Captions → their tokens, and whether they were cut."""
 
 PAD_TO = 8
 """Text lengths are multiples of this, which suits tensor cores and keeps the number of shapes small."""
@@ -48,12 +54,12 @@ class Plan:
 class Prepared:
     """A row as tensors, and what it shows and says as numbers.
 
-    pixels:    (C, y, x), which in training are still to be normalised
+    image:     grey levels, which are still to be normalised
     input_ids: the caption's tokens, not padded
     is_cut:    whether the caption was longer than the model takes
     """
 
-    pixels: Tensor
+    image: PreparedImage
     input_ids: list[int]
     is_cut: bool
     image_id: int
@@ -62,11 +68,16 @@ class Prepared:
 
 @dataclass
 class Batch:
-    """tensors: the model's and the loss's inputs   drawn: rows that were asked for   skipped: (row, reason) of some
-    cut: captions that were longer than the model takes
+    """What a worker made of a plan.
+
+    Attributes:
+        tensors: The model's and the loss's inputs, with an `ImageBatch` as pixel_values.
+        drawn: Rows that were asked for.
+        skipped: (row, reason) of some.
+        cut: Captions that were longer than the model takes.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     drawn: int
     skipped: list[tuple[str, str]]
     cut: int = 0
@@ -84,13 +95,16 @@ def check_image_processor(image_processor: Any) -> None:
 
 
 class PairCollator:
-    """Rows → pixel_values (B, C, y, x), input_ids and attention_mask (B, L), image_ids and text_ids (B,), labels (B,).
+    """Rows → pixel_values, input_ids and attention_mask (B, L), image_ids and text_ids (B,), labels (B,).
+
+    pixel_values are an `ImageBatch`, of which `to` makes a tensor (B, C, y, x).
 
     processor:    the model's
     augmentation: None is for evaluation: images are prepared exactly as by the processor. Otherwise by its torch
                   backend, JPEGs decoded at a part of their size where that is still twice as large as needed
     seed:         of what is drawn for a row: its caption of several, its part, its colours
     timeout:      seconds to wait for an image that is fetched
+    on_device:    whether images are scaled where the batch goes to, and not here
     """
 
     def __init__(
@@ -100,45 +114,44 @@ class PairCollator:
         *,
         seed: int = 0,
         timeout: float = TIMEOUT,
+        on_device: bool = False,
     ):
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
         check_image_processor(self.image_processor)
         self.seed, self.timeout = seed, timeout
-        self.augmented = None if augmentation is None else AugmentedPixels(self.image_processor, augmentation)
+        self.images = ImagePreparation(self.image_processor, augmentation, on_device=on_device)
 
-    def prepare(self, draw: Draw, row: Row) -> Prepared:
-        """Open and augment one row. Raises UnusableRowError."""
-        if row.reason is not None:
-            raise UnusableRowError(row.reason)
+    def _choose(self, draw: Draw, row: Row) -> tuple[str, np.random.Generator]:
+        """The caption that is drawn, which may be empty, and the random numbers for the image."""
         rng = np.random.default_rng((self.seed, draw.round, draw.source, draw.row, draw.caption + 1))
         if draw.caption >= 0:
-            caption = row.captions[draw.caption]
-        else:
-            spoken = [caption for caption in row.captions if caption]
-            caption = spoken[int(rng.integers(len(spoken)))] if spoken else ""
+            return row.captions[draw.caption], rng
+        spoken = [caption for caption in row.captions if caption]
+        return spoken[int(rng.integers(len(spoken)))] if spoken else "", rng
+
+    def prepare(self, draw: Draw, row: Row, known: Tokens = MappingProxyType({})) -> Prepared:
+        """Open and augment one row. Raises UnusableRowError.
+
+        known: captions that are tokenized already
+        """
+        if row.reason is not None:
+            raise UnusableRowError(row.reason)
+        caption, rng = self._choose(draw, row)
         if not caption:
             raise UnusableRowError("its caption is empty")
-        input_ids, is_cut = self.encode(caption)
+        input_ids, is_cut = known[caption] if caption in known else self.encode(caption)
         content = image_content(row.image, row.places, self.timeout)
-        image = open_content(content, self.augmented.draft if self.augmented else None)
+        image = open_content(content, self.images.draft)
         try:
-            if self.augmented:
-                pixels = self.augmented.scaled(image, rng)
-            else:
-                pixels = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+            prepared = self.images(image, rng)
         except UNREADABLE as error:
             raise UnusableRowError(f"its image cannot be processed ({error})") from error
-        return Prepared(pixels, input_ids, is_cut, content_id(content), row.label)
+        return Prepared(prepared, input_ids, is_cut, content_id(content), row.label)
 
-    def collate(self, rows: Sequence[Prepared]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[Prepared]) -> dict[str, Any]:
         """Rows as one batch, of which there may be none in evaluation."""
-        if rows:
-            pixels = torch.stack([row.pixels for row in rows])
-            pixels = self.augmented.normalised(pixels) if self.augmented else pixels
-        else:
-            crop = dict(self.image_processor.crop_size)
-            pixels = torch.zeros(0, 3, crop["height"], crop["width"])
-        tensors = {"pixel_values": pixels} | self._padded([row.input_ids for row in rows])
+        images = self.images.batch([row.image for row in rows])
+        tensors: dict[str, Any] = {"pixel_values": images} | self._padded([row.input_ids for row in rows])
         tensors["image_ids"] = torch.tensor([row.image_id for row in rows], dtype=torch.int64)
         # Of the tokens: captions that the model cannot tell apart are one.
         tensors["text_ids"] = torch.tensor([tokens_id(row.input_ids) for row in rows], dtype=torch.int64)
@@ -159,6 +172,19 @@ class PairCollator:
             raise UnusableRowError(f"its caption cannot be tokenized ({reason})") from error
         return ids, len(one_more) > longest
 
+    def encode_together(self, captions: Iterable[str]) -> Tokens:
+        """What `encode` makes of captions, much faster. Nothing where any of them cannot be tokenized."""
+        longest, texts = self.tokenizer.model_max_length, list(dict.fromkeys(captions))
+        if not texts:
+            return {}
+        try:
+            # One token more than the model takes shows which captions are cut.
+            ids = self.tokenizer(texts, truncation=True, max_length=longest + 1, padding=False)["input_ids"]
+        except Exception:  # `encode` says what is wrong, and of which caption
+            return {}
+        found = dict(zip(texts, ids, strict=True))
+        return {text: self.encode(text) if len(row) > longest else (row, False) for text, row in found.items()}
+
     def tokenize(self, captions: Iterable[str]) -> dict[str, Tensor]:
         """Ids and mask (B, L), L the longest caption's length made a multiple of 8, if the model takes that many."""
         return self._padded([self.encode(caption)[0] for caption in captions])
@@ -177,10 +203,12 @@ class PairCollator:
         """Carry out a plan. Raises ValueError where neither a row nor any of its spares can be used."""
         prepared: list[Prepared] = []
         skipped: list[tuple[str, str]] = []
-        for place, draw in enumerate(plan.draws, start=plan.first):
-            row = read(draw)
+        rows = [read(draw) for draw in plan.draws]
+        captions = [self._choose(draw, row)[0] for draw, row in zip(plan.draws, rows, strict=True)]
+        known = self.encode_together(caption for caption in captions if caption)
+        for place, (draw, row) in enumerate(zip(plan.draws, rows, strict=True), start=plan.first):
             try:
-                prepared.append(self.prepare(draw, row))
+                prepared.append(self.prepare(draw, row, known))
             except UnusableRowError as error:
                 skipped.append((row.name, str(error)))
                 if plan.spares:

@@ -66,6 +66,7 @@ class PairLoader:
 
     def __init__(self, pairs: Pairs | PairStream, plans: _Plans, loader: DataLoader, bad_rows: BadRows | None):
         self.pairs, self.plans, self.loader, self.bad_rows = pairs, plans, loader, bad_rows
+        self.is_finishing = True
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -95,6 +96,8 @@ class PairLoader:
             assert isinstance(batch, Batch)
             if self.bad_rows is not None:
                 self.bad_rows.add(batch.drawn, batch.skipped, batch.cut)
+            if self.is_finishing:
+                batch.tensors["pixel_values"] = batch.tensors["pixel_values"].to("cpu")
             yield batch.tensors
         if is_empty:
             raise ValueError(
@@ -132,6 +135,7 @@ def build_loader(
     process_index: int = 0,
     bad_rows: BadRows | None = None,
     pin_memory: bool = False,
+    finish_images: bool = True,
 ) -> PairLoader:
     """Make the loader of one process of a run.
 
@@ -146,6 +150,8 @@ def build_loader(
         process_index: Which of them this is.
         bad_rows: Counts the rows of this process.
         pin_memory: Whether batches go into pinned memory.
+        finish_images: True makes pixel_values tensors on the CPU. False leaves them as an `ImageBatch`, of which `to`
+            makes tensors where the model is.
 
     Raises:
         ValueError: A batch has no negatives, or is larger than the data.
@@ -175,4 +181,6 @@ def build_loader(
         worker_init_fn=heed_in_worker,
         pin_memory=pin_memory,
     )
-    return PairLoader(pairs, plans, loader, bad_rows)
+    found = PairLoader(pairs, plans, loader, bad_rows)
+    found.is_finishing = finish_images
+    return found
