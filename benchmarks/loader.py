@@ -5,7 +5,8 @@ processor does; the pixels of a batch are compared first. Augmented: a random pa
 224x224; the peer does in Pillow and numpy what torchvision's RandomResizedCrop, ToTensor and Normalize do.
 
 Ours also reads a table, tokenizes captions, and hashes images and captions. The peer has images alone, their files in
-memory.
+memory. Our main process normalises the batch. With `--augment_on device` workers decode, which is measured by itself:
+what is left is for a GPU, and has a table of its own where there is one.
 
 A turn begins with new workers, whose first batches are not counted.
 """
@@ -36,19 +37,21 @@ from hf_clip.training.data.collator import PairCollator
 from hf_clip.training.data.loader import build_loader
 from hf_clip.training.data.pairs import Pairs, load_pairs
 
-from .measuring import LEAST_ROUNDS, OURS, Row, Table, say
+from .measuring import LEAST_ROUNDS, OURS, Contender, Row, Table, compare, say
 from .settings import Settings
 from .tokenizer import make_captions
 
 OPTIONS = ("batch",)
 NEEDS_CEILING = False
-IS_ON_CPU = True
+IS_ON_CPU = False
 SIZE = (640, 480)
 ROWS, QUICK_ROWS = 1024, 128
 BATCH = 32
 BATCHES, QUICK_BATCHES = 12, 2
 """Of each worker, in a turn."""
 ROUNDS, QUICK_ROUNDS = 5, 3
+ON_DEVICE = f"{OURS}, --augment_on device"
+ON_A_GPU = 256
 PEER = "DataLoader with CLIPImageProcessorPil"
 AUGMENTATION = Augmentation(crop=0.9)
 
@@ -73,6 +76,7 @@ def write_pairs(folder: Path, rows: int) -> Pairs:
     """A table of photographs with captions, opened."""
     files = itertools.islice(itertools.cycle(photographs()), rows)
     table = datasets.Dataset.from_dict({"image": list(files), "caption": make_captions(rows, None)})
+    datasets.disable_progress_bars()
     table.save_to_disk(str(folder / "pairs"))
     pairs = load_pairs(str(folder / "pairs"))
     assert isinstance(pairs, Pairs)
@@ -128,8 +132,8 @@ def start_peer(collate: Callable[[list[Image.Image]], Tensor], rows: int, batch:
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-def start_ours(pairs: Pairs, collator: PairCollator, batch: int, workers: int) -> Batches:
-    loader = build_loader(pairs, collator, batch, num_workers=workers)
+def start_ours(pairs: Pairs, collator: PairCollator, batch: int, finish: bool, workers: int) -> Batches:
+    loader = build_loader(pairs, collator, batch, num_workers=workers, finish_images=finish)
     return (tensors for _, tensors in loader.batches())
 
 
@@ -174,23 +178,43 @@ def find_difference(pairs: Pairs, collator: PairCollator, stock: CLIPImageProces
     return None if off < 1e-6 else f"{OURS} is left out: its pixels are {off:.1e} off"
 
 
+def on_gpu(pairs: Pairs, ours: HfClipProcessor, device: str, settings: Settings) -> Table:
+    """What a GPU does of the work, beside what it does anyway: from the memory of the CPU to pixel values."""
+    contenders = []
+    for name, on_device in ((ON_DEVICE, True), (OURS, False)):
+        collator = PairCollator(ours, AUGMENTATION, on_device=on_device)
+        batch = next(build_loader(pairs, collator, ON_A_GPU, finish_images=False).epoch())
+        images = batch["pixel_values"] if device == "cpu" else batch["pixel_values"].pin_memory()
+        contenders.append(Contender(name, partial(images.to, device, non_blocking=True), len(images)))
+    title = f"batches of {ON_A_GPU}, finished on {device}"
+    table = Table(title, "images", ours=(ON_DEVICE,), device=device)
+    return compare(table, contenders, rounds=settings.rounds or ROUNDS, seconds=settings.seconds)
+
+
 def run(settings: Settings) -> Iterator[Table]:
     rows, batch = settings.choose(ROWS, QUICK_ROWS), (settings.batches or (BATCH,))[0]
     ours = HfClipProcessor(HfClipImageProcessor(), HfClipTokenizer.from_vocabulary_file(find_vocabulary(offline=True)))
     stock = CLIPImageProcessorPil()
     with tempfile.TemporaryDirectory(prefix="hf_clip-benchmark-") as folder:
         pairs = write_pairs(Path(folder), rows)
-        plain, augmented = PairCollator(ours), PairCollator(ours, AUGMENTATION)
-        fault = find_difference(pairs, plain, stock)
+        for device in settings.devices:
+            if device != "cpu":
+                yield on_gpu(pairs, ours, device, settings)
+        if "cpu" not in settings.devices:
+            return
+        fault = find_difference(pairs, PairCollator(ours), stock)
         for workers in dict.fromkeys([1, settings.threads]):
             of = f"{workers} worker{'s' if workers > 1 else ''}"
-            for kind, collator, collate in (
-                ("plain", plain, partial(pixels_of, stock)),
-                ("augmented", augmented, RandomPart(stock)),
+            for kind, augmentation, collate in (
+                ("plain", None, partial(pixels_of, stock)),
+                ("augmented", AUGMENTATION, RandomPart(stock)),
             ):
-                table = Table(f"JPEGs of {SIZE[0]}x{SIZE[1]}, {kind}, {of}", "images")
+                title = f"JPEGs of {SIZE[0]}x{SIZE[1]}, {kind}, {of}"
+                table = Table(title, "images", ours=(OURS, ON_DEVICE))
+                collators = [PairCollator(ours, augmentation, on_device=on_device) for on_device in (False, True)]
                 starts: dict[str, Start] = {
-                    OURS: partial(start_ours, pairs, collator, batch),
+                    OURS: partial(start_ours, pairs, collators[0], batch, True),
+                    ON_DEVICE: partial(start_ours, pairs, collators[1], batch, False),
                     PEER: partial(start_peer, collate, rows, batch),
                 }
                 if kind == "plain" and fault:

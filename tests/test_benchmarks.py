@@ -14,6 +14,7 @@ from benchmarks import (
     encoders,
     image_processor,
     load,
+    loader,
     measuring,
     peers,
     ratio_chart,
@@ -25,7 +26,7 @@ from benchmarks.__main__ import SUBCOMMANDS, main
 from benchmarks.ceiling import as_convolution, measure_ceiling, text_flops
 from benchmarks.measuring import Contender, LeftOutError, Row, Table, agrees_with, compare, run_alone
 from benchmarks.settings import Settings
-from hf_clip import VARIANTS, HfClipImageProcessor, Variant
+from hf_clip import VARIANTS, HfClipImageProcessor, HfClipProcessor, HfClipTokenizer, Variant
 from hf_clip.model.variants import get_variant
 
 TINY = {"embed_dim": 32, "text_width": 64, "text_heads": 1, "image_gflops": 0.01, "image_size": 64}
@@ -291,6 +292,25 @@ def test_rows_of_a_gpu_run_the_same_code_on_a_cpu(
     ours = HfClipImageProcessor.for_image_size(32)
     table = image_processor.on_device(ours, image, "cpu", tiny_settings(), rounds=1)
     assert names_of(table) == ["hf_clip, on the device", "hf_clip, copied there", "Pillow, on the CPU"]
+
+
+def test_loaders_are_measured_by_workers_and_wrong_pixels_are_no_row(
+    vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in {"SIZE": (64, 48), "QUICK_ROWS": 12, "QUICK_BATCHES": 1, "ON_A_GPU": 4}.items():
+        monkeypatch.setattr(loader, name, value)
+    settings = tiny_settings(threads=1)
+    plain, augmented = loader.run(settings)
+    assert names_of(plain) == names_of(augmented) == [loader.OURS, loader.ON_DEVICE, loader.PEER]
+    assert all(len(row.seconds) == 1 and row.amount == 2 for row in [*plain.rows, *augmented.rows])
+    monkeypatch.setattr(loader, "find_difference", lambda *given: "hf_clip is left out: its pixels are 1 off")
+    monkeypatch.setattr(loader, "seconds_of_a_batch", lambda *given: 1.0)
+    plain, augmented = loader.run(settings)
+    assert plain.lacks_ours
+    assert not augmented.lacks_ours
+    processor = HfClipProcessor(HfClipImageProcessor(), HfClipTokenizer.from_vocabulary_file(vocabulary))
+    table = loader.on_gpu(loader.write_pairs(tmp_path, 4), processor, "cpu", settings)
+    assert names_of(table) == [loader.ON_DEVICE, loader.OURS]
 
 
 @pytest.mark.slow
