@@ -73,6 +73,11 @@ MAY_CHANGE = (
 )
 """Options that a resumed run may change. All others decide what comes out of a run."""
 
+ADDED = {"augment_on": "worker"}
+"""Options that checkpoints of older versions do not name, and what holds for them."""
+
+NOTHING = object()
+
 
 @dataclass
 class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOptions, ModelOptions):
@@ -296,7 +301,8 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it goes on from."""
-        return {name: value for name, value in self.to_dict().items() if name not in MAY_CHANGE}
+        found = {name: value for name, value in self.to_dict().items() if name not in MAY_CHANGE}
+        return {name: None if ADDED.get(name, NOTHING) == value else value for name, value in found.items()}
 
 
 def moved_repository(name: Any) -> str:

@@ -56,6 +56,7 @@ def test_what_is_missing_is_named(fields: dict, message: str):
         ({"max_steps": None, "num_train_epochs": math.inf}, "num_train_epochs is inf, but it must be positive"),
         ({"weight_decay": math.nan}, "weight_decay is nan, but must be 0"),
         ({"seed": -1}, "seed is -1, but must be from 0 to 2147483647"),
+        ({"augment_on": "gpu"}, "augment_on is 'gpu', but must be one of worker, device"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1, but must be 0"),
         ({"warmup_steps": -1}, "warmup_steps is -1, but must be 0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1, but must be 0"),
@@ -241,8 +242,11 @@ def test_a_resumed_run_may_differ_only_in_what_leaves_its_result_alone():
         config(logging_steps=3, dataloader_num_workers=7, per_device_train_batch_size=4, micro_batch_size=2).identity()
         == config().identity()
     )
-    for fields in ({"learning_rate": "1e-4"}, {"augmentation": "none"}, {"ema_decay": 0.9}, {"weight_decay": 0.0}):
+    changed = [{"learning_rate": "1e-4"}, {"augmentation": "none"}, {"ema_decay": 0.9}, {"weight_decay": 0.0}]
+    for fields in (*changed, {"augment_on": "device"}):
         assert config(**fields).identity() != config().identity()
+    # Checkpoints of versions without the option have nothing there.
+    assert config(augment_on="worker").identity()["augment_on"] is None
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
