@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate, get_worker_info
 
 from ...model.image_processing_hf_clip import Steps
 from .augment import shift_colours
@@ -90,7 +91,8 @@ class ScaledImages(ImageBatch):
         crop = normalise.steps.crop_size
         if not images:
             return cls(torch.zeros(0, 3, crop.height, crop.width, dtype=torch.uint8), normalise)
-        return cls(torch.stack([image.pixels for image in images]), normalise)
+        # In a worker it stacks in shared memory, where the main process reads.
+        return cls(default_collate([image.pixels for image in images]), normalise)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -125,10 +127,15 @@ class DecodedImages(ImageBatch):
 
     @classmethod
     def of(cls, images: Sequence[PreparedImage], normalise: Normalisation) -> "DecodedImages":
-        levels = [image.pixels.reshape(-1) for image in images]
+        parts = [image.pixels.reshape(-1) for image in images]
+        levels = torch.empty(sum(map(len, parts)), dtype=torch.uint8)
+        if get_worker_info() is not None:
+            levels.share_memory_()  # where the main process reads
+        if parts:
+            torch.cat(parts, out=levels)
         colours = [image.colours for image in images if image.colours is not None]
         return cls(
-            torch.cat(levels) if levels else torch.zeros(0, dtype=torch.uint8),
+            levels,
             [(image.pixels.shape[1], image.pixels.shape[0]) for image in images],
             [image.is_flipped for image in images],
             colours or None,
