@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,8 +48,25 @@ def _digest(*contents: Any) -> str:
     return state.hexdigest()
 
 
+_remembered: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""Hashes of models that were optimized since. Such a model shows its weights no more, and they cannot change."""
+
+
+def optimize_and_remember(model: Any) -> list[str]:
+    """Optimize a model for inference, in place, and remember by which weights its features are cached.
+
+    Returns:
+        Descriptions of what was changed, see `optimize_for_inference`.
+    """
+    if model not in _remembered:
+        _remembered[model] = weights_hash(model)
+    return model.optimize_for_inference()
+
+
 def weights_hash(model: Any) -> str:
     """Return a hash of what an image's feature depends on in a model: the image tower's weights and configuration."""
+    if getattr(model, "optimizations", None) is not None and model in _remembered:
+        return _remembered[model]
     state = hashlib.blake2b(digest_size=16)
     config = getattr(model.config, "vision_config", model.config).to_dict()
     config = {name: value for name, value in config.items() if name not in BOOKKEEPING}

@@ -27,6 +27,7 @@ from ..checkpoints.whole_folder import held_folder
 from ..model.checked_files import one_line
 from ..model.configuration_hf_clip import refuse_checkpoint_file
 from .architecture import architecture_of
+from .feature_cache import optimize_and_remember
 from .fingerprint import fingerprint_of_files
 from .linear_probe import LinearProbeResult
 from .reports import markdown_report, record_of, write_text
@@ -141,6 +142,7 @@ def run_grid(
     split: str | None = None,
     dtype: str = "float32",
     device: str | None = None,
+    optimize: bool = False,
     plots: bool = True,
     say: Callable[[str], None] = lambda line: None,
     needs_model: bool = True,
@@ -157,6 +159,7 @@ def run_grid(
         split: The split that was asked for, for the records.
         dtype: The dtype to compute in.
         device: See `load_model`.
+        optimize: Whether to optimize models for inference, see `HfClipModel.optimize_for_inference`.
         plots: Whether to draw pictures.
         say: Takes a line for each cell that is skipped or fails.
         needs_model: Whether models are loaded. Otherwise `measure` gets None in their place.
@@ -171,7 +174,9 @@ def run_grid(
     output.mkdir(parents=True, exist_ok=True)
     outcome = Outcome()
     with held_folder(output.resolve()):
-        cells = cells_of(task, models, datasets, output, options | {"split": split, "dtype": dtype})
+        cells = cells_of(
+            task, models, datasets, output, options | {"split": split, "dtype": dtype, "optimize": optimize or None}
+        )
         for name in dict.fromkeys(cell.model for cell in cells):
             loaded = None if needs_model else (None, None)
             for cell in (cell for cell in cells if cell.model == name):
@@ -181,7 +186,10 @@ def run_grid(
                     say(f"{cell.model} on {cell.dataset}: measured before, {cell.path}")
                     continue
                 try:
-                    loaded = loaded or load_model(name, dtype, device)
+                    if loaded is None:
+                        loaded = load_model(name, dtype, device)
+                        if optimize:
+                            say(f"{name}: {_optimized(loaded[0])}")
                     result = measure(*loaded, cell.dataset)
                     outcome.records.append(_keep(result, cell, task, split, loaded[0], plots, say))
                 except (OSError, ValueError, ImportError) as error:
@@ -192,6 +200,13 @@ def run_grid(
         if outcome.records:
             write_results(output)
     return outcome
+
+
+def _optimized(model: Any) -> str:
+    """Optimize a model in place if it can be, and say in words what was done."""
+    if not hasattr(model, "optimize_for_inference"):
+        return f"not optimized, since {type(model).__name__} has no optimize_for_inference"
+    return f"optimized: {'; '.join(optimize_and_remember(model))}"
 
 
 def _keep(

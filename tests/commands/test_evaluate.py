@@ -12,8 +12,10 @@ from PIL import Image
 
 from hf_clip.commands import app
 from hf_clip.evaluation import grid
+from hf_clip.evaluation.feature_cache import weights_hash
 
 from ..evaluation.data_sets import TEMPLATES, captioned, stored_rows, write_class_folders
+from ..neighbours.stock import stock_model
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +41,9 @@ def test_models_times_data_sets(
 ):
     shutil.copytree(digits / "vit", tmp_path / "mine")
     (tmp_path / "mine" / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
-    words = ["zero-shot", "--model", tmp_path / "mine", digits / "resnet", "--templates", data / "templates.txt"]
-    words += ["--dataset", data / "shapes", data / "absent", "--output", tmp_path / "results", "--mistakes", 4]
-    assert run(*words) == 2
+    words = ["zero-shot", "--templates", data / "templates.txt", "--output", tmp_path / "results", "--no-plots"]
+    both = [*words, "--model", tmp_path / "mine", digits / "resnet", "--dataset", data / "shapes", data / "absent"]
+    assert run(*both) == 2
     out, err = capsys.readouterr()
     assert out.splitlines()[0].split() == ["model", "dataset", "metric", "count", "value"]
     assert [line.split()[1:3] for line in out.splitlines()[1:3]] == [[str(data / "shapes"), "acc1"]] * 2
@@ -51,22 +53,24 @@ def test_models_times_data_sets(
     records = json.loads((tmp_path / "results" / "results.json").read_text())
     assert {record["pretrained"] for record in records} == {str(tmp_path / "mine"), str(digits / "resnet")}
     assert all(record["split"] == "train" and record["precision"] == "float32" for record in records)
-    cells = tmp_path / "results" / "cells"
-    assert len(list(cells.glob("*.json"))) == 2
-    for folder in (path for path in cells.iterdir() if path.is_dir()):
-        names = sorted(path.name for path in folder.iterdir())
-        assert names == ["confusion.png", "mistakes.png", "per_class.csv", "reliability.png"]
-        for path in folder.glob("*.png"):
-            with Image.open(path) as picture:
-                assert len(picture.convert("RGB").resize((64, 64)).getcolors(64 * 64) or []) > 20
+    assert len(list((tmp_path / "results" / "cells").glob("*.json"))) == 2
     # Finished cells are skipped, whatever a model would say now; a card takes them all the same.
     monkeypatch.setattr(grid, "load_model", lambda *given: pytest.fail("loaded again"))
-    words = [*words[: words.index("--dataset") + 2], *words[words.index("--dataset") + 3 :]]
-    words.remove(digits / "resnet")
-    assert run(*words, "--update-card") == 0
+    assert run(*words, "--model", tmp_path / "mine", "--dataset", data / "shapes", "--update-card") == 0
     assert "measured before" in capsys.readouterr().err
     assert "zero-shot-image-classification" in (tmp_path / "mine" / "README.md").read_text()
     assert len(json.loads((tmp_path / "results" / "results.json").read_text())) == 2
+
+
+def test_each_cell_has_its_pictures(digits: Path, data: Path, tmp_path: Path):
+    words = ["zero-shot", "--model", digits / "vit", "--dataset", data / "shapes", "--mistakes", 4]
+    assert run(*words, "--output", tmp_path) == 0
+    (folder,) = (path for path in (tmp_path / "cells").iterdir() if path.is_dir())
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["confusion.png", "mistakes.png", "per_class.csv", "reliability.png"]
+    for path in folder.glob("*.png"):
+        with Image.open(path) as picture:
+            assert len(picture.convert("RGB").resize((64, 64)).getcolors(64 * 64) or []) > 20
 
 
 def test_changed_model_is_measured_again(digits: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -82,6 +86,27 @@ def test_changed_model_is_measured_again(digits: Path, data: Path, tmp_path: Pat
     assert run(*words, "--dtype", "bfloat16") == 0
     records = json.loads((tmp_path / "results" / "results.json").read_text())
     assert sorted(record["precision"] for record in records) == ["bfloat16", "float32"]
+
+
+def test_optimized_model_has_the_same_figures_and_features(
+    digits: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The features are kept by the weights that the model had before."""
+    words = ["zero-shot", "--model", digits / "vit", "--dataset", data / "shapes", "--no-plots"]
+    words += ["--output", tmp_path / "results"]
+    assert run(*words) == 0
+    assert run(*words, "--optimize", "--feature-cache", tmp_path / "cache") == 0
+    assert f"{digits / 'vit'}: optimized: " in capsys.readouterr().err
+    first, second = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert first["metrics"] == pytest.approx(second["metrics"], abs=1e-5)
+    model, _ = grid.load_model(str(digits / "vit"))
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert json.loads((folder / "cache.json").read_text())["weights"] == weights_hash(model)
+
+
+def test_stock_model_stays_as_it_is(digits: Path):
+    model = stock_model(grid.load_model(str(digits / "vit"))[0])
+    assert grid._optimized(model) == "not optimized, since CLIPModel has no optimize_for_inference"
 
 
 def test_retrieval_and_composition(digits: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

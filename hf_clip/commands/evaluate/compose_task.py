@@ -12,6 +12,7 @@ from .task_options import (
     Dtype,
     ImageColumn,
     Models,
+    Optimize,
     Output,
     Precision,
     Split,
@@ -35,6 +36,7 @@ def compose(
     batch_size: BatchSize = 32,
     dtype: Precision = Dtype.float32,
     device: Device = None,
+    optimize: Optimize = False,
     threads: Threads = None,
     update_card: UpdateCard = False,
 ) -> None:
@@ -75,5 +77,6 @@ def compose(
         split=split,
         dtype=dtype,
         device=device,
+        optimize=optimize,
         update_card=update_card,
     )

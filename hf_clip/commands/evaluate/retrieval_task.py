@@ -13,6 +13,7 @@ from .task_options import (
     Dtype,
     ImageColumn,
     Models,
+    Optimize,
     Output,
     Precision,
     Split,
@@ -42,6 +43,7 @@ def retrieval(
     feature_cache: Cache = None,
     dtype: Precision = Dtype.float32,
     device: Device = None,
+    optimize: Optimize = False,
     threads: Threads = None,
     update_card: UpdateCard = False,
 ) -> None:
@@ -86,5 +88,6 @@ def retrieval(
         split=split,
         dtype=dtype,
         device=device,
+        optimize=optimize,
         update_card=update_card,
     )

@@ -36,6 +36,10 @@ Cache = Annotated[
     str | None, typer.Option("--feature-cache", help="Folder in which image features are kept.", metavar="FOLDER")
 ]
 Precision = Annotated[Dtype, typer.Option("--dtype", help="What the model computes in.")]
+Optimize = Annotated[
+    bool,
+    typer.Option("--optimize", help="Optimize our models for this processor first. Features differ by up to 1e-5."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]
 UpdateCard = Annotated[
     bool, typer.Option("--update-card", help="Put the results into the model-index of a local model's README.md.")
@@ -72,6 +76,7 @@ def run_task(
     dtype: Dtype,
     device: str | None,
     update_card: bool,
+    optimize: bool = False,
     plots: bool = False,
     needs_model: bool = True,
 ) -> None:
@@ -94,6 +99,7 @@ def run_task(
         split=split,
         dtype=dtype.value,
         device=device,
+        optimize=optimize,
         plots=plots,
         say=lambda line: print(line, file=sys.stderr),
         needs_model=needs_model,

@@ -13,6 +13,7 @@ from .task_options import (
     Dtype,
     ImageColumn,
     Models,
+    Optimize,
     Output,
     Precision,
     Split,
@@ -45,6 +46,7 @@ def zero_shot(
     feature_cache: Cache = None,
     dtype: Precision = Dtype.float32,
     device: Device = None,
+    optimize: Optimize = False,
     threads: Threads = None,
     update_card: UpdateCard = False,
 ) -> None:
@@ -89,6 +91,7 @@ def zero_shot(
         split=split,
         dtype=dtype,
         device=device,
+        optimize=optimize,
         update_card=update_card,
         plots=not no_plots,
     )
