@@ -37,6 +37,8 @@ SUBCOMMANDS = {
     "train_step": "both towers, the loss, backward, AdamW",
     "gradient_caching": "a training step by micro-batches: time of a pair, and memory",
     "zero_shot": "the pipeline, and a classifier of 1,000 labels",
+    "evaluate": "from JPEGs on disk to a table of zero-shot figures",
+    "retrieval": "ranks of both directions, in blocks and by the whole matrix",
     "text_encoder": "prompts per second, in one call and one by one",
     "image_encoder": "images per second, by five of the nine models",
 }

@@ -392,6 +392,30 @@ def test_zero_shot_answers_agree(vit: Variant, monkeypatch: pytest.MonkeyPatch):
     assert names_of(classifier) == ["hf_clip", "OpenAI's recipe"]
 
 
+def test_tables_of_zero_shot_figures_agree(vit: Variant, monkeypatch: pytest.MonkeyPatch):
+    module = import_module("benchmarks.evaluate")
+    for name, value in (("QUICK_IMAGES", 12), ("ONE_BY_ONE", 2), ("SIZE", (64, 48))):
+        monkeypatch.setattr(module, name, value)
+    (table,) = module.run(tiny_settings(vit))
+    peers_of_ours = ["transformers, batches of 32", "transformers, one by one"]
+    assert names_of(table) == ["hf_clip", "hf_clip, optimized", *peers_of_ours], table.left_out
+    assert [row.amount for row in table.rows] == [12, 12, 12, 2]
+
+
+def test_ranks_of_retrieval_agree(monkeypatch: pytest.MonkeyPatch):
+    module = import_module("benchmarks.retrieval")
+    for name, value in (("QUICK_IMAGES", 40), ("QUICK_TEXTS", 120), ("WIDTH", 16)):
+        monkeypatch.setattr(module, name, value)
+    (table,) = module.run(tiny_settings())
+    assert names_of(table) == ["hf_clip", "whole matrix"], table.left_out
+    broken = module.rank_by_whole_matrix(**module.embeddings(40, 120))
+    broken[1][:2] += 1
+    assert (
+        module.same_ranks(module.rank_both_ways(**module.embeddings(40, 120)))(broken)
+        == "1.25% of its ranks are others"
+    )
+
+
 def test_image_processors_agree(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(image_processor, "LIST_LENGTH", 2)
     landscape, portrait, lists, draft = image_processor.run(tiny_settings())
