@@ -161,6 +161,7 @@ def test_checkpoint_file_is_to_be_converted_first(tmp_path: Path):
 
 def test_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """`python -m` and `accelerate launch -m` run it."""
+    monkeypatch.delitem(sys.modules, "hf_clip.commands.evaluate.__main__", raising=False)
     monkeypatch.setattr(sys, "argv", ["evaluate", "list", "--architecture", "RN7"])
     with pytest.raises(SystemExit, match="1"):
         runpy.run_module("hf_clip.commands.evaluate", run_name="__main__")
