@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import default_collate
 
 from ...model.image_processing_hf_clip import Steps
 from .augment import shift_colours
@@ -128,14 +128,9 @@ class DecodedImages(ImageBatch):
     @classmethod
     def of(cls, images: Sequence[PreparedImage], normalise: Normalisation) -> "DecodedImages":
         parts = [image.pixels.reshape(-1) for image in images]
-        levels = torch.empty(sum(map(len, parts)), dtype=torch.uint8)
-        if get_worker_info() is not None:
-            levels.share_memory_()  # where the main process reads
-        if parts:
-            torch.cat(parts, out=levels)
         colours = [image.colours for image in images if image.colours is not None]
         return cls(
-            levels,
+            torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8),
             [(image.pixels.shape[1], image.pixels.shape[0]) for image in images],
             [image.is_flipped for image in images],
             colours or None,
