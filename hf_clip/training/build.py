@@ -32,6 +32,7 @@ from .evaluating import Validation
 from .learner import Learner
 from .lora import add_lora_
 from .optim import create_optimizer, warmup_steps
+from .patch_dropout import drop_patches_
 from .plan import Plan
 from .scratch import build_from_scratch
 from .summary import count_parameters
@@ -204,6 +205,8 @@ def prepare_training_(model: HfClipModel, config: TrainingConfig, device_type: s
         freeze_batch_norm_(model)
     if config.lora_rank is not None:
         add_lora_(model, config.lora_rank)
+    if config.patch_dropout is not None:
+        drop_patches_(model, config.patch_dropout)
     if config.sync_batchnorm:
         if num_processes == 1:
             raise ValueError("--sync_batchnorm would have no effect: there is one process.")

@@ -43,6 +43,7 @@ BELOW_ONE = math.nextafter(1, 0)
 RANGES = (
     ("max_bad_fraction", 0, 1, "from 0 to 1"),
     ("label_smoothing_factor", 0, BELOW_ONE, "at least 0 and below 1"),
+    ("patch_dropout", math.ulp(0), BELOW_ONE, "between 0 and 1, such as 0.5"),
     ("ema_decay", math.ulp(0), BELOW_ONE, "between 0 and 1, such as 0.9999"),
     ("layer_decay", math.ulp(0), 1, "above 0 and at most 1"),
     ("seed", 0, 2**31 - 1, f"from 0 to {2**31 - 1}"),

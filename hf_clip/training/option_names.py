@@ -28,6 +28,7 @@ KNOWN_AS = {
     "lock": "freeze freeze_image freeze_text freeze_vision_model freeze_text_model lit lock_image lock_text",
     "lora_rank": "lora lora_alpha lora_r peft r rank use_lora use_peft",
     "sync_batchnorm": "sync_bn syncbn use_bn_sync",
+    "patch_dropout": "flip_masking force_patch_dropout mask_patches mask_ratio masking patch_mask token_dropout",
     "gradient_checkpointing": "activation_checkpointing checkpointing grad_checkpointing",
     "dataset": (
         "csv data data_dir data_path data_root dataset_name dataset_path datasets input root train train_data "

@@ -67,6 +67,9 @@ class TrainedOptions:
     )
     lora_rank: int | None = _option(None, "Train factors of this rank beside frozen matrices; needs peft")
     sync_batchnorm: bool = _option(False, "Take BatchNorm's statistics over all GPUs; with --variant")
+    patch_dropout: float | None = _option(
+        None, "Part of each image's patches that a ViT leaves out while it trains (FLIP), such as 0.5"
+    )
     gradient_checkpointing: bool = _option(False, "Compute activations twice and hold few of them")
 
 

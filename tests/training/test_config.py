@@ -56,6 +56,7 @@ def test_what_is_missing_is_named(fields: dict, message: str):
         ({"max_steps": None, "num_train_epochs": math.inf}, "num_train_epochs is inf, but it must be positive"),
         ({"weight_decay": math.nan}, "weight_decay is nan, but must be 0"),
         ({"seed": -1}, "seed is -1, but must be from 0 to 2147483647"),
+        ({"patch_dropout": 1.0}, "patch_dropout is 1.0, but must be between 0 and 1, such as 0.5"),
         ({"augment_on": "gpu"}, "augment_on is 'gpu', but must be one of worker, device"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1, but must be 0"),
         ({"warmup_steps": -1}, "warmup_steps is -1, but must be 0"),
