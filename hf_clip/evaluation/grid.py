@@ -146,6 +146,8 @@ def run_grid(
     plots: bool = True,
     say: Callable[[str], None] = lambda line: None,
     needs_model: bool = True,
+    load: Callable[[str], tuple[Any, Any]] | None = None,
+    resume: bool = True,
 ) -> Outcome:
     """Measure all cells that are not there yet, and write the results of all.
 
@@ -163,6 +165,8 @@ def run_grid(
         plots: Whether to draw pictures.
         say: Takes a line for each cell that is skipped or fails.
         needs_model: Whether models are loaded. Otherwise `measure` gets None in their place.
+        load: A function from a model's name to the model and its processor. None: `load_model`.
+        resume: Whether cells that are there already are skipped.
 
     Returns:
         The records, and what failed.
@@ -180,13 +184,15 @@ def run_grid(
         for name in dict.fromkeys(cell.model for cell in cells):
             loaded = None if needs_model else (None, None)
             for cell in (cell for cell in cells if cell.model == name):
-                if (record := _finished(cell)) is not None:
+                if resume and (record := _finished(cell)) is not None:
                     outcome.skipped += 1
                     outcome.records.append(record)
                     say(f"{cell.model} on {cell.dataset}: measured before, {cell.path}")
                     continue
                 try:
-                    if loaded is None:
+                    if loaded is None and load is not None:
+                        loaded = load(name)
+                    elif loaded is None:
                         loaded = load_model(name, dtype, device)
                         if optimize:
                             say(f"{name}: {_optimized(loaded[0])}")

@@ -1,4 +1,4 @@
-"""Pictures of a zero-shot result: calibration, confusion, and the most confident mistakes. They need matplotlib.
+"""Pictures of results: calibration, confusion, the most confident mistakes, averages of models. They need matplotlib.
 
 Dimensions: K classes.
 """
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..data.images import NOWHERE, ImagePlaces
 from .class_metrics import Reliability
 from .embed import open_stored
+from .interpolation import InterpolationResult
 from .zero_shot import Mistake
 
 MOST_NAMED = 40
@@ -24,6 +25,7 @@ MOST_COUNTED = 20
 
 COLUMNS = 6
 BLUE, GREY = "#2f6fb0", "#777777"
+CURVES = (BLUE, "#d1642a", "#3c8d5a", "#8a5fb5", "#b8902a", "#c0487f", "#4aa3a3", "#6b6b6b")
 
 
 def _figure(width: float, height: float, **settings: Any) -> Any:
@@ -145,4 +147,27 @@ def plot_mistakes(mistakes: list[Mistake], title: str, path: Path, places: Image
             fontsize=9,
             color="black",
         )
+    _save(figure, path)
+
+
+def plot_interpolation(found: InterpolationResult, title: str, path: Path) -> None:
+    """Draw the figures of each data set between the pretrained and the fine-tuned model, and their mean.
+
+    Args:
+        found: See `evaluate_interpolation`.
+        title: What stands above.
+        path: The PNG to write.
+    """
+    figure = _figure(6.4, 4.2)
+    axes = figure.subplots()
+    for place, (name, curve) in enumerate(found.curves.items()):
+        label = f"{_short(Path(name).name, 28)} ({found.metrics[name]})"
+        values = [100 * value for value in curve]
+        axes.plot(found.alphas, values, marker="o", markersize=4, color=CURVES[place % len(CURVES)], label=label)
+    if len(found.curves) > 1:
+        axes.plot(found.alphas, [100 * value for value in found.mean], "--", color="black", label="mean")
+    axes.axvline(found.best, color=GREY, linewidth=1, linestyle=":")
+    axes.set(xlabel="α: from the pretrained model (0) to the fine-tuned one (1)", ylabel="%", title=title)
+    axes.legend(frameon=False, fontsize=9, title=f"best α: {found.best:g}", alignment="left")
+    axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

@@ -1,9 +1,4 @@
-"""Averages of weights: of two models (WiSE-FT), and along a run (exponential moving average).
-
-Both are made of the state dicts of plain models, so merge adapters first. Floating-point tensors are averaged in
-float32, BatchNorm's running statistics too, and get their own type again. Integers, which count BatchNorm's batches,
-are copied.
-"""
+"""The average of weights along a run: an exponential moving average. Of two models: `hf_clip.checkpoints.wise_ft`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,35 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def parse_alphas(spec: str | float) -> list[float]:
-    """Read the values of α that WiSE-FT is to try.
-
-    Args:
-        spec: `0.5`, or a list `"0.3,0.5"`, or a range with both its ends `"0:1:0.1"` (from, to, step).
-
-    Raises:
-        ValueError: It is none of these, or a value is not between 0 and 1.
-    """
-    text = str(spec)
-    pieces = text.split(":")
-    try:
-        numbers = [float(item) for item in (pieces if len(pieces) > 1 else text.split(","))]
-    except ValueError:
-        numbers = []
-    if not numbers or len(pieces) not in (1, 3):
-        raise ValueError(f"{text!r} is no α to average with: write '0.5', '0.3,0.5' or a range '0:1:0.1'.")
-    if len(pieces) == 3:
-        first, last, step = numbers
-        count = round((last - first) / step) if step > 0 else -1
-        if count < 0 or abs(first + count * step - last) > 1e-6:
-            raise ValueError(
-                f"The range {text!r} does not lead from its first number to its second in steps of its third."
-            )
-        numbers = [round(first + index * step, 10) for index in range(count + 1)]
-    if outside := [alpha for alpha in numbers if not 0 <= alpha <= 1]:
-        raise ValueError(f"α is {outside[0]:g}, but must be between 0 (pretrained) and 1 (fine-tuned).")
-    return numbers
+from ..checkpoints.wise_ft import wide
 
 
 def whole_tensor(tensor: Any) -> Tensor:
@@ -60,59 +27,6 @@ def sharded_like(tensor: Tensor, example: Any) -> Tensor:
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
     """A model's present weights in the computer's memory, for an average later on."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-
-
-def _check_same(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> None:
-    if differing := sorted(pretrained.keys() ^ finetuned.keys()):
-        owner = "pretrained" if differing[0] in pretrained else "fine-tuned"
-        raise ValueError(
-            f"The weights cannot be averaged: only the {owner} model has {differing[0]}. Merge adapters, and "
-            f"give both models the same loss."
-        )
-    for name, tensor in pretrained.items():
-        if tensor.shape != finetuned[name].shape:
-            raise ValueError(
-                f"The weights cannot be averaged: {name} is {tuple(tensor.shape)} before fine-tuning and "
-                f"{tuple(finetuned[name].shape)} after. Give the pretrained model the same image size, text length and "
-                f"vocabulary first."
-            )
-
-
-@torch.no_grad()
-def interpolate_weights(
-    pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], alpha: float
-) -> dict[str, Tensor]:
-    """Average two models: θ = (1 − α) · pretrained + α · fine-tuned (Wortsman et al. 2022, equation 1).
-
-    α = 0 and α = 1 give either model bit for bit. In between, integers are those of the fine-tuned model, and running
-    statistics fit neither model. BatchNorm that was frozen has the same statistics in both, and so in the result.
-
-    Args:
-        pretrained: State dict from before training.
-        finetuned: State dict from after it.
-        alpha: From 0 to 1.
-
-    Returns:
-        New tensors by name.
-
-    Raises:
-        ValueError: The models differ in more than their numbers.
-    """
-    _check_same(pretrained, finetuned)
-    mixed = {}
-    for name, start in pretrained.items():
-        end = finetuned[name].to(start.device)
-        if alpha in (0, 1):
-            mixed[name] = (start if alpha == 0 else end).clone()
-        elif start.is_floating_point():
-            mixed[name] = torch.lerp(_wide(start), _wide(end), alpha).to(start.dtype)
-        else:
-            mixed[name] = end.clone()
-    return mixed
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 Access = Callable[..., AbstractContextManager]
@@ -207,7 +121,7 @@ class MovingAverage:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         with access():
-            self.weights = {name: _wide(tensor.detach()).clone() for name, tensor in (trained | buffers).items()}
+            self.weights = {name: wide(tensor.detach()).clone() for name, tensor in (trained | buffers).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

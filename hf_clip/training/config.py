@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .averaging import parse_alphas
+from ..checkpoints.wise_ft import parse_alphas
 from .data.augment import Augmentation
 from .optim import find_optimizer, parse_optimizer, parse_rates
 from .option_file import LAUNCH, OPTION_FILES, plain, read_options, words_of

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..checkpoints.wise_ft import interpolate_weights
 from ..model.modeling_hf_clip import HfClipModel
-from .averaging import interpolate_weights
 from .best import load_best
 from .checkpoint import Checkpoints
 from .config import TrainingConfig

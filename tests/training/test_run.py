@@ -12,8 +12,8 @@ from datasets import load_from_disk
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, pipeline
 
+from hf_clip.checkpoints.wise_ft import interpolate_weights
 from hf_clip.commands import finetune
-from hf_clip.training.averaging import interpolate_weights
 from hf_clip.training.evaluating import Evaluations
 
 from ..finetuning import largest_difference, records, train, weights

@@ -1,0 +1,213 @@
+"""WiSE-FT over several data sets: zero-shot figures of the models between a pretrained and a fine-tuned one.
+
+Fine-tuning makes a model better at its data and often worse at others. The averages
+θ = (1 − α) · pretrained + α · fine-tuned are often better than both ends (Wortsman et al. 2022). Each α is a model of
+its own: its image features and its matrix of classes are computed anew.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.in_memory import load_model as load_as_ours
+from ..checkpoints.whole_folder import whole_folder
+from ..checkpoints.wise_ft import check_same_tensors, interpolate_weights, parse_alphas
+from ..zero_shot.pipeline import check_device, default_device
+from .feature_cache import processor_settings
+from .grid import load_model
+from .labelled_images import LabelledImages
+from .zero_shot import ZeroShotResult, evaluate_zero_shot
+
+DECIDING = ("model_type", "hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id", "contrastive_loss")
+"""Fields of a configuration that decide what a model computes and do not show in the shapes of its weights."""
+
+PREPARATION = ("size", "crop_size", "image_mean", "image_std", "resample", "fit")
+"""Settings of an image processor that decide what the models see."""
+
+ONE_LAYOUT = {"clip", "hf_clip"}
+"""Model types whose weights have the same names: a stock model, and a fine-tune of it that is ours."""
+
+
+def _deciding(config: Any) -> dict[str, Any]:
+    found = {}
+    for part in ("", "text_config", "vision_config"):
+        values = getattr(config, part, None) if part else config
+        for name in DECIDING:
+            if (value := getattr(values, name, None)) is not None:
+                found[f"{part}.{name}".lstrip(".")] = value
+    return found
+
+
+def _first_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    for name in [*first, *(name for name in second if name not in first)]:
+        if first.get(name) != second.get(name):
+            return name, first.get(name), second.get(name)
+    return None
+
+
+class Interpolation:
+    """The models between two models of one architecture.
+
+    Args:
+        pretrained: The model of α = 0, in float32.
+        finetuned: The model of α = 1. Its weights are overwritten.
+        processors: The processors of both, if they are to be compared.
+
+    Raises:
+        ValueError: The two are not of one architecture, or prepare images differently.
+    """
+
+    def __init__(self, pretrained: Any, finetuned: Any, processors: tuple[Any, Any] | None = None):
+        if found := _first_difference(_deciding(pretrained.config), _deciding(finetuned.config)):
+            raise ValueError(
+                f"The models cannot be averaged, since their architectures differ: {found[0]} is {found[1]!r} in the "
+                f"pretrained model and {found[2]!r} in the fine-tuned one. Name a model and its own fine-tune."
+            )
+        prepared = [processor_settings(processor) for processor in processors or ()]
+        prepared = [{name: values[name] for name in PREPARATION if name in values} for values in prepared]
+        if prepared and (found := _first_difference(*prepared)):
+            raise ValueError(
+                f"The models cannot be averaged, since they take images in different ways: {found[0]} of the image "
+                f"processor is {found[1]!r} for the pretrained model and {found[2]!r} for the fine-tuned one. Give "
+                f"both the same preprocessor_config.json."
+            )
+        self.model = finetuned
+        self.ends = [
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+            for model in (pretrained, finetuned)
+        ]
+        check_same_tensors(*self.ends)
+
+    def at(self, alpha: float) -> Any:
+        """Return the model of an α, from 0 to 1. It is the same object each time, with other weights."""
+        self.model.load_state_dict(interpolate_weights(*self.ends, alpha))
+        return self.model
+
+    def save(self, alpha: float, processor: Any, folder: str | Path) -> None:
+        """Write the model of an α and its processor as a repository, completely or not at all.
+
+        Raises:
+            FileExistsError: The folder holds files.
+        """
+        with whole_folder(folder, overwrite=False) as unfinished:
+            self.at(alpha).save_pretrained(unfinished)
+            processor.save_pretrained(unfinished)
+
+
+def load_interpolation(
+    pretrained: str, finetuned: str, dtype: str = "float32", device: str | None = None
+) -> tuple[Interpolation, Any]:
+    """Load two models, and the processor of the fine-tuned one.
+
+    Args:
+        pretrained: The model of α = 0: a folder or repository.
+        finetuned: The model of α = 1.
+        dtype: The dtype to compute in. The weights are averaged in float32.
+        device: See `grid.load_model`.
+
+    Returns:
+        The models between the two, and the processor.
+
+    Raises:
+        ValueError: The two are not of one architecture.
+        OSError: A model is not there, or cannot be read.
+    """
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}, but one that computes is needed: float32, bfloat16 or float16.")
+    check_device(device)
+    loaded = [load_model(name, device="cpu") for name in (pretrained, finetuned)]
+    if {str(model.config.model_type) for model, _ in loaded} == ONE_LAYOUT:
+        loaded = [load_as_ours(name) for name in (pretrained, finetuned)]
+    (first, other), (second, processor) = loaded
+    found = Interpolation(first, second, (other, processor))
+    found.model.to(device or default_device(), kind)
+    return found, processor
+
+
+@dataclass
+class InterpolationResult:
+    """Figures of the models between two, on one or several data sets.
+
+    Attributes:
+        alphas: The values of α: 0 is the pretrained model, 1 the fine-tuned one.
+        curves: For each data set its figure at each α, as a fraction from 0 to 1.
+        metrics: For each data set the metric that this is.
+        results: For each data set the whole results, if they are there.
+    """
+
+    alphas: list[float]
+    curves: dict[str, list[float]]
+    metrics: dict[str, str]
+    results: dict[str, list[ZeroShotResult]] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> list[float]:
+        """The mean over the data sets at each α."""
+        return [sum(column) / len(column) for column in zip(*self.curves.values(), strict=True)]
+
+    @property
+    def best(self) -> float:
+        """The α with the highest mean, the smallest of several."""
+        mean = self.mean
+        return self.alphas[mean.index(max(mean))]
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Make header and rows of a table: a row for each α, and a column for each data set and for their mean."""
+        curves = dict(self.curves) if len(self.curves) == 1 else self.curves | {"mean": self.mean}
+        body = [
+            [f"{alpha:g}", *(f"{100 * curve[place]:.1f} %" for curve in curves.values())]
+            for place, alpha in enumerate(self.alphas)
+        ]
+        return ["alpha", *curves], body
+
+
+def evaluate_interpolation(
+    pretrained: Any,
+    finetuned: Any,
+    processor: Any,
+    datasets: Sequence[Any],
+    *,
+    alphas: str | Sequence[float] = "0:1:0.1",
+    **options: Any,
+) -> InterpolationResult:
+    """Measure zero-shot classification by the models between a pretrained and a fine-tuned one.
+
+    Args:
+        pretrained: The model before fine-tuning, in float32.
+        finetuned: The model after it. It is unchanged afterwards.
+        processor: Their processor.
+        datasets: Whatever `evaluate_zero_shot` takes, one or several.
+        alphas: A list, or a text such as "0:1:0.1", "0.3,0.5" or "0.5".
+        **options: Arguments of `evaluate_zero_shot`.
+
+    Returns:
+        The result.
+
+    Raises:
+        ValueError: The models are not of one architecture, an α is not between 0 and 1, or a data set cannot be used.
+
+    Example::
+
+        result = evaluate_interpolation(pretrained, finetuned, processor, ["flowers/", "cars/"])
+        print(result.best, result.mean)
+    """
+    chosen = parse_alphas(alphas if isinstance(alphas, str) else ",".join(map(str, alphas)))
+    names = [
+        str(getattr(source, "name", source)) if isinstance(source, (str, Path, LabelledImages)) else f"data set {n}"
+        for n, source in enumerate(datasets, start=1)
+    ]
+    models = Interpolation(pretrained, finetuned)
+    results: dict[str, list[ZeroShotResult]] = {name: [] for name in names}
+    try:
+        for alpha in chosen:
+            model = models.at(alpha)
+            for name, source in zip(names, datasets, strict=True):
+                results[name].append(evaluate_zero_shot(model, processor, source, **options))
+    finally:
+        models.at(1)
+    curves = {name: [result.value for result in found] for name, found in results.items()}
+    return InterpolationResult(chosen, curves, {name: found[0].metric for name, found in results.items()}, results)
