@@ -75,15 +75,15 @@ class Interpolation:
                 f"both the same preprocessor_config.json."
             )
         self.model = finetuned
-        self.ends = [
+        self.start, self.end = (
             {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
             for model in (pretrained, finetuned)
-        ]
-        check_same_tensors(*self.ends)
+        )
+        check_same_tensors(self.start, self.end)
 
     def at(self, alpha: float) -> Any:
         """Return the model of an α, from 0 to 1. It is the same object each time, with other weights."""
-        self.model.load_state_dict(interpolate_weights(*self.ends, alpha))
+        self.model.load_state_dict(interpolate_weights(self.start, self.end, alpha))
         return self.model
 
     def save(self, alpha: float, processor: Any, folder: str | Path) -> None:

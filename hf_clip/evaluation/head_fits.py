@@ -1,0 +1,185 @@
+"""The layers of a head on frozen embeddings, trained by scikit-learn.
+
+- Scores, linear: ridge regression, whose λ leave-one-out validation chooses.
+- Labels, linear: logistic regression, whose C a fifth of the training images chooses.
+- Scores or labels, with a hidden layer: a ReLU network, trained by Adam until a tenth of the training images gets no
+  better.
+
+Scaling of features and scores becomes part of the layers.
+
+Dimensions: I images, D embedding, K labels.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..zero_shot.embedding_head import Layer
+
+HELD_OUT = 0.2
+"""Part of the images that is held out where data have one split, and by which C is chosen."""
+
+LAMBDAS = np.logspace(-4, 3, 15)
+CS = np.logspace(-1, 4, 11)
+
+NEVER = -1e4
+"""Bias of a class without a training image: its probability is zero."""
+
+FEWEST, FEWEST_HIDDEN = 10, 40
+"""Training images without which there is no head."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within this block scikit-learn does not say that a fit has reached its largest number of steps."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
+def divide(targets: Tensor, is_labels: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide images at random into four fifths and one, with each class in proportion where there are enough."""
+    from sklearn.model_selection import train_test_split
+
+    values = targets.numpy()
+    classes, counts = np.unique(values, return_counts=True)
+    can_be_even = is_labels and counts.min() >= 2 and len(classes) <= HELD_OUT * len(values)
+    kept, held_out = train_test_split(
+        np.arange(len(values)), test_size=HELD_OUT, random_state=seed, stratify=values if can_be_even else None
+    )
+    return np.sort(kept), np.sort(held_out)
+
+
+def fit_scores(
+    features: Tensor, scores: Tensor, *, hidden: int | None = None, seed: int = 0
+) -> tuple[list[Layer], str]:
+    """Train the layers of a head for scores.
+
+    Args:
+        features: (I, D), of length one.
+        scores: (I,) finite numbers.
+        hidden: Width of a hidden layer. None: there is none.
+        seed: Of the hidden layer's first weights and of the images it is stopped by.
+
+    Returns:
+        The layers, and how they were trained, in words.
+
+    Raises:
+        ValueError: The scores are all the same, or there are too few images.
+    """
+    from sklearn.linear_model import RidgeCV
+    from sklearn.neural_network import MLPRegressor
+
+    values = scores.double()
+    if values.max() == values.min():
+        raise ValueError(
+            f"All {len(values)} training images have the score {float(values[0]):g}, so there is nothing to learn: "
+            f"check the column of scores."
+        )
+    _check_enough(len(values), hidden)
+    mean, spread = float(values.mean()), float(values.std())
+    targets, inputs = ((values - mean) / spread).numpy(), features.double().numpy()
+    if hidden is None:
+        ridge = RidgeCV(LAMBDAS).fit(inputs, targets)
+        layers = [_layer(ridge.coef_[None], np.array([ridge.intercept_]))]
+        described = f"ridge regression, λ = {ridge.alpha_:.3g} by leave-one-out"
+    else:
+        scale = math.sqrt(features.shape[1])
+        network = MLPRegressor(hidden, early_stopping=True, n_iter_no_change=20, max_iter=500, random_state=seed)
+        with _quiet():
+            network.fit(inputs * scale, targets)
+        layers, described = _layers_of(network, scale), f"{hidden} hidden units, {network.n_iter_} epochs"
+    weight, bias = layers[-1]
+    layers[-1] = (weight * spread, bias * spread + mean)
+    return layers, described
+
+
+def fit_labels(
+    features: Tensor, labels: Tensor, count: int, *, hidden: int | None = None, seed: int = 0
+) -> tuple[list[Layer], str]:
+    """Train the layers of a head for labels.
+
+    Args:
+        features: (I, D), of length one.
+        labels: (I,) int64, from 0 to K - 1.
+        count: The number K of labels. One without an image gets the probability zero.
+        hidden: Width of a hidden layer. None: there is none.
+        seed: Of the hidden layer's first weights, and of the images by which C is chosen or training is stopped.
+
+    Returns:
+        The layers, and how they were trained, in words.
+
+    Raises:
+        ValueError: There is only one class among the images, or there are too few images.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neural_network import MLPClassifier
+
+    present, counts = labels.unique(return_counts=True)
+    if len(present) < 2:
+        raise ValueError(
+            f"All {len(labels)} training images are of one class, so there is nothing to tell apart: check the column "
+            f"of labels and the split."
+        )
+    _check_enough(len(labels), hidden)
+    inputs, targets = features.double().numpy(), labels.numpy()
+    if hidden is None:
+        kept, chosen_by = divide(labels, is_labels=True, seed=seed)
+        best = (-1.0, 0.0)
+        with _quiet():
+            for c in CS if len(np.unique(targets[kept])) > 1 else CS[:1]:
+                tried = LogisticRegression(C=c, max_iter=1000).fit(inputs[kept], targets[kept])
+                best = max(best, (tried.score(inputs[chosen_by], targets[chosen_by]), -c))
+            fitted = LogisticRegression(C=-best[1], max_iter=1000).fit(inputs, targets)
+        layers = [_layer(fitted.coef_, fitted.intercept_)]
+        described = f"logistic regression, C = {-best[1]:.3g} by a fifth of the training images"
+    else:
+        if int(counts.min()) < 2:
+            raise ValueError(
+                f"The class {int(present[counts.argmin()])} has one training image, but a head with a hidden layer "
+                f"needs two of each class. Leave --hidden out, or the class."
+            )
+        scale = math.sqrt(features.shape[1])
+        network = MLPClassifier(hidden, early_stopping=True, n_iter_no_change=20, max_iter=500, random_state=seed)
+        with _quiet():
+            network.fit(inputs * scale, targets)
+        layers, described = _layers_of(network, scale), f"{hidden} hidden units, {network.n_iter_} epochs"
+    layers[-1] = _spread_out(layers[-1], present, count)
+    return layers, described
+
+
+def _check_enough(count: int, hidden: int | None) -> None:
+    fewest = FEWEST if hidden is None else FEWEST_HIDDEN
+    if count < fewest:
+        raise ValueError(
+            f"There are {count} training images, but a head{'' if hidden is None else ' with a hidden layer'} needs at "
+            f"least {fewest}: take another split, or more data."
+        )
+
+
+def _layer(weight: np.ndarray, bias: np.ndarray) -> Layer:
+    return torch.from_numpy(np.array(weight, np.float32)), torch.from_numpy(np.array(bias, np.float32))
+
+
+def _layers_of(network: Any, scale: float) -> list[Layer]:
+    """Return scikit-learn's layers, of which the first takes features that are not scaled."""
+    layers = [_layer(weight.T, bias) for weight, bias in zip(network.coefs_, network.intercepts_, strict=True)]
+    return [(layers[0][0] * scale, layers[0][1]), *layers[1:]]
+
+
+def _spread_out(layer: Layer, present: Tensor, count: int) -> Layer:
+    """Give each of K labels an output, where the layer has those of the labels that are present. Of two it has one."""
+    weight, bias = layer
+    if len(weight) == 1:  # the logit of the second of two
+        weight, bias = torch.cat([torch.zeros_like(weight), weight]), torch.cat([torch.zeros_like(bias), bias])
+    whole = torch.zeros(count, weight.shape[1]), torch.full((count,), NEVER)
+    whole[0][present], whole[1][present] = weight, bias
+    return whole
