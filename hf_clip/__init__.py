@@ -18,7 +18,7 @@ What is public:
 - Configurations: HfClipConfig, HfClipTextConfig, HfClipViTConfig, HfClipResNetConfig; VARIANTS, the nine models, each a
   Variant.
 - Inputs: HfClipProcessor, HfClipTokenizer, HfClipImageProcessor.
-- Tasks: ZeroShotClassifier; encode_images and encode_texts; convert.
+- Tasks: ZeroShotClassifier; load_head; encode_images and encode_texts; convert.
 - As in OpenAI's module: available_models, load, tokenize.
 - Errors: UnreadableImageError, TextError, TextTooLongError, EndOfTextError.
 """
@@ -60,6 +60,7 @@ from .model.tokenization_hf_clip import HfClipTokenizer
 from .model.variants import VARIANTS, Variant
 from .openai import available_models, load, tokenize
 from .zero_shot.classifier import ZeroShotClassifier
+from .zero_shot.embedding_head import load_head
 from .zero_shot.features import TextTooLongError, encode_images, encode_texts
 from .zero_shot.pipeline import register_pipeline as _register_pipeline
 
@@ -126,5 +127,6 @@ __all__ = [
     "encode_images",
     "encode_texts",
     "load",
+    "load_head",
     "tokenize",
 ]

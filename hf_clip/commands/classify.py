@@ -56,12 +56,20 @@ def classify(
         ),
     ],
     labels: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Labels with commas between them; or a file: a label on each line, or JSON with the names of labels.",
             metavar="A,B,C|FILE",
         ),
-    ],
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of labels a head that `hf-clip evaluate head` has trained: its name beside the model, or its "
+            "file.",
+            metavar="NAME|FILE",
+        ),
+    ] = None,
     templates: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,7 +97,7 @@ def classify(
     dtype: Annotated[Dtype, typer.Option(help="The dtype to compute in.")] = Dtype.float32,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
 ) -> None:
-    """Classify the images of folders, files or a data set by labels of your choice.
+    """Classify the images of folders, files or a data set by labels of your choice, or score them by a trained head.
 
     A table has a row for each image: `image`, its path or its number in the data set; `label` and `score`, then
     `label_2` and `score_2` and so on; and `error`, where it could not be opened. The table appears when it is whole.
@@ -101,12 +109,15 @@ def classify(
         hf-clip classify clip-vit-b32/ photos/ --labels "cat,dog,a bird"
 
         hf-clip classify RN50 org/data --labels labels.txt --output scores.csv
+
+        hf-clip classify clip-vit-b32/ photos/ --head aesthetic --output scores.csv
     """
     from tqdm import tqdm
 
     from ..checkpoints.in_memory import load_model
     from ..training.data.image_stream import find_image_items
     from ..zero_shot.classifier import ZeroShotClassifier
+    from ..zero_shot.embedding_head import EmbeddingHead, HeadClassifier, find_head
     from ..zero_shot.files import classify_stream
     from ..zero_shot.pipeline import check_device, default_device
     from ..zero_shot.prompts import DEFAULT_TEMPLATE, parse_labels, read_labels, read_templates
@@ -117,13 +128,23 @@ def classify(
     if output is not None:
         check_table(output)
     check_device(device)
-    names = read_labels(parse_labels(labels))
+    if (labels is None) == (head is None):
+        raise ValueError("Images are classified by labels or by a head: give --labels or --head, and not both.")
+    if head is not None and templates:
+        raise ValueError("--templates are for labels, and a head has no use for them: leave them out.")
+    names = read_labels(parse_labels(labels)) if labels is not None else {}
+    stored = None if head is None else EmbeddingHead.load(find_head(head, model, local_files_only=offline))
     given = DEFAULT_TEMPLATE if not templates else templates[0] if len(templates) == 1 else templates
     read_templates(given)
     found = find_image_items(images, split=split, image_column=image_column, image_folders=image_folders or ())
     loaded, processor = load_model(model, dtype=dtype.value, offline=offline)
     loaded.to(device or default_device())
-    classifier = ZeroShotClassifier(loaded, processor, names, given, progress=False)
+    classifier: ZeroShotClassifier | HeadClassifier
+    if stored is not None:
+        stored.check_model(loaded, processor, f"The head {head}")
+        classifier, names = HeadClassifier(loaded, processor, stored), dict.fromkeys(stored.labels, [])
+    else:
+        classifier = ZeroShotClassifier(loaded, processor, names, given, progress=False)
     top_k = min(top_k, len(names))
     results = classify_stream(classifier, found.items, top_k=top_k, batch_size=batch_size, opener=found.opener)
     if output is None:

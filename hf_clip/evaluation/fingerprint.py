@@ -1,7 +1,7 @@
 """A text that changes when a data set changes, by which features that were kept are found again."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -12,9 +12,13 @@ def _digest(parts: Iterator[str]) -> str:
     return state.hexdigest()
 
 
-def fingerprint_of_files(folder: Path, split: str) -> str:
-    """Return a text that changes when a file is added to a folder, removed, or written anew."""
+def fingerprint_of_files(folder: Path, split: str, without: Sequence[str] = ()) -> str:
+    """Return a text that changes when a file is added to a folder, removed, or written anew.
+
+    `without` names files and folders directly in it that do not count.
+    """
     files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in files if path == folder or path.relative_to(folder).parts[0] not in without]
     states = ((path, path.stat()) for path in files)
     return _digest(
         f"{split} {path.relative_to(folder.parent)} {state.st_size} {state.st_mtime_ns}" for path, state in states

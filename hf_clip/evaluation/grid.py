@@ -26,6 +26,7 @@ from ..checkpoints.whole_file import write_json
 from ..checkpoints.whole_folder import held_folder
 from ..model.checked_files import one_line
 from ..model.configuration_hf_clip import refuse_checkpoint_file
+from ..zero_shot.embedding_head import FOLDER as HEADS
 from .architecture import architecture_of
 from .feature_cache import optimize_and_remember
 from .fingerprint import fingerprint_of_files
@@ -92,10 +93,14 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", name.strip("/.")).strip("_")[-60:] or "unnamed"
 
 
-def _state(name: str) -> str:
+WRITTEN_BESIDE = ("README.md", HEADS)
+"""What evaluation itself writes into a model's folder. It does not change the model."""
+
+
+def state_of(name: str, without: Sequence[str] = ()) -> str:
     """Return a text that changes with a local folder or file; of anything else its name."""
     place = Path(name).expanduser()
-    return fingerprint_of_files(place, "") if place.exists() else name
+    return fingerprint_of_files(place, "", without) if place.exists() else name
 
 
 def cells_of(
@@ -111,8 +116,10 @@ def cells_of(
         options: What else decides a result. Files among them are known by their content's size and time.
     """
     cells = []
-    decided = json.dumps({name: _state(str(value)) for name, value in sorted(options.items()) if value is not None})
-    states = {name: _state(name) for name in {*models, *datasets}}
+    decided = json.dumps({name: state_of(str(value)) for name, value in sorted(options.items()) if value is not None})
+    states = {name: state_of(name) for name in {*datasets}} | {
+        name: state_of(name, WRITTEN_BESIDE) for name in {*models}
+    }
     for model in dict.fromkeys(models):
         for dataset in dict.fromkeys(datasets):
             whole = "\0".join([task, model, dataset, states[model], states[dataset], decided])

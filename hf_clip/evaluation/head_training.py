@@ -133,8 +133,8 @@ def _check_labels(train: LabelledImages, held_out: LabelledImages) -> None:
     if train.labels != held_out.labels:
         differing = sorted({*train.labels} ^ {*held_out.labels}) or train.labels
         raise ValueError(
-            f"The splits {train.split!r} and {held_out.split!r} of {train.name} have different classes ({differing[0]!r} "
-            f"is not in both, or not at one place): pass class names, with --class-names."
+            f"The splits {train.split!r} and {held_out.split!r} of {train.name} have different classes: "
+            f"{differing[0]!r} is not in both, or not at one place. Pass class names, with --class-names."
         )
 
 

@@ -5,7 +5,7 @@ Fine-tuning makes a model better at its data and often worse at others. The aver
 its own: its image features and its matrix of classes are computed anew.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,26 @@ class InterpolationResult:
         """The α with the highest mean, the smallest of several."""
         mean = self.mean
         return self.alphas[mean.index(max(mean))]
+
+    @classmethod
+    def of_records(cls, records: Iterable[dict[str, Any]], alphas: Mapping[str, float]) -> "InterpolationResult | None":
+        """Collect the figures of records, see `reports`. A data set without a figure at every α is left out.
+
+        Args:
+            records: Those of all models on all data sets.
+            alphas: The α of each model, by the model's name in its records.
+
+        Returns:
+            The figures. None if no data set is left.
+        """
+        values: dict[str, dict[float, float]] = {}
+        metrics: dict[str, str] = {}
+        for record in records:
+            metric = metrics.setdefault(record["dataset"], record["metric"])
+            values.setdefault(record["dataset"], {})[alphas[record["pretrained"]]] = record["metrics"][metric]
+        order = sorted(alphas.values())
+        curves = {name: [row[alpha] for alpha in order] for name, row in values.items() if len(row) == len(order)}
+        return cls(order, curves, metrics) if curves else None
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Make header and rows of a table: a row for each α, and a column for each data set and for their mean."""

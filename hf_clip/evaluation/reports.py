@@ -2,7 +2,7 @@
 
 A record is a dictionary with `dataset`, `model`, `pretrained`, `task`, `metrics` and `language`, as CLIP_benchmark
 writes it, and with `split`, `metric`, `count`, `unreadable`, `protocol`, `precision` and `processor`. Figures are
-fractions from 0 to 1, but for median ranks.
+fractions from 0 to 1, but for median ranks, correlations and errors of scores.
 """
 
 import json
@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
 
 from ..checkpoints.whole_file import whole_file
-from ..hub.model_card import markdown_table
+from ..hub.model_card import card_metadata, card_text, markdown_table, name_of
+from ..hub.upload import PublishingError, check_repo_id, explain
 from .few_shot import LP_PLUS_PLUS
 from .linear_probe import PREFIX, LinearProbeResult
 from .paper_data_sets import find_paper_data_set
@@ -23,6 +31,9 @@ TASKS = {
     "retrieval": "zeroshot_retrieval",
     "linear-probe": "linear_probe",
     "compose": "image_caption_selection",
+    "interpolate": "zeroshot_classification",
+    "score-head": "image_scoring",
+    "label-head": "image_head_classification",
 }
 """Our tasks, and CLIP_benchmark's names."""
 
@@ -31,9 +42,15 @@ CARD_TASKS = {
     "zeroshot_retrieval": "image-text-retrieval",
     "linear_probe": "image-classification",
     "image_caption_selection": "image-text-matching",
+    "image_scoring": "image-regression",
+    "image_head_classification": "image-classification",
 }
 
 NOT_FRACTIONS = ("median_rank",)
+CORRELATIONS = ("spearman", "pearson")
+"""Metrics from -1 to 1, which are not shown in per cent."""
+
+IN_ITS_UNIT = ("mean_absolute_error",)
 
 
 def published_figure(dataset: str, architecture: str, task: str) -> float | None:
@@ -114,7 +131,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def shown_figure(name: str, value: float) -> str:
-    """Write a figure for a table: a fraction in per cent, a rank as it is."""
+    """Write a figure for a table: a fraction in per cent; a rank, a correlation and an error as they are."""
+    if name in CORRELATIONS + IN_ITS_UNIT:
+        return f"{value:.3f}" if name in CORRELATIONS else f"{value:.3g}"
     return f"{value:.1f}" if name.endswith(NOT_FRACTIONS) else f"{100 * value:.1f} %"
 
 
@@ -211,9 +230,62 @@ def update_card(folder: str | Path, records: Iterable[dict[str, Any]]) -> Path:
         card = ModelCard.load(path)
     except Exception as error:  # whatever YAML's reader says
         raise ValueError(f"The metadata of {path} cannot be read ({str(error).splitlines()[0]}).") from error
+    _add_results(card, records, Path(folder).resolve().name)
+    write_text(path, str(card))
+    return path
+
+
+def _add_results(card: Any, records: Iterable[dict[str, Any]], name: str) -> None:
     added = [entry for record in records for entry in card_results(record)]
     kept = [entry for entry in card.data.eval_results or [] if not any(_is_of_same(entry, new) for new in added)]
     card.data.eval_results = kept + added
-    card.data.model_name = card.data.model_name or Path(folder).resolve().name
-    write_text(path, str(card))
-    return path
+    card.data.model_name = card.data.model_name or name
+
+
+def check_repository(model: str) -> str:
+    """Return the name of a model that is a repository on the Hub.
+
+    Raises:
+        ValueError: It is a local folder, or no name of a repository.
+    """
+    if Path(model).expanduser().exists():
+        raise ValueError(
+            f"--push puts results into a repository on the Hub, but {model} is a local folder: take --update-card, and "
+            f"publish it with `hf-clip publish`."
+        )
+    return check_repo_id(model)
+
+
+def push_card(repo_id: str, records: Iterable[dict[str, Any]]) -> str:
+    """Put measurements into the model-index of a repository on the Hub. Entries of the same kind are replaced.
+
+    A repository without a card gets one.
+
+    Args:
+        repo_id: The repository, such as "org/clip-vit-b32".
+        records: What was measured of its model.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        PublishingError: The card was not changed. An OSError.
+        ValueError: Its metadata cannot be read.
+    """
+    name = name_of(repo_id)
+    try:
+        try:
+            card = ModelCard.load(repo_id)
+        except RemoteEntryNotFoundError:  # and not LocalEntryNotFoundError, which a failed connection raises too
+            card = ModelCard(card_text(card_metadata(repo_id), f"# {name}"))
+        except ValueError as error:  # whatever is wrong with its YAML
+            raise ValueError(f"The card of {repo_id} cannot be read ({str(error).splitlines()[0]}).") from error
+        _add_results(card, records, name)
+        try:
+            return str(card.push_to_hub(repo_id, commit_message="Add results of hf-clip evaluate"))
+        except ValueError as error:  # a card that the Hub does not accept
+            raise PublishingError(f"{repo_id} was not published: {' '.join(str(error).split())}.") from error
+    except PublishingError:
+        raise
+    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, HTTPError, OSError) as error:
+        raise explain(error, repo_id) from error

@@ -152,6 +152,14 @@ class EmbeddingHead:
                 f"{distance:.2f} away, where {SAME} is the most. {advice}"
             )
 
+    def check_model(self, model: Any, processor: Any, name: str = "this head") -> None:
+        """Compare the embeddings of a model (ours) with those that the head was trained on.
+
+        Raises:
+            ValueError: They are others.
+        """
+        self.check_reference(encode_images(model, processor, reference_image())[0], name)
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all.
 
@@ -234,7 +242,7 @@ def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
         state.update(f"{name}={metadata.get(name)}\0".encode())
     for name, tensor in sorted(tensors.items()):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        state.update(tensor.contiguous().numpy().tobytes())
     return state.hexdigest()
 
 
@@ -317,7 +325,7 @@ def load_head(
     place = source if source is not None else str(getattr(model, "name_or_path", ""))
     path = find_head(head, place, local_files_only=local_files_only)
     found = EmbeddingHead.load(path)
-    found.check_reference(encode_images(model, processor, reference_image())[0], str(path))
+    found.check_model(model, processor, str(path))
     return found
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..model.fetch import is_web_address
 from ..model.open_image import RASTER_FORMATS, UnreadableImageError, open_image
 from .classifier import ZeroShotClassifier
+from .embedding_head import HeadClassifier
 from .features import encode_pixels, image_processor_of
 
 MOST_THREADS = 8
@@ -139,7 +140,7 @@ def in_order(
 
 
 def classify_stream(
-    classifier: ZeroShotClassifier,
+    classifier: ZeroShotClassifier | HeadClassifier,
     items: Iterable[tuple[str, Any]],
     *,
     top_k: int | None = None,
@@ -151,7 +152,7 @@ def classify_stream(
     """Classify images one batch after the other.
 
     Args:
-        classifier: The labels, encoded.
+        classifier: The labels, encoded; or a head.
         items: Names, and what `opener` makes images of; read as they are needed.
         top_k: How many labels to give for each image (default: all).
         batch_size: Images encoded at once.
@@ -168,6 +169,7 @@ def classify_stream(
         return image_processor([opener(item)], return_tensors="pt", **settings)["pixel_values"][0]
 
     threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
+    rank = classifier.head.rank if isinstance(classifier, HeadClassifier) else classifier.matrix.rank
     waiting = in_order(items, make, threads, ahead=2 * batch_size + threads)
     while batch := list(islice(waiting, batch_size)):
         results: list[Classified | None] = []
@@ -178,7 +180,7 @@ def classify_stream(
                 results.append(None)
             except ValueError as error:
                 results.append(Classified(name, error=_in_words(error)))
-        ranked = iter(classifier.matrix.rank(encode_pixels(model, torch.stack(pixels)), top_k) if pixels else [])
+        ranked = iter(rank(encode_pixels(model, torch.stack(pixels)), top_k) if pixels else [])
         for (name, _), result in zip(batch, results, strict=True):
             yield Classified(name, next(ranked)) if result is None else result
 

@@ -7,6 +7,8 @@ import typer
 
 from ..app import in_one_line
 from .compose_task import compose
+from .head_task import head
+from .interpolate_task import interpolate
 from .linear_probe_task import linear_probe
 from .list_task import list_data_sets
 from .retrieval_task import retrieval
@@ -34,6 +36,8 @@ TASKS: dict[str, Callable[..., Any]] = {
     "retrieval": retrieval,
     "linear-probe": linear_probe,
     "compose": compose,
+    "interpolate": interpolate,
+    "head": head,
     "list": list_data_sets,
 }
 """The tasks, in the order of the help. A new task is a name here and a file."""

@@ -15,6 +15,7 @@ from .task_options import (
     Optimize,
     Output,
     Precision,
+    Push,
     Split,
     Threads,
     UpdateCard,
@@ -39,6 +40,7 @@ def compose(
     optimize: Optimize = False,
     threads: Threads = None,
     update_card: UpdateCard = False,
+    push: Push = False,
 ) -> None:
     """Tell right captions from wrong ones with nearly the same words: text, image and group score.
 
@@ -79,4 +81,5 @@ def compose(
         device=device,
         optimize=optimize,
         update_card=update_card,
+        push=push,
     )

@@ -16,6 +16,7 @@ from .task_options import (
     Optimize,
     Output,
     Precision,
+    Push,
     Split,
     Threads,
     UpdateCard,
@@ -46,6 +47,7 @@ def retrieval(
     optimize: Optimize = False,
     threads: Threads = None,
     update_card: UpdateCard = False,
+    push: Push = False,
 ) -> None:
     """Search images by captions and captions by images: recall at 1, 5 and 10, and the median rank, both ways.
 
@@ -90,4 +92,5 @@ def retrieval(
         device=device,
         optimize=optimize,
         update_card=update_card,
+        push=push,
     )

@@ -44,6 +44,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU 
 UpdateCard = Annotated[
     bool, typer.Option("--update-card", help="Put the results into the model-index of a local model's README.md.")
 ]
+Push = Annotated[
+    bool, typer.Option("--push", help="Put the results into the model-index of the models' repositories on the Hub.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads that open images. Default: the number of processors.")]
 
 
@@ -77,18 +80,22 @@ def run_task(
     device: str | None,
     update_card: bool,
     optimize: bool = False,
+    push: bool = False,
     plots: bool = False,
     needs_model: bool = True,
+    resume: bool = True,
 ) -> None:
     """Measure all pairs of a model and a data set, print a table, and end with 1 or 2 if some failed."""
     from pathlib import Path
 
     from ...evaluation.grid import run_grid
-    from ...evaluation.reports import table_rows, text_table
+    from ...evaluation.reports import check_repository, push_card, table_rows, text_table
     from ...evaluation.reports import update_card as write_card
     from ...extras import require
 
     require(f"hf-clip evaluate {task}", "eval")
+    for name in models if push else ():
+        check_repository(name)
     outcome = run_grid(
         task,
         models,
@@ -101,15 +108,18 @@ def run_task(
         device=device,
         optimize=optimize,
         plots=plots,
+        resume=resume,
         say=lambda line: print(line, file=sys.stderr),
         needs_model=needs_model,
     )
     if outcome.records:
         print(text_table(*table_rows(outcome.records)))
         print(f"\n{Path(output) / 'results.json'}")
-    if update_card:
-        for name in dict.fromkeys(record["pretrained"] for record in outcome.records):
-            card = write_card(name, [record for record in outcome.records if record["pretrained"] == name])
-            print(card)
+    for name in dict.fromkeys(record["pretrained"] for record in outcome.records):
+        own = [record for record in outcome.records if record["pretrained"] == name]
+        if update_card:
+            print(write_card(name, own))
+        if push:
+            print(push_card(name, own))
     if outcome.failures:
         raise typer.Exit(2 if outcome.records else 1)

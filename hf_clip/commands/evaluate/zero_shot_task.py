@@ -16,6 +16,7 @@ from .task_options import (
     Optimize,
     Output,
     Precision,
+    Push,
     Split,
     Threads,
     UpdateCard,
@@ -49,6 +50,7 @@ def zero_shot(
     optimize: Optimize = False,
     threads: Threads = None,
     update_card: UpdateCard = False,
+    push: Push = False,
 ) -> None:
     """Classify images by their classes' names: top-1, top-5, mean per-class recall, mAP, calibration error.
 
@@ -93,5 +95,6 @@ def zero_shot(
         device=device,
         optimize=optimize,
         update_card=update_card,
+        push=push,
         plots=not no_plots,
     )

@@ -1,0 +1,112 @@
+"""`hf-clip evaluate head`."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from .task_options import (
+    BatchSize,
+    Cache,
+    DataSets,
+    Device,
+    Dtype,
+    ImageColumn,
+    Models,
+    Precision,
+    Push,
+    Split,
+    Threads,
+    UpdateCard,
+    run_task,
+)
+
+
+def head(
+    model: Models,
+    dataset: DataSets,
+    name: Annotated[str, typer.Option("--name", help="Name of the head: MODEL/heads/NAME.safetensors.")],
+    score_column: Annotated[
+        str | None, typer.Option(help="Column of scores, such as the aesthetic quality. Without it: labels.")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels, if not the only one.")] = None,
+    hidden: Annotated[
+        int | None, typer.Option(help="Width of a hidden layer. Default: none, the head is linear.", min=1)
+    ] = None,
+    output: Annotated[str, typer.Option("--output", help="Folder of the results.", metavar="FOLDER")] = "results",
+    train_split: Annotated[str, typer.Option("--train-split", help="Split to train on.")] = "train",
+    split: Split = None,
+    class_names: Annotated[
+        str | None, typer.Option(help="Names of the classes: a text with one a line, or JSON.", metavar="FILE")
+    ] = None,
+    image_column: ImageColumn = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    batch_size: BatchSize = 32,
+    feature_cache: Cache = None,
+    dtype: Precision = Dtype.float32,
+    device: Device = None,
+    threads: Threads = None,
+    update_card: UpdateCard = False,
+    push: Push = False,
+) -> None:
+    """Train a head on a model's frozen image embeddings, out of scores or labels, and measure it on held-out images.
+
+    The head of a local model is written to MODEL/heads/NAME.safetensors, and that of another one below the results.
+    `hf-clip classify --head NAME` uses it. Data with one split are divided: a fifth is held out at random.
+
+    Examples:
+
+        hf-clip evaluate head --model clip-vit-l14/ --dataset photos.csv --score-column aesthetic --name aesthetic
+
+        hf-clip evaluate head --model clip-vit-b32/ --dataset flowers/ --hidden 512 --name flowers
+    """
+    from pathlib import Path
+
+    from ...evaluation.head_training import evaluate_head
+    from ...zero_shot.embedding_head import check_head_name, path_of_head
+
+    check_head_name(name)
+    if len(dataset) > 1:
+        raise ValueError(f"{len(dataset)} data sets are given, but a head is trained on one: name one, or two heads.")
+
+    def measure(loaded: Any, processor: Any, source: str) -> Any:
+        result = evaluate_head(
+            loaded,
+            processor,
+            source,
+            score_column=score_column,
+            label_column=label_column,
+            hidden=hidden,
+            train_split=train_split,
+            split=split,
+            class_names=class_names,
+            image_column=image_column,
+            seed=seed,
+            batch_size=batch_size,
+            feature_cache=feature_cache,
+            threads=threads,
+            progress=sys.stderr.isatty(),
+        )
+        result.head.model = str(loaded.name_or_path)
+        folder = Path(result.head.model)
+        place = folder if folder.is_dir() else Path(output) / result.head.model.replace("/", "--")
+        result.head.save(path_of_head(place, name))
+        print(f"head: {path_of_head(place, name)}", file=sys.stderr)
+        return result
+
+    options: dict[str, Any] = {"name": name, "score_column": score_column, "label_column": label_column}
+    options |= {"hidden": hidden, "train_split": train_split, "class_names": class_names, "seed": seed}
+    run_task(
+        "label-head" if score_column is None else "score-head",
+        model,
+        dataset,
+        output,
+        measure,
+        options | {"image_column": image_column},
+        split=split,
+        dtype=dtype,
+        device=device,
+        update_card=update_card,
+        push=push,
+        resume=False,
+    )

@@ -1,0 +1,133 @@
+"""`hf-clip evaluate interpolate`."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from .task_options import (
+    BatchSize,
+    Cache,
+    DataSets,
+    Device,
+    Dtype,
+    ImageColumn,
+    Output,
+    Precision,
+    Split,
+    Threads,
+    resolved,
+)
+
+
+def interpolate(
+    pretrained: Annotated[str, typer.Argument(help="The model before fine-tuning, α = 0.", metavar="A")],
+    finetuned: Annotated[str, typer.Argument(help="The model after it, α = 1.", metavar="B")],
+    dataset: DataSets,
+    alphas: Annotated[
+        str, typer.Option(help="Values of α: from, to and step; or a list with commas.", metavar="0:1:0.1|0.3,0.5")
+    ] = "0:1:0.1",
+    output: Output = "results",
+    save_best: Annotated[
+        str | None,
+        typer.Option("--save-best", help="New folder for the model of the α with the highest mean.", metavar="FOLDER"),
+    ] = None,
+    split: Split = None,
+    class_names: Annotated[
+        str | None, typer.Option(help="Names of the classes: a text with one a line, or JSON.", metavar="FILE")
+    ] = None,
+    templates: Annotated[
+        str | None,
+        typer.Option(help="A template with {}, a file of them, a set's name, or prompts by class (JSON, as CuPL's)."),
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric that the table shows. Default: the paper's.")] = None,
+    image_column: ImageColumn = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels, if not the only one.")] = None,
+    batch_size: BatchSize = 32,
+    no_plots: Annotated[bool, typer.Option("--no-plots", help="Draw no picture.")] = False,
+    feature_cache: Cache = None,
+    dtype: Precision = Dtype.float32,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Average a pretrained and a fine-tuned model (WiSE-FT), and measure each average on all data sets.
+
+    Examples:
+
+        hf-clip evaluate interpolate clip-vit-b32/ my-finetune/ --alphas 0:1:0.1 --dataset flowers/ CIFAR10
+    """
+    from pathlib import Path
+
+    from ...checkpoints.whole_folder import check_writable
+    from ...checkpoints.wise_ft import parse_alphas
+    from ...evaluation.grid import WRITTEN_BESIDE, run_grid, state_of
+    from ...evaluation.interpolation import InterpolationResult, load_interpolation
+    from ...evaluation.labelled_images import open_labelled
+    from ...evaluation.reports import text_table
+    from ...evaluation.zero_shot import evaluate_zero_shot
+    from ...extras import require
+    from ...model.checked_files import one_line
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    require("hf-clip evaluate interpolate", "eval")
+    points = {f"{pretrained} to {finetuned}, alpha {alpha:g}": alpha for alpha in parse_alphas(alphas)}
+    if save_best is not None:
+        if Path(save_best).exists() and (not Path(save_best).is_dir() or any(Path(save_best).iterdir())):
+            raise FileExistsError(f"{save_best} exists and is not empty; name a new folder for --save-best.")
+        check_writable(Path(save_best))
+    models, processor = load_interpolation(pretrained, finetuned, dtype.value, device)
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    opened: dict[str, Any] = {}
+    for name in dict.fromkeys(dataset):
+        try:
+            source, chosen, known = resolved(name, split)
+            opened[name] = open_labelled(source, chosen, class_names=class_names, **columns), known
+        except (OSError, ValueError, ImportError) as error:
+            say(f"error: {name}: {one_line(error)}")
+
+    def measure(loaded: Any, processor: Any, name: str) -> Any:
+        data, known = opened[name]
+        return evaluate_zero_shot(
+            loaded,
+            processor,
+            data,
+            templates=templates or data.templates or (known.templates if known else None),
+            metric=metric or (known.metric if known else None),
+            batch_size=batch_size,
+            feature_cache=feature_cache,
+            threads=threads,
+            progress=sys.stderr.isatty(),
+        )
+
+    options = {"class_names": class_names, "templates": templates, "metric": metric} | columns
+    options |= {"ends": " ".join(state_of(name, WRITTEN_BESIDE) for name in (pretrained, finetuned))}
+    outcome = run_grid(
+        "interpolate",
+        list(points),
+        list(opened),
+        output,
+        measure,
+        options=options,
+        split=split,
+        dtype=dtype.value,
+        plots=False,
+        say=say,
+        load=lambda name: (models.at(points[name]), processor),
+    )
+    found = InterpolationResult.of_records(outcome.records, points)
+    if found is not None:
+        print(text_table(*found.rows()))
+        print(f"\nbest mean: {100 * max(found.mean):.1f} % at alpha {found.best:g}")
+        if not no_plots:
+            from ...evaluation.plots import plot_interpolation
+
+            path = Path(output) / f"interpolation--{Path(pretrained).name}--{Path(finetuned).name}.png"
+            plot_interpolation(found, f"{Path(pretrained).name} to {Path(finetuned).name}", path)
+            say(f"picture: {path}")
+        if save_best is not None:
+            models.save(found.best, processor, save_best)
+            print(save_best)
+    if outcome.failures or len(opened) < len({*dataset}):
+        raise typer.Exit(2 if found is not None else 1)
