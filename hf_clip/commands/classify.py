@@ -142,7 +142,7 @@ def classify(
     classifier: ZeroShotClassifier | HeadClassifier
     if stored is not None:
         stored.check_model(loaded, processor, f"The head {head}")
-        classifier, names = HeadClassifier(loaded, processor, stored), dict.fromkeys(stored.labels, [])
+        classifier, names = HeadClassifier(loaded, processor, stored), {label: [label] for label in stored.labels}
     else:
         classifier = ZeroShotClassifier(loaded, processor, names, given, progress=False)
     top_k = min(top_k, len(names))

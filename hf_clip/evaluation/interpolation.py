@@ -92,9 +92,16 @@ class Interpolation:
         Raises:
             FileExistsError: The folder holds files.
         """
-        with whole_folder(folder, overwrite=False) as unfinished:
-            self.at(alpha).save_pretrained(unfinished)
-            processor.save_pretrained(unfinished)
+        weights = interpolate_weights(self.start, self.end, alpha)
+        own = self.model.dtype
+        # Weights of whatever dtype the model computes in are saved as they were averaged.
+        self.model.to(torch.float32).load_state_dict(weights)
+        try:
+            with whole_folder(folder, overwrite=False) as unfinished:
+                self.model.save_pretrained(unfinished)
+                processor.save_pretrained(unfinished)
+        finally:
+            self.model.to(own)
 
 
 def load_interpolation(

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear, normalize
 
 from ..checkpoints.whole_file import whole_file
+from ..model.variants import VARIANTS
 from .features import encode_images
 
 FILE_FORMAT = "hf_clip.embedding_head.1"
@@ -286,7 +287,7 @@ def find_head(head: str | Path, model: str, *, local_files_only: bool = False) -
             f"{model} has no head {text!r}: {there}. Name one of them or a file, or train one with `hf-clip evaluate "
             f"head`."
         )
-    if model.count("/") != 1 or folder.exists():
+    if model.count("/") != 1 or folder.exists() or model in VARIANTS:
         raise FileNotFoundError(f"{model} is no folder beside whose model a head {text!r} could lie: name its file.")
     try:
         return Path(hf_hub_download(model, f"{FOLDER}/{text}{SUFFIX}", local_files_only=local_files_only))

@@ -1,0 +1,69 @@
+"""The layers of heads, on features whose scores and labels are known."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hf_clip.evaluation.correlation import pearson
+from hf_clip.evaluation.head_fits import fit_labels, fit_scores
+from hf_clip.zero_shot.embedding_head import EmbeddingHead, Layer
+
+
+@pytest.fixture(scope="module")
+def features() -> Tensor:
+    torch.manual_seed(0)
+    return normalize(torch.randn(300, 8), dim=-1)
+
+
+def outputs(layers: list[Layer], features: Tensor) -> Tensor:
+    return EmbeddingHead("labels", ["?"] * len(layers[-1][1]), layers, features[0]).outputs(features)
+
+
+def test_linear_score_is_found(features: Tensor):
+    scores = 5.5 + 100 * features @ torch.arange(8).float()
+    layers, described = fit_scores(features[:200], scores[:200])
+    torch.testing.assert_close(outputs(layers, features)[:, 0], scores, rtol=1e-3, atol=0.2)
+    assert described == "ridge regression, λ = 0.0001 by leave-one-out"
+
+
+def test_hidden_layer_finds_what_is_not_linear(features: Tensor):
+    scores = 7 + 40 * features[:, 0].abs()
+    found = {}
+    for hidden in (None, 32):
+        layers, described = fit_scores(features[:240], scores[:240], hidden=hidden)
+        found[hidden] = pearson(outputs(layers, features[240:])[:, 0], scores[240:])
+    assert "32 hidden units" in described
+    assert found[32] > 0.8 > 0.4 > abs(found[None])  # type: ignore[operator]
+    again, _ = fit_scores(features[:240], scores[:240], hidden=32)
+    assert torch.equal(outputs(layers, features), outputs(again, features))
+
+
+@pytest.mark.parametrize("hidden", [None, 16])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_classes_are_told_apart(features: Tensor, hidden: int | None, classes: int):
+    labels = features[:, :classes].argmax(1)
+    layers, _ = fit_labels(features[:240], labels[:240], classes, hidden=hidden)
+    predicted = outputs(layers, features[240:]).argmax(1)
+    assert (predicted == labels[240:]).float().mean() > 0.8
+
+
+def test_class_without_images_has_no_probability(features: Tensor):
+    labels = 1 + 2 * (features[:, 0] > 0).long()  # 1 and 3 of 0 to 4
+    layers, _ = fit_labels(features, labels, 5)
+    probabilities = outputs(layers, features).softmax(-1)
+    assert probabilities[:, [0, 2, 4]].max() == 0
+    assert (probabilities.argmax(1) == labels).float().mean() > 0.9
+
+
+def test_what_nothing_can_be_learned_from(features: Tensor):
+    with pytest.raises(ValueError, match="All 300 training images have the score 3, so there is nothing to learn"):
+        fit_scores(features, torch.full((300,), 3.0))
+    with pytest.raises(ValueError, match="All 300 training images are of one class, so there is nothing to tell"):
+        fit_labels(features, torch.ones(300, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match="There are 9 training images, but a head needs at least 10: take another"):
+        fit_scores(features[:9], features[:9, 0])
+    with pytest.raises(ValueError, match="30 training images, but a head with a hidden layer needs at least 40"):
+        fit_scores(features[:30], features[:30, 0], hidden=8)
+    with pytest.raises(ValueError, match="The class 1 has one training image, but a head with a hidden layer needs"):
+        fit_labels(features, (torch.arange(300) == 7).long(), 2, hidden=8)
