@@ -192,6 +192,12 @@ class InterpolationResult:
         return ["alpha", *curves], body
 
 
+def _name_of(source: Any, place: int) -> str:
+    if isinstance(source, LabelledImages):
+        return source.name
+    return str(source) if isinstance(source, (str, Path)) else f"data set {place}"
+
+
 def evaluate_interpolation(
     pretrained: Any,
     finetuned: Any,
@@ -223,10 +229,9 @@ def evaluate_interpolation(
         print(result.best, result.mean)
     """
     chosen = parse_alphas(alphas if isinstance(alphas, str) else ",".join(map(str, alphas)))
-    names = [
-        str(getattr(source, "name", source)) if isinstance(source, (str, Path, LabelledImages)) else f"data set {n}"
-        for n, source in enumerate(datasets, start=1)
-    ]
+    names = [_name_of(source, place) for place, source in enumerate(datasets)]
+    if len({*names}) < len(names):
+        raise ValueError(f"A data set is named twice: {', '.join(names)}. Name each once.")
     models = Interpolation(pretrained, finetuned)
     results: dict[str, list[ZeroShotResult]] = {name: [] for name in names}
     try:

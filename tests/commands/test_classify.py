@@ -194,6 +194,10 @@ def test_labels_come_from_a_file(name: str, content: str, labels: list[str], tmp
         (["{images}", "--labels", "none.txt"], "There is no file none.txt"),
         (["{images}", "--labels", "my/labels"], "There is no file my/labels of labels"),
         (["{images}", "--labels", "{images}"], "of labels; check the path"),
+        (["{images}", "--labels", "a,b", "--head", "x"], "give --labels or --head, and not both"),
+        (["{images}", "--head", "{file}"], "notes.txt is no readable safetensors file"),
+        (["{images}", "--head", "a b"], "'a b' is no name of a head"),
+        (["{images}", "--head", "x", "--templates", "{{}}"], "--templates are for labels, and a head has no use"),
     ],
 )
 def test_refusals_come_before_the_model_is_loaded(
@@ -201,7 +205,7 @@ def test_refusals_come_before_the_model_is_loaded(
 ):
     places = {"images": folder, "empty": tmp_path, "file": folder / "notes.txt"}
     given = [word.format(**places) for word in words]
-    given += [] if "--labels" in given else ["--labels", "a,b"]
+    given += [] if {"--labels", "--head"} & {*given} else ["--labels", "a,b"]
     assert main(["classify", str(tmp_path / "no-model"), *given]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoModel
 
+from hf_clip import HfClipModel, HfClipProcessor, encode_images
 from hf_clip.commands import app
 from hf_clip.evaluation import grid
 from hf_clip.evaluation.feature_cache import weights_hash
+from hf_clip.zero_shot.embedding_head import EmbeddingHead
 
 from ..evaluation.data_sets import TEMPLATES, captioned, stored_rows, write_class_folders
 from ..neighbours.stock import stock_model
@@ -56,8 +60,9 @@ def test_models_times_data_sets(
     assert len(list((tmp_path / "results" / "cells").glob("*.json"))) == 2
     # Finished cells are skipped, whatever a model would say now; a card takes them all the same.
     monkeypatch.setattr(grid, "load_model", lambda *given: pytest.fail("loaded again"))
-    assert run(*words, "--model", tmp_path / "mine", "--dataset", data / "shapes", "--update-card") == 0
-    assert "measured before" in capsys.readouterr().err
+    for _ in range(2):  # what is written into the card does not make another model
+        assert run(*words, "--model", tmp_path / "mine", "--dataset", data / "shapes", "--update-card") == 0
+        assert "measured before" in capsys.readouterr().err
     assert "zero-shot-image-classification" in (tmp_path / "mine" / "README.md").read_text()
     assert len(json.loads((tmp_path / "results" / "results.json").read_text())) == 2
 
@@ -166,3 +171,95 @@ def test_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with pytest.raises(SystemExit, match="1"):
         runpy.run_module("hf_clip.commands.evaluate", run_name="__main__")
     assert "error: 'RN7' is no model of the paper's" in capsys.readouterr().err
+
+
+def scores_of(digits: Path, folder: Path) -> Path:
+    """A CSV of images with a score, which is their digit."""
+    rows = stored_rows(digits, 40)
+    folder.mkdir()
+    for place, row in enumerate(rows):
+        (folder / f"{place}.png").write_bytes(row["bytes"])
+    lines = [f"{place}.png,{row['label']}" for place, row in enumerate(rows)]
+    (folder / "scores.csv").write_text("\n".join(["image,digit", *lines]))
+    return folder / "scores.csv"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # `datasets` leaves a CSV file open
+def test_head_is_trained_and_used(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model, table = tmp_path / "mine", scores_of(digits, tmp_path / "images")
+    shutil.copytree(digits / "vit", model)
+    words = ["head", "--model", model, "--dataset", table, "--score-column", "digit", "--output", tmp_path / "results"]
+    assert run(*words, "--name", "digit") == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].split()[2:4] == ["spearman", "8"]
+    assert f"head: {model / 'heads' / 'digit.safetensors'}" in err
+    (record,) = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert (record["task"], record["split"], record["count"]) == ("image_scoring", "train", 8)
+    images = [tmp_path / "images" / f"{place}.png" for place in (3, 1)]
+    classify = ["classify", str(model), *map(str, images), "--output", str(tmp_path / "scores.csv")]
+    assert app.main([*classify, "--head", "digit"]) == 0
+    lines = (tmp_path / "scores.csv").read_text().splitlines()
+    assert lines[0] == "image,label,score,error"
+    file = model / "heads" / "digit.safetensors"
+    head = EmbeddingHead.load(file)
+    loaded, processor = HfClipModel.from_pretrained(model).eval(), HfClipProcessor.from_pretrained(model)
+    expected = head.score(encode_images(loaded, processor, images))[:, 0].tolist()
+    assert [line.split(",")[1] for line in lines[1:]] == ["digit", "digit"]
+    assert [float(line.split(",")[2]) for line in lines[1:]] == pytest.approx(expected, abs=1e-4)
+    capsys.readouterr()
+    assert app.main(["classify", str(digits / "resnet"), str(images[0]), "--head", str(file)]) == 1
+    assert f"error: The head {file} was trained on the embeddings of {model}, and this" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--name", "../x", "--dataset", "d"], "error: '../x' is no name of a head: letters, digits"),
+        (["--name", "x", "--dataset", "d", "e"], "error: 2 data sets are given, but a head is trained on one"),
+        (["--name", "x", "--dataset", "{data}", "--score-column", "beauty"], "has no column 'beauty'; its columns are"),
+    ],
+)
+def test_heads_that_are_refused(
+    words: list[str], message: str, digits: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [word.format(data=data / "captions") for word in words]
+    assert run("head", "--model", digits / "vit", *words, "--output", tmp_path) == 1
+    assert message in capsys.readouterr().err
+    assert not (digits / "vit" / "heads").exists()
+
+
+def test_models_between_two(digits: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    other = tmp_path / "tuned"
+    shutil.copytree(digits / "vit", other)
+    model = AutoModel.from_pretrained(other)
+    model.visual_projection.weight.data *= -1
+    model.save_pretrained(other)
+    words = ["interpolate", digits / "vit", other, "--dataset", data / "shapes", data / "absent", "--alphas", "0,0.2,1"]
+    words += ["--templates", data / "templates.txt", "--output", tmp_path / "results"]
+    assert run(*words, "--save-best", tmp_path / "best") == 2
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["alpha", "0", "0.2", "1"]
+    assert err.count("error: ") == 1
+    found = json.loads((tmp_path / "results" / "results.json").read_text())
+    records = {row["pretrained"].rpartition(" ")[2]: row for row in found}
+    assert list(records) == ["0.00", "0.20", "1.00"]
+    shown = [f"{100 * records[alpha]['metrics']['acc1']:.1f}" for alpha in records]
+    assert [line.split()[1] for line in lines[1:4]] == shown
+    best = float(lines[5].rpartition(" ")[2])
+    saved = AutoModel.from_pretrained(tmp_path / "best").visual_projection.weight
+    torch.testing.assert_close(saved, -model.visual_projection.weight * (1 - 2 * best))
+    with Image.open(tmp_path / "results" / "interpolation--vit--tuned.png") as picture:
+        assert picture.width > 500
+    assert run(*words, "--save-best", tmp_path / "best") == 1
+    assert "best exists and is not empty; name a new folder for --save-best" in capsys.readouterr().err
+    assert run(*words) == 2
+    assert capsys.readouterr().err.count("measured before") == 3
+
+
+def test_alphas_and_models_that_do_not_fit(digits: Path, data: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["interpolate", digits / "vit", digits / "resnet", "--dataset", data / "shapes"]
+    assert run(*words, "--alphas", "0:1") == 1
+    assert "error: '0:1' is no α to average with: write '0.5'" in capsys.readouterr().err
+    assert run(*words) == 1
+    assert capsys.readouterr().err.startswith("error: The models cannot be averaged, since their architectures differ:")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image
@@ -22,8 +23,7 @@ Clip = tuple[Any, Any]
 
 def brightness(row: dict[str, Any]) -> float:
     """What a head can learn of an image: how much red it has, from 0 to 10."""
-    image = open_image(row["bytes"])
-    return round(sum(image.getchannel("R").getdata()) / (25.5 * image.width * image.height), 1)
+    return round(float(np.asarray(open_image(row["bytes"]))[..., 0].mean()) / 25.5, 1)
 
 
 def table_of(rows: list[dict[str, Any]], **columns: list[Any]) -> Dataset:
@@ -135,7 +135,7 @@ def test_splits_with_other_classes(small_clip: Clip, tmp_path: Path, rows: list[
     fewer = [row for row in rows[40:] if row["label"] != 3]
     DatasetDict(train=split(rows[:40]), test=split(fewer)).save_to_disk(tmp_path / "data")
     with pytest.raises(
-        ValueError, match=r"The splits 'train' and 'test' of .* have different classes: 'three' is not in"
+        ValueError, match=r"The splits 'train' and 'test' of .* have different classes: '\w+' is not in"
     ):
         evaluate_head(*small_clip, tmp_path / "data")
     names = [DIGITS[place] for place in range(10)]

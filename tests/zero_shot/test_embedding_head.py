@@ -88,7 +88,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path):
         ({"kind": "scores"}, "it has 2 names for one score"),
         ({"kind": "colours"}, "its kind is 'colours', none of scores, labels"),
         ({"reference": torch.zeros(4)}, r"a layer of shape \(2, 3\) follows on 4 inputs"),
-        ({"layers": [(torch.full((2, 3), torch.nan), torch.zeros(2))]}, "other than finite float32 numbers"),
+        (
+            {"layers": [(torch.full((2, 3), torch.nan), torch.zeros(2))]},
+            "its layers hold something other than finite float32 numbers",
+        ),
     ],
 )
 def test_file_that_contradicts_itself_is_damaged(fields: dict[str, Any], problem: str, tmp_path: Path):

@@ -20,6 +20,11 @@ from .task_options import (
 )
 
 
+def _shown(alpha: float) -> str:
+    """Write α with two digits, so that names are in its order; with more if it has more."""
+    return f"{alpha:.2f}" if round(alpha, 2) == alpha else f"{alpha:g}"
+
+
 def interpolate(
     pretrained: Annotated[str, typer.Argument(help="The model before fine-tuning, α = 0.", metavar="A")],
     finetuned: Annotated[str, typer.Argument(help="The model after it, α = 1.", metavar="B")],
@@ -72,7 +77,7 @@ def interpolate(
         print(line, file=sys.stderr)
 
     require("hf-clip evaluate interpolate", "eval")
-    points = {f"{pretrained} to {finetuned}, alpha {alpha:g}": alpha for alpha in parse_alphas(alphas)}
+    points = {f"{pretrained} to {finetuned}, alpha {_shown(alpha)}": alpha for alpha in parse_alphas(alphas)}
     if save_best is not None:
         if Path(save_best).exists() and (not Path(save_best).is_dir() or any(Path(save_best).iterdir())):
             raise FileExistsError(f"{save_best} exists and is not empty; name a new folder for --save-best.")
