@@ -236,5 +236,5 @@ def evaluate_head(
         unreadable=unreadable,
         metric="acc1" if is_labels else "spearman",
     )
-    head.facts = {"metrics": result.metrics, "protocol": result.protocol, "dataset": train_data.name}
+    head.facts = {"metrics": result.metrics, "protocol": result.protocol}
     return result

@@ -278,7 +278,7 @@ def push_card(repo_id: str, records: Iterable[dict[str, Any]]) -> str:
             card = ModelCard.load(repo_id)
         except RemoteEntryNotFoundError:  # and not LocalEntryNotFoundError, which a failed connection raises too
             card = ModelCard(card_text(card_metadata(repo_id), f"# {name}"))
-        except OSError:  # of the Hub or the connection
+        except (HTTPError, OSError):  # of the Hub or the connection
             raise
         except Exception as error:  # whatever YAML's reader says
             raise ValueError(f"The card of {repo_id} cannot be read ({str(error).splitlines()[0]}).") from error

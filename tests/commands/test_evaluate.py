@@ -208,7 +208,7 @@ def test_head_is_trained_and_used(digits: Path, tmp_path: Path, capsys: pytest.C
     assert [float(line.split(",")[2]) for line in lines[1:]] == pytest.approx(expected, abs=1e-4)
     capsys.readouterr()
     assert app.main(["classify", str(digits / "resnet"), str(images[0]), "--head", str(file)]) == 1
-    assert f"error: The head {file} was trained on the embeddings of {model}, and this" in capsys.readouterr().err
+    assert f"error: The head {file} was trained on the embeddings of mine, and this" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from hf_clip.evaluation.scored_images import ScoreError, open_scored
 from hf_clip.model.open_image import open_image
 from hf_clip.zero_shot.features import encode_images
 
+from ..neighbours.stock import stock_model
+
 Clip = tuple[Any, Any]
 
 
@@ -60,6 +62,8 @@ def test_scores_are_those_of_ridge_regression(small_clip: Clip, place: Path, row
     assert found.protocol.startswith("linear head on normalised features, ridge regression, λ = ")
     assert found.protocol.endswith("trained on 40 images of train, measured on the split test")
     found.head.check_model(*small_clip)
+    stock = evaluate_head(stock_model(small_clip[0]), small_clip[1], place, score_column="score")
+    stock.head.check_model(*small_clip)  # `classify` loads the same files as a model of ours
 
 
 def test_one_split_is_divided(small_clip: Clip, rows: list[dict[str, Any]]):

@@ -87,9 +87,10 @@ def head(
             threads=threads,
             progress=sys.stderr.isatty(),
         )
-        result.head.model = str(loaded.name_or_path)
-        folder = Path(result.head.model)
-        place = folder if folder.is_dir() else Path(output) / result.head.model.replace("/", "--")
+        folder = Path(loaded.name_or_path)
+        # The file may be published, and then says nothing of this machine's folders.
+        result.head.model = folder.resolve().name if folder.is_dir() else str(folder)
+        place = folder if folder.is_dir() else Path(output) / str(folder).replace("/", "--")
         result.head.save(path_of_head(place, name))
         print(f"head: {path_of_head(place, name)}", file=sys.stderr)
         return result
