@@ -202,6 +202,7 @@ def evaluate_head(
     held_out_data = _open(dataset, split, columns, is_labels, class_names)
     is_one = not held_out_data.split or held_out_data.split == train_split
     train_data = held_out_data if is_one else _open(dataset, train_split, columns, is_labels, class_names)
+    is_one = is_one or train_data.split == held_out_data.split  # a split may have several names, such as val
     if is_labels:
         _check_labels(train_data, held_out_data)
     embedder = Embedder(model, processor, batch_size=batch_size, threads=threads)

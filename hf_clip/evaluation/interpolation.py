@@ -72,7 +72,7 @@ class Interpolation:
             raise ValueError(
                 f"The models cannot be averaged, since they take images in different ways: {found[0]} of the image "
                 f"processor is {found[1]!r} for the pretrained model and {found[2]!r} for the fine-tuned one. Give "
-                f"both the same preprocessor_config.json."
+                f"both the same settings."
             )
         self.model = finetuned
         self.start, self.end = (

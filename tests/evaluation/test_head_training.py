@@ -19,6 +19,7 @@ from hf_clip.model.open_image import open_image
 from hf_clip.zero_shot.features import encode_images
 
 from ..neighbours.stock import stock_model
+from .data_sets import write_class_folders
 
 Clip = tuple[Any, Any]
 
@@ -73,6 +74,12 @@ def test_one_split_is_divided(small_clip: Clip, rows: list[dict[str, Any]]):
     assert found.protocol.endswith("measured on a fifth of it, held out at random")
     again = evaluate_head(*small_clip, scored(rows), score_column="score", hidden=16)
     assert again.metrics == found.metrics
+
+
+def test_one_split_by_two_names_is_divided(small_clip: Clip, tmp_path: Path, rows: list[dict[str, Any]]):
+    write_class_folders(tmp_path / "data" / "val", rows)
+    found = evaluate_head(*small_clip, tmp_path / "data", train_split="val", split="validation")
+    assert (found.count, found.trained_on) == (12, 48)
 
 
 def test_labels(small_clip: Clip, rows: list[dict[str, Any]]):
