@@ -1,37 +1,22 @@
 """Results on their way into a repository's card, with the real client against a server of our own."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+import pytest
+from huggingface_hub import ModelCard, constants
 
-from ..hub.test_publish import run
-from ..hub_server import HubServer, Repository
+from hf_clip.commands.app import main
+from hf_clip.evaluation import grid
+from hf_clip.evaluation.reports import push_card
+from hf_clip.hub.upload import PublishingError
+from hf_clip.zero_shot.embedding_head import find_head
+
+from ..hub_server import TOKEN, HubServer, Repository
 from .data_sets import write_class_folders
 from .test_reports import zero_shot_record
-
-PUSH = """
-from hf_clip.commands.app import main
-from hf_clip.evaluation.reports import push_card
-from hf_clip.zero_shot.embedding_head import find_head
-folder, record = sys.argv[1], json.loads(sys.argv[2])
-measured = call(main, ["evaluate", "zero-shot", "--model", "org/tiny", "--dataset", folder, "--no-plots", "--push"])
-head = find_head("score", "org/tiny").read_bytes().decode()
-errors = {}
-for repo in ["org/bare", "org/broken", "org/absent", "others/tiny"]:
-    try:
-        push_card(repo, [record])
-    except (OSError, ValueError) as error:
-        errors[repo] = str(error)
-os.environ["HF_TOKEN"] = "somebodys-token"
-try:
-    push_card("org/tiny", [record])
-except OSError as error:
-    errors["token"] = str(error)
-local = call(main, ["evaluate", "zero-shot", "--model", folder, "--dataset", folder, "--push"])
-report(measured=measured, head=head, errors=errors, local=local)
-"""
 
 CARD = """---
 license: mit
@@ -49,41 +34,74 @@ Text.
 """
 
 
-def test_results_go_into_the_card_on_the_hub(digits: Path, tmp_path: Path, rows: list[dict[str, Any]]):
-    write_class_folders(tmp_path / "shapes", rows[:20])
-    files = {file.name: file.read_bytes() for file in (digits / "vit").iterdir()}
-    with HubServer() as server:
-        repositories = server.hub.repositories
-        for name, own in {
-            "org/tiny": files | {"README.md": CARD.encode(), "heads/score.safetensors": b"a head"},
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The Hub of this process, with three repositories."""
+    with HubServer() as running:
+        address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, running.url)
+        settings = {"ENDPOINT": running.url, "HUGGINGFACE_CO_URL_TEMPLATE": address, "HF_HUB_OFFLINE": False}
+        for name, value in (settings | {"HF_HUB_CACHE": str(tmp_path / "cache")}).items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        for name, files in {
+            "org/tiny": {"README.md": CARD.encode(), "heads/score.safetensors": b"a head"},
             "org/bare": {"config.json": b"{}"},
             "org/broken": {"README.md": b"---\nlicense: [mit\n---\n"},
-            "others/tiny": {"README.md": CARD.encode()},
         }.items():
-            repositories[name] = Repository()
-            repositories[name].commit(own, "main", "initial commit")
-        found = run(PUSH, server, tmp_path, tmp_path / "shapes", json.dumps(zero_shot_record()))
-        status, out, err = found["measured"]
-        assert status == 0, err
-        assert out.splitlines()[-1].startswith(f"{server.url}/org/tiny/")
-        assert repositories["org/tiny"].messages == ["initial commit", "Add results of hf-clip evaluate"]
-        card = ModelCard(server.hub.uploaded("org/tiny")["README.md"].decode())
-        assert card.text.strip() == "# Tiny\n\nText."
-        entries = {(entry.dataset_type, entry.metric_type): entry.metric_value for entry in card.data.eval_results}
-        assert entries["other", "acc1"] == 0.1
-        assert (
-            entries["shapes", "acc1"]
-            == json.loads((tmp_path / "results" / "results.json").read_text())[0]["metrics"]["acc1"]
-        )
-        bare = ModelCard(server.hub.uploaded("org/bare")["README.md"].decode())
-        assert (bare.data.model_name, len(bare.data.eval_results)) == ("bare", 2)
-    assert found["head"] == "a head"
-    errors = found["errors"]
-    assert errors["org/broken"].startswith("The card of org/broken cannot be read (")
-    assert "org/absent was not published: there is no such model repository" in errors["org/absent"]
-    assert errors["others/tiny"].startswith("others/tiny was not published: ")
-    assert errors["token"].startswith("org/tiny was not published: the Hub doesn't know your token")
-    status, _, err = found["local"]
-    assert status == 1
-    assert "--push puts results into a repository on the Hub, but" in err
-    assert err.endswith("is a local folder: take --update-card, and publish it with `hf-clip publish`.\n")
+            running.hub.repositories[name] = Repository()
+            running.hub.repositories[name].commit(files, "main", "initial commit")
+        yield running
+
+
+def card_of(server: HubServer, name: str) -> ModelCard:
+    return ModelCard(server.hub.uploaded(name)["README.md"].decode())
+
+
+def test_results_go_into_the_card_on_the_hub(
+    server: HubServer,
+    small_clip: Any,
+    tmp_path: Path,
+    rows: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(grid, "load_model", lambda *given: small_clip)
+    words = ["evaluate", "zero-shot", "--dataset", str(write_class_folders(tmp_path / "shapes", rows[:20]))]
+    words += ["--output", str(tmp_path / "results"), "--no-plots", "--push", "--model"]
+    assert main([*words, "org/tiny"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{server.url}/org/tiny/")
+    assert server.hub.repositories["org/tiny"].messages == ["initial commit", "Add results of hf-clip evaluate"]
+    card = card_of(server, "org/tiny")
+    assert card.text.strip() == "# Tiny\n\nText."
+    entries = {(entry.dataset_type, entry.metric_type): entry.metric_value for entry in card.data.eval_results}
+    assert entries["other", "acc1"] == 0.1
+    (record,) = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert entries["shapes", "acc1"] == pytest.approx(record["metrics"]["acc1"], abs=1e-4)
+    assert find_head("score", "org/tiny").read_bytes() == b"a head"
+    # A local model is refused before it is measured.
+    assert main([*words, str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "error: --push puts results into a repository on the Hub, but" in error
+    assert error.endswith("is a local folder: take --update-card, and publish it with `hf-clip publish`.\n")
+
+
+def test_repository_without_a_card_gets_one(server: HubServer):
+    push_card("org/bare", [zero_shot_record(value=0.7)])
+    push_card("org/bare", [zero_shot_record(value=0.9)])
+    card = card_of(server, "org/bare")
+    assert card.data.model_name == "bare"
+    assert {entry.metric_type: entry.metric_value for entry in card.data.eval_results} == {"acc1": 0.9, "ece": 0.05}
+
+
+def test_what_the_hub_refuses_is_one_line(server: HubServer, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match=r"The card of org/broken cannot be read \("):
+        push_card("org/broken", [zero_shot_record()])
+    with pytest.raises(PublishingError, match="org/absent was not published: there is no such model repository"):
+        push_card("org/absent", [zero_shot_record()])
+    monkeypatch.setenv("HF_TOKEN", "somebodys-token")
+    with pytest.raises(PublishingError, match="org/tiny was not published: the Hub doesn't know your token"):
+        push_card("org/tiny", [zero_shot_record()])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PublishingError, match="org/tiny was not published: HF_HUB_OFFLINE=1 forbids all traffic"):
+        push_card("org/tiny", [zero_shot_record()])
+    assert all(repository.messages == ["initial commit"] for repository in server.hub.repositories.values())
