@@ -15,6 +15,7 @@ from .task_options import (
     ImageColumn,
     Output,
     Precision,
+    Push,
     Split,
     Threads,
     UpdateCard,
@@ -38,13 +39,15 @@ def read_shots(text: str | None) -> list[int]:
 
 
 def check_sources(
-    model: list[str], dataset: list[str], features: str | None, save_features: str | None, update_card: bool
+    model: list[str], dataset: list[str], features: str | None, save_features: str | None, update_card: bool, push: bool
 ) -> None:
     """Raise ValueError unless there is either a file of features, or models and data sets."""
     if features is not None:
         for option, given in (("--model", model), ("--dataset", dataset), ("--save-features", save_features)):
             if given:
                 raise ValueError(f"--features is what a model has made of a data set already: leave {option} out.")
+        if push:
+            raise ValueError("--push needs the model's repository: name it with --model, in place of --features.")
         if update_card:
             raise ValueError("--update-card needs the model's folder: name it with --model, in place of --features.")
         return
@@ -113,6 +116,7 @@ def linear_probe(
     device: Device = None,
     threads: Threads = None,
     update_card: UpdateCard = False,
+    push: Push = False,
 ) -> None:
     """Fit a linear classifier to frozen features and measure it: all metrics of zero-shot, by a named protocol.
 
@@ -133,7 +137,7 @@ def linear_probe(
     from ...evaluation.probe_encoding import encode_splits
 
     models, datasets, shots = model or [], dataset or [], read_shots(few_shot)
-    check_sources(models, datasets, features, save_features, update_card)
+    check_sources(models, datasets, features, save_features, update_card, push)
     progress = sys.stderr.isatty()
 
     def encode(loaded: Any, processor: Any, name: str) -> Any:
@@ -195,6 +199,7 @@ def linear_probe(
         dtype=dtype,
         device=device,
         update_card=update_card,
+        push=push,
         plots=not no_plots,
         needs_model=given is None,
     )
