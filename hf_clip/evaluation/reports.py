@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from ..checkpoints.whole_file import whole_file
-from ..hub.model_card import card_metadata, card_text, markdown_table, name_of
+from ..hub.model_card import markdown_table, name_of
 from ..hub.upload import PublishingError, check_repo_id, explain
 from .few_shot import LP_PLUS_PLUS
 from .linear_probe import PREFIX, LinearProbeResult
@@ -277,7 +277,7 @@ def push_card(repo_id: str, records: Iterable[dict[str, Any]]) -> str:
         try:
             card = ModelCard.load(repo_id)
         except RemoteEntryNotFoundError:  # and not LocalEntryNotFoundError, which a failed connection raises too
-            card = ModelCard(card_text(card_metadata(repo_id), f"# {name}"))
+            card = ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
         except (HTTPError, OSError):  # of the Hub or the connection
             raise
         except Exception as error:  # whatever YAML's reader says

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, hf_api
 
 from hf_clip.commands.app import main
 from hf_clip.evaluation import grid
@@ -42,6 +42,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
         settings = {"ENDPOINT": running.url, "HUGGINGFACE_CO_URL_TEMPLATE": address, "HF_HUB_OFFLINE": False}
         for name, value in (settings | {"HF_HUB_CACHE": str(tmp_path / "cache")}).items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", running.url)  # that of `upload_file`, which was made at import
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         for name, files in {
             "org/tiny": {"README.md": CARD.encode(), "heads/score.safetensors": b"a head"},
@@ -93,6 +94,7 @@ def test_repository_without_a_card_gets_one(server: HubServer):
     assert {entry.metric_type: entry.metric_value for entry in card.data.eval_results} == {"acc1": 0.9, "ece": 0.05}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a temporary folder of the client's
 def test_what_the_hub_refuses_is_one_line(server: HubServer, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"The card of org/broken cannot be read \("):
         push_card("org/broken", [zero_shot_record()])
