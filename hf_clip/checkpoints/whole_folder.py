@@ -235,16 +235,18 @@ def _open_to_others(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
+    """Whether an error of any library says that there is no room."""
     if isinstance(error, OSError) and error.errno in FULL:
         return True
     said = str(error).lower()
     return isinstance(error, Exception) and any(words in said for words in FULL_WORDS)
 
 
-def _free(place: Path) -> int | None:
+def free_bytes(place: Path) -> int | None:
+    """What is free on the disk of a folder, which need not be there; None where that is not known."""
     try:
-        return shutil.disk_usage(place).free
+        return shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
     except OSError:
         return None
 
@@ -285,7 +287,7 @@ def whole_folder(
         _check_unused(out, overwrite)
         # Inside a folder that exists, since it may be a file system of its own; else beside its place.
         place = out if out.is_dir() else out.parent
-        free = _free(place)
+        free = free_bytes(place)
         if needed is not None and free is not None and free < needed:
             raise DiskFullError(out, needed, free)
         unfinished = Path(tempfile.mkdtemp(prefix=_hidden(out, "unfinished"), dir=place))
@@ -293,8 +295,8 @@ def whole_folder(
             yield unfinished
         except BaseException as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            if _is_full(error):
-                raise DiskFullError(out, needed, _free(place)) from error
+            if is_full(error):
+                raise DiskFullError(out, needed, free_bytes(place)) from error
             raise
         try:
             _open_to_others(unfinished)

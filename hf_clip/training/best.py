@@ -1,19 +1,26 @@
 """The weights that were best at `--metric_for_best_model` so far, and the end of a run that finds no better ones.
 
-They lie in output_dir/checkpoints/best/model.safetensors, with their step in the file's header.
+They lie in output_dir/checkpoints/best/model.safetensors, with their step and a digest of both in the file's header.
 """
 
+import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from ..checkpoints.whole_file import whole_file
-from .checkpoint import FOLDER, RunState
+from ..checkpoints.whole_folder import DiskFullError, free_bytes, is_full
+from .agreement import of_main_process
+from .checkpoint import FOLDER
 from .config import TrainingConfig
 from .learner import Learner
+from .run_state import RunState
 
 BEST = "best"
 
@@ -30,36 +37,62 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     )
 
 
+def _digest(weights: dict[str, Tensor], step: str) -> str:
+    """Of the weights' names, kinds, shapes and bytes, and of their step."""
+    found = hashlib.sha256(step.encode())
+    for name, tensor in sorted(weights.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def step_of_best(output_dir: str | Path) -> int | None:
     """After which step the best weights were; None where there are none.
 
     Raises:
         ValueError: their file is damaged.
     """
-    path = _path(output_dir)
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return int(file.metadata()["step"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, error) from error
+    return _read(_path(output_dir))[0] if _path(output_dir).is_file() else None
 
 
 def load_best(output_dir: str | Path) -> dict[str, Tensor]:
     """The best weights by name. Raises ValueError where their file is damaged."""
+    return _read(_path(output_dir))[1]
+
+
+def _read(path: Path) -> tuple[int, dict[str, Tensor]]:
     try:
-        return load_file(_path(output_dir))
-    except (SafetensorError, OSError) as error:
-        raise _damaged(_path(output_dir), error) from error
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        step = int(about["step"])
+        if about.get("digest", digest := _digest(weights, about["step"])) != digest:  # the oldest have none
+            raise ValueError("they are not as they were written: their checksum differs")
+        return step, weights
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
 
 
 def save_best(accelerator: Any, output_dir: str | Path, weights: dict[str, Tensor], step: int) -> None:
-    """Keep these weights, of this step, as the best so far. Every process calls this."""
-    if accelerator.is_main_process:
-        with whole_file(_path(output_dir)) as unfinished:
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished, {"step": str(step)})
-    accelerator.wait_for_everyone()
+    """Keep these weights, of this step, as the best so far. Every process calls this.
+
+    Raises:
+        DiskFullError: there is no room. Those that were there are whole.
+    """
+    path = _path(output_dir)
+
+    def write() -> None:
+        about = {"step": str(step), "digest": _digest(weights, str(step))}
+        try:
+            with whole_file(path) as unfinished:
+                save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished, about)
+        except Exception as error:
+            if is_full(error):
+                needed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+                raise DiskFullError(path.parent, needed, free_bytes(path.parent)) from error
+            raise
+
+    of_main_process(accelerator, write)
 
 
 class BestWeights:
@@ -82,8 +115,16 @@ class BestWeights:
         if state.best is not None and figures[metric] <= state.best:
             state.evaluations_since += 1
             return
+        accelerator = self.learner.accelerator
+        try:
+            save_best(accelerator, self.config.output_dir, self.learner.weights(), state.step)
+        except DiskFullError as error:
+            if not self.config.keep_going_without_checkpoints:
+                raise
+            if accelerator.is_main_process:
+                tqdm.write(f"warning: {error} The best weights before stay the best.", file=sys.stderr)
+            return
         state.best, state.best_step, state.evaluations_since = figures[metric], state.step, 0
-        save_best(self.learner.accelerator, self.config.output_dir, self.learner.weights(), state.step)
 
     def is_given_up(self) -> bool:
         """Whether there was no new best for so many evaluations that the run ends."""

@@ -1,11 +1,12 @@
 """Checkpoints: a run's states in a folder, from which it can go on.
 
-    output_dir/checkpoints/step-00001000/     model, optimizer, schedule and random states (see states.py), and
-                                              run.json: step, position in the data, the best figure so far
+    output_dir/checkpoints/step-00001000/     model, optimizer, schedule and random states (see states.py),
+                                              run.json: step, position in the data, the best figure so far, and
+                                              SHA256SUMS: a digest of each file
     output_dir/checkpoints/best/              the weights that were best (see best.py)
 
-A checkpoint is written under another name and renamed when all its files are there. So whatever has a checkpoint's name
-is complete.
+A checkpoint is written under another name, and renamed when all its files are on the disk. Before one is removed it is
+renamed too. So whatever has a checkpoint's name was complete, and its digests tell whether it still is.
 
 Every process calls every function here, at the same step.
 """
@@ -13,59 +14,26 @@ Every process calls every function here, at the same step.
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ..checkpoints.whole_file import write_json
-from ..model.checked_files import read_json
+from ..checkpoints.whole_folder import free_bytes, is_full
+from .agreement import done_together, of_main_process
+from .checksums import SUMS, check_checksums, sync_folder, write_checksums
 from .data.bad_rows import BadRows
 from .learner import Learner
-from .option_names import RENAMED
 from .plan import Plan
-from .states import load_states, save_states
+from .run_state import FORMAT, PREFIX, STATE, OlderFormatError, RunState, parse_state
+from .states import load_states, save_states, states_size
 
 FOLDER = "checkpoints"
-PREFIX = "step-"
-STATE = "run.json"
 UNFINISHED = ".unfinished"
-FORMAT = 2
-"""Of a checkpoint's files; the first was accelerate's own."""
-
-COUNTED = {"drawn": int, "bad": int, "cut": int, "first": str}
-"""What run.json says of each process's bad rows; the oldest have no `cut`."""
-
-
-@dataclass
-class RunState:
-    """Where a run stands. This is what run.json holds.
-
-    Attributes:
-        format: of the checkpoint's files, see `FORMAT`.
-        step: optimizer steps that are done.
-        epoch, batch: the position in the data, see `Position`.
-        best, best_step: the best figure so far and its step.
-        evaluations_since: evaluations since then.
-        losses, accuracies: of the batches since the last record.
-        bad_rows: for each process the state of its counter, see `BadRows`.
-        identity: what a resumed run must have in common with this one.
-    """
-
-    format: int = FORMAT
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    best: float | None = None
-    best_step: int = 0
-    evaluations_since: int = 0
-    losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
-    bad_rows: list[dict[str, Any]] = field(default_factory=list)
-    identity: dict[str, Any] = field(default_factory=dict)
-
 
 # --- the folders -----------------------------------------------------------------------------------------------------
 
@@ -82,7 +50,9 @@ def step_of(folder: Path) -> int:
 
 
 def find_checkpoint(output_dir: str | Path, resume: str) -> Path:
-    """The folder that `--resume_from_checkpoint` means.
+    """The checkpoint that `--resume_from_checkpoint` means, each file of which is as it was written.
+
+    Of damaged ones that are passed over for it, a line is printed.
 
     Args:
         output_dir: of the run.
@@ -90,113 +60,97 @@ def find_checkpoint(output_dir: str | Path, resume: str) -> Path:
 
     Raises:
         FileNotFoundError: there is none. The message names those that there are.
+        ValueError: it is damaged, or `latest` and all are; or it is of another version (`OlderFormatError`).
     """
     found = list_checkpoints(output_dir)
-    if resume == "latest":
-        if not found:
-            raise FileNotFoundError(f"There is no checkpoint in {Path(output_dir, FOLDER)} to go on from.")
-        return found[-1]
-    folder = Path(resume)
-    if folder.resolve() not in [path.resolve() for path in found]:
-        listed = ", ".join(str(path) for path in found) or "none"
-        raise FileNotFoundError(f"There is no whole checkpoint {folder}; those of {output_dir}: {listed}.")
-    return folder
-
-
-def remove_older(output_dir: str | Path, keep: int) -> None:
-    """Remove all checkpoints but the last `keep`. The main process calls this once the last has proved to be of use."""
-    for folder in list_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(folder)
-
-
-def remove_unfinished(output_dir: str | Path) -> None:
-    """Remove what a run left that was killed while it wrote. Only the program that holds the folder may call this."""
-    checkpoints = Path(output_dir, FOLDER)
-    for path in (*checkpoints.glob(f".{PREFIX}*{UNFINISHED}"), *checkpoints.glob(f"*/.model*{UNFINISHED}")):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-class OlderFormatError(ValueError):
-    """A checkpoint has files of another version, which this one does not read."""
+    if resume != "latest":
+        folder = Path(resume)
+        if folder.resolve() not in [path.resolve() for path in found]:
+            listed = ", ".join(str(path) for path in found) or "none"
+            raise FileNotFoundError(f"There is no whole checkpoint {folder}; those of {output_dir}: {listed}.")
+        read_state(folder)
+        return folder
+    if not found:
+        raise FileNotFoundError(f"There is no checkpoint in {Path(output_dir, FOLDER)} to go on from.")
+    damaged = []
+    for folder in reversed(found):
+        try:
+            read_state(folder)
+        except OlderFormatError:
+            raise
+        except ValueError as error:
+            damaged.append(error)
+        else:
+            for passed_over in damaged:
+                line = str(passed_over).partition(" Go on from another")[0]
+                sys.stderr.write(f"warning: {line} The run goes on from {folder}.\n")
+            return folder
+    raise damaged[0]
 
 
 def read_state(folder: Path) -> RunState:
-    """Where a checkpoint's run stood. Options that were renamed since have their present names.
+    """Where a checkpoint's run stood, after all its files were compared with their digests.
 
     Raises:
-        ValueError: run.json is damaged, or of another version (`OlderFormatError`).
+        ValueError: the checkpoint is damaged, or of another version (`OlderFormatError`).
     """
     try:
-        values = read_json(folder / STATE)
-        _check_format(folder, values)
-        state = RunState(**values)
-        _check_types(state)
+        return _checked_state(folder)
     except OlderFormatError:
         raise
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(folder, error) from error
-    state.identity = {RENAMED.get(name, name): value for name, value in state.identity.items()}
+
+
+def _checked_state(folder: Path) -> RunState:
+    state = parse_state(folder)
+    if state.format > 2 or (folder / SUMS).exists():
+        check_checksums(folder)
     return state
 
 
-def check_identity(folder: Path, state: RunState, identity: dict[str, Any]) -> None:
-    """Refuse a checkpoint of a run that differs from this one.
-
-    Args:
-        folder: of the checkpoint.
-        state: as `read_state` returns it.
-        identity: of this run, see `Plan.identity`.
-
-    Raises:
-        ValueError: an option, the number of steps or processes, or the launcher's settings differ.
-    """
-    for name, value in identity.items():
-        if (written := state.identity.get(name)) != value:
-            raise ValueError(
-                f"{folder} was written by a run with {name} {written!r}, and this one has {value!r}: it could not go "
-                f"on where that stopped. Start anew, or resume with the same options."
-            )
+def _is_whole(folder: Path) -> bool:
+    try:
+        _checked_state(folder)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+    return True
 
 
 def _damaged(folder: Path, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, UnpicklingError) or "weights_only" in str(error):  # torch tells how to read it nevertheless
         reason = "one of its files holds other things than tensors and numbers, or is cut off"
-    others = [str(path) for path in list_checkpoints(folder.parent.parent) if path.name != folder.name]
-    advice = "There is no other: start anew"
-    if others:
-        advice = f"Go on from another with --resume_from_checkpoint {others[-1]}"
+    others = (path for path in reversed(list_checkpoints(folder.parent.parent)) if path.name != folder.name)
+    other = next(filter(_is_whole, others), None)
+    advice = "There is no other that is whole: start anew"
+    if other is not None:
+        advice = f"Go on from another with --resume_from_checkpoint {other}"
     return ValueError(f"The checkpoint {folder} is damaged ({reason}). {advice}.")
 
 
-def _check_format(folder: Path, values: Any) -> None:
-    if isinstance(values, dict) and "step" in values and (found := values.get("format", 1)) != FORMAT:
-        reason = "some of its files could run code when they are read" if found == 1 else "this one cannot read it"
-        raise OlderFormatError(
-            f"The checkpoint {folder} was written by another version of hf_clip (format {str(found)[:20]}, this one's "
-            f"is {FORMAT}): {reason}. Go on with the version that wrote it, or start anew."
-        )
+def remove_older(output_dir: str | Path, keep: int) -> None:
+    """Remove all checkpoints but the last `keep`. The main process calls this once the last has proved to be of use."""
+    for folder in list_checkpoints(output_dir)[:-keep]:
+        _remove(folder)
 
 
-def _check_types(state: RunState) -> None:
-    """Raises ValueError for values that no run wrote."""
-    for known in fields(RunState):
-        value, usual = getattr(state, known.name), getattr(RunState(), known.name)
-        is_right = value is None or type(value) in (int, float) if known.name == "best" else type(value) is type(usual)
-        if not is_right or (type(value) is int and value < 0):
-            raise ValueError(f"{known.name} in {STATE} is {str(value)[:50]!r}")
-    if any(type(number) not in (int, float) for number in (*state.losses, *state.accuracies)):
-        raise ValueError(f"losses and accuracies in {STATE} are not all numbers")
-    if state.bad_rows and len(state.bad_rows) != state.identity.get("processes"):
-        raise ValueError(f"bad_rows in {STATE} has {len(state.bad_rows)} counters, which is not one for each process")
-    for counter in state.bad_rows:
-        values = {"cut": 0} | counter if isinstance(counter, dict) else {}
-        is_right = values.keys() == COUNTED.keys() and all(type(values[name]) is kind for name, kind in COUNTED.items())
-        if not is_right or min(values["drawn"], values["bad"], values["cut"]) < 0:
-            raise ValueError(f"bad_rows in {STATE} has {str(counter)[:50]!r}")
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, which has no checkpoint's name any more while it is incomplete."""
+    removed = folder.with_name(f".{folder.name}-removed{UNFINISHED}")
+    shutil.rmtree(removed, ignore_errors=True)
+    os.replace(folder, removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_unfinished(output_dir: str | Path) -> None:
+    """Remove what a run left that was killed while it wrote. Only the program that holds the folder may call this."""
+    out, checkpoints = Path(output_dir), Path(output_dir, FOLDER)
+    of_files = [
+        path for path in out.glob(f".*{UNFINISHED}") if re.fullmatch(rf".+-[0-9a-f]{{32}}\{UNFINISHED}", path.name)
+    ]
+    for path in (*checkpoints.glob(f".{PREFIX}*{UNFINISHED}"), *checkpoints.glob(f"*/.model*{UNFINISHED}"), *of_files):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 # --- of one run ------------------------------------------------------------------------------------------------------
@@ -211,33 +165,35 @@ class Checkpoints:
     """
 
     def __init__(self, plan: Plan, learner: Learner, bad_rows: BadRows):
-        """Begin a run, or restore what the checkpoint holds that `--resume_from_checkpoint` names.
+        """Begin a run, or restore what the checkpoint holds that the plan starts from.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint.
-            ValueError: it is damaged, or of another run.
+            ValueError: it is damaged.
         """
         self.config, self.learner, self.bad_rows = plan.config, learner, bad_rows
         self.state = RunState(identity=plan.identity())
-        self.last: Path | None = None
+        self.last = plan.start
         self.is_last_proved = True
-        if self.config.resume_from_checkpoint is not None:
-            self.last = find_checkpoint(self.config.output_dir, self.config.resume_from_checkpoint)
+        if self.last is not None:
             self.state = self._load(self.last, plan)
         self.resumed_at = self.state.step
         self.remember_step()
 
     def _load(self, folder: Path, plan: Plan) -> RunState:
-        state = read_state(folder)
-        check_identity(folder, state, plan.identity())
+        state, accelerator = parse_state(folder), self.learner.accelerator
+        written_by = int(state.identity.get("processes", accelerator.num_processes))
+        state.identity, state.format = plan.identity(), FORMAT
         try:
-            load_states(self.learner, folder)
+            load_states(self.learner, folder, written_by)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a damaged file makes its reader do
             raise _damaged(folder, error) from error
-        if state.bad_rows:
-            self.bad_rows.load_state_dict(state.bad_rows[self.learner.accelerator.process_index])
+        if len(state.bad_rows) == accelerator.num_processes:
+            self.bad_rows.load_state_dict(state.bad_rows[accelerator.process_index])
+        elif accelerator.is_main_process:  # of another number of processes: what counts is their sum
+            for counter in state.bad_rows:
+                self.bad_rows.add_state_dict(counter)
         return state
 
     def remember_step(self) -> None:
@@ -249,14 +205,24 @@ class Checkpoints:
         """Whether batches were counted since the last whole step."""
         return (self.state.epoch, self.state.batch) != self._whole_step[:2]
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write a checkpoint, and remove those of later steps, which a run that went back left.
 
         Older ones stay until `prove`, since these weights may be those that the next loss is no number with.
 
         Raises:
             ValueError: weights are no numbers.
+            UnwrittenCheckpointError: there is no room, and the run is not to go on without.
         """
+        try:
+            self._save()
+        except UnwrittenCheckpointError as error:
+            if not self.config.keep_going_without_checkpoints:
+                raise
+            if self.learner.accelerator.is_main_process:
+                tqdm.write(f"warning: {error.what} The run goes on without.", file=sys.stderr)
+
+    def _save(self) -> None:
         from accelerate.utils import gather_object
 
         if not self.learner.are_weights_finite():
@@ -264,27 +230,44 @@ class Checkpoints:
         self.state.bad_rows = gather_object([self.bad_rows.state_dict()])
         self.last = self._write()
         self.is_last_proved = False
-        return self.last
 
     def _write(self) -> Path:
-        accelerator, output_dir = self.learner.accelerator, self.config.output_dir
-        folder = Path(output_dir, FOLDER) / f"{PREFIX}{self.state.step:08}"
-        unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
-        if accelerator.is_main_process:
+        folder = Path(self.config.output_dir, FOLDER) / f"{PREFIX}{self.state.step:08}"
+        unfinished, accelerator = folder.with_name(f".{folder.name}{UNFINISHED}"), self.learner.accelerator
+        needed = states_size(self.learner)
+
+        def begin() -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
+            free = free_bytes(folder.parent)
+            if free is not None and free < needed:
+                raise self._no_room(folder, needed)
             unfinished.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        save_states(self.learner, unfinished)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+
+        def finish() -> None:
             write_json(unfinished / STATE, asdict(self.state))
-            shutil.rmtree(folder, ignore_errors=True)
+            write_checksums(unfinished)
+            if folder.exists():
+                _remove(folder)
             os.replace(unfinished, folder)
-            for other in list_checkpoints(output_dir):
+            sync_folder(folder.parent)
+            for other in list_checkpoints(self.config.output_dir):
                 if step_of(other) > self.state.step:
-                    shutil.rmtree(other)
-        accelerator.wait_for_everyone()
+                    _remove(other)
+
+        try:
+            of_main_process(accelerator, begin)
+            done_together(lambda: save_states(self.learner, unfinished))
+            of_main_process(accelerator, finish)
+        except Exception as error:
+            if accelerator.is_main_process:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if is_full(error) and not isinstance(error, UnwrittenCheckpointError):
+                raise self._no_room(folder, needed) from error
+            raise
         return folder
+
+    def _no_room(self, folder: Path, needed: int) -> "UnwrittenCheckpointError":
+        return UnwrittenCheckpointError(folder, needed, free_bytes(folder.parent), self.last)
 
     def save_whole_step(self) -> str:
         """See to it that there is a checkpoint of the last whole step.
@@ -297,7 +280,10 @@ class Checkpoints:
         if self.last is None or step_of(self.last) != self.state.step:
             self.state.epoch, self.state.batch, self.state.losses, self.state.accuracies, rows = self._whole_step
             self.bad_rows.load_state_dict(rows)
-            self.save()
+            try:
+                self._save()
+            except UnwrittenCheckpointError as error:
+                return f"{error.what} {error.remains}".rstrip(".")
         return (
             f"the {self.state.step} steps so far are in {self.last}; --resume_from_checkpoint latest goes on from there"
         )
@@ -329,3 +315,26 @@ class Checkpoints:
             f"{what} (logit scale {self.learner.model.logit_scale.exp().item():.1f}); {saved}. Lower --learning_rate, "
             f"raise --warmup_steps, or train in bf16 instead of fp16."
         )
+
+
+class UnwrittenCheckpointError(OSError):
+    """There is no room for a checkpoint; those before it are whole.
+
+    Attributes:
+        folder: where it was to be written.
+        needed, free: bytes; `free` is None where it is not known.
+        last: the last checkpoint that is whole, if any.
+        what, remains: the two halves of the message.
+    """
+
+    def __init__(self, folder: Path, needed: int, free: int | None, last: Path | None):
+        self.folder, self.needed, self.free, self.last = folder, needed, free, last
+        left = "" if free is None else f", and {free:,} are free"
+        self.what = f"No space left for the checkpoint {folder}: it needs {needed:,} bytes{left} in {folder.parent}."
+        self.remains = "No checkpoint was written before."
+        if last is not None:
+            self.remains = f"{last} is whole: make room, and go on with --resume_from_checkpoint latest."
+        super().__init__(f"{self.what} {self.remains} --keep_going_without_checkpoints trains on all the same.")
+
+    def __reduce__(self) -> tuple[type, tuple[Path, int, int | None, Path | None]]:
+        return type(self), (self.folder, self.needed, self.free, self.last)

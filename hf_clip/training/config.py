@@ -67,7 +67,7 @@ CHOICES = {
 MAY_CHANGE = (
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "output_format", "report_to"),
     *("push_to_hub", "hub_model_id", "hub_strategy", "early_stopping_patience", "average_with_pretrained"),
-    *("logging_steps", "save_steps", "eval_steps", "save_total_limit"),
+    *("logging_steps", "save_steps", "eval_steps", "save_total_limit", "keep_going_without_checkpoints"),
     *("dataloader_num_workers", "max_bad_fraction", "image_folders", "gradient_checkpointing"),
     # What counts of these are the pairs in a batch and the steps of the run, which are compared by themselves.
     *("per_device_train_batch_size", "micro_batch_size", "num_train_epochs", "max_steps"),
@@ -286,6 +286,11 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
                 f"{self.lr_scheduler_type} has none",
             ),
             (self.save_total_limit != 2 and not self.save_steps, "save_total_limit", "none are written"),
+            (
+                self.keep_going_without_checkpoints and not self.save_steps,
+                "keep_going_without_checkpoints",
+                "none are written without --save_steps",
+            ),
             (
                 self.resume_from_checkpoint and self.overwrite_output_dir,
                 "overwrite_output_dir",

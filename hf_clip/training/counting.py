@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .checkpoint import RunState
 from .data.bad_rows import BadRows, part_cut
 from .learner import Learner
 from .losses import ContrastiveResult
+from .run_state import RunState
 
 
 def peak_memory(device: torch.device) -> int:

@@ -21,7 +21,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from .stopping import Stopped, wait_for_launchers_end
+from .stopping import ProcessGoneError, Stopped, wait_for_launchers_end
 
 KEY = "hf_clip_stopped"
 SECONDS = 3.0
@@ -47,7 +47,7 @@ def said_once() -> Iterator[None]:
             raise
 
 
-def _may_speak() -> bool:
+def _may_speak(error: Exception) -> bool:
     """Whether no other process says why the run ends."""
     if not (dist.is_available() and dist.is_initialized()):
         if not _is_main():
@@ -64,7 +64,7 @@ def _may_speak() -> bool:
                 pass
         return store.add(KEY, 1) == 1
     except RuntimeError:  # the store went with the process that kept it
-        return False
+        return isinstance(error, ProcessGoneError) and dist.get_rank() == 1
 
 
 def report(error: Exception, *, with_traceback: bool = False) -> int:
@@ -81,7 +81,7 @@ def report(error: Exception, *, with_traceback: bool = False) -> int:
         Exception: `error` itself, if no other process has spoken, and it is a fault of the program or its traceback was
             asked for.
     """
-    if not _may_speak():
+    if not _may_speak(error):
         return 1
     if with_traceback or not isinstance(error, EXPECTED):
         raise error

@@ -155,6 +155,7 @@ class OutputOptions:
         None, "Evaluate every so many steps; default: with each checkpoint. With --validation"
     )
     save_total_limit: int = _option(2, "Checkpoints to keep")
+    keep_going_without_checkpoints: bool = _option(False, "Train on where the disk has no room for a checkpoint")
     resume_from_checkpoint: str | None = _option(None, "Go on from a checkpoint: latest, or its folder")
     metric_for_best_model: str | None = _option(None, f"Save the weights that were best at one of {', '.join(METRICS)}")
     early_stopping_patience: int | None = _option(

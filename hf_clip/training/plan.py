@@ -1,6 +1,7 @@
 """What a run is about to do, known before its first step: its options, its launcher's, and its number of steps."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .config import TrainingConfig
@@ -15,11 +16,13 @@ class Plan:
         config: the options.
         launched: what the launcher decided, see `launch_settings`.
         total_steps: optimizer steps from the first to the last.
+        start: the checkpoint that the run goes on from, None for a new run.
     """
 
     config: TrainingConfig
     launched: dict[str, Any]
     total_steps: int
+    start: Path | None = None
 
     @property
     def global_batch(self) -> int:
@@ -37,13 +40,16 @@ class Plan:
         return self.config.identity() | counts | self.launched
 
 
-def make_plan(config: TrainingConfig, pairs: Pairs | PairStream, launched: dict[str, Any]) -> Plan:
+def make_plan(
+    config: TrainingConfig, pairs: Pairs | PairStream, launched: dict[str, Any], start: Path | None = None
+) -> Plan:
     """Count the steps of a run.
 
     Args:
         config: the options, whose batches are no larger than the data.
         pairs: to train on.
         launched: see `launch_settings`.
+        start: see `Plan`.
 
     Returns:
         The plan.
@@ -64,4 +70,4 @@ def make_plan(config: TrainingConfig, pairs: Pairs | PairStream, launched: dict[
     for name, every in (("save_steps", config.save_steps), ("eval_steps", config.eval_steps)):
         if every is not None and every >= steps:
             raise ValueError(f"--{name} {every} would have no effect: the run has {steps} steps in all.")
-    return Plan(config, launched, steps)
+    return Plan(config, launched, steps, start)

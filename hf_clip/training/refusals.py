@@ -20,6 +20,7 @@ from ..checkpoints.whole_folder import check_destination
 from ..model.configuration_hf_clip import HfClipConfig
 from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
+from .agreement import of_main_process
 from .best import step_of_best
 from .build import (
     Data,
@@ -30,7 +31,7 @@ from .build import (
     open_data,
     prepare_training_,
 )
-from .checkpoint import check_identity, find_checkpoint, read_state
+from .checkpoint import find_checkpoint
 from .config import TrainingConfig
 from .data.collator import check_image_processor
 from .gradient_caching import check_batch_norm_is_frozen
@@ -38,6 +39,7 @@ from .launching import launch_settings
 from .plan import Plan, make_plan
 from .publishing import name_repository
 from .results import check_output_format
+from .run_state import check_identity, parse_state
 from .scratch import read_config
 from .sharding import check_batch_norm, check_wrapper
 
@@ -59,13 +61,14 @@ def check_run(config: TrainingConfig, accelerator: Any) -> tuple[Data, Plan]:
     """
     _check_trackers(config)
     check_wrapper(accelerator, config)
-    _check_output(config, accelerator.is_main_process)
+    start = _check_output(config, accelerator)
     model_config = _check_model(config)
     _check_batch(config, accelerator.num_processes)
     data = open_data(config, accelerator.num_processes)
     _check_metric(config.metric_for_best_model, data.class_prompts)
-    plan = make_plan(config, data.train, launch_settings(accelerator))
-    _check_resumed(plan)
+    plan = make_plan(config, data.train, launch_settings(accelerator), start)
+    if start is not None:
+        check_identity(start, parse_state(start), plan.identity())
     _rehearse(plan, model_config, accelerator)
     return data, plan
 
@@ -76,15 +79,21 @@ def _check_trackers(config: TrainingConfig) -> None:
             raise ImportError(f"--report_to {name} needs a package that is not installed: pip install {name}")
 
 
-def _check_output(config: TrainingConfig, is_main_process: bool) -> None:
-    """Refuse a folder that cannot be written or would lose something, checkpoints that are damaged, or a repository."""
-    if config.resume_from_checkpoint is not None:
-        read_state(find_checkpoint(config.output_dir, config.resume_from_checkpoint))
+def _check_output(config: TrainingConfig, accelerator: Any) -> Path | None:
+    """Refuse a folder that cannot be written or would lose something, checkpoints that are damaged, or a repository.
+
+    Returns:
+        The checkpoint to go on from, if any.
+    """
+    start, is_main_process = None, accelerator.is_main_process
+    if (resume := config.resume_from_checkpoint) is not None:
+        start = of_main_process(accelerator, lambda: find_checkpoint(config.output_dir, resume))
         step_of_best(config.output_dir)
     elif is_main_process:
         check_destination(config.output_dir, config.overwrite_output_dir, "--overwrite_output_dir")
     if config.push_to_hub and is_main_process:
         config.hub_model_id = name_repository(config)
+    return start
 
 
 def _check_batch(config: TrainingConfig, num_processes: int) -> None:
@@ -121,12 +130,6 @@ def _check_metric(metric: str | None, class_prompts: list[str] | None) -> None:
             f"--metric_for_best_model {metric} cannot be measured: there are {classes} classes, of which {k} are "
             f"always right or nearly so; take recall@1{instead}."
         )
-
-
-def _check_resumed(plan: Plan) -> None:
-    if plan.config.resume_from_checkpoint is not None:
-        folder = find_checkpoint(plan.config.output_dir, plan.config.resume_from_checkpoint)
-        check_identity(folder, read_state(folder), plan.identity())
 
 
 def _rehearse(plan: Plan, model_config: HfClipConfig, accelerator: Any) -> None:

@@ -81,43 +81,69 @@ def _device_generator(device: torch.device) -> Any:
 def save_states(learner: Learner, folder: Path) -> None:
     """Write all files of a checkpoint.
 
+    What needs the other processes is done before anything is written: a process that cannot write leaves none waiting.
+
     Args:
         learner: whose states are written.
         folder: that exists.
     """
     accelerator = learner.accelerator
-    if is_deepspeed(accelerator):
-        learner.wrapped.save_checkpoint(str(folder), ZERO)
-    else:
-        weights, optimizer = whole_weights(accelerator, learner.wrapped, learner.model), _optimizer_state(learner)
-        if accelerator.is_main_process:
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / MODEL)
-            torch.save(optimizer, folder / OPTIMIZER)
-    schedule = {"scheduler": learner.scheduler.state_dict()}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    optimizer: dict[str, Any] | None = None
+    if not is_deepspeed(accelerator):
+        tensors[MODEL] = whole_weights(accelerator, learner.wrapped, learner.model)
+        optimizer = _optimizer_state(learner)
+    schedule: dict[str, Any] = {"scheduler": learner.scheduler.state_dict()}
     if accelerator.scaler is not None:
         schedule["scaler"] = accelerator.scaler.state_dict()
     if learner.average is not None:
-        average = learner.average.state_dict()
-        weights = average.pop("weights")
-        schedule["moving_average"] = average
-        if accelerator.is_main_process:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / AVERAGE)
+        schedule["moving_average"] = learner.average.state_dict()
+        tensors[AVERAGE] = schedule["moving_average"].pop("weights")
+    if is_deepspeed(accelerator):
+        learner.wrapped.save_checkpoint(str(folder), ZERO)
     if accelerator.is_main_process:
+        for name, weights in tensors.items():
+            save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / name)
+        if optimizer is not None:
+            torch.save(optimizer, folder / OPTIMIZER)
         write_json(folder / SCHEDULE, schedule)
     states = _random_states(accelerator.device)
     write_json(folder / _random_states_file(accelerator.process_index), states)
 
 
-def load_states(learner: Learner, folder: Path) -> None:
+BESIDES = 1 << 20
+"""Bytes of a checkpoint that are no tensors, at most: names, random states, numbers."""
+
+
+def states_size(learner: Learner) -> int:
+    """About how many bytes the files of a checkpoint will have, of all processes."""
+    model, optimizer = learner.model, learner.optimizer
+    # ZeRO 3 splits parameters, and says how many numbers they have.
+    parts = [getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters()]
+    parts += [buffer.numel() * buffer.element_size() for buffer in model.buffers()]
+    if learner.average is not None:
+        parts += [tensor.numel() * tensor.element_size() for tensor in learner.average.weights.values()]
+    if is_deepspeed(learner.accelerator):  # a copy and two moments in float32
+        parts += [3 * 4 * getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
+    else:
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        parts += [value.numel() * value.element_size() for value in states if isinstance(value, Tensor)]
+    return sum(parts) + BESIDES
+
+
+def load_states(learner: Learner, folder: Path, written_by: int) -> None:
     """Restore what `save_states` wrote. Raises whatever a damaged file makes its reader raise.
 
     Args:
         learner: whose states are replaced.
         folder: of the checkpoint.
+        written_by: how many processes wrote it.
     """
     accelerator = learner.accelerator
     schedule = read_json(folder / SCHEDULE)
-    states = read_json(folder / _random_states_file(accelerator.process_index))
+    states = None  # those that a process began with, where none has written a file for it
+    if accelerator.process_index < written_by:
+        states = read_json(folder / _random_states_file(accelerator.process_index))
     if accelerator.scaler is not None:
         _check_names(schedule["scaler"], accelerator.scaler.state_dict())
         accelerator.scaler.load_state_dict(schedule["scaler"])
@@ -134,7 +160,8 @@ def load_states(learner: Learner, folder: Path) -> None:
     if learner.average is not None:
         weights: dict[str, Tensor] = load_file(folder / AVERAGE)
         learner.average.load_state_dict(schedule["moving_average"] | {"weights": weights})
-    _set_random_states(states, accelerator.device)
+    if states is not None:
+        _set_random_states(states, accelerator.device)
 
 
 def _check_names(state: dict[str, Any], own: dict[str, Any]) -> None:

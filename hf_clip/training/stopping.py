@@ -8,7 +8,9 @@ whether the process that started it is still there. If it is gone, that is taken
 
 Processes wait for each other in every step. If one was stopped, or its machine is gone, the others would wait for ever.
 So each process keeps counting in the store through which they found each other, and watches the count of the next one.
-A thread does this, also while a step takes long.
+A thread does this, also while a step takes long. The first that sees one stand still says so in the store, and all end.
+
+Where an exchange fails because another process is gone, the counts tell which: those of all others go on.
 """
 
 import os
@@ -28,8 +30,15 @@ from torch.utils.data import get_worker_info
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 INTERVAL = 1.0
-LONGEST_STILL = 300.0
-"""Seconds without a sign of life after which a process is taken for dead. A step that takes long gives signs."""
+LONGEST_STILL = 45.0
+"""Seconds without a sign of life after which a process is taken for dead. A step that takes long gives signs, and so
+does a file that takes long to be written or read: torch and safetensors let other threads run meanwhile."""
+
+LONGEST_WITHOUT_STORE = 30.0
+"""Seconds after which the process that keeps the store is taken for dead, where the store is gone."""
+
+LOOKS = 5
+"""So many times `INTERVAL` a count must stand still beside others that go on, when an exchange has failed."""
 
 LONGEST_END = 300.0
 """Seconds that a process has for its checkpoint after its launcher is gone."""
@@ -167,6 +176,25 @@ def end_without_launcher(launcher: int, is_over: threading.Event) -> None:
 
 
 ENDED = "ended"
+GONE = "hf_clip_gone"
+
+
+class ProcessGoneError(OSError):
+    """Another process of the run has ended without a word.
+
+    Attributes:
+        name: which one, in words.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        super().__init__(
+            f"{name} is gone: it was killed, or its machine is. The others cannot go on without it. Find out why, and "
+            f"go on with --resume_from_checkpoint latest."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return type(self), (self.name,)
 
 
 class SignsOfLife:
@@ -204,40 +232,70 @@ class SignsOfLife:
             self.seen, self.since = seen, now
         if seen == ENDED or now - self.since < LONGEST_STILL:
             return None
-        return f"process {self.next} of {self.count} ({self.seen.rpartition(',')[0]})"
+        return self._name(self.next, self.seen)
 
-    def watch(self, end: Callable[[str], None], is_over: threading.Event) -> None:
+    def _name(self, rank: int, sign: str) -> str:
+        who = sign.rpartition(",")[0]
+        return f"process {rank} of {self.count}{who and f' ({who})'}"
+
+    def watch(self, end: Callable[[str, bool], None], is_over: threading.Event) -> None:
         """Give signs and watch until the run is over.
 
         Args:
-            end: Called with the name of a process that stands still.
+            end: Called with the name of a process that stands still, and whether this process saw it first.
             is_over: Set when the run is over.
         """
         try:
-            while (still := self.find_still()) is None:
+            while (still := self.find_still()) is None and not self.store.check([GONE]):
                 self.give()
                 if is_over.wait(INTERVAL):
                     self.store.set(f"hf_clip_alive_{self.rank}", ENDED)
                     return
-        except RuntimeError:  # the store is gone, and the run with it
+            is_first = self.store.add(GONE, 1) == 1
+        except RuntimeError:  # the store is gone, and soon the run, unless this process waits for the one that kept it
+            if not is_over.wait(LONGEST_WITHOUT_STORE):
+                end(self._name(0, ""), self.rank == 1)
             return
-        end(still)
+        end(still or "", is_first)
+
+    def find_gone(self) -> str | None:
+        """The name of a process whose count stands still while an exchange has failed, once `watch` is done."""
+        try:
+            others = [rank for rank in range(self.count) if rank != self.rank]
+            seen = {rank: self._sign(rank) for rank in others}
+            for _ in range(LOOKS):
+                time.sleep(INTERVAL)
+                others = [rank for rank in others if seen[rank] not in (ENDED, "") and self._sign(rank) == seen[rank]]
+        except RuntimeError:  # the store is gone
+            return self._name(0, "")
+        return self._name(others[0], seen[others[0]]) if others else None
+
+    def _sign(self, rank: int) -> str:
+        key = f"hf_clip_alive_{rank}"
+        return self.store.get(key).decode() if self.store.check([key]) else ""
 
 
-def _end_because_of(still: str) -> None:
-    sys.stderr.write(
-        f"\nerror: {still} has given no sign of life for {LONGEST_STILL:.0f} s, and the others wait for it. It was "
-        f"stopped, or its machine is gone. End it, and go on with --resume_from_checkpoint latest.\n"
-    )
-    sys.stderr.flush()
+def _end_because_of(still: str, is_first: bool) -> None:
+    if is_first:
+        sys.stderr.write(
+            f"\nerror: {still} has given no sign of life for {LONGEST_STILL:.0f} s, and the others wait for it. It was "
+            f"stopped, or its machine is gone. End it, and go on with --resume_from_checkpoint latest.\n"
+        )
+        sys.stderr.flush()
+    else:
+        time.sleep(3 * INTERVAL)  # a launcher ends all when one has ended, which would cut the line off
     os._exit(1)
 
 
 @contextmanager
 def others_watched() -> Iterator[None]:
-    """Within this block threads watch the launcher and the next process of the run."""
+    """Within this block threads watch the launcher and the next process of the run.
+
+    Raises:
+        ProcessGoneError: an exchange failed because another process is gone.
+    """
     is_over = threading.Event()
-    threads = []
+    threads, life = [], None
     if (launcher := find_launcher()) is not None:
         threads.append(threading.Thread(target=end_without_launcher, args=(launcher, is_over), daemon=True))
     if (store := _connect()) is not None:
@@ -246,11 +304,17 @@ def others_watched() -> Iterator[None]:
     for thread in threads:
         thread.start()
     try:
-        yield
-    finally:
-        is_over.set()
-        for thread in threads:
-            thread.join(timeout=10 * INTERVAL)
+        try:
+            yield
+        finally:
+            is_over.set()
+            for thread in threads:
+                thread.join(timeout=10 * INTERVAL)
+    except RuntimeError as error:  # as failed exchanges are
+        gone = None if life is None else life.find_gone()
+        if gone is None:
+            raise
+        raise ProcessGoneError(gone) from error
 
 
 def _connect() -> Any:

@@ -1,14 +1,17 @@
 """A run that was interrupted and goes on ends as if nothing had happened."""
 
+import hashlib
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,13 @@ from safetensors.torch import save_file
 from hf_clip.commands import finetune
 from hf_clip.training import stopping
 from hf_clip.training.best import step_of_best
-from hf_clip.training.checkpoint import check_identity, find_checkpoint, list_checkpoints, read_state
+from hf_clip.training.checkpoint import find_checkpoint, list_checkpoints, read_state
+from hf_clip.training.checksums import SUMS, write_checksums
 from hf_clip.training.data.loader import PairLoader, Position
 from hf_clip.training.option_names import RENAMED
+from hf_clip.training.run_state import check_identity
 
-from ..finetuning import options, records, train, weights, words
+from ..finetuning import largest_difference, options, records, train, weights, words
 from ..two_processes import TwoProcesses
 
 SPEED = ("images_per_second", "data_wait", "peak_memory_gb")
@@ -85,8 +90,6 @@ def tensors(stored: Any) -> Any:
 def assert_same_checkpoint(first: Path, second: Path) -> None:
     assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
     for path in first.iterdir():
-        if path.name.startswith("random_states"):  # each start of a loader draws a number
-            continue
         if path.suffix in (".safetensors", ".json"):
             assert path.read_bytes() == (second / path.name).read_bytes(), path.name
     found = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in (first, second)]
@@ -164,7 +167,7 @@ def test_checkpoints_are_found_when_they_are_whole(tmp_path: Path):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         if name != "step-00000012":
             (tmp_path / "checkpoints" / name / "run.json").write_text(
-                '{"step": 9, "format": 2, "identity": {"seed": 0}}'
+                f'{{"step": {int(name[-8:])}, "format": 2, "identity": {{"seed": 0}}}}' if name[-8:].isdigit() else "{}"
             )
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000009", "step-00000010"]
     assert find_checkpoint(tmp_path, "latest").name == "step-00000010"
@@ -191,12 +194,48 @@ def test_damaged_checkpoint_is_refused_and_others_are_named(
         path.write_bytes(b"no pickle")
     else:
         path.write_bytes(path.read_bytes()[:size])
-    message = f"The checkpoint {last} is damaged .*Go on from another with --resume_from_checkpoint {before}"
-    with pytest.raises(ValueError, match=message) as error:
+    message = rf"The checkpoint {last} is damaged \(.*\). Go on from another with --resume_from_checkpoint {before}\.$"
+    for is_signed in (False, True):  # the digests refuse it, and so do those who read it
+        with pytest.raises(ValueError, match=message) as error:
+            train(digits, out, **chosen(digits, resume_from_checkpoint=str(last)))
+        assert len(str(error.value).splitlines()) == 1
+        if name == "run.json":
+            break
+        assert (f"{name} is not as it was written" in str(error.value)) is not is_signed
+        write_checksums(last)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "run.json", SUMS])
+def test_one_flipped_bit_in_the_latest_is_named_and_the_newest_whole_checkpoint_is_taken(
+    digits: Path, uninterrupted: dict[str, Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted["vit"], out)
+    (before, last) = list_checkpoints(out)
+    content = bytearray((last / name).read_bytes())
+    content[-1 - len(content) // 3] ^= 1
+    (last / name).write_bytes(content)
+    assert find_checkpoint(out, "latest") == before
+    line = capsys.readouterr().err
+    assert re.fullmatch(rf"warning: The checkpoint {last} is damaged \(.+\). The run goes on from {before}.\n", line)
+    if name == "model.safetensors":
+        assert f"({name} is not as it was written: its checksum differs)" in line
         train(digits, out, **chosen(digits, resume_from_checkpoint="latest"))
-    assert len(str(error.value).splitlines()) == 1
-    train(digits, out, **chosen(digits, resume_from_checkpoint=str(before)))
-    assert plain(out) == plain(uninterrupted["vit"])
+        assert plain(out) == plain(uninterrupted["vit"])
+        assert all(torch.equal(value, weights(out)[key]) for key, value in weights(uninterrupted["vit"]).items())
+    (before / name).unlink()
+    (last / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{last} is damaged .*There is no other that is whole: start anew|no checkp"):
+        find_checkpoint(out, "latest")
+
+
+def test_digests_are_those_of_sha256sum(uninterrupted: dict[str, Path]):
+    """And each file of a checkpoint has one."""
+    last = list_checkpoints(uninterrupted["vit"])[-1]
+    *lines, _ = (last / SUMS).read_text().splitlines()
+    expected = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.iterdir()}
+    del expected[SUMS]
+    assert dict(line.split("  ")[::-1] for line in lines) == expected
 
 
 def test_options_that_were_called_otherwise_are_known_again(uninterrupted: dict[str, Path], tmp_path: Path):
@@ -207,8 +246,9 @@ def test_options_that_were_called_otherwise_are_known_again(uninterrupted: dict[
     old = {new: name for name, new in RENAMED.items()}
     values["identity"] = {old.get(name, name): value for name, value in identity.items()}
     assert {"optimizer", "scheduler", "keep_best"} <= values["identity"].keys()
+    values["format"] = 2  # which had no digests
     (tmp_path / "run.json").write_text(json.dumps(values))
-    state = read_state(tmp_path)
+    state = replace(read_state(tmp_path), format=3)
     assert state == read_state(written)
     check_identity(tmp_path, state, identity)
     with pytest.raises(ValueError, match="with optim 'AdamW', and this one has 'SGD'"):
@@ -245,17 +285,20 @@ def test_no_file_of_a_checkpoint_runs_code(digits: Path, uninterrupted: dict[str
     shutil.copytree(uninterrupted["vit"], out)
     last = list_checkpoints(out)[-1]
     paths = [*last.iterdir(), out / "checkpoints" / "best" / "model.safetensors"]
-    assert len(paths) == 7
+    assert len(paths) == 8
     for path in paths:
         good = path.read_bytes()
         for pickled in planted_pickles(mark):
             path.write_bytes(pickled)
+            if path.name != SUMS:
+                write_checksums(last)
             with pytest.raises(ValueError, match="damaged") as error:
-                train(digits, out, **chosen(digits, resume_from_checkpoint="latest"))
+                train(digits, out, **chosen(digits, resume_from_checkpoint=str(last)))
             assert len(str(error.value).splitlines()) == 1
             assert "weights_only" not in str(error.value)
             assert not mark.exists(), path.name
         path.write_bytes(good)
+    write_checksums(last)
     for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl", "scheduler.bin", "optimizer.bin", "scaler.pt"):
         (last / name).write_bytes(pickled)  # what accelerate would read
     train(digits, out, **chosen(digits, resume_from_checkpoint="latest"))
@@ -266,21 +309,32 @@ def test_no_file_of_a_checkpoint_runs_code(digits: Path, uninterrupted: dict[str
     ("change", "message"),
     [
         ({"format": None}, r"written by another version of hf_clip \(format 1, .*: some of its files could run code"),
-        ({"format": 3}, r"written by another version of hf_clip \(format 3, .*: this one cannot read it. Go on with"),
+        ({"format": 4}, r"written by another version of hf_clip \(format 4, .*: this one cannot read it. Go on with"),
         ({"step": "12"}, "is damaged .step in run.json is '12'"),
         ({"batch": -1}, "is damaged .batch in run.json is '-1'"),
         ({"best": []}, "is damaged .best in run.json is"),
-        ({"losses": ["x"]}, "is damaged .losses and accuracies in run.json are not all numbers"),
+        ({"step": 11}, "is damaged .step in run.json is 11, and the folder's name has another"),
+        ({"step": 15}, "is damaged .step in run.json is 15, and can be 14 at most"),
+        ({"epoch": 13}, "is damaged .epoch in run.json is 13, and can be 12 at most"),
+        ({"batch": 11}, "is damaged .batch in run.json is 11, and can be 10 at most"),
+        ({"best_step": 13}, "is damaged .best_step in run.json is 13, and can be 12 at most"),
+        ({"evaluations_since": 10**9}, "is damaged .evaluations_since in run.json is 1000000000, and can be 13"),
+        ({"identity": [1]}, "is damaged .identity in run.json is"),
+        ({"losses": ["x"]}, "is damaged .losses, accuracies and best in run.json are not all numbers"),
+        ({"losses": [10**400], "accuracies": [1]}, "is damaged .*too large"),
+        ({"accuracies": [0.5]}, "is damaged .run.json has 0 losses and 1 accuracies"),
         ({"more": 1}, "is damaged .*unexpected keyword argument 'more'"),
         ({"bad_rows": [{}, {}]}, "is damaged .bad_rows in run.json has 2 counters, which is not one for each process"),
         ({"bad_rows": [3]}, "is damaged .bad_rows in run.json has '3'"),
         ({"bad_rows": [{"drawn": 5, "bad": 0}]}, "is damaged .bad_rows in run.json has .{'drawn': 5"),
         ({"bad_rows": [{"drawn": "5", "bad": 0, "first": ""}]}, "is damaged .bad_rows in run.json has"),
         ({"bad_rows": [{"drawn": 5, "bad": -1, "first": ""}]}, "is damaged .bad_rows in run.json has"),
+        ({"bad_rows": [{"drawn": 5, "bad": 6, "first": ""}]}, "is damaged .bad_rows in run.json has"),
     ],
     ids=[
-        *("older", "newer", "word", "negative", "list", "losses", "unknown"),
-        *("counters", "no counter", "half a counter", "text for a number", "negative number"),
+        *("older", "newer", "word", "negative", "list", "other step", "step", "epoch", "batch", "best step"),
+        *("evaluations", "identity", "losses", "huge loss", "pairs of figures", "unknown"),
+        *("counters", "no counter", "half a counter", "text for a number", "negative number", "more bad than all"),
     ],
 )
 def test_states_that_no_run_wrote_are_refused(
@@ -454,5 +508,29 @@ def test_two_processes_go_on_where_they_stopped(digits: Path, tmp_path: Path, tw
     assert counts == expected_counts
     found = weights(tmp_path / "two")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    with pytest.raises(ValueError, match="with processes 2, and this one has 1"):
-        train(digits, tmp_path / "two", resume_from_checkpoint="latest", **flags | {"per_device_train_batch_size": 24})
+    message = (
+        r"pairs in a batch 24, and this one has 12: the order of the pairs is that of the batches, .* Pass --per_d"
+    )
+    with pytest.raises(ValueError, match=message + "evice_train_batch_size 24, or start anew"):
+        train(digits, tmp_path / "two", resume_from_checkpoint="latest", **flags)
+
+
+def test_one_process_goes_on_with_the_batches_of_two(digits: Path, tmp_path: Path, two_processes: TwoProcesses):
+    """And counts the rows that cannot be used on from the sum of theirs."""
+    flags = {"dataset": [str(digits / "several")], "max_bad_fraction": 0.5, "max_steps": 7, "save_steps": 3}
+    flags |= {"per_device_train_batch_size": 12, "logging_steps": 1}
+    whole = options(digits, tmp_path / "two", **flags)
+    two_processes.run(words(whole))
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    for path in list_checkpoints(tmp_path / "one")[1:]:
+        shutil.rmtree(path)
+    flags["per_device_train_batch_size"] = 24
+    one = train(digits, tmp_path / "one", resume_from_checkpoint="latest", **flags)
+    counts = [
+        [sum(each[name] for each in read_state(list_checkpoints(folder)[-1]).bad_rows) for name in ("drawn", "bad")]
+        for folder in (one, tmp_path / "two")
+    ]
+    assert counts[0] == counts[1] == [6 * 24, counts[0][1]]
+    losses = [[record["loss"] for record in records(folder)] for folder in (one, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert largest_difference(weights(one), weights(tmp_path / "two")) < 1e-5

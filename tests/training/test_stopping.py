@@ -57,17 +57,19 @@ def test_killed_run_lets_go_of_its_folder(tmp_path: Path):
 def test_next_run_removes_what_a_killed_one_left(tmp_path: Path):
     out = tmp_path / "out[1]"
     left = [out / ".out[1]-unfinished-abcdefgh", tmp_path / ".out[1]-unfinished-ijklmnop"]
-    left += [out / "checkpoints" / ".step-00000003.unfinished"]
+    left += [out / "checkpoints" / f".step-00000003{kind}.unfinished" for kind in ("", "-removed")]
     kept = [out / "checkpoints" / "step-00000002", out / "checkpoints" / "step-abc", tmp_path / ".out1-unfinished-def"]
     for folder in left + kept:
         folder.mkdir(parents=True)
         (folder / "file").write_text("half")
     (out / "checkpoints" / "best").mkdir()
-    (out / "checkpoints" / "best" / ".model.unfinished").write_text("half")
+    for path in (out / "checkpoints" / "best" / ".model.unfinished", out / f".metrics.jsonl-{'0' * 32}.unfinished"):
+        path.write_text("half")
     with held(out):
         assert not any(path.exists() for path in left)
         assert all(path.is_dir() for path in kept)
         assert list((out / "checkpoints" / "best").iterdir()) == []
+        assert [path.name for path in out.iterdir()] == ["checkpoints"]
 
 
 # --- the launcher ----------------------------------------------------------------------------------------------------
@@ -136,10 +138,11 @@ def test_process_that_stands_still_is_named(monkeypatch: pytest.MonkeyPatch):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
     connections = [dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=5)) for _ in "ab"]
     lives = [stopping.SignsOfLife(connection, rank, 2) for rank, connection in enumerate(connections)]
-    found: list[str] = []
+    found: list[tuple[str, bool]] = []
     overs = [threading.Event(), threading.Event()]
     threads = [
-        threading.Thread(target=life.watch, args=(found.append, over)) for life, over in zip(lives, overs, strict=True)
+        threading.Thread(target=life.watch, args=(lambda *end: found.append(end), over))
+        for life, over in zip(lives, overs, strict=True)
     ]
     for thread in threads:
         thread.start()
@@ -151,7 +154,7 @@ def test_process_that_stands_still_is_named(monkeypatch: pytest.MonkeyPatch):
     assert found == []
     lives[1].give()  # its last sign
     threads[0].join(timeout=10)
-    assert found == [f"process 1 of 2 (process id {os.getpid()} on {socket.gethostname()})"]
+    assert found == [(f"process 1 of 2 (process id {os.getpid()} on {socket.gethostname()})", True)]
     overs[0].set()
 
 
@@ -164,9 +167,9 @@ def test_processes_that_all_stood_still_go_on(monkeypatch: pytest.MonkeyPatch):
     for still, passed in [
         (None, 1),
         (None, 3600),
-        (None, 100),
-        (None, 100),
-        ("process 1 of 2 (process id 7 on here)", 100),
+        (None, 20),
+        (None, 20),
+        ("process 1 of 2 (process id 7 on here)", 20),
     ]:
         now[0] += passed
         assert life.find_still() == still

@@ -63,6 +63,11 @@ class BadRows:
         self.cut = state.get("cut", 0)  # older checkpoints have none
         self.drawn, self.bad, self.first = state["drawn"], state["bad"], state["first"]
 
+    def add_state_dict(self, state: dict[str, Any]) -> None:
+        """Count what another process has counted too."""
+        self.drawn, self.bad = self.drawn + state["drawn"], self.bad + state["bad"]
+        self.cut, self.first = self.cut + state.get("cut", 0), self.first or state["first"]
+
 
 def part_cut(rows: BadRows, device: torch.device) -> float:
     """The part of the rows drawn by all processes whose captions were cut. Every process calls this."""

@@ -10,11 +10,15 @@ there are. Every process of a run reads a whole stream and decodes its own share
 Invariant: a batch is a function of (seed, epoch, its number), and starting at batch n prepares nothing before it.
 """
 
+import logging
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,8 +28,32 @@ from .collator import Batch, PairCollator, Plan, Preparation
 from .pairs import Draw, Pairs, PairStream
 from .read_ahead import read_ahead
 
+logger = logging.getLogger(__name__)
+
 SPARES = 8
 """Rows behind a batch that may step in for those of it that cannot be used."""
+
+
+KILLED = "DataLoader worker"
+"""How torch's error begins for a worker that has ended by itself."""
+
+
+class WorkerKilledError(OSError):
+    """Workers were killed again and again.
+
+    Attributes:
+        data: the name of what they prepared.
+    """
+
+    def __init__(self, data: str):
+        self.data = data
+        super().__init__(
+            f"A worker that prepares rows of {data} was killed, and again after it was started anew: perhaps by the "
+            f"system, which had no memory left. Take fewer --dataloader_num_workers, or none."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return type(self), (self.data,)
 
 
 class Position(NamedTuple):
@@ -64,8 +92,11 @@ def _as_it_is(batch: Any) -> Any:
 class PairLoader:
     """Batches of tensors on the CPU; see `build_loader`."""
 
-    def __init__(self, pairs: Pairs | PairStream, plans: _Plans, loader: DataLoader, bad_rows: BadRows | None):
-        self.pairs, self.plans, self.loader, self.bad_rows = pairs, plans, loader, bad_rows
+    def __init__(
+        self, pairs: Pairs | PairStream, plans: _Plans, start: Callable[[], DataLoader], bad_rows: BadRows | None
+    ):
+        self.pairs, self.plans, self.start, self.bad_rows = pairs, plans, start, bad_rows
+        self.loader, self.is_restarted = start(), False
         self.is_finishing = True
 
     def __len__(self) -> int:
@@ -84,12 +115,11 @@ class PairLoader:
 
         Raises:
             ValueError: Neither a row nor any of those that would step in for it can be used, or a stream has not enough
-            rows
-                for one batch.
+                rows for one batch.
+            WorkerKilledError: Workers were killed for the second time.
         """
-        self.plans.epoch, self.plans.first_batch = epoch, first_batch
         is_empty = first_batch == 0
-        for batch in self.loader:
+        for batch in self._prepared(epoch, first_batch):
             is_empty = False
             if isinstance(batch, ValueError):
                 raise batch
@@ -106,6 +136,38 @@ class PairLoader:
             )
         if self.bad_rows is not None:
             self.bad_rows.complete()
+
+    def _prepared(self, epoch: int, first_batch: int) -> Iterator[Any]:
+        """What the workers make of an epoch. When one is killed, all start anew with the batch that is missing."""
+        number, found = first_batch, self._iterate(epoch, first_batch)
+        while True:
+            try:
+                item = next(found)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith(KILLED):
+                    raise
+                if self.is_restarted:
+                    raise WorkerKilledError(self.pairs.name) from error
+                self.is_restarted = True
+                logger.warning("%s; it is started anew, once.", str(error).rstrip("."))
+                self.loader = self.start()
+                found = self._iterate(epoch, number)
+                continue
+            yield item
+            number += 1
+
+    def _iterate(self, epoch: int, first_batch: int) -> Iterator[Any]:
+        self.plans.epoch, self.plans.first_batch = epoch, first_batch
+        is_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+        before = signal.getsignal(signal.SIGCHLD) if is_main else None
+        found = iter(self.loader)
+        if before is not None:
+            # With torch's own handler a worker's end would be raised wherever this process is at the moment, such as in
+            # an exchange with other processes. Without it, it is raised to whoever asks for the next batch.
+            signal.signal(signal.SIGCHLD, before)
+        return found
 
     def batches(self, position: Position = Position()) -> Iterator[tuple[Position, dict[str, Tensor]]]:  # noqa: B008
         """Batches without end.
@@ -172,15 +234,19 @@ def build_loader(
 
     plans = _Plans(draws, batch_size, num_processes, process_index)
     plans.is_training = training
-    loader: DataLoader = DataLoader(
-        Preparation(pairs, collator),
-        batch_sampler=plans,  # type: ignore[arg-type]  # plans stand for lists of indices
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=heed_in_worker,
-        pin_memory=pin_memory,
-    )
-    found = PairLoader(pairs, plans, loader, bad_rows)
+
+    def start() -> DataLoader:
+        return DataLoader(
+            Preparation(pairs, collator),
+            batch_sampler=plans,  # type: ignore[arg-type]  # plans stand for lists of indices
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=heed_in_worker,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # each start draws a number, which must not be one of the run's own
+        )
+
+    found = PairLoader(pairs, plans, start, bad_rows)
     found.is_finishing = finish_images
     return found

@@ -1,5 +1,6 @@
 """Batches: what is in them, their order over workers, processes and interruptions, and rows that cannot be used."""
 
+import signal
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import ProcessorMixin
 
 from hf_clip.data.content import content_id
 from hf_clip.training.data.bad_rows import BadRows
 from hf_clip.training.data.collator import PairCollator
-from hf_clip.training.data.loader import Position
+from hf_clip.training.data.loader import Position, WorkerKilledError
 from hf_clip.training.data.pairs import load_pairs
 from hf_clip.training.stopping import Signals, heeded
 
@@ -205,10 +207,47 @@ def test_worker_that_is_told_to_end_serves_its_process_on(shard: str, processor:
         batches = loader_of(load_pairs(shard), processor, num_workers=1).batches()
         others = set(psutil.Process().children())
         next(batches)
-        begun = set(psutil.Process().children()) - others
-        (worker,) = [child for child in begun if "resource_tracker" not in " ".join(child.cmdline())]
-        worker.terminate()
+        worker_of(others).terminate()
         assert len(list(islice(batches, 12))) == 12
+
+
+def worker_of(before: set[psutil.Process]) -> psutil.Process:
+    begun = set(psutil.Process().children()) - before
+    (worker,) = [child for child in begun if "resource_tracker" not in " ".join(child.cmdline())]
+    return worker
+
+
+@STREAMING
+def test_killed_worker_is_started_anew_once_and_no_batch_is_lost(
+    shard_with_bad_rows: str,
+    processor: ProcessorMixin,
+    streaming: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    """Into the second epoch. The numbers that the run draws itself stay those that it would have drawn."""
+    # torch looks every five seconds whether its workers live.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+    pairs = load_pairs(shard_with_bad_rows, streaming=streaming)
+    uninterrupted = [batch for _, batch in islice(loader_of(pairs, processor).batches(), 8)]
+    torch.manual_seed(0)
+    expected = torch.rand(())
+    torch.manual_seed(0)
+    before, bad_rows = set(psutil.Process().children()), BadRows(1.0)
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = loader_of(pairs, processor, num_workers=1, bad_rows=bad_rows).batches()
+    found = [batch for _, batch in islice(batches, 3)]
+    assert signal.getsignal(signal.SIGCHLD) is handler  # torch's own would raise anywhere
+    worker_of(before).kill()
+    found += [batch for _, batch in islice(batches, 5)]
+    assert_equal(found, uninterrupted)
+    assert bad_rows.drawn == 8 * 4
+    assert torch.rand(()) == expected
+    assert "is started anew, once" in "".join(record.getMessage() for record in caplog.records)
+    worker_of(before).kill()
+    message = "A worker that prepares rows of .* was killed, and again after it was started anew: .* Take fewer --data"
+    with pytest.raises(WorkerKilledError, match=message):
+        list(islice(batches, 8))
 
 
 @STREAMING

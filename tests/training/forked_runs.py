@@ -1,0 +1,143 @@
+"""Runs in processes of their own, which can be killed. They are forked from one that has imported everything.
+
+A new process would take seconds for its imports. The tests' own process cannot be forked: once it has computed
+gradients, its children cannot.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_clip.commands import finetune
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__])
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+
+
+seen = 0
+
+
+def count_writes(folder: str, kill_at: int | None) -> None:
+    """Count how often this process changes something below a folder, and kill it at one of these times."""
+
+    def hook(event: str, given: tuple) -> None:
+        global seen
+        is_write = event in CHANGES or (event == "open" and isinstance(given[2], int) and given[2] & WRITES)
+        if is_write and str(given[0]).startswith(folder):
+            seen += 1
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def at_step(step: int, signum: int) -> None:
+    """Send this process a signal while that step is computed."""
+    check = finetune.Run.check_loss
+
+    def check_loss(run: Any, loss: torch.Tensor) -> None:
+        check(run, loss)
+        if run.state.step + 1 == step:
+            os.kill(os.getpid(), signum)
+
+    finetune.Run.check_loss = check_loss  # type: ignore[method-assign]
+
+
+def watched(path: str, every: int) -> None:
+    """Write down the memory and the open files of this process and its workers, every so many steps."""
+    import psutil
+
+    done = finetune.Run.batch_done
+
+    def batch_done(run: Any, result: Any, rates: dict[str, float]) -> None:
+        done(run, result, rates)
+        if run.state.step % every == 0:
+            own = psutil.Process()
+            family = [own, *own.children()]
+            memory = sum(each.memory_full_info().uss for each in family)
+            files = sum(each.num_fds() for each in family)
+            with open(path, "a") as file:
+                file.write(f"{run.state.step} {memory} {files}\n")
+
+    finetune.Run.batch_done = batch_done  # type: ignore[method-assign]
+
+
+def _run(words: list[str], environment: dict[str, str], log: str, faults: list[tuple]) -> None:
+    os.environ |= environment
+    torch.set_num_threads(1)
+    with open(log, "wb") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    for kind, *given in faults:
+        {"writes": count_writes, "step": at_step, "watched": watched}[kind](*given)
+    status = finetune.main(words)
+    Path(log).with_suffix(".writes").write_text(str(seen))
+    sys.exit(status)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class ForkedRun:
+    """One run of one or two processes.
+
+    Args:
+        words: its command line.
+        folder: for what the processes print.
+        processes: how many.
+        faults: of each process: what happens to it.
+    """
+
+    def __init__(
+        self, words: list[str], folder: Path, processes: int = 1, faults: dict[int, list[tuple]] | None = None
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        shared = {"TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+        if processes > 1:
+            shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.logs = [folder / f"{rank}.log" for rank in range(processes)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            given = (words, shared | own, str(log), (faults or {}).get(rank, []))
+            self.processes.append(CONTEXT.Process(target=_run, args=given))
+            self.processes[-1].start()
+
+    def wait(self, seconds: float = 120) -> list[int | None]:
+        """The exit statuses; minus the signal's number where one was killed."""
+        for process in self.processes:
+            process.join(seconds)
+        return self.end()
+
+    def wait_for_one(self, rank: int, seconds: float = 120) -> int | None:
+        """The exit status of one; the others are killed, as a launcher would."""
+        self.processes[rank].join(seconds)
+        return self.end()[rank]
+
+    def end(self) -> list[int | None]:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        return [process.exitcode for process in self.processes]
+
+    def writes(self, rank: int = 0) -> int:
+        """How often a process that was not killed has changed something, where that was counted."""
+        return int(self.logs[rank].with_suffix(".writes").read_text())
+
+    @property
+    def printed(self) -> list[str]:
+        return [log.read_text() if log.exists() else "" for log in self.logs]
