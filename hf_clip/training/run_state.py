@@ -1,6 +1,5 @@
 """Where a run stands: what a checkpoint's run.json holds. It is read within limits, whatever stands in the file."""
 
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ STATE = "run.json"
 FORMAT = 3
 """Of a checkpoint's files; the first was accelerate's own, the second had no checksums."""
 READ = (2, FORMAT)
+LARGEST = 1e300
 PREFIX = "step-"
 """Of a checkpoint's folder, before the number of its step."""
 
@@ -141,7 +141,7 @@ def _check_types(state: RunState) -> None:
 def _check_sizes(state: RunState, folder: Path) -> None:
     """Raises ValueError for numbers that contradict each other."""
     numbers = (*state.losses, *state.accuracies, 0 if state.best is None else state.best)
-    if any(type(number) not in (int, float) or not math.isfinite(number) for number in numbers):
+    if any(type(number) not in (int, float) or not abs(number) < LARGEST for number in numbers):
         raise ValueError(f"losses, accuracies and best in {STATE} are not all numbers")
     if len(state.losses) != len(state.accuracies):
         raise ValueError(f"{STATE} has {len(state.losses)} losses and {len(state.accuracies)} accuracies")

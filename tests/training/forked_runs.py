@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hf_clip.commands import finetune
+from hf_clip.training import stopping
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
@@ -52,6 +53,11 @@ def at_step(step: int, signum: int) -> None:
     finetune.Run.check_loss = check_loss  # type: ignore[method-assign]
 
 
+def quicker(interval: float) -> None:
+    """Look more often whether the others live."""
+    stopping.INTERVAL = interval
+
+
 def watched(path: str, every: int) -> None:
     """Write down the memory and the open files of this process and its workers, every so many steps."""
     import psutil
@@ -78,7 +84,7 @@ def _run(words: list[str], environment: dict[str, str], log: str, faults: list[t
         for number in (1, 2):
             os.dup2(file.fileno(), number)
     for kind, *given in faults:
-        {"writes": count_writes, "step": at_step, "watched": watched}[kind](*given)
+        {"writes": count_writes, "step": at_step, "watched": watched, "quicker": quicker}[kind](*given)
     status = finetune.main(words)
     Path(log).with_suffix(".writes").write_text(str(seen))
     sys.exit(status)

@@ -148,7 +148,9 @@ def test_other_options_are_refused_and_change_nothing(
 ):
     out = uninterrupted["vit"]
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=f"step-00000012 was written by a run with {message}: it could not go on"):
+    with pytest.raises(
+        ValueError, match=f"step-00000012 was written by a run with {message}: (it could not go on|the order)"
+    ):
         train(digits, out, **chosen(digits, resume_from_checkpoint="latest", **change))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
@@ -321,7 +323,7 @@ def test_no_file_of_a_checkpoint_runs_code(digits: Path, uninterrupted: dict[str
         ({"evaluations_since": 10**9}, "is damaged .evaluations_since in run.json is 1000000000, and can be 13"),
         ({"identity": [1]}, "is damaged .identity in run.json is"),
         ({"losses": ["x"]}, "is damaged .losses, accuracies and best in run.json are not all numbers"),
-        ({"losses": [10**400], "accuracies": [1]}, "is damaged .*too large"),
+        ({"losses": [10**400], "accuracies": [1]}, "is damaged .losses, accuracies and best in run.json are"),
         ({"accuracies": [0.5]}, "is damaged .run.json has 0 losses and 1 accuracies"),
         ({"more": 1}, "is damaged .*unexpected keyword argument 'more'"),
         ({"bad_rows": [{}, {}]}, "is damaged .bad_rows in run.json has 2 counters, which is not one for each process"),
