@@ -1,14 +1,12 @@
 """Two processes that found each other once and then do one run after the other.
 
-Most of what a run of two processes costs is their start. Here `accelerate launch` starts them for the first run that is
-asked for, and they stay until the tests are over. A run that fails ends them; the next one starts others.
-
-As a program this is what `accelerate launch` is given: it does the runs that stand in its folder, 0.json, 1.json, ...
+Most of what a run of two processes costs is their start. Here they are started for the first run that is asked for, and
+stay until the tests are over. A run that fails ends them; the next one starts others. They do the runs that stand in
+their folder, 0.json, 1.json, ...
 """
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from .forked import fork
+
 POLL = 0.02
 
 
@@ -25,17 +24,7 @@ class TwoProcesses:
 
     def __init__(self, folder: Path):
         self.folder, self.number = folder, 0
-        self.launcher: subprocess.Popen | None = None
-
-    def _start(self) -> subprocess.Popen:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-        command += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-        settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
-        settings |= {"PYTHONPATH": str(ROOT), "PARENT": str(os.getpid()), "FIRST": str(self.number)}
-        with (self.folder / "log").open("ab") as log:
-            return subprocess.Popen(
-                [*command, __file__, str(self.folder)], env=os.environ | settings, stdout=log, stderr=log
-            )
+        self.processes: list[Any] = []
 
     def run(self, words: list[str], sharding: dict[str, Any] | None = None, precision: str = "no") -> str:
         """Do one run in both processes.
@@ -48,8 +37,8 @@ class TwoProcesses:
         Returns:
             What both have printed. A run that ends with another status than 0 fails the test.
         """
-        if self.launcher is None or self.launcher.poll() is not None:
-            self.launcher = self._start()
+        if not self.processes:
+            self.processes = fork(serve, 2, self.folder, self.number, os.getpid())
         number, self.number = self.number, self.number + 1
         task = {"words": words, "sharding": sharding, "precision": precision}
         unfinished = self.folder / "next"
@@ -58,9 +47,9 @@ class TwoProcesses:
         done = [self.folder / f"{number}-{rank}.done" for rank in range(2)]
         until = time.monotonic() + 240
         while not all(path.is_file() for path in done):
-            if self.launcher.poll() is not None or time.monotonic() > until:
+            if not all(process.is_alive() for process in self.processes) or time.monotonic() > until:
                 self.close()
-                raise AssertionError((self.folder / "log").read_text()[-3000:] + self._printed(number))
+                raise AssertionError(self._printed(number))
             time.sleep(POLL)
         if any(path.read_text() != "0" for path in done):
             self.close()
@@ -72,10 +61,10 @@ class TwoProcesses:
         return "".join(path.read_text() for path in logs if path.is_file())
 
     def close(self) -> None:
-        if self.launcher is not None:
-            self.launcher.terminate()
-            self.launcher.wait()
-            self.launcher = None
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes = []
 
 
 @contextmanager
@@ -108,20 +97,16 @@ def do(task: dict[str, Any]) -> int:
     return fsdp2_on_cpu.run(task["words"], **task["sharding"])
 
 
-def main() -> None:
+def serve(rank: int, folder: Path, number: int, parent: int) -> None:
+    """What each of the processes does, from run `number` on."""
     from accelerate import PartialState
 
     PartialState.destroy_process_group = lambda self, group=None: None  # the end of a run is not that of the processes
-    folder, rank, number = Path(sys.argv[1]), os.environ["RANK"], int(os.environ["FIRST"])
     while True:
         while not (folder / f"{number}.json").is_file():
             time.sleep(POLL)
-            os.kill(int(os.environ["PARENT"]), 0)  # raises where the tests are gone
+            os.kill(parent, 0)  # raises where the tests are gone
         with printed_into(folder / f"{number}-{rank}.log"):
             status = do(json.loads((folder / f"{number}.json").read_text()))
         (folder / f"{number}-{rank}.done").write_text(str(status))
         number += 1
-
-
-if __name__ == "__main__":
-    main()

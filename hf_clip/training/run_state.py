@@ -145,9 +145,11 @@ def _check_sizes(state: RunState, folder: Path) -> None:
         raise ValueError(f"losses, accuracies and best in {STATE} are not all numbers")
     if len(state.losses) != len(state.accuracies):
         raise ValueError(f"{STATE} has {len(state.losses)} losses and {len(state.accuracies)} accuracies")
-    steps, parts = state.identity.get("steps", state.step), state.identity.get("gradient_accumulation_steps", 1)
-    if any(type(count) is not int for count in (steps, parts)):
-        raise ValueError(f"steps and gradient_accumulation_steps in {STATE} are {str((steps, parts))[:50]}")
+    names = ("steps", "gradient_accumulation_steps", "processes")
+    counts = [state.identity.get(name, usual) for name, usual in zip(names, (state.step, 1, 1), strict=True)]
+    if any(type(count) is not int or count < 1 for count in counts):
+        raise ValueError(f"steps, parts of a step and processes in {STATE} are {str(counts)[:50]}")
+    steps, parts, _ = counts
     most = {"step": steps, "best_step": state.step, "evaluations_since": state.step + 1}
     # Each epoch that is over had a batch.
     most |= {"epoch": state.step * parts, "batch": state.step * parts - state.epoch}

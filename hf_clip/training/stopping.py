@@ -232,9 +232,9 @@ class SignsOfLife:
             self.seen, self.since = seen, now
         if seen == ENDED or now - self.since < LONGEST_STILL:
             return None
-        return self._name(self.next, self.seen)
+        return self._in_words(self.next, self.seen)
 
-    def _name(self, rank: int, sign: str) -> str:
+    def _in_words(self, rank: int, sign: str) -> str:
         who = sign.rpartition(",")[0]
         return f"process {rank} of {self.count}{who and f' ({who})'}"
 
@@ -254,7 +254,7 @@ class SignsOfLife:
             is_first = self.store.add(GONE, 1) == 1
         except RuntimeError:  # the store is gone, and soon the run, unless this process waits for the one that kept it
             if not is_over.wait(LONGEST_WITHOUT_STORE):
-                end(self._name(0, ""), self.rank == 1)
+                end(self._in_words(0, ""), self.rank == 1)
             return
         end(still or "", is_first)
 
@@ -267,8 +267,8 @@ class SignsOfLife:
                 time.sleep(INTERVAL)
                 others = [rank for rank in others if seen[rank] not in (ENDED, "") and self._sign(rank) == seen[rank]]
         except RuntimeError:  # the store is gone
-            return self._name(0, "")
-        return self._name(others[0], seen[others[0]]) if others else None
+            return self._in_words(0, "")
+        return self._in_words(others[0], seen[others[0]]) if others else None
 
     def _sign(self, rank: int) -> str:
         key = f"hf_clip_alive_{rank}"

@@ -1,13 +1,7 @@
-"""Runs in processes of their own, which can be killed. They are forked from one that has imported everything.
+"""Runs in processes of their own, which can be killed."""
 
-A new process would take seconds for its imports. The tests' own process cannot be forked: once it has computed
-gradients, its children cannot.
-"""
-
-import multiprocessing
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +11,7 @@ import torch
 from hf_clip.commands import finetune
 from hf_clip.training import stopping
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
+from ..forked import fork
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
@@ -77,23 +70,16 @@ def watched(path: str, every: int) -> None:
     finetune.Run.batch_done = batch_done  # type: ignore[method-assign]
 
 
-def _run(words: list[str], environment: dict[str, str], log: str, faults: list[tuple]) -> None:
-    os.environ |= environment
-    torch.set_num_threads(1)
-    with open(log, "wb") as file:
+def _run(rank: int, words: list[str], logs: list[str], faults: dict[int, list[tuple]]) -> None:
+    with open(logs[rank], "wb") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
-    for kind, *given in faults:
-        {"writes": count_writes, "step": at_step, "watched": watched, "quicker": quicker}[kind](*given)
+    kinds = {"writes": count_writes, "step": at_step, "watched": watched, "quicker": quicker}
+    for kind, *given in faults.get(rank, []):
+        kinds[kind](*given)
     status = finetune.main(words)
-    Path(log).with_suffix(".writes").write_text(str(seen))
+    Path(logs[rank]).with_suffix(".writes").write_text(str(seen))
     sys.exit(status)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class ForkedRun:
@@ -110,17 +96,8 @@ class ForkedRun:
         self, words: list[str], folder: Path, processes: int = 1, faults: dict[int, list[tuple]] | None = None
     ):
         folder.mkdir(parents=True, exist_ok=True)
-        shared = {"TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-        if processes > 1:
-            shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.logs = [folder / f"{rank}.log" for rank in range(processes)]
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            given = (words, shared | own, str(log), (faults or {}).get(rank, []))
-            self.processes.append(CONTEXT.Process(target=_run, args=given))
-            self.processes[-1].start()
+        self.processes = fork(_run, processes, words, [str(log) for log in self.logs], faults or {})
 
     def wait(self, seconds: float = 120) -> list[int | None]:
         """The exit statuses; minus the signal's number where one was killed."""
