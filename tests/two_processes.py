@@ -108,5 +108,6 @@ def serve(rank: int, folder: Path, number: int, parent: int) -> None:
             os.kill(parent, 0)  # raises where the tests are gone
         with printed_into(folder / f"{number}-{rank}.log"):
             status = do(json.loads((folder / f"{number}.json").read_text()))
-        (folder / f"{number}-{rank}.done").write_text(str(status))
+        (folder / f"{rank}.status").write_text(str(status))
+        (folder / f"{rank}.status").rename(folder / f"{number}-{rank}.done")  # which is read as soon as it is there
         number += 1
