@@ -145,13 +145,18 @@ def seconds_of_a_batch(start: Start, workers: int, batches: int) -> float:
         workers: processes that prepare batches.
         batches: of each worker that are counted.
     """
-    found = start(workers)
-    for _ in range(2 * workers):
-        next(found)
-    begin = time.perf_counter()
-    for _ in range(batches * workers):
-        next(found)
-    return (time.perf_counter() - begin) / (batches * workers)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a pool of threads would wait for work on the cores of the workers
+    try:
+        found = start(workers)
+        for _ in range(2 * workers):
+            next(found)
+        begin = time.perf_counter()
+        for _ in range(batches * workers):
+            next(found)
+        return (time.perf_counter() - begin) / (batches * workers)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def measure(table: Table, starts: dict[str, Start], workers: int, batch: int, settings: Settings) -> Table:

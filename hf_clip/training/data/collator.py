@@ -30,6 +30,9 @@ from .pairs import Draw, Pairs, PairStream, Row
 Tokens = Mapping[str, tuple[list[int], bool]]
 """Captions → their tokens, and whether they were cut."""
 
+Choice = tuple[str, np.random.Generator]
+"""The caption of a row that was drawn, and the random numbers for its image."""
+
 PAD_TO = 8
 """Text lengths are multiples of this, which suits tensor cores and keeps the number of shapes small."""
 
@@ -121,7 +124,7 @@ class PairCollator:
         self.seed, self.timeout = seed, timeout
         self.images = ImagePreparation(self.image_processor, augmentation, on_device=on_device)
 
-    def _choose(self, draw: Draw, row: Row) -> tuple[str, np.random.Generator]:
+    def _choose(self, draw: Draw, row: Row) -> Choice:
         """The caption that is drawn, which may be empty, and the random numbers for the image."""
         rng = np.random.default_rng((self.seed, draw.round, draw.source, draw.row, draw.caption + 1))
         if draw.caption >= 0:
@@ -129,14 +132,17 @@ class PairCollator:
         spoken = [caption for caption in row.captions if caption]
         return spoken[int(rng.integers(len(spoken)))] if spoken else "", rng
 
-    def prepare(self, draw: Draw, row: Row, known: Tokens = MappingProxyType({})) -> Prepared:
+    def prepare(
+        self, draw: Draw, row: Row, known: Tokens = MappingProxyType({}), choice: Choice | None = None
+    ) -> Prepared:
         """Open and augment one row. Raises UnusableRowError.
 
-        known: captions that are tokenized already
+        known:  captions that are tokenized already
+        choice: what `_choose` has drawn already
         """
         if row.reason is not None:
             raise UnusableRowError(row.reason)
-        caption, rng = self._choose(draw, row)
+        caption, rng = self._choose(draw, row) if choice is None else choice
         if not caption:
             raise UnusableRowError("its caption is empty")
         input_ids, is_cut = known[caption] if caption in known else self.encode(caption)
@@ -204,11 +210,12 @@ class PairCollator:
         prepared: list[Prepared] = []
         skipped: list[tuple[str, str]] = []
         rows = [read(draw) for draw in plan.draws]
-        captions = [self._choose(draw, row)[0] for draw, row in zip(plan.draws, rows, strict=True)]
-        known = self.encode_together(caption for caption in captions if caption)
-        for place, (draw, row) in enumerate(zip(plan.draws, rows, strict=True), start=plan.first):
+        choices = [self._choose(draw, row) for draw, row in zip(plan.draws, rows, strict=True)]
+        known = self.encode_together(caption for caption, _ in choices if caption)
+        drawn = zip(plan.draws, rows, choices, strict=True)
+        for place, (draw, row, choice) in enumerate(drawn, start=plan.first):
             try:
-                prepared.append(self.prepare(draw, row, known))
+                prepared.append(self.prepare(draw, row, known, choice))
             except UnusableRowError as error:
                 skipped.append((row.name, str(error)))
                 if plan.spares:
