@@ -19,6 +19,7 @@ Dimensions: B pairs of this process, D embedding.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -195,7 +196,7 @@ def backpropagate(
         accelerator: What wrapped it, if that was accelerate.
 
     Returns:
-        What `loss` returned.
+        What `loss` returned. By micro-batches its loss to backpropagate has no graph any more.
 
     Raises:
         ValueError: BatchNorm is in training mode, or micro_batch_size is below 1.
@@ -237,51 +238,47 @@ def _in_parts(model: Any, wrapped: Any, parts: MicroBatches, loss: Loss, acceler
     check_batch_norm_is_frozen(model)
     untrained, last = _untrained_inputs(model, next(iter(parts))), len(parts) - 1
     with without_synchronization(wrapped, accelerator):
-        embeddings, states = _embed_without_graph(wrapped, parts, untrained, device)
-    result, cached, of_temperature = _loss_gradients(model, loss, embeddings)
-    zeros = [None if gradient is None else torch.zeros_like(gradient) for gradient in of_temperature]
-    for number, (part, state, (of_images, of_texts)) in enumerate(zip(parts, states, cached, strict=True)):
+        images, texts, sizes, states = _embed_without_graph(wrapped, parts, untrained, device)
+    result, cached = _loss_gradients(model, loss, images, texts)
+    del images, texts  # what is left of them beside activations is their gradient
+    of_images, of_texts = (iter(gradient.split(sizes)) for gradient in cached[:2])
+    of_temperature = cached[2:]
+    for number, (part, state) in enumerate(zip(parts, states, strict=True)):
         with nullcontext() if number == last else without_synchronization(wrapped, accelerator):
             with state.replayed():
                 outputs = wrapped(**_on(device, _without(part, untrained)))
-            pairs = [(outputs.image_embeds, of_images), (outputs.text_embeds, of_texts)]
-            # It has its gradient at the first micro-batch, where ZeRO 3 forgets the last step's. Later it has zeros,
-            # since DDP waits for the gradients of all parameters at the last.
-            pairs += zip(_temperature(model), of_temperature if number == 0 else zeros, strict=True)
-            backward(_sum_of_products(pairs))
+            pairs = [(outputs.image_embeds, next(of_images)), (outputs.text_embeds, next(of_texts))]
+            backward(_sum_of_products([*pairs, *zip(_temperature(model), of_temperature, strict=True)]))
+        # ZeRO 3 forgets the last step's gradients at the first micro-batch, so the temperature has its own there. Zeros
+        # follow, since DDP waits for the gradients of all parameters at the last.
+        of_temperature = [None if gradient is None else torch.zeros_like(gradient) for gradient in of_temperature]
     return result
 
 
 def _embed_without_graph(
     wrapped: Any, parts: MicroBatches, untrained: set[str], device: torch.device
-) -> tuple[list[tuple[Tensor, Tensor]], list[_RandomState]]:
-    """Step 1: the image and text embeddings of each micro-batch, and the random state from which to do it again."""
-    embeddings, states = [], []
+) -> tuple[Tensor, Tensor, list[int], list[_RandomState]]:
+    """Step 1: image and text embeddings, (B, D) each. Of each micro-batch: its pairs, from where to embed it again."""
+    images, texts, states = [], [], []
     with torch.no_grad():
         for part in parts:
             once: Any = wrapped(**_on(device, {name: part[name] for name in untrained})) if untrained else None
             states.append(_RandomState(device))
             again = wrapped(**_on(device, _without(part, untrained)))
-            images = (once if again.image_embeds is None else again).image_embeds
-            texts = (once if again.text_embeds is None else again).text_embeds
-            embeddings.append((images, texts))
-    # Within a block of autocast the weights' casts are kept, and these have no graph.
-    torch.clear_autocast_cache()
-    return embeddings, states
+            images.append((once if again.image_embeds is None else again).image_embeds)
+            texts.append((once if again.text_embeds is None else again).text_embeds)
+        # Within a block of autocast the weights' casts are kept, and these have no graph.
+        torch.clear_autocast_cache()
+        return torch.cat(images), torch.cat(texts), [len(rows) for rows in images], states
 
 
-def _loss_gradients(
-    model: Any, loss: Loss, embeddings: list[tuple[Tensor, Tensor]]
-) -> tuple[ContrastiveResult, list[tuple[Any, Any]], list[Tensor | None]]:
-    """Step 2: the result, its gradients on each micro-batch's embeddings, and those on the temperature."""
-    sizes = [len(images) for images, _ in embeddings]
-    images, texts = (torch.cat(column).requires_grad_() for column in zip(*embeddings, strict=True))
-    scale, bias = (None if scalar is None else scalar.detach().requires_grad_() for scalar in _temperature(model))
-    assert scale is not None
+def _loss_gradients(model: Any, loss: Loss, images: Tensor, texts: Tensor) -> tuple[ContrastiveResult, list[Any]]:
+    """Step 2: the result, and its gradients on the embeddings and on the temperature."""
+    given = (images, texts, *_temperature(model))
+    leaves: list[Any] = [None if tensor is None else tensor.detach().requires_grad_() for tensor in given]
     with torch.enable_grad():
-        result = loss(images, texts, scale, bias)
+        result = loss(*leaves)
     result.local_loss_to_backpropagate.backward()
-    assert images.grad is not None
-    assert texts.grad is not None
-    cached = list(zip(images.grad.split(sizes), texts.grad.split(sizes), strict=True))
-    return result, cached, [scale.grad, None if bias is None else bias.grad]
+    # Without its graph, which holds the embeddings.
+    result = replace(result, local_loss_to_backpropagate=result.local_loss_to_backpropagate.detach())
+    return result, [None if leaf is None else leaf.grad for leaf in leaves]
