@@ -1,4 +1,4 @@
-"""Contrastive losses over the global batch, each process computing its own share of them.
+"""Contrastive losses over the global batch, in memory that grows with the batch and not with its square.
 
 Pair i is image i with text i; everything else in the global batch is a negative of both. With logits
 z = scale · images @ texts.T (+ bias), over all N pairs of all R processes:
@@ -6,16 +6,19 @@ z = scale · images @ texts.T (+ bias), over all N pairs of all R processes:
     softmax (section 2.3, figure 3)     1 / (2 N) · Σᵢ [cross-entropy of row i + cross-entropy of column i]
     sigmoid (Zhai et al. 2023, alg. 1)  1 / N     · Σᵢⱼ −log σ(±zᵢⱼ), plus on the diagonal, minus elsewhere
 
-1. Gather all processes' embeddings, with a gradient: one collective forward, one backward.
-2. Compute the rows of the local images and, for the softmax, the columns of the local texts: (B, N), never (N, N).
-3. Their sum is this process's share; the shares add up to the loss.
+1. The texts of all processes come to each, all at once or, passed around a ring, block by block.
+2. Each process computes its rows of the logits, (B, N), by tiles, and keeps sums of each row and each column only.
+3. The columns' sums of all processes are put together. What belongs to the local images and texts is this process's
+   share; the shares add up to the loss.
+4. Backward, each tile is computed again, turned into the gradient of its logits, and multiplied with the texts and the
+   images. The gradients of other processes' texts go to them.
 
 Data-parallel wrappers (DDP, FSDP, DeepSpeed) average gradients over the processes, so what a process
 backpropagates is R times its share: the average is then the sum.
 
 Invariant: loss and every parameter's gradient are those of one process that has the whole batch, however unevenly the
 pairs are spread over the processes; a process may even have none. All is computed in float32 at least, under autocast
-and for half-precision embeddings too.
+and for half-precision embeddings too. Sums are kept in float64.
 
 Every process must call this, equally often, in the same order, and backpropagate or not alike. A parameter that the
 wrapper leaves out (FSDP shards no scalars, so not the logit scale) has its gradient to be averaged by the caller.
@@ -30,8 +33,30 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import logsigmoid, pad
+
+from .gathering import (
+    Gathered,
+    exchange_counts,
+    gather,
+    gather_with_gradients,
+    process_index,
+    world_size,
+)
+from .ring import Ring
+from .sigmoid import Sigmoid
+from .softmax import Softmax
+from .tiles import Duplicates, LogitTiles, own_logits, wide_type
+
+__all__ = [
+    "INITIAL_SIGMOID_LOGIT_BIAS",
+    "INITIAL_SIGMOID_LOGIT_SCALE",
+    "ContrastiveResult",
+    "exchange_counts",
+    "gather_with_gradients",
+    "global_contrastive_loss",
+    "process_index",
+    "world_size",
+]
 
 INITIAL_SIGMOID_LOGIT_SCALE = math.log(10)
 """The logarithm of the scale with which training by the sigmoid loss begins (Zhai et al. 2023, section 3.2)."""
@@ -52,68 +77,6 @@ class ContrastiveResult:
     local_loss_to_backpropagate: Tensor
     global_loss: Tensor
     global_accuracy: Tensor
-
-
-def world_size() -> int:
-    """The number of processes, 1 where torch.distributed was not set up."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def process_index() -> int:
-    return dist.get_rank() if world_size() > 1 else 0
-
-
-def _gather(local: Tensor, counts: list[int]) -> Tensor:
-    """(B, …) → (N, …) in the order of the processes, whose B are `counts`."""
-    longest = max(counts)
-    padded = pad(local, (0, 0) * (local.ndim - 1) + (0, longest - len(local))).contiguous()
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-class _GatherWithGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, counts: list[int]) -> Tensor:
-        ctx.counts = counts
-        return _gather(local, counts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, global_gradient: Tensor) -> tuple[Tensor, None]:
-        summed = global_gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(summed)  # gloo has no reduce-scatter before torch 2.8
-        return summed.split(ctx.counts)[process_index()], None
-
-
-def gather_with_gradients(local: Tensor, counts: list[int]) -> Tensor:
-    """Gather the rows of all processes, in the order of the processes.
-
-    Backwards, a row receives the sum of its gradients from the losses of all processes.
-
-    Args:
-        local: (B, …) the rows of this process.
-        counts: The B of every process, as `exchange_counts` returns them.
-
-    Returns:
-        (N, …). On one process this is `local` itself.
-    """
-    return _GatherWithGradients.apply(local, counts) if world_size() > 1 else local
-
-
-def exchange_counts(local_counts: list[int], device: torch.device) -> list[list[int]]:
-    """Every process's list of numbers, in the order of the processes. Waits for the device.
-
-    Args:
-        local_counts: of this process; every process passes as many numbers.
-        device: where the processes exchange them.
-    """
-    if world_size() == 1:
-        return [local_counts]
-    local = torch.tensor(local_counts, device=device)
-    parts = [torch.empty_like(local) for _ in range(world_size())]
-    dist.all_gather(parts, local)
-    return torch.stack(parts).tolist()
 
 
 NOT_GIVEN = -1
@@ -152,90 +115,112 @@ def _agree_on_counts(
     return counts
 
 
-def _is_own(own: Tensor, columns: int) -> Tensor:
-    """(B,) → (B, N) bool, true at each row's own pair."""
-    return own[:, None] == torch.arange(columns, device=own.device)
+@dataclass(frozen=True)
+class _Batch:
+    """What the loss is told besides tensors with gradients; see `global_contrastive_loss`."""
+
+    kind: str
+    label_smoothing: float
+    counts: list[int]
+    duplicates: Duplicates | None
+    is_ring: bool
+
+    @property
+    def offset(self) -> int:
+        """The place of the first local pair among all."""
+        return sum(self.counts[: process_index()])
+
+    def texts(self, local_texts: Tensor, gathered: Tensor | None = None) -> Gathered | Ring:
+        """The texts of all processes; `gathered` is (N, D), where they were gathered before."""
+        if self.is_ring and len(self.counts) > 1:
+            return Ring(local_texts, self.counts)
+        return Gathered(gather(local_texts, self.counts) if gathered is None else gathered, self.counts)
 
 
-def _find_duplicates(
-    own: Tensor, counts: list[int], local_image_ids: Tensor | None, local_text_ids: Tensor | None
-) -> Tensor | None:
-    """(B, N) bool: which pairs share the image or the caption with the local pairs, and so are no negatives of them.
+class _TiledLoss(torch.autograd.Function):
+    """R times the local share, and the sums of all processes' shares and right answers, of which each adds its own."""
 
-    The relation is symmetric. It holds for a local image against all texts and for a local text against all images.
-    Returns None if there are no ids.
-    """
-    given = [ids.to(own) for ids in (local_image_ids, local_text_ids) if ids is not None]
-    if not given:
-        return None
-    local_ids = torch.stack(given, dim=1)  # (B, 1 or 2)
-    global_ids = _gather(local_ids, counts) if world_size() > 1 else local_ids  # (N, 1 or 2)
-    is_duplicate = ~_is_own(own, len(global_ids))
-    is_shared = [local_ids[:, None, column] == global_ids[None, :, column] for column in range(len(given))]
-    return is_duplicate & (is_shared[0] | is_shared[-1])
+    @staticmethod
+    def forward(
+        ctx: Any,
+        local_images: Tensor,
+        local_texts: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        batch: _Batch,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(local_images.device.type, enabled=False):
+            texts = batch.texts(local_texts)
+            tiles = _tiles(local_images, logit_scale, logit_bias, batch)
+            own = own_logits(local_images, local_texts, tiles.scale, tiles.bias)
+            loss: Softmax | Sigmoid
+            if batch.kind == "softmax":
+                loss = Softmax(own, batch.offset, batch.counts, local_images, batch.label_smoothing)
+            else:
+                loss = Sigmoid(own, batch.offset, batch.counts, local_images)
+            for first, block in texts.blocks():
+                for tile in tiles.of(first, block):
+                    loss.measure(tile)
+            loss.complete()
+            share = loss.local_share()
+            sums = torch.stack([share, loss.count_right().to(share.dtype)])
+        gathered = texts.texts if isinstance(texts, Gathered) else None
+        ctx.save_for_backward(local_images, local_texts, logit_scale, logit_bias, gathered)
+        ctx.batch, ctx.loss = batch, loss
+        ctx.mark_non_differentiable(sums)
+        return (world_size() * share).to(local_images.dtype), sums
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "The contrastive loss was differentiated with create_graph=True, but it has no second derivative: "
+                "leave create_graph out, or compute the loss from whole logits."
+            )
+        local_images, local_texts, logit_scale, logit_bias, gathered = ctx.saved_tensors
+        batch, loss = ctx.batch, ctx.loss
+        needs_image_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]  # the scale's is made from it
+        with torch.autocast(local_images.device.type, enabled=False):
+            tiles = _tiles(local_images, logit_scale, logit_bias, batch)
+            texts = batch.texts(local_texts, gathered)
+            image_gradient = torch.zeros_like(local_images)
+            bias_gradient = torch.zeros_like(tiles.scale)
+            for first, block, text_gradient in texts.blocks_with_gradients(ctx.needs_input_grad[1]):
+                for tile in tiles.of(first, block):
+                    logit_gradient = loss.differentiate_(tile)  # (r, c)
+                    if needs_image_gradient:
+                        image_gradient[tile.rows].addmm_(logit_gradient, tile.texts)
+                    if text_gradient is not None:
+                        there = slice(tile.columns.start - first, tile.columns.stop - first)
+                        text_gradient[there].addmm_(logit_gradient.T, tile.scaled_images)
+                    if logit_bias is not None:
+                        bias_gradient += logit_gradient.sum(1).sum(dtype=bias_gradient.dtype)
+            factor = gradient.to(tiles.scale.dtype) * (world_size() * loss.weight)
+            image_gradient *= factor * tiles.scale
+            text_gradient = texts.local_gradient().mul_(factor) if ctx.needs_input_grad[1] else None
+            # z is linear in an image times the scale: Σ z · ∂L/∂z is Σ image · ∂L/∂image.
+            scale_gradient = sum(
+                (images.to(factor.dtype) * gradients).sum()
+                for images, gradients in zip(local_images.split(1024), image_gradient.split(1024), strict=True)
+            )
+        return (
+            image_gradient,
+            text_gradient,
+            _like(scale_gradient, logit_scale),
+            None if logit_bias is None else _like(bias_gradient * factor, logit_bias),
+            None,
+        )
 
 
-def softmax_terms(
-    local_logits: Tensor, own: Tensor, is_duplicate: Tensor | None = None, label_smoothing: float = 0.0
-) -> Tensor:
-    """The cross-entropy of each row. Duplicates are left out of the softmax and of the smoothing.
-
-    Args:
-        local_logits: (B, N) of the local images or texts against all others.
-        own: (B,) the column of each row's own pair.
-        is_duplicate: (B, N) bool, which pairs are no negatives.
-        label_smoothing: The part of the target that is spread over the row.
-
-    Returns:
-        (B,)
-    """
-    if is_duplicate is not None:
-        local_logits = local_logits.masked_fill(is_duplicate, -torch.inf)
-    log_probabilities = local_logits.log_softmax(dim=-1)
-    terms = -log_probabilities.gather(1, own[:, None])[:, 0]
-    if label_smoothing == 0:
-        return terms
-    if is_duplicate is None:
-        uniform = -log_probabilities.mean(-1)
-    else:
-        uniform = -log_probabilities.masked_fill(is_duplicate, 0.0).sum(-1) / (~is_duplicate).sum(-1)
-    return (1 - label_smoothing) * terms + label_smoothing * uniform
+def _tiles(local_images: Tensor, logit_scale: Tensor, logit_bias: Tensor | None, batch: _Batch) -> LogitTiles:
+    wide = wide_type(local_images)
+    scale = logit_scale.detach().to(wide).exp().reshape(())
+    bias = None if logit_bias is None else logit_bias.detach().to(wide).reshape(())
+    return LogitTiles(local_images, scale, bias, batch.offset, batch.duplicates)
 
 
-def sigmoid_terms(local_logits: Tensor, own: Tensor, is_duplicate: Tensor | None = None) -> Tensor:
-    """The sum of −log σ(±z) over each row, without duplicates.
-
-    Args:
-        local_logits: (B, N) of the local images against all texts.
-        own: (B,) the column of each row's own pair.
-        is_duplicate: (B, N) bool, which pairs are no negatives.
-
-    Returns:
-        (B,)
-    """
-    terms = -logsigmoid(torch.where(_is_own(own, local_logits.shape[1]), local_logits, -local_logits))
-    if is_duplicate is not None:
-        terms = terms.masked_fill(is_duplicate, 0.0)
-    return terms.sum(-1)
-
-
-@torch.no_grad()
-def _count_right(local_logits: Tensor, own: Tensor, is_duplicate: Tensor | None) -> Tensor:
-    """How many of the local images and texts have their own logit above those of all their negatives: ().
-
-    local_logits are the rows of the local images, (B, N). For the texts, each process takes the maxima of its part of
-    the columns, and the maxima of all processes complete a column; so the other half of the logits is not needed. An
-    equal logit counts as wrong: a collapsed model is never right.
-    """
-    own_logits = local_logits.gather(1, own[:, None])[:, 0]  # (B,)
-    negatives = local_logits.scatter(1, own[:, None], -torch.inf)
-    if is_duplicate is not None:
-        negatives.masked_fill_(is_duplicate, -torch.inf)
-    lowest = negatives.new_full((1, negatives.shape[1]), -torch.inf)
-    best_in_column = torch.cat([negatives, lowest]).amax(0)  # (N,), where B is 0 too
-    if world_size() > 1:
-        dist.all_reduce(best_in_column, dist.ReduceOp.MAX)
-    return (own_logits > negatives.amax(1)).sum() + (own_logits > best_in_column[own]).sum()
+def _like(gradient: Any, parameter: Tensor) -> Tensor:
+    return gradient.to(parameter.dtype).reshape(parameter.shape)
 
 
 def _check_arguments(
@@ -287,6 +272,7 @@ def global_contrastive_loss(
     label_smoothing: float = 0.0,
     local_image_ids: Tensor | None = None,
     local_text_ids: Tensor | None = None,
+    ring: bool = False,
 ) -> ContrastiveResult:
     """Compute the contrastive loss of the global batch. On one process it equals `HfClipModel(return_loss=True)`.
 
@@ -301,9 +287,10 @@ def global_contrastive_loss(
         label_smoothing: The part of a row's target that is spread evenly over its positive and negatives; softmax only.
         local_image_ids: (B,) int64, `content_id` of the images. Pairs with equal ids are no negatives of each other.
         local_text_ids: (B,) int64, `content_id` of the captions, likewise.
+        ring: Whether the texts are passed around the processes, so that none holds them all. The loss is the same.
 
     Returns:
-        The loss to backpropagate, the global loss to report, and the global accuracy.
+        The loss to backpropagate, the global loss to report, and the global accuracy. It can be differentiated once.
 
     Raises:
         ValueError: On all processes. The global batch has fewer than two pairs, the counts of embeddings or ids
@@ -312,34 +299,16 @@ def global_contrastive_loss(
     ids = (local_image_ids, local_text_ids)
     _check_arguments(local_image_embeds, local_text_embeds, logit_bias, kind, label_smoothing, ids)
     counts = _agree_on_counts(local_image_embeds, local_text_embeds, local_image_ids, local_text_ids)
+    given = [of_pairs.to(local_image_embeds.device) for of_pairs in ids if of_pairs is not None]
+    batch = _Batch(kind, label_smoothing, counts, Duplicates(given, counts) if given else None, ring)
     dtype = torch.promote_types(local_image_embeds.dtype, torch.float32)
-    with torch.autocast(local_image_embeds.device.type, enabled=False):
-        local_images, local_texts = local_image_embeds.to(dtype), local_text_embeds.to(dtype)  # (B, D)
-        scale = logit_scale.to(dtype).exp()
-        offset = sum(counts[: process_index()])
-        own = torch.arange(offset, offset + len(local_images), device=local_images.device)
-        is_duplicate = _find_duplicates(own, counts, local_image_ids, local_text_ids)
-
-        if kind == "softmax":
-            # Both in one tensor, for one collective; its width is 2 D.
-            both = gather_with_gradients(torch.cat([local_images, local_texts], dim=1), counts)
-            global_images, global_texts = both.chunk(2, dim=1)  # (N, D)
-            rows = (scale * local_images) @ global_texts.T  # (B, N)
-            # (B, N), a text's each; one process has them already.
-            columns = (scale * local_texts) @ global_images.T if world_size() > 1 else rows.T
-            terms = softmax_terms(rows, own, is_duplicate, label_smoothing)
-            terms = (terms + softmax_terms(columns, own, is_duplicate, label_smoothing)) / 2
-        else:
-            assert logit_bias is not None
-            global_texts = gather_with_gradients(local_texts, counts)
-            rows = (scale * local_images) @ global_texts.T + logit_bias.to(dtype)
-            terms = sigmoid_terms(rows, own, is_duplicate)
-        local_share = terms.sum() / sum(counts)
-        sums = torch.stack([local_share.detach(), _count_right(rows, own, is_duplicate).to(dtype)])
+    local_loss, sums = _TiledLoss.apply(
+        local_image_embeds.to(dtype), local_text_embeds.to(dtype), logit_scale, logit_bias, batch
+    )
     if world_size() > 1:
         dist.all_reduce(sums)
     return ContrastiveResult(
-        local_loss_to_backpropagate=world_size() * local_share,
-        global_loss=sums[0],
-        global_accuracy=sums[1] / (2 * sum(counts)),
+        local_loss_to_backpropagate=local_loss,
+        global_loss=sums[0].to(dtype),
+        global_accuracy=(sums[1] / (2 * sum(counts))).to(dtype),
     )
