@@ -36,6 +36,7 @@ SUBCOMMANDS = {
     "load": "ViT-L/14 from disk, and the first image of a fresh process",
     "train_step": "both towers, the loss, backward, AdamW",
     "gradient_caching": "a training step by micro-batches: time of a pair, and memory",
+    "loss": "the contrastive loss alone, 1k to 64k pairs; --picture draws its curves where it is measured alone",
     "zero_shot": "the pipeline, and a classifier of 1,000 labels",
     "evaluate": "from JPEGs on disk to a table of zero-shot figures",
     "retrieval": "ranks of both directions, in blocks and by the whole matrix",
@@ -163,6 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    draw_all = getattr(next(iter(modules.values())), "draw", draw) if len(modules) == 1 else draw
     facts = describe(settings.threads)
     print(headline(facts))
     tables: dict[str, list[Table]] = {name: [] for name in modules}
@@ -180,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if options.json:
                     write_json(options.json, as_json(facts, settings.ceilings, tables))
                 if options.picture:
-                    draw(options.picture, facts, [table for several in tables.values() for table in several])
+                    draw_all(options.picture, facts, [table for several in tables.values() for table in several])
             if not tables[name]:
                 raise ValueError("nothing is measured with these options")
         except Exception as error:  # the others have their turn, and what was measured is not lost

@@ -88,9 +88,14 @@ def draw_ratios(path: Path, ratios: Ratios, machine: str) -> None:
     figure.legend(
         handles=_legend(plt, marks, has_others), loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture, whole or not at all."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     figure.savefig(unfinished, dpi=110, format=path.suffix.lstrip(".") or "png")
-    plt.close(figure)
+    import_pyplot().close(figure)
     os.replace(unfinished, path)
 
 

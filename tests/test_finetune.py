@@ -274,6 +274,7 @@ def test_failed_run_leaves_an_earlier_ones_model_as_it_was(digits: Path, tmp_pat
         ({"push_to_hub": True}, "would publish out in your account, which could not be found out ("),
         ({"resume_from_checkpoint": "latest"}, "There is no checkpoint in"),
         ({"resume_from_checkpoint": "/no/checkpoint"}, "There is no whole checkpoint /no/checkpoint; those of"),
+        ({"loss_ring": True}, "--loss_ring would have no effect: there is one process, which holds all texts anyway"),
         ({"sync_batchnorm": True, "model": None, "variant": "DIGITS/resnet"}, "would have no effect: there is one pro"),
         ({"model": "DIGITS/resnet", "output_format": "transformers"}, "its image tower is a ResNet, and transformers'"),
         ({"loss": "sigmoid", "output_format": "transformers"}, "it was trained with the sigmoid loss"),

@@ -131,6 +131,7 @@ def contrast(
         label_smoothing=run.config.label_smoothing_factor,
         local_image_ids=batch["image_ids"] if is_masked else None,
         local_text_ids=batch["text_ids"] if is_masked else None,
+        ring=run.config.loss_ring,
     )
     run.check_loss(result.global_loss)
     return result

@@ -69,6 +69,7 @@ MAY_CHANGE = (
     *("push_to_hub", "hub_model_id", "hub_strategy", "early_stopping_patience", "average_with_pretrained"),
     *("logging_steps", "save_steps", "eval_steps", "save_total_limit", "keep_going_without_checkpoints"),
     *("dataloader_num_workers", "max_bad_fraction", "image_folders", "gradient_checkpointing"),
+    "loss_ring",
     # What counts of these are the pairs in a batch and the steps of the run, which are compared by themselves.
     *("per_device_train_batch_size", "micro_batch_size", "num_train_epochs", "max_steps"),
 )

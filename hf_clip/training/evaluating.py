@@ -20,8 +20,8 @@ from .best import BestWeights
 from .checkpoint import Checkpoints
 from .data.bad_rows import BadRows
 from .data.loader import PairLoader
+from .gathering import exchange_counts, gather
 from .learner import Learner
-from .losses import exchange_counts, gather_with_gradients
 from .plan import Plan
 from .records import Records
 from .summary import figures_in_words, sentence
@@ -153,10 +153,7 @@ def evaluate(
     local = {name: torch.cat(values) for name, values in parts.items()}
     counts = [row[0] for row in exchange_counts([len(local["image"])], device)]
     label_counts = [row[0] for row in exchange_counts([len(local["labels"])], device)]
-    whole = {
-        name: gather_with_gradients(values, label_counts if name == "labels" else counts).cpu()
-        for name, values in local.items()
-    }
+    whole = {name: gather(values, label_counts if name == "labels" else counts).cpu() for name, values in local.items()}
     if not all(bool(whole[name].isfinite().all()) for name in ("image", "text")):
         raise NotFiniteError("The model gives features that are no numbers; its weights are broken.")
     if sum(counts) < 2:

@@ -12,8 +12,8 @@ from transformers import ProcessorMixin
 from ..model.modeling_hf_clip import HfClipModel
 from .averaging import MovingAverage
 from .config import TrainingConfig
+from .gathering import exchange_counts
 from .lora import add_lora_, merge_lora_
-from .losses import exchange_counts
 from .sharding import whole_weights
 from .trainable import lock_
 

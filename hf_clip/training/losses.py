@@ -38,25 +38,14 @@ from .gathering import (
     Gathered,
     exchange_counts,
     gather,
-    gather_with_gradients,
     process_index,
     world_size,
 )
+from .gathering import gather_with_gradients as gather_with_gradients  # for losses of one's own
 from .ring import Ring
 from .sigmoid import Sigmoid
 from .softmax import Softmax
 from .tiles import Duplicates, LogitTiles, own_logits, wide_type
-
-__all__ = [
-    "INITIAL_SIGMOID_LOGIT_BIAS",
-    "INITIAL_SIGMOID_LOGIT_SCALE",
-    "ContrastiveResult",
-    "exchange_counts",
-    "gather_with_gradients",
-    "global_contrastive_loss",
-    "process_index",
-    "world_size",
-]
 
 INITIAL_SIGMOID_LOGIT_SCALE = math.log(10)
 """The logarithm of the scale with which training by the sigmoid loss begins (Zhai et al. 2023, section 3.2)."""

@@ -66,6 +66,7 @@ KNOWN_AS = {
     "warmup_steps": "num_warmup_steps warm_up warmup warmup_iters warmup_ratio",
     "max_grad_norm": "clip clip_grad clip_grad_norm clip_norm grad_clip grad_clip_norm gradient_clipping max_norm",
     "label_smoothing_factor": "ls smoothing",
+    "loss_ring": "disco ring ring_loss",
     "seed": "data_seed manual_seed random_seed random_state",
     "output_dir": "log_dir logs o out out_dir outdir output output_folder output_path save_dir save_path save_to",
     "overwrite_output_dir": "force overwrite_output",

@@ -140,6 +140,9 @@ class OptimizationOptions:
     warmup_steps: int | None = _option(None, "Steps until the peak rate; default: 5 %% of all, at most 2000")
     max_grad_norm: float | None = _option(None, "Clip gradients to this norm")
     label_smoothing_factor: float = _option(0.0, "Part of the target spread over a batch; softmax only")
+    loss_ring: bool = _option(
+        False, "Pass texts' features around the processes, so that none holds those of all; the loss is the same"
+    )
     seed: int = _option(0, "Of order, captions, augmentation and, from scratch, weights")
 
 

@@ -64,6 +64,8 @@ def check_run(config: TrainingConfig, accelerator: Any) -> tuple[Data, Plan]:
     start = _check_output(config, accelerator)
     model_config = _check_model(config)
     _check_batch(config, accelerator.num_processes)
+    if config.loss_ring and accelerator.num_processes == 1:
+        raise ValueError("--loss_ring would have no effect: there is one process, which holds all texts anyway.")
     data = open_data(config, accelerator.num_processes)
     _check_metric(config.metric_for_best_model, data.class_prompts)
     plan = make_plan(config, data.train, launch_settings(accelerator), start)

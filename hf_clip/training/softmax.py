@@ -39,9 +39,8 @@ class _Lines:
     """
 
     def __init__(self, count: int, like: Tensor):
-        wide = {"dtype": wide_type(like), "device": like.device}
         self.peaks = like.new_full((count,), torch.finfo(like.dtype).min)  # finite: differences are no nan
-        self.sums, self.totals = torch.zeros(count, **wide), torch.zeros(count, **wide)
+        self.sums, self.totals = (like.new_zeros(count, dtype=wide_type(like)) for _ in range(2))
 
     def add(self, part: slice, tile: Tile, dim: int) -> None:
         """Add the negatives of a tile, where all other logits are -inf."""

@@ -1,5 +1,7 @@
 """What the processes of test_losses.py run: a small model of two towers, batches split unevenly, real DDP over gloo."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -13,10 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel
 
 import hf_clip  # noqa: F401  (registers the classes)
-from hf_clip.training.losses import ContrastiveResult, global_contrastive_loss
+from hf_clip.training import tiles
+from hf_clip.training.losses import ContrastiveResult, gather_with_gradients, global_contrastive_loss
 
 from ..largest_tensor import LargestTensor
 from ..small import random_images, texts
+from .plain_loss import plain_loss
 
 EVEN, UNEVEN, EMPTY = {2: [4, 4], 3: [3, 3, 3]}, {2: [5, 2], 3: [4, 3, 1]}, {2: [0, 3], 3: [3, 0, 2]}
 
@@ -33,6 +37,7 @@ class Scenario:
 
 BOTH_IDS = {"has_image_ids": True, "has_text_ids": True}
 SIGMOID: dict[str, Any] = {"kind": "sigmoid"}
+RING: dict[str, Any] = {"ring": True}
 SCENARIOS = {
     "softmax": Scenario(EVEN),
     "softmax, uneven": Scenario(UNEVEN),
@@ -44,11 +49,24 @@ SCENARIOS = {
     "sigmoid, uneven": Scenario(UNEVEN, options=SIGMOID),
     "sigmoid, a process without pairs": Scenario(EMPTY, options=SIGMOID),
     "sigmoid, duplicates": Scenario(UNEVEN, **BOTH_IDS, options=SIGMOID),
+    "softmax, ring": Scenario(UNEVEN, options=RING),
+    "softmax, ring, a process without pairs": Scenario(EMPTY, options=RING),
+    "softmax, ring, duplicates and smoothing": Scenario(UNEVEN, **BOTH_IDS, options=RING | {"label_smoothing": 0.1}),
+    "sigmoid, ring, duplicates": Scenario(UNEVEN, **BOTH_IDS, options=SIGMOID | RING),
 }
 
 IMAGE_IDS = torch.tensor([7, 8, 9, 7, 10, 11, 7, 12, 13])
 TEXT_IDS = torch.tensor([1, 2, 2, 3, 4, 1, 5, 6, 7])
 """Equal ones stand on one process and on several."""
+
+
+@contextmanager
+def small_tiles(rows: int, columns: int) -> Iterator[None]:
+    """Within this block a tile of logits has at most so many rows and columns."""
+    kept = tiles.TILE_ROWS, tiles.TILE_LOGITS
+    tiles.TILE_ROWS, tiles.TILE_LOGITS = {"cpu": rows}, {"cpu": rows * columns}
+    yield
+    tiles.TILE_ROWS, tiles.TILE_LOGITS = kept
 
 
 class TwoTowers(nn.Module):
@@ -106,13 +124,22 @@ def run_model(folder: Path, tower: str, kind: str, process: int) -> dict[str, An
     return record_of(result, model)
 
 
-def largest_tensor(local: int, kind: str) -> int:
-    embeds = torch.randn(2, local, 4, requires_grad=True)
+def gathered_gradients(counts: list[int], process: int) -> Tensor:
+    """Of the local images' features, (B, 4), from the plain loss of gathered ones on every process."""
+    features = torch.randn(2, sum(counts), 4, generator=torch.Generator().manual_seed(2))
+    mine = slice(sum(counts[:process]), sum(counts[: process + 1]))
+    local = features[0, mine].clone().requires_grad_()
+    plain_loss(gather_with_gradients(local, counts), features[1], torch.tensor(1.0))[0].backward()
+    return local.grad
+
+
+def largest_tensor(local: int, kind: str, width: int = 4, ring: bool = False) -> int:
+    embeds = [torch.randn(local, width, requires_grad=True) for _ in range(2)]
     ids = torch.arange(local)
     with LargestTensor() as largest:
         bias = torch.tensor(0.0) if kind == "sigmoid" else None
         result = global_contrastive_loss(
-            *embeds, torch.tensor(1.0), logit_bias=bias, kind=kind, local_image_ids=ids, local_text_ids=ids
+            *embeds, torch.tensor(1.0), logit_bias=bias, kind=kind, local_image_ids=ids, local_text_ids=ids, ring=ring
         )
         result.local_loss_to_backpropagate.backward()
     return largest.elements
@@ -147,14 +174,18 @@ def run_process(process: int, processes: int, folder: Path, repositories: dict[s
         world_size=processes,
         timeout=timedelta(minutes=2),  # for one that waits for another which has stopped
     )
-    record: dict[str, Any] = {
-        name: run_scenario(scenario, scenario.counts[processes], process, wrap=True)
-        for name, scenario in SCENARIOS.items()
-    }
+    with small_tiles(2, 3):
+        record: dict[str, Any] = {
+            name: run_scenario(scenario, scenario.counts[processes], process, wrap=True)
+            for name, scenario in SCENARIOS.items()
+        }
     for tower, repository in repositories.items():
         for kind in ("softmax", "sigmoid"):
             record[f"{tower}, {kind}"] = run_model(repository, tower, kind, process)
     record["largest"] = {kind: largest_tensor(100, kind) for kind in ("softmax", "sigmoid")}
+    with small_tiles(10, 10):
+        record["largest in a ring"] = largest_tensor(100, "softmax", width=64, ring=True)
+    record["gathered"] = gathered_gradients(UNEVEN[processes], process)
     record["refusals"] = refusals(process, processes)
     torch.save(record, folder / f"{process}.pt")
     dist.barrier()

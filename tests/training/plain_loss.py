@@ -37,7 +37,9 @@ def plain_loss(
         terms = -logsigmoid(torch.where(is_own, logits, -logits)).masked_fill(is_duplicate, 0.0)
         return terms.sum() / len(images), accuracy
     is_candidate = (~is_duplicate).to(logits.dtype)
-    target = (1 - label_smoothing) * is_own + label_smoothing * is_candidate / is_candidate.sum(1, keepdim=True)
+    target = (1 - label_smoothing) * is_own.to(logits.dtype) + label_smoothing * is_candidate / is_candidate.sum(
+        1, keepdim=True
+    )
     loss = torch.zeros((), dtype=logits.dtype)
     for lines in (logits, logits.T):
         log_probabilities = lines.masked_fill(is_duplicate, -torch.inf).log_softmax(1)
@@ -49,7 +51,7 @@ def differentiate(loss: Any, images: Tensor, texts: Tensor, logit_scale: Tensor,
     """Loss, accuracy and all gradients of `loss`, called with leaves of its own."""
     leaves = {"images": images, "texts": texts, "logit_scale": logit_scale}
     leaves |= {"logit_bias": options["logit_bias"]} if "logit_bias" in options else {}
-    leaves = {name: value.clone().requires_grad_() for name, value in leaves.items()}
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in leaves.items()}
     more = options | {name: value for name, value in leaves.items() if name == "logit_bias"}
     value, accuracy = loss(leaves["images"], leaves["texts"], leaves["logit_scale"], **more)
     value.backward()

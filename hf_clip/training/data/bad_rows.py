@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..losses import exchange_counts, world_size
+from ..gathering import exchange_counts, world_size
 
 logger = logging.getLogger(__name__)
 
