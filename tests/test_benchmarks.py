@@ -15,6 +15,7 @@ from benchmarks import (
     image_processor,
     load,
     loader,
+    loss,
     measuring,
     peers,
     ratio_chart,
@@ -381,6 +382,25 @@ def test_steps_by_micro_batches_have_the_same_loss_and_memory_is_compared(
     seconds, used = module.step_alone(4, 2, "float32", torch.get_num_threads(), "cpu")
     assert seconds > 0
     assert used is None or used >= 0
+
+
+def test_losses_agree_and_their_curves_are_drawn(tmp_path: Path):
+    tables = list(loss.run(replace(tiny_settings(), batches=(40, 50))))
+    assert [table.title for table in tables] == [
+        *(f"contrastive loss, {kind}, {pairs} pairs" for kind in ("softmax", "sigmoid") for pairs in (40, 50)),
+    ]
+    for table in tables:
+        assert names_of(table) == ["hf_clip", "plain"]
+        assert [line.split(" is left out")[0] for line in table.left_out] == ["inf_cl"]
+    assert loss.memory_alone("hf_clip", "softmax", 64, torch.get_num_threads()) is not None
+    check = loss.same_values([])
+    assert check([1.0, 2.0]) is None
+    assert check([1.0, float("nan")]) == "its gradient of the scale is nan, where hf_clip has 2"
+    facts = {"machine": {"processor": "any"}, "threads": 1, "date": "2026-01-01"}
+    loss.draw(tmp_path / "curves.svg", facts, tables)
+    assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
+    with pytest.raises(LeftOutError, match="its logits take .* GB and more, of"):
+        loss.check_fit("plain", "softmax", 2**20, "cpu")
 
 
 def test_zero_shot_answers_agree(vit: Variant, monkeypatch: pytest.MonkeyPatch):

@@ -58,7 +58,8 @@ def test_fsdp2_has_the_gradients_of_one_process(
 ):
     """With the whole batch, however many pairs are embedded at once."""
     chosen = {"loss": loss, "max_grad_norm": 1.0}
-    gradients = shard(digits, tmp_path / "two", two_processes, tower, micro_batch_size=micro_batch_size, **chosen)
+    alone = {"micro_batch_size": micro_batch_size, "loss_ring": True}
+    gradients = shard(digits, tmp_path / "two", two_processes, tower, **alone, **chosen)
     two = torch.load(gradients)
     with keeping_gradients(str(tmp_path / "one.pt")):
         train(digits, tmp_path / "one", tower, per_device_train_batch_size=48, **STEPS | chosen)
