@@ -24,6 +24,7 @@ from .measuring import (
     Check,
     Contender,
     LeftOutError,
+    Row,
     Table,
     compare,
     forget_peak_memory,
@@ -183,23 +184,24 @@ def run(settings: Settings) -> Iterator[Table]:
 def draw(path: Path, facts: dict[str, Any], tables: Sequence[Table]) -> None:
     """Draw time and memory of the softmax loss over the number of pairs; nothing where there is no such table."""
     tables = [table for table in tables if "softmax" in table.title]
-    curves: dict[tuple[str, str], list[tuple[int, float, float | None]]] = {}
-    for table in tables:
-        for row in table.rows:
-            memory = None if row.peak_memory is None else row.peak_memory / 2**20
-            curves.setdefault((row.name, table.device), []).append((row.amount, row.amount / row.per_second, memory))
-    if not curves:
+    rows = [(table.device, row) for table in tables for row in table.rows]
+    if not rows:
         return
     plt = import_pyplot()
-    figure, (times, memories) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for ((name, device), points), (colour, shape) in zip(curves.items(), MARKS, strict=False):
-        label = name if device == "cpu" else f"{name}, on the GPU"
-        style = {"color": colour, "marker": shape, "markersize": 5, "linewidth": 1.4, "label": label}
-        times.plot([pairs for pairs, _, _ in points], [seconds for _, seconds, _ in points], **style)
-        known = [(pairs, memory) for pairs, _, memory in points if memory is not None]
-        memories.plot([pairs for pairs, _ in known], [memory for _, memory in known], **style)
-    sizes = sorted({row.amount for table in tables for row in table.rows})
-    for axes, title in ((times, "seconds, forward and backward"), (memories, "MiB above features and gradients")):
+    panels: list[tuple[str, Callable[[Row], float | None]]] = [
+        ("seconds, forward and backward", lambda row: row.amount / row.per_second),
+        ("MiB above features and gradients", lambda row: None if row.peak_memory is None else row.peak_memory / 2**20),
+    ]
+    panels = [(title, value) for title, value in panels if any((value(row) or 0) > 0 for _, row in rows)]
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(10, 4.2), layout="constrained", squeeze=False)
+    contenders = list(dict.fromkeys((row.name, device) for device, row in rows))
+    sizes = sorted({row.amount for _, row in rows})
+    for axes, (title, value) in zip(all_axes[0], panels, strict=True):
+        for contender, (colour, shape) in zip(contenders, MARKS, strict=False):
+            points = [(row.amount, value(row)) for device, row in rows if (row.name, device) == contender]
+            known = [(pairs, figure) for pairs, figure in points if figure is not None and figure > 0]
+            label = contender[0] if contender[1] == "cpu" else f"{contender[0]}, on the GPU"
+            axes.plot(*zip(*known, strict=True), color=colour, marker=shape, markersize=5, linewidth=1.4, label=label)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes])
@@ -208,7 +210,7 @@ def draw(path: Path, facts: dict[str, Any], tables: Sequence[Table]) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.grid(color=GREY, alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    times.legend(frameon=False, fontsize=9)
+    all_axes[0][0].legend(frameon=False, fontsize=9)
     machine = f"{facts['machine']['processor']}, {facts['threads']} threads, {facts['date'][:10]}"
     figure.suptitle(f"The softmax loss, {WIDTH} wide, float32   ({machine})", fontsize=11)
     save(figure, path)

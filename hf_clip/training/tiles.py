@@ -1,7 +1,6 @@
 """Logits by tiles: of all the logits of images and texts, only a tile exists at a time.
 
-A tile holds some images of this process (rows) against some texts of all processes (columns). Its memory is used again
-for the next one. Pair i's own logit stands where the tile crosses the diagonal. Pairs that share an image or a caption
+A tile holds some images of this process (rows) against some texts of all processes (columns). Pair i's own logit stands where the tile crosses the diagonal. Pairs that share an image or a caption
 are found by their ids, tile by tile.
 
 Dimensions: B pairs of this process (`local_…`), N pairs of all processes (`global_…`), D embedding, r rows and
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..model.linear_map import linear
 from .gathering import gather
 
 TILE_ROWS = {"cpu": 1024, "cuda": 8192}
@@ -141,10 +141,10 @@ class LogitTiles:
         device = local_images.device.type
         self._rows = max(1, min(len(local_images), TILE_ROWS.get(device, TILE_ROWS["cpu"])))
         self._columns = max(1, TILE_LOGITS.get(device, TILE_LOGITS["cpu"]) // self._rows)
-        self._memory = (local_images.new_empty(0), local_images.new_empty(0))
+        self._spare = local_images.new_empty(0)
 
     def of(self, first: int, texts: Tensor) -> Iterator[Tile]:
-        """One tile after another. A tile's memory is that of the one before.
+        """One tile after another. Their spare memory is one.
 
         Args:
             first: the place of the first of these texts among all.
@@ -152,8 +152,8 @@ class LogitTiles:
         """
         images = self.local_images
         size = min(self._rows, len(images)) * min(self._columns, len(texts))
-        if len(self._memory[0]) < size:
-            self._memory = (images.new_empty(size), images.new_empty(size))
+        if len(self._spare) < size:
+            self._spare = images.new_empty(size)
         for row in range(0, len(images), self._rows):
             rows = slice(row, min(row + self._rows, len(images)))
             # A scale in float32 would move all logits the same way, and its error would not average out.
@@ -163,9 +163,8 @@ class LogitTiles:
                 yield self._compute(rows, scaled, first + part.start, texts[part])
 
     def _compute(self, rows: slice, scaled_images: Tensor, first_column: int, texts: Tensor) -> Tile:
-        shape = (len(scaled_images), len(texts))
-        logits, spare = (memory[: shape[0] * shape[1]].view(shape) for memory in self._memory)
-        torch.mm(scaled_images, texts.T, out=logits)
+        logits = linear(scaled_images, texts)
+        spare = self._spare[: logits.numel()].view(logits.shape)
         if self.bias is not None:
             logits += self.bias
         columns = slice(first_column, first_column + len(texts))
