@@ -1,7 +1,7 @@
 """Logits by tiles: of all the logits of images and texts, only a tile exists at a time.
 
-A tile holds some images of this process (rows) against some texts of all processes (columns). Pair i's own logit stands where the tile crosses the diagonal. Pairs that share an image or a caption
-are found by their ids, tile by tile.
+A tile holds some images of this process (rows) against some texts of all processes (columns). Pair i's own logit stands
+where the tile crosses the diagonal. Pairs that share an image or a caption are found by their ids, tile by tile.
 
 Dimensions: B pairs of this process (`local_…`), N pairs of all processes (`global_…`), D embedding, r rows and
 c columns of a tile.
