@@ -38,6 +38,13 @@ KILLED = "DataLoader worker"
 """How torch's error begins for a worker that has ended by itself."""
 
 
+GONE = (EOFError, ConnectionError, FileNotFoundError)
+"""Errors of taking what a worker had prepared before it was killed: its memory is reached through the worker."""
+
+RAISED = "Caught "
+"""How an error begins that a worker itself has raised."""
+
+
 class WorkerKilledError(OSError):
     """Workers were killed again and again.
 
@@ -145,13 +152,15 @@ class PairLoader:
                 item = next(found)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if not str(error).startswith(KILLED):
+            except (RuntimeError, *GONE) as error:
+                is_lost = isinstance(error, GONE) and self.loader.num_workers > 0 and not str(error).startswith(RAISED)
+                if not is_lost and not str(error).startswith(KILLED):
                     raise
                 if self.is_restarted:
                     raise WorkerKilledError(self.pairs.name) from error
                 self.is_restarted = True
-                logger.warning("%s; it is started anew, once.", str(error).rstrip("."))
+                ended = "A DataLoader worker exited unexpectedly" if is_lost else str(error).rstrip(".")
+                logger.warning("%s; it is started anew, once.", ended)
                 self.loader = self.start()
                 found = self._iterate(epoch, number)
                 continue
