@@ -8,7 +8,7 @@ Dimensions: B batch, I images, T texts, D embedding.
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from ..data.columns import UnusableRowError
 from ..data.images import NOWHERE, ImagePlaces, ImageRegion, image_content, open_content
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.open_image import UnreadableImageError
-from ..zero_shot.features import check_batch_size, encode_texts, image_processor_of, in_batches, tokenizer_of
+from ..zero_shot.features import check_batch_size, check_texts, image_processor_of, text_batches, tokenizer_of
 from ..zero_shot.files import in_order
 from .feature_cache import CachedRows, FeatureCache
 
@@ -106,6 +106,12 @@ def _is_ours(model: Any) -> bool:
     return hasattr(model, "encode_image") and hasattr(model, "encode_text")
 
 
+def _of_length_one(found: Any) -> Tensor:
+    """Return features (B, D) of length one, float32, on the CPU, out of what a model gives."""
+    found = found if isinstance(found, Tensor) else found.pooler_output
+    return normalize(found.float(), dim=-1).cpu()
+
+
 def _processors() -> int:
     """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -124,8 +130,11 @@ class Embedder:
     Args:
         model: A model of the CLIP family, in evaluation mode; `evaluating` puts it there.
         processor: Its processor.
-        batch_size: Number of images or texts encoded at once. It is halved when a GPU runs out of memory.
+        batch_size: Number of images in a batch; one of texts has twice as many.
         threads: Number of threads that open and prepare images. None: the number of processors.
+
+    Attributes:
+        at_once: Number of "images" and of "texts" that are encoded at once since a GPU ran out of memory.
     """
 
     def __init__(self, model: Any, processor: Any, *, batch_size: int = 32, threads: int | None = None):
@@ -137,6 +146,7 @@ class Embedder:
                     f"family, with AutoModel.from_pretrained."
                 )
         self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.at_once: dict[str, int] = {}
         self.threads = threads or min(_processors(), MOST_THREADS)
 
     @property
@@ -169,28 +179,43 @@ class Embedder:
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode pixel values (B, C, Y, X) → (B, D). A batch that does not fit a GPU's memory is divided."""
-        try:
-            return self._image_features(pixels)
-        except torch.OutOfMemoryError:
-            if len(pixels) == 1:
-                raise
-            half = (len(pixels) + 1) // 2
-        torch.cuda.empty_cache()
-        self.batch_size = min(self.batch_size, half)
-        return torch.cat([self.encode(part) for part in pixels.split(half)])
+        return self._in_parts("images", lambda part: self._image_features(part["pixels"]), {"pixels": pixels})
+
+    def _in_parts(
+        self, kind: str, features_of: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor]
+    ) -> Tensor:
+        """Encode B inputs of a kind → (B, D), as many at once as fit a GPU's memory, which is remembered."""
+        count = len(next(iter(inputs.values())))
+        found: list[Tensor] = []
+        start = 0
+        while start < count:
+            stop = min(count, start + self.at_once.get(kind, count))
+            try:
+                found.append(features_of({name: values[start:stop] for name, values in inputs.items()}))
+                start = stop
+                continue
+            except torch.OutOfMemoryError:
+                if stop - start == 1:
+                    raise
+            self.at_once[kind] = (stop - start + 1) // 2
+            torch.cuda.empty_cache()  # when the error is gone, which holds tensors
+        return torch.cat(found)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self.model.device, self.model.dtype)
         if _is_ours(self.model):
-            found = self.model.encode_image(pixels)
-        else:
-            found = self.model.get_image_features(pixel_values=pixels)
-        found = found if isinstance(found, Tensor) else found.pooler_output
-        return normalize(found.float(), dim=-1).cpu()
+            return _of_length_one(self.model.encode_image(pixels))
+        return _of_length_one(self.model.get_image_features(pixel_values=pixels))
+
+    def _text_features(self, tokens: dict[str, Tensor]) -> Tensor:
+        tokens = {name: values.to(self.model.device) for name, values in tokens.items()}
+        if _is_ours(self.model):
+            return _of_length_one(self.model(**tokens).text_embeds)
+        return _of_length_one(self.model.get_text_features(**tokens))
 
     @torch.inference_mode()
     def texts(self, texts: Iterable[str], *, truncation: bool = False) -> Tensor:
-        """Encode texts.
+        """Encode texts. A batch that does not fit a GPU's memory is divided.
 
         Args:
             texts: T texts.
@@ -204,12 +229,12 @@ class Embedder:
             NotFiniteFeaturesError: A feature holds NaN.
         """
         given = list(texts)
-        if _is_ours(self.model):
-            settings = {"truncation": True} if truncation else {}
-            found = encode_texts(self.model, self.processor, given, batch_size=2 * self.batch_size, **settings).cpu()
-        else:
-            batches = [self._foreign_texts(batch) for batch in in_batches(given, 2 * self.batch_size)]
-            found = torch.cat(batches) if batches else torch.zeros(0, 0)
+        found = torch.zeros(0, 0)
+        for places, tokens in self._text_batches(given, {"truncation": True} if truncation else {}):
+            features = self._in_parts("texts", self._text_features, tokens)
+            if not found.numel():
+                found = torch.zeros(len(given), features.shape[1])
+            found[places] = features
         if not found.isfinite().all():
             place = int((~found.isfinite()).any(1).int().argmax())
             raise NotFiniteFeaturesError(
@@ -219,16 +244,23 @@ class Embedder:
             )
         return found
 
-    def _foreign_texts(self, texts: list[str]) -> Tensor:
+    def _text_batches(self, texts: list[str], settings: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield the places of texts and their tokens, batch by batch."""
+        size = 2 * self.batch_size
+        if _is_ours(self.model):
+            check_texts(self.model, self.processor, texts, len(texts), settings)
+            for places, ids in text_batches(self.model, self.processor, texts, batch_size=size, settings=settings):
+                yield places, {"input_ids": ids}
+            return
+        for places in torch.arange(len(texts)).split(size) if texts else ():
+            yield places, self._foreign_tokens([texts[place] for place in places.tolist()])
+
+    def _foreign_tokens(self, texts: list[str]) -> dict[str, Tensor]:
         settings: dict[str, Any] = {"truncation": True, "max_length": self.text_limit, "return_tensors": "pt"}
         if "siglip" in str(self.model.config.model_type):  # trained on texts that are padded to the full length
             tokens = dict(tokenizer_of(self.processor)(texts, padding="max_length", **settings))
-            tokens = {"input_ids": tokens["input_ids"]}
-        else:
-            tokens = dict(tokenizer_of(self.processor)(texts, padding=True, **settings))
-        found = self.model.get_text_features(**{name: ids.to(self.model.device) for name, ids in tokens.items()})
-        found = found if isinstance(found, Tensor) else found.pooler_output
-        return normalize(found.float(), dim=-1).cpu()
+            return {"input_ids": tokens["input_ids"]}
+        return dict(tokenizer_of(self.processor)(texts, padding=True, **settings))
 
     def _prepared(self, rows: Iterable[Row], places: ImagePlaces) -> Iterator[tuple[Row, "Future[Tensor]"]]:
         """Return rows with their pixel values, which threads compute up to two batches ahead."""

@@ -168,6 +168,23 @@ class _Mistakes:
         return [mistake for _, _, mistake in sorted(self.heap, key=lambda entry: entry[:2], reverse=True)]
 
 
+def accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Compute top-1 and top-5 accuracy, those of them that can be below 1 with so many classes.
+
+    Args:
+        logits: (I, K), higher for a more likely class.
+        labels: (I,) class ids, integers from 0 to K - 1.
+
+    Returns:
+        `acc1` and `acc5`, from 0 to 1. Empty for a single class.
+
+    Raises:
+        ValueError: The shapes do not fit, a label is out of range, or logits are NaN.
+    """
+    ks = [k for k in (1, 5) if k < logits.shape[1]]
+    return {f"acc{k}": value for k, value in top_k_accuracy(logits, labels, ks).items()} if ks else {}
+
+
 def single_label_figures(
     logits: Tensor, probabilities: Tensor, labels: Tensor, names: list[str], bins: int = BINS
 ) -> dict[str, Any]:
@@ -181,11 +198,10 @@ def single_label_figures(
         bins: Number of bins of the calibration error.
     """
     classes = len(names)
-    accuracy = top_k_accuracy(logits, labels, [k for k in (1, 5) if k < classes])
-    found = {f"acc{k}": value for k, value in accuracy.items()}
+    found = accuracies(logits, labels)
     found["mean_per_class_recall"] = mean_per_class_accuracy(logits, labels)
-    if 5 in accuracy:
-        found["mean_of_acc1_and_acc5"] = (accuracy[1] + accuracy[5]) / 2
+    if "acc5" in found:
+        found["mean_of_acc1_and_acc5"] = (found["acc1"] + found["acc5"]) / 2
     if classes == 2 and 0 < int(labels.sum()) < len(labels):
         found["roc_auc"] = roc_auc(logits[:, 1] - logits[:, 0], labels == 1)
     predictions = best_wrong_first(logits, labels)

@@ -1,5 +1,7 @@
 """Evaluation while training: retrieval in both directions on held-out pairs, and zero-shot accuracy with labels.
 
+The figures are computed by the functions of `hf-clip evaluate`.
+
 Two pairs that share an image or a caption, or that are linked so through other pairs, are right answers to each other.
 Every image and every caption counts once.
 
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..evaluation.metrics import recall_at_k, top_k_accuracy
+from ..evaluation.ranking import rank_both_ways
+from ..evaluation.retrieval import retrieval_metrics
+from ..evaluation.zero_shot import accuracies
 from .best import BestWeights
 from .checkpoint import Checkpoints
 from .data.bad_rows import BadRows
@@ -27,6 +31,12 @@ from .records import Records
 from .summary import figures_in_words, sentence
 
 KS = (1, 5, 10)
+DIRECTIONS = {
+    "recall": "mean",
+    "image_to_text_recall": "text_retrieval",
+    "text_to_image_recall": "image_retrieval",
+}
+"""Figures of a run, and what `hf-clip evaluate retrieval` calls the same: by what is searched for."""
 
 
 class NotFiniteError(ValueError):
@@ -113,13 +123,9 @@ def retrieval(image_embeds: Tensor, text_embeds: Tensor, image_ids: Tensor, text
     """
     groups = group_pairs(image_ids, text_ids)
     images, texts = _first_of_each(image_ids), _first_of_each(text_ids)
-    image_side, text_side = (image_embeds[images], groups[images]), (text_embeds[texts], groups[texts])
-    found: dict[str, float] = {}
-    for name, query, gallery in [("image_to_text", image_side, text_side), ("text_to_image", text_side, image_side)]:
-        recalls = recall_at_k(query[0], gallery[0], query[1], gallery[1], KS)
-        found |= {f"{name}_recall@{k}": value for k, value in recalls.items()}
-    both = {f"recall@{k}": (found[f"image_to_text_recall@{k}"] + found[f"text_to_image_recall@{k}"]) / 2 for k in KS}
-    return both | found
+    ranks = rank_both_ways(image_embeds[images], text_embeds[texts], groups[images], groups[texts])
+    measured = retrieval_metrics(*ranks, KS)
+    return {f"{ours}@{k}": measured[f"{name}_recall@{k}"] for ours, name in DIRECTIONS.items() for k in KS}
 
 
 @torch.no_grad()
@@ -161,9 +167,8 @@ def evaluate(
     figures = retrieval(whole["image"], whole["text"], whole["image_ids"], whole["text_ids"])
     if class_tokens is not None and sum(label_counts) == sum(counts):
         classes = model(**{name: tensor.to(device) for name, tensor in class_tokens.items()}).text_embeds.float().cpu()
-        ks = [k for k in (1, 5) if k < len(classes)]
-        accuracies = top_k_accuracy(whole["image"] @ classes.T, whole["labels"], ks) if ks else {}
-        figures |= {f"zero_shot_top{k}": value for k, value in accuracies.items()}
+        measured = accuracies(whole["image"] @ classes.T, whole["labels"])
+        figures |= {name.replace("acc", "zero_shot_top"): value for name, value in measured.items()}
     model.train(was_training)
     return figures
 

@@ -148,25 +148,35 @@ def check_texts(model: Any, processor: Any, texts: Iterable[str], total: int, se
         first += len(chunk)
 
 
-@torch.no_grad()
-def encode_text_batches(
+def text_batches(
     model: Any, processor: Any, texts: Iterable[str], *, batch_size: int, settings: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Encode texts batch by batch, shorter texts first.
+    """Tokenize texts and put those of about one length into a batch, shorter ones first.
 
     At most `TEXTS_AT_ONCE` texts are in memory at a time.
 
     Yields:
-        For each batch the places of its texts (B,), on the CPU, and their features (B, D), float32, of length one.
+        For each batch the places of its texts (B,), and their ids (B, L), on the CPU.
     """
     first = 0
     for chunk in in_batches(texts, TEXTS_AT_ONCE):
         ids, lengths = tokenize(model, processor, chunk, settings, first)
         for rows in lengths.argsort(stable=True).split(batch_size):
-            input_ids = ids[rows, : int(lengths[rows].max())].to(model.device)
-            features = normalize(model(input_ids=input_ids).text_embeds.float(), dim=-1)
-            yield rows + first, features
+            yield rows + first, ids[rows, : int(lengths[rows].max())]
         first += len(chunk)
+
+
+@torch.no_grad()
+def encode_text_batches(
+    model: Any, processor: Any, texts: Iterable[str], *, batch_size: int, settings: dict[str, Any]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Encode texts batch by batch, see `text_batches`.
+
+    Yields:
+        For each batch the places of its texts (B,), on the CPU, and their features (B, D), float32, of length one.
+    """
+    for places, ids in text_batches(model, processor, texts, batch_size=batch_size, settings=settings):
+        yield places, normalize(model(input_ids=ids.to(model.device)).text_embeds.float(), dim=-1)
 
 
 def no_features(model: Any, count: int = 0) -> Tensor:

@@ -1,6 +1,7 @@
 """Zero-shot classification of a data set, from end to end."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import SiglipConfig, SiglipModel
 
 from demo.digits import DIGITS
 from hf_clip import ZeroShotClassifier
-from hf_clip.evaluation import feature_cache
+from hf_clip.evaluation import embed, feature_cache
 from hf_clip.evaluation.embed import Embedder, NotFiniteFeaturesError, UnreadableImagesError
 from hf_clip.evaluation.zero_shot import ZeroShotResult, evaluate_zero_shot
 
@@ -163,22 +164,44 @@ def test_feature_that_is_nan_names_its_image(small_clip: Clip, folder: Path):
         evaluate_zero_shot(model, small_clip[1], folder, templates=TEMPLATES)
 
 
-def test_batch_that_does_not_fit_is_divided(small_clip: Clip, monkeypatch: pytest.MonkeyPatch):
-    model, processor = small_clip
-    embedder = Embedder(model, processor, batch_size=8)
-    pixels = torch.stack([embedder.prepare(Image.new("RGB", (20, 20), (n, 0, 99))) for n in range(8)])
-    expected, real, seen = embedder.encode(pixels), embedder._image_features, []
+def with_little_memory(real: Callable[..., torch.Tensor], seen: list[int]) -> Callable[..., torch.Tensor]:
+    """The same for at most two inputs at once."""
 
-    def with_little_memory(batch: torch.Tensor) -> torch.Tensor:
-        seen.append(len(batch))
-        if len(batch) > 2:
+    def encode(batch: Any) -> torch.Tensor:
+        seen.append(len(batch["input_ids"] if isinstance(batch, dict) else batch))
+        if seen[-1] > 2:
             raise torch.OutOfMemoryError
         return real(batch)
 
-    monkeypatch.setattr(embedder, "_image_features", with_little_memory)
+    return encode
+
+
+def test_batch_of_images_that_does_not_fit_is_divided(small_clip: Clip, monkeypatch: pytest.MonkeyPatch):
+    embedder, seen = Embedder(*small_clip, batch_size=8), list[int]()
+    pixels = torch.stack([embedder.prepare(Image.new("RGB", (20, 20), (n, 0, 99))) for n in range(8)])
+    expected = embedder.encode(pixels)
+    monkeypatch.setattr(embedder, "_image_features", with_little_memory(embedder._image_features, seen))
     torch.testing.assert_close(embedder.encode(pixels), expected)
-    assert seen == [8, 4, 2, 2, 4, 2, 2]
-    assert embedder.batch_size == 2
+    assert seen == [8, 4, 2, 2, 2, 2]
+    embedder.encode(pixels)
+    assert seen[6:] == [2, 2, 2, 2]  # what fits is remembered
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_batch_of_texts_that_does_not_fit_is_divided(
+    is_ours: bool, small_clip: Clip, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(embed, "_is_ours", lambda model: is_ours)
+    embedder, seen = Embedder(*small_clip, batch_size=3), list[int]()
+    texts = ["a red zero", "seven", "a photo of a nine", "one", "two", "three", "four on white paper"]
+    expected = embedder.texts(texts)
+    monkeypatch.setattr(embedder, "_text_features", with_little_memory(embedder._text_features, seen))
+    torch.testing.assert_close(embedder.texts(texts), expected)
+    assert seen == [6, 3, 2, 2, 2, 1]
+    one_text = Embedder(*small_clip)
+    monkeypatch.setattr(one_text, "_text_features", lambda tokens: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        one_text.texts(["one"])
 
 
 def test_features_are_kept_and_found_again(
