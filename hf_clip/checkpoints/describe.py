@@ -69,6 +69,7 @@ class Description:
         images: How images are prepared.
         loaders: Who would load it, and how, or why not.
         problems: What is missing, damaged or contradictory, a line each.
+        damage: The one of them by which the weights cannot be read.
     """
 
     source: str
@@ -87,14 +88,17 @@ class Description:
     images: dict[str, Any] = field(default_factory=dict)
     loaders: list[Loader] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    damage: str | None = None
 
-    def attempt(self, read: Callable[[], Any]) -> Any:
+    def attempt(self, read: Callable[[], Any], *, is_of_weights: bool = False) -> Any:
         """What `read` returns; where it fails, None, and the reason is one of the problems."""
         try:
             with in_one_line(self.source):
                 return read()
         except (OSError, ValueError) as error:
             self.problems.append(one_line(error))
+            if isinstance(error, CheckpointError) and is_of_weights:
+                self.damage = self.problems[-1]
             return None
 
     def add_config(self, config: Config) -> None:
@@ -316,7 +320,8 @@ def _add_weights(
     # A folder whose files are missing may be named as somebody's repository, which is not asked about then.
     is_here = not may_be_remote or all((folder / name).is_file() for name in stored)
     headers = found.attempt(
-        lambda: read_headers(*[folder / n for n in stored]) if is_here else hub_headers(found.source, stored)
+        lambda: read_headers(*[folder / n for n in stored]) if is_here else hub_headers(found.source, stored),
+        is_of_weights=True,
     )
     if headers is None:
         return False

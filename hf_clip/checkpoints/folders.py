@@ -30,6 +30,23 @@ def check_kind(source: str | Path, values: dict[str, Any]) -> None:
         raise ValueError(f"{source} holds {found}; a whole CLIP is needed, {' or '.join(WHOLE_MODELS)}.")
 
 
+def check_holds_model(source: str | Path) -> None:
+    """Refuse a path that leads nowhere, and a folder that is no model's. The name of a repository is not looked at.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it has no configuration.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", CONFIG_FILE)):
+            raise FileNotFoundError(
+                f"{source} is a folder without a model: it has neither config.json nor {CONFIG_FILE}. Name a "
+                f"checkpoint file such as ViT-B-32.pt, or the folder of a model."
+            )
+    elif not folder.exists() and str(source).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"There is no folder {source}; check the path.")
+
+
 def check_folder(folder: str | Path) -> dict[str, dict[str, Any]]:
     """Refuse a folder that is no model's, or whose configuration, tokenizer or image processor is missing or damaged.
 
@@ -41,12 +58,8 @@ def check_folder(folder: str | Path) -> dict[str, dict[str, Any]]:
         ValueError: A file is damaged, or is another model's.
     """
     folder = Path(folder)
+    check_holds_model(folder)
     names = [name for name in (*DESCRIPTIONS, *TOKENIZER_CHECKS) if (folder / name).is_file()]
-    if "config.json" not in names and CONFIG_FILE not in names:
-        raise FileNotFoundError(
-            f"{folder} is a folder without a model: it has neither config.json nor {CONFIG_FILE}. Name a checkpoint "
-            f"file such as ViT-B-32.pt, or the folder of a model."
-        )
     readers = dict.fromkeys(DESCRIPTIONS, read_object) | {"config.json": read_config_object}
     found = {name: readers[name](folder / name) for name in names if name in DESCRIPTIONS}
     for name in set(names) - found.keys():

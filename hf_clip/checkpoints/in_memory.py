@@ -9,7 +9,7 @@ from ..model.configuration_hf_clip import CHECKPOINT_SUFFIXES
 from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
 from ..model.variants import VARIANTS
-from .folders import in_one_line
+from .folders import check_folder, in_one_line
 from .read import StoredModel, read
 
 
@@ -57,6 +57,8 @@ def load_model(
     )
     if is_repository and (path.is_dir() or not name.startswith((".", "/", "~"))):
         hub: dict[str, Any] = {"local_files_only": True} if offline else {}
+        if path.is_dir():
+            check_folder(path)
         with in_one_line(source):
             processor = HfClipProcessor.from_pretrained(source, **hub)
             return HfClipModel.from_pretrained(source, dtype=getattr(torch, dtype), **hub).eval(), processor

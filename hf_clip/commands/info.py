@@ -56,7 +56,8 @@ def info(
 ) -> None:
     """Say what a checkpoint, folder or repository is, and who would load it.
 
-    Only headers and small files are read: no weights are loaded or downloaded, and no code of the source is run.
+    Only headers and small files are read: no weights are loaded or downloaded, and no code of the source is run. The
+    exit status is 1 for weights that are cut off or damaged.
 
     Examples:
 
@@ -69,9 +70,11 @@ def info(
     found = describe(source, offline=offline)
     if as_json:
         print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
-        return
-    lines = in_words(found)
-    width = max(len(title) for title, _ in lines)
-    print(found.source)
-    for title, text in lines:
-        print(f"  {title:<{width}}  {text}")
+    else:
+        lines = in_words(found)
+        width = max(len(title) for title, _ in lines)
+        print(found.source)
+        for title, text in lines:
+            print(f"  {title:<{width}}  {text}")
+    if found.damage is not None:
+        raise ValueError(found.damage)

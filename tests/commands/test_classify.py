@@ -213,6 +213,12 @@ def test_refusals_come_before_the_model_is_loaded(
     assert line in shown
 
 
+def test_folder_without_a_model_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "notes.txt").write_text("no model")
+    assert main(["classify", str(tmp_path), str(folder), "--labels", "a,b"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is a folder without a model: it has neither config")
+
+
 def test_table_of_before_stays_where_a_run_fails(
     folder: Path, repositories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

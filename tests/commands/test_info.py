@@ -191,7 +191,11 @@ def test_damage_and_contradictions_are_problems(repositories: dict[str, Path], t
     assert "holds tensors that its configuration has no place for" in found["problems"][0]
     assert loaders(found) == {WITH_PACKAGE: False}
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
-    assert "truncated or damaged" in info(folder, capsys)["problems"][0]
+    assert main(["info", str(folder), "--json"]) == 1
+    shown = capsys.readouterr()
+    problem = json.loads(shown.out)["problems"][0]
+    assert "truncated or damaged" in problem
+    assert shown.err == f"error: {problem}\n"
     (folder / "model.safetensors").unlink()
     assert "It has no weights" in info(folder, capsys)["problems"][0]
 
