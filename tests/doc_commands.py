@@ -68,9 +68,12 @@ def read_by_hf_clip(words: Sequence[str]) -> None:
 
 def read_by_accelerate(words: Sequence[str]) -> None:
     options = launch_command_parser().parse_args(list(words))
-    assert options.training_script in ("finetune.py", "hf_clip.commands.finetune"), options.training_script
     if options.config_file:
         assert (ROOT / options.config_file).is_file(), options.config_file
+    if options.training_script == "hf_clip.commands.evaluate":
+        read_by_hf_clip(["evaluate", *options.training_script_args])
+        return
+    assert options.training_script in ("finetune.py", "hf_clip.commands.finetune"), options.training_script
     read_trainer(options.training_script_args)
 
 
