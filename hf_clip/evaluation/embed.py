@@ -20,37 +20,27 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..data.columns import UnusableRowError
+from ..data.content import content_id
 from ..data.images import NOWHERE, ImagePlaces, ImageRegion, image_content, open_content
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.open_image import UnreadableImageError
-from ..zero_shot.features import check_batch_size, check_texts, image_processor_of, text_batches, tokenizer_of
+from ..zero_shot.features import (
+    check_batch_size,
+    check_texts,
+    image_processor_of,
+    in_batches,
+    text_batches,
+    tokenizer_of,
+)
 from ..zero_shot.files import in_order
 from .feature_cache import CachedRows, FeatureCache
-
-MOST_UNREADABLE = 0.01
-"""The part of a data set's images that may be unreadable. More would change the figures."""
-
-SHOWN = 3
-"""Number of unreadable images that an error names."""
+from .processes import current
+from .unreadable_images import Unreadable, UnreadableImagesError
 
 MOST_THREADS = 16
 
-
-class UnreadableImagesError(ValueError):
-    """More images cannot be opened than a measurement may leave out.
-
-    Attributes:
-        count: Number of images that cannot be opened.
-        total: Number of images that were looked at.
-        reasons: For each of them its name and what is wrong.
-    """
-
-    def __init__(self, message: str, count: int = 0, total: int = 0, reasons: list[str] | None = None):
-        super().__init__(message, count, total, reasons)
-        self.count, self.total, self.reasons = count, total, reasons or []
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+ROWS_BETWEEN_EXCHANGES = 128
+"""Number of rows that each of several processes encodes before they exchange what they found."""
 
 
 class NotFiniteFeaturesError(ValueError):
@@ -62,36 +52,6 @@ class NotFiniteFeaturesError(ValueError):
 
     def __str__(self) -> str:
         return str(self.args[0])
-
-
-@dataclass
-class Unreadable:
-    """The images of a data set that cannot be opened."""
-
-    source: str
-    total: int | None = None
-    seen: int = 0
-    reasons: list[str] = field(default_factory=list)
-
-    def add(self, name: str, reason: str) -> None:
-        """Count an image. Raises UnreadableImagesError once there are too many of a data set of known size."""
-        self.reasons.append(f"{name}: {reason}")
-        if self.total is not None:
-            self.check(self.total)
-
-    def check(self, total: int) -> None:
-        """Raise UnreadableImagesError if too many of `total` images cannot be opened."""
-        count = len(self.reasons)
-        if count <= MOST_UNREADABLE * total:
-            return
-        shown = "; ".join(self.reasons[:SHOWN])
-        raise UnreadableImagesError(
-            f"{self.source}: {count} of {total} images cannot be opened, more than {MOST_UNREADABLE:.0%}, so the "
-            f"figures would be of other data. Replace them, or leave them out: {shown}.",
-            count,
-            total,
-            self.reasons,
-        )
 
 
 def open_stored(stored: Any, places: ImagePlaces = NOWHERE) -> Image.Image:
@@ -124,14 +84,47 @@ class Row(NamedTuple):
     row: Any
 
 
+NOT_OWN = object()
+"""Stands for an image that another process encodes."""
+
+
+@dataclass
+class _Found:
+    """What is found in a block of rows.
+
+    Attributes:
+        kept: The places of the rows whose images can be opened.
+        lost: The places of the others, and the reasons.
+        features: (kept, D), float32.
+    """
+
+    kept: list[int] = field(default_factory=list)
+    lost: list[tuple[int, str]] = field(default_factory=list)
+    features: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+
+
+@dataclass
+class _Block:
+    """Rows whose images are encoded at once, by one process."""
+
+    rows: list[Row]
+    found: _Found = field(default_factory=_Found)
+
+    def row_at(self, place: int) -> Any:
+        """The data set's row of a place."""
+        return self.rows[place - self.rows[0].place].row
+
+
 class Embedder:
-    """Encodes images and texts with one model.
+    """Encodes images and texts with one model, together with the other processes within `processes.connected`.
+
+    All processes give it the same rows and texts in the same order. Each encodes its share, and all get all features.
 
     Args:
         model: A model of the CLIP family, in evaluation mode; `evaluating` puts it there.
         processor: Its processor.
         batch_size: Number of images in a batch; one of texts has twice as many.
-        threads: Number of threads that open and prepare images. None: the number of processors.
+        threads: Number of threads that open and prepare images. None: this process's share of the processors.
 
     Attributes:
         at_once: Number of "images" and of "texts" that are encoded at once since a GPU ran out of memory.
@@ -147,7 +140,8 @@ class Embedder:
                 )
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.at_once: dict[str, int] = {}
-        self.threads = threads or min(_processors(), MOST_THREADS)
+        self.processes = current()
+        self.threads = threads or max(1, min(_processors() // self.processes.local_count, MOST_THREADS))
 
     @property
     def precision(self) -> str:
@@ -229,20 +223,28 @@ class Embedder:
             NotFiniteFeaturesError: A feature holds NaN.
         """
         given = list(texts)
-        found = torch.zeros(0, 0)
-        for places, tokens in self._text_batches(given, {"truncation": True} if truncation else {}):
-            features = self._in_parts("texts", self._text_features, tokens)
-            if not found.numel():
-                found = torch.zeros(len(given), features.shape[1])
-            found[places] = features
-        if not found.isfinite().all():
-            place = int((~found.isfinite()).any(1).int().argmax())
+        found: list[tuple[Tensor, Tensor]] = []
+        batches = self._text_batches(given, {"truncation": True} if truncation else {})
+        for number, (places, tokens) in enumerate(batches):
+            if self.processes.is_own(number):
+                found.append((places, self._in_parts("texts", self._text_features, tokens)))
+        features = self._of_all_processes(found, len(given))
+        if not features.isfinite().all():
+            place = int((~features.isfinite()).any(1).int().argmax())
             raise NotFiniteFeaturesError(
                 f"The model's feature of the text {given[place][:80]!r} holds NaN: its weights are broken, or "
                 f"{self.precision} is too coarse for it.",
                 given[place],
             )
-        return found
+        return features
+
+    def _of_all_processes(self, found: list[tuple[Tensor, Tensor]], count: int) -> Tensor:
+        """Put the features of all processes at their places among `count` texts."""
+        widths = self.processes.exchange(found[0][1].shape[1] if found else 0, f"{count} texts")
+        features = torch.zeros(count, max(widths))
+        for places, values in found:
+            features[places] = values
+        return self.processes.reduce(features, f"features of {count} texts")
 
     def _text_batches(self, texts: list[str], settings: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield the places of texts and their tokens, batch by batch."""
@@ -263,45 +265,69 @@ class Embedder:
         return dict(tokenizer_of(self.processor)(texts, padding=True, **settings))
 
     def _prepared(self, rows: Iterable[Row], places: ImagePlaces) -> Iterator[tuple[Row, "Future[Tensor]"]]:
-        """Return rows with their pixel values, which threads compute up to two batches ahead."""
+        """Return rows with their pixel values, which threads compute up to two batches ahead.
+
+        The rows of other processes come without pixel values.
+        """
 
         def prepare(stored: Any) -> Tensor:
-            return self.prepare(open_stored(stored, places))
+            return torch.zeros(0) if stored is NOT_OWN else self.prepare(open_stored(stored, places))
 
-        items = ((row, row.row.image) for row in rows)
-        return in_order(items, prepare, self.threads, ahead=2 * self.batch_size + self.threads)
+        count = self.processes.count
+        items = (
+            (row, row.row.image if self.processes.is_own(number // self.batch_size) else NOT_OWN)
+            for number, row in enumerate(rows)
+        )
+        return in_order(items, prepare, self.threads, ahead=count * (2 * self.batch_size + self.threads))
 
-    def _batches(
-        self, rows: Iterable[Row], places: ImagePlaces, unreadable: Unreadable
-    ) -> Iterator[tuple[list[Row], list[int], Tensor]]:
-        """Yield rows that can be read, the places of those that cannot, and features (B, D)."""
-        kept: list[Row] = []
-        pixels: list[Tensor] = []
-        lost: list[int] = []
-        for row, future in itertools.chain(self._prepared(rows, places), [(None, None)]):
-            if row is not None and future is not None:
-                try:
-                    pixels.append(future.result())
-                    kept.append(row)
-                except (UnusableRowError, UnreadableImageError) as error:
-                    lost.append(row.place)
-                    unreadable.add(row.row.name, str(error))
-            if kept and (row is None or len(kept) >= self.batch_size):
-                features = self.encode(torch.stack(pixels))
-                self._check_finite(features, kept)
-                yield kept, lost, features
-                kept, pixels, lost = [], [], []
-        if lost:
-            yield [], lost, torch.zeros(0, 0)
+    def _encoded(self, rows: Iterable[Row], places: ImagePlaces, source: str) -> Iterator[_Block]:
+        """Yield blocks of rows with their features, in order. Each process encodes one of R blocks.
 
-    def _check_finite(self, features: Tensor, rows: list[Row]) -> None:
-        if not (is_finite := features.isfinite().all(1)).all():
-            name = rows[int((~is_finite).int().argmax())].row.name
+        A block has the same rows with any number of processes, so the model computes the same.
+        """
+        waiting: list[_Block] = []
+        count = self.processes.count
+        most = 1 if count == 1 else count * max(1, ROWS_BETWEEN_EXCHANGES // self.batch_size)
+        for number, prepared in enumerate(in_batches(self._prepared(rows, places), self.batch_size)):
+            block = _Block([row for row, _ in prepared])
+            if self.processes.is_own(number):
+                block.found = self._encode_block(block, [pixels for _, pixels in prepared])
+            waiting.append(block)
+            if len(waiting) == most:
+                yield from self._complete(waiting, source)
+                waiting = []
+        yield from self._complete(waiting, source)
+
+    def _encode_block(self, block: _Block, prepared: "list[Future[Tensor]]") -> _Found:
+        found, pixels = _Found(), list[Tensor]()
+        for row, future in zip(block.rows, prepared, strict=True):
+            try:
+                pixels.append(future.result())
+                found.kept.append(row.place)
+            except (UnusableRowError, UnreadableImageError) as error:
+                found.lost.append((row.place, str(error)))
+        if pixels:
+            found.features = self.encode(torch.stack(pixels))
+        if not (is_finite := found.features.isfinite().all(1)).all():
+            name = block.row_at(found.kept[int((~is_finite).int().argmax())]).name
             raise NotFiniteFeaturesError(
                 f"The model's feature of {name} holds NaN: its weights are broken, or {self.precision} is too coarse "
                 f"for it.",
                 name,
             )
+        return found
+
+    def _complete(self, blocks: list[_Block], source: str) -> list[_Block]:
+        """Give the others what this process found in its blocks, and take what they found in theirs."""
+        rank, count = self.processes.rank, self.processes.count
+        if count == 1 or not blocks:
+            return blocks
+        names = content_id("\0".join(row.row.name for block in blocks for row in block.rows))
+        what = f"row {blocks[0].rows[0].place} of {source} (names {names:x})"
+        for process, given in enumerate(self.processes.exchange([block.found for block in blocks[rank::count]], what)):
+            for block, found in zip(blocks[process::count], given, strict=True):
+                block.found = found
+        return blocks
 
     def images(
         self,
@@ -329,13 +355,16 @@ class Embedder:
         numbered = (Row(place, row) for place, row in enumerate(rows))
         for known in cache.read() if cache is not None else ():
             yield from self._known(known, numbered, unreadable)
-        for kept, lost, features in self._batches(numbered, places, unreadable):
-            unreadable.seen += len(kept) + len(lost)
+        for block in self._encoded(numbered, places, unreadable.source):
+            found = block.found
+            for place, reason in found.lost:
+                unreadable.add(block.row_at(place).name, reason)
+            unreadable.seen += len(block.rows)
             if cache is not None:
-                reasons = unreadable.reasons[len(unreadable.reasons) - len(lost) :] if lost else []
-                cache.add([row.place for row in kept], lost, reasons, features)
-            if kept:
-                yield [row.row for row in kept], features
+                reasons = unreadable.reasons[len(unreadable.reasons) - len(found.lost) :]
+                cache.add(found.kept, [place for place, _ in found.lost], reasons, found.features)
+            if found.kept:
+                yield [block.row_at(place) for place in found.kept], found.features
         if cache is not None:
             cache.finish()
         unreadable.check(unreadable.seen)
@@ -356,3 +385,6 @@ class Embedder:
             unreadable.add(name, why)
         if known.rows:
             yield [rows[place - known.start].row for place in known.rows], known.features
+
+
+__all__ = ["Embedder", "NotFiniteFeaturesError", "Row", "Unreadable", "UnreadableImagesError", "open_stored"]

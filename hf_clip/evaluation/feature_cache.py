@@ -30,6 +30,7 @@ from torch import Tensor
 from ..checkpoints.whole_file import whole_file, write_json
 from ..model.configuration_hf_clip import BOOKKEEPING
 from ..zero_shot.features import image_processor_of
+from .processes import current
 
 ROWS_AT_LEAST = 2048
 """Number of rows after which a file is written."""
@@ -110,7 +111,7 @@ class CachedRows:
 
 
 class FeatureCache:
-    """The features of one data set by one model.
+    """The features of one data set by one model. Of several processes the main one reads and writes them.
 
     Args:
         folder: Folder of all caches.
@@ -138,6 +139,13 @@ class FeatureCache:
                 "The features of these data cannot be kept, since it isn't known when the data change: name a folder "
                 "or files, go online so that a repository's commit can be asked for, or leave the feature cache out."
             )
+        self.processes = current()
+        self.folder = Path()
+        self.pending: list[tuple[list[int], Tensor]] = []
+        self.pending_reasons: list[str] = []
+        self.number, self.start, self.stop = 0, 0, 0
+        if not self.processes.is_main:
+            return
         self.description = {
             "weights": weights_hash(model),
             "processor": json.loads(json.dumps(processor_settings(processor), default=str)),
@@ -148,9 +156,6 @@ class FeatureCache:
             self.description["features"] = features
         key = _digest(json.dumps(self.description, sort_keys=True).encode())
         self.folder = Path(folder).expanduser() / key
-        self.pending: list[tuple[list[int], Tensor]] = []
-        self.pending_reasons: list[str] = []
-        self.number, self.start, self.stop = 0, 0, 0
         self._prepare()
 
     def _prepare(self) -> None:
@@ -177,7 +182,12 @@ class FeatureCache:
             )
 
     def read(self) -> Iterator[CachedRows]:
-        """Yield what the files hold, in order, up to the first that is missing or damaged."""
+        """Yield what the files hold, in order, up to the first that is missing or damaged. All processes call this."""
+        found = self._read_files() if self.processes.is_main else iter(())
+        while (known := self.processes.of_main(next(found, None), "the feature cache")) is not None:
+            yield known
+
+    def _read_files(self) -> Iterator[CachedRows]:
         while (path := self._path()).exists():
             found = _read_file(path, self.start)
             if found is None:
@@ -198,6 +208,8 @@ class FeatureCache:
             reasons: Why they have none.
             features: (rows, D).
         """
+        if not self.processes.is_main:
+            return
         self.pending.append((rows, features))
         self.pending_reasons += reasons
         self.stop += len(rows) + len(lost)

@@ -16,21 +16,25 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..checkpoints.folders import check_holds_model
+from ..checkpoints.open_clip import CONFIG_FILE
 from ..checkpoints.whole_file import write_json
 from ..checkpoints.whole_folder import held_folder
-from ..model.checked_files import one_line
+from ..model.checked_files import one_line, read_object
 from ..model.configuration_hf_clip import refuse_checkpoint_file
 from ..zero_shot.embedding_head import FOLDER as HEADS
 from .architecture import architecture_of
 from .feature_cache import optimize_and_remember
 from .fingerprint import fingerprint_of_files
 from .linear_probe import LinearProbeResult
+from .processes import EXPECTED, Processes, current, is_cpu_wanted
 from .reports import markdown_report, record_of, write_text
 from .zero_shot import ZeroShotResult
 
@@ -51,7 +55,7 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
 
     Raises:
         ValueError: The dtype is unknown, or the name is that of a checkpoint file, which is converted first.
-        OSError: The model is not there, or cannot be read.
+        OSError: The model is not there, its folder holds none, or it cannot be read.
     """
     from transformers import AutoModel, AutoProcessor
 
@@ -59,9 +63,28 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}, but one that computes is needed: float32, bfloat16 or float16.")
     refuse_checkpoint_file(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_folder(name)
+    device = device or ("cuda" if torch.cuda.is_available() and not is_cpu_wanted() else "cpu")
     model = AutoModel.from_pretrained(name, dtype=kind).to(device).eval()
     return model, AutoProcessor.from_pretrained(name)
+
+
+def _check_folder(name: str) -> None:
+    """Refuse a folder of which `AutoModel` could not tell what it is, before transformers does so in many words."""
+    check_holds_model(name)
+    folder = Path(name)
+    values = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "model_type" in values or not folder.is_dir():
+        return
+    if (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{name} has the layout of open_clip. Convert it once, by `hf-clip convert {name} FOLDER`, and name that "
+            f"folder."
+        )
+    raise ValueError(
+        f"{name} is no model's folder: its config.json has no model_type. Name the folder or repository of a CLIP or "
+        f"SigLIP."
+    )
 
 
 @dataclass
@@ -158,6 +181,8 @@ def run_grid(
 ) -> Outcome:
     """Measure all cells that are not there yet, and write the results of all.
 
+    Within `processes.connected` the processes share the work, and the main one reads and writes the folder.
+
     Args:
         task: One of `reports.TASKS`.
         models: Folders or repositories.
@@ -181,36 +206,37 @@ def run_grid(
     Raises:
         FolderInUseError: Another program writes into the folder.
     """
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    outcome = Outcome()
-    with held_folder(output.resolve()):
+    output, processes, outcome = Path(output), current(), Outcome()
+    with processes.together("all cells"), _held(output, processes):
         cells = cells_of(
             task, models, datasets, output, options | {"split": split, "dtype": dtype, "optimize": optimize or None}
         )
         for name in dict.fromkeys(cell.model for cell in cells):
             loaded = None if needs_model else (None, None)
             for cell in (cell for cell in cells if cell.model == name):
-                if resume and (record := _finished(cell)) is not None:
+                what = f"{cell.model} on {cell.dataset}"
+                if (record := processes.of_main(_finished(cell) if resume else None, what)) is not None:
                     outcome.skipped += 1
                     outcome.records.append(record)
                     say(f"{cell.model} on {cell.dataset}: measured before, {cell.path}")
                     continue
                 try:
-                    if loaded is None and load is not None:
-                        loaded = load(name)
-                    elif loaded is None:
-                        loaded = load_model(name, dtype, device)
-                        if optimize:
-                            say(f"{name}: {_optimized(loaded[0])}")
-                    result = measure(*loaded, cell.dataset)
-                    outcome.records.append(_keep(result, cell, task, split, loaded[0], plots, say))
-                except (OSError, ValueError, ImportError) as error:
+                    with processes.together(what):
+                        if loaded is None and load is not None:
+                            loaded = load(name)
+                        elif loaded is None:
+                            loaded = load_model(name, dtype, device)
+                            if optimize:
+                                say(f"{name}: {_optimized(loaded[0])}")
+                        result = measure(*loaded, cell.dataset)
+                        record = _keep(result, cell, task, split, loaded[0], plots, say) if processes.is_main else None
+                    outcome.records.append(processes.of_main(record, "a record"))
+                except EXPECTED as error:
                     outcome.failures.append(f"{cell.model} on {cell.dataset}: {one_line(error)}")
                     say(f"error: {outcome.failures[-1]}")
             del loaded
             gc.collect()
-        if outcome.records:
+        if outcome.records and processes.is_main:
             write_results(output)
     return outcome
 
@@ -220,6 +246,17 @@ def _optimized(model: Any) -> str:
     if not hasattr(model, "optimize_for_inference"):
         return f"not optimized, since {type(model).__name__} has no optimize_for_inference"
     return f"optimized: {'; '.join(optimize_and_remember(model))}"
+
+
+@contextmanager
+def _held(output: Path, processes: Processes) -> Iterator[None]:
+    """Let the main process hold the folder of the results within a `with` block."""
+    if not processes.is_main:
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with held_folder(output.resolve()):
+        yield
 
 
 def _keep(

@@ -7,6 +7,8 @@ one block is in memory, whatever the number of images and texts.
    are computed twice; they are few if the texts stand in the order of their images.
 2. In all blocks, what is at least as similar is counted. What is right is taken off again.
 
+Several processes divide the blocks of images among them. Maxima and counts do not depend on who found them.
+
 Invariant: equal similarities never help a model, as in `metrics`. Among equal ones the wrong entries come first.
 
 Dimensions: I images, T texts, D embedding, Q reference queries, G gallery rows.
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .metrics import _refuse
+from .processes import ALONE, Processes
 
 IMAGES_AT_ONCE, TEXTS_AT_ONCE = 512, 2048
 """Size of a block, whose similarities take 4 MB. Larger ones would leave the cache before they are counted."""
@@ -83,6 +86,7 @@ def rank_both_ways(
     image_bias: Tensor | None = None,
     text_bias: Tensor | None = None,
     sizes: tuple[int, int] = (IMAGES_AT_ONCE, TEXTS_AT_ONCE),
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """Count for each image the wrong texts, and for each text the wrong images, that come before the first right one.
 
@@ -94,6 +98,7 @@ def rank_both_ways(
         image_bias: (I,) is subtracted from the similarities when images are searched for; see `hub_bias`.
         text_bias: (T,) is subtracted from the similarities when texts are searched for.
         sizes: Number of images and of texts that are compared at once.
+        processes: Those that call this with the same arguments and divide the work.
 
     Returns:
         The ranks of the images (I,) and of the texts (T,), int64. 0 means that a right one comes first.
@@ -115,7 +120,12 @@ def rank_both_ways(
         return for_images, found if image_bias is None else found - image_bias[rows, None].to(dtype)
 
     for is_counting in (False, True):
-        for rows in _blocks(len(image_ids), sizes[0]):
+        if is_counting:
+            for best in (image_best, text_best):
+                processes.reduce(best, "best right similarities", "MAX")
+        for number, rows in enumerate(_blocks(len(image_ids), sizes[0])):
+            if not processes.is_own(number):
+                continue
             images = image_embeds[rows].to(dtype)
             pairs = _RightPairs(image_ids[rows], text_ids)
             for columns in _blocks(len(text_ids), sizes[1]):
@@ -138,10 +148,18 @@ def rank_both_ways(
                         ranks.index_add_(0, places, -(scores[right] >= best[places]).long())
                     else:
                         best.scatter_reduce_(0, places, scores[right], "amax")
-    return image_ranks, text_ranks
+    return processes.reduce(image_ranks, "ranks of images"), processes.reduce(text_ranks, "ranks of texts")
 
 
-def hub_bias(gallery: Tensor, references: Tensor, *, alpha: float = 0.75, k: int = 128, chunk: int = 4096) -> Tensor:
+def hub_bias(
+    gallery: Tensor,
+    references: Tensor,
+    *,
+    alpha: float = 0.75,
+    k: int = 128,
+    chunk: int = 4096,
+    processes: Processes = ALONE,
+) -> Tensor:
     """Compute what is subtracted from the similarities of each gallery row, so that hubs are found less often.
 
     A hub is similar to many queries that it does not belong to. The bias is `alpha` times the mean of a row's `k`
@@ -154,6 +172,7 @@ def hub_bias(gallery: Tensor, references: Tensor, *, alpha: float = 0.75, k: int
         alpha: Factor of the mean.
         k: Number of similarities in the mean, at most Q.
         chunk: Number of gallery rows compared at once.
+        processes: Those that call this with the same arguments and divide the work.
 
     Returns:
         The bias (G,), float32.
@@ -166,11 +185,13 @@ def hub_bias(gallery: Tensor, references: Tensor, *, alpha: float = 0.75, k: int
             f"The correction of hubs takes the mean of {k} similarities, but there are {len(references)} reference "
             f"queries: take a larger set, or a smaller number."
         )
-    found = []
-    for rows in gallery.split(chunk):
+    mean = torch.zeros(len(gallery), dtype=torch.float32, device=gallery.device)
+    for number, rows in enumerate(gallery.split(chunk)):
+        if not processes.is_own(number):
+            continue
         best = torch.full((len(rows), 0), 0.0, dtype=torch.float32, device=gallery.device)
         for queries in references.split(REFERENCES_AT_ONCE):
             both = torch.cat([best, rows.float() @ queries.float().T], dim=1)
             best = both.topk(min(k, both.shape[1]), dim=1).values
-        found.append(best.mean(1))
-    return alpha * torch.cat(found)
+        mean[number * chunk : number * chunk + len(rows)] = best.mean(1)
+    return alpha * processes.reduce(mean, "similarities of hubs")

@@ -219,7 +219,8 @@ def evaluate_retrieval(
             FeatureCache(feature_cache, model, processor, embedder.precision, None)  # raises
         found = embed_captioned(embedder, data, cache=cache_of(data), progress=progress)
         ids = torch.arange(len(found.images))
-        metrics = retrieval_metrics(*rank_both_ways(found.images, found.texts, ids, found.text_ids))
+        shared: dict[str, Any] = {"processes": embedder.processes}
+        metrics = retrieval_metrics(*rank_both_ways(found.images, found.texts, ids, found.text_ids, **shared))
         corrected: dict[str, float] = {}
         protocol = (
             f"retrieval, captions cut at {embedder.text_limit} tokens, equal similarities count against the model"
@@ -228,10 +229,10 @@ def evaluate_retrieval(
             others = open_captioned(references, **({} if isinstance(references, CaptionedImages) else columns))
             given = embed_captioned(embedder, others, progress=progress)
             # Images are searched for by texts, so their bias is that of the reference texts.
-            image_bias = hub_bias(found.images, given.texts, alpha=hub_correction, k=hub_k)
-            text_bias = hub_bias(found.texts, given.images, alpha=hub_correction, k=hub_k)
+            image_bias = hub_bias(found.images, given.texts, alpha=hub_correction, k=hub_k, **shared)
+            text_bias = hub_bias(found.texts, given.images, alpha=hub_correction, k=hub_k, **shared)
             ranks = rank_both_ways(
-                found.images, found.texts, ids, found.text_ids, image_bias=image_bias, text_bias=text_bias
+                found.images, found.texts, ids, found.text_ids, image_bias=image_bias, text_bias=text_bias, **shared
             )
             corrected = retrieval_metrics(*ranks)
             protocol += (

@@ -164,6 +164,30 @@ def test_checkpoint_file_is_to_be_converted_first(tmp_path: Path):
         grid.load_model(str(tmp_path / "clip.pt"))
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "There is no folder FOLDER; check the path."),
+        ({}, "FOLDER is a folder without a model: it has neither config.json nor open_clip_config.json. Name a"),
+        ({"notes.json": "{}"}, "FOLDER is a folder without a model: it has neither config.json nor open_clip_config"),
+        ({"config.json": "{}"}, "FOLDER is no model's folder: its config.json has no model_type. Name the folder"),
+        ({"open_clip_config.json": "{}"}, "FOLDER has the layout of open_clip. Convert it once, by `hf-clip convert"),
+    ],
+)
+def test_folder_without_a_model_is_one_line(
+    files: dict[str, str] | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "model"
+    if files is not None:
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_text(content)
+    assert run("zero-shot", "--model", folder, "--dataset", "shapes", "--output", tmp_path / "results") == 1
+    shown = capsys.readouterr().err
+    assert f"error: {folder} on shapes: {message.replace('FOLDER', str(folder))}" in shown
+    assert shown.count("\n") == 1
+
+
 def test_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """`python -m` and `accelerate launch -m` run it."""
     monkeypatch.delitem(sys.modules, "hf_clip.commands.evaluate.__main__", raising=False)

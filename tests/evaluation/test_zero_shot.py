@@ -188,9 +188,7 @@ def test_batch_of_images_that_does_not_fit_is_divided(small_clip: Clip, monkeypa
 
 
 @pytest.mark.parametrize("is_ours", [True, False])
-def test_batch_of_texts_that_does_not_fit_is_divided(
-    is_ours: bool, small_clip: Clip, monkeypatch: pytest.MonkeyPatch
-):
+def test_batch_of_texts_that_does_not_fit_is_divided(is_ours: bool, small_clip: Clip, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(embed, "_is_ours", lambda model: is_ours)
     embedder, seen = Embedder(*small_clip, batch_size=3), list[int]()
     texts = ["a red zero", "seven", "a photo of a nine", "one", "two", "three", "four on white paper"]

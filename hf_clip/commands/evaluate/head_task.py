@@ -63,6 +63,7 @@ def head(
     from pathlib import Path
 
     from ...evaluation.head_training import evaluate_head
+    from ...evaluation.processes import current
     from ...zero_shot.embedding_head import check_head_name, path_of_head
 
     check_head_name(name)
@@ -91,7 +92,8 @@ def head(
         # The file may be published, and then says nothing of this machine's folders.
         result.head.model = folder.resolve().name if folder.is_dir() else str(folder)
         place = folder if folder.is_dir() else Path(output) / str(folder).replace("/", "--")
-        result.head.save(path_of_head(place, name))
+        if current().is_main:
+            result.head.save(path_of_head(place, name))
         print(f"head: {path_of_head(place, name)}", file=sys.stderr)
         return result
 

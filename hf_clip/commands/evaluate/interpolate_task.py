@@ -68,6 +68,7 @@ def interpolate(
     from ...evaluation.grid import WRITTEN_BESIDE, run_grid, state_of
     from ...evaluation.interpolation import InterpolationResult, load_interpolation
     from ...evaluation.labelled_images import open_labelled
+    from ...evaluation.processes import current
     from ...evaluation.reports import text_table
     from ...evaluation.zero_shot import evaluate_zero_shot
     from ...extras import require
@@ -125,13 +126,13 @@ def interpolate(
     if found is not None:
         print(text_table(*found.rows()))
         print(f"\nbest mean: {100 * max(found.mean):.1f} % at alpha {found.best:g}")
-        if not no_plots:
+        if not no_plots and current().is_main:
             from ...evaluation.plots import plot_interpolation
 
             path = Path(output) / f"interpolation--{Path(pretrained).name}--{Path(finetuned).name}.png"
             plot_interpolation(found, f"{Path(pretrained).name} to {Path(finetuned).name}", path)
             say(f"picture: {path}")
-        if save_best is not None:
+        if save_best is not None and current().is_main:
             models.save(found.best, processor, save_best)
             print(save_best)
     if outcome.failures or len(opened) < len({*dataset}):

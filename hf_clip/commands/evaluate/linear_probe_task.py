@@ -135,6 +135,7 @@ def linear_probe(
     from ...evaluation.linear_probe import probe_features
     from ...evaluation.paper_data_sets import find_paper_data_set
     from ...evaluation.probe_encoding import encode_splits
+    from ...evaluation.processes import current
 
     models, datasets, shots = model or [], dataset or [], read_shots(few_shot)
     check_sources(models, datasets, features, save_features, update_card, push)
@@ -161,8 +162,10 @@ def linear_probe(
         )
 
     if save_features is not None:
-        found = encode(*load_model(models[0], dtype.value, device), datasets[0])
-        write_features(save_features, replace(found, model=models[0], dataset=datasets[0]))
+        with current().together("encoding"):
+            found = encode(*load_model(models[0], dtype.value, device), datasets[0])
+            if current().is_main:
+                write_features(save_features, replace(found, model=models[0], dataset=datasets[0]))
         features = save_features
     given = None if features is None else read_features(features)
     if given is not None:

@@ -89,37 +89,40 @@ def run_task(
     from pathlib import Path
 
     from ...evaluation.grid import run_grid
+    from ...evaluation.processes import current
     from ...evaluation.reports import check_repository, push_card, table_rows, text_table
     from ...evaluation.reports import update_card as write_card
     from ...extras import require
 
-    require(f"hf-clip evaluate {task}", "eval")
-    for name in models if push else ():
-        check_repository(name)
-    outcome = run_grid(
-        task,
-        models,
-        datasets,
-        output,
-        measure,
-        options=options,
-        split=split,
-        dtype=dtype.value,
-        device=device,
-        optimize=optimize,
-        plots=plots,
-        resume=resume,
-        say=lambda line: print(line, file=sys.stderr),
-        needs_model=needs_model,
-    )
+    with current().together(task):
+        require(f"hf-clip evaluate {task}", "eval")
+        for name in models if push else ():
+            check_repository(name)
+        outcome = run_grid(
+            task,
+            models,
+            datasets,
+            output,
+            measure,
+            options=options,
+            split=split,
+            dtype=dtype.value,
+            device=device,
+            optimize=optimize,
+            plots=plots,
+            resume=resume,
+            say=lambda line: print(line, file=sys.stderr),
+            needs_model=needs_model,
+        )
     if outcome.records:
         print(text_table(*table_rows(outcome.records)))
         print(f"\n{Path(output) / 'results.json'}")
-    for name in dict.fromkeys(record["pretrained"] for record in outcome.records):
-        own = [record for record in outcome.records if record["pretrained"] == name]
-        if update_card:
-            print(write_card(name, own))
-        if push:
-            print(push_card(name, own))
+    with current().together("cards"):
+        for name in dict.fromkeys(record["pretrained"] for record in outcome.records if current().is_main):
+            own = [record for record in outcome.records if record["pretrained"] == name]
+            if update_card:
+                print(write_card(name, own))
+            if push:
+                print(push_card(name, own))
     if outcome.failures:
         raise typer.Exit(2 if outcome.records else 1)
