@@ -30,7 +30,7 @@ from .data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
 from .data.survey import LOOKED_AT, OPENED, describe_captions, look_at
 from .evaluating import Validation
 from .learner import Learner
-from .lora import add_lora_
+from .lora import add_lora_of_run_
 from .optim import create_optimizer, warmup_steps
 from .patch_dropout import drop_patches_
 from .plan import Plan
@@ -203,8 +203,7 @@ def prepare_training_(model: HfClipModel, config: TrainingConfig, device_type: s
     lock_(model, config.lock)
     if config.variant is None:
         freeze_batch_norm_(model)
-    if config.lora_rank is not None:
-        add_lora_(model, config.lora_rank)
+    add_lora_of_run_(model, config)
     if config.patch_dropout is not None:
         drop_patches_(model, config.patch_dropout)
     if config.sync_batchnorm:

@@ -20,6 +20,7 @@ from ..hub.model_card import architecture_table, card_metadata, card_text, markd
 from ..model.configuration_hf_clip import HfClipConfig
 from .averaging import warmup_of
 from .config import WITHOUT_WARMUP, TrainingConfig
+from .lora import ADAPTER_FOLDER
 from .optim import warmup_steps
 
 FILES = (".csv", ".json", ".jsonl", ".parquet", ".tar", ".txt")
@@ -36,6 +37,9 @@ LABELS = {
     "label_smoothing_factor": "label smoothing",
     "lock": "locked",
     "lora_rank": "LoRA rank",
+    "lora_alpha": "LoRA alpha",
+    "lora_dropout": "LoRA dropout",
+    "lora_target_modules": "LoRA target modules",
     "mask_duplicates": "equal images and captions masked",
     "ema_decay": "decay of the moving average of weights",
 }
@@ -165,7 +169,8 @@ def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[st
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, value in config.identity().items():
         if name not in SAID_OTHERWISE and value is not None and (name in ALWAYS or value != defaults[name]):
-            rows[row_name(name)] = "yes" if value is True else value
+            listed = ", ".join(value) if isinstance(value, list) else value
+            rows[row_name(name)] = "yes" if value is True else listed
     if config.validation is not None:
         rows["validation"] = shown_validation(config.validation)
     if config.ema_decay is not None:
@@ -233,6 +238,11 @@ def trained_card(
         "## How it was trained",
         markdown_table(["", ""], training_rows(config, facts, model_config.contrastive_loss).items()),
     ]
+    if config.lora_rank is not None:
+        parts.append(
+            f"What LoRA trained lies in the folder `{ADAPTER_FOLDER}` by itself, in PEFT's format: "
+            f"`PeftModel.from_pretrained` adds it to the model that training started from."
+        )
     if curve is not None:
         parts.append(f"![Loss and retrieval over the steps of training]({curve})")
     if figures:

@@ -43,6 +43,7 @@ BELOW_ONE = math.nextafter(1, 0)
 RANGES = (
     ("max_bad_fraction", 0, 1, "from 0 to 1"),
     ("label_smoothing_factor", 0, BELOW_ONE, "at least 0 and below 1"),
+    ("lora_dropout", 0, BELOW_ONE, "at least 0 and below 1"),
     ("patch_dropout", math.ulp(0), BELOW_ONE, "between 0 and 1, such as 0.5"),
     ("ema_decay", math.ulp(0), BELOW_ONE, "between 0 and 1, such as 0.9999"),
     ("layer_decay", math.ulp(0), 1, "above 0 and at most 1"),
@@ -51,6 +52,7 @@ RANGES = (
 COUNTS = (
     *("per_device_train_batch_size", "num_train_epochs", "max_steps", "logging_steps", "save_steps", "eval_steps"),
     *("save_total_limit", "early_stopping_patience", "image_size", "max_text_length", "lora_rank", "max_grad_norm"),
+    "lora_alpha",
 )
 """Options that are above zero where they are given."""
 
@@ -75,7 +77,7 @@ MAY_CHANGE = (
 )
 """Options that a resumed run may change. All others decide what comes out of a run."""
 
-ADDED = {"augment_on": "worker"}
+ADDED = {"augment_on": "worker", "lora_dropout": 0.0, "lora_target_modules": []}
 """Options that checkpoints of older versions do not name, and what holds for them."""
 
 NOTHING = object()
@@ -251,6 +253,10 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
             (are_towers_locked and self.layer_decay != 1, "layer_decay", "both towers are locked"),
             (are_towers_locked and self.gradient_checkpointing, "gradient_checkpointing", "both towers are locked"),
             (self.sync_batchnorm and not scratch, "sync_batchnorm", "fine-tuning keeps BatchNorm as it is"),
+            *(
+                (getattr(self, name) and self.lora_rank is None, name, "there are no adapters without --lora_rank")
+                for name in ("lora_alpha", "lora_dropout", "lora_target_modules")
+            ),
             (scratch and self.lora_rank, "lora_rank", "adapters stand beside trained weights; use --model"),
             (scratch and self.lock, "lock", "random weights are not worth keeping; use --model"),
             (scratch and alphas, "average_with_pretrained", "there is nothing pretrained; use --model"),

@@ -13,7 +13,7 @@ from ..model.modeling_hf_clip import HfClipModel
 from .averaging import MovingAverage
 from .config import TrainingConfig
 from .gathering import exchange_counts
-from .lora import add_lora_, merge_lora_
+from .lora import Adapter, adapter_of, add_lora_of_run_, merge_lora_
 from .sharding import whole_weights
 from .trainable import lock_
 
@@ -60,21 +60,23 @@ class Learner:
         is_finite = all(bool(part.detach().isfinite().all()) for part in local)
         return all(finite for (finite,) in exchange_counts([int(is_finite)], self.accelerator.device))
 
-    def plain_model(self, weights: dict[str, Tensor], config: TrainingConfig) -> HfClipModel:
-        """A model of its own on the CPU.
+    def plain_model(self, weights: dict[str, Tensor], config: TrainingConfig) -> tuple[HfClipModel, Adapter | None]:
+        """A model of its own on the CPU, and what was trained of it by LoRA.
 
         Args:
             weights: as `weights` returns them.
             config: of the run, which says where adapters are.
 
         Returns:
-            The model with these weights. Adapters are merged.
+            The model with these weights, adapters merged, and the adapter by itself, where the run has one.
         """
-        rank = config.lora_rank
         with torch.device("meta"):  # a copy of the model would bring its wrapper along
             model = HfClipModel(copy.deepcopy(self.model.config))
-            if rank is not None:
+            if config.lora_rank is not None:
                 lock_(model, config.lock)
-                add_lora_(model, rank)
+                add_lora_of_run_(model, config)
         model.load_state_dict(weights, assign=True)
-        return merge_lora_(model) if rank is not None else model
+        if config.lora_rank is None:
+            return model, None
+        adapter = adapter_of(model)
+        return merge_lora_(model), adapter

@@ -3,21 +3,33 @@
 Adapters stand where a weight was still to be trained, so a lock that was set before says where: in one tower, or in
 its last blocks. They are put into the model itself, which keeps its class, its calls and the names of its modules.
 
-Invariant: until `merge_lora_` every tensor of the model but the temperature stays bit-equal.
+Invariant: until `merge_lora_` every tensor of the model but the temperature stays bit-equal. So an `Adapter`, which
+holds the factors and the temperature, makes the trained model out of the one that training started from.
 """
 
+import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ..extras import require
+from .config import TrainingConfig
 from .trainable import TEMPERATURE, freeze_batch_norm_
 
 NOT_ADAPTED = "patch_embedding"
 """A ViT's patches are pixels cut out: adapters stand on the maps between features alone."""
+
+ADAPTER_FOLDER = "adapter"
+"""Where a run leaves its adapter, in its output folder."""
+
+PEFT_PREFIX = "base_model.model."
+"""In front of all names of tensors in PEFT's files."""
 
 
 def import_peft() -> Any:
@@ -66,6 +78,8 @@ def add_lora_(
     """
     if rank < 1:
         raise ValueError(f"The LoRA rank is {rank}, but must be at least 1.")
+    if alpha is not None and alpha <= 0:
+        raise ValueError(f"The LoRA alpha is {alpha}, but must be above 0: at 0 the factors would have no effect.")
     if not 0 <= dropout < 1:
         raise ValueError(f"The LoRA dropout is {dropout}, but must be at least 0 and below 1.")
     peft = import_peft()
@@ -101,6 +115,18 @@ def add_lora_(
     return chosen
 
 
+def add_lora_of_run_(model: Any, config: TrainingConfig) -> None:
+    """`add_lora_` as the options of a run ask for it. Without `--lora_rank` it does nothing."""
+    if config.lora_rank is not None:
+        add_lora_(
+            model,
+            config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=config.lora_target_modules or None,
+        )
+
+
 def temperature_of(model: Any) -> dict[str, nn.Parameter]:
     """The logit scale, and the logit bias where there is one."""
     return {name: getattr(model, name) for name in TEMPERATURE if getattr(model, name, None) is not None}
@@ -109,6 +135,55 @@ def temperature_of(model: Any) -> dict[str, nn.Parameter]:
 def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     layer_class = import_module("peft.tuners.lora").LoraLayer
     return [(name, module) for name, module in model.named_modules() if isinstance(module, layer_class)]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What LoRA trains beside the temperature, as PEFT stores it.
+
+    Attributes:
+        config: peft's LoraConfig.
+        factors: tensors by their names in PEFT's files.
+    """
+
+    config: Any
+    factors: dict[str, Tensor]
+
+    def save(self, folder: str | Path, model: Any, *, base: str | None = None, part: float = 1.0) -> None:
+        """Write adapter_config.json and adapter_model.safetensors.
+
+        PEFT adds the factors to the model that training started from. It also takes the temperature from the file.
+
+        Args:
+            folder: Where to; it is made.
+            model: The trained model, whose temperature the adapter gets.
+            base: The repository or folder that training started from, which the adapter names.
+            part: α of an average with the pretrained weights. The product of the factors is multiplied by it.
+        """
+        config = copy.copy(self.config)
+        config.lora_alpha, config.base_model_name_or_path = self.config.lora_alpha * part, base
+        config.save_pretrained(str(folder))
+        tensors = self.factors | {PEFT_PREFIX + name: tensor for name, tensor in temperature_of(model).items()}
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def adapter_of(model: Any) -> Adapter:
+    """The adapter of a model, apart from it. Call it before `merge_lora_`.
+
+    Args:
+        model: An HfClipModel with adapters.
+
+    Raises:
+        ValueError: There are no adapters.
+    """
+    if not getattr(model, "peft_config", None):
+        raise ValueError("This model has no adapters to save; add_lora_ adds them.")
+    config = copy.copy(model.peft_config["default"])
+    config.target_modules = sorted(config.target_modules)  # a set, whose order would differ from run to run
+    config.inference_mode = True
+    factors = model.get_adapter_state_dict("default")
+    return Adapter(config, {PEFT_PREFIX + name: tensor for name, tensor in factors.items()})
 
 
 @torch.no_grad()

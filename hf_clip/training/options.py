@@ -66,6 +66,13 @@ class TrainedOptions:
         "Towers to keep: image, text, image:2 (all but its last 2 blocks), image,text (all but projections)",
     )
     lora_rank: int | None = _option(None, "Train factors of this rank beside frozen matrices; needs peft")
+    lora_alpha: float | None = _option(
+        None, "The factors' product is multiplied by this over the rank; default: the rank, so by 1"
+    )
+    lora_dropout: float = _option(0.0, "Part of a factor's input that is left out in training")
+    lora_target_modules: list[str] = _option(
+        [], "Matrices with factors, by the ends of their names: q_proj v_proj; default: all that are not locked"
+    )
     sync_batchnorm: bool = _option(False, "Take BatchNorm's statistics over all GPUs; with --variant")
     patch_dropout: float | None = _option(
         None, "Part of each image's patches that a ViT leaves out while it trains (FLIP), such as 0.5"

@@ -9,6 +9,7 @@ from .checkpoint import Checkpoints
 from .config import TrainingConfig
 from .evaluating import Evaluations
 from .learner import Learner
+from .lora import Adapter
 from .records import DEFAULT_METRIC, Records
 
 
@@ -20,12 +21,14 @@ class Outcome:
         model: on the CPU, with adapters merged.
         step: after which its weights were.
         figures: of these weights on the validation data, by name; empty where nothing was evaluated.
+        adapter: of LoRA, before the average with the pretrained weights.
         alpha: with which they were averaged with the pretrained ones.
     """
 
     model: HfClipModel
     step: int
     figures: dict[str, float]
+    adapter: Adapter | None = None
     alpha: float | None = None
 
 
@@ -38,7 +41,8 @@ def present_outcome(learner: Learner, config: TrainingConfig, step: int, figures
         step: the present one.
         figures: of the last evaluation.
     """
-    return Outcome(learner.plain_model(learner.weights(), config), step, figures)
+    model, adapter = learner.plain_model(learner.weights(), config)
+    return Outcome(model, step, figures, adapter)
 
 
 def final_outcome(
@@ -51,8 +55,8 @@ def final_outcome(
     """
     state = checkpoints.state
     if config.metric_for_best_model is not None and state.best_step != state.step:
-        weights = load_best(config.output_dir)
-        outcome = Outcome(learner.plain_model(weights, config), state.best_step, records.figures_of(state.best_step))
+        model, adapter = learner.plain_model(load_best(config.output_dir), config)
+        outcome = Outcome(model, state.best_step, records.figures_of(state.best_step), adapter)
     else:
         outcome = present_outcome(learner, config, state.step, evaluations.figures)
         if not all(bool(tensor.isfinite().all()) for tensor in outcome.model.state_dict().values()):

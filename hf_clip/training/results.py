@@ -15,8 +15,9 @@ from ..checkpoints.stock import stock_image_processor, why_not_stock, write_stoc
 from ..checkpoints.whole_folder import whole_folder
 from ..extras import missing_packages
 from ..model.configuration_hf_clip import HfClipConfig
-from .card import RunFacts, trained_card
+from .card import RunFacts, shown, trained_card
 from .config import TrainingConfig
+from .lora import ADAPTER_FOLDER
 from .outcome import Outcome
 from .plan import Plan
 from .records import Records, read_metrics
@@ -99,13 +100,16 @@ def save_results(
         start_figures=start_figures,
         part_cut=records.last_part_cut(),
     )
-    with whole_folder(out, instead_of=DESCRIPTIONS, is_held=True) as folder:
+    with whole_folder(out, instead_of=(*DESCRIPTIONS, ADAPTER_FOLDER), is_held=True) as folder:
         model.save_pretrained(folder)
         if config.output_format == "transformers":
             write_stock_files(folder, model.config, processor.tokenizer, processor.image_processor)
         else:
             processor.save_pretrained(folder)
             add_remote_code(folder)
+        if outcome.adapter is not None:
+            base, part = shown(str(config.model)), 1.0 if outcome.alpha is None else outcome.alpha
+            outcome.adapter.save(folder / ADAPTER_FOLDER, model, base=base, part=part)
         if missing := missing_packages("The plot on the card", "train", ["matplotlib"]):
             print(f"note: {missing}", file=sys.stderr)
         else:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from hf_clip import HfClipModel, HfClipTextModel, HfClipTextModelWithProjection
+from hf_clip.training.lora import adapter_of, add_lora_
+from hf_clip.training.trainable import lock_
 
 from ..small import texts
 from .stock import pairs, stock_model, stock_text_model, stock_text_model_with_projection
@@ -150,6 +152,29 @@ def test_adapter_of_transformers_integration_loads_into_peft(model: HfClipModel,
     loaded = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
     tower = "resnet" if "resnet" in model.config.vision_config.model_type else "vit"
     assert_close(logits(loaded, tower), logits(model.eval(), tower))
+
+
+def test_adapter_of_the_trainer_loads_into_peft(
+    model: HfClipModel, repository: Path, tower: str, adapted: str, tmp_path: Path
+):
+    """With the temperature, which PEFT reads beside the factors. A ViT's and a text tower's fit stock CLIP too."""
+    lock_(model, "image:1" if adapted == "text" else "text")
+    add_lora_(model, 2, alpha=3, dropout=0.5)
+    train(model.train(), lambda model: model(**pairs(tower), return_loss=True).loss)
+    expected = logits(model, tower)
+    adapter_of(model).save(tmp_path, model, base=str(repository))
+    bases = [AutoModel.from_pretrained(repository)]
+    if tower == "vit":
+        bases.append(stock_model(AutoModel.from_pretrained(repository)))
+    for base in bases:
+        assert (logits(base.eval(), tower) - expected).abs().max() > 0.1
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+        assert_close(logits(loaded, tower), expected)
+    by_base = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(by_base) is HfClipModel
+    with torch.no_grad():  # transformers reads the factors alone
+        by_base.logit_scale.copy_(model.logit_scale)
+    assert_close(logits(by_base, tower), expected)
 
 
 def test_moving_statistics_are_saved_with_the_norms(repositories: dict[str, Path], tmp_path: Path):

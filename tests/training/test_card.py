@@ -76,6 +76,9 @@ OTHER_VALUES = {
     "max_text_length": 99,
     "lock": "image:1",
     "lora_rank": 4,
+    "lora_alpha": 8.0,
+    "lora_dropout": 0.1,
+    "lora_target_modules": ["q_proj", "fc1"],
     "split": "other",
     "image_column": "photo",
     "caption_column": "alt",
@@ -96,6 +99,9 @@ OTHER_VALUES = {
     "ema_decay": 0.99,
 }
 NEEDED_WITH = {
+    "lora_alpha": {"lora_rank": 4},
+    "lora_dropout": {"lora_rank": 4},
+    "lora_target_modules": {"lora_rank": 4},
     "label_smoothing_factor": {"loss": "softmax"},
     "metric_for_best_model": {"validation": "test", "save_steps": 5},
 }
@@ -110,7 +116,8 @@ def test_every_option_that_decides_the_result_stands_on_the_card():
     for name, value in (OTHER_VALUES | SWITCHES).items():
         rows = card_rows(facts, model="org/clip", **{name: value} | NEEDED_WITH.get(name, {}))
         if name not in SAID_OTHERWISE:
-            assert rows[row_name(name)] == ("yes" if value is True else str(value)), name
+            said = ", ".join(value) if isinstance(value, list) else "yes" if value is True else str(value)
+            assert rows[row_name(name)] == said, name
     rows = card_rows(facts, variant="RN50", sync_batchnorm=True, warmup_steps=7)
     assert (rows["sync batchnorm"], rows["warm-up steps"], rows["loss"]) == ("yes", "7", "softmax")
     assert {row_name(name) for name in ALWAYS} <= rows.keys()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_clip.training.config import DEFAULT_RATES, GROUPS, MAY_CHANGE, OPTIONS, TrainingConfig, parse_config
+from hf_clip.training.config import ADDED, DEFAULT_RATES, GROUPS, MAY_CHANGE, OPTIONS, TrainingConfig, parse_config
 from hf_clip.training.option_names import KNOWN_AS, OF_THE_LAUNCHER, RENAMED, hint
 
 BASE = {"model": "m", "dataset": ["d"], "output_dir": "o", "max_steps": 10}
@@ -101,6 +101,9 @@ BEST = {"metric_for_best_model": "recall@1", "validation": "5", "save_steps": 5}
     [
         ({"micro_batch_size": 256}, "--micro_batch_size would have no effect: a batch has 256 pairs, which are in mem"),
         ({"sync_batchnorm": True}, "--sync_batchnorm would have no effect: fine-tuning keeps BatchNorm as it is"),
+        ({"lora_alpha": 8}, "--lora_alpha would have no effect: there are no adapters without --lora_rank"),
+        ({"lora_dropout": 0.1}, "--lora_dropout would have no effect: there are no adapters without --lora_rank"),
+        ({"lora_target_modules": "fc1"}, "--lora_target_modules would have no effect: there are no adapters without"),
         (SCRATCH | {"lora_rank": 4}, "--lora_rank would have no effect: adapters stand beside trained weights"),
         (SCRATCH | {"lock": "image"}, "--lock would have no effect: random weights are not worth keeping"),
         (SCRATCH | {"average_with_pretrained": "0.5"}, "--average_with_pretrained would have no effect: there is noth"),
@@ -247,7 +250,8 @@ def test_a_resumed_run_may_differ_only_in_what_leaves_its_result_alone():
     for fields in (*changed, {"augment_on": "device"}):
         assert config(**fields).identity() != config().identity()
     # Checkpoints of versions without the option have nothing there.
-    assert config(augment_on="worker").identity()["augment_on"] is None
+    for name, value in ADDED.items():
+        assert config(**{name: value}).identity()[name] is None
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

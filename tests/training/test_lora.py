@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel
 
 from hf_clip import HfClipModel
-from hf_clip.training.lora import add_lora_, merge_lora_
+from hf_clip.training.lora import adapter_of, add_lora_, merge_lora_
 from hf_clip.training.optim import create_optimizer
 from hf_clip.training.trainable import lock_
 
@@ -121,6 +121,7 @@ def test_gradients_are_the_same_with_checkpointing(model: HfClipModel, tower: st
     [
         ({"rank": 0}, "The LoRA rank is 0, but must be at least 1"),
         ({"rank": 100_000}, "The LoRA rank is 100000, but no matrix here has a rank above [0-9]+: take less"),
+        ({"rank": 2, "alpha": 0}, "The LoRA alpha is 0, but must be above 0: at 0 the factors would have no effect"),
         ({"rank": 2, "dropout": 1.0}, "The LoRA dropout is 1.0, but must be at least 0 and below 1"),
         ({"rank": 2, "targets": []}, "LoRA was given no targets to adapt; name some, or leave them out"),
         ({"rank": 2, "targets": "query"}, "no matrix 'query' to adapt; there are .*fc1, fc2.*q_proj"),
@@ -136,6 +137,8 @@ def test_wrong_settings_are_refused(model: HfClipModel, settings: dict, message:
 def test_adapters_come_once_and_are_merged_once(model: HfClipModel):
     with pytest.raises(ValueError, match="no adapters to merge"):
         merge_lora_(model)
+    with pytest.raises(ValueError, match="no adapters to save"):
+        adapter_of(model)
     add_lora_(model, 2)
     with pytest.raises(ValueError, match="has adapters already; merge them"):
         add_lora_(model, 2)

@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 from datasets import load_from_disk
+from peft import PeftModel
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, pipeline
 
@@ -82,12 +83,25 @@ def test_gradient_checkpointing_gives_the_same_weights(
 
 
 def test_half_way_to_the_pretrained_weights(digits: Path, tmp_path: Path):
-    """With adapters, which are merged first."""
-    chosen = {"max_steps": 3, "lora_rank": 2, "learning_rate": "1e-2"}
+    """With adapters, which are merged, and by themselves make the same model of the pretrained one."""
+    pretrained, chosen = weights(digits / "vit"), {"max_steps": 3, "lora_rank": 2, "learning_rate": "1e-2"}
+    chosen |= {"lora_alpha": 6, "lora_dropout": 0.1, "lora_target_modules": ["q_proj", "mlp.fc2"]}
     whole = weights(train(digits, tmp_path / "whole", **chosen))
     half = weights(train(digits, tmp_path / "half", **chosen, average_with_pretrained="0.5"))
-    assert largest_difference(half, interpolate_weights(weights(digits / "vit"), whole, 0.5)) < 1e-6
+    assert largest_difference(half, interpolate_weights(pretrained, whole, 0.5)) < 1e-6
     assert largest_difference(half, whole) > 1e-3
+    changed = {name for name in whole if not torch.equal(whole[name], pretrained[name])}
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed - {"logit_scale"}} == {"q_proj", "fc2"}
+    for name, expected in (("whole", whole), ("half", half)):
+        adapter = tmp_path / name / "adapter"
+        assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        settings = json.loads((adapter / "adapter_config.json").read_text())
+        assert settings["lora_alpha"] == (6 if name == "whole" else 3)
+        assert settings["base_model_name_or_path"] == "vit"  # without the path, since it is published
+        loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(digits / "vit"), adapter)
+        assert largest_difference(loaded.merge_and_unload().state_dict(), expected) < 1e-6
+    train(digits, tmp_path / "half", max_steps=1, overwrite_output_dir=True)
+    assert not (tmp_path / "half" / "adapter").exists()  # it would be another model's
 
 
 FROM_TRAINED = {"per_device_train_batch_size": 48, "augmentation": "none", "validation": "100"}
