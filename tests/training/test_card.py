@@ -75,6 +75,8 @@ OTHER_VALUES = {
     "image_size": 64,
     "max_text_length": 99,
     "lock": "image:1",
+    "patch_dropout": 0.5,
+    "augment_on": "device",
     "lora_rank": 4,
     "lora_alpha": 8.0,
     "lora_dropout": 0.1,

@@ -82,6 +82,7 @@ def test_gradient_checkpointing_gives_the_same_weights(
 # --- averages and choices --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
 def test_half_way_to_the_pretrained_weights(digits: Path, tmp_path: Path):
     """With adapters, which are merged, and by themselves make the same model of the pretrained one."""
     pretrained, chosen = weights(digits / "vit"), {"max_steps": 3, "lora_rank": 2, "learning_rate": "1e-2"}
