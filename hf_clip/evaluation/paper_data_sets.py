@@ -129,3 +129,27 @@ def find_paper_data_set(source: str) -> PaperDataSet | None:
         if source.lower() in names or last == names[-1].rpartition("/")[2]:
             return entry
     return None
+
+
+def resolve_data_set(source: str, split: str | None) -> tuple[str, str | None, PaperDataSet | None]:
+    """Find what the name of a data set stands for.
+
+    Args:
+        source: A short name of the paper's table, or anything else.
+        split: The split, if it is named.
+
+    Returns:
+        The repository, or `source` itself; the split; and the entry of the paper's table if there is one.
+
+    Raises:
+        ValueError: It is one of the paper's that the Hub has no copy of.
+    """
+    found = find_paper_data_set(source)
+    if found is None or Path(source).expanduser().exists() or "/" in source:
+        return source, split, found
+    if found.repository is None:
+        raise ValueError(
+            f"{source} is one of the paper's data sets, but the Hub has no copy that is read as it is: name your own "
+            f"folder or files."
+        )
+    return found.repository, split or found.split, found

@@ -171,6 +171,16 @@ class Processes:
         return values
 
 
+@contextmanager
+def acting_as(processes: Processes) -> Iterator[None]:
+    """Let the evaluations within a `with` block be shared by these processes."""
+    token = _current.set(processes)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
 def is_cpu_wanted() -> bool:
     """Whether `accelerate launch --cpu` has started this process."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -227,10 +237,9 @@ def connected() -> Iterator[Processes]:
     if torch.cuda.is_available() and not is_cpu_wanted():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    token = _current.set(Processes(dist.get_rank(), dist.get_world_size(), local_count, group))
     try:
-        yield current()
+        with acting_as(Processes(dist.get_rank(), dist.get_world_size(), local_count, group)):
+            yield current()
     finally:
-        _current.reset(token)
         if is_ours:
             dist.destroy_process_group()

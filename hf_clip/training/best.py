@@ -18,6 +18,7 @@ from ..checkpoints.whole_file import whole_file
 from ..checkpoints.whole_folder import DiskFullError, free_bytes, is_full
 from .agreement import of_main_process
 from .checkpoint import FOLDER
+from .chosen_metric import value_of
 from .config import TrainingConfig
 from .learner import Learner
 from .run_state import RunState
@@ -103,6 +104,11 @@ class BestWeights:
         if state.best is not None and step_of_best(config.output_dir) != state.best_step:
             state.best = None  # a run that went back: the best weights are of a step that it will not reach
 
+    def check(self, figures: dict[str, float]) -> None:
+        """Raise ValueError if there is no figure of the metric."""
+        if self.config.metric_for_best_model is not None:
+            value_of(self.config.metric_for_best_model, figures)
+
     def compare(self, figures: dict[str, float]) -> None:
         """Keep the present weights if they are the best so far.
 
@@ -112,7 +118,8 @@ class BestWeights:
         metric, state = self.config.metric_for_best_model, self.state
         if metric is None:
             return
-        if state.best is not None and figures[metric] <= state.best:
+        value = value_of(metric, figures)
+        if state.best is not None and value <= state.best:
             state.evaluations_since += 1
             return
         accelerator = self.learner.accelerator
@@ -124,7 +131,7 @@ class BestWeights:
             if accelerator.is_main_process:
                 tqdm.write(f"warning: {error} The best weights before stay the best.", file=sys.stderr)
             return
-        state.best, state.best_step, state.evaluations_since = figures[metric], state.step, 0
+        state.best, state.best_step, state.evaluations_since = value, state.step, 0
 
     def is_given_up(self) -> bool:
         """Whether there was no new best for so many evaluations that the run ends."""

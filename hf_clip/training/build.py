@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin, get_scheduler
 
 from ..checkpoints.folders import IMAGE_PROCESSOR_FILES, in_one_line
 from ..data.sources import Source, names_a_source, parse_sources
+from ..evaluation.labelled_images import LabelledImages
 from ..model.checked_files import read_object
 from ..model.configuration_hf_clip import HfClipConfig
 from ..model.image_processing_hf_clip import HfClipImageProcessor
@@ -29,6 +30,7 @@ from .data.loader import PairLoader, build_loader
 from .data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
 from .data.survey import LOOKED_AT, OPENED, describe_captions, look_at
 from .evaluating import Validation
+from .guarding import Guard, open_guard
 from .learner import Learner
 from .lora import add_lora_of_run_
 from .optim import create_optimizer, warmup_steps
@@ -50,6 +52,7 @@ MOST_WORKERS = 16
 class Data:
     """Pairs to train on, those to evaluate on, and the names of their classes where the captions are made of labels.
 
+    guard:         images that show what the model forgets
     class_prompts: each class's caption, in the order of the labels
     captions:      of rows to train on that were looked at
     """
@@ -58,6 +61,7 @@ class Data:
     validation: Pairs | PairStream | None
     class_prompts: list[str] | None
     captions: list[str]
+    guard: LabelledImages | None = None
 
 
 def _find_labels(pairs: Pairs | PairStream) -> list[str] | None:
@@ -108,7 +112,7 @@ def open_data(config: TrainingConfig, num_processes: int = 1) -> Data:
         look_at(validation, OPENED)
     if look.is_whole:
         config.limit_batch_size(look.draws, num_processes, train.name)
-    return Data(train, validation, prompts, look.captions)
+    return Data(train, validation, prompts, look.captions, open_guard(config))
 
 
 def _open_validation(path: str, config: TrainingConfig, chosen: dict[str, Any]) -> Pairs | PairStream:
@@ -315,4 +319,6 @@ def build_loaders(data: Data, learner: Learner, config: TrainingConfig) -> tuple
     plain, bad_rows = PairCollator(processor, **prepared), BadRows(config.max_bad_fraction)
     size = min(size, LARGEST_EVALUATED_BATCH)
     loader = build_loader(data.validation, plain, size, training=False, bad_rows=bad_rows, **shared)
-    return train, Validation(loader, plain.tokenize(data.class_prompts) if data.class_prompts else None)
+    class_tokens = plain.tokenize(data.class_prompts) if data.class_prompts else None
+    guard = None if data.guard is None else Guard(data.guard, processor, min(config.pairs_at_once or size, size))
+    return train, Validation(loader, class_tokens, guard)

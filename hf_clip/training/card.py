@@ -20,8 +20,10 @@ from ..hub.model_card import architecture_table, card_metadata, card_text, markd
 from ..model.configuration_hf_clip import HfClipConfig
 from .averaging import warmup_of
 from .config import WITHOUT_WARMUP, TrainingConfig
+from .guarding import GuardProtocol
 from .lora import ADAPTER_FOLDER
 from .optim import warmup_steps
+from .options import GUARD
 
 FILES = (".csv", ".json", ".jsonl", ".parquet", ".tar", ".txt")
 
@@ -60,6 +62,7 @@ class RunFacts:
         alpha: with which the weights were averaged with the pretrained ones.
         start_figures: of the model that training started from; empty where it was not evaluated.
         part_cut: of the captions, those that were longer than the model takes.
+        guard: how the guard set was measured; None where there is none.
     """
 
     step: int
@@ -69,6 +72,7 @@ class RunFacts:
     alpha: float | None = None
     start_figures: dict[str, float] = field(default_factory=dict)
     part_cut: float = 0.0
+    guard: GuardProtocol | None = None
 
 
 def is_repository(name: str | None) -> bool:
@@ -112,21 +116,30 @@ def licence_of(name: str, kind: type[ModelCard] | type[DatasetCard] = ModelCard)
     return None
 
 
-def results_of(figures: dict[str, float], config: TrainingConfig) -> list[EvalResult]:
-    """Figures of the validation data for the model-index."""
+def results_of(
+    figures: dict[str, float], config: TrainingConfig, guard: GuardProtocol | None = None
+) -> list[EvalResult]:
+    """Figures of the validation data and of the guard set for the model-index."""
     validation = config.validation or ""
     sources = [shown(source.path) for source in parse_sources(config.dataset)]
     if names_a_source(validation):
         sources = [shown(validation)]
+    target = {
+        "dataset_type": sources[0],
+        "dataset_name": " and ".join(sources),
+        "dataset_split": f"validation ({shown_validation(validation)})",
+    }
+    guarded: dict[str, Any] = {}
+    if guard is not None:
+        name = shown(str(config.guard_dataset))
+        guarded = {"dataset_type": name, "dataset_name": name, "dataset_split": guard.split}
     return [
         EvalResult(
             task_type="zero-shot-image-classification",
-            dataset_type=sources[0],
-            dataset_name=" and ".join(sources),
-            dataset_split=f"validation ({shown_validation(validation)})",
-            metric_type=metric.replace("@", "_at_"),
-            metric_name=metric.replace("_", " "),
+            metric_type=metric.removeprefix(GUARD).replace("@", "_at_"),
+            metric_name=metric.removeprefix(GUARD).replace("_", " "),
             metric_value=round(value, 4),
+            **(guarded if metric.startswith(GUARD) else target),
         )
         for metric, value in figures.items()
     ]
@@ -173,6 +186,9 @@ def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[st
             rows[row_name(name)] = "yes" if value is True else listed
     if config.validation is not None:
         rows["validation"] = shown_validation(config.validation)
+    for name in ("guard_dataset", "guard_labels"):  # which may be files of this machine
+        if (value := getattr(config, name)) is not None:
+            rows[row_name(name)] = shown(value)
     if config.ema_decay is not None:
         k = warmup_of(config.ema_decay, facts.total_steps)
         rows["its decay after step n"] = f"at most (1 + n) / ({1 + k:.3g} + n)"
@@ -182,6 +198,7 @@ def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[st
 
 def _figures_table(figures: dict[str, float], start_figures: dict[str, float]) -> str:
     """In percent; before them those of the model that training started from, where it was measured."""
+    figures, start_figures = ({n.removeprefix(GUARD): v for n, v in f.items()} for f in (figures, start_figures))
     rows = [[name.replace("_", " "), f"{100 * value:.1f}"] for name, value in figures.items()]
     if not start_figures:
         return markdown_table(["", "%"], rows)
@@ -190,14 +207,26 @@ def _figures_table(figures: dict[str, float], start_figures: dict[str, float]) -
     return markdown_table(["", "%, before training", "%, these weights"], rows)
 
 
-def measured_section(figures: dict[str, float], config: TrainingConfig, start_figures: dict[str, float]) -> list[str]:
-    """What was measured of the saved weights on the validation data."""
-    return [
+def _of_guard(figures: dict[str, float], is_of_guard: bool) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if name.startswith(GUARD) == is_of_guard}
+
+
+def measured_section(figures: dict[str, float], config: TrainingConfig, facts: RunFacts) -> list[str]:
+    """What was measured of the saved weights on the validation data, and on the guard set."""
+    start_figures, guard = facts.start_figures, facts.guard
+    parts = [
         "## What was measured",
         f"On the validation pairs ({shown_validation(str(config.validation))}), with the weights that are here. Pairs "
         f"that share an image or a caption are right answers to each other.",
-        _figures_table(figures, start_figures),
+        _figures_table(_of_guard(figures, False), _of_guard(start_figures, False)),
     ]
+    if guard is not None:
+        parts += [
+            f"On the guard set, which was not trained on and shows what was forgotten: {guard.count:,} images of "
+            f"`{shown(str(config.guard_dataset))}`, split `{guard.split}`; {guard.protocol}.",
+            _figures_table(_of_guard(figures, True), _of_guard(start_figures, True)),
+        ]
+    return parts
 
 
 def trained_card(
@@ -227,7 +256,7 @@ def trained_card(
         tags=["generated_from_trainer"],
         base_model=config.model if is_repository(config.model) else None,
         datasets=[name for name in names if is_repository(name)],
-        results=results_of(figures, config),
+        results=results_of(figures, config, facts.guard),
     )
     sources = ", ".join(f"`{shown(source.path)}`" for source in parse_sources(config.dataset))
     origin = f"fine-tuned from `{shown(config.model)}`" if config.model else "trained from scratch"
@@ -246,7 +275,7 @@ def trained_card(
     if curve is not None:
         parts.append(f"![Loss and retrieval over the steps of training]({curve})")
     if figures:
-        parts += measured_section(figures, config, facts.start_figures)
+        parts += measured_section(figures, config, facts)
     note = f"The snippets name the folder `{repo_id}` as it is seen from the folder that it lies in."
     stock = config.output_format == "transformers"
     parts.append(usage_part(model_config, repo_id, stock=stock, note="" if config.push_to_hub else note))

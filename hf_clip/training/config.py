@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.wise_ft import parse_alphas
+from .chosen_metric import metric_of, parse_metric
 from .data.augment import Augmentation
 from .optim import find_optimizer, parse_optimizer, parse_rates
 from .option_file import LAUNCH, OPTION_FILES, plain, read_options, words_of
@@ -21,6 +22,7 @@ from .option_names import hint
 from .options import (
     DEFAULT_RATES,
     GROUPS,
+    GUARD,
     METRICS,
     OPTIONS,
     TRACKERS,
@@ -63,7 +65,6 @@ CHOICES = {
     "mask_duplicates": ("on", "off"),
     "output_format": ("hf_clip", "transformers"),
     "hub_strategy": ("end", "every_save"),
-    "metric_for_best_model": (None, *METRICS),
 }
 
 MAY_CHANGE = (
@@ -175,6 +176,8 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         self.micro_batch_size = None if self.micro_batch_size is None else str(self.micro_batch_size).lower()
         switch = str(self.mask_duplicates).lower()
         self.mask_duplicates = {"true": "on", "false": "off"}.get(switch, self.mask_duplicates)
+        if self.metric_for_best_model is not None:
+            self.metric_for_best_model = metric_of(parse_metric(self.metric_for_best_model))
         if str(self.resume_from_checkpoint).lower() == "true":  # as Trainer.train takes it
             self.resume_from_checkpoint = "latest"
 
@@ -244,6 +247,7 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         scratch, evaluated, metric = self.variant is not None, self.validation is not None, self.metric_for_best_model
         alphas, are_towers_locked = self.alphas, self._are_towers_locked()
         at_once = self.pairs_at_once
+        of_guard = [name for name in parse_metric(metric) if name.startswith(GUARD)] if metric else []
         without_effect = [
             (
                 self.micro_batch_size is not None and at_once == self.per_device_train_batch_size,
@@ -266,6 +270,14 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
                 self.loss == "sigmoid" and self.label_smoothing_factor,
                 "label_smoothing_factor",
                 "the sigmoid loss has none",
+            ),
+            (self.guard_labels and not self.guard_dataset, "guard_labels", "there is no --guard_dataset"),
+            (self.guard_label_column and not self.guard_dataset, "guard_label_column", "there is no --guard_dataset"),
+            (self.guard_dataset and not evaluated, "guard_dataset", "nothing is evaluated without --validation"),
+            (
+                of_guard and not self.guard_dataset,
+                "metric_for_best_model",
+                f"{of_guard and of_guard[0]} is measured on --guard_dataset, which is not given",
             ),
             (self.eval_steps and not evaluated, "eval_steps", "nothing is evaluated without --validation"),
             (metric and not evaluated, "metric_for_best_model", "nothing is evaluated without --validation"),

@@ -1,6 +1,6 @@
 """Evaluation while training: retrieval in both directions on held-out pairs, and zero-shot accuracy with labels.
 
-The figures are computed by the functions of `hf-clip evaluate`.
+The figures are computed by the functions of `hf-clip evaluate`. Where there is a guard set, its figures stand beside.
 
 Two pairs that share an image or a caption, or that are linked so through other pairs, are right answers to each other.
 Every image and every caption counts once.
@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..evaluation.embed import NotFiniteFeaturesError
 from ..evaluation.ranking import rank_both_ways
 from ..evaluation.retrieval import retrieval_metrics
 from ..evaluation.zero_shot import accuracies
+from ..model.modeling_hf_clip import HfClipModel
 from .best import BestWeights
 from .checkpoint import Checkpoints
 from .data.bad_rows import BadRows
 from .data.loader import PairLoader
 from .gathering import exchange_counts, gather
+from .guarding import Guard
 from .learner import Learner
 from .plan import Plan
 from .records import Records
@@ -180,10 +183,12 @@ class Validation:
     Attributes:
         loader: of the pairs.
         class_tokens: of the classes' prompts, see `evaluate`.
+        guard: the guard set, if there is one.
     """
 
     loader: PairLoader
     class_tokens: dict[str, Tensor] | None = None
+    guard: Guard | None = None
 
     @property
     def bad_rows(self) -> BadRows:
@@ -192,9 +197,18 @@ class Validation:
         return self.loader.bad_rows
 
     def measure(self, model: Any, device: torch.device) -> dict[str, float]:
-        """The figures of a model. Raises as `evaluate`."""
+        """The figures of a model on the pairs. Raises as `evaluate`."""
         self.bad_rows.restart()
         return evaluate(model, self.loader, device, self.class_tokens)
+
+    def measure_plain(self, model: HfClipModel, device: torch.device) -> dict[str, float]:
+        """The figures of a plain model on the CPU, on the pairs and on the guard set. Raises as both do."""
+        model.to(device)
+        figures = self.measure(model, device)
+        if self.guard is not None:
+            figures |= self.guard.measure(model)
+        model.cpu()
+        return figures
 
 
 class Evaluations:
@@ -228,10 +242,16 @@ class Evaluations:
             ValueError: the weights are broken, or the validation data are gone. The message says what remains.
         """
         assert self.validation is not None
+        device = self.learner.accelerator.device
         try:
             with self.learner.averaged():
-                return self.validation.measure(self.learner.wrapped, self.learner.accelerator.device)
-        except NotFiniteError:
+                figures = self.validation.measure(self.learner.wrapped, device)
+            if self.validation.guard is not None:
+                # A copy, since the guard set is encoded by other calls than the one that wrappers pass on.
+                plain, _ = self.learner.plain_model(self.learner.weights(), self.plan.config)
+                figures |= self.validation.guard.measure(plain.to(device))
+            return figures
+        except (NotFiniteError, NotFiniteFeaturesError):
             if self.state.step == 0:
                 raise
             raise self.checkpoints.diverged(f"Features became nan after step {self.state.step}") from None

@@ -50,6 +50,8 @@ KNOWN_AS = {
         "dev eval eval_data eval_dataset eval_file eval_split held_out test test_data test_split val val_data "
         "val_split valid validation_file validation_split validation_split_percentage"
     ),
+    "guard_dataset": "forgetting_dataset guard guard_data guard_set retention_dataset",
+    "guard_labels": "guard_class_names guard_classes guard_classnames",
     "augmentation": "aug aug_cfg augment augmentations transform transforms",
     "augment_on": "aug_device augmentation_device dali gpu_augment gpu_augmentation gpu_transforms",
     "dataloader_num_workers": "n_workers nw preprocessing_num_workers workers",

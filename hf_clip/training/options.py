@@ -18,6 +18,14 @@ METRICS = (
 )
 """What `--metric_for_best_model` may name; `recall@k` is the mean of both directions."""
 
+GUARD = "guard_"
+"""In front of the figures of the guard set."""
+
+GUARD_METRICS = (
+    *("guard_acc1", "guard_mean_average_precision", "guard_acc5", "guard_mean_per_class_recall", "guard_roc_auc"),
+)
+"""What it may name too, with `--guard_dataset`. The first that there is is what the guard set is reported by."""
+
 DEFAULT_RATES = {
     "from scratch": "5e-4",
     "LoRA": "3e-4",
@@ -106,6 +114,15 @@ class DataOptions:
         "Pairs to evaluate on: a split of the data, a number of its rows (500) or a part of them (0.05) to hold out, "
         "or another source: a file, a folder or a repository",
     )
+    guard_dataset: str | None = _option(
+        None,
+        "Labelled images that show what the model forgets: whatever hf-clip evaluate zero-shot takes, measured at the "
+        "start, at each evaluation and at the end",
+    )
+    guard_labels: str | None = _option(
+        None, "File with the names of their classes, one a line or JSON; default: those that come with the images"
+    )
+    guard_label_column: str | None = _option(None, "Column of their labels; default: the only possible one")
     augmentation: str = _option("crop=0.9", '"crop=0.9,flip=0.5,jitter=0.2" (smallest area, chance, strength) or none')
     max_bad_fraction: float = _option(0.01, "End the run when more rows than this part cannot be used")
     augment_on: str = _option(
@@ -167,7 +184,11 @@ class OutputOptions:
     save_total_limit: int = _option(2, "Checkpoints to keep")
     keep_going_without_checkpoints: bool = _option(False, "Train on where the disk has no room for a checkpoint")
     resume_from_checkpoint: str | None = _option(None, "Go on from a checkpoint: latest, or its folder")
-    metric_for_best_model: str | None = _option(None, f"Save the weights that were best at one of {', '.join(METRICS)}")
+    metric_for_best_model: str | None = _option(
+        None,
+        f"Save the weights that were best at one of {', '.join((*METRICS, *GUARD_METRICS))}, or at a mean such as "
+        f'"mean(recall@1, guard_acc1)"',
+    )
     early_stopping_patience: int | None = _option(
         None, "Stop after so many evaluations without a new best; with --metric_for_best_model"
     )
@@ -175,7 +196,9 @@ class OutputOptions:
         None, "Evaluate and save a moving average of the weights, over about 1/(1 - decay) steps: 0.999"
     )
     average_with_pretrained: str | None = _option(
-        None, "WiSE-FT: α of (1-α) pretrained + α fine-tuned: 0.5, or a range 0:1:0.1 of which the best is kept"
+        None,
+        "WiSE-FT: α of (1-α) pretrained + α fine-tuned: 0.5, or a range 0:1:0.1 of which the best is "
+        "kept, on the guard set too where there is one",
     )
     output_format: str = _option("hf_clip", "hf_clip, or transformers for servers that take no code (ViTs)")
     push_to_hub: bool = _option(False, "Publish the result on the Hub at the end")

@@ -6,8 +6,10 @@ from ..checkpoints.wise_ft import interpolate_weights
 from ..model.modeling_hf_clip import HfClipModel
 from .best import load_best
 from .checkpoint import Checkpoints
+from .chosen_metric import metric_of, value_of
 from .config import TrainingConfig
 from .evaluating import Evaluations
+from .guarding import shown_guard_metric
 from .learner import Learner
 from .lora import Adapter
 from .records import DEFAULT_METRIC, Records
@@ -66,6 +68,12 @@ def final_outcome(
     return outcome
 
 
+def default_metric(figures: dict[str, float]) -> str:
+    """What an average is chosen by if no metric is named: the target, or its mean with the guard set's figure."""
+    guard = shown_guard_metric(figures)
+    return DEFAULT_METRIC if guard is None else metric_of((DEFAULT_METRIC, guard))
+
+
 def _average_with_pretrained_(
     outcome: Outcome, config: TrainingConfig, learner: Learner, evaluations: Evaluations, records: Records, step: int
 ) -> None:
@@ -73,17 +81,15 @@ def _average_with_pretrained_(
     assert learner.pretrained is not None
     model, accelerator, validation = outcome.model, learner.accelerator, evaluations.validation
     finetuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    metric, alphas = config.metric_for_best_model or DEFAULT_METRIC, config.alphas
+    alphas, metric = config.alphas, config.metric_for_best_model or default_metric(evaluations.figures)
     outcome.alpha, best = alphas[0], -1.0
     for alpha in alphas if validation is not None else []:
         assert validation is not None
         model.load_state_dict(interpolate_weights(learner.pretrained, finetuned, alpha))
-        model.to(accelerator.device)
-        figures = validation.measure(model, accelerator.device)
-        model.cpu()
+        figures = validation.measure_plain(model, accelerator.device)
         records.add({"step": step, "alpha": alpha, **figures})
-        if figures[metric] > best:
-            best, outcome.alpha, outcome.figures = figures[metric], alpha, figures
+        if (value := value_of(metric, figures)) > best:
+            best, outcome.alpha, outcome.figures = value, alpha, figures
     model.load_state_dict(interpolate_weights(learner.pretrained, finetuned, outcome.alpha))
     if len(alphas) > 1 and accelerator.is_main_process:
         print(f"averaged with the pretrained weights at α = {outcome.alpha:g}, the best of {len(alphas)} at {metric}")

@@ -32,6 +32,7 @@ from .build import (
     prepare_training_,
 )
 from .checkpoint import find_checkpoint
+from .chosen_metric import parse_metric
 from .config import TrainingConfig
 from .data.collator import check_image_processor
 from .gradient_caching import check_batch_norm_is_frozen
@@ -67,7 +68,9 @@ def check_run(config: TrainingConfig, accelerator: Any) -> tuple[Data, Plan]:
     if config.loss_ring and accelerator.num_processes == 1:
         raise ValueError("--loss_ring would have no effect: there is one process, which holds all texts anyway.")
     data = open_data(config, accelerator.num_processes)
-    _check_metric(config.metric_for_best_model, data.class_prompts)
+    if config.metric_for_best_model is not None:
+        for name in parse_metric(config.metric_for_best_model):
+            _check_metric(name, data.class_prompts)
     plan = make_plan(config, data.train, launch_settings(accelerator), start)
     if start is not None:
         check_identity(start, parse_state(start), plan.identity())
@@ -116,9 +119,9 @@ def _check_model(config: TrainingConfig) -> HfClipConfig:
     return check_model(config.model)
 
 
-def _check_metric(metric: str | None, class_prompts: list[str] | None) -> None:
+def _check_metric(metric: str, class_prompts: list[str] | None) -> None:
     """Refuse to keep what is best at something that these data cannot measure."""
-    if metric is None or not metric.startswith("zero_shot"):
+    if not metric.startswith("zero_shot"):
         return
     if class_prompts is None:
         raise ValueError(

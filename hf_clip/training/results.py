@@ -17,6 +17,7 @@ from ..extras import missing_packages
 from ..model.configuration_hf_clip import HfClipConfig
 from .card import RunFacts, shown, trained_card
 from .config import TrainingConfig
+from .guarding import GuardProtocol, shown_guard_metric
 from .lora import ADAPTER_FOLDER
 from .outcome import Outcome
 from .plan import Plan
@@ -45,7 +46,7 @@ def check_output_format(config: TrainingConfig, model_config: HfClipConfig, imag
 
 
 def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss, and recall if it was evaluated, over the steps.
+    """Draw loss, and recall and the guard set's figure if they were evaluated, over the steps.
 
     Args:
         records: as `read_metrics` returns them.
@@ -66,7 +67,12 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
             points = [100 * record[name] for record in evaluated]
             steps = [record["step"] for record in evaluated]
             axes[0][1].plot(steps, points, color=colour, linewidth=width, marker="o", markersize=width + 2, label=name)
-        axes[0][1].set(title="Retrieval on validation pairs, %", xlabel="step")
+        guard = shown_guard_metric(evaluated[0])
+        if guard is not None:
+            points = [100 * record[guard] for record in evaluated]
+            axes[0][1].plot(steps, points, "--", color="#c25a00", marker="s", markersize=4, label=guard)
+        title = "Retrieval on validation pairs, %" if guard is None else "Validation pairs and guard set, %"
+        axes[0][1].set(title=title, xlabel="step")
         axes[0][1].legend(frameon=False)
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
@@ -76,7 +82,12 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def save_results(
-    plan: Plan, processor: ProcessorMixin, outcome: Outcome, start_figures: dict[str, float], records: Records
+    plan: Plan,
+    processor: ProcessorMixin,
+    outcome: Outcome,
+    start_figures: dict[str, float],
+    records: Records,
+    guard: GuardProtocol | None = None,
 ) -> None:
     """Write the trained model into the run's folder, all files at once. The main process alone calls this.
 
@@ -88,6 +99,7 @@ def save_results(
         outcome: the weights, with what is known of them.
         start_figures: of the model that training started from; empty where it was not evaluated.
         records: of the run.
+        guard: how the guard set was measured, if there is one.
     """
     config = plan.config
     out, model = Path(config.output_dir), outcome.model
@@ -99,6 +111,7 @@ def save_results(
         alpha=outcome.alpha,
         start_figures=start_figures,
         part_cut=records.last_part_cut(),
+        guard=guard,
     )
     with whole_folder(out, instead_of=(*DESCRIPTIONS, ADAPTER_FOLDER), is_held=True) as folder:
         model.save_pretrained(folder)

@@ -19,11 +19,13 @@ from tqdm import tqdm
 from .averaging import spans_all_steps
 from .best import BestWeights
 from .checkpoint import Checkpoints
+from .chosen_metric import value_of
 from .counting import Counts, shown_on_the_bar
 from .data.bad_rows import find_refusal
 from .data.loader import PairLoader, Position
 from .evaluating import Evaluations, Validation
 from .failures import EXPECTED
+from .guarding import shown_guard_metric
 from .learner import Learner
 from .losses import ContrastiveResult, exchange_counts, world_size
 from .outcome import Outcome, final_outcome, present_outcome
@@ -33,7 +35,7 @@ from .publishing import publish, publish_if_possible
 from .records import DEFAULT_METRIC, Records
 from .results import save_results
 from .stopping import Signals, Stopped
-from .summary import gain_in_words, sentence, wait_in_words
+from .summary import gain_in_words, guard_in_words, sentence, wait_in_words
 
 
 class Run:
@@ -177,6 +179,7 @@ class Run:
         if is_new and evaluations.validation is not None:
             evaluations.start_figures = evaluations.measure()
             self._check_rows()
+            self.best.check(evaluations.start_figures)
         if self.accelerator.is_main_process:
             prepare_output(self.plan)
         self.accelerator.wait_for_everyone()
@@ -260,7 +263,9 @@ class Run:
     # --- what is left -----------------------------------------------------------------------------------------------
 
     def _save(self, outcome: Outcome) -> None:
-        save_results(self.plan, self.learner.processor, outcome, self.evaluations.start_figures, self.records)
+        validation = self.evaluations.validation
+        guard = validation.guard.protocol if validation is not None and validation.guard is not None else None
+        save_results(self.plan, self.learner.processor, outcome, self.evaluations.start_figures, self.records, guard)
 
     def _publish_step(self) -> None:
         outcome = present_outcome(self.learner, self.config, self.state.step, self.evaluations.figures)
@@ -275,10 +280,14 @@ class Run:
             print(wait_in_words(self.counts.waited, self.counts.trained))
         chosen, start = self.config.metric_for_best_model, self.evaluations.start_figures
         metric = chosen or DEFAULT_METRIC
-        if metric in start and metric in outcome.figures:
-            end = None if outcome.step == self.state.step else (self.state.step, last[metric])
-            saved = (outcome.step, outcome.figures[metric])
-            print(gain_in_words(metric, start, saved, end, is_best_kept=chosen is not None))
+        if not start or not outcome.figures:
+            return
+        end = None if outcome.step == self.state.step else (self.state.step, value_of(metric, last))
+        saved = (outcome.step, value_of(metric, outcome.figures))
+        print(gain_in_words(metric, value_of(metric, start), saved, end, is_best_kept=chosen is not None))
+        if (guard := shown_guard_metric(outcome.figures)) is not None and guard in start:
+            by_guard = len(self.config.alphas) > 1 if chosen is None else guard in chosen
+            print(guard_in_words(guard, start[guard], outcome.figures[guard], by_guard))
 
 
 def _first_text(text: str) -> str:

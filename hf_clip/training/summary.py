@@ -8,7 +8,7 @@ from .plan import Plan
 SHORT_RUN = 30.0
 """Seconds below which the start of the workers is most of the wait, which then says nothing."""
 
-SHOWN = ("recall@1", "recall@5", "recall@10", "zero_shot_top1")
+SHOWN = ("recall@1", "recall@5", "recall@10", "zero_shot_top1", "guard_acc1", "guard_mean_average_precision")
 
 
 def _rows(pairs: Pairs | PairStream | None) -> str:
@@ -64,18 +64,18 @@ def figures_in_words(figures: dict[str, float]) -> str:
 
 
 def gain_in_words(
-    metric: str, start: dict[str, float], saved: tuple[int, float], last: tuple[int, float] | None, is_best_kept: bool
+    metric: str, before: float, saved: tuple[int, float], last: tuple[int, float] | None, is_best_kept: bool
 ) -> str:
     """The line that says what training has gained.
 
     Args:
         metric: The name of the figure.
-        start: Figures of the model that training started from.
+        before: The figure of the model that training started from.
         saved: The step of the saved weights, and their figure.
         last: The last step and its figure, if it is another.
         is_best_kept: Whether the best weights are saved.
     """
-    before, (step, after) = start[metric], saved
+    step, after = saved
     ended = f", {last[1]:.3f} at step {last[0]} (the last)" if last is not None else ""
     if step == 0:
         return (
@@ -87,6 +87,21 @@ def gain_in_words(
     if after < before:
         advice = "" if is_best_kept else f"; --metric_for_best_model {metric} keeps the best, the start included"
         return f"{line}: the model was better before training{advice}."
+    return f"{line}."
+
+
+def guard_in_words(metric: str, before: float, after: float, is_chosen_by: bool) -> str:
+    """The line that says what training has cost on the guard set.
+
+    Args:
+        metric: The name of the figure.
+        before: The figure of the model that training started from.
+        after: The figure of the saved weights.
+        is_chosen_by: Whether the saved weights were chosen by it.
+    """
+    line = f"{metric} {before:.3f} at the start, {after:.3f} of the model that is saved"
+    if after < before and not is_chosen_by:
+        return f'{line}; --metric_for_best_model "mean(recall@1, {metric})" chooses by both.'
     return f"{line}."
 
 

@@ -87,6 +87,9 @@ OTHER_VALUES = {
     "captions": "all",
     "mask_duplicates": "off",
     "validation": "test",
+    "guard_dataset": "org/photos",
+    "guard_labels": "names.txt",
+    "guard_label_column": "fine",
     "augmentation": "none",
     "learning_rate": "3e-4",
     "optim": "SGD momentum=0.9",
@@ -106,6 +109,9 @@ NEEDED_WITH = {
     "lora_target_modules": {"lora_rank": 4},
     "label_smoothing_factor": {"loss": "softmax"},
     "metric_for_best_model": {"validation": "test", "save_steps": 5},
+    "guard_dataset": {"validation": "test"},
+    "guard_labels": {"validation": "test", "guard_dataset": "org/photos"},
+    "guard_label_column": {"validation": "test", "guard_dataset": "org/photos"},
 }
 SWITCHES = {"streaming": True}
 

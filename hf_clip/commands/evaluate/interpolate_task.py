@@ -16,7 +16,6 @@ from .task_options import (
     Precision,
     Split,
     Threads,
-    resolved,
 )
 
 
@@ -68,6 +67,7 @@ def interpolate(
     from ...evaluation.grid import WRITTEN_BESIDE, run_grid, state_of
     from ...evaluation.interpolation import InterpolationResult, load_interpolation
     from ...evaluation.labelled_images import open_labelled
+    from ...evaluation.paper_data_sets import resolve_data_set
     from ...evaluation.processes import current
     from ...evaluation.reports import text_table
     from ...evaluation.zero_shot import evaluate_zero_shot
@@ -88,7 +88,7 @@ def interpolate(
     opened: dict[str, Any] = {}
     for name in dict.fromkeys(dataset):
         try:
-            source, chosen, known = resolved(name, split)
+            source, chosen, known = resolve_data_set(name, split)
             opened[name] = open_labelled(source, chosen, class_names=class_names, **columns), known
         except (OSError, ValueError, ImportError) as error:
             say(f"error: {name}: {one_line(error)}")

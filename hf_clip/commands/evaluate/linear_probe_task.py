@@ -19,7 +19,6 @@ from .task_options import (
     Split,
     Threads,
     UpdateCard,
-    resolved,
     run_task,
 )
 
@@ -133,7 +132,7 @@ def linear_probe(
     from ...evaluation.feature_file import read_features, write_features
     from ...evaluation.grid import load_model
     from ...evaluation.linear_probe import probe_features
-    from ...evaluation.paper_data_sets import find_paper_data_set
+    from ...evaluation.paper_data_sets import find_paper_data_set, resolve_data_set
     from ...evaluation.probe_encoding import encode_splits
     from ...evaluation.processes import current
 
@@ -142,7 +141,7 @@ def linear_probe(
     progress = sys.stderr.isatty()
 
     def encode(loaded: Any, processor: Any, name: str) -> Any:
-        source, chosen, known = resolved(name, split)
+        source, chosen, known = resolve_data_set(name, split)
         return encode_splits(
             loaded,
             processor,

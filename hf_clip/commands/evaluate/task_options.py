@@ -50,23 +50,6 @@ Push = Annotated[
 Threads = Annotated[int | None, typer.Option(help="Threads that open images. Default: the number of processors.")]
 
 
-def resolved(dataset: str, split: str | None) -> tuple[str, str | None, Any]:
-    """Return what a data set's name stands for, the split, and the entry of the paper's table if there is one."""
-    from pathlib import Path
-
-    from ...evaluation.paper_data_sets import find_paper_data_set
-
-    found = find_paper_data_set(dataset)
-    if found is None or Path(dataset).expanduser().exists() or "/" in dataset:
-        return dataset, split, found
-    if found.repository is None:
-        raise ValueError(
-            f"{dataset} is one of the paper's data sets, but the Hub has no copy that is read as it is: name your own "
-            f"folder or files."
-        )
-    return found.repository, split or found.split, found
-
-
 def run_task(
     task: str,
     models: list[str],

@@ -20,7 +20,6 @@ from .task_options import (
     Split,
     Threads,
     UpdateCard,
-    resolved,
     run_task,
 )
 
@@ -61,10 +60,11 @@ def zero_shot(
         hf-clip evaluate zero-shot --model clip-vit-b32/ clip-rn50/ --dataset CIFAR10 OxfordPets --output results/
     """
     from ...evaluation.labelled_images import open_labelled
+    from ...evaluation.paper_data_sets import resolve_data_set
     from ...evaluation.zero_shot import evaluate_zero_shot
 
     def measure(loaded: Any, processor: Any, name: str) -> Any:
-        source, chosen, known = resolved(name, split)
+        source, chosen, known = resolve_data_set(name, split)
         columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
         data = open_labelled(source, chosen, class_names=class_names, **columns)
         return evaluate_zero_shot(
