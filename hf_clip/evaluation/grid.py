@@ -301,6 +301,8 @@ def draw(result: ZeroShotResult | LinearProbeResult, title: str, folder: Path) -
     """
     from .plots import plot_confusion, plot_mistakes, plot_reliability
 
+    if isinstance(result, LinearProbeResult):
+        title += f"\nlinear probe, {result.protocol_name}"
     if result.reliability is not None:
         plot_reliability(result.reliability, result.metrics["ece"], title, folder / "reliability.png")
         yield folder / "reliability.png"

@@ -52,6 +52,9 @@ CORRELATIONS = ("spearman", "pearson")
 
 IN_ITS_UNIT = ("mean_absolute_error",)
 
+CORRECTED = "_hub_corrected"
+"""What stands behind the name of a metric that was measured with hubs corrected."""
+
 
 def published_figure(dataset: str, architecture: str, task: str) -> float | None:
     """Return the paper's figure in per cent for OpenAI's model of this architecture. None if there is none."""
@@ -101,7 +104,7 @@ def record_of(
         The record, which JSON can hold.
     """
     metrics = dict(result.metrics)
-    metrics |= {f"{name}_hub_corrected": value for name, value in getattr(result, "corrected", {}).items()}
+    metrics |= {f"{name}{CORRECTED}": value for name, value in getattr(result, "corrected", {}).items()}
     record = {
         "dataset": dataset,
         "model": architecture or model,
@@ -132,6 +135,7 @@ def write_text(path: Path, text: str) -> None:
 
 def shown_figure(name: str, value: float) -> str:
     """Write a figure for a table: a fraction in per cent; a rank, a correlation and an error as they are."""
+    name = name.removesuffix(CORRECTED)
     if name in CORRELATIONS + IN_ITS_UNIT:
         return f"{value:.3f}" if name in CORRELATIONS else f"{value:.3g}"
     return f"{value:.1f}" if name.endswith(NOT_FRACTIONS) else f"{100 * value:.1f} %"
@@ -147,6 +151,9 @@ def table_rows(records: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[
         figures = [str(record["count"]), shown_figure(name, record["metrics"][name]), published]
         shown = f"{name}, {record['protocol_name']}" if "protocol_name" in record else name
         rows.append([record["pretrained"], record["dataset"], shown, *figures])
+        if (corrected := f"{name}{CORRECTED}") in record["metrics"]:
+            value = shown_figure(corrected, record["metrics"][corrected])
+            rows.append([record["pretrained"], record["dataset"], f"{name}, hubs corrected", figures[0], value, ""])
         for few in record.get("few_shot", ()):
             metric = f"{few['shots']}-shot {few['head']}"
             value = f"{100 * few['mean']:.1f} ± {100 * few['std']:.1f} %"

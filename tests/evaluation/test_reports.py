@@ -48,9 +48,17 @@ def test_record_has_the_keys_of_clip_benchmark(tmp_path: Path):
 
 def test_figures_after_a_correction_stand_beside_those_before():
     metrics = {"mean_recall@1": 0.4, "text_retrieval_median_rank": 2.0}
-    result = RetrievalResult(metrics, 10, 50, corrected={"mean_recall@1": 0.5}, **COMMON)
+    result = RetrievalResult(
+        metrics, 10, 50, corrected={"mean_recall@1": 0.5, "text_retrieval_median_rank": 3.0}, **COMMON
+    )
     record = record_of(result, task="retrieval", model="m", dataset="d")
-    assert record["metrics"] == metrics | {"mean_recall@1_hub_corrected": 0.5}
+    corrected = {"mean_recall@1_hub_corrected": 0.5, "text_retrieval_median_rank_hub_corrected": 3.0}
+    assert record["metrics"] == metrics | corrected
+    assert "| text_retrieval_median_rank_hub_corrected | 3.0 |" in markdown_report([record])
+    lines = text_table(*table_rows([record])).splitlines()[1:]
+    name = result.metric
+    assert [line.split()[-3:] for line in lines] == [["10", "40.0", "%"], ["10", "50.0", "%"]]
+    assert f"{name}, hubs corrected" in lines[1]
     assert "| text_retrieval_median_rank | 2.0 |" in markdown_report([record])
 
 
