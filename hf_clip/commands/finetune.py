@@ -90,6 +90,8 @@ def train_alone(config: TrainingConfig, accelerator: Any, signals: stopping.Sign
             )
             if accelerator.sync_gradients:
                 sharding.average_left_out_gradients(accelerator, model)
+                if learner.penalty is not None:
+                    learner.penalty.add_gradients_(model, accelerator.scaler)
                 if config.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
             rates = learning_rates(learner.optimizer)

@@ -35,6 +35,7 @@ from .learner import Learner
 from .lora import add_lora_of_run_
 from .optim import create_optimizer, warmup_steps
 from .patch_dropout import drop_patches_
+from .penalty import PenaltyTowardsStart
 from .plan import Plan
 from .scratch import build_from_scratch
 from .summary import count_parameters
@@ -271,8 +272,10 @@ def build_learner(plan: Plan, data: Data, accelerator: Any) -> Learner:
     if config.ema_decay is not None:
         access = partial(sharding.whole_parameters, accelerator, model)
         average = MovingAverage(model, config.ema_decay, access, plan.total_steps)
+    weight = config.l2_to_pretrained
+    penalty = None if weight is None else PenaltyTowardsStart(model, weight)  # of the parameters as they are wrapped
     return Learner(
-        accelerator, wrapped, model, processor, optimizer, scheduler, average, pretrained, parameters=parameters
+        accelerator, wrapped, model, processor, optimizer, scheduler, average, pretrained, penalty, parameters
     )
 
 

@@ -55,6 +55,7 @@ COUNTS = (
     *("per_device_train_batch_size", "num_train_epochs", "max_steps", "logging_steps", "save_steps", "eval_steps"),
     *("save_total_limit", "early_stopping_patience", "image_size", "max_text_length", "lora_rank", "max_grad_norm"),
     "lora_alpha",
+    "l2_to_pretrained",
 )
 """Options that are above zero where they are given."""
 
@@ -262,6 +263,12 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
                 for name in ("lora_alpha", "lora_dropout", "lora_target_modules")
             ),
             (scratch and self.lora_rank, "lora_rank", "adapters stand beside trained weights; use --model"),
+            (scratch and self.l2_to_pretrained, "l2_to_pretrained", "there is nothing pretrained; use --model"),
+            (
+                self.lora_rank and self.l2_to_pretrained,
+                "l2_to_pretrained",
+                "beside adapters the pretrained weights stay as they are",
+            ),
             (scratch and self.lock, "lock", "random weights are not worth keeping; use --model"),
             (scratch and alphas, "average_with_pretrained", "there is nothing pretrained; use --model"),
             (scratch and self.image_size, "image_size", "a model from scratch has its configuration's"),

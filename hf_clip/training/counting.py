@@ -83,6 +83,8 @@ class Counts:
             "peak_memory_gb": peak_memory(device) / 1e9,
             "truncated_captions": part_cut(self.bad_rows, device),
         }
+        if self.learner.penalty is not None:
+            record["l2_to_pretrained"] = self.learner.penalty.value(model)
         if len(set(rates.values())) > 1:
             record |= {f"learning_rate_{part}": rate for part, rate in rates.items()}
         if model.logit_bias is not None:

@@ -14,6 +14,7 @@ from .averaging import MovingAverage
 from .config import TrainingConfig
 from .gathering import exchange_counts
 from .lora import Adapter, adapter_of, add_lora_of_run_, merge_lora_
+from .penalty import PenaltyTowardsStart
 from .sharding import whole_weights
 from .trainable import lock_
 
@@ -31,6 +32,7 @@ class Learner:
         scheduler: of the learning rates.
         average: the moving average of the weights, where the run has one.
         pretrained: the weights from before training, where the result is averaged with them.
+        penalty: towards the weights from before training, where the run has one.
         parameters: how many numbers are trained, and how many there are, before a wrapper splits them.
     """
 
@@ -42,6 +44,7 @@ class Learner:
     scheduler: Any
     average: MovingAverage | None = None
     pretrained: dict[str, Tensor] | None = None
+    penalty: PenaltyTowardsStart | None = None
     parameters: tuple[int, int] = (0, 0)
 
     def averaged(self) -> AbstractContextManager:

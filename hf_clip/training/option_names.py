@@ -30,6 +30,7 @@ KNOWN_AS = {
     "lora_alpha": "adapter_alpha lora_scale lora_scaling",
     "lora_dropout": "adapter_dropout lora_drop",
     "lora_target_modules": "lora_modules lora_targets target_modules targets",
+    "l2_to_pretrained": "distance_penalty l2_sp l2sp prolip",
     "sync_batchnorm": "sync_bn syncbn use_bn_sync",
     "patch_dropout": "flip_masking force_patch_dropout mask_patches mask_ratio masking patch_mask token_dropout",
     "gradient_checkpointing": "activation_checkpointing checkpointing grad_checkpointing",

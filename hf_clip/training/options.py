@@ -81,6 +81,9 @@ class TrainedOptions:
     lora_target_modules: list[str] = _option(
         [], "Matrices with factors, by the ends of their names: q_proj v_proj; default: all that are not locked"
     )
+    l2_to_pretrained: float | None = _option(
+        None, "Add so many times the squared distance of what is trained from its pretrained weights to the loss"
+    )
     sync_batchnorm: bool = _option(False, "Take BatchNorm's statistics over all GPUs; with --variant")
     patch_dropout: float | None = _option(
         None, "Part of each image's patches that a ViT leaves out while it trains (FLIP), such as 0.5"

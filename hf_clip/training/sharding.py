@@ -135,6 +135,11 @@ def _find_unsupported_zero(accelerator: Any, config: TrainingConfig) -> list[tup
             f"gradient_accumulation_steps: {accumulation} in its configuration beside the launcher's {told}",
             'write "auto" there',
         ),
+        (
+            config.l2_to_pretrained is not None,
+            "--l2_to_pretrained",
+            "it adds to gradients that DeepSpeed keeps to itself; take FSDP2",
+        ),
         ("optimizer" in settings, "an optimizer in its configuration", "pass --optim"),
         (
             clipping != "auto" and float(clipping) != wanted,

@@ -81,6 +81,7 @@ OTHER_VALUES = {
     "lora_alpha": 8.0,
     "lora_dropout": 0.1,
     "lora_target_modules": ["q_proj", "fc1"],
+    "l2_to_pretrained": 0.25,
     "split": "other",
     "image_column": "photo",
     "caption_column": "alt",

@@ -109,6 +109,11 @@ BEST = {"metric_for_best_model": "recall@1", "validation": "5", "save_steps": 5}
         ({"lora_dropout": 0.1}, "--lora_dropout would have no effect: there are no adapters without --lora_rank"),
         ({"lora_target_modules": "fc1"}, "--lora_target_modules would have no effect: there are no adapters without"),
         (SCRATCH | {"lora_rank": 4}, "--lora_rank would have no effect: adapters stand beside trained weights"),
+        (SCRATCH | {"l2_to_pretrained": 0.1}, "--l2_to_pretrained would have no effect: there is nothing pretrained"),
+        (
+            {"lora_rank": 4, "l2_to_pretrained": 0.1},
+            "--l2_to_pretrained would have no effect: beside adapters the pretrained weights stay",
+        ),
         (SCRATCH | {"lock": "image"}, "--lock would have no effect: random weights are not worth keeping"),
         (SCRATCH | {"average_with_pretrained": "0.5"}, "--average_with_pretrained would have no effect: there is noth"),
         (SCRATCH | {"image_size": 32}, "--image_size would have no effect: a model from scratch has its config"),

@@ -73,9 +73,9 @@ def test_fsdp2_has_the_gradients_of_one_process(
 
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow)])
 def test_fsdp2_goes_on_where_it_stopped(digits: Path, tmp_path: Path, kind: str, two_processes: TwoProcesses):
-    """With the moving average, whose parts are gathered for a checkpoint and split again."""
+    """With the moving average and the pretrained weights, whose parts are gathered or split as the model's."""
     chosen = {"ema_decay": 0.9, "validation": "100", "save_steps": 2, "guard_dataset": str(digits / "labelled")}
-    chosen |= {"metric_for_best_model": "mean(recall@1, guard_acc1)"}
+    chosen |= {"metric_for_best_model": "mean(recall@1, guard_acc1)", "l2_to_pretrained": 0.5}
     chosen |= {"plugin": {"state_dict_type": kind}}
     shard(digits, tmp_path / "out", two_processes, **chosen)
     resumed = chosen | {"resume_from_checkpoint": "latest"}
