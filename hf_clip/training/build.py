@@ -27,7 +27,7 @@ from .data.augment import Augmentation
 from .data.bad_rows import BadRows
 from .data.collator import PairCollator
 from .data.loader import PairLoader, build_loader
-from .data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
+from .data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation, with_replay
 from .data.survey import LOOKED_AT, OPENED, describe_captions, look_at
 from .evaluating import Validation
 from .guarding import Guard, open_guard
@@ -107,6 +107,9 @@ def open_data(config: TrainingConfig, num_processes: int = 1) -> Data:
             validation = load_pairs(config.dataset, split=amount, **(chosen | {"captions": "all"}))
         else:
             train, validation = hold_out(train, amount, config.seed)
+    if (old := config.replayed) is not None and old.weight is not None:  # behind what is held out
+        named = {"image_column": None, "caption_column": config.replay_caption_column}
+        train = with_replay(train, load_pairs(Source(old.path), split=config.split, **(chosen | named)), old.weight)
     prompts = None if validation is None else _find_labels(validation)
     look = look_at(train, max(LOOKED_AT, config.per_device_train_batch_size * num_processes))
     if validation is not None:
@@ -118,7 +121,7 @@ def open_data(config: TrainingConfig, num_processes: int = 1) -> Data:
 
 def _open_validation(path: str, config: TrainingConfig, chosen: dict[str, Any]) -> Pairs | PairStream:
     """Pairs to evaluate on from a source of their own. chosen: as `load_pairs` takes it"""
-    if path in [source.path for source in parse_sources(config.dataset)]:
+    if path in [source.path for source in (*parse_sources(config.dataset), config.replayed) if source is not None]:
         raise ValueError(
             f"--validation {path} is a source that is trained on: name another, or one of its splits, or hold rows out "
             f"with a number (500) or a part (0.05) of them."

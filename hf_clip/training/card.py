@@ -15,7 +15,7 @@ from huggingface_hub import DatasetCard, EvalResult, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..data.sources import names_a_source, parse_sources
+from ..data.sources import Source, names_a_source, parse_sources
 from ..hub.model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_part
 from ..model.configuration_hf_clip import HfClipConfig
 from .averaging import warmup_of
@@ -145,12 +145,17 @@ def results_of(
     ]
 
 
+def _trained_on(config: TrainingConfig) -> list[Source]:
+    """All sources, the replayed one too."""
+    return [*parse_sources(config.dataset), *([] if config.replayed is None else [config.replayed])]
+
+
 def licence_rows(config: TrainingConfig) -> dict[str, str]:
     """What the cards of the base model and of the data say of their licences, each by its name."""
     rows = {}
     if config.model is not None:
         rows["licence of the base model"] = licence_of(config.model) or "not stated where it was loaded from"
-    for source in parse_sources(config.dataset):
+    for source in _trained_on(config):
         name = source.path.partition(":")[0] if not Path(source.path).exists() else source.path
         rows[f"licence of {shown(source.path)}"] = licence_of(name, DatasetCard) or "not stated where it was read from"
     return rows
@@ -186,6 +191,8 @@ def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[st
             rows[row_name(name)] = "yes" if value is True else listed
     if config.validation is not None:
         rows["validation"] = shown_validation(config.validation)
+    if config.replayed is not None:
+        rows["replay"] = f"{shown(config.replayed.path)}={config.replayed.weight:g}"
     for name in ("guard_dataset", "guard_labels"):  # which may be files of this machine
         if (value := getattr(config, name)) is not None:
             rows[row_name(name)] = shown(value)
@@ -249,7 +256,7 @@ def trained_card(
         The card's text, with the metadata for the Hub.
     """
     repo_id = config.hub_model_id or Path(config.output_dir).resolve().name
-    names = [source.path.partition(":")[0] for source in parse_sources(config.dataset)]  # user/name:config
+    names = [source.path.partition(":")[0] for source in _trained_on(config)]  # user/name:config
     metadata = card_metadata(
         repo_id,
         license=licence_of(config.model) if config.model is not None else None,

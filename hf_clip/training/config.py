@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.wise_ft import parse_alphas
+from ..data.sources import Source
 from .chosen_metric import metric_of, parse_metric
 from .data.augment import Augmentation
 from .optim import find_optimizer, parse_optimizer, parse_rates
@@ -106,6 +107,8 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         # The grammars of single options, which raise with their own words.
         parse_rates(self.learning_rate)
         find_optimizer(parse_optimizer(self.optim)[0])
+        if self.replay is not None:
+            parse_replay(self.replay)
         Augmentation.parse(self.augmentation)
 
     @property
@@ -117,6 +120,11 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
     def alphas(self) -> list[float]:
         """The values of α that `average_with_pretrained` names."""
         return [] if self.average_with_pretrained is None else parse_alphas(self.average_with_pretrained)
+
+    @property
+    def replayed(self) -> Source | None:
+        """The old pairs; `weight` is their part of all pairs."""
+        return None if self.replay is None else parse_replay(self.replay)
 
     @property
     def steps_between_evaluations(self) -> int | None:
@@ -278,6 +286,7 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
                 "label_smoothing_factor",
                 "the sigmoid loss has none",
             ),
+            (self.replay_caption_column and not self.replay, "replay_caption_column", "there is no --replay"),
             (self.guard_labels and not self.guard_dataset, "guard_labels", "there is no --guard_dataset"),
             (self.guard_label_column and not self.guard_dataset, "guard_label_column", "there is no --guard_dataset"),
             (self.guard_dataset and not evaluated, "guard_dataset", "nothing is evaluated without --validation"),
@@ -335,6 +344,20 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         """What a resumed run must have in common with the one that it goes on from."""
         found = {name: value for name, value in self.to_dict().items() if name not in MAY_CHANGE}
         return {name: None if ADDED.get(name, NOTHING) == value else value for name, value in found.items()}
+
+
+def parse_replay(text: str) -> Source:
+    """Read `--replay`: a data set and its part of all pairs, `old/pairs=0.3`.
+
+    Raises:
+        ValueError: The part is missing, or not between 0 and 1.
+    """
+    source = Source.parse(text)
+    if source.weight is None or source.weight >= 1:
+        raise ValueError(
+            f"--replay is {text!r}, but must be a data set and its part of all pairs, between 0 and 1: old/pairs=0.3."
+        )
+    return source
 
 
 def moved_repository(name: Any) -> str:

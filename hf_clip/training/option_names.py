@@ -38,6 +38,7 @@ KNOWN_AS = {
         "csv data data_dir data_path data_root dataset_name dataset_path datasets input root train train_data "
         "train_data_dir train_dir train_file train_files"
     ),
+    "replay": "rehearsal replay_data replay_dataset",
     "split": "dataset_split train_split train_split_name",
     "image_column": "csv_img_key image_col image_field image_key image_path_column img_col img_key",
     "caption_column": (

@@ -99,6 +99,12 @@ class DataOptions:
         [],
         "Pairs: a repository, a folder with metadata.csv or classes, CSV, JSON, parquet, tars; several as a=3 b=1",
     )
+    replay: str | None = _option(
+        None, "Old pairs that are mixed in, and their part of all pairs, so that they are not forgotten: old/pairs=0.3"
+    )
+    replay_caption_column: str | None = _option(
+        None, "Column or template of the old pairs' texts; default: the only possible one"
+    )
     split: str = _option("train", "Split to train on")
     image_column: str | None = _option(None, "Column with images, paths or URLs; default: the only possible one")
     caption_column: str | None = _option(

@@ -3,7 +3,8 @@
 Tables. An item is a row, or with captions="all" a row with one of its captions. An epoch draws as often as there are
 items. Without weights every item comes once. With weights each source has its share of the draws. It goes through its
 items as often as that takes, and begins where it ended in the epoch before. The order is a function of (seed, epoch),
-and any place of it can be reached without reading what stands before.
+and any place of it can be reached without reading what stands before. Replayed pairs come on top: an epoch is as long
+as it takes to draw the others as often as without them.
 
 Streams. `datasets` interleaves the sources and shuffles rows within a buffer. The order is a function of (seed, epoch)
 too, but to reach its n-th row those before are read, undecoded. An epoch ends when every source was read to its end.
@@ -94,6 +95,8 @@ class PairTable:
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     image_holder: str | None = None
     """The column of records where `image_column` is a field."""
+    replay: float | None = None
+    """The share of all draws that this source has, where it is replayed beside the others."""
 
     @property
     def columns(self) -> list[str]:
@@ -152,16 +155,19 @@ class Pairs:
 
     def __len__(self) -> int:
         """Draws in an epoch."""
-        return sum(len(rows) for rows, _ in self.items)
+        return sum(self.shares())
 
     def shares(self) -> list[int]:
         """How many draws of an epoch each source has."""
-        counts = [len(rows) for rows, _ in self.items]
-        if self.sources[0].weight is None:
-            return counts
-        weights = np.array([source.weight for source in self.sources])
-        ends = np.round(np.cumsum(weights) / weights.sum() * sum(counts)).astype(int)
-        return np.diff(ends, prepend=0).tolist()
+        own = [source for source in self.sources if source.replay is None]  # which stand before the others
+        counts = [len(rows) for rows, _ in self.items[: len(own)]]
+        total = sum(counts)
+        if own[0].weight is not None:
+            weights = np.array([source.weight for source in own])
+            ends = np.round(np.cumsum(weights) / weights.sum() * total).astype(int)
+            counts = np.diff(ends, prepend=0).tolist()
+        shares = [source.replay for source in self.sources if source.replay is not None]
+        return counts + [max(1, round(total * share / (1 - share))) for share in shares]
 
     def draws(self, epoch: int, *, seed: int = 0, shuffle: bool = True, first: int = 0) -> Iterator[Draw]:
         """The draws of an epoch from number `first` on; without shuffling every item once, in order."""
@@ -215,11 +221,17 @@ class PairStream:
             )
         if len(streams) == 1:
             return streams[0]
-        if not is_weighted or self.sources[0].weight is None:
+        if not is_weighted or (self.sources[0].weight is None and self.sources[-1].replay is None):
             return datasets.interleave_datasets(streams, stopping_strategy="all_exhausted_without_replacement")
-        total = sum(source.weight or 0.0 for source in self.sources)
-        shares = [(source.weight or 0.0) / total for source in self.sources]
+        shares = self._probabilities()
         return datasets.interleave_datasets(streams, shares, seed=seed, stopping_strategy="all_exhausted")
+
+    def _probabilities(self) -> list[float]:
+        """Of each source, that the next row is one of its. Without weights there is one that is not replayed."""
+        replayed = sum(source.replay or 0.0 for source in self.sources)
+        weights = [source.weight or 1.0 for source in self.sources if source.replay is None]
+        own = [(1 - replayed) * weight / sum(weights) for weight in weights]
+        return own + [source.replay for source in self.sources if source.replay is not None]
 
     def draws(self, epoch: int, *, seed: int = 0, shuffle: bool = True, first: int = 0) -> Iterator[Draw]:
         """The draws of an epoch from number `first` on, in front of which rows are read and dropped."""
@@ -315,6 +327,31 @@ def load_pairs(
             pair_table.rows = np.arange(len(table))
         found.append(pair_table)
     return PairStream(found, captions, buffer) if streaming else Pairs(found, captions)
+
+
+def with_replay(pairs: Pairs | PairStream, old: Pairs | PairStream, share: float) -> Pairs | PairStream:
+    """Mix old pairs into others, so that a model does not forget them.
+
+    Args:
+        pairs: What is learned.
+        old: One source, read in the same way.
+        share: The part of all draws that the old pairs have, between 0 and 1.
+
+    Returns:
+        Both. An epoch draws of `pairs` what it draws without the old ones.
+
+    Raises:
+        ValueError: Several sources without weights are read as a stream.
+    """
+    sources = [*pairs.sources, *(replace(source, weight=None, replay=share) for source in old.sources)]
+    if isinstance(pairs, Pairs):
+        return Pairs(sources, pairs.captions)
+    if len(pairs.sources) > 1 and pairs.sources[0].weight is None:
+        raise ValueError(
+            f"--replay has a share of a stream, whose other sources need theirs: give each --dataset a weight, as in "
+            f"{pairs.sources[0].name}=1."
+        )
+    return PairStream(sources, pairs.captions, pairs.buffer)
 
 
 def read_validation(text: str) -> str | int | float:

@@ -20,7 +20,7 @@ from datasets import Image as ImageFeature
 from hf_clip.data.columns import UnusableRowError, describe_feature, find_image_column
 from hf_clip.data.images import find_image_places, image_content, open_content
 from hf_clip.data.sources import Source, expand_braces, parse_sources
-from hf_clip.training.data.pairs import Pairs, PairStream, Row, load_pairs
+from hf_clip.training.data.pairs import Pairs, PairStream, Row, load_pairs, with_replay
 
 from ..sources import SMALL, WRITERS, captions, jpeg, png, write_pictures, write_table, write_tar
 
@@ -220,6 +220,33 @@ def test_weights_are_probabilities_of_a_stream_that_ends_when_all_was_read(tmp_p
     assert 0.18 < share < 0.32  # 0.25, give or take three standard deviations
     assert texts == [row.captions[0] for row in rows_of(pairs, seed=1, shuffle=True)]
     assert len(rows_of(pairs)) == 310  # in evaluation every row comes once
+
+
+def test_replayed_pairs_have_their_share_and_the_others_come_as_without_them(tmp_path: Path):
+    first, second = two_sources(tmp_path)
+    new, old = load_pairs(first), load_pairs(second)
+    pairs = with_replay(new, old, 0.25)
+    assert len(pairs) == 40  # of which 30 rows are new
+    seen: list[str] = []
+    for epoch in range(2):
+        texts = [pairs.read(draw).captions[0] for draw in pairs.draws(epoch, seed=5)]
+        assert {text for text in texts if text.startswith("first")} == {f"first {index}" for index in range(30)}
+        assert len(texts) == 40
+        seen += texts
+    assert {seen.count(f"second {index}") for index in range(10)} == {2}
+    both = with_replay(load_pairs([f"{first}=1", f"{first}=2"]), old, 0.4)
+    assert both.shares() == [20, 40, 40]
+
+
+def test_replayed_pairs_of_a_stream_have_their_share(tmp_path: Path):
+    first, second = two_sources(tmp_path, (300, 10))
+    old = load_pairs(second, streaming=True)
+    pairs = with_replay(load_pairs(first, streaming=True), old, 0.25)
+    texts = [row.captions[0] for row in rows_of(pairs, seed=1, shuffle=True)]
+    assert len({text for text in texts if text.startswith("first")}) == 300
+    assert 0.18 < sum(text.startswith("second") for text in texts) / len(texts) < 0.32
+    with pytest.raises(ValueError, match="other sources need theirs: give each --dataset a weight, as in .*=1"):
+        with_replay(load_pairs([first, second], streaming=True), old, 0.25)
 
 
 def test_weight_is_told_from_a_path_with_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

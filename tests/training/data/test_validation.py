@@ -153,3 +153,18 @@ def test_reader_ends_when_nobody_wants_more():
     next(ahead)
     ahead.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "hf_clip reader" and thread.is_alive()]
+
+
+def test_replayed_pairs_are_not_held_out_and_have_columns_of_their_own(tmp_path: Path):
+    count = 12
+    new = {"photo": [png(0)] * count, "alt": [f"new {row}" for row in range(count)], "note": ["x"] * count}
+    old = {"image": [png(1)] * 4, "text": [f"old {row}" for row in range(4)]}
+    sources = [str(write_table(tmp_path / f"{name}.parquet", rows)) for name, rows in (("new", new), ("old", old))]
+    chosen = {"model": "m", "dataset": sources[:1], "output_dir": "o", "max_steps": 1, "caption_column": "alt"}
+    data = build.open_data(TrainingConfig(**chosen, validation="3", replay=f"{sources[1]}=0.25"))
+    assert isinstance(data.train, Pairs)
+    assert data.train.shares() == [9, 3]
+    assert data.validation is not None
+    assert {text.split()[0] for text in texts_of(data.validation)} == {"new"}
+    with pytest.raises(ValueError, match="is a source that is trained on: name another"):
+        build.open_data(TrainingConfig(**chosen, validation=sources[1], replay=f"{sources[1]}=0.25"))
