@@ -106,3 +106,4 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
         *(f"a photo of {article} {size} {{}}." for article in ("a", "the") for size in ("small", "big")),
     ),
 }
+"""The sets, by name: `simple`, `imagenet_80`, `imagenet_7` and `cifar_18`, each a tuple of templates."""
