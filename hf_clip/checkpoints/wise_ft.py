@@ -4,10 +4,20 @@ Both are state dicts of plain models, so merge adapters first. Floating-point te
 BatchNorm's running statistics too, and get their own type again. Integers, which count BatchNorm's batches, are copied.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+MOST = 1001
+"""Values of α in a range, since each is a model to measure. Steps of a thousandth are the finest."""
+
+
+def show_alpha(alpha: float) -> str:
+    """Write α as shortly as it can be read again: two that differ are written differently."""
+    short = f"{alpha:g}"
+    return short if float(short) == alpha else repr(float(alpha))
 
 
 def parse_alphas(spec: str | float) -> list[float]:
@@ -17,7 +27,7 @@ def parse_alphas(spec: str | float) -> list[float]:
         spec: `0.5`, or a list `"0.3,0.5"`, or a range with both its ends `"0:1:0.1"` (from, to, step).
 
     Raises:
-        ValueError: It is none of these, or a value is not between 0 and 1.
+        ValueError: It is none of these, a range has more than `MOST` values, or a value is not between 0 and 1.
     """
     text = str(spec)
     pieces = text.split(":")
@@ -29,15 +39,21 @@ def parse_alphas(spec: str | float) -> list[float]:
         raise ValueError(f"{text!r} is no α to average with: write '0.5', '0.3,0.5' or a range '0:1:0.1'.")
     if len(pieces) == 3:
         first, last, step = numbers
-        count = round((last - first) / step) if step > 0 else -1
+        steps = (last - first) / step if step > 0 and all(map(math.isfinite, numbers)) else -1
+        if steps > MOST - 0.5:
+            raise ValueError(
+                f"The range {text!r} has more than {MOST} values of α, and each is a model to measure: take a larger "
+                f"step."
+            )
+        count = round(steps)
         if count < 0 or abs(first + count * step - last) > 1e-6:
             raise ValueError(
                 f"The range {text!r} does not lead from its first number to its second in steps of its third."
             )
         numbers = [round(first + index * step, 10) for index in range(count + 1)]
     if outside := [alpha for alpha in numbers if not 0 <= alpha <= 1]:
-        raise ValueError(f"α is {outside[0]:g}, but must be between 0 (pretrained) and 1 (fine-tuned).")
-    return numbers
+        raise ValueError(f"α is {show_alpha(outside[0])}, but must be between 0 (pretrained) and 1 (fine-tuned).")
+    return [alpha + 0.0 for alpha in numbers]  # -0 becomes 0
 
 
 def check_same_tensors(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@
 The tars are read as streams, from a folder or from the Hub, and nothing of them is stored.
 """
 
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def find_benchmark_shards(source: str) -> BenchmarkShards | None:
         ValueError: dataset_type.txt says something that is no kind.
         FileNotFoundError: The repository cannot be reached, or is not there.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         place = str(folder)
         splits = _splits_of(place) if next(folder.glob(f"*/{COUNT_FILE}"), None) else []

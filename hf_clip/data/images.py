@@ -96,7 +96,7 @@ def _local_file(name: str, places: ImagePlaces) -> Path | None:
     None is a path that leads elsewhere. Raises FileNotFoundError where there is no such file.
     """
     path = Path(name.removeprefix("file://"))
-    path = path.expanduser() if path.parts[:1] == ("~",) else path
+    path = Path(os.path.expanduser(path)) if path.parts[:1] == ("~",) else path
     beginnings = [Path.cwd()] if places.folder is None else [places.folder, Path.cwd()]
     found = [(beginning / path).resolve() for beginning in beginnings]  # an absolute path stays as it is
     found = [file for file in found if any(file.is_relative_to(folder) for folder in places.local)]

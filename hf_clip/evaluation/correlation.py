@@ -26,17 +26,25 @@ def pearson(predicted: Tensor, true: Tensor) -> float:
         true: (I,) numbers.
 
     Returns:
-        From -1 to 1. 0 if one of the two is constant, since it then says nothing of the other.
+        From -1 to 1, whatever unit the numbers have. 0 if one of the two is constant, since it then says nothing of
+        the other.
 
     Raises:
         ValueError: The shapes differ, there are fewer than two numbers, or some are not finite.
     """
-    predicted, true = (values - values.mean() for values in _check(predicted, true))
-    lengths = predicted.norm() * true.norm()
-    # What is left of a constant after its mean is subtracted is rounding.
-    if lengths == 0 or not predicted.abs().max() > 1e-12 or not true.abs().max() > 1e-12:
+    predicted, true = _check(predicted, true)
+    if any(values.max() == values.min() for values in (predicted, true)):
         return 0.0
-    return float((predicted @ true / lengths).clamp(-1, 1))
+    predicted, true = (_deviations(values) for values in (predicted, true))
+    return float((predicted @ true).clamp(-1, 1))
+
+
+def _deviations(values: Tensor) -> Tensor:
+    """Subtract the mean of numbers (I,) that are not all equal, and scale them to length one."""
+    values = values / values.abs().max()  # neither sums nor squares leave the range of float64
+    values = values - values.mean()
+    values = values / values.abs().max()
+    return values / values.norm()
 
 
 def average_ranks(values: Tensor) -> Tensor:

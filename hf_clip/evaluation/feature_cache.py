@@ -16,6 +16,7 @@ Dimensions: I images, D embedding.
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,7 @@ class FeatureCache:
         if features is not None:
             self.description["features"] = features
         key = _digest(json.dumps(self.description, sort_keys=True).encode())
-        self.folder = Path(folder).expanduser() / key
+        self.folder = Path(os.path.expanduser(folder)) / key
         self._prepare()
 
     def _prepare(self) -> None:
@@ -168,7 +169,7 @@ class FeatureCache:
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read ({error}); remove that folder.") from error
         if found != self.description:
             names = [

@@ -1,6 +1,7 @@
 """A text that changes when a data set changes, by which features that were kept are found again."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def fingerprint_of(source: str, split: str) -> str | None:
 
     None if it isn't known.
     """
-    place = Path(source).expanduser()
+    place = Path(os.path.expanduser(source))
     if place.exists():
         return fingerprint_of_files(place, split)
     from huggingface_hub import HfApi

@@ -37,19 +37,48 @@ NEVER = -1e4
 FEWEST, FEWEST_HIDDEN = 10, 40
 """Training images without which there is no head."""
 
+STOPPED_BY = 0.1
+"""Part of the images by which the training of a hidden layer is stopped: scikit-learn's default."""
+
+WIDEST = 65536
+"""Units of a hidden layer. Of wider ones the weights alone would fill the memory of most computers."""
+
+COARSEST = 1e-3
+"""The distance of neighbouring float32 numbers of the scores' size, as a part of the scores' standard deviation."""
+
+SMALLEST = 1e-30
+"""Standard deviation of scores below which a layer's weights would lose digits in float32."""
+
+SEEDS = 2**32
+"""Seeds are below this: scikit-learn takes no others."""
+
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within this block scikit-learn does not say that a fit has reached its largest number of steps."""
+    """Within this block scikit-learn says nothing of a fit's largest number of steps, or of classes of few images."""
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%", UserWarning)
         yield
 
 
+def check_options(hidden: int | None, seed: int) -> None:
+    """Raise ValueError for the width of a hidden layer, or a seed, that no head can be trained with."""
+    if hidden is not None and hidden < 1:
+        raise ValueError(f"The hidden layer has width {hidden}, but at least 1 is needed; leave it out for none.")
+    if hidden is not None and hidden > WIDEST:
+        raise ValueError(f"The hidden layer has width {hidden}, but {WIDEST} is the most; take a smaller one, or none.")
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"The seed is {seed}, but a whole number from 0 to {SEEDS - 1} is needed.")
+
+
 def divide(targets: Tensor, is_labels: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divide images at random into four fifths and one, with each class in proportion where there are enough."""
+    """Divide images at random into four fifths and one, with each class in proportion where there are enough.
+
+    Of labels the first part has two classes wherever the images have.
+    """
     from sklearn.model_selection import train_test_split
 
     values = targets.numpy()
@@ -58,6 +87,9 @@ def divide(targets: Tensor, is_labels: bool, seed: int) -> tuple[np.ndarray, np.
     kept, held_out = train_test_split(
         np.arange(len(values)), test_size=HELD_OUT, random_state=seed, stratify=values if can_be_even else None
     )
+    if is_labels and len(classes) > 1 and (values[kept] == values[kept[0]]).all():
+        moved = held_out[values[held_out] != values[kept[0]]][0]
+        kept, held_out = np.append(kept, moved), held_out[held_out != moved]
     return np.sort(kept), np.sort(held_out)
 
 
@@ -76,19 +108,14 @@ def fit_scores(
         The layers, and how they were trained, in words.
 
     Raises:
-        ValueError: The scores are all the same, or there are too few images.
+        ValueError: There are too few images; or the scores are all the same, or too close to each other for their size.
     """
     from sklearn.linear_model import RidgeCV
     from sklearn.neural_network import MLPRegressor
 
+    check_enough(len(scores), hidden)
     values = scores.double()
-    if values.max() == values.min():
-        raise ValueError(
-            f"All {len(values)} training images have the score {float(values[0]):g}, so there is nothing to learn: "
-            f"check the column of scores."
-        )
-    _check_enough(len(values), hidden)
-    mean, spread = float(values.mean()), float(values.std())
+    mean, spread = _mean_and_spread(values)
     targets, inputs = ((values - mean) / spread).numpy(), features.double().numpy()
     if hidden is None:
         ridge = RidgeCV(LAMBDAS).fit(inputs, targets)
@@ -128,19 +155,19 @@ def fit_labels(
     from sklearn.linear_model import LogisticRegression
     from sklearn.neural_network import MLPClassifier
 
+    check_enough(len(labels), hidden)
     present, counts = labels.unique(return_counts=True)
     if len(present) < 2:
         raise ValueError(
             f"All {len(labels)} training images are of one class, so there is nothing to tell apart: check the column "
             f"of labels and the split."
         )
-    _check_enough(len(labels), hidden)
     inputs, targets = features.double().numpy(), labels.numpy()
     if hidden is None:
         kept, chosen_by = divide(labels, is_labels=True, seed=seed)
         best = (-1.0, 0.0)
         with _quiet():
-            for c in CS if len(np.unique(targets[kept])) > 1 else CS[:1]:
+            for c in CS:
                 tried = LogisticRegression(C=c, max_iter=1000).fit(inputs[kept], targets[kept])
                 best = max(best, (tried.score(inputs[chosen_by], targets[chosen_by]), -c))
             fitted = LogisticRegression(C=-best[1], max_iter=1000).fit(inputs, targets)
@@ -151,6 +178,12 @@ def fit_labels(
             raise ValueError(
                 f"The class {int(present[counts.argmin()])} has one training image, but a head with a hidden layer "
                 f"needs two of each class. Leave --hidden out, or the class."
+            )
+        if math.ceil(STOPPED_BY * len(labels)) < len(present):
+            raise ValueError(
+                f"There are {len(labels)} training images of {len(present)} classes, but a head with a hidden layer "
+                f"needs {round(1 / STOPPED_BY)} for each class, since a tenth of them ends its training: leave "
+                f"--hidden out, or take more data."
             )
         scale = math.sqrt(features.shape[1])
         network = MLPClassifier(
@@ -163,12 +196,38 @@ def fit_labels(
     return layers, described
 
 
-def _check_enough(count: int, hidden: int | None) -> None:
+def _mean_and_spread(values: Tensor) -> tuple[float, float]:
+    """Compute mean and standard deviation of scores (I,). Raises ValueError if float32 cannot tell them apart."""
+    lowest, highest = float(values.min()), float(values.max())
+    largest = max(-lowest, highest)
+    if lowest == highest and largest < 2**53:  # larger whole numbers may differ in a file, and be one in float64
+        raise ValueError(
+            f"All {len(values)} training images have the score {lowest:g}, so there is nothing to learn: check the "
+            f"column of scores."
+        )
+    mean, spread = float(values.mean()), float(values.std())
+    if largest * torch.finfo(torch.float32).eps > COARSEST * spread:
+        raise ValueError(
+            f"The scores lie from {lowest:.10g} to {highest:.10g}, too close to each other for numbers of this size, "
+            f"since a head computes in float32: subtract a number from all scores, such as {mean:.3g}."
+        )
+    if spread < SMALLEST:
+        raise ValueError(
+            f"The scores lie from {lowest:g} to {highest:g}, but a head computes in float32, which needs larger "
+            f"numbers: multiply all scores by one number."
+        )
+    return mean, spread
+
+
+def check_enough(count: int, hidden: int | None, held_out: int = 0) -> None:
+    """Raise ValueError if there are too few images to train on, beside those that are held out."""
     fewest = FEWEST if hidden is None else FEWEST_HIDDEN
     if count < fewest:
+        beside = f" beside the {held_out} held out" if held_out else ""
+        layer = "" if hidden is None else " with a hidden layer"
         raise ValueError(
-            f"There are {count} training images, but a head{'' if hidden is None else ' with a hidden layer'} needs at "
-            f"least {fewest}: take another split, or more data."
+            f"There are {count} training images{beside}, but a head{layer} needs at least {fewest}: take another "
+            f"split, or more data."
         )
 
 

@@ -5,6 +5,7 @@
 Dimensions: I images, D embedding, K labels.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from .class_metrics import roc_auc
 from .correlation import mean_absolute_error, pearson, spearman
 from .embed import Embedder, Unreadable
 from .feature_cache import FeatureCache, processor_settings
-from .head_fits import divide, fit_labels, fit_scores
+from .head_fits import HELD_OUT, check_enough, check_options, divide, fit_labels, fit_scores
 from .labelled_images import LabelledImages, open_labelled
 from .metrics import mean_per_class_accuracy, top_k_accuracy
 from .scored_images import ScoredImages, open_scored
@@ -171,7 +172,7 @@ def evaluate_head(
         split: Name of the split to measure on. None: the only one, or `test`, or `validation`.
         class_names: Names of the classes. None: those that come with the data.
         image_column: The column of images. None: the only one that can be it.
-        seed: Of all that is random.
+        seed: Of all that is random, from 0 to 2³² - 1.
         batch_size: Number of images encoded at once.
         feature_cache: Folder in which image features are kept. None: they are not kept.
         threads: Number of threads that open images. None: the number of processors.
@@ -195,8 +196,7 @@ def evaluate_head(
     require("Training a head", "eval", ["sklearn"])
     if score_column is not None and (label_column is not None or class_names is not None):
         raise ValueError("A head is trained on scores or on labels: name a column of scores, or labels, and not both.")
-    if hidden is not None and hidden < 1:
-        raise ValueError(f"The hidden layer has width {hidden}, but at least 1 is needed; leave it out for none.")
+    check_options(hidden, seed)
     is_labels = score_column is None
     columns = {"score_column": score_column, "label_column": label_column, "image_column": image_column}
     held_out_data = _open(dataset, split, columns, is_labels, class_names)
@@ -209,6 +209,8 @@ def evaluate_head(
     with embedder.evaluating():
         train = _encode(embedder, train_data, feature_cache, progress)
         if is_one:
+            part = math.ceil(HELD_OUT * len(train.targets))
+            check_enough(len(train.targets) - part, hidden, part)
             kept, rest = divide(train.targets, is_labels, seed)
             train, held_out = train.rows(kept), train.rows(rest)
             unreadable = train.unreadable

@@ -5,6 +5,7 @@ Fine-tuning makes a model better at its data and often worse at others. The aver
 its own: its image features and its matrix of classes are computed anew.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 
 from ..checkpoints.in_memory import load_model as load_as_ours
 from ..checkpoints.whole_folder import whole_folder
-from ..checkpoints.wise_ft import check_same_tensors, interpolate_weights, parse_alphas
+from ..checkpoints.wise_ft import check_same_tensors, interpolate_weights, parse_alphas, show_alpha
+from ..zero_shot.features import tokenizer_of
 from ..zero_shot.pipeline import check_device, default_device
 from .feature_cache import processor_settings
 from .grid import load_model
@@ -24,8 +26,17 @@ from .zero_shot import ZeroShotResult, evaluate_zero_shot
 DECIDING = ("model_type", "hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id", "contrastive_loss")
 """Fields of a configuration that decide what a model computes and do not show in the shapes of its weights."""
 
-PREPARATION = ("size", "crop_size", "image_mean", "image_std", "resample", "fit")
+PREPARATION = (
+    *("do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "fit"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
 """Settings of an image processor that decide what the models see."""
+
+STOCK = {"fit": "crop"}
+"""Settings that stock image processors do not have, and what they do."""
+
+SAMPLE = "2 Dogs' café, isn't it?"
+"""A text with all that tokenizers of one vocabulary may treat in their own ways: capitals, digits, accents, marks."""
 
 ONE_LAYOUT = {"clip", "hf_clip"}
 """Model types whose weights have the same names: a stock model, and a fine-tune of it that is ours."""
@@ -48,6 +59,37 @@ def _first_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tu
     return None
 
 
+def _preparation(processor: Any) -> dict[str, Any]:
+    found = STOCK | processor_settings(processor)
+    # As in a file: there a tuple is a list, and an enumeration a number.
+    return json.loads(json.dumps({name: found[name] for name in PREPARATION if name in found}))
+
+
+def _tokens(processor: Any) -> dict[str, Any]:
+    """Return what decides the ids of texts: the ids of tokens, the order of merges, and the ids of one text."""
+    tokenizer = tokenizer_of(processor)
+    found = {f"the token {token!r}": place for token, place in tokenizer.get_vocab().items()}
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        merges = json.loads(backend.to_str())["model"].get("merges") or []
+        found |= {f"merge {place}": merge for place, merge in enumerate(merges)}
+    return found | {f"the text {SAMPLE!r}": list(tokenizer(SAMPLE, truncation=True)["input_ids"])}
+
+
+def _check_processors(first: Any, second: Any) -> None:
+    if found := _first_difference(_preparation(first), _preparation(second)):
+        raise ValueError(
+            f"The models cannot be averaged, since they take images in different ways: {found[0]} of the image "
+            f"processor is {found[1]!r} for the pretrained model and {found[2]!r} for the fine-tuned one. Give both "
+            f"the same settings."
+        )
+    if found := _first_difference(_tokens(first), _tokens(second)):
+        raise ValueError(
+            f"The models cannot be averaged, since their tokenizers give texts different ids: {found[0]} is "
+            f"{found[1]!r} for the pretrained model and {found[2]!r} for the fine-tuned one. Give both the same "
+            f"tokenizer."
+        )
+
+
 class Interpolation:
     """The models between two models of one architecture.
 
@@ -57,7 +99,7 @@ class Interpolation:
         processors: The processors of both, if they are to be compared.
 
     Raises:
-        ValueError: The two are not of one architecture, or prepare images differently.
+        ValueError: The two are not of one architecture, or prepare images or texts differently.
     """
 
     def __init__(self, pretrained: Any, finetuned: Any, processors: tuple[Any, Any] | None = None):
@@ -66,14 +108,8 @@ class Interpolation:
                 f"The models cannot be averaged, since their architectures differ: {found[0]} is {found[1]!r} in the "
                 f"pretrained model and {found[2]!r} in the fine-tuned one. Name a model and its own fine-tune."
             )
-        prepared = [processor_settings(processor) for processor in processors or ()]
-        prepared = [{name: values[name] for name in PREPARATION if name in values} for values in prepared]
-        if prepared and (found := _first_difference(*prepared)):
-            raise ValueError(
-                f"The models cannot be averaged, since they take images in different ways: {found[0]} of the image "
-                f"processor is {found[1]!r} for the pretrained model and {found[2]!r} for the fine-tuned one. Give "
-                f"both the same settings."
-            )
+        if processors is not None:
+            _check_processors(*processors)
         self.model = finetuned
         self.start, self.end = (
             {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
@@ -119,7 +155,7 @@ def load_interpolation(
         The models between the two, and the processor.
 
     Raises:
-        ValueError: The two are not of one architecture.
+        ValueError: The two are not of one architecture, or prepare images or texts differently.
         OSError: A model is not there, or cannot be read.
     """
     kind = getattr(torch, dtype, None)
@@ -186,7 +222,7 @@ class InterpolationResult:
         """Make header and rows of a table: a row for each α, and a column for each data set and for their mean."""
         curves = dict(self.curves) if len(self.curves) == 1 else self.curves | {"mean": self.mean}
         body = [
-            [f"{alpha:g}", *(f"{100 * curve[place]:.1f} %" for curve in curves.values())]
+            [show_alpha(alpha), *(f"{100 * curve[place]:.1f} %" for curve in curves.values())]
             for place, alpha in enumerate(self.alphas)
         ]
         return ["alpha", *curves], body

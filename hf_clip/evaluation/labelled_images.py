@@ -14,6 +14,7 @@ Dimensions: I images, K classes.
 """
 
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -324,7 +325,7 @@ def open_labelled(
     if hasattr(source, "features") and hasattr(source, "select_columns"):
         return labelled_table(source, split=split or "", class_names=class_names, **columns)
     source = str(source)
-    if (splits := _find_class_folders(Path(source).expanduser())) is not None:
+    if (splits := _find_class_folders(Path(os.path.expanduser(source)))) is not None:
         return _open_class_folders(source, splits, split, class_names)
     if (shards := find_benchmark_shards(source)) is not None:
         return _open_shards(source, shards, split, class_names)
@@ -345,7 +346,7 @@ def splits_of(source: Any) -> list[str]:
         ValueError: It cannot be read.
     """
     source = str(source)
-    if (splits := _find_class_folders(Path(source).expanduser())) is not None:
+    if (splits := _find_class_folders(Path(os.path.expanduser(source)))) is not None:
         return list(splits)
     if (shards := find_benchmark_shards(source)) is not None:
         return shards.splits
@@ -354,6 +355,6 @@ def splits_of(source: Any) -> list[str]:
 
 def open_source_of(source: str, split: str | None) -> tuple[str, Any]:
     """Open what `datasets` opens: as a table if that was written by `datasets`, else as a stream."""
-    place = Path(source).expanduser()
+    place = Path(os.path.expanduser(source))
     is_stored = any((place / name).is_file() for name in WRITTEN_BY_DATASETS)
     return open_splits(source, split, streaming=not is_stored, preferred=PREFERRED)

@@ -15,6 +15,9 @@ from ..data.sources import describe_columns, folder_of, leave_undecoded, readabl
 from .fingerprint import fingerprint_of
 from .labelled_images import open_source_of
 
+LARGEST = 1e30
+"""A head's layers are float32 numbers, which end at 3e38. The distances of two scores must lie below that, too."""
+
 
 class ScoreError(ValueError):
     """A row's score cannot be used.   index: the row's place, from 0"""
@@ -65,7 +68,14 @@ def _read_score(row: str, column: str, value: Any, place: int) -> float:
             f"row, or leave it out.",
             place,
         )
-    return float(value)
+    score = float(value)
+    if abs(score) > LARGEST:
+        raise ScoreError(
+            f"{row} has {value!r:.60} in its column {column!r}, but a score from -{LARGEST:g} to {LARGEST:g} is "
+            f"needed, since a head computes in float32: divide all scores by one number.",
+            place,
+        )
+    return score
 
 
 def open_scored(

@@ -9,6 +9,7 @@ Dimensions: I images, D embedding, K labels.
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,7 +208,7 @@ class EmbeddingHead:
                 model=metadata["model"],
                 facts=json.loads(metadata["facts"]),
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); train the head again.") from error
         if problem := head._contradiction():
             raise ValueError(f"{path} is damaged: {problem}; train the head again.")
@@ -219,6 +220,10 @@ class EmbeddingHead:
             return f"its kind is {self.kind[:80]!r}, none of {', '.join(KINDS)}"
         if not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels):
             return "its labels are no list of texts"
+        if not self.labels:
+            return "it has no labels"
+        if not isinstance(self.facts, dict):
+            return "its facts are no JSON object"
         if self.kind == "scores" and len(self.labels) != 1:
             return f"it has {len(self.labels)} names for one score"
         if self.reference.ndim != 1 or not self.layers:
@@ -230,10 +235,9 @@ class EmbeddingHead:
             inputs = len(weight)
         if inputs != len(self.labels):
             return f"it has {len(self.labels)} labels and {inputs} outputs"
-        if not all(
-            tensor.dtype == torch.float32 and tensor.isfinite().all() for layer in self.layers for tensor in layer
-        ):
-            return "its layers hold something other than finite float32 numbers"
+        held = [self.reference, *(tensor for layer in self.layers for tensor in layer)]
+        if not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in held):
+            return "its tensors hold something other than finite float32 numbers"
         return None
 
 
@@ -243,7 +247,7 @@ def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
         state.update(f"{name}={metadata.get(name)}\0".encode())
     for name, tensor in sorted(tensors.items()):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        state.update(tensor.contiguous().numpy().tobytes())
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy lacks some dtypes
     return state.hexdigest()
 
 
@@ -273,9 +277,9 @@ def find_head(head: str | Path, model: str, *, local_files_only: bool = False) -
     """
     text = str(head)
     if text.endswith(SUFFIX) or re.search(r"[/\\]", text):
-        if not Path(text).expanduser().is_file():
+        if not (path := Path(os.path.expanduser(text))).is_file():
             raise FileNotFoundError(f"There is no head {text}; `hf-clip evaluate head` trains one.")
-        return Path(text).expanduser()
+        return path
     check_head_name(text)
     folder = Path(model)
     if folder.is_dir():

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from hf_clip import HfClipModel
-from hf_clip.checkpoints.wise_ft import interpolate_weights, parse_alphas
+from hf_clip.checkpoints.wise_ft import MOST, interpolate_weights, parse_alphas, show_alpha
 from hf_clip.training.averaging import copy_weights
 from hf_clip.training.optim import create_optimizer
 from hf_clip.training.surgery import switch_to_sigmoid_
@@ -42,11 +42,23 @@ def test_alphas_are_read(spec: str | float, alphas: list[float]):
         ("0:1:0", "does not lead"),
         ("1.5", "α is 1.5, but must be between 0 .pretrained. and 1 .fine-tuned."),
         ("nan", "α is nan"),
+        ("1.00000001", "α is 1.00000001, but must be"),
+        ("0:inf:0.1", "'0:inf:0.1' does not lead from its first number"),
+        ("0:nan:0.1", "'0:nan:0.1' does not lead"),
+        ("0:1:nan", "'0:1:nan' does not lead"),
+        ("0:1:1e-9", "'0:1:1e-9' has more than 1001 values of α, and each is a model to measure: take a larger step"),
+        ("0:1:1e-320", "has more than 1001 values"),
     ],
 )
 def test_wrong_alpha_says_what_is_right(spec: str, message: str):
     with pytest.raises(ValueError, match=message):
         parse_alphas(spec)
+
+
+def test_alphas_that_differ_are_written_differently():
+    assert len(parse_alphas("0:1:0.001")) == MOST
+    alphas = [*parse_alphas("-0,0.12345671,0.12345672,0.3"), *parse_alphas("0:1:0.1")[3:4], 1]
+    assert [show_alpha(alpha) for alpha in alphas] == ["0", "0.12345671", "0.12345672", "0.3", "0.3", "1"]
 
 
 @pytest.fixture

@@ -213,10 +213,16 @@ def test_head_is_trained_and_used(digits: Path, tmp_path: Path, capsys: pytest.C
     model, table = tmp_path / "mine", scores_of(digits, tmp_path / "images")
     shutil.copytree(digits / "vit", model)
     words = ["head", "--model", model, "--dataset", table, "--score-column", "digit", "--output", tmp_path / "results"]
-    assert run(*words, "--name", "digit") == 0
+    file = model / "heads" / "digit.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"another head")
+    assert run(*words, "--name", "digit") == 1
+    assert f"{file} exists; name another head, or pass --overwrite to replace it" in capsys.readouterr().err
+    assert file.read_bytes() == b"another head"
+    assert run(*words, "--name", "digit", "--overwrite") == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[1].split()[2:4] == ["spearman", "8"]
-    assert f"head: {model / 'heads' / 'digit.safetensors'}" in err
+    assert f"head: {file}" in err
     (record,) = json.loads((tmp_path / "results" / "results.json").read_text())
     assert (record["task"], record["split"], record["count"]) == ("image_scoring", "train", 8)
     images = [tmp_path / "images" / f"{place}.png" for place in (3, 1)]
@@ -224,7 +230,6 @@ def test_head_is_trained_and_used(digits: Path, tmp_path: Path, capsys: pytest.C
     assert app.main([*classify, "--head", "digit"]) == 0
     lines = (tmp_path / "scores.csv").read_text().splitlines()
     assert lines[0] == "image,label,score,error"
-    file = model / "heads" / "digit.safetensors"
     head = EmbeddingHead.load(file)
     loaded, processor = HfClipModel.from_pretrained(model).eval(), HfClipProcessor.from_pretrained(model)
     expected = head.score(encode_images(loaded, processor, images))[:, 0].tolist()
@@ -239,6 +244,7 @@ def test_head_is_trained_and_used(digits: Path, tmp_path: Path, capsys: pytest.C
     ("words", "message"),
     [
         (["--name", "../x", "--dataset", "d"], "error: '../x' is no name of a head: letters, digits"),
+        (["--name", "x", "--dataset", "d", "--seed", "-1"], "error: The seed is -1, but a whole number from 0"),
         (["--name", "x", "--dataset", "d", "e"], "error: 2 data sets are given, but a head is trained on one"),
         (["--name", "x", "--dataset", "{data}", "--score-column", "beauty"], "has no column 'beauty'; its columns are"),
     ],
@@ -281,9 +287,16 @@ def test_models_between_two(digits: Path, data: Path, tmp_path: Path, capsys: py
     assert capsys.readouterr().err.count("measured before") == 3
 
 
-def test_alphas_and_models_that_do_not_fit(digits: Path, data: Path, capsys: pytest.CaptureFixture[str]):
+def test_alphas_and_models_that_do_not_fit(
+    digits: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     words = ["interpolate", digits / "vit", digits / "resnet", "--dataset", data / "shapes"]
     assert run(*words, "--alphas", "0:1") == 1
     assert "error: '0:1' is no α to average with: write '0.5'" in capsys.readouterr().err
+    for option, place in (("--output", tmp_path / "best"), ("--feature-cache", tmp_path / "best" / "features")):
+        assert run(*words, "--save-best", tmp_path / "best", option, place) == 1
+        message = f"error: --save-best is {tmp_path / 'best'} and {option} is {place}, but the model needs a folder"
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "best").exists()
     assert run(*words) == 1
     assert capsys.readouterr().err.startswith("error: The models cannot be averaged, since their architectures differ:")

@@ -27,6 +27,13 @@ def test_constant_says_nothing():
     assert pearson(varied, constant) == spearman(constant, varied) == 0.0
 
 
+@pytest.mark.parametrize("unit", [1e-308, 1e-200, 1e-13, 1e13, 1e200, 1e307])
+def test_unit_of_the_numbers_does_not_matter(unit: float):
+    predicted, true = torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), torch.tensor([1.0, 3.0, 2.0, 10.0]).double()
+    assert pearson(predicted, unit * true) == pytest.approx(13 / 250**0.5)
+    assert pearson(unit * predicted, -unit * true) == pytest.approx(-13 / 250**0.5)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=3, max_size=30))
 def test_equals_scipy_with_ties(pairs: list[tuple[int, int]]):

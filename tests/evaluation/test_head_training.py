@@ -134,6 +134,13 @@ def test_what_nothing_can_be_measured_on(small_clip: Clip, tmp_path: Path, rows:
         evaluate_head(*small_clip, tmp_path / "data", score_column="score")
     with pytest.raises(ValueError, match="All 20 training images have the score 5, so there is nothing to learn"):
         evaluate_head(*small_clip, tmp_path / "data", score_column="score", train_split="test", split="train")
+    two = table_of(rows[:2], score=[1.0, 2.0], digit=[0, 1])
+    with pytest.raises(ValueError, match="There are 1 training images beside the 1 held out, but a head needs at lea"):
+        evaluate_head(*small_clip, two, score_column="score")
+    large = table_of(rows[:20], score=[1.0] * 19 + [-1e39])
+    message = r"row 19 of the data set has -1e\+39 in its column 'score', but a score from -1e\+30 to 1e\+30 is needed"
+    with pytest.raises(ScoreError, match=message):
+        evaluate_head(*small_clip, large, score_column="score")
     one = table_of(rows, label=["zero"] * 60)
     with pytest.raises(ValueError, match="There is only one class, 'zero': every image would be right"):
         evaluate_head(*small_clip, one)

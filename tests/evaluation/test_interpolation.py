@@ -1,14 +1,23 @@
 """The models between two models, on several data sets."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CLIPImageProcessor,
+    CLIPProcessor,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+)
 
+from hf_clip.evaluation import interpolation
 from hf_clip.evaluation.interpolation import (
     Interpolation,
     InterpolationResult,
@@ -104,6 +113,46 @@ def test_models_of_other_shape_are_refused(small_clip: Clip, finetuned: Any, dig
         Interpolation(small_clip[0], copy.deepcopy(finetuned), (small_clip[1], processor))
     with pytest.raises(ValueError, match="α is 1.5, but must be between 0"):
         evaluate_interpolation(small_clip[0], finetuned, small_clip[1], [], alphas=[0, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("processor_config.json", {"rescale_factor": 0.01}, r"rescale_factor of the image processor is 0.0039\d+ for"),
+        ("processor_config.json", {"do_normalize": False}, "do_normalize of the image processor is True for the pre"),
+        ("tokenizer.json", "vocab", r"tokenizers give texts different ids: the token '.*' is \d+ for the pretrained"),
+        ("tokenizer.json", "merges", r"tokenizers give texts different ids: merge 0 is \[.*\] for the pretrained"),
+        ("tokenizer.json", "normalizer", r"tokenizers give texts different ids: the text .2 Dogs' caf"),
+    ],
+)
+def test_models_that_prepare_otherwise_are_refused(
+    file: str, change: Any, message: str, small_clip: Clip, finetuned: Any, tmp_path: Path
+):
+    small_clip[1].save_pretrained(tmp_path)
+    found = json.loads((tmp_path / file).read_text())
+    if isinstance(change, dict):
+        found["image_processor"] |= change
+    elif change == "normalizer":
+        found["normalizer"] = None
+    else:
+        entries = found["model"][change]
+        first, second = list(entries)[:2] if change == "vocab" else (0, 1)
+        entries[first], entries[second] = entries[second], entries[first]
+    (tmp_path / file).write_text(json.dumps(found))
+    changed = AutoProcessor.from_pretrained(tmp_path)
+    if change == "normalizer":  # our own tokenizer does without
+        changed.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / file))
+    with pytest.raises(ValueError, match=message):
+        Interpolation(small_clip[0], finetuned, (small_clip[1], changed))
+
+
+def test_stock_processors_agree_with_ours(small_clip: Clip, tmp_path: Path):
+    small_clip[1].save_pretrained(tmp_path)
+    ours = small_clip[1].image_processor.to_dict()
+    values = {name: ours[name] for name in interpolation.PREPARATION if name != "fit"}
+    values["image_mean"] = tuple(values["image_mean"])  # as in its defaults
+    images = CLIPImageProcessor(**values)
+    interpolation._check_processors(CLIPProcessor(images, CLIPTokenizer.from_pretrained(tmp_path)), small_clip[1])
 
 
 def test_stock_model_and_a_fine_tune_of_ours(small_clip: Clip, digits: Path, tmp_path: Path):

@@ -10,7 +10,14 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 from hf_clip import HfClipModel, encode_images, load_head
-from hf_clip.zero_shot.embedding_head import EmbeddingHead, check_head_name, path_of_head, reference_image
+from hf_clip.zero_shot import embedding_head
+from hf_clip.zero_shot.embedding_head import (
+    EmbeddingHead,
+    check_head_name,
+    find_head,
+    path_of_head,
+    reference_image,
+)
 
 UNIT = torch.tensor([0.6, 0.8, 0.0])
 
@@ -90,14 +97,48 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path):
         ({"reference": torch.zeros(4)}, r"a layer of shape \(2, 3\) follows on 4 inputs"),
         (
             {"layers": [(torch.full((2, 3), torch.nan), torch.zeros(2))]},
-            "its layers hold something other than finite float32 numbers",
+            "its tensors hold something other than finite float32 numbers",
         ),
+        ({"labels": [], "layers": [(torch.zeros(0, 3), torch.zeros(0))]}, "it has no labels"),
+        ({"facts": []}, "its facts are no JSON object"),
     ],
 )
 def test_file_that_contradicts_itself_is_damaged(fields: dict[str, Any], problem: str, tmp_path: Path):
     linear_head(**fields).save(tmp_path / "head.safetensors")
     with pytest.raises(ValueError, match=f"is damaged: {problem}; train the head again"):
         EmbeddingHead.load(tmp_path / "head.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float64])
+@pytest.mark.parametrize("name", ["reference", "layers.0.bias"])
+def test_file_of_another_dtype_is_damaged(name: str, dtype: torch.dtype, tmp_path: Path):
+    path = tmp_path / "head.safetensors"
+    linear_head().save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, path, metadata | {"checksum": embedding_head._checksum(tensors, metadata)})
+    with pytest.raises(ValueError, match="is damaged: its tensors hold something other than finite float32 numbers"):
+        EmbeddingHead.load(path)
+
+
+@pytest.mark.parametrize("name", ["labels", "facts"])
+def test_file_of_deep_lists_is_damaged(name: str, tmp_path: Path):
+    path = tmp_path / "head.safetensors"
+    linear_head().save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() | {name: "[" * 100_000}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata | {"checksum": embedding_head._checksum(tensors, metadata)})
+    with pytest.raises(ValueError, match=r"is damaged \(RecursionError: .*\); train the head again"):
+        EmbeddingHead.load(path)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/a.safetensors", "~nobody-of-this-name/a"])
+def test_path_of_an_unknown_user_is_no_head(name: str):
+    with pytest.raises(FileNotFoundError, match="There is no head ~nobody-of-this-name/a"):
+        find_head(name, "mine")
 
 
 @pytest.mark.parametrize("name", ["a/b", "../a", "a\\b", "", ".a", "a.safetensors", "a b"])

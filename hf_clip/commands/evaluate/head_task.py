@@ -41,6 +41,7 @@ def head(
     ] = None,
     image_column: ImageColumn = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a head of that name.")] = False,
     batch_size: BatchSize = 32,
     feature_cache: Cache = None,
     dtype: Precision = Dtype.float32,
@@ -60,17 +61,28 @@ def head(
 
         hf-clip evaluate head --model clip-vit-b32/ --dataset flowers/ --hidden 512 --name flowers
     """
+    import os
     from pathlib import Path
 
+    from ...checkpoints.whole_folder import check_writable
+    from ...evaluation.head_fits import check_options
     from ...evaluation.head_training import evaluate_head
     from ...evaluation.processes import current
     from ...zero_shot.embedding_head import check_head_name, path_of_head
 
     check_head_name(name)
+    check_options(hidden, seed)
+    output = os.path.expanduser(output)
     if len(dataset) > 1:
         raise ValueError(f"{len(dataset)} data sets are given, but a head is trained on one: name one, or two heads.")
 
     def measure(loaded: Any, processor: Any, source: str) -> Any:
+        folder = Path(loaded.name_or_path)
+        place = folder if folder.is_dir() else Path(output) / str(folder).replace("/", "--")
+        file = path_of_head(place, name)
+        if file.exists() and not overwrite:
+            raise FileExistsError(f"{file} exists; name another head, or pass --overwrite to replace it.")
+        check_writable(file.parent)
         result = evaluate_head(
             loaded,
             processor,
@@ -88,13 +100,11 @@ def head(
             threads=threads,
             progress=sys.stderr.isatty(),
         )
-        folder = Path(loaded.name_or_path)
         # The file may be published, and then says nothing of this machine's folders.
         result.head.model = folder.resolve().name if folder.is_dir() else str(folder)
-        place = folder if folder.is_dir() else Path(output) / str(folder).replace("/", "--")
         if current().is_main:
-            result.head.save(path_of_head(place, name))
-        print(f"head: {path_of_head(place, name)}", file=sys.stderr)
+            result.head.save(file)
+        print(f"head: {file}", file=sys.stderr)
         return result
 
     options: dict[str, Any] = {"name": name, "score_column": score_column, "label_column": label_column}

@@ -21,7 +21,27 @@ from .task_options import (
 
 def _shown(alpha: float) -> str:
     """Write α with two digits, so that names are in its order; with more if it has more."""
-    return f"{alpha:.2f}" if round(alpha, 2) == alpha else f"{alpha:g}"
+    from ...checkpoints.wise_ft import show_alpha
+
+    return f"{alpha:.2f}" if round(alpha, 2) == alpha else show_alpha(alpha)
+
+
+def _check_best(place: str, output: str, feature_cache: str | None) -> None:
+    """Refuse a folder for the best model that is in the way of something, or cannot be written."""
+    from pathlib import Path
+
+    from ...checkpoints.whole_folder import check_writable
+
+    folder = Path(place)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{place} exists and is not empty; name a new folder for --save-best.")
+    for option, other in {"--output": output, "--feature-cache": feature_cache}.items():
+        if other is not None and Path(other).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"--save-best is {place} and {option} is {other}, but the model needs a folder that nothing else is "
+                f"written to: name another for --save-best."
+            )
+    check_writable(folder)
 
 
 def interpolate(
@@ -60,10 +80,10 @@ def interpolate(
 
         hf-clip evaluate interpolate clip-vit-b32/ my-finetune/ --alphas 0:1:0.1 --dataset flowers/ CIFAR10
     """
+    import os
     from pathlib import Path
 
-    from ...checkpoints.whole_folder import check_writable
-    from ...checkpoints.wise_ft import parse_alphas
+    from ...checkpoints.wise_ft import parse_alphas, show_alpha
     from ...evaluation.grid import WRITTEN_BESIDE, run_grid, state_of
     from ...evaluation.interpolation import InterpolationResult, load_interpolation
     from ...evaluation.labelled_images import open_labelled
@@ -79,10 +99,10 @@ def interpolate(
 
     require("hf-clip evaluate interpolate", "eval")
     points = {f"{pretrained} to {finetuned}, alpha {_shown(alpha)}": alpha for alpha in parse_alphas(alphas)}
+    output = os.path.expanduser(output)
     if save_best is not None:
-        if Path(save_best).exists() and (not Path(save_best).is_dir() or any(Path(save_best).iterdir())):
-            raise FileExistsError(f"{save_best} exists and is not empty; name a new folder for --save-best.")
-        check_writable(Path(save_best))
+        save_best = os.path.expanduser(save_best)
+        _check_best(save_best, output, feature_cache and os.path.expanduser(feature_cache))
     models, processor = load_interpolation(pretrained, finetuned, dtype.value, device)
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     opened: dict[str, Any] = {}
@@ -125,7 +145,7 @@ def interpolate(
     found = InterpolationResult.of_records(outcome.records, points)
     if found is not None:
         print(text_table(*found.rows()))
-        print(f"\nbest mean: {100 * max(found.mean):.1f} % at alpha {found.best:g}")
+        print(f"\nbest mean: {100 * max(found.mean):.1f} % at alpha {show_alpha(found.best)}")
         if not no_plots and current().is_main:
             from ...evaluation.plots import plot_interpolation
 
