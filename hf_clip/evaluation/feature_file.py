@@ -3,13 +3,14 @@
 A safetensors file with these tensors:
 
     train.features       (I, D) features of images, not normalised
-    train.labels         (I,) places of the classes from 0, whole numbers; or (I, K) zeros and ones
+    train.labels         (I,) places of the classes from 0, whole numbers; or (I, K) zeros and ones. Without
+                         `class_names` train has images of each class
     test.features        the same of the images that are measured
     test.labels
     validation.features  may be missing: what the regularisation is chosen on
     validation.labels
     train.pooled, ...    may be missing: (I, W) features before the projection
-    texts                may be missing: (K, D) features of the classes' prompts, for LP++
+    texts                may be missing: (K, D) features of the classes' prompts, for LP++, of any length
 
 and with metadata, all of which may be missing: `class_names` (a list as JSON), `model`, `dataset`, and the other fields
 of `ProbeFeatures`. `hf-clip evaluate linear-probe --save-features` writes one, and so does any program:
@@ -23,6 +24,7 @@ Dimensions: I images, K classes, W tower width, D embedding.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoints.whole_file import whole_file
+from ..model.checked_files import MOST_DEPTH, nested_depth, one_line
 from .probe_features import ProbeFeatures, SplitFeatures, check_features
 
 SPLITS = ("train", "validation", "test")
@@ -86,9 +89,12 @@ def read_features(path: str | Path) -> ProbeFeatures:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is of another kind, cut off or damaged; or it holds what no probe can be fitted to.
+        ValueError: It is a folder, of another kind, cut off or damaged; or it holds what no probe can be fitted to.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise ValueError(f"{path} is {what}, but a file of features is needed: name one that --save-features wrote.")
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no file of features {str(path)!r}; `hf-clip evaluate linear-probe --save-features FILE` writes "
@@ -116,32 +122,68 @@ def read_features(path: str | Path) -> ProbeFeatures:
 
 
 def _features_of(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> ProbeFeatures:
-    found: dict[str, Any] = {name: metadata[name] for name in TEXTS if name in metadata}
-    for name in OBJECTS:
-        try:
-            found |= {name: json.loads(metadata[name])} if name in metadata else {}
-        except ValueError as error:
-            raise ValueError(f"{path}: its metadata {name!r} are no JSON ({error}).") from error
+    # A stranger's texts are shown in a terminal, so they hold no control characters.
+    found: dict[str, Any] = {name: one_line(metadata[name]) for name in TEXTS if name in metadata}
+    found |= {name: _object(path, name, metadata[name]) for name in OBJECTS if name in metadata}
     splits = {}
     for name in SPLITS:
-        if f"{name}.features" not in tensors:
+        there = [what for what in ("features", "labels", "pooled") if f"{name}.{what}" in tensors]
+        if not there:
             continue
-        if f"{name}.labels" not in tensors:
-            raise ValueError(f"{path} has {name}.features, but no {name}.labels.")
-        pooled = tensors.get(f"{name}.pooled")
+        if missing := [what for what in ("features", "labels") if what not in there]:
+            raise ValueError(f"{path} has {name}.{there[0]}, but no {name}.{missing[0]}: write both, or neither.")
         splits[name] = SplitFeatures(
-            tensors[f"{name}.features"].float(),
+            _features(path, f"{name}.features", tensors),
             _labels(path, name, tensors[f"{name}.labels"]),
-            None if pooled is None else pooled.float(),
-            metadata.get(f"{name}_split", name),
+            _features(path, f"{name}.pooled", tensors) if "pooled" in there else None,
+            one_line(metadata.get(f"{name}_split", name)),
         )
-    labels = splits["train"].labels
     if "class_names" not in found:
-        count = labels.shape[1] if labels.ndim == 2 else 1 + max(int(s.labels.max()) for s in splits.values() if len(s))
-        found["class_names"] = [f"class {place}" for place in range(count)]
-    texts = tensors.get("texts")
+        found["class_names"] = _numbered_classes(path, splits["train"].labels)
     found = {"dataset": str(path)} | found | splits
-    return ProbeFeatures(**found, texts=None if texts is None else texts.float())
+    return ProbeFeatures(**found, texts=_features(path, "texts", tensors) if "texts" in tensors else None)
+
+
+def _object(path: Path, name: str, text: str) -> Any:
+    """Read one of `OBJECTS`."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata {name!r} are no JSON ({one_line(error)}).") from None
+    except RecursionError:
+        value = None
+    if name == "processor":
+        if not isinstance(value, dict) or nested_depth(value) > MOST_DEPTH:
+            raise ValueError(
+                f"{path}: its metadata 'processor' must be an object as JSON; write it again, or leave it out."
+            )
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(
+            f"{path}: its metadata {name!r} must be a list of texts as JSON, but are {one_line(text, 80)}."
+        )
+    return value
+
+
+def _numbered_classes(path: Path, labels: Tensor) -> list[str]:
+    """Name the classes of a file that does not. Each of them has an image in train."""
+    if labels.ndim == 2:
+        return [f"class {place}" for place in range(labels.shape[1])]
+    seen = labels.unique().tolist()
+    gap = next((place for place, label in enumerate(seen) if label != place), None)
+    if gap is not None and seen[0] >= 0:
+        raise ValueError(
+            f"{path}: train.labels hold {seen[-1]}, but not {gap}. Without class_names the labels are the numbers from "
+            f"0 on, and train has images of each class: number them so, or put class_names into the metadata."
+        )
+    return [f"class {place}" for place in range(len(seen))]
+
+
+def _features(path: Path, name: str, tensors: dict[str, Tensor]) -> Tensor:
+    tensor = tensors[name]
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{path}: {name} are {tensor.dtype}, but real numbers are needed.")
+    return tensor.float()
 
 
 def _labels(path: Path, split: str, labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .lp_plus_plus import fit_lp_plus_plus
-from .probe_features import ProbeFeatures, SplitFeatures
+from .probe_features import ProbeFeatures, SplitFeatures, check_directions
 
 PROBE, LP_PLUS_PLUS = "linear probe", "LP++"
 
@@ -109,8 +109,8 @@ def check_shots(features: ProbeFeatures, shots: Sequence[int], draws: int, with_
         )
     counts = features.train.labels.bincount(minlength=len(features.class_names))
     fewest = int(counts.argmin())
-    if max(shots) > counts[fewest]:
-        possible = [k for k in shots if k <= counts[fewest]]
+    if max(shots) > int(counts[fewest]):  # the shots may be more than a tensor holds
+        possible = [k for k in shots if k <= int(counts[fewest])]
         advice = f"--few-shot {','.join(map(str, possible))} is possible" if possible else "leave --few-shot out"
         raise ValueError(
             f"{features.dataset} has {int(counts[fewest])} images of class {features.class_names[fewest]!r} to fit "
@@ -121,6 +121,8 @@ def check_shots(features: ProbeFeatures, shots: Sequence[int], draws: int, with_
             f"{features.dataset} has no features of the classes' prompts, which LP++ needs: write the file again with "
             f"--lp-plus-plus, or put a tensor `texts` (classes, width) into it."
         )
+    for title, split in features.splits.items() if with_lp_plus_plus else ():
+        check_directions(features.dataset, f"the features of {title!r}", split.projected)
 
 
 def few_shot_figures(
@@ -169,6 +171,11 @@ def few_shot_figures(
 
 def _lp_plus_plus(train: SplitFeatures, validation: SplitFeatures | None, features: ProbeFeatures) -> Tensor:
     assert features.texts is not None
-    seen = None if validation is None else (normalize(validation.projected, dim=-1), validation.labels)
-    head = fit_lp_plus_plus(normalize(train.projected, dim=-1), train.labels, features.texts, seen)
-    return head.logits(normalize(features.test.projected, dim=-1))
+    seen = None if validation is None else (_of_length_one(validation.projected), validation.labels)
+    head = fit_lp_plus_plus(_of_length_one(train.projected), train.labels, _of_length_one(features.texts), seen)
+    return head.logits(_of_length_one(features.test.projected))
+
+
+def _of_length_one(features: Tensor) -> Tensor:
+    """(N, D) → (N, D). In float64, since squares of very small and very large features are none of float32."""
+    return normalize(features.double(), dim=-1, eps=torch.finfo(torch.float64).tiny).float()

@@ -14,6 +14,7 @@ import gc
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -122,7 +123,7 @@ WRITTEN_BESIDE = ("README.md", HEADS)
 
 def state_of(name: str, without: Sequence[str] = ()) -> str:
     """Return a text that changes with a local folder or file; of anything else its name."""
-    place = Path(name).expanduser()
+    place = Path(os.path.expanduser(name))
     return fingerprint_of_files(place, "", without) if place.exists() else name
 
 

@@ -329,7 +329,7 @@ def evaluate_linear_probe(
         result = evaluate_linear_probe(model, processor, "flowers/", protocol="openai", few_shot=[1, 4, 16])
         print(f"{result.value:.1%}", [(row.shots, row.mean, row.spread) for row in result.few_shot])
     """
-    find_protocol(protocol)
+    find_protocol(protocol, seed=seed)
     features = encode_splits(
         model,
         processor,

@@ -51,8 +51,12 @@ def step_size_of_weight(features: Tensor) -> float:
 
 
 def step_size_of_alpha(similarities: Tensor) -> float:
-    """Return I over four times the largest sum of squared similarities to a class.   similarities: (I, K)"""
-    return len(similarities) / (4 * float(similarities.square().sum(0).max()))
+    """Return I over four times the largest sum of squared similarities to a class.   similarities: (I, K)
+
+    0 where all similarities are 0, since α has no gradient there.
+    """
+    largest = float(similarities.square().sum(0).max())
+    return len(similarities) / (4 * largest) if largest > 0 else 0.0
 
 
 def first_alpha(similarities: Tensor, labels: Tensor) -> float:

@@ -145,7 +145,7 @@ def resolve_data_set(source: str, split: str | None) -> tuple[str, str | None, P
         ValueError: It is one of the paper's that the Hub has no copy of.
     """
     found = find_paper_data_set(source)
-    if found is None or Path(source).expanduser().exists() or "/" in source:
+    if found is None or Path(os.path.expanduser(source)).exists() or "/" in source:
         return source, split, found
     if found.repository is None:
         raise ValueError(

@@ -17,6 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.checked_files import one_line
+
+MOST_CLASSES = 1 << 15
+"""Largest number of classes. The table of all pairs of this many takes 8 GiB."""
+
 
 @dataclass(frozen=True)
 class SplitFeatures:
@@ -60,7 +65,7 @@ class ProbeFeatures:
         train: What is fitted.
         test: What is measured.
         validation: What strengths of regularisation are chosen on. None if the data set has no such split.
-        texts: (K, D) features of the classes' prompts, of length one. None if they were not encoded.
+        texts: (K, D) features of the classes' prompts, of any length. None if they were not encoded.
         prompts: How these prompts were made, in words.
         model: The model's name.
         dataset: The data set's name.
@@ -101,25 +106,53 @@ def check_features(features: ProbeFeatures) -> ProbeFeatures:
     """Return features that a probe can be fitted to.
 
     Raises:
-        ValueError: A split is empty; shapes do not fit; a feature is not finite; a label is out of range; or all
-            images of train are of one class.
+        ValueError: The classes' names are no texts, or too many; a split is empty; shapes do not fit; a feature is not
+            finite; a text's feature is zero; a label is out of range; or all images of train are of one class.
     """
-    source, classes = features.dataset, len(features.class_names)
+    source, names = features.dataset, features.class_names
+    classes = len(names)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < classes:
+        raise ValueError(f"{source}: class_names must be a list of texts, each once, but are {one_line(names, 80)}.")
+    if not features.is_multi_label and classes > MOST_CLASSES:
+        raise ValueError(
+            f"{source} has {classes:,} classes, but images of at most {MOST_CLASSES:,} are counted in a table of all "
+            f"pairs of classes; leave out the classes that have no images."
+        )
     for title, split in features.splits.items():
         if len(split.labels) == 0:
             raise ValueError(f"{source} has no images in its split {title!r}, but a linear probe needs some.")
         _check_split(source, title, split, features)
-    if features.texts is not None and tuple(features.texts.shape) != (classes, features.train.projected.shape[1]):
-        raise ValueError(
-            f"{source}: texts have shape {tuple(features.texts.shape)}, but ({classes}, "
-            f"{features.train.projected.shape[1]}) is needed: a feature for each class, as long as an image's."
-        )
-    if not features.is_multi_label and len(found := features.train.labels.unique()) < 2:
-        raise ValueError(
-            f"{source}: all images of its split 'train' are of one class, {features.class_names[int(found[0])]!r}: a "
-            f"linear probe needs images of at least two."
-        )
+        if title == "train" and not features.is_multi_label and len(found := split.labels.unique()) < 2:
+            raise ValueError(
+                f"{source}: all images of its split 'train' are of one class, {names[int(found[0])]!r}: a linear probe "
+                f"needs images of at least two."
+            )
+    if features.texts is not None:
+        _check_texts(source, features.texts, classes, features.train.projected.shape[1])
     return features
+
+
+def _check_texts(source: str, texts: Tensor, classes: int, width: int) -> None:
+    if tuple(texts.shape) != (classes, width):
+        raise ValueError(
+            f"{source}: texts have shape {tuple(texts.shape)}, but ({classes}, {width}) is needed: a feature for each "
+            f"class, as long as an image's."
+        )
+    if not (is_finite := texts.isfinite().all(1)).all():
+        raise ValueError(
+            f"{source}: row {int((~is_finite).int().argmax())} of texts holds NaN or infinity: look for the prompt, or "
+            f"for the weights, that it comes from."
+        )
+    check_directions(source, "texts", texts)
+
+
+def check_directions(source: str, title: str, features: Tensor) -> None:
+    """Raise ValueError if a feature (N, D) is zero, and so cannot have length one."""
+    if (is_zero := (features == 0).all(1)).any():
+        raise ValueError(
+            f"{source}: row {int(is_zero.int().argmax())} of {title} is zero, so it has no direction: look for what it "
+            f"comes from, or leave it out."
+        )
 
 
 def _check_split(source: str, title: str, split: SplitFeatures, features: ProbeFeatures) -> None:
@@ -136,6 +169,8 @@ def _check_split(source: str, title: str, split: SplitFeatures, features: ProbeF
                 f"{source}: {name} of {title!r} have shape {shapes[0]} and those of 'train' {shapes[1]}, but (images, "
                 f"width) with one width is needed."
             )
+        if tensor.shape[1] == 0:
+            raise ValueError(f"{source}: {name} of {title!r} have width 0, but at least 1 is needed.")
         if len(tensor) != len(split.labels):
             raise ValueError(f"{source}: {title!r} has {len(tensor)} {name}, but {len(split.labels)} labels.")
         if not (is_finite := tensor.isfinite().all(1)).all():

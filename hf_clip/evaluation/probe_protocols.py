@@ -26,6 +26,10 @@ from torch.nn.functional import cross_entropy, normalize
 from .probe_features import ProbeFeatures, SplitFeatures
 
 MOST_ITERATIONS = 1000
+
+MOST_SEED = 2**32 - 1
+"""What torch and scikit-learn take both."""
+
 OPENAI_C = 0.316
 
 COARSE = 16
@@ -258,8 +262,10 @@ def find_protocol(name: str, *, seed: int = 0, device: str = "cpu") -> Protocol:
         device: Where AdamW computes.
 
     Raises:
-        ValueError: There is no such protocol.
+        ValueError: There is no such protocol, or the seed is out of range.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"protocol is {name!r}, but one of {', '.join(PROTOCOLS)} is needed.")
+    if not 0 <= seed <= MOST_SEED:
+        raise ValueError(f"The seed is {seed}, but a whole number from 0 to {MOST_SEED:,} is needed.")
     return PROTOCOLS[name](seed, device)

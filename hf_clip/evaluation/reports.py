@@ -6,6 +6,7 @@ fractions from 0 to 1, but for median ranks, correlations and errors of scores.
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,7 @@ def check_repository(model: str) -> str:
     Raises:
         ValueError: It is a local folder, or no name of a repository.
     """
-    if Path(model).expanduser().exists():
+    if Path(os.path.expanduser(model)).exists():
         raise ValueError(
             f"--push puts results into a repository on the Hub, but {model} is a local folder: take --update-card, and "
             f"publish it with `hf-clip publish`."

@@ -96,7 +96,7 @@ def _refuse_pointer(path: Path, content: bytes) -> None:
         )
 
 
-def _depth(values: Any) -> int:
+def nested_depth(values: Any) -> int:
     """Count the levels of nested lists and objects, without recursion."""
     depth, level = 0, [values]
     while level := [item for item in level if isinstance(item, (dict, list))]:
@@ -133,7 +133,7 @@ def read_json(path: str | Path, most_bytes: int = MOST_BYTES) -> Any:
         values = None
         depth = MOST_DEPTH + 1
     else:
-        depth = _depth(values)
+        depth = nested_depth(values)
     if depth > MOST_DEPTH:
         raise ValueError(
             f"{path} nests lists or objects more than {MOST_DEPTH} deep, which no file of a model does; save or "
@@ -361,6 +361,7 @@ def in_one_kind(name: object) -> Iterator[None]:
 
 __all__ = [
     "LONGEST_LINE",
+    "MOST_DEPTH",
     "TOKENIZER_CHECKS",
     "WEIGHT_FILES",
     "DamagedWeightsError",
@@ -375,6 +376,7 @@ __all__ = [
     "in_one_kind",
     "leads_outside",
     "list_shards",
+    "nested_depth",
     "one_line",
     "read_json",
     "read_object",

@@ -100,6 +100,27 @@ def with_nan(tensors: dict[str, Tensor]) -> None:
         ({"train.labels": 2 * torch.ones(30, 6).long()}, "train.labels of shape (30, 6) must be zeros and ones"),
         ({"texts": torch.zeros(5, 8)}, "texts have shape (5, 8), but (6, 8) is needed: a feature for each class"),
         ({"validation.features": torch.zeros(3, 8)}, "has validation.features, but no validation.labels"),
+        ({"validation.labels": torch.zeros(3).long()}, "has validation.labels, but no validation.features"),
+        ({"test.labels": torch.arange(30) % 6 + 3}, "row 3 of 'test' has the label 6, but there are 6 classes"),
+        (
+            {"train.labels": 200_000 * (torch.arange(30) % 2)},
+            "train.labels hold 200000, but not 1. Without",
+        ),
+        ({"test.features": torch.ones(30, 8) * 1j}, "test.features are torch.complex64, but real numbers are needed."),
+        (
+            {"train.features": torch.zeros(30, 0), "test.features": torch.zeros(30, 0)},
+            "features of 'train' have width 0, but at least 1 is needed.",
+        ),
+        (
+            {"train.features": torch.zeros(0, 8), "test.features": torch.zeros(0, 8)}
+            | {"train.labels": torch.zeros(0).long(), "test.labels": torch.zeros(0).long()},
+            "has no images in its split 'train', but a linear probe needs some",
+        ),
+        ({"texts": torch.full((6, 8), torch.nan)}, "row 0 of texts holds NaN or infinity: look for the prompt"),
+        (
+            {"texts": torch.zeros(6, 8)},
+            "row 0 of texts is zero, so it has no dir",
+        ),
         (
             {"train.pooled": torch.zeros(30, 9)},
             "pooled features of 'test' have shape None and those of 'train' (30,",
@@ -110,6 +131,48 @@ def test_what_is_wrong_is_said(change: dict[str, Tensor], message: str, tmp_path
     save_file(by_hand() | change, tmp_path / "f.safetensors")
     with pytest.raises(ValueError, match=re.escape(message)):
         read_features(tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("class_names", "5", "its metadata 'class_names' must be a list of texts as JSON, but are 5."),
+        ("class_names", '"abcdef"', "its metadata 'class_names' must be a list of texts as JSON"),
+        ("class_names", "[1, 2]", "its metadata 'class_names' must be a list of texts as JSON"),
+        (
+            "class_names",
+            '["a", "a", "b", "c", "d", "e"]',
+            "class_names must be a list of texts, each once, but are [",
+        ),
+        (
+            "class_names",
+            json.dumps([str(place) for place in range(40_000)]),
+            "has 40,000 classes, but images of at most",
+        ),
+        ("class_names", "[" * 100_000, "its metadata 'class_names' must be a list of texts as JSON, but are [[["),
+        ("class_names", "[", "its metadata 'class_names' are no JSON ("),
+        ("unreadable", "5", "its metadata 'unreadable' must be a list of texts as JSON, but are 5."),
+        ("processor", '{"a":' * 40 + "1" + "}" * 40, "its metadata 'processor' must be an object as JSON"),
+    ],
+)
+def test_metadata_of_another_kind(name: str, text: str, message: str, tmp_path: Path):
+    save_file(by_hand(), tmp_path / "f.safetensors", {name: text})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_features(tmp_path / "f.safetensors")
+
+
+def test_control_characters_of_a_stranger_are_not_shown(tmp_path: Path):
+    save_file(by_hand(), tmp_path / "f.safetensors", {"model": "\x1b[31mred", "test_split": "a\nb"})
+    found = read_features(tmp_path / "f.safetensors")
+    assert (found.model, found.test.name) == ("\ufffd[31mred", "a b")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("~nobody-of-this-name/x", "There is no file"), (".", ". is a folder, but")]
+)
+def test_path_that_is_no_file(path: str, message: str):
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        read_features(path)
 
 
 def test_wrong_rows_are_named(tmp_path: Path):

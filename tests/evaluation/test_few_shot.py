@@ -79,6 +79,11 @@ def test_figures_are_those_of_probes_by_hand(features: ProbeFeatures):
         "chosen on as many images of each class of drawn"
     )
     assert probe_features(features, protocol="openai").metrics == found.metrics
+    # Texts and features of any length are made as long as one.
+    assert features.texts is not None
+    longer = replace(features, texts=features.texts * 1e25)
+    again = probe_features(longer, protocol="openai", few_shot=[4], draws=3, seed=10, lp_plus_plus=True)
+    assert again.few_shot[1].values == pytest.approx(found.few_shot[3].values)
 
 
 def test_step_sizes_are_the_lipschitz_constants(features: ProbeFeatures):
@@ -146,3 +151,19 @@ def test_what_cannot_be_drawn(features: ProbeFeatures):
         probe_features(features, protocol="openai", few_shot=[1], draws=0)
     with pytest.raises(ValueError, match=r"has no features of the classes' prompts, which LP\+\+ needs: write the fil"):
         probe_features(replace(features, texts=None), protocol="openai", few_shot=[1], lp_plus_plus=True)
+    with pytest.raises(ValueError, match=r"but 99999999999999999999999 shots of each class were asked for: leave"):
+        probe_features(features, protocol="openai", few_shot=[10**23 - 1])
+    empty = replace(features.test, projected=features.test.projected * (torch.arange(120) != 7)[:, None])
+    with pytest.raises(ValueError, match=r"row 7 of the features of 'test' is zero, so it has no direction"):
+        probe_features(replace(features, test=empty), protocol="openai", few_shot=[1], lp_plus_plus=True)
+    for seed in (-1, 2**70):
+        with pytest.raises(ValueError, match=rf"The seed is {seed}, but a whole number from 0 to 4,294,967,295 is nee"):
+            probe_features(features, seed=seed)
+
+
+def test_texts_that_no_shot_is_similar_to_leave_the_images():
+    """α has no gradient then."""
+    x = torch.eye(4)[[0, 0, 1, 1]]
+    head = fit_lp_plus_plus(x, torch.tensor([0, 0, 1, 1]), torch.eye(4)[[2, 3]])
+    assert head.alpha.tolist() == [0, 0]
+    assert head.logits(x).argmax(1).tolist() == [0, 0, 1, 1]

@@ -1,5 +1,7 @@
 """`hf-clip evaluate linear-probe`."""
 
+import os
+import re
 import sys
 from enum import Enum
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ...model.checked_files import one_line
 from .task_options import (
     BatchSize,
     Cache,
@@ -32,8 +35,12 @@ class ProtocolName(str, Enum):
 def read_shots(text: str | None) -> list[int]:
     """Read numbers of images of each class, such as "1,2,4,8,16"."""
     words = [word.strip() for word in (text or "").split(",") if word.strip()]
-    if any(not word.isdigit() or int(word) == 0 for word in words):
-        raise ValueError(f"--few-shot is {text!r}, but numbers of images of each class are needed, such as 1,2,4,8,16.")
+    is_read = all(re.fullmatch(r"0*[1-9][0-9]{0,17}", word) for word in words)
+    if text is not None and not (words and is_read):
+        raise ValueError(
+            f"--few-shot is {one_line(repr(text), 80)}, but numbers of images of each class are needed, such as "
+            f"1,2,4,8,16."
+        )
     return [int(word) for word in words]
 
 
@@ -58,7 +65,7 @@ def check_sources(
             f"--save-features names one file, but there are {len(model)} models and {len(dataset)} data sets: name one "
             f"of each."
         )
-    if save_features is not None and Path(save_features).expanduser().exists():
+    if save_features is not None and Path(os.path.expanduser(save_features)).exists():
         raise ValueError(f"{save_features} is there already: measure it by --features, or remove it.")
 
 

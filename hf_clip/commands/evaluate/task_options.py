@@ -1,5 +1,6 @@
 """What the tasks of `hf-clip evaluate` have in common: options, and the grid of models and data sets that they run."""
 
+import os
 import sys
 from collections.abc import Callable
 from enum import Enum
