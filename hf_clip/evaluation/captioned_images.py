@@ -14,7 +14,8 @@ from ..data.columns import CaptionReader, describe_feature, field_of, find_capti
 from ..data.images import NOWHERE, ImagePlaces, ImageRegion, find_image_places
 from ..data.sources import describe_columns, folder_of, leave_undecoded, readable
 from .fingerprint import fingerprint_of
-from .labelled_images import open_source_of
+from .labelled_images import open_source_of, refuse_columns
+from .numbered_row import BOX, CaptionedRowError, NumberedRow
 
 RIGHT_NAMES = ("caption", "true_caption", "positive_caption", "correct_caption", "caption_0")
 WRONG_NAMES = ("negative_caption", "false_caption", "wrong_caption", "incorrect_caption", "caption_1")
@@ -26,9 +27,6 @@ for the tests of order (`dataset_zoo/aro_datasets.py` of mertyg/vision-language-
 
 SEVERAL_WRONG = re.compile(r"hard_text_\d+")
 """Columns of wrong captions, one each, as copies of ARO's tests of order have them."""
-
-BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
-"""The part of an image that ARO shows to the model, in pixels: left, top, width and height."""
 
 TWO_IMAGES = ("image_0", "image_1")
 TWO_CAPTIONS = ("caption_0", "caption_1")
@@ -117,11 +115,13 @@ def _open_shards(source: str, shards: BenchmarkShards, split: str | None) -> Cap
     chosen = shards.find_split(split)
 
     def rows() -> Iterator[CaptionedRow]:
-        for name, entries in shards.rows(chosen):
+        for place, (name, entries) in enumerate(shards.rows(chosen)):
             lines = entries.get("txt", b"").decode("utf-8", errors="replace").splitlines()
             captions = [line.strip() for line in lines if line.strip()]
             if not captions:
-                raise ValueError(f"{name} has no captions: its entries end in {', '.join(entries)}; txt is needed.")
+                raise CaptionedRowError(
+                    f"{name} has no captions: its entries end in {', '.join(entries)}; txt is needed.", place
+                )
             yield CaptionedRow(name, image_of(name, entries), captions)
 
     return CaptionedImages(source, chosen, rows, fingerprint=fingerprint_of(source, chosen))
@@ -160,7 +160,7 @@ def captioned_table(
             try:
                 captions = [caption for caption in reader(row) if caption]
             except ValueError as error:
-                raise ValueError(f"{title} cannot be used: {error}; leave it out.") from error
+                raise CaptionedRowError(f"{title} cannot be used: {error}; leave it out.", place) from error
             yield CaptionedRow(title, field_of(row, images), captions)
 
     return CaptionedImages(name, split, rows, count, places)
@@ -195,6 +195,7 @@ def open_captioned(
         return captioned_table(source, split=split or "", **columns)
     source = str(source)
     if (shards := find_benchmark_shards(source)) is not None:
+        refuse_columns(source, columns)
         return _open_shards(source, shards, split)
     chosen, table = open_source_of(source, split)
     places = find_image_places(source, folder_of(source), image_folders)
@@ -211,22 +212,29 @@ def _find_text(name: str, features: Mapping[str, Any], given: str | None, usual:
             f"{name}: no column looks like the {what} captions ({', '.join(usual)}); its columns are "
             f"{', '.join(features)}. Name one with --{what}-column."
         )
-    if describe_feature(features[found[0]]) not in ("text", "texts") and features[found[0]] is not None:
-        raise ValueError(f"{name}: the column {found[0]!r} holds {features[found[0]]}, but texts are needed.")
+    _check_texts(name, features, found[0])
     return found[0]
 
 
-def _texts(title: str, value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value or ())
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"{title} has the caption {value!r:.80}, but a text is needed; leave the row out.")
-    return texts
+def _check_texts(name: str, features: Mapping[str, Any], column: str) -> None:
+    if describe_feature(features[column]) not in ("text", "texts") and features[column] is not None:
+        raise ValueError(f"{name}: the column {column!r} holds {features[column]}, but texts are needed.")
+
+
+def _numbered(name: str, table: Any) -> Iterator[NumberedRow]:
+    for place, row in enumerate(_read(name, table)):
+        yield NumberedRow(place, f"row {place} of {name}", row)
 
 
 def _captions_of(
     name: str, features: Mapping[str, Any], right: str | None, wrong: str | None, right_index: int | None
-) -> tuple[str, Callable[[str, Mapping[str, Any]], list[str]]]:
+) -> tuple[str, Callable[[NumberedRow], list[str]]]:
     """Return what the captions are, in words, and a function from a row to its captions, the right one first."""
+    if right_index is not None and (right or wrong):
+        raise ValueError(
+            f"--right-index is {right_index}, a place in the column {OPTIONS}: leave --right-column and --wrong-column "
+            f"out."
+        )
     if right_index is not None or (right is None and wrong is None and OPTIONS in features):
         if OPTIONS not in features:
             raise ValueError(
@@ -239,13 +247,14 @@ def _captions_of(
                 f"is 1 for relations and attributes, and 0 for the tests of order."
             )
         place: int = right_index
+        _check_texts(name, features, OPTIONS)
 
-        def of_options(title: str, row: Mapping[str, Any]) -> list[str]:
-            texts = _texts(title, row[OPTIONS])
+        def of_options(row: NumberedRow) -> list[str]:
+            texts = row.texts(OPTIONS)
             if not place < len(texts) or len(texts) < 2:
-                raise ValueError(
-                    f"{title} has {len(texts)} {OPTIONS}, but a wrong one and one at place {place}, counted from 0, "
-                    f"are needed; change --right-index, or leave the row out."
+                raise row.refuse(
+                    f"has {len(texts)} {OPTIONS}, but a wrong one and one at place {place}, counted from 0, are "
+                    f"needed; change --right-index, or leave the row out."
                 )
             return [texts[place], *texts[:place], *texts[place + 1 :]]
 
@@ -254,11 +263,11 @@ def _captions_of(
     several = [] if wrong else [column for column in features if SEVERAL_WRONG.fullmatch(column)]
     others = several or [_find_text(name, features, wrong, WRONG_NAMES, "wrong")]
 
-    def of_columns(title: str, row: Mapping[str, Any]) -> list[str]:
-        found = _texts(title, row[first])
+    def of_columns(row: NumberedRow) -> list[str]:
+        found = row.texts(first)
         if len(found) != 1:
-            raise ValueError(f"{title} has {len(found)} right captions, but one is needed; leave it out.")
-        return found + [text for column in others for text in _texts(title, row[column])]
+            raise row.refuse(f"has {len(found)} right captions, but one is needed; leave it out.")
+        return found + [text for column in others for text in row.texts(column)]
 
     return f"{first} and {', '.join(others)}", of_columns
 
@@ -292,16 +301,20 @@ def choices_table(
         places: Where paths in the rows may lead.
 
     Raises:
-        ValueError: It has no rows, or a column is missing.
+        ValueError: It has no rows, a column is missing, or an option has no effect on it.
     """
     table, features, count = _describe(name, split, table)
     if image_column is None and set(TWO_IMAGES + TWO_CAPTIONS) <= set(features):
+        if right_column or wrong_column or right_index is not None:
+            raise ValueError(
+                f"{name} has {', '.join(TWO_IMAGES + TWO_CAPTIONS)}, of which each caption is right for one image: "
+                f"leave --right-column, --wrong-column and --right-index out, or name one image by --image-column."
+            )
 
         def pairs() -> Iterator[ChoiceRow]:
-            for place, row in enumerate(_read(name, table)):
-                title = f"row {place} of {name}"
-                captions = [text for column in TWO_CAPTIONS for text in _texts(title, row[column])]
-                yield ChoiceRow(title, [row[column] for column in TWO_IMAGES], captions)
+            for row in _numbered(name, table):
+                captions = [text for column in TWO_CAPTIONS for text in row.texts(column)]
+                yield ChoiceRow(row.title, [row.values[column] for column in TWO_IMAGES], captions)
 
         return Choices(name, split, "two images and two captions", pairs, count, places)
     images = find_image_column(name, features, image_column)
@@ -309,13 +322,9 @@ def choices_table(
     is_cropped = set(BOX) <= set(features)
 
     def rows() -> Iterator[ChoiceRow]:
-        for place, row in enumerate(_read(name, table)):
-            title = f"row {place} of {name}"
-            image = field_of(row, images)
-            if is_cropped:
-                left, top, width, height = (int(row[column]) for column in BOX)
-                image = ImageRegion(image, (left, top, left + width, top + height))
-            yield ChoiceRow(title, [image], captions_of(title, row))
+        for row in _numbered(name, table):
+            image = field_of(row.values, images)
+            yield ChoiceRow(row.title, [ImageRegion(image, row.box()) if is_cropped else image], captions_of(row))
 
     image = "the box of an image" if is_cropped else "an image"
     return Choices(name, split, f"{image}, {described}", rows, count, places)

@@ -57,7 +57,10 @@ class NotFiniteFeaturesError(ValueError):
 def open_stored(stored: Any, places: ImagePlaces = NOWHERE) -> Image.Image:
     """Open an image, or a region of one, as a row holds it. Raises UnusableRowError if it cannot be opened."""
     if isinstance(stored, ImageRegion):
-        return open_stored(stored.stored, places).crop(stored.box)
+        image, (left, top, right, bottom) = open_stored(stored.stored, places), stored.box
+        if left >= image.width or top >= image.height or right <= 0 or bottom <= 0:
+            raise UnusableRowError(f"its box {stored.box} lies outside of its image of {image.width}x{image.height}")
+        return image.crop(stored.box)
     return stored if isinstance(stored, Image.Image) else open_content(image_content(stored, places))
 
 

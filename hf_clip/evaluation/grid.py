@@ -32,11 +32,12 @@ from ..model.checked_files import one_line, read_object
 from ..model.configuration_hf_clip import refuse_checkpoint_file
 from ..zero_shot.embedding_head import FOLDER as HEADS
 from .architecture import architecture_of
+from .device import check_computes
 from .feature_cache import optimize_and_remember
 from .fingerprint import fingerprint_of_files
 from .linear_probe import LinearProbeResult
 from .processes import EXPECTED, Processes, current, is_cpu_wanted
-from .reports import markdown_report, record_of, write_text
+from .reports import is_record, markdown_report, record_of, write_text
 from .zero_shot import ZeroShotResult
 
 IDENTITY = "identity"
@@ -55,7 +56,7 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
         The model in evaluation mode, and its processor.
 
     Raises:
-        ValueError: The dtype is unknown, or the name is that of a checkpoint file, which is converted first.
+        ValueError: The dtype or device is unknown, or the name is that of a checkpoint file, to be converted first.
         OSError: The model is not there, its folder holds none, or it cannot be read.
     """
     from transformers import AutoModel, AutoProcessor
@@ -63,6 +64,7 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}, but one that computes is needed: float32, bfloat16 or float16.")
+    check_computes(device)
     refuse_checkpoint_file(name)
     _check_folder(name)
     device = device or ("cuda" if torch.cuda.is_available() and not is_cpu_wanted() else "cpu")
@@ -128,7 +130,13 @@ def state_of(name: str, without: Sequence[str] = ()) -> str:
 
 
 def cells_of(
-    task: str, models: Sequence[str], datasets: Sequence[str], output: Path, options: dict[str, Any]
+    task: str,
+    models: Sequence[str],
+    datasets: Sequence[str],
+    output: Path,
+    options: dict[str, Any],
+    *,
+    are_read: bool = True,
 ) -> list[Cell]:
     """List the cells of models and data sets.
 
@@ -138,12 +146,13 @@ def cells_of(
         datasets: The data sets.
         output: Folder of the results.
         options: What else decides a result. Files among them are known by their content's size and time.
+        are_read: Whether models and data sets are read. Otherwise they are names alone, such as those that a file of
+            features has from a stranger.
     """
     cells = []
     decided = json.dumps({name: state_of(str(value)) for name, value in sorted(options.items()) if value is not None})
-    states = {name: state_of(name) for name in {*datasets}} | {
-        name: state_of(name, WRITTEN_BESIDE) for name in {*models}
-    }
+    states = {name: state_of(name) if are_read else name for name in {*datasets}}
+    states |= {name: state_of(name, WRITTEN_BESIDE) if are_read else name for name in {*models}}
     for model in dict.fromkeys(models):
         for dataset in dict.fromkeys(datasets):
             whole = "\0".join([task, model, dataset, states[model], states[dataset], decided])
@@ -155,11 +164,17 @@ def cells_of(
 
 
 def _finished(cell: Cell) -> dict[str, Any] | None:
+    record = _record_in(cell.path)
+    return record if record is not None and record.get(IDENTITY) == cell.identity else None
+
+
+def _record_in(path: Path) -> dict[str, Any] | None:
+    """Read the record of a cell. None if there is none, or something else."""
     try:
-        record = json.loads(cell.path.read_text(encoding="utf-8"))
+        record = read_object(path)
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get(IDENTITY) == cell.identity else None
+    return record if is_record(record) else None
 
 
 def run_grid(
@@ -207,10 +222,15 @@ def run_grid(
     Raises:
         FolderInUseError: Another program writes into the folder.
     """
-    output, processes, outcome = Path(output), current(), Outcome()
+    output, processes, outcome = Path(os.path.expanduser(output)), current(), Outcome()
     with processes.together("all cells"), _held(output, processes):
         cells = cells_of(
-            task, models, datasets, output, options | {"split": split, "dtype": dtype, "optimize": optimize or None}
+            task,
+            models,
+            datasets,
+            output,
+            options | {"split": split, "dtype": dtype, "optimize": optimize or None},
+            are_read=needs_model,
         )
         for name in dict.fromkeys(cell.model for cell in cells):
             loaded = None if needs_model else (None, None)
@@ -238,7 +258,7 @@ def run_grid(
             del loaded
             gc.collect()
         if outcome.records and processes.is_main:
-            write_results(output)
+            write_results(output, say)
     return outcome
 
 
@@ -315,11 +335,17 @@ def draw(result: ZeroShotResult | LinearProbeResult, title: str, folder: Path) -
         yield folder / "mistakes.png"
 
 
-def write_results(output: Path) -> list[dict[str, Any]]:
-    """Write results.json and results.md out of the records of all cells in a folder, and return the records."""
+def write_results(output: Path, say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
+    """Write results.json and results.md out of the records of all cells in a folder, and return the records.
+
+    A file that holds no record is left out, which `say` is told.
+    """
     found = []
     for path in sorted((output / "cells").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = _record_in(path)
+        if record is None:
+            say(f"left out of the results: {path} holds no record of a measurement; remove it.")
+            continue
         found.append({name: value for name, value in record.items() if name != IDENTITY})
     write_json(output / "results.json", found)
     write_text(output / "results.md", markdown_report(found))

@@ -326,13 +326,24 @@ def open_labelled(
         return labelled_table(source, split=split or "", class_names=class_names, **columns)
     source = str(source)
     if (splits := _find_class_folders(Path(os.path.expanduser(source)))) is not None:
+        refuse_columns(source, columns)
         return _open_class_folders(source, splits, split, class_names)
     if (shards := find_benchmark_shards(source)) is not None:
+        refuse_columns(source, columns)
         return _open_shards(source, shards, split, class_names)
     chosen, table = open_source_of(source, split)
     places = find_image_places(source, folder_of(source), image_folders)
     found = labelled_table(table, name=source, split=chosen, class_names=class_names, places=places, **columns)
     return replace(found, fingerprint=fingerprint_of(source, chosen))
+
+
+def refuse_columns(source: str, columns: Mapping[str, str | None]) -> None:
+    """Raise ValueError for a column that is named of a data set which has none.   columns: option → what is given"""
+    for name, given in columns.items():
+        if given is not None:
+            raise ValueError(
+                f"{source} has no columns, but a file for each image: leave --{name.replace('_', '-')} out."
+            )
 
 
 def splits_of(source: Any) -> list[str]:

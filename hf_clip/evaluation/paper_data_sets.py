@@ -4,6 +4,7 @@ Of 23 the Hub holds a copy, most of them in `clip-benchmark`'s layout with class
 in its classes, its templates or its split from what the paper used; figures are to be compared with that in mind.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from .device import check_computes
 from .probe_features import ProbeFeatures, SplitFeatures
 
 MOST_ITERATIONS = 1000
@@ -262,10 +263,11 @@ def find_protocol(name: str, *, seed: int = 0, device: str = "cpu") -> Protocol:
         device: Where AdamW computes.
 
     Raises:
-        ValueError: There is no such protocol, or the seed is out of range.
+        ValueError: There is no such protocol or device, or the seed is out of range.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"protocol is {name!r}, but one of {', '.join(PROTOCOLS)} is needed.")
+    check_computes(device)
     if not 0 <= seed <= MOST_SEED:
         raise ValueError(f"The seed is {seed}, but a whole number from 0 to {MOST_SEED:,} is needed.")
     return PROTOCOLS[name](seed, device)

@@ -5,13 +5,14 @@ writes it, and with `split`, `metric`, `count`, `unreadable`, `protocol`, `preci
 fractions from 0 to 1, but for median ranks, correlations and errors of scores.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -19,10 +20,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
 )
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from ..checkpoints.whole_file import whole_file
 from ..hub.model_card import markdown_table, name_of
 from ..hub.upload import PublishingError, check_repo_id, explain
+from ..model.checked_files import one_line
 from .few_shot import LP_PLUS_PLUS
 from .linear_probe import PREFIX, LinearProbeResult
 from .paper_data_sets import find_paper_data_set
@@ -63,6 +66,14 @@ def published_figure(dataset: str, architecture: str, task: str) -> float | None
     if found is None or task not in ("zero-shot", "linear-probe"):
         return None
     return (found.zero_shot if task == "zero-shot" else found.linear_probe).get(architecture)
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value from a file is a record: all tables can be made of it."""
+    try:
+        return isinstance(value, dict) and bool(text_table(*table_rows([value])) and markdown_report([value]))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
 
 
 def _linear_probe_fields(result: LinearProbeResult) -> dict[str, Any]:
@@ -193,13 +204,21 @@ def markdown_report(records: Sequence[dict[str, Any]]) -> str:
 def card_results(record: dict[str, Any]) -> list[EvalResult]:
     """Make the entries of a record for the model-index of a card."""
     dataset = record["dataset"].rstrip("/")
-    shown = dataset if dataset.count("/") == 1 and not Path(dataset).exists() else Path(dataset).name
+    place = Path(os.path.expanduser(dataset))
+    is_repository = dataset.count("/") == 1 and not place.exists()
+    shown = dataset if is_repository else Path(dataset).name
+    # Folders of one last name are different data. A card is published, and says nothing of this machine's folders.
+    mark = None
+    if not is_repository and (place.exists() or "/" in dataset):
+        whole = str(place.resolve()) if place.exists() else dataset
+        mark = f"local-{hashlib.blake2b(whole.encode(), digest_size=4).hexdigest()}"
     return [
         EvalResult(
             task_type=CARD_TASKS[record["task"]],
             task_name=record["task"] + (f" ({record['protocol_name']})" if "protocol_name" in record else ""),
             dataset_type=shown,
             dataset_name=shown,
+            dataset_config=mark,
             dataset_split=record["split"],
             metric_type=name.replace("@", "_at_"),
             metric_name=f"{name} ({record['protocol']}, {record['precision']})",
@@ -210,8 +229,34 @@ def card_results(record: dict[str, Any]) -> list[EvalResult]:
 
 
 def _is_of_same(one: EvalResult, other: EvalResult) -> bool:
-    names = ("task_type", "task_name", "dataset_type", "dataset_split", "metric_type")
+    names = ("task_type", "task_name", "dataset_type", "dataset_config", "dataset_split", "metric_type")
     return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+class _CardData(ModelCardData):
+    """A card's metadata whose model-index stays as it was read, with several models and their tasks' names."""
+
+    def __init__(self, **given: Any):
+        index = given.pop("model-index", None) or []
+        super().__init__(**given)
+        if not isinstance(index, list) or not all(isinstance(model, dict) for model in index):
+            raise ValueError("its model-index is no list of models")
+        self["model-index"] = index
+
+
+class _Card(ModelCard):
+    card_data_class = _CardData
+
+
+def check_card(folder: str | Path) -> Path:
+    """Return the card of a local repository. Raises FileNotFoundError if there is none."""
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there, so results have no place: --update-card takes a local repository with a card. "
+            f"Write one first; `hf-clip publish` and the trainer do."
+        )
+    return path
 
 
 def update_card(folder: str | Path, records: Iterable[dict[str, Any]]) -> Path:
@@ -228,14 +273,9 @@ def update_card(folder: str | Path, records: Iterable[dict[str, Any]]) -> Path:
         FileNotFoundError: The folder has no README.md.
         ValueError: Its metadata cannot be read.
     """
-    path = Path(folder) / "README.md"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not there, so results have no place: --update-card takes a local repository with a card. "
-            f"Write one first; `hf-clip publish` and the trainer do."
-        )
+    path = check_card(folder)
     try:
-        card = ModelCard.load(path)
+        card = _Card.load(path)
     except Exception as error:  # whatever YAML's reader says
         raise ValueError(f"The metadata of {path} cannot be read ({str(error).splitlines()[0]}).") from error
     _add_results(card, records, Path(folder).resolve().name)
@@ -244,10 +284,29 @@ def update_card(folder: str | Path, records: Iterable[dict[str, Any]]) -> Path:
 
 
 def _add_results(card: Any, records: Iterable[dict[str, Any]], name: str) -> None:
+    """Put results into a card's only model, else into the one of this name. All other models stay as they are."""
+    index = card.data["model-index"]
+    own = next((model for model in index if len(index) == 1 or model.get("name") == name), None)
+    try:
+        before = model_index_to_eval_results([own])[1] if own is not None else []
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"The model-index of the card of {name} cannot be read ({one_line(repr(error))}).") from error
     added = [entry for record in records for entry in card_results(record)]
-    kept = [entry for entry in card.data.eval_results or [] if not any(_is_of_same(entry, new) for new in added)]
-    card.data.eval_results = kept + added
-    card.data.model_name = card.data.model_name or name
+    kept = [entry for entry in before if not any(_is_of_same(entry, new) for new in added)]
+    shown = name if own is None else own["name"]
+    made = {"name": shown, "results": _results_of(shown, kept + added)}
+    card.data["model-index"] = [*index, made] if own is None else [made if it is own else it for it in index]
+
+
+def _results_of(name: str, entries: Iterable[EvalResult]) -> list[dict[str, Any]]:
+    """Write entries as results of a model-index, those of a task's name and data set together.
+
+    huggingface_hub puts tasks of one type together, and gives all the first one's name.
+    """
+    groups: dict[Any, list[EvalResult]] = {}
+    for entry in entries:
+        groups.setdefault((entry.task_name, entry.unique_identifier), []).append(entry)
+    return [result for group in groups.values() for result in eval_results_to_model_index(name, group)[0]["results"]]
 
 
 def check_repository(model: str) -> str:
@@ -283,9 +342,9 @@ def push_card(repo_id: str, records: Iterable[dict[str, Any]]) -> str:
     name = name_of(repo_id)
     try:
         try:
-            card = ModelCard.load(repo_id)
+            card = _Card.load(repo_id)
         except RemoteEntryNotFoundError:  # and not LocalEntryNotFoundError, which a failed connection raises too
-            card = ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
+            card = _Card(f"---\n{{}}\n---\n\n# {name}\n")
         except (HTTPError, OSError):  # of the Hub or the connection
             raise
         except Exception as error:  # whatever YAML's reader says

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.whole_file import whole_file
+from ..checkpoints.whole_folder import check_writable
 from .files import Classified
 
 ROWS_AT_ONCE = 4096
@@ -96,6 +97,7 @@ def check_table(path: str | Path) -> None:
         raise NotADirectoryError(f"{path} cannot be written: {folder} is no folder. Choose another name.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{path} cannot be written: you may not write in {folder}. Choose another folder.")
+    check_writable(path.absolute().parent)
     if path.suffix.lower() == ".parquet":
         try:
             import pyarrow  # noqa: F401

@@ -122,6 +122,14 @@ def test_retrieval_and_composition(digits: Path, data: Path, tmp_path: Path, cap
     assert "text_score" in capsys.readouterr().out
     tasks = [record["task"] for record in json.loads((tmp_path / "results.json").read_text())]
     assert tasks == ["image_caption_selection", "zeroshot_retrieval"]
+    for name, content in {"list": "[]", "other": '{"a": 1}', "cut": '{"dataset": "d", '}.items():
+        (tmp_path / "cells" / f"{name}.json").write_text(content)
+    assert run("compose", "--dataset", data / "choices", *common) == 0
+    out, err = capsys.readouterr()
+    assert "text_score" in out
+    assert err.count("left out of the results: ") == 3
+    assert f"{tmp_path / 'cells' / 'cut.json'} holds no record of a measurement; remove it." in err
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 2
     assert "image_retrieval_recall@10" in (tmp_path / "results.md").read_text()
 
 
@@ -148,6 +156,44 @@ def test_wrong_words_are_one_line(
     output = [] if words[0] == "list" else ["--output", str(tmp_path)]
     assert run(*words, *output) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["zero-shot", "linear-probe", "retrieval", "compose", "head", "interpolate"])
+def test_device_is_looked_at_first(task: str, capsys: pytest.CaptureFixture[str]):
+    words = ["m", "n"] if task == "interpolate" else ["--model", "m", *(["--name", "x"] if task == "head" else [])]
+    assert run(task, *words, "--dataset", "d", "--device", "foo") == 1
+    assert "error: Invalid value for '--device': device='foo' is no device; write cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "meta"], "'--device': device='meta' holds no values, so nothing can be measured; write cpu,"),
+        (["--threads", "-5"], "error: Invalid value for '--threads': "),
+        (["--batch-size", "0"], "error: Invalid value for '--batch-size': "),
+        (["--output", __file__], "test_evaluate.py is a file, but a folder to write to is needed: name another."),
+        (["--output", "/proc/x"], "error: /proc/x cannot be written: /proc takes no files ("),
+        (["--feature-cache", __file__], "'--feature-cache': {file} is a file, but a folder to write to is needed"),
+        (["--metric", "acc9"], "error: --metric is 'acc9', but there is no such metric: name one of acc1, acc5,"),
+        (["--update-card"], "README.md is not there, so results have no place: --update-card takes a local"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_model_is_loaded(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("zero-shot", "--model", "m", "--dataset", "d", *words) == 1
+    shown = capsys.readouterr().err
+    assert message.format(file=__file__) in shown
+    assert shown.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_home_in_a_path_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert run("zero-shot", "--model", "~nobody/m", "--dataset", "~nobody/d", "--output=~/results") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
 def test_each_value_stands_behind_the_name_of_its_option():

@@ -142,6 +142,14 @@ def test_missing_columns_are_named_with_those_that_are_there(rows: list[dict[str
         open_labelled(plain, class_names=DIGITS, label_column="lable")
 
 
+def test_files_without_columns_take_none(tmp_path: Path, rows: list[dict[str, Any]]):
+    for source in (write_class_folders(tmp_path / "digits", rows[:4]), write_shards(tmp_path / "wds", rows[:3])):
+        with pytest.raises(ValueError, match=r"has no columns, but a file for each image: leave --label-column out\."):
+            open_labelled(source, label_column="label")
+    with pytest.raises(FileNotFoundError, match="~nobody/x"):
+        open_labelled("~nobody/x")
+
+
 def test_captions_are_no_labels(tmp_path: Path, rows: list[dict[str, Any]]):
     with pytest.raises(ValueError, match=r"wds has captions and no labels .*; evaluate retrieval on it\."):
         open_labelled(write_shards(tmp_path / "wds", rows[:3], kind="retrieval"))

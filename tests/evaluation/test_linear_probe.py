@@ -235,6 +235,32 @@ def test_command_and_its_file_of_features(
             "error: There is no file of features 'f'; `hf-clip evaluate linear-probe --save",
         ),
         (
+            ["--features", "f", "--split", "test"],
+            "of a data set already: leave --split out, which has no effect on it.",
+        ),
+        (["--features", "f", "--batch-size", "8"], "leave --batch-size out, which has no effect on it."),
+        (["--features", "f", "--seed", "-1"], "error: The seed is -1, but a whole number from 0 to 4,294,967,295 is"),
+        (["--features", "f", "--few-shot", "²"], "error: --few-shot is '²', but numbers of images of each class are"),
+        (["--features", "f", "--few-shot", "9" * 5000], "…, but numbers of images of each class are needed, such as"),
+        (["--features", "f", "--few-shot", ","], "error: --few-shot is ',', but numbers of images of each class are"),
+        (["--features", "~nobody/x"], "error: There is no file of features '~nobody/x'; `hf-clip evaluate"),
+        (
+            ["--model", "m", "--dataset", "d", "--save-features", "/proc/f"],
+            "error: /proc cannot be written: /proc takes no files (",
+        ),
+        (
+            ["--model", "m", "--dataset", "d", "--save-features", "~/f", "--output", __file__],
+            "test_linear_probe.py is a file, but a folder to write to is needed: name another.",
+        ),
+        (
+            ["--model", "m", "--dataset", "d", "--save-features", "~/f", "--metric", "acc9"],
+            "error: --metric is 'acc9', but there is no such metric: name one of acc1, acc5,",
+        ),
+        (
+            ["--model", "m", "--dataset", "d", "--save-features", "~/f", "--update-card"],
+            "README.md is not there, so results have no place: --update-card takes a local repository with a card.",
+        ),
+        (
             ["--model", "m", "n", "--dataset", "d", "--save-features", "f"],
             "error: --save-features names one file, but there are 2 models and 1 data sets: name one of each.",
         ),

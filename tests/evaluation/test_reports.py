@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, metadata_load
 
 from hf_clip import VARIANTS, HfClipConfig
 from hf_clip.evaluation.architecture import architecture_of
 from hf_clip.evaluation.composition import CompositionResult
 from hf_clip.evaluation.paper_data_sets import find_paper_data_set, paper_data_sets
 from hf_clip.evaluation.reports import (
+    is_record,
     markdown_report,
     record_of,
     table_rows,
@@ -87,6 +88,49 @@ def test_card_takes_results_and_replaces_older_ones(tmp_path: Path):
     assert {name: entry.metric_value for name, entry in results.items()} == {"acc1": 0.9, "ece": 0.05}
     assert (results["acc1"].dataset_type, results["acc1"].dataset_split) == (CIFAR, "test")
     assert results["acc1"].metric_name == "acc1 (by hand, float32)"
+
+
+def test_data_sets_of_one_last_name_and_protocols_stand_side_by_side(tmp_path: Path):
+    """And so do the results of other models in the same card."""
+    other = {"name": "other", "results": [{"task": {"type": "t"}, "any": "thing"}]}
+    metadata = {"license": "mit", "model-index": [other, {"name": "mine", "results": []}]}
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\n{json.dumps(metadata)}\n---\n\n# Mine\n")
+
+    def record(part: str, value: float, task: str = "zero-shot", **more: Any) -> dict[str, Any]:
+        (tmp_path / part / "test").mkdir(parents=True, exist_ok=True)
+        result = ZeroShotResult({"acc1": value}, "acc1", 100, ["a", "b"], **COMMON)
+        return record_of(result, task=task, model="mine", dataset=str(tmp_path / part / "test")) | more
+
+    for first, second in ((0.1, 0.2), (0.3, 0.4)):
+        update_card(folder, [record("p", first)])
+        update_card(folder, [record("q", second)])
+        for name in ("paper", "openai"):
+            update_card(folder, [record("p", first + second, "linear-probe", protocol_name=name)])
+    kept, mine = metadata_load(folder / "README.md")["model-index"]
+    assert kept == other
+    found = [(one["task"]["name"], one["dataset"]["type"], one["metrics"][0]["value"]) for one in mine["results"]]
+    assert sorted(found) == [
+        ("linear_probe (openai)", "test", 0.7),
+        ("linear_probe (paper)", "test", 0.7),
+        ("zeroshot_classification", "test", 0.3),
+        ("zeroshot_classification", "test", 0.4),
+    ]
+    assert str(tmp_path) not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("index", ["5", "[5]", '[{"name": "m", "results": 5}]', '[{"name": "m"}]'])
+def test_model_index_that_is_none(index: str, tmp_path: Path):
+    (tmp_path / "README.md").write_text(f"---\nmodel-index: {index}\n---\n\n# Mine\n")
+    with pytest.raises(ValueError, match=r"The (metadata|model-index) of .* cannot be read \("):
+        update_card(tmp_path, [zero_shot_record()])
+
+
+@pytest.mark.parametrize("value", [[], 5, {"a": 1}, zero_shot_record() | {"metrics": {"acc1": "x"}}])
+def test_what_is_no_record(value: Any):
+    assert not is_record(value)
+    assert is_record(zero_shot_record())
 
 
 def test_folder_without_a_card_is_an_error(tmp_path: Path):

@@ -1,5 +1,7 @@
 """Retrieval on a data set, and compositionality, from end to end."""
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,13 @@ import pytest
 import torch
 from datasets import Dataset, Image
 
+from hf_clip.data.columns import UnusableRowError
+from hf_clip.data.images import ImageRegion
 from hf_clip.evaluation.captioned_images import choices_table
 from hf_clip.evaluation.composition import evaluate_composition
 from hf_clip.evaluation.embed import open_stored
 from hf_clip.evaluation.metrics import recall_at_k
+from hf_clip.evaluation.numbered_row import CaptionedRowError
 from hf_clip.evaluation.retrieval import evaluate_retrieval, retrieval_metrics
 from hf_clip.zero_shot.features import encode_images, encode_texts
 
@@ -187,6 +192,45 @@ def test_box_of_aro_is_what_the_model_sees(rows: list[dict[str, Any]]):
     assert found.layout == "the box of an image, correct_caption and hard_text_1, hard_text_2"
     whole = np.asarray(open_stored({"bytes": rows[0]["bytes"]}))
     assert np.array_equal(np.asarray(open_stored(row.images[0])), whole[1:15, 3:12])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"bbox_x": None}, "row 1 of the data set has the box [None, 1.0, 9.0, 14.0], but pixels are needed, bbox_x"),
+        ({"bbox_y": math.inf}, "row 1 of the data set has the box [3.0, inf, 9.0, 14.0], but pixels are needed"),
+        ({"bbox_x": 1e12}, "row 1 of the data set has the box [1000000000000.0, 1.0, 9.0, 14.0], but pixels"),
+        ({"bbox_w": -4.0}, "row 1 of the data set has a box of -4x14 pixels, but one from 1x1 to 67,108,864 pixels"),
+        ({"bbox_w": 2e5, "bbox_h": 2e5}, "row 1 of the data set has a box of 200000x200000 pixels, but one from"),
+        ({"wrong_caption": None}, "row 1 of the data set has the caption None, but a text is needed; leave the row"),
+    ],
+)
+def test_row_that_cannot_be_chosen_from_is_named(rows: list[dict[str, Any]], changed: dict[str, Any], message: str):
+    data = captioned(rows[:2])
+    given = {"bbox_x": 3.0, "bbox_y": 1.0, "bbox_w": 9.0, "bbox_h": 14.0, "wrong_caption": "wrong"}
+    for name, value in given.items():
+        data = data.add_column(name, [value, changed.get(name, value)])
+    with pytest.raises(CaptionedRowError, match=re.escape(message)) as caught:
+        list(choices_table(data).rows())
+    assert caught.value.index == 1
+
+
+def test_box_outside_of_its_image_cannot_be_opened(rows: list[dict[str, Any]]):
+    with pytest.raises(UnusableRowError, match=r"its box \(999, 0, 1008, 9\) lies outside of its image of \d+x\d+"):
+        open_stored(ImageRegion({"bytes": rows[0]["bytes"]}, (999, 0, 1008, 9)))
+
+
+def test_options_of_captions_without_effect(rows: list[dict[str, Any]]):
+    data = with_options(rows[:4], 0)
+    with pytest.raises(ValueError, match=r"--right-index is 0, a place in the column caption_options: leave --right-c"):
+        choices_table(data, right_index=0, right_column="caption_options")
+    numbers = captioned(rows[:2]).add_column("caption_options", [1, 2])
+    with pytest.raises(ValueError, match=r"the column 'caption_options' holds Value\('int64'\), but texts are needed"):
+        choices_table(numbers, right_index=0)
+    pair = captioned(rows[:1]).rename_columns({"image": "image_0", "caption": "caption_0"})
+    pair = pair.add_column("image_1", [b"x"]).add_column("caption_1", ["y"])
+    with pytest.raises(ValueError, match=r"of which each caption is right for one image: leave --right-column"):
+        choices_table(pair, right_index=0)
 
 
 def test_composition_without_wrong_captions_is_an_error(small_clip: Clip, rows: list[dict[str, Any]]):

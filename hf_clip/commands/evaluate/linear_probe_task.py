@@ -1,6 +1,5 @@
 """`hf-clip evaluate linear-probe`."""
 
-import os
 import re
 import sys
 from enum import Enum
@@ -22,6 +21,9 @@ from .task_options import (
     Split,
     Threads,
     UpdateCard,
+    check_folder,
+    check_task,
+    expanded,
     run_task,
 )
 
@@ -42,6 +44,16 @@ def read_shots(text: str | None) -> list[int]:
             f"1,2,4,8,16."
         )
     return [int(word) for word in words]
+
+
+def check_unused(**options: tuple[Any, Any]) -> None:
+    """Raise ValueError for an option that has no effect with --features.   option → what is given, and its default"""
+    for name, (given, default) in options.items():
+        if given != default:
+            raise ValueError(
+                f"--features is what a model has made of a data set already: leave --{name.replace('_', '-')} out, "
+                f"which has no effect on it."
+            )
 
 
 def check_sources(
@@ -65,8 +77,10 @@ def check_sources(
             f"--save-features names one file, but there are {len(model)} models and {len(dataset)} data sets: name one "
             f"of each."
         )
-    if save_features is not None and Path(os.path.expanduser(save_features)).exists():
+    if save_features is not None and Path(save_features).exists():
         raise ValueError(f"{save_features} is there already: measure it by --features, or remove it.")
+    if save_features is not None:
+        check_folder(str(Path(save_features).absolute().parent))
 
 
 def linear_probe(
@@ -111,7 +125,7 @@ def linear_probe(
         str | None, typer.Option(help="Features in place of models and data sets, see the guide.", metavar="FILE")
     ] = None,
     save_features: Annotated[
-        str | None, typer.Option(help="Write the features, for --features.", metavar="FILE")
+        str | None, typer.Option(help="Write the features, for --features.", metavar="FILE", callback=expanded)
     ] = None,
     image_column: ImageColumn = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels, if not the only one.")] = None,
@@ -141,10 +155,26 @@ def linear_probe(
     from ...evaluation.linear_probe import probe_features
     from ...evaluation.paper_data_sets import find_paper_data_set, resolve_data_set
     from ...evaluation.probe_encoding import encode_splits
+    from ...evaluation.probe_protocols import find_protocol
     from ...evaluation.processes import current
 
     models, datasets, shots = model or [], dataset or [], read_shots(few_shot)
     check_sources(models, datasets, features, save_features, update_card, push)
+    find_protocol(protocol.value, seed=seed)
+    if features is not None:
+        check_unused(
+            train_split=(train_split, "train"),
+            validation_split=(validation_split, None),
+            split=(split, None),
+            class_names=(class_names, None),
+            templates=(templates, None),
+            image_column=(image_column, None),
+            label_column=(label_column, None),
+            batch_size=(batch_size, 32),
+            feature_cache=(feature_cache, None),
+            dtype=(dtype, Dtype.float32),
+            threads=(threads, None),
+        )
     progress = sys.stderr.isatty()
 
     def encode(loaded: Any, processor: Any, name: str) -> Any:
@@ -169,6 +199,7 @@ def linear_probe(
 
     if save_features is not None:
         with current().together("encoding"):
+            check_task("linear-probe", models, output, metric=metric, update_card=update_card, push=push)
             found = encode(*load_model(models[0], dtype.value, device), datasets[0])
             if current().is_main:
                 write_features(save_features, replace(found, model=models[0], dataset=datasets[0]))

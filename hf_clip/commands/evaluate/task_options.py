@@ -15,6 +15,44 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+def expanded(path: str | None) -> str | None:
+    """Return a path with the user's folder in place of `~`, which the shell leaves in `--output=~/results`."""
+    return None if path is None else os.path.expanduser(path)
+
+
+def _cache_folder(path: str | None) -> str | None:
+    path = expanded(path)
+    if path:
+        try:
+            check_folder(path)
+        except OSError as error:
+            raise typer.BadParameter(str(error)) from None
+    return path
+
+
+def _device(device: str | None) -> str | None:
+    """Check a device before anything is loaded."""
+    if device:
+        from ...evaluation.device import check_computes
+
+        try:
+            check_computes(device)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return device
+
+
+def check_folder(path: str) -> None:
+    """Raise FileExistsError or PermissionError if nothing can be written into a folder, which need not be there."""
+    from pathlib import Path
+
+    from ...checkpoints.whole_folder import check_writable
+
+    if Path(path).exists() and not Path(path).is_dir():
+        raise FileExistsError(f"{path} is a file, but a folder to write to is needed: name another.")
+    check_writable(Path(path))
+
+
 Models = Annotated[
     list[str],
     typer.Option("--model", help="Folders or repositories: ours, or stock CLIP or SigLIP.", metavar="M [M ...]"),
@@ -28,27 +66,71 @@ DataSets = Annotated[
     ),
 ]
 Output = Annotated[
-    str, typer.Option("--output", help="Folder of the results. What is there is not measured again.", metavar="FOLDER")
+    str,
+    typer.Option(
+        "--output",
+        help="Folder of the results. What is there is not measured again.",
+        metavar="FOLDER",
+        callback=expanded,
+    ),
 ]
 Split = Annotated[str | None, typer.Option(help="Split of the data. Default: test, validation, or the only one.")]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of images, if not the only one that can be it.")]
-BatchSize = Annotated[int, typer.Option(help="Images encoded at once; halved if a GPU runs out of memory.")]
+BatchSize = Annotated[int, typer.Option(help="Images encoded at once; halved if a GPU runs out of memory.", min=1)]
 Cache = Annotated[
-    str | None, typer.Option("--feature-cache", help="Folder in which image features are kept.", metavar="FOLDER")
+    str | None,
+    typer.Option(
+        "--feature-cache", help="Folder in which image features are kept.", metavar="FOLDER", callback=_cache_folder
+    ),
 ]
 Precision = Annotated[Dtype, typer.Option("--dtype", help="What the model computes in.")]
 Optimize = Annotated[
     bool,
     typer.Option("--optimize", help="Optimize our models for this processor first. Features differ by up to 1e-5."),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.", callback=_device)]
 UpdateCard = Annotated[
     bool, typer.Option("--update-card", help="Put the results into the model-index of a local model's README.md.")
 ]
 Push = Annotated[
     bool, typer.Option("--push", help="Put the results into the model-index of the models' repositories on the Hub.")
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads that open images. Default: the number of processors.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads that open images. Default: the number of processors.", min=1)
+]
+
+
+def check_task(
+    task: str,
+    models: list[str],
+    output: str,
+    *,
+    metric: str | None,
+    update_card: bool,
+    push: bool,
+) -> None:
+    """Refuse, before anything is encoded, what could not be written or reported afterwards."""
+    from pathlib import Path
+
+    from ...checkpoints.whole_folder import held_folder
+    from ...evaluation.linear_probe import PREFIX
+    from ...evaluation.processes import current
+    from ...evaluation.reports import check_card, check_repository
+    from ...evaluation.zero_shot import METRICS
+    from ...extras import require
+
+    require(f"hf-clip evaluate {task}", "eval")
+    if metric is not None and metric.removeprefix(PREFIX) not in METRICS:
+        raise ValueError(f"--metric is {metric!r}, but there is no such metric: name one of {', '.join(METRICS)}.")
+    for name in models:
+        if push:
+            check_repository(name)
+        if update_card:
+            check_card(name)
+    check_folder(output)
+    if current().is_main:
+        with held_folder(Path(output).resolve()):  # nobody else writes there now
+            pass
 
 
 def run_task(
@@ -74,14 +156,12 @@ def run_task(
 
     from ...evaluation.grid import run_grid
     from ...evaluation.processes import current
-    from ...evaluation.reports import check_repository, push_card, table_rows, text_table
+    from ...evaluation.reports import push_card, table_rows, text_table
     from ...evaluation.reports import update_card as write_card
-    from ...extras import require
 
+    output = os.path.expanduser(output)
     with current().together(task):
-        require(f"hf-clip evaluate {task}", "eval")
-        for name in models if push else ():
-            check_repository(name)
+        check_task(task, models, output, metric=options.get("metric"), update_card=update_card, push=push)
         outcome = run_grid(
             task,
             models,
