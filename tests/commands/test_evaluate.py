@@ -192,7 +192,7 @@ def test_what_cannot_be_done_is_refused_before_the_model_is_loaded(
 def test_home_in_a_path_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert run("zero-shot", "--model", "~nobody/m", "--dataset", "~nobody/d", "--output=~/results") == 1
+    assert run("zero-shot", "--model", "~no-such-user/m", "--dataset", "~no-such-user/d", "--output=~/results") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 

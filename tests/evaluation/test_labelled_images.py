@@ -146,8 +146,8 @@ def test_files_without_columns_take_none(tmp_path: Path, rows: list[dict[str, An
     for source in (write_class_folders(tmp_path / "digits", rows[:4]), write_shards(tmp_path / "wds", rows[:3])):
         with pytest.raises(ValueError, match=r"has no columns, but a file for each image: leave --label-column out\."):
             open_labelled(source, label_column="label")
-    with pytest.raises(FileNotFoundError, match="~nobody/x"):
-        open_labelled("~nobody/x")
+    with pytest.raises(FileNotFoundError, match="~no-such-user/x"):
+        open_labelled("~no-such-user/x")
 
 
 def test_captions_are_no_labels(tmp_path: Path, rows: list[dict[str, Any]]):

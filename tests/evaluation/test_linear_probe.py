@@ -243,7 +243,7 @@ def test_command_and_its_file_of_features(
         (["--features", "f", "--few-shot", "²"], "error: --few-shot is '²', but numbers of images of each class are"),
         (["--features", "f", "--few-shot", "9" * 5000], "…, but numbers of images of each class are needed, such as"),
         (["--features", "f", "--few-shot", ","], "error: --few-shot is ',', but numbers of images of each class are"),
-        (["--features", "~nobody/x"], "error: There is no file of features '~nobody/x'; `hf-clip evaluate"),
+        (["--features", "~no-such-user/x"], "error: There is no file of features '~no-such-user/x'; `hf-clip evaluate"),
         (
             ["--model", "m", "--dataset", "d", "--save-features", "/proc/f"],
             "error: /proc cannot be written: /proc takes no files (",
