@@ -123,7 +123,7 @@ def part_of(path: Path) -> str:
 
 
 def test_paths_are_expanded_by_what_takes_unknown_users():
-    """pathlib raises RuntimeError for `~nobody/x`; `os.path.expanduser` leaves it, and it is a path that isn't there."""
+    """pathlib raises RuntimeError for `~nobody/x`; `os.path.expanduser` leaves it, a path that is not there."""
     assert not [str(path) for path in PACKAGE.rglob("*.py") if ".expanduser()" in path.read_text()]
 
 
