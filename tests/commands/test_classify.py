@@ -179,6 +179,7 @@ def test_labels_come_from_a_file(name: str, content: str, labels: list[str], tmp
     ("words", "line"),
     [
         (["{images}", "--output", "scores.txt"], "scores.txt ends in none of .csv, .jsonl, .parquet"),
+        (["{images}", "--output", "/proc/x.csv"], "cannot be written: "),
         (["{images}", "--output", "{images}"], "is a folder; name a file in it"),
         (["{empty}"], "has no images: no file in it"),
         (["{images}", "--output", ""], "output is given as an empty text"),

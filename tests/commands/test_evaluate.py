@@ -172,7 +172,7 @@ def test_device_is_looked_at_first(task: str, capsys: pytest.CaptureFixture[str]
         (["--threads", "-5"], "error: Invalid value for '--threads': "),
         (["--batch-size", "0"], "error: Invalid value for '--batch-size': "),
         (["--output", __file__], "test_evaluate.py is a file, but a folder to write to is needed: name another."),
-        (["--output", "/proc/x"], "error: /proc/x cannot be written: /proc takes no files ("),
+        (["--output", "/proc/x"], "error: /proc/x cannot be written: /proc "),
         (["--feature-cache", __file__], "'--feature-cache': {file} is a file, but a folder to write to is needed"),
         (["--metric", "acc9"], "error: --metric is 'acc9', but there is no such metric: name one of acc1, acc5,"),
         (["--update-card"], "README.md is not there, so results have no place: --update-card takes a local"),
