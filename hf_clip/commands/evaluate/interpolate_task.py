@@ -146,7 +146,7 @@ def interpolate(
     if found is not None:
         print(text_table(*found.rows()))
         print(f"\nbest mean: {100 * max(found.mean):.1f} % at alpha {show_alpha(found.best)}")
-        if not no_plots and current().is_main:
+        if not no_plots and current().is_main and len(points) > 1:  # of one value there is no curve
             from ...evaluation.plots import plot_interpolation
 
             path = Path(output) / f"interpolation--{Path(pretrained).name}--{Path(finetuned).name}.png"
@@ -154,6 +154,6 @@ def interpolate(
             say(f"picture: {path}")
         if save_best is not None and current().is_main:
             models.save(found.best, processor, save_best)
-            print(save_best)
+            print(f"model: {save_best}")
     if outcome.failures or len(opened) < len({*dataset}):
         raise typer.Exit(2 if found is not None else 1)
