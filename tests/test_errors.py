@@ -13,12 +13,16 @@ import hf_clip
 from hf_clip.checkpoints.errors import CheckpointError, NoCheckpointsPickleError
 from hf_clip.checkpoints.whole_folder import DiskFullError, FolderInUseError
 from hf_clip.evaluation.embed import NotFiniteFeaturesError, UnreadableImagesError
+from hf_clip.evaluation.numbered_row import CaptionedRowError
+from hf_clip.evaluation.scored_images import ScoreError
 from hf_clip.model.checked_files import DamagedWeightsError, FolderReplacedError
 from hf_clip.model.fetch import FetchError
 from hf_clip.model.open_image import UnreadableImageError
 from hf_clip.model.repair_text import TextError
 from hf_clip.model.text_ends import EndOfTextError
-from hf_clip.training.stopping import Stopped
+from hf_clip.training.checkpoint import UnwrittenCheckpointError
+from hf_clip.training.data.loader import WorkerKilledError
+from hf_clip.training.stopping import ProcessGoneError, Stopped
 from hf_clip.zero_shot.features import TextTooLongError
 from hf_clip.zero_shot.prompts import LabelError
 
@@ -38,6 +42,11 @@ MADE: list[BaseException] = [
     UnreadableImagesError("too many", 2, 9, ["a.png: empty"]),
     FetchError("http://x/y", "gone", 404, 3.0),
     Stopped(15, "a checkpoint"),
+    CaptionedRowError("row 3 has no caption", 3),
+    ScoreError("row 3 has no score", 3),
+    UnwrittenCheckpointError(Path("run/checkpoint-9"), 5000, None, Path("run/checkpoint-6")),
+    WorkerKilledError("pairs.csv"),
+    ProcessGoneError("process 1"),
 ]
 
 

@@ -3,7 +3,7 @@
 Each logit z is a question of its own: log(1 + exp z) for a negative, log(1 + exp -z) for a pair's own. The gradients
 are σ(z) and -σ(-z). Duplicates are not asked for.
 
-Dimensions: B pairs of this process, N pairs of all processes, r rows and c columns of a tile.
+Dimensions: B pairs of this process, N pairs of all processes. A tile has `r` rows and `c` columns.
 """
 
 import torch

@@ -14,7 +14,7 @@ With label smoothing ε a row's target gives ε / k_i to each of its k_i candida
 
 Each process has its rows of the logits, so rows are complete. Columns are put together from all processes.
 
-Dimensions: B pairs of this process, N pairs of all processes, r rows and c columns of a tile.
+Dimensions: B pairs of this process, N pairs of all processes. A tile has `r` rows and `c` columns.
 """
 
 import torch

@@ -3,8 +3,8 @@
 A tile holds some images of this process (rows) against some texts of all processes (columns). Pair i's own logit stands
 where the tile crosses the diagonal. Pairs that share an image or a caption are found by their ids, tile by tile.
 
-Dimensions: B pairs of this process (`local_…`), N pairs of all processes (`global_…`), D embedding, r rows and
-c columns of a tile.
+Dimensions: B pairs of this process (`local_…`), N pairs of all processes (`global_…`), D embedding. A tile has
+`r` rows and `c` columns.
 """
 
 from collections.abc import Iterator

@@ -501,7 +501,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ):
     if not is_known:  # as under a quota
-        monkeypatch.setattr(whole_folder_module, "_free", lambda place: None)
+        monkeypatch.setattr(whole_folder_module, "free_bytes", lambda place: None)
     assert main([str(archives["vit"]), str(small_disk / "out"), "--format", format_name]) == 1
     err = capsys.readouterr().err
     assert "error: No space left in " in err

@@ -212,7 +212,7 @@ def test_worker_that_is_told_to_end_serves_its_process_on(shard: str, processor:
 
 
 def worker_of(before: set[psutil.Process]) -> psutil.Process:
-    begun = set(psutil.Process().children()) - before
+    begun = {child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE} - before
     (worker,) = [child for child in begun if "resource_tracker" not in " ".join(child.cmdline())]
     return worker
 
