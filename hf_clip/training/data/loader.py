@@ -148,6 +148,7 @@ class PairLoader:
         """What the workers make of an epoch. When one is killed, all start anew with the batch that is missing."""
         number, found = first_batch, self._iterate(epoch, first_batch)
         while True:
+            ended = ""
             try:
                 item = next(found)
             except StopIteration:
@@ -158,9 +159,12 @@ class PairLoader:
                     raise
                 if self.is_restarted:
                     raise WorkerKilledError(self.pairs.name) from error
-                self.is_restarted = True
                 ended = "A DataLoader worker exited unexpectedly" if is_lost else str(error).rstrip(".")
+            if ended:
+                self.is_restarted = True
                 logger.warning("%s; it is started anew, once.", ended)
+                # Behind the except block nothing else holds the old workers: they are gone before the new ones begin.
+                found = iter(())
                 self.loader = self.start()
                 found = self._iterate(epoch, number)
                 continue

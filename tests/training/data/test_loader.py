@@ -224,8 +224,11 @@ def test_killed_worker_is_started_anew_once_and_no_batch_is_lost(
     streaming: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
 ):
     """Into the second epoch. The numbers that the run draws itself stay those that it would have drawn."""
+    own_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader of another test may have left torch's
+    request.addfinalizer(lambda: signal.signal(signal.SIGCHLD, own_handler))
     # torch looks every five seconds whether its workers live.
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
     pairs = load_pairs(shard_with_bad_rows, streaming=streaming)
