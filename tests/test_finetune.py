@@ -168,6 +168,7 @@ def test_several_processes_say_it_once(digits: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_error_of_another_process_alone_is_said_by_it(digits: Path, tmp_path: Path):
     """The main process fails in the middle of an exchange, and says nothing."""
     program = tmp_path / "program.py"

@@ -222,8 +222,11 @@ def test_hidden_states_and_attentions_of_both_towers(model: HfClipModel, tower: 
         assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
 
 
+COMPILED_ATTENTION = pytest.param("flex_attention", marks=pytest.mark.slow)  # compiling takes most of a minute
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", COMPILED_ATTENTION, "flash_attention_2"])
 def test_attention_implementations_agree(repository: Path, tower: str, implementation: str):
     if implementation == "flash_attention_2":
         pytest.importorskip("flash_attn", reason="flash_attention_2 needs the flash_attn package and a GPU")

@@ -265,6 +265,7 @@ def test_a_wrapper_that_accelerate_leaves_out_is_said(variable: str, name: str, 
 # --- the files -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fsdp2_file_is_refused_on_a_cpu(digits: Path, tmp_path: Path):
     done = launch(options(digits, tmp_path / "no"), "--config_file", str(CONFIGS / "fsdp2.yaml"), processes=2)
     assert done.returncode != 0

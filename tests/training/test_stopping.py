@@ -82,6 +82,7 @@ def wait_for(condition, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_run_whose_launcher_is_killed_ends_with_a_checkpoint(digits: Path, tmp_path: Path):
     out = tmp_path / "out"
     flags = options(
