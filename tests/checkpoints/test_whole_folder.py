@@ -183,6 +183,7 @@ while time.monotonic() < end:
         with whole_folder(out) as folder:
             for name in ("a.txt", "model.bin", "config.json"):
                 (folder / name).write_text(f"{text}-{written}")
+            time.sleep(0.01)  # a file's time moves on by ticks of up to that; real models take longer to write
         written += 1
     except FolderInUseError:
         refused += 1
