@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..data.benchmark_shards import BenchmarkShards, find_benchmark_shards, image_of
-from ..data.columns import CaptionReader, describe_feature, field_of, find_caption_column, find_image_column
+from ..data.columns import CaptionReader, describe_feature, find_caption_column, find_image_column
 from ..data.images import NOWHERE, ImagePlaces, ImageRegion, find_image_places
-from ..data.sources import describe_columns, folder_of, leave_undecoded, readable
+from ..data.sources import folder_of
 from .fingerprint import fingerprint_of
 from .labelled_images import open_source_of, refuse_columns
-from .numbered_row import BOX, CaptionedRowError, NumberedRow
+from .numbered_row import BOX, CaptionedRowError, NumberedRow, describe_table, numbered_rows
 
 RIGHT_NAMES = ("caption", "true_caption", "positive_caption", "correct_caption", "caption_0")
 WRONG_NAMES = ("negative_caption", "false_caption", "wrong_caption", "incorrect_caption", "caption_1")
@@ -85,28 +85,6 @@ class Choices:
     places: ImagePlaces = NOWHERE
 
 
-def _describe(name: str, split: str, table: Any) -> tuple[Any, dict[str, Any], int | None]:
-    """Return a table with images undecoded, its columns, and the number of its rows if that is known."""
-    with readable(name):
-        features = describe_columns(table)
-        table = leave_undecoded(table, features if table.features else ())
-    count = len(table) if hasattr(table, "__len__") else None
-    if not features or count == 0:
-        raise ValueError(f"{name} has no rows{f' in its split {split!r}' if split else ''}.")
-    return table, features, count
-
-
-def _read(name: str, table: Any) -> Iterator[Mapping[str, Any]]:
-    with readable(name):
-        iterator = iter(table)
-    while True:
-        with readable(name):
-            row = next(iterator, None)
-        if row is None:
-            return
-        yield row
-
-
 def _open_shards(source: str, shards: BenchmarkShards, split: str | None) -> CaptionedImages:
     if shards.kind != "retrieval":
         raise ValueError(
@@ -149,19 +127,18 @@ def captioned_table(
     Raises:
         ValueError: It has no rows, or a column is missing or ambiguous.
     """
-    table, features, count = _describe(name, split, table)
+    table, features, count = describe_table(name, split, table)
     images = find_image_column(name, features, image_column)
     texts = find_caption_column(name, features, caption_column, images)
     reader = CaptionReader(name, texts, features)
 
     def rows() -> Iterator[CaptionedRow]:
-        for place, row in enumerate(_read(name, table)):
-            title = f"row {place} of {name}"
+        for row in numbered_rows(name, table):
             try:
-                captions = [caption for caption in reader(row) if caption]
+                captions = [caption for caption in reader(row.values) if caption]
             except ValueError as error:
-                raise CaptionedRowError(f"{title} cannot be used: {error}; leave it out.", place) from error
-            yield CaptionedRow(title, field_of(row, images), captions)
+                raise row.refuse(f"cannot be used: {error}; leave it out.") from error
+            yield CaptionedRow(row.title, row.field(images), captions)
 
     return CaptionedImages(name, split, rows, count, places)
 
@@ -219,11 +196,6 @@ def _find_text(name: str, features: Mapping[str, Any], given: str | None, usual:
 def _check_texts(name: str, features: Mapping[str, Any], column: str) -> None:
     if describe_feature(features[column]) not in ("text", "texts") and features[column] is not None:
         raise ValueError(f"{name}: the column {column!r} holds {features[column]}, but texts are needed.")
-
-
-def _numbered(name: str, table: Any) -> Iterator[NumberedRow]:
-    for place, row in enumerate(_read(name, table)):
-        yield NumberedRow(place, f"row {place} of {name}", row)
 
 
 def _captions_of(
@@ -303,7 +275,7 @@ def choices_table(
     Raises:
         ValueError: It has no rows, a column is missing, or an option has no effect on it.
     """
-    table, features, count = _describe(name, split, table)
+    table, features, count = describe_table(name, split, table)
     if image_column is None and set(TWO_IMAGES + TWO_CAPTIONS) <= set(features):
         if right_column or wrong_column or right_index is not None:
             raise ValueError(
@@ -312,7 +284,7 @@ def choices_table(
             )
 
         def pairs() -> Iterator[ChoiceRow]:
-            for row in _numbered(name, table):
+            for row in numbered_rows(name, table):
                 captions = [text for column in TWO_CAPTIONS for text in row.texts(column)]
                 yield ChoiceRow(row.title, [row.values[column] for column in TWO_IMAGES], captions)
 
@@ -322,8 +294,8 @@ def choices_table(
     is_cropped = set(BOX) <= set(features)
 
     def rows() -> Iterator[ChoiceRow]:
-        for row in _numbered(name, table):
-            image = field_of(row.values, images)
+        for row in numbered_rows(name, table):
+            image = row.field(images)
             yield ChoiceRow(row.title, [ImageRegion(image, row.box()) if is_cropped else image], captions_of(row))
 
     image = "the box of an image" if is_cropped else "an image"

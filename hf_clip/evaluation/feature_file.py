@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..checkpoints.whole_file import whole_file
 from ..model.checked_files import MOST_DEPTH, nested_depth, one_line
-from .probe_features import ProbeFeatures, SplitFeatures, check_features
+from .split_features import ProbeFeatures, SplitFeatures, check_features
 
 SPLITS = ("train", "validation", "test")
 TEXTS = ("model", "dataset", "architecture", "tower", "precision", "prompts")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .lp_plus_plus import fit_lp_plus_plus
-from .probe_features import ProbeFeatures, SplitFeatures, check_directions
+from .split_features import ProbeFeatures, SplitFeatures, check_directions
 
 PROBE, LP_PLUS_PLUS = "linear probe", "LP++"
 

@@ -32,7 +32,7 @@ from ..model.checked_files import one_line, read_object
 from ..model.configuration_hf_clip import refuse_checkpoint_file
 from ..zero_shot.embedding_head import FOLDER as HEADS
 from .architecture import architecture_of
-from .device import check_computes
+from .device import check_computes, dtype_named
 from .feature_cache import optimize_and_remember
 from .fingerprint import fingerprint_of_files
 from .linear_probe import LinearProbeResult
@@ -61,9 +61,7 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
     """
     from transformers import AutoModel, AutoProcessor
 
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ValueError(f"dtype is {dtype!r}, but one that computes is needed: float32, bfloat16 or float16.")
+    kind = dtype_named(dtype)
     check_computes(device)
     refuse_checkpoint_file(name)
     _check_folder(name)

@@ -17,7 +17,8 @@ from ..checkpoints.in_memory import load_model as load_as_ours
 from ..checkpoints.whole_folder import whole_folder
 from ..checkpoints.wise_ft import check_same_tensors, interpolate_weights, parse_alphas, show_alpha
 from ..zero_shot.features import tokenizer_of
-from ..zero_shot.pipeline import check_device, default_device
+from ..zero_shot.pipeline import default_device
+from .device import check_computes, dtype_named
 from .feature_cache import processor_settings
 from .grid import load_model
 from .labelled_images import LabelledImages
@@ -158,10 +159,8 @@ def load_interpolation(
         ValueError: The two are not of one architecture, or prepare images or texts differently.
         OSError: A model is not there, or cannot be read.
     """
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ValueError(f"dtype is {dtype!r}, but one that computes is needed: float32, bfloat16 or float16.")
-    check_device(device)
+    kind = dtype_named(dtype)
+    check_computes(device)
     loaded = [load_model(name, device="cpu") for name in (pretrained, finetuned)]
     if {str(model.config.model_type) for model, _ in loaded} == ONE_LAYOUT:
         loaded = [load_as_ours(name) for name in (pretrained, finetuned)]

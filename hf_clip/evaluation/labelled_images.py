@@ -24,22 +24,20 @@ import numpy as np
 from PIL import Image
 
 from ..data.benchmark_shards import BenchmarkShards, find_benchmark_shards, image_of
-from ..data.columns import describe_feature, find_image_column
+from ..data.columns import column_of, describe_feature, find_image_column
 from ..data.images import NOWHERE, ImagePlaces, find_image_places
 from ..data.sources import (
     BUILDERS,
     EVALUATION_SPLITS,
     choose_split,
-    describe_columns,
     folder_of,
-    leave_undecoded,
     open_splits,
-    readable,
     split_names,
 )
 from ..zero_shot.prompts import LabelError
 from .class_names import label_reader, read_class_names, resolve_names
 from .fingerprint import fingerprint_of, fingerprint_of_files
+from .numbered_row import describe_table, numbered_rows
 
 PREFERRED = EVALUATION_SPLITS[::-1]
 """Splits to measure on where none is named, the best first: figures of papers are of `test`."""
@@ -256,12 +254,7 @@ def labelled_table(
     Raises:
         ValueError: It has no rows; a column is missing or ambiguous; or its classes have no names.
     """
-    with readable(name):
-        features = describe_columns(table)
-        table = leave_undecoded(table, features if table.features else ())
-    count = len(table) if hasattr(table, "__len__") else None
-    if not features or count == 0:
-        raise ValueError(f"{name} has no rows{f' in its split {split!r}' if split else ''}.")
+    table, features, count = describe_table(name, split, table)
     images = find_image_column(name, features, image_column)
     labels = find_label_column(name, features, label_column, images)
     feature = features[labels]
@@ -273,20 +266,11 @@ def labelled_table(
         own = sorted(values) if values and all(isinstance(value, str) for value in values) else None
     names = resolve_names(name, own, class_names)
     read_label = label_reader(names, is_multi_label)
-    chosen = table.select_columns([images, labels]) if "." not in images else table
+    chosen = table.select_columns([column_of(images, features), labels])
 
     def rows() -> Iterator[LabelledRow]:
-        with readable(name):
-            iterator = iter(chosen)
-        place = 0
-        while True:
-            with readable(name):
-                row = next(iterator, None)
-            if row is None:
-                return
-            title = f"row {place} of {name}"
-            yield LabelledRow(title, row[images], read_label(title, row[labels], place))
-            place += 1
+        for row in numbered_rows(name, chosen):
+            yield LabelledRow(row.title, row.field(images), read_label(row.title, row.values[labels], row.place))
 
     return LabelledImages(
         name=name, split=split, class_names=names, rows=rows, count=count, is_multi_label=is_multi_label, places=places

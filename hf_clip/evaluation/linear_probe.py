@@ -17,8 +17,8 @@ from .class_metrics import Reliability
 from .feature_file import read_features
 from .few_shot import FewShotFigures, check_shots, few_shot_figures, hold_out
 from .probe_encoding import encode_splits
-from .probe_features import ProbeFeatures, SplitFeatures
 from .probe_protocols import LinearHead, Protocol, find_protocol, parametric_search
+from .split_features import ProbeFeatures, SplitFeatures
 from .zero_shot import ClassFigures, check_metric, multi_label_figures, single_label_figures
 
 PREFIX = "lp_"

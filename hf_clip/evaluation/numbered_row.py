@@ -1,8 +1,11 @@
-"""A row of a table with its number: its captions and its box, or an error that names it."""
+"""The rows of a table with their numbers, and errors that name a row."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+
+from ..data.columns import field_of
+from ..data.sources import describe_columns, leave_undecoded, readable
 
 BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 """The part of an image that ARO shows to the model, in pixels: left, top, width and height."""
@@ -11,8 +14,8 @@ MOST_PIXELS = 1 << 26
 """Largest box. Pillow warns of images that are a third larger."""
 
 
-class CaptionedRowError(ValueError):
-    """A row cannot be used, since its captions or its box are none.   index: the row's place, from 0"""
+class RowError(ValueError):
+    """A row cannot be used.   index: the row's place, from 0"""
 
     def __init__(self, message: str, index: int | None = None):
         super().__init__(message, index)
@@ -22,12 +25,20 @@ class CaptionedRowError(ValueError):
         return str(self.args[0])
 
 
+class CaptionedRowError(RowError):
+    """A row's captions or its box cannot be used."""
+
+
 class NumberedRow(NamedTuple):
     """A row of a table.   place: from 0   title: for messages"""
 
     place: int
     title: str
     values: Mapping[str, Any]
+
+    def field(self, name: str) -> Any:
+        """Return the value of a column, or of a field within one."""
+        return field_of(self.values, name)
 
     def refuse(self, what: str) -> CaptionedRowError:
         return CaptionedRowError(f"{self.title} {what}", self.place)
@@ -56,4 +67,26 @@ class NumberedRow(NamedTuple):
         return left, top, left + width, top + height
 
 
-__all__ = ["BOX", "CaptionedRowError", "NumberedRow"]
+def describe_table(name: str, split: str, table: Any) -> tuple[Any, dict[str, Any], int | None]:
+    """Return a table with images undecoded, its columns, and the number of its rows if that is known.
+
+    Raises:
+        ValueError: It has no rows.
+    """
+    with readable(name):
+        features = describe_columns(table)
+        table = leave_undecoded(table, features if table.features else ())
+    count = len(table) if hasattr(table, "__len__") else None
+    if not features or count == 0:
+        raise ValueError(f"{name} has no rows{f' in its split {split!r}' if split else ''}.")
+    return table, features, count
+
+
+def numbered_rows(name: str, table: Any) -> Iterator[NumberedRow]:
+    """Read the rows of a table or stream from the first on. What cannot be read is an error of one line."""
+    with readable(name):
+        for place, row in enumerate(table):
+            yield NumberedRow(place, f"row {place} of {name}", row)
+
+
+__all__ = ["BOX", "CaptionedRowError", "NumberedRow", "RowError", "describe_table", "numbered_rows"]

@@ -5,11 +5,13 @@ in its classes, its templates or its split from what the paper used; figures are
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..hub.published_figures import DATA_SETS, LINEAR_PROBE, ZERO_SHOT
+from .labelled_images import LabelledImages, open_labelled
 
 SOURCE = "Radford et al. 2021, arXiv:2103.00020, tables 9 (metrics), 10 (linear probe) and 11 (zero-shot)"
 
@@ -154,3 +156,25 @@ def resolve_data_set(source: str, split: str | None) -> tuple[str, str | None, P
             f"folder or files."
         )
     return found.repository, split or found.split, found
+
+
+def open_named(source: str, split: str | None = None, **options: Any) -> tuple[LabelledImages, str | None]:
+    """Open a data set of images with labels by its name, with the paper's templates where it brings none.
+
+    Args:
+        source: A short name of the paper's table, or whatever else `open_labelled` takes.
+        split: The split. None: the paper's, or that of `open_labelled`.
+        **options: Arguments of `open_labelled`.
+
+    Returns:
+        The data set, and the paper's metric for it. None for other data sets.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ValueError: A split, a column or the class names are missing; or the split is empty.
+    """
+    found, chosen, known = resolve_data_set(source, split)
+    data = open_labelled(found, chosen, **options)
+    if known is None:
+        return data, None
+    return replace(data, templates=data.templates or known.templates), known.metric

@@ -16,8 +16,8 @@ from .architecture import architecture_of
 from .embed import Embedder, Unreadable
 from .feature_cache import FeatureCache, processor_settings
 from .labelled_images import PREFERRED, SPLIT_FOLDERS, LabelledImages, open_labelled, splits_of
-from .probe_features import ProbeFeatures, SplitFeatures, check_features
 from .prompts_of_classes import class_matrix, class_prompts
+from .split_features import ProbeFeatures, SplitFeatures, check_features
 
 VALIDATION_SPLITS = ("validation", "val", "valid", "dev")
 """Names of splits that the regularisation is chosen on, where none is named."""

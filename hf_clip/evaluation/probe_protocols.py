@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from .device import check_computes
-from .probe_features import ProbeFeatures, SplitFeatures
+from .split_features import ProbeFeatures, SplitFeatures
 
 MOST_ITERATIONS = 1000
 

@@ -9,25 +9,19 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
 
-from ..data.columns import describe_feature, find_image_column
+from ..data.columns import column_of, describe_feature, find_image_column
 from ..data.images import NOWHERE, ImagePlaces, find_image_places
-from ..data.sources import describe_columns, folder_of, leave_undecoded, readable
+from ..data.sources import folder_of
 from .fingerprint import fingerprint_of
 from .labelled_images import open_source_of
+from .numbered_row import NumberedRow, RowError, describe_table, numbered_rows
 
 LARGEST = 1e30
 """A head's layers are float32 numbers, which end at 3e38. The distances of two scores must lie below that, too."""
 
 
-class ScoreError(ValueError):
-    """A row's score cannot be used.   index: the row's place, from 0"""
-
-    def __init__(self, message: str, index: int | None = None):
-        super().__init__(message, index)
-        self.index = index
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+class ScoreError(RowError):
+    """A row's score cannot be used."""
 
 
 class ScoredRow(NamedTuple):
@@ -61,19 +55,20 @@ class ScoredImages:
     fingerprint: str | None = None
 
 
-def _read_score(row: str, column: str, value: Any, place: int) -> float:
+def _read_score(row: NumberedRow, column: str) -> float:
+    value = row.values[column]
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ScoreError(
-            f"{row} has {value!r:.60} in its column {column!r}, but a score, a finite number, is needed: correct the "
-            f"row, or leave it out.",
-            place,
+            f"{row.title} has {value!r:.60} in its column {column!r}, but a score, a finite number, is needed: correct "
+            f"the row, or leave it out.",
+            row.place,
         )
     score = float(value)
     if abs(score) > LARGEST:
         raise ScoreError(
-            f"{row} has {value!r:.60} in its column {column!r}, but a score from -{LARGEST:g} to {LARGEST:g} is "
+            f"{row.title} has {value!r:.60} in its column {column!r}, but a score from -{LARGEST:g} to {LARGEST:g} is "
             f"needed, since a head computes in float32: divide all scores by one number.",
-            place,
+            row.place,
         )
     return score
 
@@ -109,12 +104,7 @@ def open_scored(
         name = str(source)
         chosen, table = open_source_of(name, split)
         places, fingerprint = find_image_places(name, folder_of(name), image_folders), fingerprint_of(name, chosen)
-    with readable(name):
-        features = describe_columns(table)
-        table = leave_undecoded(table, features if table.features else ())
-    count = len(table) if hasattr(table, "__len__") else None
-    if not features or count == 0:
-        raise ValueError(f"{name} has no rows{f' in its split {chosen!r}' if chosen else ''}.")
+    table, features, count = describe_table(name, chosen, table)
     if score_column not in features:
         raise ValueError(
             f"{name} has no column {score_column!r}; its columns are {', '.join(features)}. Name the right one with "
@@ -129,18 +119,11 @@ def open_scored(
         )
     images = find_image_column(name, features, image_column)
 
+    selected = table.select_columns([column_of(images, features), score_column])
+
     def rows() -> Iterator[ScoredRow]:
-        with readable(name):
-            iterator = iter(table.select_columns([images, score_column]) if "." not in images else table)
-        place = 0
-        while True:
-            with readable(name):
-                row = next(iterator, None)
-            if row is None:
-                return
-            title = f"row {place} of {name}"
-            yield ScoredRow(title, row[images], _read_score(title, score_column, row[score_column], place))
-            place += 1
+        for row in numbered_rows(name, selected):
+            yield ScoredRow(row.title, row.field(images), _read_score(row, score_column))
 
     return ScoredImages(name, chosen, score_column, rows, count, places, fingerprint)
 

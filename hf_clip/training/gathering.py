@@ -6,12 +6,10 @@ Dimensions: B pairs of this process (`local_…`), N pairs of all processes (`gl
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 
@@ -61,35 +59,6 @@ def gather(local: Tensor, counts: list[int]) -> Tensor:
     parts = [torch.empty_like(sent) for _ in counts]
     dist.all_gather(parts, sent)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-class _GatherWithGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, counts: list[int]) -> Tensor:
-        ctx.counts = counts
-        return gather(local, counts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, global_gradient: Tensor) -> tuple[Tensor, None]:
-        summed = global_gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(summed)  # gloo has no reduce-scatter before torch 2.8
-        return summed.split(ctx.counts)[process_index()], None
-
-
-def gather_with_gradients(local: Tensor, counts: list[int]) -> Tensor:
-    """Gather the rows of all processes, in the order of the processes.
-
-    Backwards, a row receives the sum of its gradients from the losses of all processes.
-
-    Args:
-        local: (B, …) the rows of this process.
-        counts: The B of every process, as `exchange_counts` returns them.
-
-    Returns:
-        (N, …). On one process this is `local` itself.
-    """
-    return _GatherWithGradients.apply(local, counts) if world_size() > 1 else local
 
 
 class Gathered:

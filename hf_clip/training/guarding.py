@@ -5,14 +5,14 @@ float32, with any number of processes.
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from transformers import ProcessorMixin
 
-from ..evaluation.labelled_images import LabelledImages, open_labelled
-from ..evaluation.paper_data_sets import resolve_data_set
+from ..evaluation.labelled_images import LabelledImages
+from ..evaluation.paper_data_sets import open_named
 from ..evaluation.processes import ALONE, LONGEST_WAIT, Processes, acting_as
 from ..evaluation.zero_shot import evaluate_zero_shot
 from ..model.modeling_hf_clip import HfClipModel
@@ -48,15 +48,16 @@ def open_guard(config: TrainingConfig) -> LabelledImages | None:
     """
     if config.guard_dataset is None:
         return None
-    source, split, known = resolve_data_set(config.guard_dataset, None)
     try:
-        data = open_labelled(source, split, class_names=config.guard_labels, label_column=config.guard_label_column)
+        data, _ = open_named(
+            config.guard_dataset, class_names=config.guard_labels, label_column=config.guard_label_column
+        )
     except ValueError as error:
         message = str(error)
         for name, here in OPTIONS_HERE.items():
             message = message.replace(name, here)
         raise ValueError(f"--guard_dataset: {message}") from error
-    return replace(data, templates=known.templates) if known is not None and data.templates is None else data
+    return data
 
 
 def _processes() -> Processes:

@@ -41,7 +41,6 @@ from .gathering import (
     process_index,
     world_size,
 )
-from .gathering import gather_with_gradients as gather_with_gradients  # for losses of one's own
 from .ring import Ring
 from .sigmoid import Sigmoid
 from .softmax import Softmax

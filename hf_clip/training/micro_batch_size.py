@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainingConfig
+from .gathering import exchange_counts, world_size
 from .gradient_caching import without_synchronization
 from .learner import Learner
-from .losses import exchange_counts, world_size
 
 PART_OF_FREE_MEMORY = 0.25
 ADAMS_STATES = 2

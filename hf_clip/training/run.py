@@ -25,9 +25,10 @@ from .data.bad_rows import find_refusal
 from .data.loader import PairLoader, Position
 from .evaluating import Evaluations, Validation
 from .failures import EXPECTED
+from .gathering import exchange_counts, world_size
 from .guarding import shown_guard_metric
 from .learner import Learner
-from .losses import ContrastiveResult, exchange_counts, world_size
+from .losses import ContrastiveResult
 from .outcome import Outcome, final_outcome, present_outcome
 from .output import prepare_output
 from .plan import Plan

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_clip.evaluation.feature_file import read_features, write_features
 from hf_clip.evaluation.linear_probe import probe_features
-from hf_clip.evaluation.probe_features import ProbeFeatures
+from hf_clip.evaluation.split_features import ProbeFeatures
 
 from .test_probe_protocols import clouds
 

@@ -17,7 +17,7 @@ from hf_clip.evaluation.lp_plus_plus import (
     step_size_of_alpha,
     step_size_of_weight,
 )
-from hf_clip.evaluation.probe_features import ProbeFeatures
+from hf_clip.evaluation.split_features import ProbeFeatures
 
 from .test_probe_protocols import clouds
 

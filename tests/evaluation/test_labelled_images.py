@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from demo.digits import DIGITS
 from hf_clip.evaluation.class_names import read_class_names
 from hf_clip.evaluation.labelled_images import LabelledImages, open_labelled
+from hf_clip.evaluation.scored_images import open_scored
 from hf_clip.zero_shot.prompts import LabelError
 
 from .data_sets import write_class_folders, write_shards
@@ -49,6 +50,17 @@ def test_table_and_stream_with_class_labels(rows: list[dict[str, Any]], is_strea
     data = open_labelled(given.to_iterable_dataset() if is_stream else given)
     assert labels_of(data) == [DIGITS[row["label"]] for row in rows]
     assert data.count == (None if is_stream else 60)
+
+
+def test_image_within_a_column(rows: list[dict[str, Any]]):
+    stored = [{"file": {"bytes": row["bytes"], "path": None}, "licence": "none"} for row in rows]
+    data = Dataset.from_dict({"photo": stored, "label": [DIGITS[row["label"]] for row in rows]})
+    labelled = open_labelled(data, image_column="photo.file")
+    assert [row.image["bytes"] for row in labelled.rows()] == [row["bytes"] for row in rows]
+    scored = open_scored(data.add_column("score", list(range(60))), score_column="score", image_column="photo.file")
+    assert [(row.image["bytes"], row.score) for row in scored.rows()] == [
+        (row["bytes"], place) for place, row in enumerate(rows)
+    ]
 
 
 def test_saved_data_set_and_its_split(tmp_path: Path, rows: list[dict[str, Any]]):

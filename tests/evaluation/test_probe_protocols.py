@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from hf_clip.evaluation.linear_probe import probe_features
-from hf_clip.evaluation.probe_features import ProbeFeatures, SplitFeatures
 from hf_clip.evaluation.probe_protocols import (
     AdamWSettings,
     find_protocol,
@@ -20,6 +19,7 @@ from hf_clip.evaluation.probe_protocols import (
     fit_logistic_regression,
     parametric_search,
 )
+from hf_clip.evaluation.split_features import ProbeFeatures, SplitFeatures
 
 
 def clouds(count: int, seed: int, classes: int = 6) -> SplitFeatures:

@@ -16,11 +16,10 @@ from transformers import AutoModel
 
 import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.training import tiles
-from hf_clip.training.losses import ContrastiveResult, gather_with_gradients, global_contrastive_loss
+from hf_clip.training.losses import ContrastiveResult, global_contrastive_loss
 
 from ..largest_tensor import LargestTensor
 from ..small import random_images, texts
-from .plain_loss import plain_loss
 
 EVEN, UNEVEN, EMPTY = {2: [4, 4], 3: [3, 3, 3]}, {2: [5, 2], 3: [4, 3, 1]}, {2: [0, 3], 3: [3, 0, 2]}
 
@@ -124,15 +123,6 @@ def run_model(folder: Path, tower: str, kind: str, process: int) -> dict[str, An
     return record_of(result, model)
 
 
-def gathered_gradients(counts: list[int], process: int) -> Tensor:
-    """Of the local images' features, (B, 4), from the plain loss of gathered ones on every process."""
-    features = torch.randn(2, sum(counts), 4, generator=torch.Generator().manual_seed(2))
-    mine = slice(sum(counts[:process]), sum(counts[: process + 1]))
-    local = features[0, mine].clone().requires_grad_()
-    plain_loss(gather_with_gradients(local, counts), features[1], torch.tensor(1.0))[0].backward()
-    return local.grad
-
-
 def largest_tensor(local: int, kind: str, width: int = 4, ring: bool = False) -> int:
     embeds = [torch.randn(local, width, requires_grad=True) for _ in range(2)]
     ids = torch.arange(local)
@@ -185,7 +175,6 @@ def run_process(process: int, processes: int, folder: Path, repositories: dict[s
     record["largest"] = {kind: largest_tensor(100, kind) for kind in ("softmax", "sigmoid")}
     with small_tiles(10, 10):
         record["largest in a ring"] = largest_tensor(100, "softmax", width=64, ring=True)
-    record["gathered"] = gathered_gradients(UNEVEN[processes], process)
     record["refusals"] = refusals(process, processes)
     torch.save(record, folder / f"{process}.pt")
     dist.barrier()

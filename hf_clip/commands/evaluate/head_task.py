@@ -8,16 +8,19 @@ import typer
 from .task_options import (
     BatchSize,
     Cache,
+    ClassNames,
     DataSets,
     Device,
     Dtype,
     ImageColumn,
+    LabelColumn,
     Models,
     Precision,
     Push,
     Split,
     Threads,
     UpdateCard,
+    expanded,
     run_task,
 )
 
@@ -29,16 +32,16 @@ def head(
     score_column: Annotated[
         str | None, typer.Option(help="Column of scores, such as the aesthetic quality. Without it: labels.")
     ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels, if not the only one.")] = None,
+    label_column: LabelColumn = None,
     hidden: Annotated[
         int | None, typer.Option(help="Width of a hidden layer. Default: none, the head is linear.", min=1)
     ] = None,
-    output: Annotated[str, typer.Option("--output", help="Folder of the results.", metavar="FOLDER")] = "results",
+    output: Annotated[
+        str, typer.Option("--output", help="Folder of the results.", metavar="FOLDER", callback=expanded)
+    ] = "results",
     train_split: Annotated[str, typer.Option("--train-split", help="Split to train on.")] = "train",
     split: Split = None,
-    class_names: Annotated[
-        str | None, typer.Option(help="Names of the classes: a text with one a line, or JSON.", metavar="FILE")
-    ] = None,
+    class_names: ClassNames = None,
     image_column: ImageColumn = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a head of that name.")] = False,
@@ -61,7 +64,6 @@ def head(
 
         hf-clip evaluate head --model clip-vit-b32/ --dataset flowers/ --hidden 512 --name flowers
     """
-    import os
     from pathlib import Path
 
     from ...checkpoints.whole_folder import check_writable
@@ -72,7 +74,6 @@ def head(
 
     check_head_name(name)
     check_options(hidden, seed)
-    output = os.path.expanduser(output)
     if len(dataset) > 1:
         raise ValueError(f"{len(dataset)} data sets are given, but a head is trained on one: name one, or two heads.")
 

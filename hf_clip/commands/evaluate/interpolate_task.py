@@ -8,14 +8,20 @@ import typer
 from .task_options import (
     BatchSize,
     Cache,
+    ClassNames,
     DataSets,
     Device,
     Dtype,
     ImageColumn,
+    LabelColumn,
+    Metric,
     Output,
     Precision,
     Split,
+    Templates,
     Threads,
+    check_task,
+    expanded,
 )
 
 
@@ -54,19 +60,19 @@ def interpolate(
     output: Output = "results",
     save_best: Annotated[
         str | None,
-        typer.Option("--save-best", help="New folder for the model of the α with the highest mean.", metavar="FOLDER"),
+        typer.Option(
+            "--save-best",
+            help="New folder for the model of the α with the highest mean.",
+            metavar="FOLDER",
+            callback=expanded,
+        ),
     ] = None,
     split: Split = None,
-    class_names: Annotated[
-        str | None, typer.Option(help="Names of the classes: a text with one a line, or JSON.", metavar="FILE")
-    ] = None,
-    templates: Annotated[
-        str | None,
-        typer.Option(help="A template with {}, a file of them, a set's name, or prompts by class (JSON, as CuPL's)."),
-    ] = None,
-    metric: Annotated[str | None, typer.Option(help="Metric that the table shows. Default: the paper's.")] = None,
+    class_names: ClassNames = None,
+    templates: Templates = None,
+    metric: Metric = None,
     image_column: ImageColumn = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels, if not the only one.")] = None,
+    label_column: LabelColumn = None,
     batch_size: BatchSize = 32,
     no_plots: Annotated[bool, typer.Option("--no-plots", help="Draw no picture.")] = False,
     feature_cache: Cache = None,
@@ -80,47 +86,41 @@ def interpolate(
 
         hf-clip evaluate interpolate clip-vit-b32/ my-finetune/ --alphas 0:1:0.1 --dataset flowers/ CIFAR10
     """
-    import os
     from pathlib import Path
 
     from ...checkpoints.wise_ft import parse_alphas, show_alpha
     from ...evaluation.grid import WRITTEN_BESIDE, run_grid, state_of
     from ...evaluation.interpolation import InterpolationResult, load_interpolation
-    from ...evaluation.labelled_images import open_labelled
-    from ...evaluation.paper_data_sets import resolve_data_set
+    from ...evaluation.paper_data_sets import open_named
     from ...evaluation.processes import current
     from ...evaluation.reports import text_table
     from ...evaluation.zero_shot import evaluate_zero_shot
-    from ...extras import require
     from ...model.checked_files import one_line
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    require("hf-clip evaluate interpolate", "eval")
     points = {f"{pretrained} to {finetuned}, alpha {_shown(alpha)}": alpha for alpha in parse_alphas(alphas)}
-    output = os.path.expanduser(output)
+    check_task("interpolate", [], output, metric=metric, update_card=False, push=False)
     if save_best is not None:
-        save_best = os.path.expanduser(save_best)
-        _check_best(save_best, output, feature_cache and os.path.expanduser(feature_cache))
+        _check_best(save_best, output, feature_cache)
     models, processor = load_interpolation(pretrained, finetuned, dtype.value, device)
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     opened: dict[str, Any] = {}
     for name in dict.fromkeys(dataset):
         try:
-            source, chosen, known = resolve_data_set(name, split)
-            opened[name] = open_labelled(source, chosen, class_names=class_names, **columns), known
+            opened[name] = open_named(name, split, class_names=class_names, **columns)
         except (OSError, ValueError, ImportError) as error:
             say(f"error: {name}: {one_line(error)}")
 
     def measure(loaded: Any, processor: Any, name: str) -> Any:
-        data, known = opened[name]
+        data, reported = opened[name]
         return evaluate_zero_shot(
             loaded,
             processor,
             data,
-            templates=templates or data.templates or (known.templates if known else None),
-            metric=metric or (known.metric if known else None),
+            templates=templates or data.templates,
+            metric=metric or reported,
             batch_size=batch_size,
             feature_cache=feature_cache,
             threads=threads,

@@ -12,9 +12,12 @@ from ...model.checked_files import one_line
 from .task_options import (
     BatchSize,
     Cache,
+    ClassNames,
     Device,
     Dtype,
     ImageColumn,
+    LabelColumn,
+    Metric,
     Output,
     Precision,
     Push,
@@ -117,10 +120,8 @@ def linear_probe(
     ] = False,
     templates: Annotated[str | None, typer.Option(help="Templates of the classes' prompts, for LP++.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of what is held out, of AdamW, and of the first draw.")] = 0,
-    class_names: Annotated[
-        str | None, typer.Option(help="Names of the classes: a text with one a line, or JSON.", metavar="FILE")
-    ] = None,
-    metric: Annotated[str | None, typer.Option(help="Metric that the table shows. Default: the paper's.")] = None,
+    class_names: ClassNames = None,
+    metric: Metric = None,
     features: Annotated[
         str | None, typer.Option(help="Features in place of models and data sets, see the guide.", metavar="FILE")
     ] = None,
@@ -128,7 +129,7 @@ def linear_probe(
         str | None, typer.Option(help="Write the features, for --features.", metavar="FILE", callback=expanded)
     ] = None,
     image_column: ImageColumn = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels, if not the only one.")] = None,
+    label_column: LabelColumn = None,
     batch_size: BatchSize = 32,
     no_plots: Annotated[bool, typer.Option("--no-plots", help="Draw no pictures.")] = False,
     feature_cache: Cache = None,

@@ -75,6 +75,15 @@ Output = Annotated[
     ),
 ]
 Split = Annotated[str | None, typer.Option(help="Split of the data. Default: test, validation, or the only one.")]
+ClassNames = Annotated[
+    str | None, typer.Option(help="Names of the classes: a text with one a line, or JSON.", metavar="FILE")
+]
+Templates = Annotated[
+    str | None,
+    typer.Option(help="A template with {}, a file of them, a set's name, or prompts by class (JSON, as CuPL's)."),
+]
+Metric = Annotated[str | None, typer.Option(help="Metric that the table shows. Default: the paper's.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of labels, if not the only one.")]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of images, if not the only one that can be it.")]
 BatchSize = Annotated[int, typer.Option(help="Images encoded at once; halved if a GPU runs out of memory.", min=1)]
 Cache = Annotated[

@@ -8,16 +8,20 @@ import typer
 from .task_options import (
     BatchSize,
     Cache,
+    ClassNames,
     DataSets,
     Device,
     Dtype,
     ImageColumn,
+    LabelColumn,
+    Metric,
     Models,
     Optimize,
     Output,
     Precision,
     Push,
     Split,
+    Templates,
     Threads,
     UpdateCard,
     run_task,
@@ -29,16 +33,11 @@ def zero_shot(
     dataset: DataSets,
     output: Output = "results",
     split: Split = None,
-    class_names: Annotated[
-        str | None, typer.Option(help="Names of the classes: a text with one a line, or JSON.", metavar="FILE")
-    ] = None,
-    templates: Annotated[
-        str | None,
-        typer.Option(help="A template with {}, a file of them, a set's name, or prompts by class (JSON, as CuPL's)."),
-    ] = None,
-    metric: Annotated[str | None, typer.Option(help="Metric that the table shows. Default: the paper's.")] = None,
+    class_names: ClassNames = None,
+    templates: Templates = None,
+    metric: Metric = None,
     image_column: ImageColumn = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels, if not the only one.")] = None,
+    label_column: LabelColumn = None,
     batch_size: BatchSize = 32,
     bins: Annotated[int, typer.Option(help="Bins of the calibration error.")] = 15,
     mistakes: Annotated[int, typer.Option(help="Mistakes on the sheet of thumbnails.")] = 24,
@@ -59,20 +58,19 @@ def zero_shot(
 
         hf-clip evaluate zero-shot --model clip-vit-b32/ clip-rn50/ --dataset CIFAR10 OxfordPets --output results/
     """
-    from ...evaluation.labelled_images import open_labelled
-    from ...evaluation.paper_data_sets import resolve_data_set
+    from ...evaluation.paper_data_sets import open_named
     from ...evaluation.zero_shot import evaluate_zero_shot
 
     def measure(loaded: Any, processor: Any, name: str) -> Any:
-        source, chosen, known = resolve_data_set(name, split)
-        columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-        data = open_labelled(source, chosen, class_names=class_names, **columns)
+        data, reported = open_named(
+            name, split, class_names=class_names, image_column=image_column, label_column=label_column
+        )
         return evaluate_zero_shot(
             loaded,
             processor,
             data,
-            templates=templates or data.templates or (known.templates if known else None),
-            metric=metric or (known.metric if known else None),
+            templates=templates or data.templates,
+            metric=metric or reported,
             batch_size=batch_size,
             bins=bins,
             mistakes=0 if no_plots else mistakes,
