@@ -13,7 +13,7 @@ import hf_clip
 from hf_clip.checkpoints.errors import CheckpointError, NoCheckpointsPickleError
 from hf_clip.checkpoints.whole_folder import DiskFullError, FolderInUseError
 from hf_clip.evaluation.embed import NotFiniteFeaturesError, UnreadableImagesError
-from hf_clip.evaluation.numbered_row import CaptionedRowError
+from hf_clip.evaluation.numbered_row import CaptionedRowError, RowError
 from hf_clip.evaluation.scored_images import ScoreError
 from hf_clip.model.checked_files import DamagedWeightsError, FolderReplacedError
 from hf_clip.model.fetch import FetchError
@@ -42,6 +42,7 @@ MADE: list[BaseException] = [
     UnreadableImagesError("too many", 2, 9, ["a.png: empty"]),
     FetchError("http://x/y", "gone", 404, 3.0),
     Stopped(15, "a checkpoint"),
+    RowError("row 3 cannot be used", 3),
     CaptionedRowError("row 3 has no caption", 3),
     ScoreError("row 3 has no score", 3),
     UnwrittenCheckpointError(Path("run/checkpoint-9"), 5000, None, Path("run/checkpoint-6")),

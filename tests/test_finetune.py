@@ -159,6 +159,7 @@ def said_once(stderr: str) -> None:
     assert 'finetune.py", line' not in stderr
 
 
+@pytest.mark.slow
 def test_several_processes_say_it_once(digits: Path, tmp_path: Path):
     flags = options(digits, tmp_path / "out", caption_column="text")
     done = launch(flags, processes=2)

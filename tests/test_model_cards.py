@@ -63,6 +63,7 @@ def run_without_hf_clip(blocks: list[str], folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("tower", ["vit", pytest.param("resnet", marks=pytest.mark.slow)], indirect=True)
 def test_every_snippet_runs(
     tower: str,
     repository: Path,

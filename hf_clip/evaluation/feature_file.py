@@ -1,6 +1,6 @@
 """Features of a data set as a file, with which linear probes are fitted without a model and without images.
 
-A safetensors file with these tensors:
+A safetensors file with these tensors::
 
     train.features       (I, D) features of images, not normalised
     train.labels         (I,) places of the classes from 0, whole numbers; or (I, K) zeros and ones. Without
@@ -13,7 +13,7 @@ A safetensors file with these tensors:
     texts                may be missing: (K, D) features of the classes' prompts, for LP++, of any length
 
 and with metadata, all of which may be missing: `class_names` (a list as JSON), `model`, `dataset`, and the other fields
-of `ProbeFeatures`. `hf-clip evaluate linear-probe --save-features` writes one, and so does any program:
+of `ProbeFeatures`. `hf-clip evaluate linear-probe --save-features` writes one, and so does any program::
 
     from safetensors.torch import save_file
 

@@ -44,8 +44,8 @@ STOCK = {
 
 
 LAYERS = {
-    "vit": {"transformer_layers": 2, "vision_layers": 2},
-    "resnet": {"transformer_layers": 2, "vision_layers": (1, 1, 1, 1)},
+    "vit": {"transformer_layers": 1, "vision_layers": 1},
+    "resnet": {"transformer_layers": 1, "vision_layers": (1, 1, 1, 1)},
 }
 """Fewer than elsewhere: exporting takes time for every layer, whatever its width."""
 

@@ -581,6 +581,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept_for_the_next_layer():
     def count(wish: str) -> int:
         ended = subprocess.run([sys.executable, "-c", FETCHED_PAGES, wish], capture_output=True, text=True)
