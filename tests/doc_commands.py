@@ -13,7 +13,8 @@ import typer
 from accelerate.commands.launch import launch_command_parser
 
 from hf_clip.commands.app import build_app, name_each, read_alike
-from hf_clip.training.config import OPTIONS, parse_config
+from hf_clip.training.command_line import parse_config
+from hf_clip.training.options import OPTIONS
 
 from .doc_blocks import ROOT
 

@@ -24,7 +24,8 @@ from ..extras import require
 from ..hub.upload import PublishingError
 from ..training import failures, sharding, stopping
 from ..training.build import build_learner, build_loaders, describe_start
-from ..training.config import TrainingConfig, parse_config
+from ..training.command_line import parse_config
+from ..training.config import TrainingConfig
 from ..training.evaluating import INPUTS
 from ..training.gradient_caching import backpropagate
 from ..training.launching import make_accelerator

@@ -19,10 +19,11 @@ from ..data.sources import Source, names_a_source, parse_sources
 from ..hub.model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_part
 from ..model.configuration_hf_clip import HfClipConfig
 from .averaging import warmup_of
-from .config import WITHOUT_WARMUP, TrainingConfig
+from .config import TrainingConfig
 from .guarding import GuardProtocol
 from .lora import ADAPTER_FOLDER
 from .optim import warmup_steps
+from .option_checks import WITHOUT_WARMUP
 from .options import GUARD
 
 FILES = (".csv", ".json", ".jsonl", ".parquet", ".tar", ".txt")

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_clip.training.config import ADDED, DEFAULT_RATES, GROUPS, MAY_CHANGE, OPTIONS, TrainingConfig, parse_config
+from hf_clip.training.command_line import parse_config
+from hf_clip.training.config import ADDED, MAY_CHANGE, TrainingConfig
 from hf_clip.training.option_names import KNOWN_AS, OF_THE_LAUNCHER, RENAMED, hint
+from hf_clip.training.options import DEFAULT_RATES, GROUPS, OPTIONS
 
 BASE = {"model": "m", "dataset": ["d"], "output_dir": "o", "max_steps": 10}
 NEEDED = ["--model", "m", "--dataset", "d", "--output_dir", "o", "--max_steps", "10"]

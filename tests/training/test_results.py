@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor, pipeline
 
 from hf_clip.checkpoints.remote_code import TRAVELLING
 from hf_clip.commands import finetune
-from hf_clip.training.config import parse_config
+from hf_clip.training.command_line import parse_config
 
 from ..finetuning import options, records, train, weights, words
 from ..hub_server import TOKEN, HubServer

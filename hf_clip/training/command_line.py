@@ -1,0 +1,127 @@
+"""A run's options from a command line, or from a YAML or JSON file with a command line behind it."""
+
+import dataclasses
+import re
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import TrainingConfig
+from .option_checks import moved_repository
+from .option_file import OPTION_FILES, read_options, words_of
+from .option_names import hint
+from .options import GROUPS, OPTIONS
+
+EXAMPLES = """\
+examples:
+  {prog} --model clip-vit-b32/ --dataset my/pairs --num_train_epochs 3 --output_dir fine-tuned/
+  {prog} run.yaml --max_steps 100
+  accelerate launch --num_processes 8 -m hf_clip.commands.finetune run.yaml
+"""
+
+
+INSTEAD = (
+    ("num_train_epochs", "max_steps"),
+    ("model", "variant"),
+    ("overwrite_output_dir", "resume_from_checkpoint"),
+)
+"""Options of which a run has one: on the command line it takes the place of the other in a file."""
+
+SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", "0")
+"""What may stand behind a switch."""
+
+
+def _without_replaced(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """A file's options without those that an option of the command line stands for."""
+    given = {word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
+    replaced = {one for pair in INSTEAD for one, other in (pair, pair[::-1]) if other in given and one not in given}
+    return {name: value for name, value in values.items() if name not in replaced}
+
+
+def _check_push_to_hub(words: Sequence[str]) -> None:
+    """Raises ValueError for a repository behind `--push_to_hub`."""
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        name, equals, value = word.partition("=")
+        value = value if equals else "" if following.startswith("-") else following
+        if name.replace("-", "_") == "__push_to_hub" and value and value.lower() not in SWITCH_VALUES:
+            raise ValueError(moved_repository(value))
+
+
+def _refuse_with(words: Sequence[str], before: str = "", after: str = "") -> Callable[[str], None]:
+    """What a parser does instead of ending the program with a line of usage: a function that raises ValueError.
+
+    Args:
+        words: Of the command line. An option that has two spellings is named as it stands there.
+        before: What is said before what is wrong.
+        after: What is said behind it.
+    """
+
+    def refuse(message: str) -> None:
+        if found := re.match(r"argument (--\S+): ", message):
+            spellings, given = found[1].split("/"), [word.partition("=")[0] for word in words]
+            typed = next((name for name in reversed(given) if name in spellings), spellings[0])
+            message = f"{typed}: {message[found.end() :]}"
+        end = "" if message.endswith((".", "?")) else "."
+        raise ValueError(f"{before}{message}{end}{after}")
+
+    return refuse
+
+
+def _check_words(parser: Any, words: list[str], path: Path) -> None:
+    """Raises ValueError that names the file for a value of a wrong type."""
+    before, parser.error = parser.error, _refuse_with(words, f"{path}: ")
+    try:
+        parser.parse_args(words)
+    finally:
+        parser.error = before
+
+
+def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.py") -> TrainingConfig:
+    """The configuration that a command line asks for.
+
+    Args:
+        arguments: the words behind the program's name; None takes those of this process. Where the first is a .yaml or
+            .json file, its options hold unless the command line says otherwise.
+        prog: what the program is called in its help.
+
+    Returns:
+        The configuration, checked.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file cannot be read, there is no such option, its value is ill-formed, or the options contradict
+            each other.
+        SystemExit: after --help.
+    """
+    import sys
+
+    from transformers import HfArgumentParser
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = HfArgumentParser(
+        GROUPS,
+        prog=prog,
+        description="Contrastive training of a CLIP on images with captions.",
+        epilog=EXAMPLES.format(prog=prog),
+        formatter_class=RawDescriptionHelpFormatter,
+        usage=f"{prog} [run.yaml] --model MODEL --dataset DATASET --output_dir FOLDER --num_train_epochs N [options]",
+        allow_abbrev=False,
+    )
+    if words and words[0].endswith(OPTION_FILES):
+        path, words = Path(words[0]), words[1:]
+        from_file = words_of(_without_replaced(read_options(path, OPTIONS), words))
+        _check_push_to_hub(from_file)
+        _check_words(parser, from_file, path)
+        words = [*from_file, *words]
+    _check_push_to_hub(words)
+    parser.error = _refuse_with(words, after=f" See {prog} --help.")
+    values: dict[str, Any] = {}
+    *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        if unknown[0].endswith(OPTION_FILES):
+            parser.error(f"{unknown[0]} is no option; a file of options comes first, before all options.")
+        parser.error(f"there is no option {unknown[0]!r}.{hint(unknown[0], OPTIONS, dashes='--')}")
+    for group in groups:
+        values |= dataclasses.asdict(group)
+    return TrainingConfig(**values)
