@@ -67,6 +67,7 @@ def as_json(facts: dict[str, Any], ceilings: dict[tuple[str, str], float], table
                 "title": table.title,
                 "unit": table.unit,
                 "device": table.device,
+                "ours": list(table.ours),
                 "rows": [_row_as_json(table, row) for row in table.rows],
                 "notes": table.notes,
                 "left_out": table.left_out,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from benchmarks import (
     loader,
     loss,
     measuring,
+    pages,
     peers,
     ratio_chart,
     reporting,
@@ -473,8 +475,8 @@ def test_report_holds_machine_versions_and_raw_seconds(tmp_path: Path, capsys: p
     assert f", {threads} threads" in printed
     assert "\n| measured " in printed
     report = json.loads((tmp_path / "figures.json").read_text())
-    assert report.keys() == {"date", "machine", "versions", "threads", "ceilings_gflops", "tables"}
-    assert {"processor", "cores", "memory_gb", "gpu"} <= report["machine"].keys()
+    assert report.keys() == {"date", "commit", "machine", "versions", "threads", "ceilings_gflops", "tables"}
+    assert {"processor", "cores", "instructions", "caches", "memory_gb", "gpu"} <= report["machine"].keys()
     assert report["versions"]["torch"] == torch.__version__
     table = report["tables"][0]
     assert (table["subcommand"], table["unit"]) == ("tokenizer", "captions")
@@ -515,3 +517,62 @@ def test_request_that_cannot_be_met_is_one_line(arguments: list[str], message: s
 def test_gpu_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]):
     assert main(["image_processor", "--device", "cuda"]) == 1
     assert capsys.readouterr().err == "error: --device cuda, but torch sees no GPU here\n"
+
+
+# The page of a machine
+
+
+def report_of(*tables: Table, **facts: Any) -> dict[str, Any]:
+    machine = {"described": "Some CPU, 2 cores, avx2, L3 32 MiB", "gpu": None}
+    head: dict[str, Any] = {"date": "2026-01-02T03:04:05+00:00", "commit": "abc1234", "machine": machine}
+    head |= {"versions": {"torch": "2.13.0"}, "threads": 2}
+    ceilings = {("cpu", "float32"): 417e9}
+    return reporting.as_json(head | facts, ceilings, {"image_encoder": list(tables)})
+
+
+def test_page_has_the_tables_that_were_printed_and_keeps_its_own_words(tmp_path: Path):
+    page, file = tmp_path / "machine.md", tmp_path / "figures.json"
+    file.write_text(json.dumps(report_of(example_table())))
+    page.write_text(f"# Mine\n\n{pages.BEGIN}\nold\n{pages.END}\n\n## What limits it\n\nWords.\n")
+    assert pages.main([str(file), "--into", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith(
+        f"# Mine\n\n{pages.BEGIN}\n\nMeasured on 2026-01-02 at commit `abc1234`: Some CPU, 2 cores, "
+    )
+    assert "2 threads. The fastest matrix products, which are the ceilings, reached 417 GFLOP/s in float32. " in text
+    assert text.endswith(f"{pages.END}\n\n## What limits it\n\nWords.\n")
+    assert reporting.format_table(example_table()).strip() in text
+    assert reporting.format_summary([example_table()]) in text
+    assert "old" not in text
+    assert pages.main([str(file), "--into", str(page)]) == 0
+    assert page.read_text() == text
+
+
+def test_later_run_of_the_same_machine_replaces_its_tables():
+    newer = Table("ViT-B/32", "images", [Row("hf_clip", "float32", 1, [0.5]), Row("peer", "float32", 1, [1.5])])
+    alone = Table("RN50", "images", [Row("hf_clip", "float32", 1, [0.25])])
+    text = pages.write_figures([report_of(example_table(), alone), report_of(newer, date="2026-01-09")])
+    assert "3.00 times" in text
+    assert "openai-clip" not in text
+    assert "RN50: images" in text
+    assert "Measured on 2026-01-09" in text
+
+
+def test_page_of_two_machines_and_of_other_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    first, second, other = (tmp_path / f"{name}.json" for name in ("first", "second", "other"))
+    first.write_text(json.dumps(report_of(example_table())))
+    second.write_text(json.dumps(report_of(example_table(), machine={"described": "Another CPU", "gpu": None})))
+    other.write_text('{"date": 1}')
+    page = tmp_path / "page.md"
+    for files, message in (
+        ([first, second], "the files are of 2 machines: Some CPU, 2 cores, avx2, L3 32 MiB; Another CPU"),
+        ([tmp_path / "none.json"], "none.json cannot be read: No such file"),
+        ([other], "other.json has no ceilings_gflops, machine, tables, threads, versions: give it a file that python"),
+    ):
+        assert pages.main([*map(str, files), "--into", str(page)]) == 1
+        assert message in capsys.readouterr().err
+    page.write_text("# Words alone\n")
+    assert pages.main([str(first), "--into", str(page)]) == 1
+    assert "between which the figures go" in capsys.readouterr().err
+    assert page.read_text() == "# Words alone\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"first.json", "second.json", "other.json", "page.md"}
