@@ -41,9 +41,7 @@ def describe_machine() -> dict[str, Any]:
         "processor": cpu.name,
         "cores": cpu.cores,
         "instructions": list(cpu.instructions),
-        "caches": {
-            f"L{level}": {"bytes": size, "cores": cpu.sharers[level]} for level, size in cpu.cache_bytes.items()
-        },
+        "caches": {f"L{level}": {"bytes": size, "cores": cpu.sharers[level]} for level, size in caches.items()},
         "described": cpu.describe(),
         "memory_gb": memory_gigabytes(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
