@@ -22,6 +22,7 @@ from hf_clip.model.repair_text import TextError
 from hf_clip.model.text_ends import EndOfTextError
 from hf_clip.training.checkpoint import UnwrittenCheckpointError
 from hf_clip.training.data.loader import WorkerKilledError
+from hf_clip.training.feature_store import StaleFeaturesError
 from hf_clip.training.stopping import ProcessGoneError, Stopped
 from hf_clip.zero_shot.features import TextTooLongError
 from hf_clip.zero_shot.prompts import LabelError
@@ -47,6 +48,7 @@ MADE: list[BaseException] = [
     ScoreError("row 3 has no score", 3),
     UnwrittenCheckpointError(Path("run/checkpoint-9"), 5000, None, Path("run/checkpoint-6")),
     WorkerKilledError("pairs.csv"),
+    StaleFeaturesError(Path("run/frozen_features/image-1"), "row 3 of pairs.csv", "its image is another one"),
     ProcessGoneError("process 1"),
 ]
 

@@ -33,6 +33,7 @@ UNPUBLISHED = (
     "__pycache__",
     "checkpoints",
     "checkpoint-*",
+    "frozen_features",
     "training_args.bin",
     "optimizer.pt",
     "training_config.json",

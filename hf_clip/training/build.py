@@ -28,8 +28,10 @@ from .data.bad_rows import BadRows
 from .data.collator import PairCollator
 from .data.loader import PairLoader, build_loader
 from .data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation, with_replay
+from .data.stored_collator import StoredCollator, StoredPairs, Stores
 from .data.survey import LOOKED_AT, OPENED, describe_captions, look_at
 from .evaluating import Validation
+from .frozen_towers import FrozenTowers, store_towers_
 from .guarding import Guard, open_guard
 from .learner import Learner
 from .lora import add_lora_of_run_
@@ -267,7 +269,20 @@ def build_learner(plan: Plan, data: Data, accelerator: Any) -> Learner:
     set_seed(config.seed, device_specific=True)
     pretrained = copy_weights(model) if config.alphas else None
     prepare_training_(model, config, accelerator.device.type, accelerator.num_processes)
-    parameters = count_parameters(model)
+    parameters, frozen = count_parameters(model), None
+    if config.cached_towers:
+        frozen = store_towers_(
+            model,
+            processor,
+            config,
+            accelerator,
+            train=data.train,
+            validation=data.validation,
+            class_prompts=data.class_prompts,
+            num_workers=workers_of(config, accelerator),
+        )
+        if pretrained is not None:
+            pretrained = {name: pretrained[name] for name in pretrained if not name.startswith(frozen.prefixes)}
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, config, plan.total_steps)
     wrapped, optimizer = sharding.prepare(accelerator, model, optimizer, config)
@@ -278,7 +293,12 @@ def build_learner(plan: Plan, data: Data, accelerator: Any) -> Learner:
     weight = config.l2_to_pretrained
     penalty = None if weight is None else PenaltyTowardsStart(model, weight)  # of the parameters as they are wrapped
     return Learner(
-        accelerator, wrapped, model, processor, optimizer, scheduler, average, pretrained, penalty, parameters
+        *(accelerator, wrapped, model, processor, optimizer, scheduler),
+        average=average,
+        pretrained=pretrained,
+        penalty=penalty,
+        parameters=parameters,
+        frozen=frozen,
     )
 
 
@@ -298,6 +318,11 @@ def find_num_workers(accelerator: Any) -> int:
     return min(max(cores // on_this_machine - 1, 1), MOST_WORKERS)
 
 
+def workers_of(config: TrainingConfig, accelerator: Any) -> int:
+    """How many workers a loader of this process has."""
+    return find_num_workers(accelerator) if config.dataloader_num_workers is None else config.dataloader_num_workers
+
+
 def build_loaders(data: Data, learner: Learner, config: TrainingConfig) -> tuple[PairLoader, Validation | None]:
     """What this process trains on and what it is evaluated on.
 
@@ -307,9 +332,8 @@ def build_loaders(data: Data, learner: Learner, config: TrainingConfig) -> tuple
         config: the options.
     """
     accelerator, processor = learner.accelerator, learner.processor
-    num_workers = config.dataloader_num_workers
+    frozen = learner.frozen or FrozenTowers()
     shared: dict[str, Any] = {
-        "num_workers": find_num_workers(accelerator) if num_workers is None else num_workers,
         "num_processes": accelerator.num_processes,
         "process_index": accelerator.process_index,
         "pin_memory": accelerator.device.type == "cuda",
@@ -317,14 +341,27 @@ def build_loaders(data: Data, learner: Learner, config: TrainingConfig) -> tuple
         "finish_images": False,
     }
     prepared: dict[str, Any] = {"seed": config.seed, "on_device": config.augment_on == "device"}
-    collator = PairCollator(processor, Augmentation.parse(config.augmentation), **prepared)
-    size, bad_rows = config.per_device_train_batch_size, BadRows(config.max_bad_fraction)
-    train = build_loader(data.train, collator, size, bad_rows=bad_rows, **shared)
+
+    def make(pairs: Pairs | PairStream, stores: Stores, size: int, **chosen: Any) -> PairLoader:
+        augmentation = Augmentation.parse(config.augmentation) if chosen.get("training", True) else None
+        bad_rows, workers = BadRows(config.max_bad_fraction), workers_of(config, accelerator)
+        if not stores.is_any:
+            collator = PairCollator(processor, augmentation, **prepared)
+        else:
+            assert isinstance(pairs, Pairs), "streams are refused"
+            collator, pairs = StoredCollator(stores, processor, augmentation, **prepared), StoredPairs(pairs, stores)
+            if stores.is_all and config.dataloader_num_workers is None:
+                workers = 0  # to look features up takes less time than to send them
+        return build_loader(pairs, collator, size, bad_rows=bad_rows, num_workers=workers, **chosen, **shared)
+
+    size = config.per_device_train_batch_size
+    train = make(data.train, frozen.train, size)
     if data.validation is None:
         return train, None
-    plain, bad_rows = PairCollator(processor, **prepared), BadRows(config.max_bad_fraction)
     size = min(size, LARGEST_EVALUATED_BATCH)
-    loader = build_loader(data.validation, plain, size, training=False, bad_rows=bad_rows, **shared)
-    class_tokens = plain.tokenize(data.class_prompts) if data.class_prompts else None
+    loader = make(data.validation, frozen.validation, size, training=False)
+    class_tokens = PairCollator(processor).tokenize(data.class_prompts) if data.class_prompts else None
+    if frozen.class_features is not None:
+        class_tokens = {"input_ids": frozen.class_features}
     guard = None if data.guard is None else Guard(data.guard, processor, min(config.pairs_at_once or size, size))
-    return train, Validation(loader, class_tokens, guard)
+    return train, Validation(loader, class_tokens, guard, tuple(frozen.files))

@@ -39,6 +39,8 @@ LABELS = {
     "optim": "optimizer",
     "label_smoothing_factor": "label smoothing",
     "lock": "locked",
+    "cache_frozen_features": "features of locked towers stored",
+    "cached_views": "stored views of each image",
     "lora_rank": "LoRA rank",
     "lora_alpha": "LoRA alpha",
     "lora_dropout": "LoRA dropout",

@@ -22,7 +22,7 @@ from .options import (
     OutputOptions,
     TrainedOptions,
 )
-from .trainable import parse_lock
+from .trainable import TOWERS, parse_lock
 
 MAY_CHANGE = (
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "output_format", "report_to"),
@@ -36,6 +36,7 @@ MAY_CHANGE = (
 """Options that a resumed run may change. All others decide what comes out of a run."""
 
 ADDED = {"augment_on": "worker", "lora_dropout": 0.0, "lora_target_modules": []}
+ADDED |= {"cache_frozen_features": False, "cached_views": 1}
 """Options that checkpoints of older versions do not name, and what holds for them."""
 
 NOTHING = object()
@@ -158,6 +159,12 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         """Whether no block of either tower is trained."""
         lock = parse_lock(self.lock)
         return len(lock) == 2 and all(unlocked is None for unlocked in lock.values())
+
+    @property
+    def cached_towers(self) -> tuple[str, ...]:
+        """The towers whose features are stored: with `cache_frozen_features` those that are locked whole."""
+        lock = parse_lock(self.lock) if self.cache_frozen_features else {}
+        return tuple(tower for tower in TOWERS if tower in lock and lock[tower] is None)
 
     def to_dict(self) -> dict[str, Any]:
         """All options by name, as JSON can hold them."""

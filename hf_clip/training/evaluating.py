@@ -26,6 +26,7 @@ from .best import BestWeights
 from .checkpoint import Checkpoints
 from .data.bad_rows import BadRows
 from .data.loader import PairLoader
+from .frozen_towers import without_towers
 from .gathering import exchange_counts, gather
 from .guarding import Guard
 from .learner import Learner
@@ -184,11 +185,13 @@ class Validation:
         loader: of the pairs.
         class_tokens: of the classes' prompts, see `evaluate`.
         guard: the guard set, if there is one.
+        stored_towers: names of the model's towers whose features the loader has in place of their inputs.
     """
 
     loader: PairLoader
     class_tokens: dict[str, Tensor] | None = None
     guard: Guard | None = None
+    stored_towers: tuple[str, ...] = ()
 
     @property
     def bad_rows(self) -> BadRows:
@@ -204,7 +207,8 @@ class Validation:
     def measure_plain(self, model: HfClipModel, device: torch.device) -> dict[str, float]:
         """The figures of a plain model on the CPU, on the pairs and on the guard set. Raises as both do."""
         model.to(device)
-        figures = self.measure(model, device)
+        with without_towers(model, self.stored_towers):
+            figures = self.measure(model, device)
         if self.guard is not None:
             figures |= self.guard.measure(model)
         model.cpu()

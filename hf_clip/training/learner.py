@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 from ..model.modeling_hf_clip import HfClipModel
 from .averaging import MovingAverage
 from .config import TrainingConfig
+from .frozen_towers import FrozenTowers
 from .gathering import exchange_counts
 from .lora import Adapter, adapter_of, add_lora_of_run_, merge_lora_
 from .penalty import PenaltyTowardsStart
@@ -34,6 +35,7 @@ class Learner:
         pretrained: the weights from before training, where the result is averaged with them.
         penalty: towards the weights from before training, where the run has one.
         parameters: how many numbers are trained, and how many there are, before a wrapper splits them.
+        frozen: towers that left memory, where the run has any.
     """
 
     accelerator: Any
@@ -46,15 +48,20 @@ class Learner:
     pretrained: dict[str, Tensor] | None = None
     penalty: PenaltyTowardsStart | None = None
     parameters: tuple[int, int] = (0, 0)
+    frozen: FrozenTowers | None = None
 
     def averaged(self) -> AbstractContextManager:
         """Within this block the model has the weights that are evaluated and saved: the average's, if there is one."""
         return nullcontext() if self.average is None else self.average.swapped_in(self.model)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights that are evaluated and saved, whole, on the CPU."""
+        """The weights that are evaluated and saved, on the CPU: whole, but without towers that left memory."""
         with self.averaged():
             return whole_weights(self.accelerator, self.wrapped, self.model)
+
+    def whole(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights, and beside them those of towers that left memory."""
+        return weights if self.frozen is None else weights | self.frozen.weights()
 
     def are_weights_finite(self) -> bool:
         """Whether all trained weights of all processes are numbers. Each process looks at its own part."""
@@ -78,7 +85,7 @@ class Learner:
             if config.lora_rank is not None:
                 lock_(model, config.lock)
                 add_lora_of_run_(model, config)
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(self.whole(weights), assign=True)
         if config.lora_rank is None:
             return model, None
         adapter = adapter_of(model)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainingConfig
+from .frozen_towers import StoredTower
 from .gathering import exchange_counts, world_size
 from .gradient_caching import without_synchronization
 from .learner import Learner
@@ -81,7 +82,11 @@ def longest_pairs(model: Any, pairs: int) -> dict[str, Tensor]:
     device = model.logit_scale.device
     ids = torch.full((pairs, text.max_position_embeddings), text.eos_token_id, device=device)
     images = torch.zeros(pairs, vision.num_channels, vision.image_size, vision.image_size, device=device)
-    return {"pixel_values": images, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = {"pixel_values": images, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name, tower in (("pixel_values", model.vision_model), ("input_ids", model.text_model)):
+        if isinstance(tower, StoredTower):
+            found[name] = torch.zeros(pairs, tower.config.hidden_size, device=device)
+    return found
 
 
 def _embed(embed: Any, model: Any, pairs: int) -> Tensor:

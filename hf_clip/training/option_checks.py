@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from .chosen_metric import parse_metric
+from .data.augment import Augmentation
 from .options import GUARD, TRACKERS
 
 if TYPE_CHECKING:
@@ -28,7 +29,15 @@ RANGES = (
 )
 COUNTS = (
     *("per_device_train_batch_size", "num_train_epochs", "max_steps", "logging_steps", "save_steps", "eval_steps"),
-    *("save_total_limit", "early_stopping_patience", "image_size", "max_text_length", "lora_rank", "max_grad_norm"),
+    *(
+        "cached_views",
+        "save_total_limit",
+        "early_stopping_patience",
+        "image_size",
+        "max_text_length",
+        "lora_rank",
+        "max_grad_norm",
+    ),
     "lora_alpha",
     "l2_to_pretrained",
 )
@@ -99,6 +108,7 @@ def check_values(config: "TrainingConfig") -> None:
 
 def check_effects(config: "TrainingConfig") -> None:
     """Refuse what the other options leave without effect."""
+    _check_cache(config)
     scratch, evaluated, metric = config.variant is not None, config.validation is not None, config.metric_for_best_model
     alphas, are_towers_locked = config.alphas, config.are_towers_locked
     at_once = config.pairs_at_once
@@ -181,6 +191,36 @@ def check_effects(config: "TrainingConfig") -> None:
     for is_so, name, reason in without_effect:
         if is_so:
             raise ValueError(f"--{name} would have no effect: {reason}.")
+
+
+def _check_cache(config: "TrainingConfig") -> None:
+    """Refuse to store features of towers that are trained, or would give others in each step."""
+    views = config.cached_views
+    if not config.cache_frozen_features:
+        if views != 1:
+            raise ValueError("--cached_views would have no effect: nothing is stored without --cache_frozen_features.")
+        return
+    towers = config.cached_towers
+    if not towers:
+        locked = f"--lock {config.lock} leaves blocks of its towers unlocked" if config.lock else "no tower is locked"
+        raise ValueError(
+            f"--cache_frozen_features stores what a tower gives that stays as it is, but {locked}: pass --lock image, "
+            f"text or image,text."
+        )
+    if config.streaming:
+        raise ValueError(
+            "--cache_frozen_features stores features by the rows of a table, but rows that are streamed have no place "
+            "to be found again: leave out --streaming, or the cache."
+        )
+    if "image" in towers and config.patch_dropout is not None:
+        raise ValueError(
+            "--patch_dropout leaves out other patches in each step, so that the locked image tower would have no one "
+            "output to store: leave out --patch_dropout or --cache_frozen_features."
+        )
+    if views != 1 and "image" not in towers:
+        raise ValueError("--cached_views would have no effect: the image tower is trained, so no views are stored.")
+    if views != 1 and Augmentation.parse(config.augmentation) == Augmentation(crop=1.0):
+        raise ValueError("--cached_views would have no effect: without an augmentation all views are one.")
 
 
 def moved_repository(name: Any) -> str:

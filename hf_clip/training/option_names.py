@@ -26,6 +26,8 @@ KNOWN_AS = {
     "image_size": "force_image_size img_size input_size px res resize resolution size",
     "max_text_length": "context_length max_length max_seq_len max_seq_length text_length",
     "lock": "freeze freeze_image freeze_text freeze_vision_model freeze_text_model lit lock_image lock_text",
+    "cache_frozen_features": "cache_embeddings cache_features cache_latents precompute_embeddings precompute_features",
+    "cached_views": "num_views views",
     "lora_rank": "lora lora_r peft r rank use_lora use_peft",
     "lora_alpha": "adapter_alpha lora_scale lora_scaling",
     "lora_dropout": "adapter_dropout lora_drop",

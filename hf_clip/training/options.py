@@ -73,6 +73,14 @@ class TrainedOptions:
         None,
         "Towers to keep: image, text, image:2 (all but its last 2 blocks), image,text (all but projections)",
     )
+    cache_frozen_features: bool = _option(
+        False,
+        "Compute what towers that are locked whole give once, before training, store it in output_dir, and train "
+        "without these towers in memory",
+    )
+    cached_views: int = _option(
+        1, "With --cache_frozen_features: augmented views of each image, of which epochs take one after the other"
+    )
     lora_rank: int | None = _option(None, "Train factors of this rank beside frozen matrices; needs peft")
     lora_alpha: float | None = _option(
         None, "The factors' product is multiplied by this over the rank; default: the rank, so by 1"

@@ -80,16 +80,17 @@ def _average_with_pretrained_(
     """WiSE-FT: average with the only α, or of several with the one that is best on the validation data."""
     assert learner.pretrained is not None
     model, accelerator, validation = outcome.model, learner.accelerator, evaluations.validation
+    pretrained = learner.whole(learner.pretrained)
     finetuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     alphas, metric = config.alphas, config.metric_for_best_model or default_metric(evaluations.figures)
     outcome.alpha, best = alphas[0], -1.0
     for alpha in alphas if validation is not None else []:
         assert validation is not None
-        model.load_state_dict(interpolate_weights(learner.pretrained, finetuned, alpha))
+        model.load_state_dict(interpolate_weights(pretrained, finetuned, alpha))
         figures = validation.measure_plain(model, accelerator.device)
         records.add({"step": step, "alpha": alpha, **figures})
         if (value := value_of(metric, figures)) > best:
             best, outcome.alpha, outcome.figures = value, alpha, figures
-    model.load_state_dict(interpolate_weights(learner.pretrained, finetuned, outcome.alpha))
+    model.load_state_dict(interpolate_weights(pretrained, finetuned, outcome.alpha))
     if len(alphas) > 1 and accelerator.is_main_process:
         print(f"averaged with the pretrained weights at α = {outcome.alpha:g}, the best of {len(alphas)} at {metric}")

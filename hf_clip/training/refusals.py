@@ -35,6 +35,8 @@ from .checkpoint import find_checkpoint
 from .chosen_metric import parse_metric
 from .config import TrainingConfig
 from .data.collator import check_image_processor
+from .feature_store import holds_only_features
+from .frozen_towers import check_cacheable, replace_towers_
 from .gradient_caching import check_batch_norm_is_frozen
 from .launching import launch_settings
 from .plan import Plan, make_plan
@@ -95,7 +97,8 @@ def _check_output(config: TrainingConfig, accelerator: Any) -> Path | None:
         start = of_main_process(accelerator, lambda: find_checkpoint(config.output_dir, resume))
         step_of_best(config.output_dir)
     elif is_main_process:
-        check_destination(config.output_dir, config.overwrite_output_dir, "--overwrite_output_dir")
+        may_hold_files = config.overwrite_output_dir or holds_only_features(config.output_dir)
+        check_destination(config.output_dir, may_hold_files, "--overwrite_output_dir")
     if config.push_to_hub and is_main_process:
         config.hub_model_id = name_repository(config)
     return start
@@ -151,6 +154,8 @@ def _rehearse(plan: Plan, model_config: HfClipConfig, accelerator: Any) -> None:
         change_model_(model, processor, config)
         check_output_format(config, model.config, image_processor)
         prepare_training_(model, config, accelerator.device.type, accelerator.num_processes)
+        check_cacheable(model, config)
+        replace_towers_(model, config)
         check_batch_norm(accelerator, model)
         if config.micro_batch_size is not None:
             check_batch_norm_is_frozen(model.train())

@@ -30,13 +30,17 @@ from .pairs import Draw, Pairs, PairStream, Row
 Tokens = Mapping[str, tuple[list[int], bool]]
 """Captions → their tokens, and whether they were cut."""
 
-Choice = tuple[str, np.random.Generator]
-"""The caption of a row that was drawn, and the random numbers for its image."""
+Choice = tuple[int, np.random.Generator]
+"""The place of the caption that was drawn among those of its row, -1 where all are empty, and the random numbers for
+the row's image."""
 
 PAD_TO = 8
 """Text lengths are multiples of this, which suits tensor cores and keeps the number of shapes small."""
 
 LONGEST_REASON = 200
+
+EMPTY = "its caption is empty"
+"""Why an empty caption is not used."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +128,17 @@ class PairCollator:
         self.seed, self.timeout = seed, timeout
         self.images = ImagePreparation(self.image_processor, augmentation, on_device=on_device)
 
-    def _choose(self, draw: Draw, row: Row) -> Choice:
-        """The caption that is drawn, which may be empty, and the random numbers for the image."""
-        rng = np.random.default_rng((self.seed, draw.round, draw.source, draw.row, draw.caption + 1))
+    def seed_of(self, draw: Draw) -> tuple[int, ...]:
+        """Of what is drawn for a row: its caption, and what happens to its image."""
+        return self.seed, draw.round, draw.source, draw.row, draw.caption + 1
+
+    def choose(self, draw: Draw, row: Row) -> Choice:
+        """The caption that is drawn, and the random numbers for the image."""
+        rng = np.random.default_rng(self.seed_of(draw))
         if draw.caption >= 0:
-            return row.captions[draw.caption], rng
-        spoken = [caption for caption in row.captions if caption]
-        return spoken[int(rng.integers(len(spoken)))] if spoken else "", rng
+            return draw.caption, rng
+        spoken = [place for place, caption in enumerate(row.captions) if caption]
+        return spoken[int(rng.integers(len(spoken)))] if spoken else -1, rng
 
     def prepare(
         self, draw: Draw, row: Row, known: Tokens = MappingProxyType({}), choice: Choice | None = None
@@ -138,32 +146,52 @@ class PairCollator:
         """Open and augment one row. Raises UnusableRowError.
 
         known:  captions that are tokenized already
-        choice: what `_choose` has drawn already
+        choice: what `choose` has drawn already
         """
         if row.reason is not None:
             raise UnusableRowError(row.reason)
-        caption, rng = self._choose(draw, row) if choice is None else choice
+        place, rng = self.choose(draw, row) if choice is None else choice
+        input_ids, is_cut = self.tokens(row, place, known)
+        (image,), image_id = self.prepare_images(row, [rng])
+        return Prepared(image, input_ids, is_cut, image_id, row.label)
+
+    def tokens(self, row: Row, place: int, known: Tokens = MappingProxyType({})) -> tuple[list[int], bool]:
+        """The tokens of the caption at a place, -1 for none, and whether it was cut. Raises UnusableRowError."""
+        caption = row.captions[place] if place >= 0 else ""
         if not caption:
-            raise UnusableRowError("its caption is empty")
-        input_ids, is_cut = known[caption] if caption in known else self.encode(caption)
+            raise UnusableRowError(EMPTY)
+        return known[caption] if caption in known else self.encode(caption)
+
+    def prepare_images(self, row: Row, rngs: Sequence[np.random.Generator]) -> tuple[list[PreparedImage], int]:
+        """Open a row's image, and augment it by each of the random numbers. Raises UnusableRowError.
+
+        Returns:
+            The images, and the number of what the row shows.
+        """
         content = image_content(row.image, row.places, self.timeout)
         image = open_content(content, self.images.draft)
         try:
-            prepared = self.images(image, rng)
+            return [self.images(image, rng) for rng in rngs], content_id(content)
         except UNREADABLE as error:
             raise UnusableRowError(f"its image cannot be processed ({error})") from error
-        return Prepared(prepared, input_ids, is_cut, content_id(content), row.label)
 
     def collate(self, rows: Sequence[Prepared]) -> dict[str, Any]:
         """Rows as one batch, of which there may be none in evaluation."""
-        images = self.images.batch([row.image for row in rows])
-        tensors: dict[str, Any] = {"pixel_values": images} | self._padded([row.input_ids for row in rows])
+        tensors: dict[str, Any] = {"pixel_values": self.collate_images(rows)} | self.collate_texts(rows)
         tensors["image_ids"] = torch.tensor([row.image_id for row in rows], dtype=torch.int64)
-        # Of the tokens: captions that the model cannot tell apart are one.
-        tensors["text_ids"] = torch.tensor([tokens_id(row.input_ids) for row in rows], dtype=torch.int64)
         if rows and all(row.label is not None for row in rows):
             tensors["labels"] = torch.tensor([row.label for row in rows])
         return tensors
+
+    def collate_images(self, rows: Sequence[Prepared]) -> Any:
+        """What the model gets of images."""
+        return self.images.batch([row.image for row in rows])
+
+    def collate_texts(self, rows: Sequence[Prepared]) -> dict[str, Tensor]:
+        """What the model gets of captions, and their text_ids."""
+        # Of the tokens: captions that the model cannot tell apart are one.
+        ids = torch.tensor([tokens_id(row.input_ids) for row in rows], dtype=torch.int64)
+        return self.padded([row.input_ids for row in rows]) | {"text_ids": ids}
 
     def encode(self, caption: str) -> tuple[list[int], bool]:
         """A caption's tokens, and whether it was cut at the model's length. Raises UnusableRowError."""
@@ -191,11 +219,19 @@ class PairCollator:
         found = dict(zip(texts, ids, strict=True))
         return {text: self.encode(text) if len(row) > longest else (row, False) for text, row in found.items()}
 
+    def encode_drawn(self, rows: Sequence[Row], choices: Sequence[Choice]) -> Tokens:
+        """What `encode` makes of the captions that were drawn."""
+        places = zip(rows, choices, strict=True)
+        return self.encode_together(
+            caption for row, (place, _) in places if place >= 0 and (caption := row.captions[place])
+        )
+
     def tokenize(self, captions: Iterable[str]) -> dict[str, Tensor]:
         """Ids and mask (B, L), L the longest caption's length made a multiple of 8, if the model takes that many."""
-        return self._padded([self.encode(caption)[0] for caption in captions])
+        return self.padded([self.encode(caption)[0] for caption in captions])
 
-    def _padded(self, ids: list[list[int]]) -> dict[str, Tensor]:
+    def padded(self, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Tokens as ids and mask (B, L); see `tokenize`."""
         length = max(map(len, ids), default=1)
         length = max(length, min(-(-length // PAD_TO) * PAD_TO, self.tokenizer.model_max_length))
         input_ids = torch.full((len(ids), length), self.tokenizer.pad_token_id, dtype=torch.int64)
@@ -210,8 +246,8 @@ class PairCollator:
         prepared: list[Prepared] = []
         skipped: list[tuple[str, str]] = []
         rows = [read(draw) for draw in plan.draws]
-        choices = [self._choose(draw, row) for draw, row in zip(plan.draws, rows, strict=True)]
-        known = self.encode_together(caption for caption, _ in choices if caption)
+        choices = [self.choose(draw, row) for draw, row in zip(plan.draws, rows, strict=True)]
+        known = self.encode_drawn(rows, choices)
         drawn = zip(plan.draws, rows, choices, strict=True)
         for place, (draw, row, choice) in enumerate(drawn, start=plan.first):
             try:

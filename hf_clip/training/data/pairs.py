@@ -101,8 +101,13 @@ class PairTable:
     @property
     def columns(self) -> list[str]:
         """Those that are read."""
+        return list(dict.fromkeys([self.image_holder or self.image_column, *self.columns_of_texts]))
+
+    @property
+    def columns_of_texts(self) -> list[str]:
+        """Those of captions and labels."""
         more = [self.label_column] if self.label_column else []
-        return list(dict.fromkeys([self.image_holder or self.image_column, *self.captions.columns, *more]))
+        return list(dict.fromkeys([*self.captions.columns, *more]))
 
     def row(self, stored: dict[str, Any], name: str) -> Row:
         label = stored.get(self.label_column) if self.label_column else None

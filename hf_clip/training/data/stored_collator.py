@@ -1,0 +1,152 @@
+"""Drawn rows → a batch in which stored features take the place of images, of captions, or of both.
+
+A row that could not be used when its features were computed is left out and reported as it would be without them, and
+the same row steps in for it. Which caption is drawn is the same too.
+
+Dimensions: B local batch, W width of a stored feature.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.columns import UnusableRowError
+from .collator import Choice, PairCollator, Prepared, Tokens
+from .image_batch import PreparedImage
+from .pairs import Draw, Pairs, Row
+from .stored_features import StoredFeatures, choose_place, labels_of
+
+NOTHING = PreparedImage(torch.zeros(0))
+UNUSED = np.random.default_rng(0)
+"""Random numbers for an image that is not opened. To make some for each row would take longer than all else."""
+
+FIRST = Draw(0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Stores:
+    """What is stored of the rows of one `Pairs`.
+
+    Attributes:
+        images: features that the model gets in place of pixel values.
+        texts: features that it gets in place of captions.
+    """
+
+    images: StoredFeatures | None = None
+    texts: StoredFeatures | None = None
+
+    @property
+    def is_any(self) -> bool:
+        """Whether something is stored."""
+        return self.images is not None or self.texts is not None
+
+    @property
+    def is_all(self) -> bool:
+        """Whether nothing is read of a row any more."""
+        return self.images is not None and self.texts is not None
+
+
+@dataclass
+class StoredPair(Prepared):
+    """A row of which something is stored.
+
+    Attributes:
+        draw: of the row.
+        image_entry, text_entry: the numbers of its features, where there are some.
+    """
+
+    draw: Draw = FIRST
+    image_entry: int = 0
+    text_entry: int = 0
+
+
+class StoredCollator(PairCollator):
+    """A `PairCollator` of whose tensors some are stored features.
+
+    In place of pixel values stand the features of images (B, W), and in place of input_ids those of captions (B, W).
+    Their attention_mask is then (B, 1), all ones.
+
+    stores: what is stored
+    given:  as for `PairCollator`
+    """
+
+    def __init__(self, stores: Stores, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self.stores = stores
+
+    def choose(self, draw: Draw, row: Row) -> Choice:
+        if self.stores.texts is None:
+            return super().choose(draw, row)
+        place = choose_place(self.stores.texts, draw, self.seed_of(draw))
+        return place, UNUSED if self.stores.images is not None else super().choose(draw, row)[1]
+
+    def encode_drawn(self, rows: Sequence[Row], choices: Sequence[Choice]) -> Tokens:
+        return MappingProxyType({}) if self.stores.texts is not None else super().encode_drawn(rows, choices)
+
+    def prepare(
+        self, draw: Draw, row: Row, known: Tokens = MappingProxyType({}), choice: Choice | None = None
+    ) -> Prepared:
+        if row.reason is not None:
+            raise UnusableRowError(row.reason)
+        images, texts = self.stores.images, self.stores.texts
+        place, rng = self.choose(draw, row) if choice is None else choice
+        pair = StoredPair(NOTHING, [], False, 0, row.label, draw)
+        if texts is None:
+            pair.input_ids, pair.is_cut = self.tokens(row, place, known)
+        else:
+            pair.text_entry = texts.entry(draw, place)
+            pair.is_cut = bool(texts.is_cut[pair.text_entry])
+        if images is None:
+            (pair.image,), pair.image_id = self.prepare_images(row, [rng])
+        else:
+            pair.image_entry = images.entry(draw)
+            pair.image_id = int(images.ids[pair.image_entry])
+        return pair
+
+    def collate_images(self, rows: Sequence[Any]) -> Any:
+        if self.stores.images is None:
+            return super().collate_images(rows)
+        return self.stores.images.gather([row.image_entry for row in rows], [row.draw.round for row in rows])
+
+    def collate_texts(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        texts = self.stores.texts
+        if texts is None:
+            return super().collate_texts(rows)
+        entries = [row.text_entry for row in rows]
+        return {
+            "input_ids": texts.gather(entries, [0] * len(entries)),
+            "attention_mask": torch.ones(len(entries), 1, dtype=torch.int64),
+            "text_ids": torch.from_numpy(texts.ids[np.asarray(entries, dtype=np.int64)]),
+        }
+
+
+class StoredPairs(Pairs):
+    """The same draws as those of other pairs. What is stored of their rows is not read.
+
+    Args:
+        pairs: The others.
+        stores: What is stored of them.
+    """
+
+    def __init__(self, pairs: Pairs, stores: Stores):
+        vars(self).update(vars(pairs))
+        self._labels = [labels_of(source) for source in pairs.sources] if stores.is_all else None
+        if stores.images is not None:
+            self.sources = [
+                replace(source, table=source.table.select_columns(source.columns_of_texts)) for source in pairs.sources
+            ]
+
+    def read(self, draw: Draw) -> Row:
+        if self._labels is None:
+            return super().read(draw)
+        labels = self._labels[draw.source]
+        label = None if labels is None else int(labels[draw.row])
+        return Row(f"row {draw.row} of {self.sources[draw.source].name}", None, [], label)
+
+
+__all__ = ["StoredCollator", "StoredPair", "StoredPairs", "Stores"]
