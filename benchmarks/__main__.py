@@ -36,6 +36,7 @@ SUBCOMMANDS = {
     "load": "ViT-L/14 from disk, and the first image of a fresh process",
     "train_step": "both towers, the loss, backward, AdamW",
     "gradient_caching": "a training step by micro-batches: time of a pair, and memory",
+    "locked_towers": "a step with both towers locked, from stored features and with the towers in memory",
     "loss": "the contrastive loss alone, 1k to 64k pairs; --picture draws its curves where it is measured alone",
     "zero_shot": "the pipeline, and a classifier of 1,000 labels",
     "evaluate": "from JPEGs on disk to a table of zero-shot figures",

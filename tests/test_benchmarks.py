@@ -386,6 +386,16 @@ def test_steps_by_micro_batches_have_the_same_loss_and_memory_is_compared(
     assert used is None or used >= 0
 
 
+def test_steps_from_stored_features_have_the_same_loss():
+    module = import_module("benchmarks.locked_towers")
+    (table,) = module.run(replace(tiny_settings(), batches=(64,)))
+    assert names_of(table) == ["hf_clip, stored features", "towers in memory"]
+    assert not table.lacks_ours
+    check = module.same_losses()
+    assert check(2.0) is None
+    assert check(2.1) == "its loss is 2.1000, where the other has 2.0000"
+
+
 def test_losses_agree_and_their_curves_are_drawn(tmp_path: Path):
     tables = list(loss.run(replace(tiny_settings(), batches=(40, 50))))
     assert [table.title for table in tables] == [

@@ -50,6 +50,7 @@ def test_what_is_missing_is_named(fields: dict, message: str):
             "micro_batch_size is '0', but must be a number of pairs, at least 1, or auto for the",
         ),
         ({"micro_batch_size": "2.5"}, "micro_batch_size is '2.5', but must be a number of pairs"),
+        ({"cached_views": 0}, "cached_views is 0, but it must be positive"),
         ({"max_steps": 0}, "max_steps is 0, but it must be positive"),
         ({"max_steps": None, "num_train_epochs": -1.0}, "num_train_epochs is -1.0, but it must be positive"),
         ({"logging_steps": 0}, "logging_steps is 0, but it must be positive"),
@@ -101,6 +102,7 @@ def test_impossible_values_are_refused(fields: dict, message: str):
 
 
 SCRATCH = {"model": None, "variant": "RN50"}
+CACHED = {"cache_frozen_features": True, "lock": "image"}
 BEST = {"metric_for_best_model": "recall@1", "validation": "5", "save_steps": 5}
 
 
@@ -122,6 +124,22 @@ BEST = {"metric_for_best_model": "recall@1", "validation": "5", "save_steps": 5}
         (SCRATCH | {"average_with_pretrained": "0.5"}, "--average_with_pretrained would have no effect: there is noth"),
         (SCRATCH | {"image_size": 32}, "--image_size would have no effect: a model from scratch has its config"),
         (SCRATCH | {"max_text_length": 32}, "--max_text_length would have no effect: a model from scratch has its"),
+        ({"cached_views": 2}, "--cached_views would have no effect: nothing is stored without --cache_frozen_features"),
+        (
+            CACHED | {"lock": "text", "cached_views": 2},
+            "--cached_views would have no effect: the image tower is trained, so no views are stored",
+        ),
+        (
+            CACHED | {"cached_views": 2, "augmentation": "none"},
+            "--cached_views would have no effect: without an augmentation all views are one",
+        ),
+        (CACHED | {"lock": None}, "a tower gives that stays as it is, but no tower is locked: pass --lock image, text"),
+        (CACHED | {"lock": "image:2"}, "but --lock image:2 leaves blocks of its towers unlocked: pass --lock image, t"),
+        (CACHED | {"streaming": True}, "rows that are streamed have no place to be found again: leave out --streaming"),
+        (
+            CACHED | {"patch_dropout": 0.5},
+            "--patch_dropout leaves out other patches in each step, so that the locked image tower would have no one",
+        ),
         ({"lock": "image,text", "layer_decay": 0.7}, "--layer_decay would have no effect: both towers are locked"),
         ({"lock": "text,image", "gradient_checkpointing": True}, "--gradient_checkpointing would have no effect: both"),
         (
