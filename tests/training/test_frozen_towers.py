@@ -51,7 +51,14 @@ def assert_same_run(stored: Path, plain: Path) -> None:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
 
 
-@pytest.mark.parametrize("lock", ["image", "text", "image,text"])
+@pytest.mark.parametrize(
+    ("tower", "lock"),
+    [
+        *(("vit", lock) for lock in ("image", "text", "image,text")),
+        ("resnet", "image,text"),
+        *(pytest.param("resnet", lock, marks=pytest.mark.slow) for lock in ("image", "text")),
+    ],
+)
 def test_training_is_that_of_towers_in_memory(digits: Path, tmp_path: Path, tower: str, lock: str):
     """Captions are made of labels, so that zero-shot accuracy is measured too."""
     chosen = {"dataset": [str(digits / "labelled")], "caption_column": LABELLED_CAPTION, "validation": "40"}
