@@ -33,7 +33,8 @@ from .data.augment import Augmentation
 from .data.collator import PairCollator
 from .data.pairs import Pairs, PairStream
 from .data.stored_collator import Stores
-from .feature_store import FOLDER, Encoder, Wanted, digest_of_module, digest_of_tokenizer, store
+from .feature_computing import Encoder, Wanted
+from .feature_store import FOLDER, digest_of_module, digest_of_tokenizer, store
 from .trainable import TOWERS
 
 WEIGHTS = "tower.safetensors"

@@ -26,7 +26,8 @@ from hf_clip.training.data.feature_shards import FILE, FeatureShards
 from hf_clip.training.data.loader import build_loader
 from hf_clip.training.data.pairs import Pairs, load_pairs
 from hf_clip.training.data.stored_collator import StoredCollator, StoredPairs, Stores
-from hf_clip.training.feature_store import FOLDER, Encoder, StaleFeaturesError
+from hf_clip.training.feature_computing import Encoder
+from hf_clip.training.feature_store import FOLDER, StaleFeaturesError
 from hf_clip.training.frozen_towers import FrozenTowers, StoredTower, check_cacheable, store_towers_
 from hf_clip.training.trainable import lock_
 
