@@ -75,6 +75,7 @@ OTHER_VALUES = {
     "image_size": 64,
     "max_text_length": 99,
     "lock": "image:1",
+    "cached_views": 4,
     "patch_dropout": 0.5,
     "augment_on": "device",
     "lora_rank": 4,
@@ -107,6 +108,8 @@ OTHER_VALUES = {
     "ema_decay": 0.99,
 }
 NEEDED_WITH = {
+    "cache_frozen_features": {"lock": "image"},
+    "cached_views": {"lock": "image", "cache_frozen_features": True},
     "lora_alpha": {"lora_rank": 4},
     "lora_dropout": {"lora_rank": 4},
     "lora_target_modules": {"lora_rank": 4},
@@ -117,7 +120,7 @@ NEEDED_WITH = {
     "guard_labels": {"validation": "test", "guard_dataset": "org/photos"},
     "guard_label_column": {"validation": "test", "guard_dataset": "org/photos"},
 }
-SWITCHES = {"streaming": True}
+SWITCHES = {"streaming": True, "cache_frozen_features": True}
 
 
 def test_every_option_that_decides_the_result_stands_on_the_card():
