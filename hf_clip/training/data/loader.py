@@ -44,6 +44,18 @@ GONE = (EOFError, ConnectionError, FileNotFoundError)
 RAISED = "Caught "
 """How an error begins that a worker itself has raised."""
 
+PINNING, IN_PINNING = "Pin memory thread exited unexpectedly", "in pin memory thread"
+"""torch's error where a thread takes batches from the workers and puts them into pinned memory. Any of `GONE` ends that
+thread, and little else does: what goes wrong with the pinning itself is handed on, as an error with the second text."""
+
+
+def _is_of_killed_worker(error: Exception, num_workers: int) -> bool:
+    """Whether an error of taking the next batch says that a worker was killed."""
+    text = str(error)
+    is_raised = text.startswith(RAISED) and IN_PINNING not in text.partition("\n")[0]
+    is_lost = text.startswith(PINNING) or (isinstance(error, GONE) and not is_raised)
+    return text.startswith(KILLED) or (is_lost and num_workers > 0)
+
 
 class WorkerKilledError(OSError):
     """Workers were killed again and again.
@@ -154,12 +166,12 @@ class PairLoader:
             except StopIteration:
                 return
             except (RuntimeError, *GONE) as error:
-                is_lost = isinstance(error, GONE) and self.loader.num_workers > 0 and not str(error).startswith(RAISED)
-                if not is_lost and not str(error).startswith(KILLED):
+                if not _is_of_killed_worker(error, self.loader.num_workers):
                     raise
                 if self.is_restarted:
                     raise WorkerKilledError(self.pairs.name) from error
-                ended = "A DataLoader worker exited unexpectedly" if is_lost else str(error).rstrip(".")
+                is_named = str(error).startswith(KILLED)
+                ended = str(error).rstrip(".") if is_named else "A DataLoader worker exited unexpectedly"
             if ended:
                 self.is_restarted = True
                 logger.warning("%s; it is started anew, once.", ended)

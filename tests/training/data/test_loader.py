@@ -1,6 +1,7 @@
 """Batches: what is in them, their order over workers, processes and interruptions, and rows that cannot be used."""
 
 import signal
+import threading
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.multiprocessing import reductions
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import ProcessorMixin
 
@@ -251,6 +253,40 @@ def test_killed_worker_is_started_anew_once_and_no_batch_is_lost(
     message = "A worker that prepares rows of .* was killed, and again after it was started anew: .* Take fewer --data"
     with pytest.raises(WorkerKilledError, match=message):
         list(islice(batches, 8))
+
+
+TAKEN: list[str] = []
+TAKE = reductions.rebuild_storage_fd
+
+
+def take_or_fail(*arguments: object) -> object:
+    """What takes a tensor from a worker. Two of them are on their way when the worker is killed."""
+    TAKEN.append(threading.current_thread().name)
+    if len(TAKEN) in (12, 32):
+        raise EOFError
+    return TAKE(*arguments)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_worker_that_is_killed_while_its_batch_is_pinned_is_started_anew(
+    shard: str, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """As on a GPU. torch's thread then takes the batches, and what it cannot take from a dead worker ends it."""
+    pairs = load_pairs(shard)
+    uninterrupted = [batch for _, batch in islice(loader_of(pairs, processor).batches(), 5)]
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(reductions, "rebuild_storage_fd", take_or_fail)
+    TAKEN.clear()
+    batches = loader_of(pairs, processor, num_workers=1, pin_memory=True).batches()
+    assert_equal([batch for _, batch in islice(batches, 5)], uninterrupted)
+    assert threading.current_thread().name not in TAKEN
+    assert "A DataLoader worker exited unexpectedly; it is started anew, once" in caplog.text
+    with pytest.raises(WorkerKilledError, match="was killed, and again after it was started anew"):
+        list(islice(batches, 12))
 
 
 @STREAMING
