@@ -170,7 +170,7 @@ def _first_call(contender: Contender, device: str) -> str | None:
     return f"{contender.name} is left out: {reason}" if reason else None
 
 
-def _warm_up(work: Callable[[], Any], device: str, last: float) -> int:
+def _warm_up(work: Callable[[], Any], device: str, last: float, turn_seconds: float) -> int:
     """Unmeasured calls, after one that took `last` seconds; how many calls fill a turn.
 
     On a GPU one at least, since the first may have compiled for longer than a thousand calls take.
@@ -184,14 +184,23 @@ def _warm_up(work: Callable[[], Any], device: str, last: float) -> int:
         work()
         synchronize(device)
         last = time.perf_counter() - start
-    return max(1, round(TURN_SECONDS / max(last, 1e-6)))
+    return max(1, round(turn_seconds / max(last, 1e-6)))
 
 
-def compare(table: Table, contenders: Sequence[Contender], *, rounds: int, seconds: float = float("inf")) -> Table:
+def compare(
+    table: Table,
+    contenders: Sequence[Contender],
+    *,
+    rounds: int,
+    seconds: float = float("inf"),
+    turn: float | None = None,
+) -> Table:
     """Fill a table with rows: check, warm up, and measure the contenders in turn.
 
     seconds: after which no further round begins, once there are three
+    turn: seconds of a turn, where it is not the usual
     """
+    turn_seconds = TURN_SECONDS if turn is None else turn
     present, calls = [], []
     for contender in contenders:
         say(f"checking {contender.name}")
@@ -201,15 +210,15 @@ def compare(table: Table, contenders: Sequence[Contender], *, rounds: int, secon
             table.left_out.append(reason)
             continue
         present.append(contender)
-        calls.append(_warm_up(contender.work, table.device, time.perf_counter() - start))
+        calls.append(_warm_up(contender.work, table.device, time.perf_counter() - start, turn_seconds))
     times: list[list[float]] = [[] for _ in present]
     begin = time.perf_counter()
-    for turn in range(rounds):
-        if turn >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
-        for place in random.Random(turn).sample(range(len(present)), len(present)):
+        for place in random.Random(number).sample(range(len(present)), len(present)):
             contender, count = present[place], calls[place]
-            say(f"round {turn + 1}, {contender.name}")
+            say(f"round {number + 1}, {contender.name}")
             start = time.perf_counter()
             for _ in range(count):
                 contender.work()

@@ -92,7 +92,7 @@ def load_open_clip(variant: Variant, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def new_open_clip(variant: Variant) -> nn.Module:
+def new_open_clip(variant: Variant, text_layers: int = TEXT_LAYERS) -> nn.Module:
     """open_clip's CLIP with weights of its own."""
     module = load_open_clip_module("model")
     if module is None:
@@ -107,7 +107,7 @@ def new_open_clip(variant: Variant) -> nn.Module:
         "width": variant.text_width,
         "heads": variant.text_heads,
     }
-    text |= {"layers": TEXT_LAYERS}
+    text |= {"layers": text_layers}
     return module.CLIP(embed_dim=variant.embed_dim, vision_cfg=vision, text_cfg=text, quick_gelu=True)
 
 
