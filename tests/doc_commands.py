@@ -18,8 +18,15 @@ from hf_clip.training.options import OPTIONS
 
 from .doc_blocks import ROOT
 
-PROGRAMS = ("benchmarks", "conversion.parity", "demo", "model_cards")
-"""Those of a checkout that read their command line by argparse, in `main`."""
+PROGRAMS: dict[str, list[str]] = {
+    "benchmarks": [],
+    "benchmarks.gpu": [],
+    "benchmarks.pages": ["file.json", "--into", "page.md"],
+    "conversion.parity": [],
+    "demo": [],
+    "model_cards": [],
+}
+"""Those of a checkout that read their command line by argparse, in `main`, and the words that each needs at least."""
 
 SECTION = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
 EXTRAS = set(re.findall(r"^(\w+) = \[", SECTION, flags=re.MULTILINE))
@@ -124,7 +131,7 @@ def known_options() -> set[str]:
     for command in (*groups, *(command for group in groups for command in group.commands.values())):
         found |= {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
     found |= {f"--{name}" for name in OPTIONS}
-    parsers = [launch_command_parser(), *(read_by_argparse(name, []) for name in PROGRAMS)]
+    parsers = [launch_command_parser(), *(read_by_argparse(name, words) for name, words in PROGRAMS.items())]
     found |= {name for parser in parsers for name in parser._option_string_actions}
     return {name.replace("_", "-") for name in found}
 
