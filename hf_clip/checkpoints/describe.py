@@ -4,7 +4,7 @@ No weights are read, nothing that lies there is executed, and nothing but small 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Description:
         nbytes: The size of the stored tensors.
         dtypes: Floating-point dtypes and how many numbers are stored in each.
         embedding: The width D of the space that images and texts share.
+        matryoshka_dims: Widths at which the first numbers of a feature are a feature too; None for the full width.
         text, image: The sizes of the towers.
         activation: That of the transformers.
         loss: What the model was trained by: "softmax" or "sigmoid".
@@ -80,6 +81,7 @@ class Description:
     nbytes: int | None = None
     dtypes: dict[str, int] = field(default_factory=dict)
     embedding: int | None = None
+    matryoshka_dims: Sequence[int] | None = None
     text: dict[str, int] = field(default_factory=dict)
     image: dict[str, Any] = field(default_factory=dict)
     activation: str | None = None
@@ -132,7 +134,7 @@ class Description:
         self.activation = next((tower.hidden_act for tower in towers if hasattr(tower, "hidden_act")), None)
         self.embedding = config.projection_dim
         if isinstance(config, HfClipConfig):
-            self.loss = config.contrastive_loss
+            self.loss, self.matryoshka_dims = config.contrastive_loss, config.matryoshka_dims
             variant = identify_variant(config)
             self.variant = None if variant is None else variant.name
             self.model = f"a CLIP with a {self.image['kind']}"

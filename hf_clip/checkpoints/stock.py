@@ -52,7 +52,8 @@ def stock_config(config: HfClipConfig) -> CLIPConfig:
         for name in ("text_config", "vision_config")
     }
     towers["text_config"] = stock_special_ids(towers["text_config"])
-    kept = {name: value for name, value in values.items() if name not in OWN_FIELDS | {"auto_map"}}
+    own = OWN_FIELDS | {"auto_map"} | ({"matryoshka_dims"} if config.matryoshka_dims is None else set())
+    kept = {name: value for name, value in values.items() if name not in own}
     return CLIPConfig(**kept, **towers, architectures=["CLIPModel"], dtype="float32")
 
 

@@ -31,7 +31,8 @@ def in_words(found: "Description") -> list[tuple[str, str]]:
         else:
             sizes = f"{'-'.join(map(str, image['blocks']))} blocks to width {image['width']}, {image['heads']} heads"
         lines.append(("image tower", f"{image['kind']}, {sizes}, images of {image['pixels']}"))
-    lines.append(("embedding", str(found.embedding) if found.embedding else ""))
+    widths = f", trained at the widths {', '.join(map(str, found.matryoshka_dims))}" if found.matryoshka_dims else ""
+    lines.append(("embedding", f"{found.embedding}{widths}" if found.embedding else ""))
     lines.append(("activation", found.activation or ("not told" if found.text else "")))
     lines += [("loss", found.loss or ""), ("tokenizer", found.tokenizer or "")]
     if settings := found.images:

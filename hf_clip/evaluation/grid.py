@@ -3,7 +3,7 @@
     OUTPUT/results.json            a list of records, see `reports`
     OUTPUT/results.md              the same as tables
     OUTPUT/cells/NAME.json         a record for each cell, for `clip_benchmark build`
-    OUTPUT/cells/NAME/             per_class.csv, confusion.png, reliability.png, mistakes.png
+    OUTPUT/cells/NAME/             per_class.csv, confusion.png, reliability.png, mistakes.png, widths.png
 
 A cell whose record is there is not measured again, unless an option, the model's files or the data have changed. A cell
 that fails is reported, and the others are measured.
@@ -297,6 +297,14 @@ def _keep(
         if plots:
             for picture in draw(result, f"{Path(cell.model).name} on {Path(cell.dataset).name}", folder):
                 say(f"picture: {picture}")
+    if plots and len(widths := getattr(result, "widths", {})) > 1:
+        from .plots import plot_widths
+
+        picture = cell.path.with_suffix("") / "widths.png"
+        values = {width: figures[result.metric] for width, figures in widths.items()}
+        title = f"{Path(cell.model).name} on {Path(cell.dataset).name}"
+        plot_widths(values, result.metric, title, picture)
+        say(f"picture: {picture}")
     record[IDENTITY] = cell.identity
     write_json(cell.path, record)
     return record

@@ -3,6 +3,7 @@
 Dimensions: K classes.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,31 @@ def plot_mistakes(mistakes: list[Mistake], title: str, path: Path, places: Image
             fontsize=9,
             color="black",
         )
+    _save(figure, path)
+
+
+def plot_widths(values: Mapping[int, float], metric: str, title: str, path: Path) -> None:
+    """Draw a metric over the widths of truncated features.
+
+    Args:
+        values: Width → the metric, from 0 to 1.
+        metric: Its name.
+        title: What stands above.
+        path: The PNG to write.
+    """
+    figure = _figure(5.2, 3.6)
+    axes = figure.subplots()
+    widths = sorted(values)
+    points = [100 * values[width] for width in widths]
+    axes.plot(widths, points, color=BLUE, marker="o")
+    for width, point in zip(widths, points, strict=True):
+        axes.annotate(f"{point:.1f}", (width, point), (0, 7), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(widths, list(map(str, widths)))
+    axes.minorticks_off()
+    axes.margins(y=0.15)
+    axes.set(xlabel="numbers of a feature that are compared", ylabel=f"{metric}, %", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..zero_shot.features import in_batches
+from ..zero_shot.features import in_batches, truncated
 from ..zero_shot.prompts import DEFAULT_TEMPLATE, make_prompts, read_template_file, read_templates
 from .embed import Embedder
 
@@ -116,25 +116,32 @@ def class_prompts(class_names: list[list[str]], templates: Any = None, own: list
 
 
 def class_matrix(embedder: Embedder, prompts: ClassPrompts) -> Tensor:
-    """Encode the prompts of K classes.
+    """Encode the prompts of K classes → (D, K), float32, with columns of length one. Raises as `class_matrices`."""
+    (matrix,) = class_matrices(embedder, prompts, [None])
+    return matrix
+
+
+def class_matrices(embedder: Embedder, prompts: ClassPrompts, widths: Sequence[int | None]) -> list[Tensor]:
+    """Encode the prompts of K classes once, for several widths.
 
     Args:
         embedder: The model.
         prompts: The prompts.
+        widths: How many of a feature's first numbers are taken, before it is normalised. None: all.
 
     Returns:
-        (D, K), float32, with columns of length one.
+        For each width (width, K), float32, with columns of length one.
 
     Raises:
         TextTooLongError: A prompt is too long.
         NotFiniteFeaturesError: A feature holds NaN.
     """
-    sums: Tensor | None = None
+    sums: list[Tensor] = []
     items = ((place, prompt) for place, texts in enumerate(prompts.prompts) for prompt in texts)
     for batch in in_batches(items, AT_ONCE):
         features = embedder.texts([prompt for _, prompt in batch])
-        if sums is None:
-            sums = torch.zeros(len(prompts.prompts), features.shape[1])
-        sums.index_add_(0, torch.tensor([place for place, _ in batch]), features)
-    assert sums is not None
-    return normalize(sums, dim=-1).T.contiguous()
+        places, narrow = torch.tensor([place for place, _ in batch]), [truncated(features, width) for width in widths]
+        sums = sums or [torch.zeros(len(prompts.prompts), each.shape[1]) for each in narrow]
+        for total, each in zip(sums, narrow, strict=True):
+            total.index_add_(0, places, each)
+    return [normalize(total, dim=-1).T.contiguous() for total in sums]

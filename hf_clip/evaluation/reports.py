@@ -1,8 +1,9 @@
 """What is written of measurements: records in CLIP_benchmark's keys, tables, and entries of a model card.
 
 A record is a dictionary with `dataset`, `model`, `pretrained`, `task`, `metrics` and `language`, as CLIP_benchmark
-writes it, and with `split`, `metric`, `count`, `unreadable`, `protocol`, `precision` and `processor`. Figures are
-fractions from 0 to 1, but for median ranks, correlations and errors of scores.
+writes it, and with `split`, `metric`, `count`, `unreadable`, `protocol`, `precision` and `processor`. Where features
+were truncated, `widths` has the name of the metric at each width. Figures are fractions from 0 to 1, but for median
+ranks, correlations and errors of scores.
 """
 
 import hashlib
@@ -29,6 +30,8 @@ from ..model.checked_files import one_line
 from .few_shot import LP_PLUS_PLUS
 from .linear_probe import PREFIX, LinearProbeResult
 from .paper_data_sets import find_paper_data_set
+from .retrieval import CORRECTED
+from .widths import by_names, name_at, names_at, split_name
 
 TASKS = {
     "zero-shot": "zeroshot_classification",
@@ -55,9 +58,6 @@ CORRELATIONS = ("spearman", "pearson")
 """Metrics from -1 to 1, which are not shown in per cent."""
 
 IN_ITS_UNIT = ("mean_absolute_error",)
-
-CORRECTED = "_hub_corrected"
-"""What stands behind the name of a metric that was measured with hubs corrected."""
 
 
 def published_figure(dataset: str, architecture: str, task: str) -> float | None:
@@ -117,6 +117,10 @@ def record_of(
     """
     metrics = dict(result.metrics)
     metrics |= {f"{name}{CORRECTED}": value for name, value in getattr(result, "corrected", {}).items()}
+    metric, widths = result.metric, getattr(result, "widths", {})
+    if widths:
+        metrics = by_names(widths, result.embedding_dim)
+        metric = names_at(metric, widths, result.embedding_dim)[0]
     record = {
         "dataset": dataset,
         "model": architecture or model,
@@ -125,7 +129,7 @@ def record_of(
         "metrics": metrics,
         "language": language,
         "split": result.split or split,
-        "metric": result.metric,
+        "metric": metric,
         "count": result.count,
         "unreadable": len(result.unreadable),
         "protocol": result.protocol,
@@ -134,7 +138,9 @@ def record_of(
     }
     if isinstance(result, LinearProbeResult):
         record |= _linear_probe_fields(result)
-    if (figure := published_figure(dataset, architecture, task)) is not None:
+    if widths:
+        record["widths"] = dict(zip(widths, names_at(result.metric, widths, result.embedding_dim), strict=True))
+    if (figure := published_figure(dataset, architecture, task)) is not None and metric == result.metric:
         record["published"] = figure
     return json.loads(json.dumps(record, default=str))
 
@@ -147,7 +153,7 @@ def write_text(path: Path, text: str) -> None:
 
 def shown_figure(name: str, value: float) -> str:
     """Write a figure for a table: a fraction in per cent; a rank, a correlation and an error as they are."""
-    name = name.removesuffix(CORRECTED)
+    name = split_name(name)[0].removesuffix(CORRECTED)
     if name in CORRELATIONS + IN_ITS_UNIT:
         return f"{value:.3f}" if name in CORRELATIONS else f"{value:.3g}"
     return f"{value:.1f}" if name.endswith(NOT_FRACTIONS) else f"{100 * value:.1f} %"
@@ -160,16 +166,21 @@ def table_rows(records: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[
     for record in records:
         name = record["metric"]
         published = f"{record['published']:.1f} %" if "published" in record else ""
-        figures = [str(record["count"]), shown_figure(name, record["metrics"][name]), published]
+        what, count = [record["pretrained"], record["dataset"]], str(record["count"])
         shown = f"{name}, {record['protocol_name']}" if "protocol_name" in record else name
-        rows.append([record["pretrained"], record["dataset"], shown, *figures])
-        if (corrected := f"{name}{CORRECTED}") in record["metrics"]:
-            value = shown_figure(corrected, record["metrics"][corrected])
-            rows.append([record["pretrained"], record["dataset"], f"{name}, hubs corrected", figures[0], value, ""])
+        rows.append([*what, shown, count, shown_figure(name, record["metrics"][name]), published])
+        for at_width in record["widths"].values() if "widths" in record else [name]:
+            value = record["metrics"][at_width]
+            if at_width != name:
+                rows.append([*what, at_width, count, shown_figure(at_width, value), ""])
+            plain, width = split_name(at_width)
+            if (corrected := name_at(f"{plain}{CORRECTED}", width)) in record["metrics"]:
+                value = record["metrics"][corrected]
+                rows.append([*what, f"{at_width}, hubs corrected", count, shown_figure(corrected, value), ""])
         for few in record.get("few_shot", ()):
             metric = f"{few['shots']}-shot {few['head']}"
             value = f"{100 * few['mean']:.1f} ± {100 * few['std']:.1f} %"
-            rows.append([record["pretrained"], record["dataset"], metric, figures[0], value, ""])
+            rows.append([*what, metric, count, value, ""])
     if not any(row[-1] for row in rows):
         return header[:-1], [row[:-1] for row in rows]
     return header, rows

@@ -6,7 +6,7 @@ the same words. Equal similarities count against the model. An image that stands
 Dimensions: I images, T texts, D embedding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from ..data.content import content_id
-from ..zero_shot.features import progress_bar
+from ..zero_shot.features import progress_bar, truncated
 from .captioned_images import CaptionedImages, CaptionedRow, open_captioned
 from .embed import Embedder, Unreadable
 from .feature_cache import FeatureCache, processor_settings
 from .ranking import hub_bias, rank_both_ways
+from .widths import embedding_dim, read_widths, widths_in_words
 
 KS = (1, 5, 10)
 HUB_K = 128
+CORRECTED = "_hub_corrected"
+"""What stands behind the name of a metric that was measured with hubs corrected."""
+
 TIES = "equal similarities count against the model"
 """Number of reference queries whose similarities are averaged, as in arXiv:2410.24114."""
 
@@ -42,6 +46,9 @@ class RetrievalResult:
         processor: The image processor's settings.
         unreadable: Images that cannot be opened, which are left out with their captions, each with its reason.
         metric: The one that the data set is reported by.
+        widths: With `truncate_dim`: the metrics of each width that was asked for, the corrected ones with
+            `_hub_corrected` behind their names. `metrics` and `corrected` are of the first of them.
+        embedding_dim: D of the model.
     """
 
     metrics: dict[str, float]
@@ -54,6 +61,8 @@ class RetrievalResult:
     corrected: dict[str, float] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
     metric: str = "mean_recall@1"
+    widths: dict[int, dict[str, float]] = field(default_factory=dict)
+    embedding_dim: int | None = None
 
     @property
     def count(self) -> int:
@@ -168,6 +177,7 @@ def evaluate_retrieval(
     feature_cache: Any = None,
     threads: int | None = None,
     progress: bool = False,
+    truncate_dim: int | Sequence[int] | None = None,
 ) -> RetrievalResult:
     """Measure retrieval in both directions on a data set of images with captions.
 
@@ -186,6 +196,8 @@ def evaluate_retrieval(
         feature_cache: Folder in which image features are kept. None: they are not kept.
         threads: Number of threads that open images. None: the number of processors.
         progress: Whether to show a progress bar.
+        truncate_dim: How many of a feature's first numbers are compared; or several such widths, at each of which the
+            model is measured. Images and texts are encoded once. None: all numbers.
 
     Returns:
         The result.
@@ -193,7 +205,7 @@ def evaluate_retrieval(
     Raises:
         UnreadableImagesError: More than 1 % of the images cannot be opened. A ValueError.
         NotFiniteFeaturesError: The model gives NaN. A ValueError.
-        ValueError: The split is empty, or columns or reference queries are missing.
+        ValueError: The split is empty, columns or reference queries are missing, or a width is not from 1 to D.
 
     Example::
 
@@ -208,6 +220,8 @@ def evaluate_retrieval(
     columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
     data = open_captioned(dataset, split, **columns)
     embedder = Embedder(model, processor, batch_size=batch_size, threads=threads)
+    named = read_widths(truncate_dim, model)
+    widths: list[int | None] = [*named] or [None]
 
     def cache_of(source: CaptionedImages) -> FeatureCache | None:
         if feature_cache is None:
@@ -218,36 +232,56 @@ def evaluate_retrieval(
         if feature_cache is not None and data.fingerprint is None:
             FeatureCache(feature_cache, model, processor, embedder.precision, None)  # raises
         found = embed_captioned(embedder, data, cache=cache_of(data), progress=progress)
-        ids = torch.arange(len(found.images))
-        shared: dict[str, Any] = {"processes": embedder.processes}
-        metrics = retrieval_metrics(*rank_both_ways(found.images, found.texts, ids, found.text_ids, **shared))
-        corrected: dict[str, float] = {}
+        given: CaptionedEmbeds | None = None
         protocol = (
             f"retrieval, captions cut at {embedder.text_limit} tokens, equal similarities count against the model"
         )
         if hub_correction is not None:
             others = open_captioned(references, **({} if isinstance(references, CaptionedImages) else columns))
             given = embed_captioned(embedder, others, progress=progress)
-            # Images are searched for by texts, so their bias is that of the reference texts.
-            image_bias = hub_bias(found.images, given.texts, alpha=hub_correction, k=hub_k, **shared)
-            text_bias = hub_bias(found.texts, given.images, alpha=hub_correction, k=hub_k, **shared)
-            ranks = rank_both_ways(
-                found.images, found.texts, ids, found.text_ids, image_bias=image_bias, text_bias=text_bias, **shared
-            )
-            corrected = retrieval_metrics(*ranks)
             protocol += (
                 f"; corrected: {hub_correction:g} times the mean of {hub_k} of {len(given.texts)} reference texts "
             )
             protocol += f"and of {len(given.images)} reference images of {others.name}"
             protocol += f" ({others.split})" if others.split else ""
+        measured = [
+            _measure(found, given, width, hub_correction, hub_k, processes=embedder.processes) for width in widths
+        ]
+    metrics, corrected = measured[0]
     return RetrievalResult(
         metrics=metrics,
         images=len(found.images),
         texts=len(found.texts),
-        protocol=protocol,
+        protocol=protocol + widths_in_words(named, model),
         precision=embedder.precision,
         split=data.split,
         processor=processor_settings(processor),
         corrected=corrected,
         unreadable=found.unreadable,
+        widths={
+            width: plain | {f"{name}{CORRECTED}": value for name, value in other.items()}
+            for width, (plain, other) in zip(named, measured, strict=False)
+        },
+        embedding_dim=embedding_dim(model),
     )
+
+
+def _measure(
+    found: CaptionedEmbeds,
+    references: CaptionedEmbeds | None,
+    width: int | None,
+    alpha: float | None,
+    k: int,
+    **shared: Any,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Figures at a width, and the same with the correction of hubs, empty without reference queries."""
+    images, texts = truncated(found.images, width), truncated(found.texts, width)
+    ids = torch.arange(len(images))
+    metrics = retrieval_metrics(*rank_both_ways(images, texts, ids, found.text_ids, **shared))
+    if references is None or alpha is None:
+        return metrics, {}
+    # Images are searched for by texts, so their bias is that of the reference texts.
+    image_bias = hub_bias(images, truncated(references.texts, width), alpha=alpha, k=k, **shared)
+    text_bias = hub_bias(texts, truncated(references.images, width), alpha=alpha, k=k, **shared)
+    biases: dict[str, Any] = {"image_bias": image_bias, "text_bias": text_bias}
+    return metrics, retrieval_metrics(*rank_both_ways(images, texts, ids, found.text_ids, **biases, **shared))

@@ -4,6 +4,7 @@ Dimensions: I images, K classes, D embedding.
 """
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import NOWHERE, ImagePlaces
-from ..zero_shot.features import progress_bar
+from ..zero_shot.features import progress_bar, truncated
 from .class_metrics import (
     Reliability,
     best_wrong_first,
@@ -24,7 +25,8 @@ from .embed import Embedder, Unreadable
 from .feature_cache import FeatureCache, processor_settings
 from .labelled_images import LabelledImages, open_labelled
 from .metrics import mean_average_precision, mean_per_class_accuracy, top_k_accuracy
-from .prompts_of_classes import class_matrix, class_prompts
+from .prompts_of_classes import class_matrices, class_prompts
+from .widths import embedding_dim, read_widths, widths_in_words
 
 METRICS = {
     "acc1": "the class has the highest logit",
@@ -94,6 +96,8 @@ class ZeroShotResult:
         reliability: Confidence and accuracy by bins. None as above.
         mistakes: The most confident mistakes, the worst first.
         places: Where the paths of their images may lead.
+        widths: With `truncate_dim`: the metrics of each width that was asked for. All else is of the first of them.
+        embedding_dim: D of the model.
         protocol: How it was measured, in words.
         precision: The dtype that the model computed in.
         split: The data set's split.
@@ -114,6 +118,8 @@ class ZeroShotResult:
     reliability: Reliability | None = None
     mistakes: list[Mistake] = field(default_factory=list)
     places: ImagePlaces = NOWHERE
+    widths: dict[int, dict[str, float]] = field(default_factory=dict)
+    embedding_dim: int | None = None
 
     @property
     def value(self) -> float:
@@ -265,6 +271,7 @@ def evaluate_zero_shot(
     feature_cache: Any = None,
     threads: int | None = None,
     progress: bool = False,
+    truncate_dim: int | Sequence[int] | None = None,
 ) -> ZeroShotResult:
     """Measure zero-shot classification of a data set.
 
@@ -284,6 +291,8 @@ def evaluate_zero_shot(
         feature_cache: Folder in which image features are kept. None: they are not kept.
         threads: Number of threads that open images. None: the number of processors.
         progress: Whether to show a progress bar.
+        truncate_dim: How many of a feature's first numbers are compared; or several such widths, at each of which the
+            model is measured. Images and prompts are encoded once. None: all numbers.
 
     Returns:
         The result.
@@ -292,7 +301,8 @@ def evaluate_zero_shot(
         LabelError: A label is none of the classes. A ValueError; its `index` is the row's place.
         UnreadableImagesError: More than 1 % of the images cannot be opened. A ValueError.
         NotFiniteFeaturesError: The model gives NaN. A ValueError.
-        ValueError: The split is empty, columns or class names are missing, or the metric does not fit the data.
+        ValueError: The split is empty, columns or class names are missing, the metric does not fit the data, or a
+            width is not from 1 to D.
 
     Example::
 
@@ -304,42 +314,49 @@ def evaluate_zero_shot(
     )
     embedder = Embedder(model, processor, batch_size=batch_size, threads=threads)
     prompts = class_prompts(data.class_names, templates, data.templates)
-    scores = _scores_of(model)
+    scores, named = _scores_of(model), read_widths(truncate_dim, model)
+    widths: list[int | None] = [*named] or [None]
     unreadable = Unreadable(data.name, data.count)
     cache = None
     if feature_cache is not None:
         cache = FeatureCache(feature_cache, model, processor, embedder.precision, data.fingerprint)
     kept = _Mistakes(mistakes, data.labels)
     labels: list[tuple[int, ...]] = []
-    parts: list[Tensor] = []
+    parts: list[list[Tensor]] = [[] for _ in widths]
     with embedder.evaluating(), progress_bar(f"Zero-shot on {data.name}", "image", data.count, progress) as update:
-        weights = class_matrix(embedder, prompts)
+        weights = class_matrices(embedder, prompts, widths)
         for rows, features in embedder.images(data.rows(), places=data.places, unreadable=unreadable, cache=cache):
-            cosines = features @ weights
-            kept.look(rows, _scores(model, cosines, scores)[1])
-            parts.append(cosines)
+            for found, width, matrix in zip(parts, widths, weights, strict=True):
+                found.append(truncated(features, width) @ matrix)
+            kept.look(rows, _scores(model, parts[0][-1], scores)[1])
             labels += [row.labels for row in rows]
             update(len(rows))
-    if not parts:
+    if not labels:
         raise ValueError(f"{data.name} has no rows in its split {data.split!r}.")
-    logits, probabilities = _scores(model, torch.cat(parts), scores)
-    if data.is_multi_label:
-        fields: dict[str, Any] = {"metrics": multi_label_figures(logits, _is_right(labels, len(data.labels)))}
-    else:
-        fields = single_label_figures(
+
+    def figures_of(cosines: list[Tensor]) -> dict[str, Any]:
+        logits, probabilities = _scores(model, torch.cat(cosines), scores)
+        if data.is_multi_label:
+            return {"metrics": multi_label_figures(logits, _is_right(labels, len(data.labels)))}
+        return single_label_figures(
             logits, probabilities, torch.tensor([first for (first,) in labels]), data.labels, bins
         )
+
+    fields, *others = (figures_of(cosines) for cosines in parts)
     chosen = check_metric(metric, fields["metrics"]) or next(iter(fields["metrics"]))
     return ZeroShotResult(
         **fields,
         metric=chosen,
         count=len(labels),
         labels=data.labels,
-        protocol=f"zero-shot, {len(data.labels)} classes, {prompts.described}; confidence by {scores}",
+        protocol=f"zero-shot, {len(data.labels)} classes, {prompts.described}; confidence by {scores}"
+        + widths_in_words(named, model),
         precision=embedder.precision,
         split=data.split,
         processor=processor_settings(processor),
         unreadable=unreadable.reasons,
         mistakes=kept.worst_first(),
         places=data.places,
+        widths={width: found["metrics"] for width, found in zip(named, [fields, *others], strict=False)},
+        embedding_dim=embedding_dim(model),
     )

@@ -208,9 +208,14 @@ def architecture_table(config: HfClipConfig, **others: str) -> str:
             f"heads, causal"
         ),
         "Texts": f"up to {text.max_position_embeddings} tokens, vocabulary of {text.vocab_size:,}",
-        "Embedding": f"{config.projection_dim} dimensions",
+        "Embedding": f"{config.projection_dim} dimensions{_widths_in_words(config)}",
     }
     return markdown_table(["", ""], (rows | others).items())
+
+
+def _widths_in_words(config: HfClipConfig) -> str:
+    widths = config.matryoshka_dims
+    return f"; trained at the widths {', '.join(map(str, widths))}, see `truncate_dim`" if widths else ""
 
 
 def usage_section(config: HfClipConfig, repo_id: str, *, stock: bool = False) -> str:

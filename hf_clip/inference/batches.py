@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..model.attention import HfClipAttention, HfClipEncoderLayer, attend, attention_of
 from ..model.linear_map import apply_linear
+from ..model.matryoshka import truncate
 from ..model.text_ends import EndOfTextError, find_ends, find_starts
 from .layers import STAGES, images_at_once, rows_at_once
 from .measure import LEAST_GAIN, gain_of_products
@@ -109,15 +110,15 @@ def _encode_texts_by_length_(model: Any) -> None:
     """Let `encode_text` sort texts by length, divide them into parts, and skip the columns after the longest text."""
     whole = model.encode_text
 
-    def encode_text(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def encode_text(input_ids: Tensor, attention_mask: Tensor | None = None, truncate_dim: int | None = None) -> Tensor:
         is_simple = isinstance(input_ids, Tensor) and input_ids.ndim == 2 and min(input_ids.shape) > 0
         is_simple = is_simple and not input_ids.is_floating_point() and not torch.jit.is_tracing()
         is_simple = is_simple and find_starts(attention_mask) is None
         if not is_simple:
-            return whole(input_ids, attention_mask)
+            return whole(input_ids, attention_mask, truncate_dim)
         lengths = find_ends(input_ids, None, model.config.text_config)[0] + 1
         if attention_mask is not None and not _hides_only_ends(attention_mask, lengths, input_ids):
-            return whole(input_ids, attention_mask)
+            return whole(input_ids, attention_mask, truncate_dim)
         lengths, order = lengths.sort()
         features, first, most = [], 0, rows_at_once(model.dtype)
         while first < len(order):
@@ -126,7 +127,7 @@ def _encode_texts_by_length_(model: Any) -> None:
             last = first + max(1, int((positions <= most).sum()))
             features.append(whole(input_ids[order[first:last], : int(lengths[last - 1])]))
             first = last
-        return torch.cat(features)[order.argsort()]
+        return truncate(torch.cat(features)[order.argsort()], truncate_dim, model.config)
 
     model.encode_text = encode_text
 
@@ -159,13 +160,15 @@ def _encode_images_by_class_token_(model: Any) -> None:
         class_token = class_token + last.mlp(last.layer_norm2(class_token))
         return model.visual_projection(tower.post_layernorm(class_token[:, 0]))
 
-    def encode_image(pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    def encode_image(
+        pixel_values: Tensor, interpolate_pos_encoding: bool = False, truncate_dim: int | None = None
+    ) -> Tensor:
         is_simple = _is_of_own_size(pixel_values, tower) and len(pixel_values) > 0
         is_simple = is_simple and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         if not is_simple or any(map(has_hooks, _parts_around_the_last_layer(tower))):
-            return whole(pixel_values, interpolate_pos_encoding)
+            return whole(pixel_values, interpolate_pos_encoding, truncate_dim)
         size = rows_at_once(tower.dtype) // _positions(tower)
-        return _join([encode(part) for part in _even_parts(pixel_values, size)])
+        return truncate(_join([encode(part) for part in _even_parts(pixel_values, size)]), truncate_dim, model.config)
 
     model.encode_image = encode_image
 

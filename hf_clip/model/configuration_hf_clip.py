@@ -18,6 +18,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .checked_files import check_names, check_no_methods, find_file, one_line, read_object, writing_of
+from .matryoshka import check_dims
 from .variants import VARIANTS, get_variant
 
 LEGACY_END_OF_TEXT_ID = 2
@@ -583,6 +584,8 @@ class HfClipConfig(HfClipPreTrainedConfig):
         return_tensors_from_features: Whether `get_text_features` and `get_image_features` return the features alone,
             tensors (B, D), as transformers 4 did. False (default): the tower's output with the features in its
             `pooler_output`, as in transformers 5. Programs that expect tensors need True.
+        matryoshka_dims: Widths d at which the first d numbers of a feature are a feature too, since the model was
+            trained at them (Kusupati et al. 2022). The attribute has the largest first. None: the full width alone.
 
     Example::
 
@@ -601,6 +604,7 @@ class HfClipConfig(HfClipPreTrainedConfig):
     logit_bias_init_value: float | int = -10.0
     initializer_factor: float = 1.0
     return_tensors_from_features: bool = False
+    matryoshka_dims: list[int] | tuple[int, ...] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         text = kwargs.pop("text_config_dict", None)  # repositories of 2022 nest the real values under these names
@@ -622,6 +626,11 @@ class HfClipConfig(HfClipPreTrainedConfig):
             raise ValueError(
                 f"HfClipConfig: contrastive_loss is {self.contrastive_loss!r}, but must be 'softmax' or 'sigmoid'."
             )
+        if self.matryoshka_dims is not None:
+            try:
+                self.matryoshka_dims = check_dims(self.matryoshka_dims, self.projection_dim)
+            except ValueError as error:
+                raise ValueError(f"HfClipConfig: {error}") from None
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> "HfClipConfig":

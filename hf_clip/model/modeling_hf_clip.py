@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from .attention import init_linear_bias_
 from .base import BESIDE_THE_TOWERS, POSITION_COUNTERS, HfClipPreTrainedModel, refuse_ignored
 from .configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+from .matryoshka import truncate
 from .resnet_tower import HfClipResNetModel
 from .text_tower import HfClipTextModel
 from .vit_tower import HfClipViTModel
@@ -184,38 +185,52 @@ class HfClipModel(HfClipPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.text_model.set_input_embeddings(value)
 
-    def encode_image(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    def encode_image(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, truncate_dim: int | None = None
+    ) -> Tensor:
         """Compute image features, as the original's `encode_image` does.
 
         Args:
             pixel_values: (B, C, Y, X), float, from the image processor.
             interpolate_pos_encoding: Whether to resample the learned positions, so that images of another size than
                 the model's `image_size` are accepted.
+            truncate_dim: How many of a feature's first numbers to return, for a model that was trained at that width
+                (`config.matryoshka_dims`). None: all.
 
         Returns:
-            Features (B, D), not normalised.
+            Features (B, D) or (B, truncate_dim), not normalised.
+
+        Raises:
+            ValueError: `truncate_dim` is not a whole number from 1 to D.
         """
         outputs = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True)
-        return self.visual_projection(outputs.pooler_output)
+        return truncate(self.visual_projection(outputs.pooler_output), truncate_dim, self.config)
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def encode_text(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, truncate_dim: int | None = None
+    ) -> Tensor:
         """Compute text features, as the original's `encode_text` does.
 
         Args:
             input_ids: (B, L) token ids, from the tokenizer.
             attention_mask: (B, L), 1 at tokens and 0 at padding. Needed for padding on the left only.
+            truncate_dim: How many of a feature's first numbers to return, as in `encode_image`.
 
         Returns:
-            Features (B, D), not normalised.
+            Features (B, D) or (B, truncate_dim), not normalised.
+
+        Raises:
+            ValueError: `truncate_dim` is not a whole number from 1 to D.
         """
         outputs = self.text_model(input_ids, attention_mask=attention_mask, return_dict=True)
-        return self.text_projection(outputs.pooler_output)
+        return truncate(self.text_projection(outputs.pooler_output), truncate_dim, self.config)
 
     def get_text_features(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        truncate_dim: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Compute text features and return them with the text tower's other outputs, as in transformers 5.
@@ -224,16 +239,21 @@ class HfClipModel(HfClipPreTrainedModel):
             input_ids: (B, L) token ids, from the tokenizer.
             attention_mask: (B, L), 1 at tokens and 0 at padding. Needed for padding on the left only.
             position_ids: (B, L) positions of the tokens. None: counted from the first token that the mask shows.
+            truncate_dim: How many of a feature's first numbers to return, as in `encode_image`.
             **kwargs: As for any model of transformers, e.g. `output_hidden_states=True`.
 
         Returns:
             The text tower's output. Its `pooler_output` holds the features (B, D), projected and not normalised. With
             `config.return_tensors_from_features` the features alone, a tensor.
+
+        Raises:
+            ValueError: `truncate_dim` is not a whole number from 1 to D.
         """
         outputs = self._text_outputs(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            truncate_dim=truncate_dim,
             **(kwargs | ({"return_dict": True} if self.config.return_tensors_from_features else {})),
         )
         return outputs.pooler_output if self.config.return_tensors_from_features else outputs
@@ -244,45 +264,59 @@ class HfClipModel(HfClipPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        truncate_dim: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Run the text tower, and project its `pooler_output`."""
         outputs = self.text_model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, **(kwargs | {"return_dict": True})
         )
-        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        outputs.pooler_output = truncate(self.text_projection(outputs.pooler_output), truncate_dim, self.config)
         return outputs
 
     def get_image_features(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        truncate_dim: int | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Compute image features and return them with the image tower's other outputs, as in transformers 5.
 
         Args:
             pixel_values: (B, C, Y, X), float, from the image processor.
             interpolate_pos_encoding: Whether to resample the learned positions for images of another size.
+            truncate_dim: How many of a feature's first numbers to return, as in `encode_image`.
             **kwargs: As for any model of transformers, e.g. `output_hidden_states=True`.
 
         Returns:
             The image tower's output. Its `pooler_output` holds the features (B, D), projected and not normalised. With
             `config.return_tensors_from_features` the features alone, a tensor.
+
+        Raises:
+            ValueError: `truncate_dim` is not a whole number from 1 to D.
         """
         outputs = self._image_outputs(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
+            truncate_dim=truncate_dim,
             **(kwargs | ({"return_dict": True} if self.config.return_tensors_from_features else {})),
         )
         return outputs.pooler_output if self.config.return_tensors_from_features else outputs
 
     @can_return_tuple
     def _image_outputs(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        truncate_dim: int | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Run the image tower, and project its `pooler_output`."""
         outputs = self.vision_model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **(kwargs | {"return_dict": True})
         )
-        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
+        outputs.pooler_output = truncate(self.visual_projection(outputs.pooler_output), truncate_dim, self.config)
         return outputs
 
     @can_return_tuple
@@ -294,6 +328,7 @@ class HfClipModel(HfClipPreTrainedModel):
         position_ids: Tensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
+        truncate_dim: int | None = None,
         **kwargs: Any,
     ) -> HfClipOutput:
         """Compare every image with every text. Given images or texts alone, it computes their features.
@@ -306,13 +341,15 @@ class HfClipModel(HfClipPreTrainedModel):
             return_loss: Whether to compute the contrastive loss that the configuration names. Image i then belongs to
                 text i.
             interpolate_pos_encoding: Whether to resample the learned positions for images of another size.
+            truncate_dim: How many of the features' first numbers to compare and return, as in `encode_image`.
             **kwargs: As for any model of transformers: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
             Logits, features of length one, and the towers' outputs.
 
         Raises:
-            ValueError: Neither modality is given; or a loss is asked for without as many texts as images.
+            ValueError: Neither modality is given; or a loss is asked for without as many texts as images; or
+                `truncate_dim` is not a whole number from 1 to D.
             TypeError: An argument is unknown and would have no effect.
             EndOfTextError: A text has no end-of-text id.
         """
@@ -327,20 +364,14 @@ class HfClipModel(HfClipPreTrainedModel):
             )
         if return_loss and input_ids is not None and len(input_ids) == 0:
             raise ValueError("return_loss=True needs at least one pair, but the batch is empty: a loss is a mean.")
+        kwargs |= {"truncate_dim": truncate_dim, "return_dict": True}
         image_embeds = text_embeds = logits_per_image = logits_per_text = loss = None
         vision = text = None
         if pixel_values is not None:
-            vision = self._image_outputs(
-                pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **(kwargs | {"return_dict": True})
-            )
+            vision = self._image_outputs(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
             image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
         if input_ids is not None:
-            text = self._text_outputs(
-                input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **(kwargs | {"return_dict": True}),
-            )
+            text = self._text_outputs(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
             text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)
         if image_embeds is not None and text_embeds is not None:
             scale = self.logit_scale.exp().to(text_embeds.device)

@@ -25,12 +25,14 @@ from .features import (
     TextTooLongError,
     check_batch_size,
     check_texts,
+    check_width,
     encode_images,
     encode_text_batches,
     is_single_image,
     no_features,
     progress_bar,
     tokenizer_of,
+    truncated,
 )
 from .matrix import SCORES, ClassifierMatrix, fingerprint_of
 from .prompts import DEFAULT_TEMPLATE, LabelError, Template, as_plain, make_prompts, read_labels, read_templates
@@ -72,6 +74,7 @@ def sum_prompts(
     batch_size: int,
     progress: bool,
     settings: dict[str, Any],
+    truncate_dim: int | None = None,
 ) -> Tensor:
     """Sum the normalised features of each column's prompts.
 
@@ -86,9 +89,10 @@ def sum_prompts(
         batch_size: Number of prompts encoded at once.
         progress: Whether to show a progress bar.
         settings: Arguments for the tokenizer.
+        truncate_dim: How many of each feature's first numbers are taken, before it is normalised. None: all.
 
     Returns:
-        The sums (M, D), float32.
+        The sums (M, D) or (M, truncate_dim), float32.
 
     Raises:
         TextError: A prompt cannot be tokenized; `index` is the place of its label.
@@ -101,12 +105,13 @@ def sum_prompts(
 
     counts = torch.tensor([len(column) * len(templates) for column in columns])
     owner = torch.arange(len(columns)).repeat_interleave(counts)
-    sums = no_features(model, len(columns))
+    sums = no_features(model, len(columns))[:, :truncate_dim]
     try:
         check_texts(model, processor, prompts(), len(owner), settings)
         with progress_bar("Encoding texts", "text", len(owner), progress) as update:
             batches = encode_text_batches(model, processor, prompts(), batch_size=batch_size, settings=settings)
             for places, features in batches:
+                features = truncated(features, truncate_dim)
                 sums.index_add_(0, owner[places].to(sums.device), features.to(sums.device))
                 update(len(places))
     except (TextError, TextTooLongError) as error:
@@ -127,6 +132,7 @@ def build_matrix(
     batch_size: int = 64,
     progress: bool = False,
     tokenizer_settings: dict[str, Any] | None = None,
+    truncate_dim: int | None = None,
 ) -> ClassifierMatrix:
     """Make the matrix of a zero-shot classifier: encode each name of each label in each template.
 
@@ -134,6 +140,7 @@ def build_matrix(
     e.g. `{"truncation": True}`. The matrix is on the model's device.
     """
     check_parts(model, processor)
+    check_width(model, truncate_dim)
     scores = scores or default_scores(model)
     if scores not in SCORES:
         raise ValueError(f"scores is {scores!r}, but must be one of {', '.join(map(repr, SCORES))}.")
@@ -155,6 +162,7 @@ def build_matrix(
         batch_size=batch_size,
         progress=progress,
         settings=tokenizer_settings or {},
+        truncate_dim=truncate_dim,
     )
     bias = getattr(model, "logit_bias", None)
     return ClassifierMatrix(
@@ -165,6 +173,7 @@ def build_matrix(
         logit_bias=0.0 if bias is None else float(bias.detach()),
         templates=texts,
         fingerprint=fingerprint_of(model),
+        truncate_dim=truncate_dim,
     )
 
 
@@ -189,6 +198,8 @@ class ZeroShotClassifier:
             model was trained.
         batch_size: Number of prompts encoded at once.
         progress: Whether to show a progress bar while the labels are encoded.
+        truncate_dim: How many of a feature's first numbers are compared, for a model that was trained at that width
+            (`config.matryoshka_dims`). None: all.
 
     Raises:
         LabelError: A label is empty, or appears twice. A ValueError; its `index` is the label's place.
@@ -213,6 +224,7 @@ class ZeroShotClassifier:
         scores: str | None = None,
         batch_size: int = 64,
         progress: bool = True,
+        truncate_dim: int | None = None,
     ):
         self.model, self.processor = model, processor
         self.matrix = build_matrix(
@@ -224,6 +236,7 @@ class ZeroShotClassifier:
             scores=scores,
             batch_size=batch_size,
             progress=progress,
+            truncate_dim=truncate_dim,
         )
         if self.matrix.scores == "sigmoid" and default_scores(model) != "sigmoid":
             warnings.warn(
@@ -457,9 +470,10 @@ class ZeroShotClassifier:
         if not hasattr(model, "visual_projection"):
             raise ValueError(f"model is a {type(model).__name__}, but one with an image tower is needed.")
         matrix = ClassifierMatrix.load(path)
-        if (width := model.config.projection_dim) != matrix.weights.shape[0]:
+        width, compared = model.config.projection_dim, matrix.weights.shape[0]
+        if width < compared or (width > compared and matrix.truncate_dim is None):
             raise ValueError(
-                f"{path} was made by a model with features of {matrix.weights.shape[0]}, but this one has {width}; "
+                f"{path} was made by a model with features of {compared}, but this one has {width}; "
                 f"take the model whose text tower made it."
             )
         if not matrix.is_of(model):

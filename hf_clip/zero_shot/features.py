@@ -24,6 +24,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from ..model.image_processing_hf_clip import HfClipImageProcessorKwargs
+from ..model.matryoshka import check_truncate_dim
 from ..model.open_image import UNREADABLE, UnreadableImageError, at_place
 from ..model.repair_text import TextError
 
@@ -184,6 +185,29 @@ def no_features(model: Any, count: int = 0) -> Tensor:
     return torch.zeros(count, model.config.projection_dim, dtype=torch.float32, device=model.device)
 
 
+def check_width(model: Any, truncate_dim: int | None) -> None:
+    """Refuse a width that a model's features do not have, and warn of one that it was not trained at."""
+    if truncate_dim is not None:
+        # The configuration of a text tower alone does not tell the widths.
+        trained = getattr(model.config, "matryoshka_dims", [truncate_dim])
+        check_truncate_dim(truncate_dim, model.config.projection_dim, trained)
+
+
+def truncated(features: Tensor, width: int | None) -> Tensor:
+    """Take the first numbers of features of length one, as features of length one.
+
+    Args:
+        features: (…, D) of length one.
+        width: How many numbers. None: all.
+
+    Returns:
+        (…, width), or the features as they are if they have no more numbers.
+    """
+    if width is None or width >= features.shape[-1]:
+        return features
+    return normalize(features[..., :width], dim=-1)
+
+
 @torch.no_grad()
 def encode_texts(
     model: Any,
@@ -192,6 +216,7 @@ def encode_texts(
     *,
     batch_size: int = 64,
     progress: bool = False,
+    truncate_dim: int | None = None,
     **settings: Any,
 ) -> Tensor:
     """Encode texts as features of length one, whose dot products are cosine similarities.
@@ -204,22 +229,25 @@ def encode_texts(
         texts: A text, or any iterable of T texts.
         batch_size: Number of texts encoded at once.
         progress: Whether to show a progress bar.
+        truncate_dim: How many of a feature's first numbers to return, for a model that was trained at that width
+            (`config.matryoshka_dims`). They are normalised by themselves. None: all.
         **settings: Arguments for the tokenizer, e.g. `truncation=True`.
 
     Returns:
-        Features (T, D), float32, on the model's device. (0, D) for no texts.
+        Features (T, D) or (T, truncate_dim), float32, on the model's device. (0, D) for no texts.
 
     Raises:
         TextTooLongError: A text is longer than the model takes, and `truncation=True` was not given. A ValueError; its
             `index` is the text's place.
         TextError: A text cannot be tokenized. A ValueError; its `index` is the text's place.
-        ValueError: An item is no text, or `batch_size` is below 1.
+        ValueError: An item is no text, `batch_size` is below 1, or `truncate_dim` is not from 1 to D.
 
     Example::
 
         features = encode_texts(model, processor, ["a cat", "a dog"])  # (2, 512) for ViT-B/32
     """
     check_batch_size(batch_size)
+    check_width(model, truncate_dim)
     texts = [texts] if isinstance(texts, str) else list(texts)
     check_texts(model, processor, texts, len(texts), settings)
     found = no_features(model, len(texts))
@@ -228,7 +256,7 @@ def encode_texts(
         for places, features in batches:
             found[places.to(found.device)] = features.to(found.device)
             update(len(places))
-    return found
+    return truncated(found, truncate_dim)
 
 
 def is_single_image(images: Any) -> bool:
@@ -291,7 +319,14 @@ def encode_pixels(model: Any, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_images(
-    model: Any, processor: Any, images: Any, *, batch_size: int = 16, progress: bool = False, **settings: Any
+    model: Any,
+    processor: Any,
+    images: Any,
+    *,
+    batch_size: int = 16,
+    progress: bool = False,
+    truncate_dim: int | None = None,
+    **settings: Any,
 ) -> Tensor:
     """Encode images as features of length one, whose dot products are cosine similarities.
 
@@ -304,15 +339,16 @@ def encode_images(
             a row of an image column of `datasets`.
         batch_size: Number of images encoded at once.
         progress: Whether to show a progress bar.
+        truncate_dim: How many of a feature's first numbers to return, as in `encode_texts`. None: all.
         **settings: Arguments for the image processor, e.g. `fit="pad"` or `backend="torch"`.
 
     Returns:
-        Features (I, D), float32, on the model's device. (0, D) for no images.
+        Features (I, D) or (I, truncate_dim), float32, on the model's device. (0, D) for no images.
 
     Raises:
         UnreadableImageError: An image cannot be read. A ValueError; its `index` is the image's place.
         TypeError: A setting is unknown to the image processor.
-        ValueError: `images` holds no images, or `batch_size` is below 1.
+        ValueError: `images` holds no images, `batch_size` is below 1, or `truncate_dim` is not from 1 to D.
 
     Example::
 
@@ -324,6 +360,7 @@ def encode_images(
             f"backend."
         )
     check_batch_size(batch_size)
+    check_width(model, truncate_dim)
     check_images(images)
     is_one = is_single_image(images)
     items = [images] if is_one else images
@@ -342,4 +379,4 @@ def encode_images(
             features.append(encode_pixels(model, pixels))
             done += len(batch)
             update(len(batch))
-    return torch.cat(features)
+    return truncated(torch.cat(features), truncate_dim)

@@ -43,6 +43,7 @@ class ClassifierMatrix:
         thresholds: (K,) the least score at which each label is given. None before calibration.
         templates: The templates as texts. None if one of them is a function.
         fingerprint: A corner of the model's visual projection, by which the model is recognised.
+        truncate_dim: Number of a feature's first numbers that are compared, which is D. None: a feature has no more.
     """
 
     weights: Tensor
@@ -53,6 +54,7 @@ class ClassifierMatrix:
     thresholds: Tensor | None = None
     templates: list[str] | None = None
     fingerprint: Tensor | None = None
+    truncate_dim: int | None = None
 
     @property
     def names(self) -> list[str | None]:
@@ -60,7 +62,12 @@ class ClassifierMatrix:
         return [*self.labels, *([None] if self.weights.shape[1] > len(self.labels) else [])]
 
     def cosines(self, features: Tensor) -> Tensor:
-        """Compute cosine similarities: features (I, D) of any length → (I, M), float32."""
+        """Compute cosine similarities: features (I, D) of any length → (I, M), float32.
+
+        With `truncate_dim` the features may have more numbers than that.
+        """
+        if self.truncate_dim is not None:
+            features = features[:, : self.truncate_dim]
         if features.ndim != 2 or features.shape[1] != self.weights.shape[0]:
             raise ValueError(
                 f"The features have shape {tuple(features.shape)}, but this classifier was made for (images, "
@@ -137,6 +144,8 @@ class ClassifierMatrix:
         metadata = {"format": FILE_FORMAT, "labels": json.dumps(self.labels), "scores": self.scores}
         if self.templates is not None:
             metadata["templates"] = json.dumps(self.templates)
+        if self.truncate_dim is not None:
+            metadata["truncate_dim"] = str(self.truncate_dim)
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; name a file, e.g. {path / 'classifier.safetensors'}.")
         with whole_file(path) as unfinished:
@@ -174,6 +183,7 @@ class ClassifierMatrix:
                 thresholds=tensors.get("thresholds"),
                 fingerprint=tensors.get("fingerprint"),
                 templates=json.loads(metadata["templates"]) if "templates" in metadata else None,
+                truncate_dim=int(metadata["truncate_dim"]) if "truncate_dim" in metadata else None,
             )
         except (KeyError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError
             reason = f"{type(error).__name__}: {str(error)[:200]!r}"
@@ -189,6 +199,8 @@ class ClassifierMatrix:
         if self.weights.ndim != 2 or self.weights.shape[1] < len(self.labels) or self.weights.dtype != torch.float32:
             shape = tuple(self.weights.shape)
             return f"it has {len(self.labels)} labels and weights of {self.weights.dtype} and shape {shape}"
+        if self.truncate_dim not in (None, self.weights.shape[0]):
+            return f"its truncate_dim is {self.truncate_dim}, and its weights have {self.weights.shape[0]} rows"
         if self.scores not in SCORES:
             return f"its scores are {self.scores[:80]!r}, none of {', '.join(SCORES)}"
         if self.thresholds is not None and self.thresholds.shape != (len(self.labels),):

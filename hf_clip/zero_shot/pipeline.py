@@ -37,6 +37,9 @@ STOCK_TEMPLATE = "This is a photo of {}."
 IMAGES_AT_ONCE = 16
 """Default batch size for a list or a data set."""
 
+OF_LABELS = ("hypothesis_template", "tokenizer_kwargs", "truncate_dim")
+"""Arguments that decide what becomes of the labels."""
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -97,6 +100,7 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
                 are averaged, or the name of a set. `top_k`: number of labels to return; None for all. `batch_size`:
                 images encoded at once; 16 for lists and data sets, 1 for generators. `timeout`: seconds until the
                 download of an image is given up; None for 60. `tokenizer_kwargs`: arguments for the tokenizer.
+                `truncate_dim`: how many of a feature's first numbers are compared; None for all.
 
         Returns:
             For one image a list of dictionaries with `score` and `label`, best first. For a list, tuple or column a
@@ -136,7 +140,7 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
     def _matrix(self, labels: Any, kwargs: dict[str, Any]) -> ClassifierMatrix:
         """Make the classifier matrix of one call. Its arguments are removed from `kwargs`."""
         made = self._preprocess_params
-        given = {name: kwargs.pop(name) for name in ("hypothesis_template", "tokenizer_kwargs") if name in kwargs}
+        given = {name: kwargs.pop(name) for name in OF_LABELS if name in kwargs}
         if isinstance(labels, ZeroShotClassifier):
             if given:
                 raise ValueError(
@@ -147,7 +151,10 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
         else:
             template = given.get("hypothesis_template", made.get("hypothesis_template", STOCK_TEMPLATE))
             settings = given.get("tokenizer_kwargs", made.get("tokenizer_kwargs")) or {}
-            matrix = build_matrix(self.model, self.tokenizer, labels, template, tokenizer_settings=settings)
+            width = given.get("truncate_dim", made.get("truncate_dim"))
+            matrix = build_matrix(
+                self.model, self.tokenizer, labels, template, tokenizer_settings=settings, truncate_dim=width
+            )
         return replace(matrix, weights=matrix.weights.cpu())  # transformers moves features there
 
     def _sanitize_parameters(
@@ -158,6 +165,7 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
         timeout: float | None = None,
         top_k: int | None = None,
         matrix: ClassifierMatrix | None = None,
+        truncate_dim: int | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Sort arguments by the step that takes them. Those that make the matrix are only kept, for `__call__`."""
         check_top_k(top_k)
@@ -166,6 +174,7 @@ class HfClipZeroShotPipeline(ZeroShotImageClassificationPipeline):
             "hypothesis_template": hypothesis_template,
             "tokenizer_kwargs": tokenizer_kwargs,
             "timeout": timeout,
+            "truncate_dim": truncate_dim,
         }
         after = {"top_k": top_k, "matrix": matrix}
         return {k: v for k, v in before.items() if v is not None}, {}, {k: v for k, v in after.items() if v is not None}

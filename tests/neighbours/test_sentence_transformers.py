@@ -84,6 +84,7 @@ def test_plugin_is_enough(repository: Path, photographs: dict[str, Image.Image],
     assert_same_vectors(model.encode([image]), of_image)
     assert_same_vectors(model.encode([str(tmp_path / "image.png")]), of_image)
     assert model.encode(["a cat " * 80]).shape == (1, 48)  # cut to the table's length
+    assert_same_vectors(model.encode([image], truncate_dim=6), of_image[:, :6])
     norms = np.linalg.norm(of_texts, axis=1, keepdims=True), np.linalg.norm(of_image, axis=1)
     cosines = (of_texts / norms[0]) @ (of_image / norms[1]).T
     assert_same_vectors(model.similarity(model.encode(TEXTS), model.encode([image])).numpy(), cosines)

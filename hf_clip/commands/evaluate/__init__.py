@@ -14,7 +14,7 @@ from .list_task import list_data_sets
 from .retrieval_task import retrieval
 from .zero_shot_task import zero_shot
 
-SEVERAL = ("--model", "--dataset")
+SEVERAL = ("--model", "--dataset", "--truncate-dim")
 """Options that take several values: `--model A B`."""
 
 evaluate = typer.Typer(

@@ -19,7 +19,9 @@ from .task_options import (
     Push,
     Split,
     Threads,
+    TruncateDim,
     UpdateCard,
+    read_truncate_dim,
     run_task,
 )
 
@@ -40,6 +42,7 @@ def retrieval(
         str | None, typer.Option(help="Split of the same data whose captions and images are the reference queries.")
     ] = None,
     hub_k: Annotated[int, typer.Option(help="Similarities that the correction averages.")] = 128,
+    truncate_dim: TruncateDim = None,
     batch_size: BatchSize = 32,
     feature_cache: Cache = None,
     dtype: Precision = Dtype.float32,
@@ -60,6 +63,8 @@ def retrieval(
     from ...evaluation.captioned_images import open_captioned
     from ...evaluation.retrieval import evaluate_retrieval
 
+    widths = read_truncate_dim(truncate_dim)
+
     def measure(loaded: Any, processor: Any, name: str) -> Any:
         columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
         references = None if hub_references is None else open_captioned(name, hub_references, **columns)
@@ -76,10 +81,12 @@ def retrieval(
             feature_cache=feature_cache,
             threads=threads,
             progress=sys.stderr.isatty(),
+            truncate_dim=widths,
         )
 
     options: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
     options |= {"hub_correction": hub_correction, "hub_references": hub_references, "hub_k": hub_k}
+    options |= {"truncate_dim": widths}
     run_task(
         "retrieval",
         model,
@@ -93,4 +100,5 @@ def retrieval(
         optimize=optimize,
         update_card=update_card,
         push=push,
+        plots=True,
     )

@@ -104,9 +104,26 @@ UpdateCard = Annotated[
 Push = Annotated[
     bool, typer.Option("--push", help="Put the results into the model-index of the models' repositories on the Hub.")
 ]
+TruncateDim = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--truncate-dim",
+        help="Compare a feature's first N numbers; several widths are measured side by side. Default: all.",
+        metavar="N [N ...]",
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(help="Threads that open images. Default: the number of processors.", min=1)
 ]
+
+
+def read_truncate_dim(given: list[str] | None) -> list[int] | None:
+    """Read `--truncate-dim 512 64`, or `512,64`. Raises ValueError for what is no width."""
+    words = [word for text in given or [] for word in text.replace(",", " ").split()]
+    for word in words:
+        if not word.isdecimal() or int(word) < 1:
+            raise ValueError(f"--truncate-dim has {word!r:.40}, but widths are needed, such as 512 256 64.")
+    return list(map(int, words)) or None
 
 
 def check_task(

@@ -23,7 +23,9 @@ from .task_options import (
     Split,
     Templates,
     Threads,
+    TruncateDim,
     UpdateCard,
+    read_truncate_dim,
     run_task,
 )
 
@@ -38,6 +40,7 @@ def zero_shot(
     metric: Metric = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    truncate_dim: TruncateDim = None,
     batch_size: BatchSize = 32,
     bins: Annotated[int, typer.Option(help="Bins of the calibration error.")] = 15,
     mistakes: Annotated[int, typer.Option(help="Mistakes on the sheet of thumbnails.")] = 24,
@@ -61,6 +64,8 @@ def zero_shot(
     from ...evaluation.paper_data_sets import open_named
     from ...evaluation.zero_shot import evaluate_zero_shot
 
+    widths = read_truncate_dim(truncate_dim)
+
     def measure(loaded: Any, processor: Any, name: str) -> Any:
         data, reported = open_named(
             name, split, class_names=class_names, image_column=image_column, label_column=label_column
@@ -77,10 +82,12 @@ def zero_shot(
             feature_cache=feature_cache,
             threads=threads,
             progress=sys.stderr.isatty(),
+            truncate_dim=widths,
         )
 
-    options = {"class_names": class_names, "templates": templates, "metric": metric, "bins": bins}
+    options: dict[str, Any] = {"class_names": class_names, "templates": templates, "metric": metric, "bins": bins}
     options |= {"image_column": image_column, "label_column": label_column}
+    options |= {"truncate_dim": widths}
     run_task(
         "zero-shot",
         model,
