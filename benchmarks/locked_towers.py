@@ -82,7 +82,7 @@ def store(demo: Demo, folder: Path) -> FrozenTowers:
     alone = SimpleNamespace(
         device=torch.device("cpu"), mixed_precision="no", process_index=0, num_processes=1, is_main_process=True
     )
-    given: dict[str, Any] = {"train": demo.pairs, "validation": None, "class_prompts": None, "num_workers": 1}
+    given: dict[str, Any] = {"train": demo.pairs, "validation": [], "num_workers": 1}
     return store_towers_(demo.model, demo.processor, config, alone, **given)
 
 

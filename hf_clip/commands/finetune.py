@@ -29,7 +29,8 @@ from ..training.config import TrainingConfig
 from ..training.evaluating import INPUTS
 from ..training.gradient_caching import backpropagate
 from ..training.launching import make_accelerator
-from ..training.losses import ContrastiveResult, global_contrastive_loss
+from ..training.losses import ContrastiveResult
+from ..training.matryoshka_loss import matryoshka_contrastive_loss
 from ..training.micro_batch_size import settle_micro_batch_size
 from ..training.optim import learning_rates
 from ..training.output import held
@@ -73,7 +74,8 @@ def train_alone(config: TrainingConfig, accelerator: Any, signals: stopping.Sign
     run = Run(plan, learner, loader, validation, signals)
     if accelerator.is_main_process:
         sys.stderr.writelines(f"{line}\n" for line in describe_start(config, data, learner.processor))
-        print(run_in_words(data.train, data.validation, learner.parameters, plan))
+        evaluated = {each.name: each.pairs for each in data.validation_sets}
+        print(run_in_words(data.train, evaluated, learner.parameters, plan))
     if accelerator.device.type == "cpu":
         warn_of_few_threads()
 
@@ -124,11 +126,13 @@ def contrast(
         logit_scale: () as the model has it.
         logit_bias: () likewise.
     """
-    is_masked = run.config.mask_duplicates == "on"
-    result = global_contrastive_loss(
+    is_masked, widths = run.config.mask_duplicates == "on", run.config.widths
+    result = matryoshka_contrastive_loss(
         image_embeds,
         text_embeds,
         logit_scale,
+        dims=list(widths),
+        weights=list(widths.values()),
         logit_bias=logit_bias,
         kind=run.learner.model.config.contrastive_loss,
         label_smoothing=run.config.label_smoothing_factor,

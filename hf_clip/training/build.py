@@ -30,8 +30,8 @@ from .data.loader import PairLoader, build_loader
 from .data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation, with_replay
 from .data.stored_collator import StoredCollator, StoredPairs, Stores
 from .data.survey import LOOKED_AT, OPENED, describe_captions, look_at
-from .evaluating import Validation
-from .frozen_towers import FrozenTowers, store_towers_
+from .evaluating import EvaluatedPairs, Validation
+from .frozen_towers import FrozenTowers, StoredSet, store_towers_
 from .guarding import Guard, open_guard
 from .learner import Learner
 from .lora import add_lora_of_run_
@@ -43,6 +43,7 @@ from .scratch import build_from_scratch
 from .summary import count_parameters
 from .surgery import set_image_size_, set_text_length_, switch_to_sigmoid_
 from .trainable import freeze_batch_norm_, lock_, synchronize_batch_norm_
+from .validation_sets import ValidationPairs, prefix_of
 
 MOST_CAPTIONED_ROWS = 1_000_000
 LARGEST_EVALUATED_BATCH = 256
@@ -53,18 +54,26 @@ MOST_WORKERS = 16
 
 @dataclass
 class Data:
-    """Pairs to train on, those to evaluate on, and the names of their classes where the captions are made of labels.
+    """Pairs to train on and those to evaluate on.
 
     guard:         images that show what the model forgets
-    class_prompts: each class's caption, in the order of the labels
     captions:      of rows to train on that were looked at
     """
 
     train: Pairs | PairStream
-    validation: Pairs | PairStream | None
-    class_prompts: list[str] | None
+    validation_sets: list[ValidationPairs]
     captions: list[str]
     guard: LabelledImages | None = None
+
+    @property
+    def validation(self) -> Pairs | PairStream | None:
+        """The pairs of the first validation set."""
+        return self.validation_sets[0].pairs if self.validation_sets else None
+
+    @property
+    def class_prompts(self) -> list[str] | None:
+        """The class prompts of the first validation set."""
+        return self.validation_sets[0].class_prompts if self.validation_sets else None
 
 
 def _find_labels(pairs: Pairs | PairStream) -> list[str] | None:
@@ -100,25 +109,26 @@ def open_data(config: TrainingConfig, num_processes: int = 1) -> Data:
     train = load_pairs(config.dataset, split=config.split, **chosen)
     if config.captions == "all" and isinstance(train, Pairs) and not train.has_several_captions:
         raise ValueError("--captions all would have no effect: a row of this data has one caption.")
-    validation = None
-    if config.validation is not None:
-        amount = read_validation(config.validation)
+    evaluated: list[tuple[str, Pairs | PairStream]] = []
+    for one in config.validation_sets:
+        amount = read_validation(one.source)
         if isinstance(amount, str) and names_a_source(amount):
             validation = _open_validation(amount, config, chosen)
         elif isinstance(amount, str):
             validation = load_pairs(config.dataset, split=amount, **(chosen | {"captions": "all"}))
         else:
             train, validation = hold_out(train, amount, config.seed)
+        evaluated.append((one.name, validation))
     if (old := config.replayed) is not None and old.weight is not None:  # behind what is held out
         named = {"image_column": None, "caption_column": config.replay_caption_column}
         train = with_replay(train, load_pairs(Source(old.path), split=config.split, **(chosen | named)), old.weight)
-    prompts = None if validation is None else _find_labels(validation)
+    sets = [ValidationPairs(name, pairs, _find_labels(pairs)) for name, pairs in evaluated]
     look = look_at(train, max(LOOKED_AT, config.per_device_train_batch_size * num_processes))
-    if validation is not None:
-        look_at(validation, OPENED)
+    for _, pairs in evaluated:
+        look_at(pairs, OPENED)
     if look.is_whole:
         config.limit_batch_size(look.draws, num_processes, train.name)
-    return Data(train, validation, prompts, look.captions, open_guard(config))
+    return Data(train, sets, look.captions, open_guard(config))
 
 
 def _open_validation(path: str, config: TrainingConfig, chosen: dict[str, Any]) -> Pairs | PairStream:
@@ -172,7 +182,7 @@ def load_model(config: TrainingConfig, data: Data) -> tuple[HfClipModel, HfClipP
 
 
 def change_model_(model: HfClipModel, processor: Any, config: TrainingConfig) -> None:
-    """Give a model and its processor the image size, text length and loss that the options ask for.
+    """Give a model and its processor the image size, text length, widths and loss that the options ask for.
 
     Raises:
         ValueError: the model cannot have them.
@@ -181,6 +191,7 @@ def change_model_(model: HfClipModel, processor: Any, config: TrainingConfig) ->
         set_image_size_(model, processor, config.image_size)
     if config.max_text_length is not None:
         set_text_length_(model, processor, config.max_text_length)
+    model.config.matryoshka_dims = list(config.widths) or None
     if config.loss == "sigmoid":
         switch_to_sigmoid_(model)
     elif config.loss == "softmax" and model.config.contrastive_loss == "sigmoid":
@@ -277,8 +288,7 @@ def build_learner(plan: Plan, data: Data, accelerator: Any) -> Learner:
             config,
             accelerator,
             train=data.train,
-            validation=data.validation,
-            class_prompts=data.class_prompts,
+            validation=data.validation_sets,
             num_workers=workers_of(config, accelerator),
         )
         if pretrained is not None:
@@ -356,12 +366,15 @@ def build_loaders(data: Data, learner: Learner, config: TrainingConfig) -> tuple
 
     size = config.per_device_train_batch_size
     train = make(data.train, frozen.train, size)
-    if data.validation is None:
+    if not data.validation_sets:
         return train, None
     size = min(size, LARGEST_EVALUATED_BATCH)
-    loader = make(data.validation, frozen.validation, size, training=False)
-    class_tokens = PairCollator(processor).tokenize(data.class_prompts) if data.class_prompts else None
-    if frozen.class_features is not None:
-        class_tokens = {"input_ids": frozen.class_features}
+    stored, sets = frozen.validation or [StoredSet()] * len(data.validation_sets), []
+    for place, (each, found) in enumerate(zip(data.validation_sets, stored, strict=True)):
+        class_tokens = PairCollator(processor).tokenize(each.class_prompts) if each.class_prompts else None
+        if found.class_features is not None:
+            class_tokens = {"input_ids": found.class_features}
+        loader = make(each.pairs, found.stores, size, training=False)
+        sets.append(EvaluatedPairs(loader, class_tokens, prefix_of(config.validation_sets, place)))
     guard = None if data.guard is None else Guard(data.guard, processor, min(config.pairs_at_once or size, size))
-    return train, Validation(loader, class_tokens, guard, tuple(frozen.files))
+    return train, Validation(tuple(sets), guard, tuple(config.widths), tuple(frozen.files))

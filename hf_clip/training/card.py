@@ -6,7 +6,7 @@ default. So a new option cannot be forgotten here.
 
 import dataclasses
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..data.sources import Source, names_a_source, parse_sources
+from ..evaluation.widths import split_name
 from ..hub.model_card import architecture_table, card_metadata, card_text, markdown_table, name_of, usage_part
 from ..model.configuration_hf_clip import HfClipConfig
 from .averaging import warmup_of
@@ -25,6 +26,7 @@ from .lora import ADAPTER_FOLDER
 from .optim import warmup_steps
 from .option_checks import WITHOUT_WARMUP
 from .options import GUARD
+from .validation_sets import ValidationSet, place_of, prefix_of
 
 FILES = (".csv", ".json", ".jsonl", ".parquet", ".tar", ".txt")
 
@@ -46,6 +48,8 @@ LABELS = {
     "lora_dropout": "LoRA dropout",
     "lora_target_modules": "LoRA target modules",
     "mask_duplicates": "equal images and captions masked",
+    "matryoshka_dims": "widths of the loss (Matryoshka)",
+    "matryoshka_weights": "weights of these widths",
     "ema_decay": "decay of the moving average of weights",
 }
 """Rows whose name is not the option's."""
@@ -123,29 +127,37 @@ def results_of(
     figures: dict[str, float], config: TrainingConfig, guard: GuardProtocol | None = None
 ) -> list[EvalResult]:
     """Figures of the validation data and of the guard set for the model-index."""
-    validation = config.validation or ""
+    sets, results = config.validation_sets, []
+    of_data: dict[str, Any]
+    for name, value in figures.items():
+        if name.startswith(GUARD):
+            metric, data = name.removeprefix(GUARD), shown(str(config.guard_dataset))
+            of_data = {"dataset_type": data, "dataset_name": data, "dataset_split": guard.split if guard else ""}
+        else:
+            place = place_of(name, sets)
+            metric, of_data = name.removeprefix(prefix_of(sets, place)), _evaluated_on(sets[place].source, config)
+        results.append(
+            EvalResult(
+                task_type="zero-shot-image-classification",
+                metric_type=metric.replace("@", "_at_"),
+                metric_name=metric.replace("_", " "),
+                metric_value=round(value, 4),
+                **of_data,
+            )
+        )
+    return results
+
+
+def _evaluated_on(validation: str, config: TrainingConfig) -> dict[str, Any]:
+    """What a validation set is called in the model-index."""
     sources = [shown(source.path) for source in parse_sources(config.dataset)]
     if names_a_source(validation):
         sources = [shown(validation)]
-    target = {
+    return {
         "dataset_type": sources[0],
         "dataset_name": " and ".join(sources),
         "dataset_split": f"validation ({shown_validation(validation)})",
     }
-    guarded: dict[str, Any] = {}
-    if guard is not None:
-        name = shown(str(config.guard_dataset))
-        guarded = {"dataset_type": name, "dataset_name": name, "dataset_split": guard.split}
-    return [
-        EvalResult(
-            task_type="zero-shot-image-classification",
-            metric_type=metric.removeprefix(GUARD).replace("@", "_at_"),
-            metric_name=metric.removeprefix(GUARD).replace("_", " "),
-            metric_value=round(value, 4),
-            **(guarded if metric.startswith(GUARD) else target),
-        )
-        for metric, value in figures.items()
-    ]
 
 
 def _trained_on(config: TrainingConfig) -> list[Source]:
@@ -192,8 +204,8 @@ def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[st
         if name not in SAID_OTHERWISE and value is not None and (name in ALWAYS or value != defaults[name]):
             listed = ", ".join(value) if isinstance(value, list) else value
             rows[row_name(name)] = "yes" if value is True else listed
-    if config.validation is not None:
-        rows["validation"] = shown_validation(config.validation)
+    if config.validation:
+        rows["validation"] = ", ".join(map(_shown_set, named_sets(config)))
     if config.replayed is not None:
         rows["replay"] = f"{shown(config.replayed.path)}={config.replayed.weight:g}"
     for name in ("guard_dataset", "guard_labels"):  # which may be files of this machine
@@ -209,7 +221,7 @@ def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[st
 def _figures_table(figures: dict[str, float], start_figures: dict[str, float]) -> str:
     """In percent; before them those of the model that training started from, where it was measured."""
     figures, start_figures = ({n.removeprefix(GUARD): v for n, v in f.items()} for f in (figures, start_figures))
-    rows = [[name.replace("_", " "), f"{100 * value:.1f}"] for name, value in figures.items()]
+    rows = [[_words_of(name), f"{100 * value:.1f}"] for name, value in figures.items()]
     if not start_figures:
         return markdown_table(["", "%"], rows)
     before = [f"{100 * start_figures[name]:.1f}" if name in start_figures else "" for name in figures]
@@ -217,24 +229,53 @@ def _figures_table(figures: dict[str, float], start_figures: dict[str, float]) -
     return markdown_table(["", "%, before training", "%, these weights"], rows)
 
 
-def _of_guard(figures: dict[str, float], is_of_guard: bool) -> dict[str, float]:
-    return {name: value for name, value in figures.items() if name.startswith(GUARD) == is_of_guard}
+def _words_of(figure: str) -> str:
+    name, width = split_name(figure)
+    return name.replace("_", " ") + ("" if width is None else f", first {width} numbers")
+
+
+def _of_guard(figures: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if name.startswith(GUARD)}
+
+
+def _of_set(figures: dict[str, float], sets: list[ValidationSet], place: int) -> dict[str, float]:
+    """The figures of one validation set, by their plain names."""
+    own = {name: value for name, value in figures.items() if not name.startswith(GUARD)}
+    own = {name: value for name, value in own.items() if place_of(name, sets) == place}
+    return {name.removeprefix(prefix_of(sets, place)): value for name, value in own.items()}
+
+
+def _shown_set(one: ValidationSet) -> str:
+    source = shown_validation(one.source)
+    return f"{one.name} ({source})" if one.name else source
+
+
+def named_sets(config: TrainingConfig) -> list[ValidationSet]:
+    """The validation sets; a single one has no name."""
+    sets = config.validation_sets
+    return sets if len(sets) > 1 else [replace(one, name="") for one in sets]
 
 
 def measured_section(figures: dict[str, float], config: TrainingConfig, facts: RunFacts) -> list[str]:
     """What was measured of the saved weights on the validation data, and on the guard set."""
     start_figures, guard = facts.start_figures, facts.guard
+    sets = named_sets(config)
     parts = [
         "## What was measured",
-        f"On the validation pairs ({shown_validation(str(config.validation))}), with the weights that are here. Pairs "
-        f"that share an image or a caption are right answers to each other.",
-        _figures_table(_of_guard(figures, False), _of_guard(start_figures, False)),
+        f"On the validation pairs ({_shown_set(sets[0])}), with the weights that are here. Pairs that share an image "
+        f"or a caption are right answers to each other.",
+        _figures_table(_of_set(figures, sets, 0), _of_set(start_figures, sets, 0)),
     ]
+    for place, one in enumerate(sets[1:], start=1):
+        parts += [
+            f"On the validation pairs {_shown_set(one)}:",
+            _figures_table(_of_set(figures, sets, place), _of_set(start_figures, sets, place)),
+        ]
     if guard is not None:
         parts += [
             f"On the guard set, which was not trained on and shows what was forgotten: {guard.count:,} images of "
             f"`{shown(str(config.guard_dataset))}`, split `{guard.split}`; {guard.protocol}.",
-            _figures_table(_of_guard(figures, True), _of_guard(start_figures, True)),
+            _figures_table(_of_guard(figures), _of_guard(start_figures)),
         ]
     return parts
 

@@ -4,13 +4,15 @@ A value that cannot be meant is refused, and so is an option that another option
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoints.wise_ft import parse_alphas
 from ..data.sources import Source
-from .chosen_metric import metric_of, parse_metric
+from .chosen_metric import settled_metric
 from .data.augment import Augmentation
+from .matryoshka_loss import check_widths, parse_widths
 from .optim import find_optimizer, parse_optimizer, parse_rates
 from .option_checks import AUTO, check_effects, check_needed, check_values
 from .option_file import plain
@@ -23,6 +25,7 @@ from .options import (
     TrainedOptions,
 )
 from .trainable import TOWERS, parse_lock
+from .validation_sets import ValidationSet, parse_validation
 
 MAY_CHANGE = (
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "output_format", "report_to"),
@@ -35,8 +38,15 @@ MAY_CHANGE = (
 )
 """Options that a resumed run may change. All others decide what comes out of a run."""
 
-ADDED = {"augment_on": "worker", "lora_dropout": 0.0, "lora_target_modules": []}
-ADDED |= {"cache_frozen_features": False, "cached_views": 1}
+ADDED = {
+    "augment_on": "worker",
+    "lora_dropout": 0.0,
+    "lora_target_modules": [],
+    "cache_frozen_features": False,
+    "cached_views": 1,
+    "matryoshka_dims": [],
+    "matryoshka_weights": [],
+}
 """Options that checkpoints of older versions do not name, and what holds for them."""
 
 NOTHING = object()
@@ -62,6 +72,7 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
             self._notes.append(f"note: --learning_rate is {self.learning_rate}, the default for {mode}.")
         # The grammars of single options, which raise with their own words.
         parse_rates(self.learning_rate)
+        parse_widths(self.matryoshka_dims, self.matryoshka_weights)
         find_optimizer(parse_optimizer(self.optim)[0])
         if self.replay is not None:
             parse_replay(self.replay)
@@ -81,6 +92,16 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
     def replayed(self) -> Source | None:
         """The old pairs; `weight` is their part of all pairs."""
         return None if self.replay is None else parse_replay(self.replay)
+
+    @property
+    def widths(self) -> dict[int, float]:
+        """The widths at which the loss is computed, the largest first, and their weights. Empty: the full width."""
+        return parse_widths(self.matryoshka_dims, self.matryoshka_weights)
+
+    @property
+    def validation_sets(self) -> list[ValidationSet]:
+        """What the model is evaluated on. The first set's figures have no name in front."""
+        return parse_validation(self.validation)
 
     @property
     def steps_between_evaluations(self) -> int | None:
@@ -105,6 +126,33 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         """
         self._notes.append(f"note: --micro_batch_size is {size}, since {reason}.")
         self.micro_batch_size = None if size >= self.per_device_train_batch_size else str(size)
+
+    def settle_widths(self, full: int, trained: Sequence[int] | None) -> None:
+        """Take over the widths that a model was trained at where none are given, and note it.
+
+        Args:
+            full: of the model's features.
+            trained: the widths that the model was trained at; None for the full one.
+
+        Raises:
+            ValueError: the model cannot be trained at the widths that are given.
+        """
+        if widths := self.widths:
+            check_widths(widths, full)
+            if len(widths) > 1:
+                return
+            if trained is None:
+                raise ValueError(
+                    f"--matryoshka_dims {full} would have no effect: it is the full width, at which a model is trained "
+                    f"anyway. Name smaller ones too."
+                )
+            self.matryoshka_dims, self.matryoshka_weights = [], []
+        elif trained is not None:
+            self.matryoshka_dims = list(map(str, trained))
+            self._notes.append(
+                f"note: --matryoshka_dims is {','.join(self.matryoshka_dims)}, at which the model was trained before; "
+                f"--matryoshka_dims {full} trains the full width alone."
+            )
 
     def limit_batch_size(self, rows: int, num_processes: int, data: str) -> None:
         """Make batches no larger than the data, and note it.
@@ -136,13 +184,18 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         for field in dataclasses.fields(self):
             value = plain(getattr(self, field.name))
             if field.default_factory is not dataclasses.MISSING:
-                value = [value] if isinstance(value, str) else list(value or [])
+                value = [value] if isinstance(value, (str, int, float)) else list(value or [])
             setattr(self, field.name, value)
+        self.validation = list(map(str, self.validation))
+        for name in ("matryoshka_dims", "matryoshka_weights"):
+            words = [part.strip() for value in getattr(self, name) for part in str(value).split(",")]
+            setattr(self, name, [word for word in words if word])
         self.micro_batch_size = None if self.micro_batch_size is None else str(self.micro_batch_size).lower()
         switch = str(self.mask_duplicates).lower()
         self.mask_duplicates = {"true": "on", "false": "off"}.get(switch, self.mask_duplicates)
         if self.metric_for_best_model is not None:
-            self.metric_for_best_model = metric_of(parse_metric(self.metric_for_best_model))
+            names = [one.name for one in self.validation_sets]
+            self.metric_for_best_model = settled_metric(self.metric_for_best_model, names)
         if str(self.resume_from_checkpoint).lower() == "true":  # as Trainer.train takes it
             self.resume_from_checkpoint = "latest"
 
@@ -167,8 +220,11 @@ class TrainingConfig(OutputOptions, OptimizationOptions, DataOptions, TrainedOpt
         return tuple(tower for tower in TOWERS if tower in lock and lock[tower] is None)
 
     def to_dict(self) -> dict[str, Any]:
-        """All options by name, as JSON can hold them."""
-        return dataclasses.asdict(self)
+        """All options by name, as JSON can hold them. A single validation set is a text, as in older versions."""
+        values = dataclasses.asdict(self)
+        if len(self.validation) < 2:
+            values["validation"] = self.validation[0] if self.validation else None
+        return values
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it goes on from."""

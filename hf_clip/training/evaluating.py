@@ -10,6 +10,7 @@ Invariant: the same figures with any number of processes.
 Dimensions: B local batch, N pairs of all processes, K classes, D embedding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,10 @@ from tqdm import tqdm
 from ..evaluation.embed import NotFiniteFeaturesError
 from ..evaluation.ranking import rank_both_ways
 from ..evaluation.retrieval import retrieval_metrics
+from ..evaluation.widths import named_at
 from ..evaluation.zero_shot import accuracies
 from ..model.modeling_hf_clip import HfClipModel
+from ..zero_shot.features import truncated
 from .best import BestWeights
 from .checkpoint import Checkpoints
 from .data.bad_rows import BadRows
@@ -30,6 +33,7 @@ from .frozen_towers import without_towers
 from .gathering import exchange_counts, gather
 from .guarding import Guard
 from .learner import Learner
+from .options import METRICS
 from .plan import Plan
 from .records import Records
 from .summary import figures_in_words, sentence
@@ -134,7 +138,11 @@ def retrieval(image_embeds: Tensor, text_embeds: Tensor, image_ids: Tensor, text
 
 @torch.no_grad()
 def evaluate(
-    model: Any, loader: PairLoader, device: torch.device, class_tokens: dict[str, Tensor] | None = None
+    model: Any,
+    loader: PairLoader,
+    device: torch.device,
+    class_tokens: dict[str, Tensor] | None = None,
+    widths: Sequence[int] = (),
 ) -> dict[str, float]:
     """Measure a model on validation pairs. Every process calls this, and all get the figures of all pairs.
 
@@ -143,9 +151,10 @@ def evaluate(
         loader: of the validation pairs.
         device: where the model is.
         class_tokens: input_ids and attention_mask of each class's prompt, (K, L), where the loader has labels.
+        widths: at which the model is trained; those below the full one are measured too, by `METRICS`.
 
     Returns:
-        Figures by name, from 0 to 1.
+        Figures by name, from 0 to 1. Those of a width have it behind their names, see `name_at`.
 
     Raises:
         NotFiniteError: features are no numbers. On all processes.
@@ -167,31 +176,43 @@ def evaluate(
     if not all(bool(whole[name].isfinite().all()) for name in ("image", "text")):
         raise NotFiniteError("The model gives features that are no numbers; its weights are broken.")
     if sum(counts) < 2:
-        raise TooFewPairsError(f"The validation data has {sum(counts)} usable pairs, but at least 2 are needed.")
-    figures = retrieval(whole["image"], whole["text"], whole["image_ids"], whole["text_ids"])
+        raise TooFewPairsError(
+            f"The validation data ({loader.pairs.name}) has {sum(counts)} usable pairs, but at least 2 are needed."
+        )
+    classes = None
     if class_tokens is not None and sum(label_counts) == sum(counts):
         classes = model(**{name: tensor.to(device) for name, tensor in class_tokens.items()}).text_embeds.float().cpu()
+    model.train(was_training)
+    figures = _figures(whole, classes)
+    for width in widths[1:]:
+        narrow = {name: truncated(values, width) for name, values in whole.items() if name in ("image", "text")}
+        found = _figures(whole | narrow, None if classes is None else truncated(classes, width))
+        figures |= named_at({name: value for name, value in found.items() if name in METRICS}, width)
+    return figures
+
+
+def _figures(whole: dict[str, Tensor], classes: Tensor | None) -> dict[str, float]:
+    """Figures of all pairs' embeddings. classes: (K, D) of the classes' prompts"""
+    figures = retrieval(whole["image"], whole["text"], whole["image_ids"], whole["text_ids"])
+    if classes is not None:
         measured = accuracies(whole["image"] @ classes.T, whole["labels"])
         figures |= {name.replace("acc", "zero_shot_top"): value for name, value in measured.items()}
-    model.train(was_training)
     return figures
 
 
 @dataclass(frozen=True)
-class Validation:
-    """What a run is evaluated on.
+class EvaluatedPairs:
+    """One set of pairs that a run is evaluated on.
 
     Attributes:
         loader: of the pairs.
         class_tokens: of the classes' prompts, see `evaluate`.
-        guard: the guard set, if there is one.
-        stored_towers: names of the model's towers whose features the loader has in place of their inputs.
+        prefix: what stands in front of its figures.
     """
 
     loader: PairLoader
     class_tokens: dict[str, Tensor] | None = None
-    guard: Guard | None = None
-    stored_towers: tuple[str, ...] = ()
+    prefix: str = ""
 
     @property
     def bad_rows(self) -> BadRows:
@@ -199,10 +220,40 @@ class Validation:
         assert self.loader.bad_rows is not None
         return self.loader.bad_rows
 
-    def measure(self, model: Any, device: torch.device) -> dict[str, float]:
+    def measure(self, model: Any, device: torch.device, widths: Sequence[int] = ()) -> dict[str, float]:
         """The figures of a model on the pairs. Raises as `evaluate`."""
         self.bad_rows.restart()
-        return evaluate(model, self.loader, device, self.class_tokens)
+        found = evaluate(model, self.loader, device, self.class_tokens, widths)
+        return {f"{self.prefix}{name}": value for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a run is evaluated on.
+
+    Attributes:
+        sets: the sets of pairs.
+        guard: the guard set, if there is one.
+        widths: at which the model is trained, see `evaluate`.
+        stored_towers: names of the model's towers whose features the loaders have in place of their inputs.
+    """
+
+    sets: tuple[EvaluatedPairs, ...]
+    guard: Guard | None = None
+    widths: tuple[int, ...] = ()
+    stored_towers: tuple[str, ...] = ()
+
+    @property
+    def bad_rows(self) -> list[BadRows]:
+        """The counters of pairs that cannot be used."""
+        return [each.bad_rows for each in self.sets]
+
+    def measure(self, model: Any, device: torch.device) -> dict[str, float]:
+        """The figures of a model on all sets of pairs. Raises as `evaluate`."""
+        figures: dict[str, float] = {}
+        for each in self.sets:
+            figures |= each.measure(model, device, self.widths)
+        return figures
 
     def measure_plain(self, model: HfClipModel, device: torch.device) -> dict[str, float]:
         """The figures of a plain model on the CPU, on the pairs and on the guard set. Raises as both do."""

@@ -11,7 +11,7 @@ Dimensions: B batch, W tower width.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -36,6 +36,7 @@ from .data.stored_collator import Stores
 from .feature_computing import Encoder, Wanted
 from .feature_store import FOLDER, digest_of_module, digest_of_tokenizer, store
 from .trainable import TOWERS
+from .validation_sets import ValidationPairs
 
 WEIGHTS = "tower.safetensors"
 
@@ -100,20 +101,32 @@ def without_towers(model: HfClipModel, names: Iterable[str]) -> Iterator[None]:
             setattr(model, name, tower)
 
 
+@dataclass(frozen=True)
+class StoredSet:
+    """What is stored of one validation set.
+
+    Attributes:
+        stores: Of its rows.
+        class_features: (K, W) the text tower's output for the classes' prompts, where there are some.
+    """
+
+    stores: Stores = field(default_factory=Stores)
+    class_features: Tensor | None = None
+
+
 @dataclass
 class FrozenTowers:
     """What became of towers that left memory.
 
     Attributes:
         files: Of each tower, by its name in the model, the folder with its weights.
-        train, validation: What is stored of the rows.
-        class_features: (K, W) the text tower's output for the classes' prompts, where there are some.
+        train: What is stored of the rows to train on.
+        validation: What is stored of each validation set.
     """
 
     files: dict[str, Path] = field(default_factory=dict)
     train: Stores = field(default_factory=Stores)
-    validation: Stores = field(default_factory=Stores)
-    class_features: Tensor | None = None
+    validation: list[StoredSet] = field(default_factory=list)
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -219,8 +232,7 @@ def store_towers_(
     accelerator: Any,
     *,
     train: Pairs | PairStream,
-    validation: Pairs | PairStream | None,
-    class_prompts: list[str] | None,
+    validation: Sequence[ValidationPairs],
     num_workers: int,
 ) -> FrozenTowers:
     """Compute the features of locked towers, or find them, and let the towers leave the model.
@@ -233,8 +245,7 @@ def store_towers_(
         config: The options.
         accelerator: What `accelerate launch` has set up.
         train: Pairs to train on.
-        validation: Pairs to evaluate on.
-        class_prompts: A caption for each class, where the captions of `validation` are made of labels.
+        validation: The sets of pairs to evaluate on.
         num_workers: Processes that open images, for each process of the run.
 
     Raises:
@@ -254,12 +265,14 @@ def store_towers_(
     shared: dict[str, Any] = {"folder": folder, "accelerator": accelerator, "num_workers": num_workers}
     augmented = PairCollator(processor, Augmentation.parse(config.augmentation), **settings)
     found.train = _stores(encoders, train, augmented, config.cached_views, "training pairs", **shared)
-    if validation is not None:
-        plain = PairCollator(processor, **settings)
-        found.validation = _stores(encoders, validation, plain, 1, "validation pairs", **shared)
-        if class_prompts and "text" in encoders:
-            features = encoders["text"](accelerator.device, **plain.tokenize(class_prompts))
-            found.class_features = torch.from_numpy(features)
+    for each in validation:
+        plain, features = PairCollator(processor, **settings), None
+        which = "validation pairs" if len(validation) == 1 else f"validation pairs of {each.name}"
+        stores = _stores(encoders, each.pairs, plain, 1, which, **shared)
+        if each.class_prompts and "text" in encoders:
+            tokens = plain.tokenize(each.class_prompts)
+            features = torch.from_numpy(encoders["text"](accelerator.device, **tokens))
+        found.validation.append(StoredSet(stores, features))
     replace_towers_(model, config)
     return found
 

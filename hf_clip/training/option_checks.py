@@ -62,9 +62,9 @@ def check_needed(config: "TrainingConfig") -> None:
         raise ValueError("There is nothing to train on: name it with --dataset.")
     if not config.output_dir:
         raise ValueError("There is no place for the result: name a folder with --output_dir.")
-    if config.validation is not None and config.validation == config.split:
+    if config.split in (one.source for one in config.validation_sets):
         raise ValueError(
-            f"--validation {config.validation} is the split that is trained on, so that nothing would be measured: "
+            f"--validation {config.split} is the split that is trained on, so that nothing would be measured: "
             f"name another split, or hold rows out with a number (500) or a part (0.05) of them."
         )
     if (config.num_train_epochs is None) == (config.max_steps is None):
@@ -109,7 +109,7 @@ def check_values(config: "TrainingConfig") -> None:
 def check_effects(config: "TrainingConfig") -> None:
     """Refuse what the other options leave without effect."""
     _check_cache(config)
-    scratch, evaluated, metric = config.variant is not None, config.validation is not None, config.metric_for_best_model
+    scratch, evaluated, metric = config.variant is not None, bool(config.validation), config.metric_for_best_model
     alphas, are_towers_locked = config.alphas, config.are_towers_locked
     at_once = config.pairs_at_once
     of_guard = [name for name in parse_metric(metric) if name.startswith(GUARD)] if metric else []
@@ -141,6 +141,11 @@ def check_effects(config: "TrainingConfig") -> None:
             config.loss == "sigmoid" and config.label_smoothing_factor,
             "label_smoothing_factor",
             "the sigmoid loss has none",
+        ),
+        (
+            config.matryoshka_weights and not config.matryoshka_dims,
+            "matryoshka_weights",
+            "there are no --matryoshka_dims",
         ),
         (config.replay_caption_column and not config.replay, "replay_caption_column", "there is no --replay"),
         (config.guard_labels and not config.guard_dataset, "guard_labels", "there is no --guard_dataset"),

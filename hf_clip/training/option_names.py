@@ -23,6 +23,8 @@ KNOWN_AS = {
     "model": "base_model checkpoint ckpt init_from model_id model_name model_name_or_path model_path pretrained",
     "variant": "arch architecture backbone config config_name from_scratch scratch",
     "loss": "contrastive_loss loss_fn loss_type sigmoid siglip softmax",
+    "matryoshka_dims": "dims matryoshka mrl mrl_dims nested_dims widths",
+    "matryoshka_weights": "mrl_weights relative_importance",
     "image_size": "force_image_size img_size input_size px res resize resolution size",
     "max_text_length": "context_length max_length max_seq_len max_seq_length text_length",
     "lock": "freeze freeze_image freeze_text freeze_vision_model freeze_text_model lit lock_image lock_text",

@@ -61,6 +61,12 @@ class ModelOptions:
         "is learned from the captions), or a folder with one, a tokenizer and perhaps an image processor",
     )
     loss: str | None = _option(None, "softmax (CLIP) or sigmoid (SigLIP); default: what the model was trained with")
+    matryoshka_dims: list[str] = _option(
+        [],
+        "Compute the loss at these widths, the full one among them, so that the first numbers of a feature are a "
+        "feature too: 512,256,128,64; default: what the model was trained with",
+    )
+    matryoshka_weights: list[str] = _option([], "Weights of these losses, in the same order: 1,1,0.5,0.5; default: 1")
     image_size: int | None = _option(None, "Go over to images of this size (FixRes); the position table is resized")
     max_text_length: int | None = _option(None, "Go over to texts of this many tokens (Long-CLIP)")
 
@@ -126,10 +132,10 @@ class DataOptions:
         "on", "Equal images or captions of a batch are no negatives of each other; off: they are", nargs="?", const="on"
     )
     streaming: bool = _option(False, "Read as it comes, instead of preparing tables on disk")
-    validation: str | None = _option(
-        None,
+    validation: list[str] = _option(
+        [],
         "Pairs to evaluate on: a split of the data, a number of its rows (500) or a part of them (0.05) to hold out, "
-        "or another source: a file, a folder or a repository",
+        "or another source: a file, a folder or a repository; several as coco=coco/val flickr=flickr/val",
     )
     guard_dataset: str | None = _option(
         None,

@@ -7,6 +7,7 @@ on torch's meta device, by the same calls that make them later: what cannot be m
 What only shows in the midst of a run (data that go away, weights that are no numbers) is not here.
 """
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ from .build import (
     prepare_training_,
 )
 from .checkpoint import find_checkpoint
-from .chosen_metric import parse_metric
+from .chosen_metric import Figure, parse_metric, read_figure
 from .config import TrainingConfig
 from .data.collator import check_image_processor
 from .feature_store import holds_only_features
@@ -66,13 +67,16 @@ def check_run(config: TrainingConfig, accelerator: Any) -> tuple[Data, Plan]:
     check_wrapper(accelerator, config)
     start = _check_output(config, accelerator)
     model_config = _check_model(config)
+    config.settle_widths(model_config.projection_dim, model_config.matryoshka_dims)
     _check_batch(config, accelerator.num_processes)
     if config.loss_ring and accelerator.num_processes == 1:
         raise ValueError("--loss_ring would have no effect: there is one process, which holds all texts anyway.")
     data = open_data(config, accelerator.num_processes)
     if config.metric_for_best_model is not None:
         for name in parse_metric(config.metric_for_best_model):
-            _check_metric(name, data.class_prompts)
+            if (figure := read_figure(name)) is not None:
+                named = [each for each in data.validation_sets if each.name == figure.set]
+                _check_metric(figure, (named or data.validation_sets)[0].class_prompts, list(config.widths))
     plan = make_plan(config, data.train, launch_settings(accelerator), start)
     if start is not None:
         check_identity(start, parse_state(start), plan.identity())
@@ -122,16 +126,24 @@ def _check_model(config: TrainingConfig) -> HfClipConfig:
     return check_model(config.model)
 
 
-def _check_metric(metric: str, class_prompts: list[str] | None) -> None:
-    """Refuse to keep what is best at something that these data cannot measure."""
-    if not metric.startswith("zero_shot"):
+def _check_metric(figure: Figure, class_prompts: list[str] | None, widths: list[int]) -> None:
+    """Refuse to keep what is best at something that is not measured, or that these data cannot measure."""
+    metric, name = figure.name, figure.metric
+    if figure.width is not None and figure.width not in widths[1:]:
+        known = ", ".join(replace(figure, width=each).name for each in (None, *widths[1:]))
+        known = f"there are {known}"
+        raise ValueError(
+            f"--metric_for_best_model {metric} cannot be measured: "
+            f"{known if widths else 'the full width alone is trained without --matryoshka_dims'}."
+        )
+    if not name.startswith("zero_shot"):
         return
     if class_prompts is None:
         raise ValueError(
             f"--metric_for_best_model {metric} cannot be measured: zero-shot accuracy needs captions made of labels "
             f'by a template, such as --caption_column "a photo of a {{label}}.".'
         )
-    k, classes = int(metric.rpartition("top")[2]), len(class_prompts)
+    k, classes = int(name.rpartition("top")[2]), len(class_prompts)
     if classes <= k:
         instead = " or zero_shot_top1" if classes > 1 < k else ""
         raise ValueError(

@@ -16,6 +16,7 @@ from ..checkpoints.whole_folder import whole_folder
 from ..extras import missing_packages
 from ..model.configuration_hf_clip import HfClipConfig
 from .card import RunFacts, shown, trained_card
+from .chosen_metric import read_figure
 from .config import TrainingConfig
 from .guarding import GuardProtocol, shown_guard_metric
 from .lora import ADAPTER_FOLDER
@@ -67,6 +68,12 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
             points = [100 * record[name] for record in evaluated]
             steps = [record["step"] for record in evaluated]
             axes[0][1].plot(steps, points, color=colour, linewidth=width, marker="o", markersize=width + 2, label=name)
+        figures = [read_figure(name) for name in evaluated[0]]
+        others = [figure.name for figure in figures if figure is not None and figure.metric == "recall@1"][1:]
+        for place, name in enumerate(others):  # of other widths and sets
+            colour = pyplot.get_cmap("viridis")(0.35 + 0.6 * place / len(others))
+            points = [100 * record[name] for record in evaluated]
+            axes[0][1].plot([r["step"] for r in evaluated], points, ":", color=colour, marker=".", label=name)
         guard = shown_guard_metric(evaluated[0])
         if guard is not None:
             points = [100 * record[guard] for record in evaluated]

@@ -250,7 +250,7 @@ class Run:
     def _check_rows(self) -> None:
         """Stop when any process has met too many rows that cannot be used, without losing what was trained."""
         validation = self.evaluations.validation
-        counters = [self.bad_rows, *([] if validation is None else [validation.bad_rows])]
+        counters = [self.bad_rows, *([] if validation is None else validation.bad_rows)]
         refusal = find_refusal(counters, self.accelerator.device)
         if not refusal:
             return

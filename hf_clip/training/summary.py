@@ -1,7 +1,10 @@
 """What a run tells the terminal: what it is about to do, what it measured, and what came of it."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
+from .chosen_metric import Figure, read_figure
 from .data.pairs import Pairs, PairStream
 from .plan import Plan
 
@@ -9,11 +12,10 @@ SHORT_RUN = 30.0
 """Seconds below which the start of the workers is most of the wait, which then says nothing."""
 
 SHOWN = ("recall@1", "recall@5", "recall@10", "zero_shot_top1", "guard_acc1", "guard_mean_average_precision")
+SHOWN_OF_ALL = ("recall@1", "zero_shot_top1")
 
 
-def _rows(pairs: Pairs | PairStream | None) -> str:
-    if pairs is None:
-        return ""
+def _rows(pairs: Pairs | PairStream) -> str:
     return "a stream of pairs" if isinstance(pairs, PairStream) else f"{len(pairs):,} pairs"
 
 
@@ -38,13 +40,16 @@ def _parts_in_words(plan: Plan) -> str:
 
 
 def run_in_words(
-    train: Pairs | PairStream, validation: Pairs | PairStream | None, parameters: tuple[int, int], plan: Plan
+    train: Pairs | PairStream,
+    validation: Mapping[str, Pairs | PairStream],
+    parameters: tuple[int, int],
+    plan: Plan,
 ) -> str:
     """The line before the first step.
 
     Args:
         train: pairs to train on.
-        validation: pairs to evaluate on.
+        validation: the sets of pairs to evaluate on, by name.
         parameters: how many numbers are trained, and how many there are.
         plan: of the run.
     """
@@ -52,15 +57,24 @@ def run_in_words(
     steps, pairs, processes = plan.total_steps, plan.pairs_in_step, int(plan.launched["processes"])
     epochs = "" if isinstance(train, PairStream) else f", {steps * pairs / len(train):.3g} epochs"
     over = f" over {processes} processes" if processes > 1 else ""
+    named = [f"{name}, {_rows(pairs)}" for name, pairs in validation.items()]
+    evaluated = "; ".join(named) if len(named) > 1 else "".join(map(_rows, validation.values())) or "none"
     return (
-        f"Training on {_rows(train)}, validation on {_rows(validation) or 'none'}. "
+        f"Training on {_rows(train)}, validation on {evaluated}. "
         f"{trained:,} of {whole:,} parameters are trained. {steps:,} steps of {pairs:,} pairs{over}{epochs}."
         f"{_parts_in_words(plan)}"
     )
 
 
 def figures_in_words(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {figures[name]:.3f}" for name in SHOWN if name in figures)
+    """The figures that a line has room for, those of other widths and sets behind those of the first."""
+    more = [name for name in figures if is_shown(read_figure(name)) and name not in SHOWN]
+    return ", ".join(f"{name} {figures[name]:.3f}" for name in (*SHOWN, *more) if name in figures)
+
+
+def is_shown(figure: Figure | None) -> bool:
+    """Whether a figure of another width or set than the first stands in a line."""
+    return figure is not None and figure.metric in SHOWN_OF_ALL
 
 
 def gain_in_words(

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel
 
 import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.training import tiles
+from hf_clip.training.gradient_caching import backpropagate
 from hf_clip.training.losses import ContrastiveResult, global_contrastive_loss
+from hf_clip.training.matryoshka_loss import matryoshka_contrastive_loss
 
 from ..largest_tensor import LargestTensor
 from ..small import random_images, texts
@@ -37,6 +40,7 @@ class Scenario:
 BOTH_IDS = {"has_image_ids": True, "has_text_ids": True}
 SIGMOID: dict[str, Any] = {"kind": "sigmoid"}
 RING: dict[str, Any] = {"ring": True}
+WIDTHS: dict[str, Any] = {"dims": [4, 3, 1], "weights": [1.0, 0.5, 2.0]}
 SCENARIOS = {
     "softmax": Scenario(EVEN),
     "softmax, uneven": Scenario(UNEVEN),
@@ -52,6 +56,8 @@ SCENARIOS = {
     "softmax, ring, a process without pairs": Scenario(EMPTY, options=RING),
     "softmax, ring, duplicates and smoothing": Scenario(UNEVEN, **BOTH_IDS, options=RING | {"label_smoothing": 0.1}),
     "sigmoid, ring, duplicates": Scenario(UNEVEN, **BOTH_IDS, options=SIGMOID | RING),
+    "softmax, widths": Scenario(UNEVEN, has_text_ids=True, options=WIDTHS | {"label_smoothing": 0.1}),
+    "sigmoid, ring, widths": Scenario(EMPTY, options=SIGMOID | RING | WIDTHS),
 }
 
 IMAGE_IDS = torch.tensor([7, 8, 9, 7, 10, 11, 7, 12, 13])
@@ -97,7 +103,7 @@ def run_scenario(scenario: Scenario, counts: list[int], process: int, wrap: bool
     mine = slice(sum(counts[:process]), sum(counts[: process + 1]))
     towers = DistributedDataParallel(model) if wrap else model
     image_embeds, text_embeds = towers(images[mine], captions[mine])
-    result = global_contrastive_loss(
+    result = matryoshka_contrastive_loss(
         image_embeds,
         text_embeds,
         model.logit_scale,
@@ -121,6 +127,34 @@ def run_model(folder: Path, tower: str, kind: str, process: int) -> dict[str, An
     )
     result.local_loss_to_backpropagate.backward()
     return record_of(result, model)
+
+
+def micro_batch_loss(images: Tensor, captions: Tensor, scale: Tensor, _: Tensor | None) -> ContrastiveResult:
+    return matryoshka_contrastive_loss(images, captions, scale, dims=[images.shape[1], 5], label_smoothing=0.1)
+
+
+def run_micro_batches(folder: Path, tower: str, process: int, wrap: bool = True) -> dict[str, Any]:
+    """Two steps by micro-batches of 2: of four pairs on process 0 and three on process 1, or of all seven on one.
+
+    `exchanged`: how many gradients DDP has exchanged in each step.
+    """
+    model = AutoModel.from_pretrained(folder).eval()
+    exchanged: list[int] = []
+    wrapped = DistributedDataParallel(model) if wrap else model
+    if wrap:
+
+        def count(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+            exchanged[-1] += bucket.buffer().numel()
+            return allreduce_hook(dist.group.WORLD, bucket)
+
+        wrapped.register_comm_hook(None, count)
+    mine = slice(0, 7) if not wrap else slice(0, 4) if process == 0 else slice(4, 7)
+    batch = {"pixel_values": random_images(tower, 7)[mine], "input_ids": texts((5, 9, 3, 12, 7, 4, 6))[mine]}
+    for _ in range(2):  # DDP puts its buckets into another order after the first step
+        model.zero_grad()
+        exchanged.append(0)
+        result = backpropagate(model, batch, micro_batch_loss, micro_batch_size=2 if wrap else None, wrapped=wrapped)
+    return record_of(result, model) | {"exchanged": exchanged}
 
 
 def largest_tensor(local: int, kind: str, width: int = 4, ring: bool = False) -> int:
@@ -172,6 +206,7 @@ def run_process(process: int, processes: int, folder: Path, repositories: dict[s
     for tower, repository in repositories.items():
         for kind in ("softmax", "sigmoid"):
             record[f"{tower}, {kind}"] = run_model(repository, tower, kind, process)
+        record[f"{tower}, micro-batches"] = run_micro_batches(repository, tower, process)
     record["largest"] = {kind: largest_tensor(100, kind) for kind in ("softmax", "sigmoid")}
     with small_tiles(10, 10):
         record["largest in a ring"] = largest_tensor(100, "softmax", width=64, ring=True)

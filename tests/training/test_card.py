@@ -83,6 +83,8 @@ OTHER_VALUES = {
     "lora_dropout": 0.1,
     "lora_target_modules": ["q_proj", "fc1"],
     "l2_to_pretrained": 0.25,
+    "matryoshka_dims": ["64", "8"],
+    "matryoshka_weights": ["1", "0.5"],
     "replay": "org/old=0.25",
     "replay_caption_column": "old",
     "split": "other",
@@ -110,6 +112,7 @@ OTHER_VALUES = {
 NEEDED_WITH = {
     "cache_frozen_features": {"lock": "image"},
     "cached_views": {"lock": "image", "cache_frozen_features": True},
+    "matryoshka_weights": {"matryoshka_dims": "64,8"},
     "lora_alpha": {"lora_rank": 4},
     "lora_dropout": {"lora_rank": 4},
     "lora_target_modules": {"lora_rank": 4},

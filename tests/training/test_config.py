@@ -32,6 +32,7 @@ def config(**fields: object) -> TrainingConfig:
         ({"num_train_epochs": 0.0}, "Say how long to train with --num_train_epochs or --max_steps; both were given"),
         ({"model": ""}, "Name a model to start from with --model or --variant; neither were given"),
         ({"dataset": [""]}, "There is nothing to train on: name it with --dataset"),
+        ({"validation": ["5", "old=train"]}, "--validation train is the split that is trained on, so that nothing wou"),
         ({"validation": "train"}, "--validation train is the split that is trained on, so that nothing would be meas"),
         ({"validation": "a", "split": "a"}, "--validation a is the split that is trained on.* or hold rows out with a"),
     ],
@@ -68,6 +69,35 @@ def test_what_is_missing_is_named(fields: dict, message: str):
         ({"label_smoothing_factor": 1.0}, "label_smoothing_factor is 1.0, but must be at least 0 and below 1"),
         ({"replay": "old"}, "--replay is 'old', but must be a data set and its part of all pairs, between 0 and 1"),
         ({"replay": "old=1"}, "--replay is 'old=1', but must be a data set and its part of all pairs, between 0"),
+        (
+            {"matryoshka_dims": "64,x"},
+            "--matryoshka_dims has 'x', but widths are needed, such as 512,256,128,64: how many",
+        ),
+        ({"matryoshka_dims": [64, 0]}, "--matryoshka_dims has '0', but widths are needed"),
+        ({"matryoshka_dims": "64,8,8"}, "--matryoshka_dims is 64,8,8, in which a width stands twice: name each once"),
+        (
+            {"matryoshka_dims": "64,8", "matryoshka_weights": "1"},
+            "--matryoshka_weights has 1 numbers, but --matryoshka_dims has 2: name a weight for each width, in the sa",
+        ),
+        (
+            {"matryoshka_dims": "64,8", "matryoshka_weights": "1,-1"},
+            "--matryoshka_weights has '-1', but positive numbers are needed, such as 1,0.5",
+        ),
+        (
+            {"validation": ["coco/val", "flickr/val"]},
+            "--validation names two sets 'val', coco/val and flickr/val: give each a name of its own, as in --valid",
+        ),
+        ({"validation": ["a=x/y", "b=x/y"]}, "--validation names x/y twice: leave one out"),
+        ({"validation": ["a=500", "b=0.1"]}, r"--validation holds out rows 2 times \(500, 0.1\), but once is enough"),
+        (
+            {"validation": ["test", "guard=x/y"]},
+            "--validation names a set 'guard', but figures of that name are others: call it something else, as in",
+        ),
+        ({"validation": ["test", "my_text_to_image=x/y"]}, "--validation names a set 'my_text_to_image', but figures"),
+        (
+            {"validation": ["a=x/y", "b=x/z"], "metric_for_best_model": "mean(recall@1, c_recall@1)"},
+            "--metric_for_best_model c_recall@1 is measured on a validation set 'c', which is not given: there",
+        ),
         ({"ema_decay": 1.0}, "ema_decay is 1.0, but must be between 0 and 1, such as 0.9999"),
         ({"ema_decay": 0.0}, "ema_decay is 0.0, but must be between 0 and 1"),
         ({"layer_decay": 0.0}, "layer_decay is 0.0, but must be above 0 and at most 1"),
@@ -85,6 +115,10 @@ def test_what_is_missing_is_named(fields: dict, message: str):
         (
             {"metric_for_best_model": "recall"},
             "metric_for_best_model is 'recall', but must be one of recall@1, recall@5",
+        ),
+        (
+            {"metric_for_best_model": "acc1_dim64"},
+            "metric_for_best_model is 'acc1_dim64', but must be one of recall@1, recall@5",
         ),
         (
             {"metric_for_best_model": "mean(recall@1, acc1)"},
@@ -163,6 +197,7 @@ BEST = {"metric_for_best_model": "recall@1", "validation": "5", "save_steps": 5}
             "--metric_for_best_model would have no effect: guard_acc1 is measured on --guard_dataset, which is not",
         ),
         ({"guard_dataset": "d"}, "--guard_dataset would have no effect: nothing is evaluated without --validation"),
+        ({"matryoshka_weights": "1,0.5"}, "--matryoshka_weights would have no effect: there are no --matryoshka_dims"),
         ({"replay_caption_column": "c"}, "--replay_caption_column would have no effect: there is no --replay"),
         ({"guard_labels": "f"}, "--guard_labels would have no effect: there is no --guard_dataset"),
         ({"guard_label_column": "c"}, "--guard_label_column would have no effect: there is no --guard_dataset"),
@@ -256,6 +291,56 @@ def test_micro_batch_is_smaller_than_the_batch():
     assert (found.pairs_at_once, found.notes) == (128, ["note: --micro_batch_size is 128, since it fits."])
     found.settle_micro_batch_size(256, "it fits")
     assert (found.pairs_at_once, found.micro_batch_size) == (256, None)
+
+
+def test_validation_may_be_several_sets():
+    given = ["500", "test", "coco=coco/val", "flickr/val.tar", "me/pairs:part", "year=rest", "~/data/my pairs/"]
+    found = {one.name: one.source for one in config(validation=given).validation_sets}
+    named = ["held_out", "test", "coco", "val", "pairs", "year", "my_pairs"]
+    assert list(found.items()) == list(zip(named, [*given[:2], "coco/val", *given[3:5], "rest", given[6]], strict=True))
+    sets = {"validation": ["coco=coco/val", "flickr=flickr/val"], "save_steps": 5}
+    metric = config(**sets, metric_for_best_model="mean(coco_recall@1, flickr_recall@1_dim8)").metric_for_best_model
+    assert metric == "mean(recall@1, flickr_recall@1_dim8)"
+    assert config(validation=0.05).validation == ["0.05"]
+
+
+def test_single_validation_set_is_written_as_older_versions_did():
+    """So that their checkpoints go on."""
+    assert config(validation=["500"]).identity()["validation"] == "500"
+    assert config().to_dict()["validation"] is None
+    several = config(validation=["a", "b"])
+    assert several.identity()["validation"] == ["a", "b"]
+    for found in (several, config(validation="500"), config()):
+        assert TrainingConfig(**found.to_dict()) == found
+
+
+@pytest.mark.parametrize("dims", ["16, 64,32", ["16", "64", "32"], [16, 64, 32], np.array([16, 64, 32]), "16,64,32,"])
+def test_widths_are_read_in_any_form(dims: object):
+    found = config(matryoshka_dims=dims, matryoshka_weights=[1, 0.5, 2])
+    assert found.matryoshka_dims == ["16", "64", "32"]
+    assert list(found.widths.items()) == [(64, 0.5), (32, 2.0), (16, 1.0)]
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+    assert list(config(matryoshka_dims="8,64").widths.values()) == [1.0, 1.0]
+
+
+def test_widths_are_settled_by_the_model():
+    """Given ones are checked, those of the model are taken over, and the full one alone ends them."""
+    found = config(learning_rate="1e-5")
+    found.settle_widths(64, [64, 8])
+    assert found.widths == {64: 1.0, 8: 1.0}
+    assert found.notes == [
+        "note: --matryoshka_dims is 64,8, at which the model was trained before; --matryoshka_dims 64 trains the full "
+        "width alone."
+    ]
+    plain = config(learning_rate="1e-5", matryoshka_dims="64")
+    with pytest.raises(ValueError, match="--matryoshka_dims 64 would have no effect: it is the full width, at which"):
+        plain.settle_widths(64, None)
+    plain.settle_widths(64, [64, 8])
+    assert (plain.widths, plain.notes) == ({}, [])
+    with pytest.raises(ValueError, match="--matryoshka_dims is 128,64, but this model's features have 64 numbers: nam"):
+        config(matryoshka_dims="128,64").settle_widths(64, None)
+    with pytest.raises(ValueError, match="--matryoshka_dims is 32,8, which leaves out the full width: .* Name 64 too"):
+        config(matryoshka_dims="8,32").settle_widths(64, None)
 
 
 @pytest.mark.parametrize(("rows", "processes", "least"), [(1, 1, 2), (3, 4, 4), (1, 2, 2)])
@@ -445,7 +530,7 @@ def test_file_gives_options_and_flags_go_over_it(tmp_path: Path, kind: str):
     path.write_text(text)
     found = parse_config([str(path), "--max_steps", "20"])
     assert float(found.learning_rate) == 1e-4
-    assert (found.dataset, found.max_steps, found.validation) == (["d", "e"], 20, "500")
+    assert (found.dataset, found.max_steps, found.validation) == (["d", "e"], 20, ["500"])
     assert found.overwrite_output_dir
     assert found.alphas == [0.5]
     assert found.mask_duplicates == "off"

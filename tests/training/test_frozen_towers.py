@@ -97,7 +97,7 @@ class Setting:
 
     def store(self) -> FrozenTowers:
         """Of a copy, so that this model keeps its towers."""
-        given = {"train": self.pairs, "validation": None, "class_prompts": None, "num_workers": 0}
+        given = {"train": self.pairs, "validation": [], "num_workers": 0}
         return store_towers_(copy.deepcopy(self.model), self.processor, self.config, ALONE, **given)
 
     @property

@@ -24,7 +24,7 @@ from hf_clip.training.losses import (
 )
 
 from ..small import random_images, texts
-from .loss_scenarios import SCENARIOS, run_process, run_scenario
+from .loss_scenarios import SCENARIOS, run_micro_batches, run_process, run_scenario
 
 Records = dict[int, list[dict[str, Any]]]
 
@@ -76,6 +76,17 @@ def test_two_processes_train_a_model_as_its_own_loss_does(tower: str, kind: str,
     assert ("logit_bias" in gradients) == (kind == "sigmoid")
     for record in records[2]:
         check_equal(record[f"{tower}, {kind}"], loss, gradients)
+
+
+def test_micro_batches_of_two_processes_give_the_gradients_of_the_whole_batch(
+    tower: str, repository: Path, records: Records
+):
+    """Of every parameter, by real DDP. Each gradient is exchanged once in a step."""
+    one = run_micro_batches(repository, tower, 0, wrap=False)
+    for record in records[2]:
+        found = record[f"{tower}, micro-batches"]
+        check_equal(found, one["loss"], one["gradients"])
+        assert found["exchanged"] == [sum(gradient.numel() for gradient in one["gradients"].values())] * 2
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
