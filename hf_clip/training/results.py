@@ -80,7 +80,11 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
             axes[0][1].plot(steps, points, "--", color="#c25a00", marker="s", markersize=4, label=guard)
         title = "Retrieval on validation pairs, %" if guard is None else "Validation pairs and guard set, %"
         axes[0][1].set(title=title, xlabel="step")
-        axes[0][1].legend(frameon=False)
+        if others:  # too many for a place among the curves
+            figure.set_figwidth(11)
+            axes[0][1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+        else:
+            axes[0][1].legend(frameon=False)
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
