@@ -3,9 +3,10 @@
 Time: a step (both towers, the loss, backward, AdamW) of ViT-B/32 by micro-batches, beside the same step with the whole
 batch in memory, and beside a step that has no more pairs than a micro-batch. The first two must agree in their losses.
 
-Memory: one step with few pairs and one with many, at the same micro-batch, each in a process of its own, by a small
-model, so that it takes seconds. Images are made when they are read, since those of a whole batch would be larger than
-all else. What is counted is above what the process had before it built its model.
+Memory: one step with few pairs and one with many, at the same micro-batch, each in a process of its own. A small model
+takes seconds for very many pairs, ViT-B/32 minutes for four times as many. Images are made when they are read, since
+those of a whole batch would be larger than all else. What is counted is above what the process had before it built its
+model.
 """
 
 import time
@@ -31,8 +32,11 @@ VARIANT = "ViT-B/32"
 PAIRS, QUICK_PAIRS = 64, 16
 PARTS = 4
 ROUNDS, QUICK_ROUNDS = 5, 3
-SMALL_MICRO_BATCH = 64
-FEW, MANY, QUICK_MANY = 256, 8192, 1024
+SMALL_MODEL = "a small model"
+MICRO_BATCH = {SMALL_MODEL: 64, VARIANT: 32}
+FEW = 256
+MANY = {SMALL_MODEL: 8192, VARIANT: 1024}
+QUICK_MANY = 1024
 SMALL: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 2}
 SMALL_IMAGE, SMALL_TOKENS, SMALL_WIDTH = 96, 24, 512
 
@@ -86,10 +90,11 @@ def time_table(device: str, precision: str, pairs: int) -> tuple[Table, list[Con
 
 
 class RandomPairs:
-    """Micro-batches of random images and texts, made when they are read and the same every time."""
+    """Micro-batches of random images and texts for a model, made when they are read and the same every time."""
 
-    def __init__(self, pairs: int, size: int):
-        self.pairs, self.size = pairs, size
+    def __init__(self, config: HfClipConfig, pairs: int, size: int):
+        self.pairs, self.size, self.side = pairs, size, config.vision_config.image_size
+        self.end = int(config.text_config.eos_token_id or 0)
 
     def __len__(self) -> int:
         return -(-self.pairs // self.size)
@@ -100,26 +105,29 @@ class RandomPairs:
     def _make(self, number: int) -> dict[str, Tensor]:
         generator, count = torch.Generator().manual_seed(number), min(self.size, self.pairs - number * self.size)
         ids = torch.randint(1000, (count, SMALL_TOKENS), generator=generator)
-        ids[:, -1] = 1001
-        shape = (count, 3, SMALL_IMAGE, SMALL_IMAGE)
+        ids[:, -1] = self.end
+        shape = (count, 3, self.side, self.side)
         return {"pixel_values": torch.rand(shape, generator=generator), "input_ids": ids}
 
 
-def small_model() -> HfClipModel:
-    torch.manual_seed(0)
+def config_of(name: str) -> HfClipConfig:
+    """The small model's, or one of the nine's."""
+    if name != SMALL_MODEL:
+        return HfClipConfig.from_variant(name)
     vision = SMALL | {"model_type": "hf_clip_vit", "image_size": SMALL_IMAGE, "patch_size": 16}
     text = SMALL | {"vocab_size": 1002, "max_position_embeddings": SMALL_TOKENS, "bos_token_id": 1000}
     text |= {"eos_token_id": 1001, "pad_token_id": 1001}
-    return HfClipModel(HfClipConfig(projection_dim=SMALL_WIDTH, vision_config=vision, text_config=text)).train()
+    return HfClipConfig(projection_dim=SMALL_WIDTH, vision_config=vision, text_config=text)
 
 
-def step_alone(pairs: int, size: int, precision: str, threads: int, device: str) -> tuple[float, int | None]:
+def step_alone(name: str, pairs: int, size: int, precision: str, threads: int, device: str) -> tuple[float, int | None]:
     """Seconds of one step, and the most memory of a process that makes it after one with two micro-batches."""
     torch.set_num_threads(threads)
-    before = memory_of_this_process("VmHWM")
-    model = small_model().to(device)
-    make_step(model, RandomPairs(2 * size, size), precision)()
-    step = make_step(model, RandomPairs(pairs, size), precision)
+    before, config = memory_of_this_process("VmHWM"), config_of(name)
+    torch.manual_seed(0)
+    model = HfClipModel(config).train().to(device)
+    make_step(model, RandomPairs(config, 2 * size, size), precision)()
+    step = make_step(model, RandomPairs(config, pairs, size), precision)
     started = time.perf_counter()
     step()
     if device == "cuda":
@@ -130,25 +138,23 @@ def step_alone(pairs: int, size: int, precision: str, threads: int, device: str)
     return seconds, None if before is None or after is None else after - before
 
 
-def memory_table(device: str, precision: str, settings: Settings) -> Table:
-    size, many = SMALL_MICRO_BATCH, settings.choose(MANY, QUICK_MANY)
+def memory_table(name: str, device: str, precision: str, settings: Settings) -> Table:
+    size, many = MICRO_BATCH[name], settings.choose(MANY[name], QUICK_MANY)
     ours = f"{OURS}, {FEW:,} pairs by {size}"
-    table = Table(
-        f"memory of a step by micro-batches, a small model, {precision}", "pairs", ours=(ours,), device=device
-    )
+    table = Table(f"memory of a step by micro-batches, {name}, {precision}", "pairs", ours=(ours,), device=device)
     chosen: dict[str, Any] = {"size": size, "precision": precision, "threads": settings.threads, "device": device}
     for pairs in (FEW, many):
-        name = f"{OURS}, {pairs:,} pairs by {size}"
-        say(f"{name} in a process of its own")
+        row = f"{OURS}, {pairs:,} pairs by {size}"
+        say(f"{row} in a process of its own")
         try:
-            seconds, memory = run_alone(step_alone, pairs=pairs, **chosen)
+            seconds, memory = run_alone(step_alone, name=name, pairs=pairs, **chosen)
         except LeftOutError as error:
-            table.left_out.append(f"{name} is left out: {error}")
+            table.left_out.append(f"{row} is left out: {error}")
             continue
-        table.rows.append(Row(name, precision, pairs, [seconds], peak_memory=memory))
+        table.rows.append(Row(row, precision, pairs, [seconds], peak_memory=memory))
     say("")
     if len(table.rows) == 2 and None not in (memories := [row.peak_memory for row in table.rows]):
-        features = 2 * (many - FEW) * SMALL_WIDTH * 4
+        features = 2 * (many - FEW) * config_of(name).projection_dim * 4
         more = (memories[1] or 0) - (memories[0] or 0)
         table.notes.append(
             f"{many:,} pairs take {more / 1e6:,.0f} MB more than {FEW:,}, of which {features / 1e6:,.0f} MB are their "
@@ -166,5 +172,5 @@ def run(settings: Settings) -> Iterator[Table]:
                 table, contenders = time_table(device, precision, pairs)
                 rounds = settings.rounds or settings.choose(ROUNDS, QUICK_ROUNDS)
                 yield compare(table, contenders, rounds=rounds, seconds=settings.seconds)
-            if settings.is_memory_measured:
-                yield memory_table(device, precision, settings)
+            for name in MANY if settings.is_memory_measured else ():
+                yield memory_table(name, device, precision, settings)

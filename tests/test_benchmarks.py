@@ -367,21 +367,23 @@ def test_steps_by_micro_batches_have_the_same_loss_and_memory_is_compared(
     for where in (module, train_step):
         monkeypatch.setattr(where, "VARIANT", vit.name)
     settings = replace(tiny_settings(precisions=("float32",)), batches=(8,), is_memory_measured=True)
-    taken = iter([[2.0, 300_000_000], [9.0, 310_000_000]])
+    taken = iter([[2.0, 300_000_000], [9.0, 310_000_000], [2.0, 3_000_000_000], [9.0, 3_020_000_000]])
     monkeypatch.setattr(module, "run_alone", lambda function, **arguments: next(taken))
-    timed, memory = module.run(settings)
+    timed, memory, of_full_size = module.run(settings)
     assert names_of(timed) == ["hf_clip, 8 pairs by 2", "8 pairs at once", "2 pairs at once"]
     assert not timed.lacks_ours
     assert names_of(memory) == ["hf_clip, 256 pairs by 64", "hf_clip, 1,024 pairs by 64"]
     assert memory.notes == ["1,024 pairs take 10 MB more than 256, of which 3 MB are their embeddings"]
-    pairs = module.RandomPairs(70, 64)
+    assert names_of(of_full_size) == ["hf_clip, 256 pairs by 32", "hf_clip, 1,024 pairs by 32"]
+    assert of_full_size.notes == ["1,024 pairs take 20 MB more than 256, of which 3 MB are their embeddings"]
+    pairs = module.RandomPairs(module.config_of(module.SMALL_MODEL), 70, 64)
     assert [len(part["input_ids"]) for part in pairs] == [64, 6]
     assert all(
         torch.equal(*parts)
         for first, second in zip(pairs, pairs, strict=True)
         for parts in [(first["pixel_values"], second["pixel_values"])]
     )
-    seconds, used = module.step_alone(4, 2, "float32", torch.get_num_threads(), "cpu")
+    seconds, used = module.step_alone(module.SMALL_MODEL, 4, 2, "float32", torch.get_num_threads(), "cpu")
     assert seconds > 0
     assert used is None or used >= 0
 

@@ -35,13 +35,13 @@ SECTIONS: dict[str, tuple[str, Sequence[Part]]] = {
     "losses": ("the loss: exact, in linear memory, 8k to 128k pairs", losses.PARTS),
     "training": ("a step; micro-batches; memory that runs out", training.PARTS),
     "processes": ("two processes, FSDP2, float16, resumed runs, each by itself", processes.PARTS),
+    "survival": ("a worker that is killed while batches are pinned", images.SURVIVAL),
     "images": ("grey levels beside Pillow's; from JPEGs to features", images.PARTS),
     "speed": ("images and texts per second beside the peers; compiled", speed.PARTS),
-    "survival": ("a worker that is killed while batches are pinned", images.SURVIVAL),
 }
 """In the order in which they run: what is right first, then how fast."""
-LAST = 20.0
-"""Seconds that are kept for writing, and for a part that takes longer than it should."""
+LAST = 45.0
+"""Seconds that are kept for imports, and for a part that takes longer than it should."""
 
 
 def build_parser() -> argparse.ArgumentParser:
