@@ -23,6 +23,7 @@ import transformers
 from ..__main__ import positive_seconds
 from ..machine import describe, headline
 from ..measuring import first_line
+from ..peers import OPEN_CLIP, OPENAI, STOCK
 from ..ratio_chart import draw, import_pyplot
 from ..reporting import as_json, write_json
 from . import images, losses, parity, processes, speed, training
@@ -40,6 +41,7 @@ SECTIONS: dict[str, tuple[str, Sequence[Part]]] = {
     "speed": ("images and texts per second beside the peers; compiled", speed.PARTS),
 }
 """In the order in which they run: what is right first, then how fast."""
+PEERS = (OPENAI, STOCK, OPEN_CLIP, losses.MEMEFF, losses.INF_CL)
 LAST = 45.0
 """Seconds that are kept for imports, and for a part that takes longer than it should."""
 
@@ -144,8 +146,15 @@ def main(arguments: list[str] | None = None) -> int:
             write()
     conclude(report)
     if options.picture:
-        draw(options.picture, facts, report.tables)
+        draw_peers(options.picture, facts, report)
     return int(report.is_wrong())
+
+
+def draw_peers(path: Path, facts: dict[str, Any], report: Report) -> None:
+    """Draw the tables in which there is a peer, below the GPU's name."""
+    name = facts["machine"]["gpu"] or facts["machine"]["processor"]
+    tables = [table for table in report.tables if any(table.row(peer) for peer in PEERS)]
+    draw(path, facts | {"machine": facts["machine"] | {"processor": name}}, tables)
 
 
 def conclude(report: Report) -> None:
