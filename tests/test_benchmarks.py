@@ -385,7 +385,7 @@ def test_steps_by_micro_batches_have_the_same_loss_and_memory_is_compared(
     )
     seconds, used = module.step_alone(module.SMALL_MODEL, 4, 2, "float32", torch.get_num_threads(), "cpu")
     assert seconds > 0
-    assert used is None or used >= 0
+    assert used is None or used > -(1 << 20)  # Linux counts pages in batches, so that the most may be some less later
 
 
 def test_steps_from_stored_features_have_the_same_loss():
