@@ -2,8 +2,9 @@
 
 Features are random, 512 wide, float32. hf_clip's loss is called as the trainer calls it: with the ids of images and
 captions, so that it looks for duplicates, of which there are none. `plain` is the loss as it is written down, with all
-logits; it is left out where these take more than half of the machine's memory. inf_cl has its kernel on a GPU alone.
-Memory is what comes on top of features and gradients, of a process of its own that does it once.
+logits; it is left out where these take more than half of the machine's memory. memeff and inf_cl have kernels for a GPU
+alone, which multiply in TF32, and memeff gives no gradient of the temperature. Memory is what comes on top of features
+and gradients, of a process of its own that does it once.
 """
 
 import importlib
@@ -42,10 +43,11 @@ PAIRS, QUICK_PAIRS = tuple(1024 * 2**power for power in range(7)), (1024, 2048)
 SIGMOID_PAIRS = 8192
 WIDTH = 512
 ROUNDS, ROUNDS_OF_LARGE, LARGE = 5, 1, 32768
-PLAIN, INF_CL = "plain", "inf_cl"
+PLAIN, MEMEFF, INF_CL = "plain", "memeff", "inf_cl"
+ON_A_GPU = (MEMEFF, INF_CL)
 TENSORS_OF_PLAIN = 5
 """How many tensors of all logits, (N, N), the plain loss has at one time, at least."""
-TOLERANCE = 1e-4
+TOLERANCE, TOLERANCE_OF_TF32 = 1e-4, 2e-3
 
 Leaves = tuple[Tensor, Tensor, Tensor, Tensor]
 Loss = Callable[[Leaves, str], Tensor]
@@ -91,16 +93,27 @@ def loss_of_inf_cl(leaves: Leaves, kind: str) -> Tensor:
     return (one_way(images, texts, scale=scale.exp()) + one_way(texts, images, scale=scale.exp())).mean() / 2
 
 
-LOSSES: dict[str, Loss] = {OURS: loss_of_ours, PLAIN: plain_loss, INF_CL: loss_of_inf_cl}
+def loss_of_memeff(leaves: Leaves, kind: str) -> Tensor:
+    images, texts, scale, _ = leaves
+    loss: Any = importlib.import_module("memeff").MemoryEfficientCLIPLoss
+    return loss(1 / scale.exp().item(), normalized_inputs=True, stable=False)(images, texts)
+
+
+LOSSES: dict[str, Loss] = {
+    OURS: loss_of_ours,
+    PLAIN: plain_loss,
+    MEMEFF: loss_of_memeff,
+    INF_CL: loss_of_inf_cl,
+}
 
 
 def check_fit(name: str, kind: str, pairs: int, device: str) -> None:
     """Raises LeftOutError where a loss cannot be computed here."""
-    if name == INF_CL:
+    if name in ON_A_GPU:
         if device != "cuda" or kind != "softmax":
             raise LeftOutError("it has the softmax loss on a GPU alone")
-        if importlib.util.find_spec("inf_cl") is None:
-            raise LeftOutError("it is not installed: pip install inf_cl")
+        if importlib.util.find_spec(name) is None:
+            raise LeftOutError(f"it is not installed: pip install {name}")
     if name == PLAIN:
         is_gpu = device == "cuda"
         there = torch.cuda.get_device_properties(0).total_memory / 1e9 if is_gpu else memory_gigabytes() or 8.0
@@ -135,13 +148,16 @@ def memory_alone(name: str, kind: str, pairs: int, threads: int) -> int | None:
     return None if before is None or after is None else after - before - gradients
 
 
-def same_values(expected: list[float]) -> Check:
-    """A check of loss and gradient; `expected` gets them from the first contender, ours."""
+def same_values(expected: list[float], name: str = "") -> Check:
+    """A check of a contender's loss and gradient; `expected` gets them from the first one, ours."""
+    tolerance = TOLERANCE_OF_TF32 if name in ON_A_GPU else TOLERANCE
 
     def check(found: list[float]) -> str | None:
         expected.extend(found if not expected else ())
         for what, value, known in zip(("loss", "gradient of the scale"), found, expected, strict=True):
-            if not abs(value - known) <= TOLERANCE * abs(known):
+            if name == MEMEFF and what != "loss":
+                continue
+            if not abs(value - known) <= tolerance * abs(known):
                 return f"its {what} is {value:.6g}, where {OURS} has {known:.6g}"
         return None
 
@@ -152,7 +168,8 @@ def table_of(device: str, kind: str, pairs: int, settings: Settings) -> Table:
     where = ", on the GPU" if device == "cuda" else ""
     table = Table(f"contrastive loss, {kind}, {pairs:,} pairs{where}", "pairs", device=device)
     leaves, ceiling = leaves_of(pairs, device), settings.ceiling(device, "float32")
-    check, flops = same_values([]), 3 * 2 * WIDTH * pairs**2  # of the plain one: logits, and two gradients
+    expected: list[float] = []
+    flops = 3 * 2 * WIDTH * pairs**2  # of the plain one: logits, and two gradients
     contenders = []
     for name in LOSSES:
         memory = None
@@ -166,6 +183,7 @@ def table_of(device: str, kind: str, pairs: int, settings: Settings) -> Table:
             continue
         if device == "cuda":
             memory = 0  # to which the measuring adds what a step takes
+        check = same_values(expected, name)
         contenders.append(Contender(name, step_of(name, kind, leaves), pairs, "", check, flops, ceiling, memory))
     rounds = settings.rounds or (ROUNDS_OF_LARGE if pairs >= LARGE else ROUNDS)
     return compare(table, contenders, rounds=rounds, seconds=settings.seconds)

@@ -405,11 +405,12 @@ def test_losses_agree_and_their_curves_are_drawn(tmp_path: Path):
     ]
     for table in tables:
         assert names_of(table) == ["hf_clip", "plain"]
-        assert [line.split(" is left out")[0] for line in table.left_out] == ["inf_cl"]
+        assert [line.split(" is left out")[0] for line in table.left_out] == ["memeff", "inf_cl"]
     assert loss.memory_alone("hf_clip", "softmax", 64, torch.get_num_threads()) is not None
     check = loss.same_values([])
     assert check([1.0, 2.0]) is None
     assert check([1.0, float("nan")]) == "its gradient of the scale is nan, where hf_clip has 2"
+    assert loss.same_values([1.0, 2.0], "memeff")([1.001, float("nan")]) is None  # which has no such gradient
     facts = {"machine": {"processor": "any"}, "threads": 1, "date": "2026-01-01"}
     loss.draw(tmp_path / "curves.svg", facts, tables)
     assert (tmp_path / "curves.svg").read_text().startswith("<?xml")

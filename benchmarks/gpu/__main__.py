@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from ..__main__ import positive_seconds
+from ..loss import ON_A_GPU
 from ..machine import describe, headline
 from ..measuring import first_line
 from ..peers import OPEN_CLIP, OPENAI, STOCK
@@ -41,7 +42,7 @@ SECTIONS: dict[str, tuple[str, Sequence[Part]]] = {
     "speed": ("images and texts per second beside the peers; compiled", speed.PARTS),
 }
 """In the order in which they run: what is right first, then how fast."""
-PEERS = (OPENAI, STOCK, OPEN_CLIP, losses.MEMEFF, losses.INF_CL)
+PEERS = (OPENAI, STOCK, OPEN_CLIP, *ON_A_GPU)
 LAST = 45.0
 """Seconds that are kept for imports, and for a part that takes longer than it should."""
 

@@ -5,7 +5,7 @@ Exactness is against the loss as it is written down, with all logits, in float64
 Dimensions: N pairs, D = 512.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from hf_clip.training import tiles
 from hf_clip.training.losses import global_contrastive_loss
 
-from ..loss import WIDTH, leaves_of, loss_of_inf_cl, loss_of_ours, plain_loss, step_of
+from ..loss import ON_A_GPU, PLAIN, WIDTH, leaves_of, same_values, step_of
 from ..measuring import OURS, Contender, Table
 from .models import relative_error
 from .report import LEFT_OUT, Setup
@@ -31,7 +31,6 @@ ROWS, COLUMNS = (2048, 4096, 8192, 16384), (2048, 4096, 8192)
 TINY_ROWS, TINY_COLUMNS = (32, 64), (32,)
 LIMIT = 1e-5
 TENSORS_OF_PLAIN = 5
-PLAIN, INF_CL, MEMEFF = "plain", "inf_cl", "memeff"
 FIELDS = ("images", "texts", "logit scale", "logit bias")
 
 
@@ -99,43 +98,17 @@ def exactness(setup: Setup) -> None:
         setup.report.check(f"{name}, {pairs:,} pairs: loss and gradients", errors[where], LIMIT, f"worst: {where}")
 
 
-def loss_of_memeff(leaves: Any, kind: str) -> Tensor:
-    from memeff import MemoryEfficientCLIPLoss  # type: ignore[import-not-found]
-
-    images, texts, scale, _ = leaves
-    return MemoryEfficientCLIPLoss(1 / scale.exp().item(), normalized_inputs=True, stable=False)(images, texts)
-
-
-def peers_of(setup: Setup, pairs: int) -> dict[str, Callable]:
-    """Losses that can be computed here."""
-    found: dict[str, Callable] = {OURS: loss_of_ours}
+def present(setup: Setup, pairs: int) -> list[str]:
+    """The losses that can be computed here."""
+    found = [OURS]
     if TENSORS_OF_PLAIN * 4 * pairs**2 < 0.8 * setup.free_memory():
-        found[PLAIN] = plain_loss
-    for name, loss in ((MEMEFF, loss_of_memeff), (INF_CL, loss_of_inf_cl)):
-        if setup.on_gpu and find_spec(name) is not None:
-            found[name] = loss
-    return found
-
-
-def work_of(loss: Callable, leaves: Any) -> float:
-    """Forward and backward. Returns the loss."""
-    for leaf in leaves:
-        leaf.grad = None
-    value = loss(leaves, "softmax")
-    value.backward()
-    return value.item()
-
-
-def same_loss(expected: list[float], value: float) -> str | None:
-    """A check beside the first contender, ours. The peers multiply in TF32."""
-    expected.append(value)
-    is_same = abs(value - expected[0]) <= 2e-3 * expected[0]
-    return None if is_same else f"its loss is {value:.6g}, where {OURS} has {expected[0]:.6g}"
+        found.append(PLAIN)
+    return found + [name for name in ON_A_GPU if setup.on_gpu and find_spec(name) is not None]
 
 
 def speed(setup: Setup) -> None:
     """Forward and backward, beside the plain loss and the nearest peers."""
-    for name in (MEMEFF, INF_CL):
+    for name in ON_A_GPU:
         if find_spec(name) is None:
             setup.report.add(f"beside {name}", LEFT_OUT, note=f"it is not installed: pip install {name}")
     for pairs in setup.choose(PAIRS, TINY_PAIRS):
@@ -143,12 +116,14 @@ def speed(setup: Setup) -> None:
         if not setup.report.has_time(title, 12.0 if pairs > 65536 else 5.0):
             return
         leaves, before = leaves_of(pairs, setup.device), fastest_product(setup, "float32")
-        check = partial(same_loss, [])
+        expected: list[float] = []
         flops = 3 * 2 * WIDTH * pairs**2  # of the plain one: logits, and two gradients
         memory = 0 if setup.on_gpu else None  # to which the measuring adds what a step takes
         contenders = [
-            Contender(name, partial(work_of, loss, leaves), pairs, "", check, flops, before, memory)
-            for name, loss in peers_of(setup, pairs).items()
+            Contender(
+                name, step_of(name, "softmax", leaves), pairs, "", same_values(expected, name), flops, before, memory
+            )
+            for name in present(setup, pairs)
         ]
         table = setup.compare(Table(title, "pairs"), contenders)
         if (ours := table.row(OURS)) is None:
@@ -157,9 +132,10 @@ def speed(setup: Setup) -> None:
         setup.report.figure(title, 1000 * pairs / ours.per_second, "ms", fraction)
         if ours.peak_memory is not None:
             setup.report.figure(f"{title}: memory", ours.peak_memory / 2**20, "MiB")
-        for peer in (MEMEFF, INF_CL):
+        for peer in ON_A_GPU:
             if row := table.row(peer):
-                setup.report.goal(f"{title}: times as fast as {peer}", ours.per_second / row.per_second, 1 / 1.2)
+                times = ours.per_second / row.per_second
+                setup.report.goal(f"{title}: times as fast as {peer}", times, 1 / 1.2, "which multiplies in TF32")
 
 
 def tile_sizes(setup: Setup) -> None:
@@ -179,9 +155,9 @@ def tile_sizes(setup: Setup) -> None:
         setup.report.goal("speed of the chosen tiles by the best", mine.per_second / best.per_second, 0.95, best.name)
 
 
-def in_tiles(device: str, rows: int, columns: int, leaves: Any) -> float:
+def in_tiles(device: str, rows: int, columns: int, leaves: Any) -> list[float]:
     with tiles_of(device, rows, columns):
-        return work_of(loss_of_ours, leaves)
+        return step_of(OURS, "softmax", leaves)()
 
 
 def in_tf32(setup: Setup) -> None:
@@ -190,11 +166,12 @@ def in_tf32(setup: Setup) -> None:
         return
     pairs = 8192
     leaves = leaves_of(pairs, setup.device)
-    work_of(loss_of_ours, leaves)
+    step = step_of(OURS, "softmax", leaves)
+    step()
     exact = [leaf.grad.clone() for leaf in leaves[:3] if leaf.grad is not None]
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        work_of(loss_of_ours, leaves)
+        step()
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
     error = max(

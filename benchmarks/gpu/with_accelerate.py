@@ -213,10 +213,11 @@ def program(place: Place) -> None:
         model, _ = place.model_and_batch("ViT-B/32", 2)
         model.save_pretrained(folder / "model")
         make_processor(model.config.vision_config.image_size).save_pretrained(folder / "model")
-        rows = {"image": [jpeg(seed) for seed in range(32)], "caption": [f"photo number {seed}" for seed in range(32)]}
+        rows = {"image": [jpeg(seed) for seed in range(40)], "caption": [f"photo number {seed}" for seed in range(40)]}
         datasets.Dataset.from_dict(rows).save_to_disk(str(folder / "pairs"))
         words = ["--model", str(folder / "model"), "--dataset", str(folder / "pairs"), "--learning_rate", "1e-4"]
         words += ["--per_device_train_batch_size", "8", "--micro_batch_size", "auto", "--augment_on", "device"]
+        words += ["--validation", "8", "--ema_decay", "0.9"]
         words += ["--dataloader_num_workers", "1", "--save_steps", "2", "--max_steps"]
         out = ["--output_dir", str(folder / "whole")]
         status = _alone(partial(main, [*words, "4", *out]))
