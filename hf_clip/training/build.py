@@ -374,7 +374,8 @@ def build_loaders(data: Data, learner: Learner, config: TrainingConfig) -> tuple
         class_tokens = PairCollator(processor).tokenize(each.class_prompts) if each.class_prompts else None
         if found.class_features is not None:
             class_tokens = {"input_ids": found.class_features}
-        loader = make(each.pairs, found.stores, size, training=False)
+        # The workers of several sets would all wait at once, each with batches in memory.
+        loader = make(each.pairs, found.stores, size, training=False, keep_workers=len(stored) == 1)
         sets.append(EvaluatedPairs(loader, class_tokens, prefix_of(config.validation_sets, place)))
     guard = None if data.guard is None else Guard(data.guard, processor, min(config.pairs_at_once or size, size))
     return train, Validation(tuple(sets), guard, tuple(config.widths), tuple(frozen.files))

@@ -223,14 +223,16 @@ def build_loader(
     bad_rows: BadRows | None = None,
     pin_memory: bool = False,
     finish_images: bool = True,
+    keep_workers: bool = True,
 ) -> PairLoader:
     """Make the loader of one process of a run.
 
     Args:
-        pairs: Where rows come from. collator: Prepares them. batch_size: Pairs of one process. Every process has as
-        many in every batch. training: True gives full batches in random order. False gives all rows in their order:
-        every process has as many
-            batches, but in the last one some may have fewer rows or none, with tensors of shape (0, …).
+        pairs: Where rows come from.
+        collator: Prepares them.
+        batch_size: Pairs of one process. Every process has as many in every batch.
+        training: True gives full batches in random order. False gives all rows in their order: every process has as
+            many batches, but in the last one some may have fewer rows or none, with tensors of shape (0, …).
         seed: Of the order.
         num_workers: Processes that open and prepare images.
         num_processes: Of the run.
@@ -239,6 +241,7 @@ def build_loader(
         pin_memory: Whether batches go into pinned memory.
         finish_images: True makes pixel_values tensors on the CPU. False leaves them as an `ImageBatch`, of which `to`
             makes tensors where the model is.
+        keep_workers: Whether the processes wait for the next epoch, or end with each.
 
     Raises:
         ValueError: A batch has no negatives, or is larger than the data.
@@ -266,7 +269,7 @@ def build_loader(
             batch_sampler=plans,  # type: ignore[arg-type]  # plans stand for lists of indices
             collate_fn=_as_it_is,
             num_workers=num_workers,
-            persistent_workers=num_workers > 0,
+            persistent_workers=keep_workers and num_workers > 0,
             worker_init_fn=heed_in_worker,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # each start draws a number, which must not be one of the run's own

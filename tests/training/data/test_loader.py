@@ -348,6 +348,18 @@ def test_epoch_that_is_left_early_can_be_followed_by_another(shard: str, process
         assert len(list(loader.epoch(1))) == 5
 
 
+def test_workers_that_are_not_kept_end_with_the_epoch(shard: str, processor: ProcessorMixin):
+    before = set(psutil.Process().children())
+    loader = loader_of(load_pairs(shard), processor, num_workers=1, keep_workers=False, training=False)
+    first = []
+    for batch in loader.epoch():
+        assert worker_of(before).is_running()
+        first.append(batch)
+    left = [child for child in set(psutil.Process().children()) - before if child.status() != psutil.STATUS_ZOMBIE]
+    assert all("resource_tracker" in " ".join(child.cmdline()) for child in left)
+    assert_equal(first, list(loader.epoch()))
+
+
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
