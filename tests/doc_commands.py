@@ -21,6 +21,7 @@ from .doc_blocks import ROOT
 PROGRAMS: dict[str, list[str]] = {
     "benchmarks": [],
     "benchmarks.gpu": [],
+    "benchmarks.hard_negatives": [],
     "benchmarks.pages": ["file.json", "--into", "page.md"],
     "conversion.parity": [],
     "demo": [],

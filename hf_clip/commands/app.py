@@ -24,7 +24,7 @@ from ..model.checked_files import LONGEST_LINE, one_line
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Use a model": ("classify", "evaluate", "info"),
     "Checkpoints": ("convert", "publish", "export-onnx"),
-    "Training": ("finetune",),
+    "Training": ("finetune", "mine-negatives"),
 }
 """Group in the help → its commands. A new command is a name here and a file."""
 

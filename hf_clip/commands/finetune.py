@@ -122,14 +122,14 @@ def contrast(
         run: Which refuses a loss that is no number.
         batch: Pairs of this process.
         image_embeds: (B, D) of all of them.
-        text_embeds: (B, D) likewise.
+        text_embeds: (B, D) likewise, with those of negative captions behind.
         logit_scale: () as the model has it.
         logit_bias: () likewise.
     """
-    is_masked, widths = run.config.mask_duplicates == "on", run.config.widths
+    is_masked, widths, pairs = run.config.mask_duplicates == "on", run.config.widths, len(image_embeds)
     result = matryoshka_contrastive_loss(
         image_embeds,
-        text_embeds,
+        text_embeds[:pairs],
         logit_scale,
         dims=list(widths),
         weights=list(widths.values()),
@@ -138,6 +138,8 @@ def contrast(
         label_smoothing=run.config.label_smoothing_factor,
         local_image_ids=batch["image_ids"] if is_masked else None,
         local_text_ids=batch["text_ids"] if is_masked else None,
+        local_negative_text_embeds=text_embeds[pairs:],
+        local_negative_text_ids=batch.get("negative_text_ids") if is_masked else None,
         ring=run.config.loss_ring,
     )
     run.check_loss(result.global_loss)

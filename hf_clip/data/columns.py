@@ -24,6 +24,10 @@ class UnusableRowError(ValueError):
     """A row that cannot be trained on, and why."""
 
 
+class MissingTextError(UnusableRowError):
+    """A row that has no text where one is looked for."""
+
+
 def describe_feature(feature: Any) -> str:
     """What a column holds: image, stored image, bytes, text, texts, label, or other."""
     kind = type(feature).__name__
@@ -118,8 +122,14 @@ def find_image_column(source: str, features: Mapping[str, Any], named: str | Non
     return _choose(source, "images", "image_column", found, list(features))
 
 
-def find_caption_column(source: str, features: Mapping[str, Any], named: str | None, image_column: str) -> str:
-    """The column of captions, or the template, that is named; or the only column that can be it."""
+def find_caption_column(
+    source: str,
+    features: Mapping[str, Any],
+    named: str | None,
+    image_column: str,
+    flag: str = "caption_column",
+) -> str:
+    """The column of captions, or the template, that is named by `--flag`; or the only column that can be it."""
     others = {name: describe_feature(feature) for name, feature in features.items() if name != image_column}
     if named is None:
         texts = [name for name, kind in others.items() if kind in ("text", "texts") and not name.startswith("__")]
@@ -130,17 +140,17 @@ def find_caption_column(source: str, features: Mapping[str, Any], named: str | N
             texts = [name for name in texts if name.rpartition(".")[2].lower() in CAPTION_NAMES]
         labels = [name for name, kind in others.items() if kind == "label"]
         advice = f', or a template such as --caption_column "a photo of a {{{labels[0]}}}."' if labels else ""
-        return _choose(source, "captions", "caption_column", known or texts, list(features), advice)
+        return _choose(source, "captions", flag, known or texts, list(features), advice)
     if "{" in named:
         return named
     fields = with_fields(features)
-    _check_named(source, named, "caption_column", list(fields))
+    _check_named(source, named, flag, list(fields))
     if named == image_column:
-        raise ValueError(f"{source}: image_column and caption_column are both {named!r}; name one for each.")
+        raise ValueError(f"{source}: image_column and {flag} are both {named!r}; name one for each.")
     if describe_feature(fields[named]) not in ("text", "texts") and fields[named] is not None:
         raise ValueError(
             f"{source}: the column {named!r} holds {fields[named]}, but texts are needed: one for each row, or a "
-            f'list of them. Of labels a template makes captions: --caption_column "a photo of a {{{named}}}."'
+            f'list of them. Of labels a template makes captions: --{flag} "a photo of a {{{named}}}."'
         )
     return named
 
@@ -179,14 +189,17 @@ class CaptionReader:
                     self.names[name] = features[name].names
 
     def __call__(self, row: Mapping[str, Any]) -> list[str]:
-        """The row's captions, stripped of white space, at least one. Raises UnusableRowError where there is none."""
+        """The row's captions, stripped of white space, at least one.
+
+        Raises UnusableRowError where there is none: MissingTextError where nothing stands there.
+        """
         if not self.is_template:
             value = field_of(row, self.column)
             captions = value if isinstance(value, (list, tuple)) else [value]
             texts = [caption.strip() if isinstance(caption, str) else "" for caption in captions]
             if any(texts):
                 return texts  # empty ones keep their places
-            raise UnusableRowError("its caption is empty")
+            raise MissingTextError("its caption is empty")
         values = {name: self._value(name, row.get(name)) for name in self.columns}
         try:
             return [self.column.format(**values).strip()]
@@ -195,7 +208,7 @@ class CaptionReader:
 
     def _value(self, name: str, value: Any) -> Any:
         if value is None or (isinstance(value, str) and not value.strip()):
-            raise UnusableRowError(f"its {name} is empty")
+            raise MissingTextError(f"its {name} is empty")
         if name not in self.names:
             return _as_record(value)
         if not 0 <= int(value) < len(self.names[name]):

@@ -90,10 +90,18 @@ def find_image_places(source: str, folder: Path | None, allowed: Sequence[str] =
     return ImagePlaces(folder, tuple(path.resolve() for path in local), tuple(remote))
 
 
-def _local_file(name: str, places: ImagePlaces) -> Path | None:
+def find_local_file(name: str, places: ImagePlaces) -> Path | None:
     """The file that a path names, which may begin at the source's folder or where the program runs.
 
-    None is a path that leads elsewhere. Raises FileNotFoundError where there is no such file.
+    Args:
+        name: the path, or a file:// address.
+        places: where it may lead.
+
+    Returns:
+        The file, without links in its name. None is a path that leads elsewhere.
+
+    Raises:
+        FileNotFoundError: there is no such file.
     """
     path = Path(name.removeprefix("file://"))
     path = Path(os.path.expanduser(path)) if path.parts[:1] == ("~",) else path
@@ -114,7 +122,7 @@ def _read(address: str, places: ImagePlaces, timeout: float) -> bytes:
     *archives, target = address.split("::") if "://" in address else [address]
     if all(part.partition("://")[0] in ARCHIVES for part in archives):
         if "://" not in target or target.startswith("file://"):
-            if (file := _local_file(target, places)) is not None:
+            if (file := find_local_file(target, places)) is not None:
                 return _read_file("::".join([*archives, str(file)])) if archives else file.read_bytes()
         elif target.startswith(places.remote) and ".." not in target.split("/"):
             return _read_file(address)

@@ -29,7 +29,15 @@ from .data.collator import PairCollator
 from .data.loader import PairLoader, build_loader
 from .data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation, with_replay
 from .data.stored_collator import StoredCollator, StoredPairs, Stores
-from .data.survey import LOOKED_AT, OPENED, describe_captions, look_at
+from .data.survey import (
+    LOOKED_AT,
+    OPENED,
+    Look,
+    check_negatives,
+    describe_captions,
+    describe_negatives,
+    look_at,
+)
 from .evaluating import EvaluatedPairs, Validation
 from .frozen_towers import FrozenTowers, StoredSet, store_towers_
 from .guarding import Guard, open_guard
@@ -57,12 +65,12 @@ class Data:
     """Pairs to train on and those to evaluate on.
 
     guard:         images that show what the model forgets
-    captions:      of rows to train on that were looked at
+    look:          at rows to train on
     """
 
     train: Pairs | PairStream
     validation_sets: list[ValidationPairs]
-    captions: list[str]
+    look: Look
     guard: LabelledImages | None = None
 
     @property
@@ -106,7 +114,8 @@ def open_data(config: TrainingConfig, num_processes: int = 1) -> Data:
         "streaming": config.streaming,
         "image_folders": config.image_folders,
     }
-    train = load_pairs(config.dataset, split=config.split, **chosen)
+    negatives = config.negative_caption_column
+    train = load_pairs(config.dataset, split=config.split, negative_caption_column=negatives, **chosen)
     if config.captions == "all" and isinstance(train, Pairs) and not train.has_several_captions:
         raise ValueError("--captions all would have no effect: a row of this data has one caption.")
     evaluated: list[tuple[str, Pairs | PairStream]] = []
@@ -118,17 +127,20 @@ def open_data(config: TrainingConfig, num_processes: int = 1) -> Data:
             validation = load_pairs(config.dataset, split=amount, **(chosen | {"captions": "all"}))
         else:
             train, validation = hold_out(train, amount, config.seed)
+            for source in validation.sources:  # which is measured as without them
+                source.negatives = ()
         evaluated.append((one.name, validation))
     if (old := config.replayed) is not None and old.weight is not None:  # behind what is held out
         named = {"image_column": None, "caption_column": config.replay_caption_column}
         train = with_replay(train, load_pairs(Source(old.path), split=config.split, **(chosen | named)), old.weight)
     sets = [ValidationPairs(name, pairs, _find_labels(pairs)) for name, pairs in evaluated]
     look = look_at(train, max(LOOKED_AT, config.per_device_train_batch_size * num_processes))
+    check_negatives(look, negatives)
     for _, pairs in evaluated:
         look_at(pairs, OPENED)
     if look.is_whole:
         config.limit_batch_size(look.draws, num_processes, train.name)
-    return Data(train, sets, look.captions, open_guard(config))
+    return Data(train, sets, look, open_guard(config))
 
 
 def _open_validation(path: str, config: TrainingConfig, chosen: dict[str, Any]) -> Pairs | PairStream:
@@ -144,7 +156,8 @@ def _open_validation(path: str, config: TrainingConfig, chosen: dict[str, Any]) 
 def describe_start(config: TrainingConfig, data: Data, processor: ProcessorMixin) -> list[str]:
     """Lines to be said when a run begins: what was chosen where nothing was given, and what is odd about the data."""
     is_masked = config.mask_duplicates == "on"
-    return config.notes + describe_captions(data.captions, PairCollator(processor), is_masked=is_masked)
+    captions = describe_captions(data.look.captions, PairCollator(processor), is_masked=is_masked)
+    return config.notes + captions + describe_negatives(data.look, is_masked)
 
 
 def load_image_processor(config: TrainingConfig, model_config: HfClipConfig) -> HfClipImageProcessor:

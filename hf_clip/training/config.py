@@ -46,6 +46,7 @@ ADDED = {
     "cached_views": 1,
     "matryoshka_dims": [],
     "matryoshka_weights": [],
+    "negative_caption_column": [],
 }
 """Options that checkpoints of older versions do not name, and what holds for them."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .data.bad_rows import BadRows, part_cut
+from .data.bad_rows import BadRows, negatives_of_a_row, part_cut
 from .learner import Learner
 from .losses import ContrastiveResult
 from .run_state import RunState
@@ -34,7 +34,8 @@ class Counts:
         waited: seconds of these in which there was no batch to train on.
     """
 
-    def __init__(self, learner: Learner, state: RunState, bad_rows: BadRows):
+    def __init__(self, learner: Learner, state: RunState, bad_rows: BadRows, has_negatives: bool = False):
+        self.has_negatives = has_negatives
         self.learner, self.state, self.bad_rows = learner, state, bad_rows
         self.trained = self.waited = self._waited_lately = 0.0
         self.begin()
@@ -83,6 +84,8 @@ class Counts:
             "peak_memory_gb": peak_memory(device) / 1e9,
             "truncated_captions": part_cut(self.bad_rows, device),
         }
+        if self.has_negatives:
+            record["negative_captions"] = negatives_of_a_row(self.bad_rows, device)
         if self.learner.penalty is not None:
             record["l2_to_pretrained"] = self.learner.penalty.value(model)
         if len(set(rates.values())) > 1:

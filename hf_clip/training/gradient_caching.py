@@ -14,7 +14,10 @@ part alone.
 Processes exchange gradients once in a step, at the last micro-batch. ZeRO 2 and 3 hold no whole gradients, so they
 reduce them at every micro-batch.
 
-Dimensions: B pairs of this process, D embedding.
+A batch may have negative texts behind the texts of its pairs, see `global_contrastive_loss`. They are spread evenly
+over the micro-batches, since it does not matter beside which pairs a text is embedded.
+
+Dimensions: B pairs and J negative texts of this process, D embedding.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +35,7 @@ from .trainable import PROJECTIONS, TOWERS
 
 Inputs = Mapping[str, Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], ContrastiveResult]
-"""Image embeddings (B, D), text embeddings (B, D), logit scale and logit bias → the result."""
+"""Image embeddings (B, D), text embeddings (B + J, D), logit scale and logit bias → the result."""
 
 
 class MicroBatches(Protocol):
@@ -68,19 +71,29 @@ def check_batch_norm_is_frozen(model: nn.Module) -> None:
 
 
 def split_batch(batch: Inputs, micro_batch_size: int) -> list[dict[str, Tensor]]:
-    """Cut a batch into micro-batches, as views.
+    """Cut a batch into micro-batches, as views where there are no negative texts.
 
     Args:
-        batch: Tensors (B, …) by name.
+        batch: Tensors (B, …) by name. Those of texts may be (B + J, …), with J negative texts behind the others.
         micro_batch_size: Pairs in a micro-batch. The last one may have fewer.
 
     Returns:
-        The micro-batches in order.
+        The micro-batches in order. Each has its share of the negative texts behind its pairs' texts.
     """
     if micro_batch_size < 1:
         raise ValueError(f"micro_batch_size is {micro_batch_size}, but must be at least 1.")
-    parts = {name: tensor.split(micro_batch_size) for name, tensor in batch.items()}
+    pairs = len(batch[OF_IMAGES]) if OF_IMAGES in batch else max(map(len, batch.values()))
+    parts = {name: _split(tensor, pairs, micro_batch_size) for name, tensor in batch.items()}
     return [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
+
+
+def _split(tensor: Tensor, pairs: int, size: int) -> tuple[Tensor, ...]:
+    """(B or B + J, …) → parts, each of up to `size` pairs and its share of the J."""
+    if len(tensor) <= pairs:
+        return tensor.split(size)
+    of_pairs = tensor[:pairs].split(size)
+    of_negatives = tensor[pairs:].tensor_split(len(of_pairs))
+    return tuple(torch.cat(part) for part in zip(of_pairs, of_negatives, strict=True))
 
 
 class _RandomState:
@@ -189,8 +202,9 @@ def backpropagate(
         model: An HfClipModel.
         batch: What the model is called with, tensors (B, …). They may lie on another device than the model and are
             moved there by micro-batches. Or micro-batches, such as a list of them, which are iterated over twice.
+            Behind the texts of its pairs either may have negative texts: input_ids are then (B + J, L).
         loss: Gets all B embeddings, (B, D) twice, the logit scale and the logit bias, or None for it. For example
-            `global_contrastive_loss` with its options.
+            `global_contrastive_loss` with its options. The texts' are (B + J, D), those of the pairs first.
         micro_batch_size: Pairs that are in memory at once. None computes the batch as it is.
         wrapped: The model in DDP, FSDP2 or what `Accelerator.prepare` returns. None: the model itself.
         accelerator: What wrapped it, if that was accelerate.
@@ -241,7 +255,8 @@ def _in_parts(model: Any, wrapped: Any, parts: MicroBatches, loss: Loss, acceler
         images, texts, sizes, states = _embed_without_graph(wrapped, parts, untrained, device)
     result, cached = _loss_gradients(model, loss, images, texts)
     del images, texts  # what is left of them beside activations is their gradient
-    of_images, of_texts = (iter(gradient.split(sizes)) for gradient in cached[:2])
+    of_images = iter(cached[0].split([count for count, _ in sizes]))
+    of_texts = iter(_in_order_of_parts(cached[1], sizes))
     of_temperature = cached[2:]
     for number, (part, state) in enumerate(zip(parts, states, strict=True)):
         with nullcontext() if number == last else without_synchronization(wrapped, accelerator):
@@ -255,10 +270,20 @@ def _in_parts(model: Any, wrapped: Any, parts: MicroBatches, loss: Loss, acceler
     return result
 
 
+def _in_order_of_parts(texts: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """(B + J, D), those of the pairs first → of each micro-batch its pairs' and its negative texts."""
+    pairs, more = [pairs for pairs, _ in sizes], [more for _, more in sizes]
+    of_pairs, of_negatives = texts[: sum(pairs)].split(pairs), texts[sum(pairs) :].split(more)
+    return [torch.cat(part) if len(part[1]) else part[0] for part in zip(of_pairs, of_negatives, strict=True)]
+
+
 def _embed_without_graph(
     wrapped: Any, parts: MicroBatches, untrained: set[str], device: torch.device
-) -> tuple[Tensor, Tensor, list[int], list[_RandomState]]:
-    """Step 1: image and text embeddings, (B, D) each. Of each micro-batch: its pairs, from where to embed it again."""
+) -> tuple[Tensor, Tensor, list[tuple[int, int]], list[_RandomState]]:
+    """Step 1: image and text embeddings, (B, D) and (B + J, D), those of the pairs first.
+
+    Of each micro-batch also the numbers of its pairs and of its negative texts, and from where to embed it again.
+    """
     images, texts, states = [], [], []
     with torch.no_grad():
         for part in parts:
@@ -269,7 +294,12 @@ def _embed_without_graph(
             texts.append((once if again.text_embeds is None else again).text_embeds)
         # Within a block of autocast the weights' casts are kept, and these have no graph.
         torch.clear_autocast_cache()
-        return torch.cat(images), torch.cat(texts), [len(rows) for rows in images], states
+        sizes = [
+            (len(of_images), len(of_texts) - len(of_images)) for of_images, of_texts in zip(images, texts, strict=True)
+        ]
+        behind = [of_texts[pairs:] for of_texts, (pairs, more) in zip(texts, sizes, strict=True) if more]
+        texts = [of_texts[:pairs] for of_texts, (pairs, _) in zip(texts, sizes, strict=True)]
+        return torch.cat(images), torch.cat([*texts, *behind]), sizes, states
 
 
 def _loss_gradients(model: Any, loss: Loss, images: Tensor, texts: Tensor) -> tuple[ContrastiveResult, list[Any]]:

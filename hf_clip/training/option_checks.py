@@ -99,6 +99,19 @@ def check_values(config: "TrainingConfig") -> None:
         if (value := getattr(config, name)) not in allowed:
             listed = ", ".join(str(choice) for choice in allowed if choice is not None)
             raise ValueError(f"{name} is {value!r}, but must be one of {listed}.")
+    for name in config.negative_caption_column:
+        if config.negative_caption_column.count(name) > 1:
+            raise ValueError(f"negative_caption_column has {name!r} twice; name each column once.")
+    if config.negative_caption_column and micro == AUTO:
+        raise ValueError(
+            "--micro_batch_size auto counts pairs, and not how many negative captions come with them: give a number of "
+            "pairs with --negative_caption_column."
+        )
+    if config.negative_caption_column and "text" in config.cached_towers:
+        raise ValueError(
+            "--cache_frozen_features stores the text tower's features of captions, and not of negative ones: leave it "
+            "out, or lock the image tower alone, with --negative_caption_column."
+        )
     for name in config.report_to:
         if name not in TRACKERS:
             raise ValueError(f"report_to has {name!r}, but must be of {', '.join(TRACKERS)}.")

@@ -124,6 +124,11 @@ class DataOptions:
     caption_column: str | None = _option(
         None, 'Column with texts, or a template such as "a photo of a {label}."; default: the only possible one'
     )
+    negative_caption_column: list[str] = _option(
+        [],
+        "Columns or templates with wrong captions, each a text or a list of texts, which all images are contrasted "
+        "with too (NegCLIP); a row may have none",
+    )
     image_folders: list[str] = _option(
         [], "Folders outside of the data sets' own whose images rows may name; only for rows that you trust"
     )

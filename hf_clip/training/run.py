@@ -70,7 +70,8 @@ class Run:
         self.records = Records(self.config, self.accelerator)
         self.best = BestWeights(self.config, learner, self.state)
         self.evaluations = Evaluations(plan, learner, validation, self.records, self.checkpoints, self.best)
-        self.counts = Counts(learner, self.state, self.bad_rows)
+        has_negatives = bool(self.config.negative_caption_column)
+        self.counts = Counts(learner, self.state, self.bad_rows, has_negatives)
         self._position: Position | None = None
         self._bar = tqdm(disable=True)
 

@@ -15,8 +15,8 @@ LARGEST = 1e300
 PREFIX = "step-"
 """Of a checkpoint's folder, before the number of its step."""
 
-COUNTED = {"drawn": int, "bad": int, "cut": int, "first": str}
-"""What run.json says of each process's bad rows; the oldest have no `cut`."""
+COUNTED = {"drawn": int, "bad": int, "cut": int, "negatives": int, "first": str}
+"""What run.json says of each process's bad rows; older ones have no `cut` or `negatives`."""
 
 
 @dataclass
@@ -132,9 +132,10 @@ def _check_types(state: RunState) -> None:
     if state.bad_rows and len(state.bad_rows) != state.identity.get("processes"):
         raise ValueError(f"bad_rows in {STATE} has {len(state.bad_rows)} counters, which is not one for each process")
     for counter in state.bad_rows:
-        values = {"cut": 0} | counter if isinstance(counter, dict) else {}
+        values = {"cut": 0, "negatives": 0} | counter if isinstance(counter, dict) else {}
         is_right = values.keys() == COUNTED.keys() and all(type(values[name]) is kind for name, kind in COUNTED.items())
-        if not is_right or not all(0 <= values[name] <= values["drawn"] for name in ("bad", "cut")):
+        is_counted = is_right and all(0 <= values[name] <= values["drawn"] for name in ("bad", "cut"))
+        if not is_counted or values["negatives"] < 0:
             raise ValueError(f"bad_rows in {STATE} has {str(counter)[:50]!r}")
 
 

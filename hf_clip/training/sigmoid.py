@@ -1,7 +1,7 @@
 """The sigmoid loss from tiles of logits, and its gradient.
 
 Each logit z is a question of its own: log(1 + exp z) for a negative, log(1 + exp -z) for a pair's own. The gradients
-are σ(z) and -σ(-z). Duplicates are not asked for.
+are σ(z) and -σ(-z). Duplicates are not asked for. Negative texts are more of the first kind.
 
 Dimensions: B pairs of this process, N pairs of all processes. A tile has `r` rows and `c` columns.
 """
@@ -43,6 +43,11 @@ class Sigmoid:
             peaks[part] = torch.maximum(peaks[part], tile.logits.amax(dim))
         self.total += softplus(tile.logits, threshold=LARGEST_EXPONENT).sum(1).sum(dtype=self.total.dtype)
 
+    def measure_negatives(self, tile: Tile) -> None:
+        """Take the logits of a tile against negative texts into account. They are overwritten."""
+        tile.fill_duplicates_(-torch.inf)
+        self.total += softplus(tile.logits, threshold=LARGEST_EXPONENT).sum(1).sum(dtype=self.total.dtype)
+
     def complete(self) -> None:
         """Put the columns' largest logits together from all processes, when all tiles are measured."""
         if world_size() > 1:
@@ -62,4 +67,10 @@ class Sigmoid:
         tile.logits.sigmoid_()
         tile.fill_duplicates_(0.0)
         tile.own.copy_(-torch.sigmoid(-self.own[tile.own_rows]))
+        return tile.logits
+
+    def differentiate_negatives_(self, tile: Tile) -> Tensor:
+        """Turn the logits of a tile against negative texts into the gradient of the sum by them, likewise."""
+        tile.logits.sigmoid_()
+        tile.fill_duplicates_(0.0)
         return tile.logits

@@ -10,7 +10,11 @@ negatives j of row i, with their largest logit m_i,
 and the gradient of a negative's logit is exp(zᵢⱼ - m_i) · exp(m_i - log(exp n_i + exp zᵢᵢ)), its row's and its
 column's. The own logit is kept apart, so that a loss near zero is no difference of large numbers.
 
-With label smoothing ε a row's target gives ε / k_i to each of its k_i candidates: itself and its negatives.
+Negative texts are further negatives of the rows alone. They have a sum of their own, as if they were another row of the
+same image, and n_i is then the logarithm of both sums together.
+
+With label smoothing ε a row's target gives ε / k_i to each of its k_i candidates: itself and its negatives among the
+pairs.
 
 Each process has its rows of the logits, so rows are complete. Columns are put together from all processes.
 
@@ -71,6 +75,7 @@ class Softmax:
         self.own, self.counts, self.label_smoothing = own, counts, label_smoothing
         self.local = slice(offset, offset + len(own))
         self.rows, self.columns = _Lines(len(own), like), _Lines(sum(counts), like)
+        self.negative_rows = _Lines(len(own), like)
         self.own_in_tiles = like.new_zeros(len(own))
         self.candidates = torch.full_like(own, sum(counts))
         self.weight = 1 / (2 * sum(counts))
@@ -83,6 +88,11 @@ class Softmax:
         tile.fill_all_but_negatives_(-torch.inf)
         self.rows.add(tile.rows, tile, dim=1)
         self.columns.add(tile.columns, tile, dim=0)
+
+    def measure_negatives(self, tile: Tile) -> None:
+        """Take the logits of a tile against negative texts into account. They are overwritten."""
+        tile.fill_duplicates_(-torch.inf)
+        self.negative_rows.add(tile.rows, tile, dim=1)
 
     def _measure_totals(self, tile: Tile) -> None:
         tile.fill_all_but_negatives_(0.0)
@@ -109,12 +119,15 @@ class Softmax:
             sums = torch.stack([columns.sums, columns.totals])
             dist.all_reduce(sums)
             columns.sums, columns.totals = sums.unbind(0)
-        row_negatives, column_negatives = self.rows.negatives(), columns.negatives()
+        row_negatives = torch.logaddexp(self.rows.negatives(), self.negative_rows.negatives())
+        column_negatives = columns.negatives()
         # log p of the own one is -softplus of these.
         self.row_gaps = row_negatives - self.own
         self.column_gaps = column_negatives[self.local] - self.own
         like = self.own_in_tiles
-        self.row_factors = (self.rows.peaks - torch.logaddexp(row_negatives, self.own)).exp_().to(like.dtype)
+        of_all = torch.logaddexp(row_negatives, self.own)
+        self.row_factors = (self.rows.peaks - of_all).exp_().to(like.dtype)
+        self.negative_row_factors = (self.negative_rows.peaks - of_all).exp_().to(like.dtype)
         self.column_factors = (columns.peaks - torch.logaddexp(column_negatives, global_own)).exp_().to(like.dtype)
 
     def local_share(self) -> Tensor:
@@ -150,3 +163,10 @@ class Softmax:
             gradients = gradients + 2 * self.label_smoothing * (1 - 1 / self.candidates[own])
         tile.own.copy_(gradients)
         return logits
+
+    def differentiate_negatives_(self, tile: Tile) -> Tensor:
+        """Turn the logits of a tile against negative texts into the gradient of the sum by them, likewise."""
+        rows = tile.rows
+        tile.logits.sub_(self.negative_rows.peaks[rows, None]).exp_().mul_(self.negative_row_factors[rows, None])
+        tile.fill_duplicates_(0.0)
+        return tile.logits

@@ -9,6 +9,7 @@ Dimensions: B pairs of this process (`local_…`), N pairs of all processes (`gl
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ GPU: enough work for all its units, in 128 MiB; that one was not measured."""
 def wide_type(like: Tensor) -> torch.dtype:
     """What sums and single logits are kept in: float64, where the device has it."""
     return like.dtype if like.device.type == "mps" else torch.float64
+
+
+class Masked(Protocol):
+    """Says which logits of a tile are none of negatives, see `Duplicates.within`."""
+
+    def within(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor] | None: ...
 
 
 class Duplicates:
@@ -125,7 +132,7 @@ class LogitTiles:
         scale: Tensor,
         bias: Tensor | None,
         offset: int,
-        duplicates: Duplicates | None,
+        duplicates: Masked | None,
     ):
         """Compute nothing yet.
 
@@ -134,7 +141,7 @@ class LogitTiles:
             scale: () what a cosine is multiplied by, in the wide type.
             bias: () what is added.
             offset: the place of the first local pair among all.
-            duplicates: of the local pairs.
+            duplicates: of the local pairs, among these texts.
         """
         self.local_images, self.scale, self.bias = local_images, scale, bias
         self.offset, self.duplicates = offset, duplicates

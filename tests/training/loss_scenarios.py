@@ -29,11 +29,12 @@ EVEN, UNEVEN, EMPTY = {2: [4, 4], 3: [3, 3, 3]}, {2: [5, 2], 3: [4, 3, 1]}, {2: 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One call of the loss. `counts`: for each number of processes, the pairs of each."""
+    """One call of the loss. `counts`, `negatives`: for each number of processes, the pairs and negatives of each."""
 
     counts: dict[int, list[int]]
     has_image_ids: bool = False
     has_text_ids: bool = False
+    negatives: dict[int, list[int]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -41,6 +42,7 @@ BOTH_IDS = {"has_image_ids": True, "has_text_ids": True}
 SIGMOID: dict[str, Any] = {"kind": "sigmoid"}
 RING: dict[str, Any] = {"ring": True}
 WIDTHS: dict[str, Any] = {"dims": [4, 3, 1], "weights": [1.0, 0.5, 2.0]}
+NEGATIVES = {2: [0, 7], 3: [4, 0, 3]}
 SCENARIOS = {
     "softmax": Scenario(EVEN),
     "softmax, uneven": Scenario(UNEVEN),
@@ -58,11 +60,20 @@ SCENARIOS = {
     "sigmoid, ring, duplicates": Scenario(UNEVEN, **BOTH_IDS, options=SIGMOID | RING),
     "softmax, widths": Scenario(UNEVEN, has_text_ids=True, options=WIDTHS | {"label_smoothing": 0.1}),
     "sigmoid, ring, widths": Scenario(EMPTY, options=SIGMOID | RING | WIDTHS),
+    "softmax, negatives": Scenario(UNEVEN, negatives=NEGATIVES),
+    "softmax, negatives, a process without pairs": Scenario(EMPTY, negatives=NEGATIVES, **BOTH_IDS),
+    "softmax, negatives, smoothing, ring": Scenario(
+        UNEVEN, negatives=NEGATIVES, **BOTH_IDS, options=RING | {"label_smoothing": 0.1}
+    ),
+    "sigmoid, negatives, widths": Scenario(UNEVEN, negatives=NEGATIVES, has_text_ids=True, options=SIGMOID | WIDTHS),
+    "sigmoid, negatives, ring": Scenario(UNEVEN, negatives=NEGATIVES, **BOTH_IDS, options=SIGMOID | RING),
 }
 
 IMAGE_IDS = torch.tensor([7, 8, 9, 7, 10, 11, 7, 12, 13])
 TEXT_IDS = torch.tensor([1, 2, 2, 3, 4, 1, 5, 6, 7])
 """Equal ones stand on one process and on several."""
+NEGATIVE_IDS = torch.tensor([2, 8, 3, 9, 4, 8, 5])
+"""Some are captions of the pairs, and 3 and 5 of equal images."""
 
 
 @contextmanager
@@ -100,16 +111,30 @@ def run_scenario(scenario: Scenario, counts: list[int], process: int, wrap: bool
     model = TwoTowers(has_bias=scenario.options.get("kind") == "sigmoid")
     generator = torch.Generator().manual_seed(1)
     images, captions = torch.randn(9, 6, generator=generator), torch.randn(9, 5, generator=generator)
+    wrong = torch.randn(7, 5, generator=generator)
     mine = slice(sum(counts[:process]), sum(counts[: process + 1]))
+    local_pairs = mine.stop - mine.start
     towers = DistributedDataParallel(model) if wrap else model
-    image_embeds, text_embeds = towers(images[mine], captions[mine])
+    more: dict[str, Any] = {}
+    if scenario.negatives:
+        of_each = scenario.negatives[len(counts)] if len(counts) > 1 else [7]
+        wrong_mine = slice(sum(of_each[:process]), sum(of_each[: process + 1]))
+        captions = torch.cat([captions[mine], wrong[wrong_mine]])
+        if scenario.has_text_ids:
+            more["local_negative_text_ids"] = NEGATIVE_IDS[wrong_mine]
+    else:
+        captions = captions[mine]
+    image_embeds, text_embeds = towers(images[mine], captions)
+    if len(text_embeds) > local_pairs:  # a process without any passes none
+        more["local_negative_text_embeds"] = text_embeds[local_pairs:]
     result = matryoshka_contrastive_loss(
         image_embeds,
-        text_embeds,
+        text_embeds[:local_pairs],
         model.logit_scale,
         logit_bias=model.logit_bias,
         local_image_ids=IMAGE_IDS[mine] if scenario.has_image_ids else None,
         local_text_ids=TEXT_IDS[mine] if scenario.has_text_ids else None,
+        **more,
         **scenario.options,
     )
     result.local_loss_to_backpropagate.backward()
@@ -173,11 +198,13 @@ def refusals(process: int, processes: int) -> list[str]:
     """What each process is told where only the last one's arguments are wrong."""
     is_last = process == processes - 1
     vectors, ids = torch.ones(3, 4), torch.arange(3)
+    one = vectors[: 1 if is_last else 0]
     calls: list[tuple[Tensor, Tensor, dict[str, Any]]] = [
         (vectors, vectors[: 2 if is_last else 3], {}),
         (vectors, vectors, {"local_text_ids": ids[: 1 if is_last else 3]}),
         (vectors, vectors, {"local_image_ids": None if is_last else ids}),
-        (vectors[: 1 if is_last else 0], vectors[: 1 if is_last else 0], {}),
+        (one, one, {}),
+        (vectors, vectors, {"local_negative_text_embeds": one, "local_text_ids": ids}),
     ]
     messages = []
     for image_embeds, text_embeds, options in calls:

@@ -90,6 +90,7 @@ OTHER_VALUES = {
     "split": "other",
     "image_column": "photo",
     "caption_column": "alt",
+    "negative_caption_column": ["wrong", "wrong too"],
     "captions": "all",
     "mask_duplicates": "off",
     "validation": "test",

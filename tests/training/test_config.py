@@ -143,6 +143,15 @@ BEST = {"metric_for_best_model": "recall@1", "validation": "5", "save_steps": 5}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"negative_caption_column": ["a", "b", "a"]}, "negative_caption_column has 'a' twice; name each column once."),
+        (
+            {"negative_caption_column": "a", "cache_frozen_features": True, "lock": "text"},
+            "--cache_frozen_features stores the text tower's features of captions, and not of negative ones: leave it",
+        ),
+        (
+            {"negative_caption_column": "a", "micro_batch_size": "auto"},
+            "--micro_batch_size auto counts pairs, and not how many negative captions come with them: give a number",
+        ),
         ({"micro_batch_size": 256}, "--micro_batch_size would have no effect: a batch has 256 pairs, which are in mem"),
         ({"sync_batchnorm": True}, "--sync_batchnorm would have no effect: fine-tuning keeps BatchNorm as it is"),
         ({"lora_alpha": 8}, "--lora_alpha would have no effect: there are no adapters without --lora_rank"),

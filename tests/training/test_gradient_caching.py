@@ -87,6 +87,28 @@ def test_gradients_are_those_of_the_whole_batch(repository: Path, tower: str, op
     assert_same_gradients(found, expected)
 
 
+@pytest.mark.parametrize("count", [5, 2])
+def test_negative_texts_are_spread_over_the_micro_batches(training: HfClipModel, tower: str, count: int):
+    """There are three micro-batches, so with two texts one of them has none."""
+    batch = batch_for(tower)
+    batch["input_ids"] = texts((*LENGTHS, *range(3, 3 + count)))
+    sizes: list[tuple[int, int]] = []
+    training.register_forward_pre_hook(
+        lambda _, args, inputs: sizes.append(tuple(map(len, inputs.values()))), with_kwargs=True
+    )
+
+    def loss(images: Tensor, captions: Tensor, scale: Tensor, bias: Tensor | None) -> ContrastiveResult:
+        own, negatives = captions[: len(images)], captions[len(images) :]
+        return global_contrastive_loss(images, own, scale, local_negative_text_embeds=negatives)
+
+    expected, found = in_both_ways(training, batch, loss)
+    assert_same_gradients(found, expected)
+    shares = {5: [(4, 6), (4, 6), (2, 3)], 2: [(4, 5), (4, 5), (2, 2)]}[count]
+    assert sizes == [(10, 10 + count), *shares, *shares]
+    without, _ = in_both_ways(training, batch | {"input_ids": batch["input_ids"][:10]}, loss_of())
+    assert any((found[name] - without[name]).norm() > 0.01 * without[name].norm() for name in found)
+
+
 def test_whole_batch_is_computed_as_the_model_computes_its_loss(training: HfClipModel, tower: str):
     batch = batch_for(tower)
     training(**batch, return_loss=True).loss.backward()

@@ -108,6 +108,7 @@ def test_all_processes_refuse_what_one_of_them_was_given(processes: int, records
         f"Process {last} has 3 pairs, but 1 local_text_ids: pass one for each pair",
         f"local_image_ids were given on some processes and not on others (0 and {last} differ)",
         "The global batch has 1 pair(s), but a contrastive loss compares each pair with others: at least 2",
+        "Of local_text_ids and local_negative_text_ids one was given without the other, but an image's own caption",
     ]
     for record in records[processes]:
         assert len(record["refusals"]) == len(expected)
@@ -321,6 +322,26 @@ VECTORS = torch.ones(3, 4)
             "local_image_ids are torch.float32 of shape (3,), but",
         ),
         ((VECTORS, VECTORS), {"local_text_ids": torch.ones(3, 1).long()}, "int64 of shape (3, 1), but int64 of shape"),
+        (
+            (VECTORS, VECTORS),
+            {"local_negative_text_embeds": VECTORS[:, :2]},
+            "local_negative_text_embeds have shape (3, 2), but (negative texts, 4) is needed",
+        ),
+        (
+            (VECTORS, VECTORS),
+            {"local_negative_text_embeds": VECTORS, "local_negative_text_ids": torch.ones(3)},
+            "int64 of shape (negative texts,) is needed: torch.tensor([content_id(...) for each negative text])",
+        ),
+        (
+            (VECTORS, VECTORS),
+            {"local_text_ids": torch.arange(3), "local_negative_text_ids": torch.arange(2)},
+            "Process 0 has 0 negative texts, but 2 local_negative_text_ids: pass one for each of them.",
+        ),
+        (
+            (VECTORS, VECTORS),
+            {"local_negative_text_embeds": VECTORS, "local_negative_text_ids": torch.arange(3)},
+            "Of local_text_ids and local_negative_text_ids one was given without the other",
+        ),
     ],
 )
 def test_refusals(embeds: tuple[Tensor, Tensor], options: dict[str, Any], message: str):

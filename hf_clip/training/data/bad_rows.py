@@ -1,4 +1,5 @@
-"""Rows that cannot be used, and the end of a run that meets too many. Captions that were cut are counted too.
+"""Rows that cannot be used, and the end of a run that meets too many. Captions that were cut, and negative
+captions, are counted too.
 
 If a loader raised an error in one process, the others would wait for it, and what was trained would be lost. So nothing
 is raised where a row is met. After every step the processes add up what they have met. If that is too much, all of them
@@ -31,16 +32,17 @@ class BadRows:
         if not 0 <= max_fraction <= 1:
             raise ValueError(f"max_bad_fraction is {max_fraction}, but must be from 0 to 1.")
         self.max_fraction = max_fraction
-        self.drawn = self.bad = self.cut = 0
+        self.drawn = self.bad = self.cut = self.negatives = 0
         self.first = ""
         self.is_complete = False
         self._logged: set[str] = set()
 
-    def add(self, drawn: int, skipped: list[tuple[str, str]], cut: int = 0) -> None:
+    def add(self, drawn: int, skipped: list[tuple[str, str]], cut: int = 0, negatives: int = 0) -> None:
         """Count a batch's rows; `skipped` are the names of those that cannot be used, with the reasons, `cut` those
-        whose captions were longer than the model takes."""
+        whose captions were longer than the model takes, and `negatives` the wrong captions that came with them."""
         self.drawn += drawn
         self.cut += cut
+        self.negatives += negatives
         self.bad += len(skipped)
         for name, reason in skipped:
             self.first = self.first or f"{name}: {reason}"
@@ -54,25 +56,36 @@ class BadRows:
 
     def restart(self) -> None:
         """Count anew, as before each evaluation."""
-        self.drawn = self.bad = self.cut = 0
+        self.drawn = self.bad = self.cut = self.negatives = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"drawn": self.drawn, "bad": self.bad, "first": self.first, "cut": self.cut}
+        counts = {"drawn": self.drawn, "bad": self.bad, "cut": self.cut, "negatives": self.negatives}
+        return {**counts, "first": self.first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.cut = state.get("cut", 0)  # older checkpoints have none
+        self.cut, self.negatives = state.get("cut", 0), state.get("negatives", 0)  # older checkpoints have none
         self.drawn, self.bad, self.first = state["drawn"], state["bad"], state["first"]
 
     def add_state_dict(self, state: dict[str, Any]) -> None:
         """Count what another process has counted too."""
         self.drawn, self.bad = self.drawn + state["drawn"], self.bad + state["bad"]
         self.cut, self.first = self.cut + state.get("cut", 0), self.first or state["first"]
+        self.negatives += state.get("negatives", 0)
 
 
 def part_cut(rows: BadRows, device: torch.device) -> float:
     """The part of the rows drawn by all processes whose captions were cut. Every process calls this."""
-    drawn, cut = (sum(column) for column in zip(*exchange_counts([rows.drawn, rows.cut], device), strict=True))
-    return cut / max(drawn, 1)
+    return _of_each_row(rows, rows.cut, device)
+
+
+def negatives_of_a_row(rows: BadRows, device: torch.device) -> float:
+    """The mean number of negative captions of the rows drawn by all processes. Every process calls this."""
+    return _of_each_row(rows, rows.negatives, device)
+
+
+def _of_each_row(rows: BadRows, count: int, device: torch.device) -> float:
+    drawn, counted = (sum(column) for column in zip(*exchange_counts([rows.drawn, count], device), strict=True))
+    return counted / max(drawn, 1)
 
 
 def _first_of_all(rows: BadRows) -> str:

@@ -9,7 +9,7 @@ Dimensions: B local batch, L text length, C channels, y × x pixels that the mod
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -63,7 +63,8 @@ class Prepared:
 
     image:     grey levels, which are still to be normalised
     input_ids: the caption's tokens, not padded
-    is_cut:    whether the caption was longer than the model takes
+    is_cut:    whether the caption or a negative one was longer than the model takes
+    negative_input_ids: tokens of wrong captions, likewise
     """
 
     image: PreparedImage
@@ -71,6 +72,7 @@ class Prepared:
     is_cut: bool
     image_id: int
     label: int | None
+    negative_input_ids: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -81,13 +83,18 @@ class Batch:
         tensors: The model's and the loss's inputs, with an `ImageBatch` as pixel_values.
         drawn: Rows that were asked for.
         skipped: (row, reason) of some.
-        cut: Captions that were longer than the model takes.
+        cut: Rows with captions that were longer than the model takes.
     """
 
     tensors: dict[str, Any]
     drawn: int
     skipped: list[tuple[str, str]]
     cut: int = 0
+
+    @property
+    def negatives(self) -> int:
+        """How many wrong captions it has."""
+        return len(self.tensors.get("negative_text_ids", ()))
 
     def pin_memory(self) -> "Batch":
         """What DataLoader calls where pinned memory is asked for."""
@@ -103,6 +110,9 @@ def check_image_processor(image_processor: Any) -> None:
 
 class PairCollator:
     """Rows → pixel_values, input_ids and attention_mask (B, L), image_ids and text_ids (B,), labels (B,).
+
+    Of J wrong captions the tokens stand behind those of the pairs, so that one call embeds all texts: input_ids and
+    attention_mask are then (B + J, L), and negative_text_ids are (J,).
 
     pixel_values are an `ImageBatch`, of which `to` makes a tensor (B, C, y, x).
 
@@ -152,8 +162,9 @@ class PairCollator:
             raise UnusableRowError(row.reason)
         place, rng = self.choose(draw, row) if choice is None else choice
         input_ids, is_cut = self.tokens(row, place, known)
+        negatives, is_any_cut = self.negative_tokens(row, known)
         (image,), image_id = self.prepare_images(row, [rng])
-        return Prepared(image, input_ids, is_cut, image_id, row.label)
+        return Prepared(image, input_ids, is_cut or is_any_cut, image_id, row.label, negatives)
 
     def tokens(self, row: Row, place: int, known: Tokens = MappingProxyType({})) -> tuple[list[int], bool]:
         """The tokens of the caption at a place, -1 for none, and whether it was cut. Raises UnusableRowError."""
@@ -161,6 +172,11 @@ class PairCollator:
         if not caption:
             raise UnusableRowError(EMPTY)
         return known[caption] if caption in known else self.encode(caption)
+
+    def negative_tokens(self, row: Row, known: Tokens) -> tuple[list[list[int]], bool]:
+        """The tokens of all wrong captions, and whether any was cut. Raises UnusableRowError."""
+        found = [known[text] if text in known else self.encode(text) for text in row.negatives]
+        return [ids for ids, _ in found], any(is_cut for _, is_cut in found)
 
     def prepare_images(self, row: Row, rngs: Sequence[np.random.Generator]) -> tuple[list[PreparedImage], int]:
         """Open a row's image, and augment it by each of the random numbers. Raises UnusableRowError.
@@ -188,10 +204,14 @@ class PairCollator:
         return self.images.batch([row.image for row in rows])
 
     def collate_texts(self, rows: Sequence[Prepared]) -> dict[str, Tensor]:
-        """What the model gets of captions, and their text_ids."""
+        """What the model gets of captions, and their text_ids; of wrong ones likewise."""
+        negatives = [ids for row in rows for ids in row.negative_input_ids]
+        tensors = self.padded([row.input_ids for row in rows] + negatives)
         # Of the tokens: captions that the model cannot tell apart are one.
-        ids = torch.tensor([tokens_id(row.input_ids) for row in rows], dtype=torch.int64)
-        return self.padded([row.input_ids for row in rows]) | {"text_ids": ids}
+        tensors["text_ids"] = torch.tensor([tokens_id(row.input_ids) for row in rows], dtype=torch.int64)
+        if negatives:
+            tensors["negative_text_ids"] = torch.tensor([tokens_id(ids) for ids in negatives], dtype=torch.int64)
+        return tensors
 
     def encode(self, caption: str) -> tuple[list[int], bool]:
         """A caption's tokens, and whether it was cut at the model's length. Raises UnusableRowError."""
@@ -220,11 +240,10 @@ class PairCollator:
         return {text: self.encode(text) if len(row) > longest else (row, False) for text, row in found.items()}
 
     def encode_drawn(self, rows: Sequence[Row], choices: Sequence[Choice]) -> Tokens:
-        """What `encode` makes of the captions that were drawn."""
+        """What `encode` makes of the captions that were drawn, and of all wrong ones."""
         places = zip(rows, choices, strict=True)
-        return self.encode_together(
-            caption for row, (place, _) in places if place >= 0 and (caption := row.captions[place])
-        )
+        drawn = [caption for row, (place, _) in places if place >= 0 and (caption := row.captions[place])]
+        return self.encode_together(drawn + [text for row in rows for text in row.negatives])
 
     def tokenize(self, captions: Iterable[str]) -> dict[str, Tensor]:
         """Ids and mask (B, L), L the longest caption's length made a multiple of 8, if the model takes that many."""

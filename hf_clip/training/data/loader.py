@@ -144,7 +144,7 @@ class PairLoader:
                 raise batch
             assert isinstance(batch, Batch)
             if self.bad_rows is not None:
-                self.bad_rows.add(batch.drawn, batch.skipped, batch.cut)
+                self.bad_rows.add(batch.drawn, batch.skipped, batch.cut, batch.negatives)
             if self.is_finishing:
                 batch.tensors["pixel_values"] = batch.tensors["pixel_values"].to("cpu")
             yield batch.tensors

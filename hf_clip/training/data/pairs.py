@@ -43,6 +43,7 @@ from ...data.sources import (
     parse_sources,
     readable,
 )
+from .negative_captions import negative_readers, read_negatives, without_columns
 
 AT_ONCE = 4096
 
@@ -79,6 +80,8 @@ class Row:
     places: ImagePlaces = NOWHERE
     reason: str | None = None
     """Why it cannot be used, where that is known already."""
+    negatives: list[str] = field(default_factory=list)
+    """Wrong captions, any number."""
 
 
 @dataclass
@@ -97,6 +100,8 @@ class PairTable:
     """The column of records where `image_column` is a field."""
     replay: float | None = None
     """The share of all draws that this source has, where it is replayed beside the others."""
+    negatives: Sequence[CaptionReader] = ()
+    """Of wrong captions."""
 
     @property
     def columns(self) -> list[str]:
@@ -105,15 +110,17 @@ class PairTable:
 
     @property
     def columns_of_texts(self) -> list[str]:
-        """Those of captions and labels."""
+        """Those of captions, right and wrong ones, and of labels."""
         more = [self.label_column] if self.label_column else []
-        return list(dict.fromkeys([*self.captions.columns, *more]))
+        readers = (self.captions, *self.negatives)
+        return list(dict.fromkeys([*(name for reader in readers for name in reader.columns), *more]))
 
     def row(self, stored: dict[str, Any], name: str) -> Row:
         label = stored.get(self.label_column) if self.label_column else None
         row = Row(name, field_of(stored, self.image_column), [], label, self.places)
         try:
             row.captions = self.captions(stored)
+            row.negatives = read_negatives(self.negatives, stored)
             if self.label_column and label is None:
                 raise UnusableRowError(f"its {self.label_column} is missing")
         except UnusableRowError as error:
@@ -217,7 +224,7 @@ class PairStream:
         datasets = import_datasets()
         text, number = datasets.Value("string"), datasets.Value("int64")
         fields = {"source": number, "bytes": datasets.Value("binary"), "path": text, "label": number, "reason": text}
-        features = datasets.Features({**fields, "captions": datasets.List(text)})
+        features = datasets.Features({**fields, "captions": datasets.List(text), "negatives": datasets.List(text)})
         streams = []
         for place, source in enumerate(self.sources):
             given = {"source": source, "place": place}
@@ -253,6 +260,7 @@ class PairStream:
             where = f" ({stored['path']})" if stored["path"] else ""
             name = f"row {number} that was read of {source.name}{where} in epoch {epoch}"
             row = Row(name, image, stored["captions"], stored["label"], source.places, stored["reason"])
+            row.negatives = stored["negatives"]
             count = len(row.captions) if self.captions == "all" and row.captions else 0
             for caption in range(count) if count else [ANY]:
                 yield Draw(stored["source"], number, caption, epoch, row)
@@ -269,7 +277,7 @@ def _flatten(stored: dict[str, Any], source: PairTable, place: int) -> dict[str,
     content = row.image if isinstance(row.image, bytes) else image.get("bytes")
     path = row.image if isinstance(row.image, str) else image.get("path")
     fields = {"source": place, "bytes": content, "path": path, "label": row.label, "reason": row.reason}
-    return {**fields, "captions": row.captions}
+    return {**fields, "captions": row.captions, "negatives": row.negatives}
 
 
 def load_pairs(
@@ -278,6 +286,7 @@ def load_pairs(
     split: str | None = "train",
     image_column: str | None = None,
     caption_column: str | None = None,
+    negative_caption_column: Sequence[str] = (),
     label_column: str | None = None,
     captions: str = "one",
     streaming: bool = False,
@@ -291,6 +300,7 @@ def load_pairs(
         split: The split to take of each. None takes the one to evaluate on, see `open_source`.
         image_column: Images, their bytes, paths (relative ones begin at the source's folder) or URLs.
         caption_column: Texts, lists of texts, or a template over the row's columns such as "a photo of a {label}."
+        negative_caption_column: Columns or templates of wrong captions, read in the same way. Every source has them.
         label_column: A column of whole numbers to carry along as `labels`.
         captions: Of a row with several, "one" is drawn in each epoch, or "all" make a row each.
         streaming: Read the sources as they come, instead of preparing tables on disk first.
@@ -319,13 +329,16 @@ def load_pairs(
         if not features or (not streaming and not len(table)):
             which = "" if split is None else f" in its split {split!r}"
             raise ValueError(f"{source.path} has no rows{which}.")
-        images = find_image_column(source.path, features, image_column)
-        texts = find_caption_column(source.path, features, caption_column, images)
+        choices = without_columns(features, negative_caption_column)
+        images = find_image_column(source.path, features if image_column else choices, image_column)
+        texts = find_caption_column(source.path, features if caption_column else choices, caption_column, images)
         reader = CaptionReader(source.path, texts, features)
+        negatives = negative_readers(source.path, features, negative_caption_column, images, texts)
         if label_column is not None:
             check_label_column(source.path, features, label_column)
         places = find_image_places(source.path, folder_of(source.path), image_folders)
         pair_table = PairTable(source.path, table, images, reader, label_column, places, source.weight)
+        pair_table.negatives = negatives
         pair_table.image_holder = column_of(images, features)
         pair_table.table = table.select_columns(pair_table.columns)
         if not streaming:

@@ -95,9 +95,11 @@ class StoredCollator(PairCollator):
             raise UnusableRowError(row.reason)
         images, texts = self.stores.images, self.stores.texts
         place, rng = self.choose(draw, row) if choice is None else choice
-        pair = StoredPair(NOTHING, [], False, 0, row.label, draw)
+        pair = StoredPair(NOTHING, [], False, 0, row.label, draw=draw)
         if texts is None:
             pair.input_ids, pair.is_cut = self.tokens(row, place, known)
+            pair.negative_input_ids, is_any_cut = self.negative_tokens(row, known)
+            pair.is_cut |= is_any_cut
         else:
             pair.text_entry = texts.entry(draw, place)
             pair.is_cut = bool(texts.is_cut[pair.text_entry])

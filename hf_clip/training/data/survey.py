@@ -37,11 +37,17 @@ class Look:
         draws: How often an epoch draws a row. Of a stream: how many rows were read before the look ended.
         is_whole: Whether those are all there are.
         captions: Of the rows that were looked at.
+        negatives: Of each row that was looked at: its number of negative captions.
     """
 
     draws: int = 0
     is_whole: bool = True
     captions: list[str] = field(default_factory=list)
+    negatives: list[int] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        self.captions += [caption for caption in row.captions if caption]
+        self.negatives.append(len(row.negatives))
 
 
 def look_at(pairs: Pairs | PairStream, count: int = LOOKED_AT) -> Look:
@@ -58,7 +64,8 @@ def look_at(pairs: Pairs | PairStream, count: int = LOOKED_AT) -> Look:
         look = Look(len(pairs))
         each = -(-count // len(pairs.sources))
         for source in pairs.sources:
-            look.captions += [caption for row in _captioned(source, each) for caption in row.captions if caption]
+            for row in _captioned(source, each):
+                look.add(row)
             _check(source, _spread(source, OPENED))
         return look
     look = Look()
@@ -67,7 +74,7 @@ def look_at(pairs: Pairs | PairStream, count: int = LOOKED_AT) -> Look:
     for draw in islice(drawn, count):
         look.draws += 1
         row = pairs.read(draw)
-        look.captions += [caption for caption in row.captions if caption]
+        look.add(row)
         if len(rows := first.setdefault(draw.source, [])) < OPENED:
             rows.append(row)
     look.is_whole = look.draws < count
@@ -83,7 +90,7 @@ def _places(source: PairTable, count: int) -> np.ndarray:
 
 def _captioned(source: PairTable, count: int) -> Iterator[Row]:
     """Rows without their images, which need not be read for it."""
-    table = source.table.select_columns(source.captions.columns)
+    table = source.table.select_columns(source.columns_of_texts)
     stored = table[_places(source, count).tolist()]  # column → values
     for values in zip(*stored.values(), strict=True):
         yield source.row(dict(zip(stored, values, strict=True)), "")
@@ -129,6 +136,44 @@ def _open(row: Row) -> None:
         raise UnusableRowError(row.reason)
     if not (isinstance(row.image, str) and row.image.startswith(("http://", "https://"))):
         open_content(image_content(row.image, row.places))
+
+
+def check_negatives(look: Look, columns: list[str]) -> None:
+    """Refuse data whose named columns have no negative caption.
+
+    Args:
+        look: At the data.
+        columns: Those that were named.
+
+    Raises:
+        ValueError: No row that was looked at has any.
+    """
+    if columns and not any(look.negatives):
+        raise ValueError(
+            f"--negative_caption_column {' '.join(columns)} would have no effect: none of the {len(look.negatives)} "
+            f"rows that were looked at has a text there. Name another column, or leave it out."
+        )
+
+
+def describe_negatives(look: Look, is_masked: bool) -> list[str]:
+    """Lines that say how many negative captions there are, where there are any.
+
+    Args:
+        look: At the data.
+        is_masked: Whether an image is kept from being pushed from its own caption.
+    """
+    if not (total := sum(look.negatives)):
+        return []
+    rows, without = len(look.negatives), look.negatives.count(0)
+    lines = [
+        f"note: {total / rows:.3g} negative captions a row; {without} of {rows} rows that were looked at have none. "
+        f"The reported accuracy is among the pairs alone."
+    ]
+    if not is_masked:
+        lines.append(
+            "note: --mask_duplicates off: an image is pushed from its own caption where that is a negative of another."
+        )
+    return lines
 
 
 def describe_captions(captions: list[str], collator: PairCollator, *, is_masked: bool) -> list[str]:
