@@ -38,7 +38,7 @@ VARIANT = {"model_type": "hf_clip", "projection_dim": 32, "text_config": TEXT, "
 
 SHARED = "--per_device_train_batch_size 64 --augmentation none --dataloader_num_workers 0 --weight_decay 0.1"
 PRETRAINING = f"--learning_rate 3e-3 --max_steps 400 {SHARED}"
-FINETUNING = f"--learning_rate 1e-3 --max_steps 200 {SHARED}"
+FINETUNING = f"--learning_rate 3e-3 --max_steps 200 {SHARED}"
 MINING = "--negatives 2 --max_share 2"
 RECIPES = ("pretrained", "no negatives", "swapped colours", "another digit", "mined")
 MEASURES = ("swapped colours", "another digit", "recall@1")
