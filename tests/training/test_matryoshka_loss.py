@@ -32,15 +32,18 @@ IDS = {"local_image_ids": torch.arange(40) // 2, "local_text_ids": torch.arange(
 KINDS: dict[str, dict[str, Any]] = {
     "softmax": {"label_smoothing": 0.1, **IDS},
     "sigmoid": {"kind": "sigmoid", "logit_bias": torch.tensor(-2.0), **IDS},
+    "softmax with negative texts": {"local_negative_text_embeds": torch.randn(9, 16, generator=torch.Generator())},
 }
 
 
 def plain(images: Tensor, texts: Tensor, scale: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Each width normalised by itself, weighted and added up; the accuracy is the full width's."""
-    found = [
-        plain_loss(normalize(images[:, :width], dim=-1), normalize(texts[:, :width], dim=-1), scale, **options)
-        for width in DIMS
-    ]
+    found = []
+    for width in DIMS:
+        cut = {name: value[:, :width] for name, value in options.items() if name.endswith("_embeds")}
+        more = options | {name: normalize(value, dim=-1) for name, value in cut.items()}
+        both = (normalize(embeds[:, :width], dim=-1) for embeds in (images, texts))
+        found.append(plain_loss(*both, scale, **more))
     loss = sum(weight * value for weight, (value, _) in zip(WEIGHTS, found, strict=True))
     assert isinstance(loss, Tensor)
     return loss, found[0][1]
@@ -68,7 +71,8 @@ def test_gradients_are_those_of_the_plain_formula(kind: str, is_normalised: bool
 
         return of
 
-    wide = {name: value.double() if name == "logit_bias" else value for name, value in KINDS[kind].items()}
+    is_float = {"logit_bias", "local_negative_text_embeds"}
+    wide = {name: value.double() if name in is_float else value for name, value in KINDS[kind].items()}
     expected = differentiate(plain, images, texts, torch.tensor(2.0, dtype=torch.float64), **wide)
     found = differentiate(of_raw(tiled), images.float(), texts.float(), torch.tensor(2.0), **KINDS[kind])
     assert found.keys() == expected.keys()
