@@ -1,8 +1,10 @@
 """Locked towers that leave memory: a run trains to what it trains to without, whatever is locked."""
 
 import copy
+import gc
 import re
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 
 from hf_clip import HfClipModel, HfClipProcessor
 from hf_clip.checkpoints.whole_folder import DiskFullError
@@ -21,7 +23,7 @@ from hf_clip.training.config import TrainingConfig
 from hf_clip.training.data import feature_shards
 from hf_clip.training.data.augment import Augmentation
 from hf_clip.training.data.bad_rows import BadRows
-from hf_clip.training.data.collator import PairCollator
+from hf_clip.training.data.collator import PairCollator, Plan
 from hf_clip.training.data.feature_shards import FILE, FeatureShards
 from hf_clip.training.data.loader import build_loader
 from hf_clip.training.data.pairs import Pairs, load_pairs
@@ -33,6 +35,7 @@ from hf_clip.training.trainable import lock_
 
 from ..finetuning import LABELLED_CAPTION, largest_difference, options, records, train, weights, words
 from ..two_processes import TwoProcesses
+from .sources import jpeg
 
 SGD = {"optim": "SGD", "learning_rate": "0.05", "weight_decay": 0.0}
 """Whose steps are as large as the gradient. Adam's make steps of rounding where a gradient is near zero."""
@@ -95,10 +98,11 @@ class Setting:
         self.processor = HfClipProcessor.from_pretrained(digits / "vit")
         self.pairs = load_pairs(str(digits / "several"))
 
-    def store(self) -> FrozenTowers:
+    def store(self, model: HfClipModel | None = None) -> FrozenTowers:
         """Of a copy, so that this model keeps its towers."""
+        model = copy.deepcopy(self.model) if model is None else model
         given = {"train": self.pairs, "validation": [], "num_workers": 0}
-        return store_towers_(copy.deepcopy(self.model), self.processor, self.config, ALONE, **given)
+        return store_towers_(model, self.processor, self.config, ALONE, **given)
 
     @property
     def folder(self) -> Path:
@@ -151,6 +155,24 @@ def test_batches_have_the_same_pairs_and_their_features(setting: Setting):
                     assert stores.images is None or torch.equal(seen, values) == (epoch != 1)
         assert plain_rows.state_dict() == rows.state_dict()
         assert rows.state_dict()["bad"] == 6
+
+
+def test_row_whose_captions_are_all_empty_is_left_out_however_many_it_has(digits: Path, tmp_path: Path):
+    rows = [{"image": {"bytes": jpeg(place), "path": None}, "captions": ["one", "two"]} for place in range(6)]
+    rows[2]["captions"] = ["", "", ""]
+    features = Features({"image": Image(), "captions": List(Value("string"))})
+    Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "rows"))
+    setting = Setting(digits, tmp_path / "run", captions="all", augmentation="none", cached_views=1)
+    setting.pairs = load_pairs(str(tmp_path / "rows"), captions="all")
+    stores, skipped = setting.store().train, []
+    for pairs, collator in (
+        (setting.pairs, PairCollator(setting.processor, Augmentation(crop=1.0))),
+        (StoredPairs(setting.pairs, stores), StoredCollator(stores, setting.processor)),
+    ):
+        draws = list(pairs.draws(0, shuffle=False))
+        skipped.append(collator(Plan(draws, []), pairs.read).skipped)
+    assert len(skipped[0]) == 3
+    assert skipped[0] == skipped[1]
 
 
 def test_features_are_columns_that_datasets_reads(setting: Setting):
@@ -218,8 +240,12 @@ def test_what_is_found_is_not_computed_again_but_for_some_rows(setting: Setting,
     setting.store()
     whole = sum(encoded)
     encoded.clear()
-    setting.store()
+    model = copy.deepcopy(setting.model)
+    towers = [weakref.ref(tower) for tower in (model.vision_model, model.text_model)]
+    setting.store(model)
     assert 0 < sum(encoded) < whole / 5
+    gc.collect()
+    assert [tower() for tower in towers] == [None, None]
 
 
 def test_shard_with_another_bit_is_computed_again(setting: Setting, caplog: pytest.LogCaptureFixture):
@@ -338,17 +364,18 @@ def test_run_goes_on_from_a_checkpoint_bit_for_bit(digits: Path, tmp_path: Path)
     ids=["adapters", "projections"],
 )
 def test_other_options_do_what_they_do_without(digits: Path, tmp_path: Path, fields: dict):
-    plain = train(digits, tmp_path / "plain", **LOCKED | fields)
-    assert_same_run(stored_run(digits, tmp_path / "stored", **fields), plain)
+    chosen = fields | {"replay": f"{digits / 'several'}=0.3", "max_bad_fraction": 0.5}
+    plain = train(digits, tmp_path / "plain", **LOCKED | chosen)
+    assert_same_run(stored_run(digits, tmp_path / "stored", **chosen), plain)
 
 
 def test_processes_share_the_work_and_store_what_one_would(digits: Path, tmp_path: Path, two_processes: TwoProcesses):
-    """1,280 rows are two shards."""
+    """1,280 rows are two shards. The two processes split the heads by FSDP2."""
     chosen = {"dataset": [str(digits / "pairs")] * 2, "lock": "image,text"}
     outs = [tmp_path / "one", tmp_path / "two"]
     stored_run(digits, outs[0], **chosen)
     flags = LOCKED | chosen | {"cache_frozen_features": True, "per_device_train_batch_size": 16}
-    two_processes.run(words(options(digits, outs[1], **flags)))
+    two_processes.run(words(options(digits, outs[1], **flags)), {"plugin": {}, "gradients": str(tmp_path / "g.pt")})
     found = [{str(path.relative_to(out)): path.read_bytes() for path in out.rglob(SUMS)} for out in outs]
     assert len(found[0]) == 6
     assert found[0] == found[1]

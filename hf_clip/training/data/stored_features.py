@@ -65,7 +65,9 @@ class StoredFeatures:
         Raises:
             UnusableRowError: It has no features.
         """
-        entry = int(self._starts[self._places[draw.source][draw.row]]) + place
+        number = self._places[draw.source][draw.row]
+        # A row without any caption that can be used has one entry, however many captions it has.
+        entry = int(self._starts[number]) + (place if place < self._counts[number] else 0)
         if entry in self._reasons:
             raise UnusableRowError(self._reasons[entry])
         return entry
