@@ -26,6 +26,7 @@ from ..training import failures, sharding, stopping
 from ..training.build import build_learner, build_loaders, describe_start
 from ..training.command_line import parse_config
 from ..training.config import TrainingConfig
+from ..training.distillation import add_distillation
 from ..training.evaluating import INPUTS
 from ..training.gradient_caching import backpropagate
 from ..training.launching import make_accelerator
@@ -143,7 +144,11 @@ def contrast(
         ring=run.config.loss_ring,
     )
     run.check_loss(result.global_loss)
-    return result
+    if run.learner.teacher is None:
+        return result
+    distillation = run.learner.teacher.distill(batch, image_embeds, text_embeds, logit_scale, run.config.loss_ring)
+    run.check_loss(distillation.global_loss)
+    return add_distillation(result, distillation, run.config.teacher_weight)
 
 
 def warn_of_few_threads() -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -50,6 +50,7 @@ from .plan import Plan
 from .scratch import build_from_scratch
 from .summary import count_parameters
 from .surgery import set_image_size_, set_text_length_, switch_to_sigmoid_
+from .teacher import make_teacher
 from .trainable import freeze_batch_norm_, lock_, synchronize_batch_norm_
 from .validation_sets import ValidationPairs, prefix_of
 
@@ -294,6 +295,7 @@ def build_learner(plan: Plan, data: Data, accelerator: Any) -> Learner:
     pretrained = copy_weights(model) if config.alphas else None
     prepare_training_(model, config, accelerator.device.type, accelerator.num_processes)
     parameters, frozen = count_parameters(model), None
+    teacher = make_teacher(config, accelerator, data.train, workers_of(config, accelerator))
     if config.cached_towers:
         frozen = store_towers_(
             model,
@@ -322,6 +324,7 @@ def build_learner(plan: Plan, data: Data, accelerator: Any) -> Learner:
         penalty=penalty,
         parameters=parameters,
         frozen=frozen,
+        teacher=teacher,
     )
 
 
@@ -378,7 +381,10 @@ def build_loaders(data: Data, learner: Learner, config: TrainingConfig) -> tuple
         return build_loader(pairs, collator, size, bad_rows=bad_rows, num_workers=workers, **chosen, **shared)
 
     size = config.per_device_train_batch_size
-    train = make(data.train, frozen.train, size)
+    stores = frozen.train
+    if learner.teacher is not None:
+        stores = replace(stores, teacher_images=learner.teacher.images, teacher_texts=learner.teacher.texts)
+    train = make(data.train, stores, size)
     if not data.validation_sets:
         return train, None
     size = min(size, LARGEST_EVALUATED_BATCH)

@@ -208,7 +208,7 @@ def training_rows(config: TrainingConfig, facts: RunFacts, loss: str) -> dict[st
         rows["validation"] = ", ".join(map(_shown_set, named_sets(config)))
     if config.replayed is not None:
         rows["replay"] = f"{shown(config.replayed.path)}={config.replayed.weight:g}"
-    for name in ("guard_dataset", "guard_labels"):  # which may be files of this machine
+    for name in ("guard_dataset", "guard_labels", "teacher"):  # which may be files of this machine
         if (value := getattr(config, name)) is not None:
             rows[row_name(name)] = shown(value)
     if config.ema_decay is not None:

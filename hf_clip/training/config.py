@@ -47,6 +47,7 @@ ADDED = {
     "matryoshka_dims": [],
     "matryoshka_weights": [],
     "negative_caption_column": [],
+    "teacher_weight": 1.0,
 }
 """Options that checkpoints of older versions do not name, and what holds for them."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .data.bad_rows import BadRows, negatives_of_a_row, part_cut
+from .distillation import DistilledResult
 from .learner import Learner
 from .losses import ContrastiveResult
 from .run_state import RunState
@@ -32,12 +33,15 @@ class Counts:
     Attributes:
         trained: seconds of training in all, without evaluations and checkpoints.
         waited: seconds of these in which there was no batch to train on.
+        distillation: of the last batch, where the run has a teacher. A record has this one, and no mean, since a
+            checkpoint may come between two records.
     """
 
     def __init__(self, learner: Learner, state: RunState, bad_rows: BadRows, has_negatives: bool = False):
         self.has_negatives = has_negatives
         self.learner, self.state, self.bad_rows = learner, state, bad_rows
         self.trained = self.waited = self._waited_lately = 0.0
+        self.distillation: float | None = None
         self.begin()
 
     def begin(self) -> None:
@@ -53,6 +57,8 @@ class Counts:
     def add(self, result: ContrastiveResult, global_pairs: int) -> None:
         """Count one batch."""
         self.state.losses.append(result.global_loss.item())
+        if isinstance(result, DistilledResult):
+            self.distillation = result.global_distillation.item()
         self.state.accuracies.append(result.global_accuracy.item())
         self.images += global_pairs
 
@@ -88,6 +94,8 @@ class Counts:
             record["negative_captions"] = negatives_of_a_row(self.bad_rows, device)
         if self.learner.penalty is not None:
             record["l2_to_pretrained"] = self.learner.penalty.value(model)
+        if self.distillation is not None:
+            record["distillation"] = self.distillation
         if len(set(rates.values())) > 1:
             record |= {f"learning_rate_{part}": rate for part, rate in rates.items()}
         if model.logit_bias is not None:

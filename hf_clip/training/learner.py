@@ -17,6 +17,7 @@ from .gathering import exchange_counts
 from .lora import Adapter, adapter_of, add_lora_of_run_, merge_lora_
 from .penalty import PenaltyTowardsStart
 from .sharding import whole_weights
+from .teacher import Teacher
 from .trainable import lock_
 
 
@@ -36,6 +37,7 @@ class Learner:
         penalty: towards the weights from before training, where the run has one.
         parameters: how many numbers are trained, and how many there are, before a wrapper splits them.
         frozen: towers that left memory, where the run has any.
+        teacher: whose affinities are learned, where the run has one.
     """
 
     accelerator: Any
@@ -49,6 +51,7 @@ class Learner:
     penalty: PenaltyTowardsStart | None = None
     parameters: tuple[int, int] = (0, 0)
     frozen: FrozenTowers | None = None
+    teacher: Teacher | None = None
 
     def averaged(self) -> AbstractContextManager:
         """Within this block the model has the weights that are evaluated and saved: the average's, if there is one."""

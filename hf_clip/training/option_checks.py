@@ -40,6 +40,7 @@ COUNTS = (
     ),
     "lora_alpha",
     "l2_to_pretrained",
+    *("teacher_weight", "teacher_temperature"),
 )
 """Options that are above zero where they are given."""
 
@@ -122,6 +123,11 @@ def check_values(config: "TrainingConfig") -> None:
 def check_effects(config: "TrainingConfig") -> None:
     """Refuse what the other options leave without effect."""
     _check_cache(config)
+    if config.teacher is not None and config.streaming:
+        raise ValueError(
+            "--teacher has its embeddings stored by the rows of a table, but rows that are streamed have no place to "
+            "be found again: leave out --streaming, or the teacher."
+        )
     scratch, evaluated, metric = config.variant is not None, bool(config.validation), config.metric_for_best_model
     alphas, are_towers_locked = config.alphas, config.are_towers_locked
     at_once = config.pairs_at_once
@@ -146,6 +152,8 @@ def check_effects(config: "TrainingConfig") -> None:
             "l2_to_pretrained",
             "beside adapters the pretrained weights stay as they are",
         ),
+        (config.teacher_weight != 1 and not config.teacher, "teacher_weight", "there is no --teacher"),
+        (config.teacher_temperature and not config.teacher, "teacher_temperature", "there is no --teacher"),
         (scratch and config.lock, "lock", "random weights are not worth keeping; use --model"),
         (scratch and alphas, "average_with_pretrained", "there is nothing pretrained; use --model"),
         (scratch and config.image_size, "image_size", "a model from scratch has its configuration's"),

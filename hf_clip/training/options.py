@@ -98,6 +98,13 @@ class TrainedOptions:
     l2_to_pretrained: float | None = _option(
         None, "Add so many times the squared distance of what is trained from its pretrained weights to the loss"
     )
+    teacher: str | None = _option(
+        None, "Model whose affinities of each batch are learned beside the pairs, such as the pretrained model itself"
+    )
+    teacher_weight: float = _option(1.0, "The distance from the teacher is multiplied by this and added to the loss")
+    teacher_temperature: float | None = _option(
+        None, "Of the teacher's softmax over a batch, such as 0.01; default: its own"
+    )
     sync_batchnorm: bool = _option(False, "Take BatchNorm's statistics over all GPUs; with --variant")
     patch_dropout: float | None = _option(
         None, "Part of each image's patches that a ViT leaves out while it trains (FLIP), such as 0.5"

@@ -67,6 +67,9 @@ def check_run(config: TrainingConfig, accelerator: Any) -> tuple[Data, Plan]:
     check_wrapper(accelerator, config)
     start = _check_output(config, accelerator)
     model_config = _check_model(config)
+    if config.teacher is not None:
+        _check_there(config.teacher, "teacher")
+        check_model(config.teacher)
     config.settle_widths(model_config.projection_dim, model_config.matryoshka_dims)
     _check_batch(config, accelerator.num_processes)
     if config.loss_ring and accelerator.num_processes == 1:
@@ -121,9 +124,13 @@ def _check_model(config: TrainingConfig) -> HfClipConfig:
     if config.variant is not None:
         return read_config(config.variant)
     assert config.model is not None
-    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
-        raise FileNotFoundError(f"There is no model folder {config.model}; check the path.")
+    _check_there(config.model, "model")
     return check_model(config.model)
+
+
+def _check_there(model: str, what: str) -> None:
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise FileNotFoundError(f"There is no {what} folder {model}; check the path.")
 
 
 def _check_metric(figure: Figure, class_prompts: list[str] | None, widths: list[int]) -> None:

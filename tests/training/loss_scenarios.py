@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 import hf_clip  # noqa: F401  (registers the classes)
 from hf_clip.training import tiles
+from hf_clip.training.distillation import add_distillation, distillation_loss
 from hf_clip.training.gradient_caching import backpropagate
 from hf_clip.training.losses import ContrastiveResult, global_contrastive_loss
 from hf_clip.training.matryoshka_loss import matryoshka_contrastive_loss
@@ -35,6 +36,7 @@ class Scenario:
     has_image_ids: bool = False
     has_text_ids: bool = False
     negatives: dict[int, list[int]] = field(default_factory=dict)
+    has_teacher: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,6 +59,8 @@ SCENARIOS = {
     "softmax, ring": Scenario(UNEVEN, options=RING),
     "softmax, ring, a process without pairs": Scenario(EMPTY, options=RING),
     "softmax, ring, duplicates and smoothing": Scenario(UNEVEN, **BOTH_IDS, options=RING | {"label_smoothing": 0.1}),
+    "softmax, a teacher": Scenario(UNEVEN, has_teacher=True),
+    "sigmoid, ring, a teacher, a process without pairs": Scenario(EMPTY, has_teacher=True, options=SIGMOID | RING),
     "sigmoid, ring, duplicates": Scenario(UNEVEN, **BOTH_IDS, options=SIGMOID | RING),
     "softmax, widths": Scenario(UNEVEN, has_text_ids=True, options=WIDTHS | {"label_smoothing": 0.1}),
     "sigmoid, ring, widths": Scenario(EMPTY, options=SIGMOID | RING | WIDTHS),
@@ -106,6 +110,25 @@ def record_of(result: ContrastiveResult, model: nn.Module) -> dict[str, Any]:
     }
 
 
+def with_teacher(
+    result: ContrastiveResult, images: Tensor, captions: Tensor, scale: Tensor, mine: slice, ring: bool
+) -> ContrastiveResult:
+    """The sum of a loss and twice the distance from a teacher of other dimensions."""
+    generator = torch.Generator().manual_seed(2)
+    of_images, of_texts = (normalize(torch.randn(9, 7, generator=generator), dim=-1)[mine] for _ in range(2))
+    found = distillation_loss(
+        images,
+        captions,
+        scale,
+        local_teacher_images=of_images,
+        local_teacher_texts=of_texts,
+        teacher_scale=5.0,
+        ring=ring,
+    )
+    distilled = add_distillation(result, found, 2.0)
+    return replace(distilled, global_loss=distilled.global_loss + 2 * distilled.global_distillation)
+
+
 def run_scenario(scenario: Scenario, counts: list[int], process: int, wrap: bool) -> dict[str, Any]:
     """Loss, accuracy and gradients, of the pairs of one process out of len(counts)."""
     model = TwoTowers(has_bias=scenario.options.get("kind") == "sigmoid")
@@ -137,6 +160,9 @@ def run_scenario(scenario: Scenario, counts: list[int], process: int, wrap: bool
         **more,
         **scenario.options,
     )
+    if scenario.has_teacher:
+        ring = scenario.options.get("ring", False)
+        result = with_teacher(result, image_embeds, text_embeds, model.logit_scale, mine, ring)
     result.local_loss_to_backpropagate.backward()
     return record_of(result, model)
 

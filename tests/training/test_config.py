@@ -52,6 +52,7 @@ def test_what_is_missing_is_named(fields: dict, message: str):
         ),
         ({"micro_batch_size": "2.5"}, "micro_batch_size is '2.5', but must be a number of pairs"),
         ({"cached_views": 0}, "cached_views is 0, but it must be positive"),
+        ({"teacher_weight": 0.0}, "teacher_weight is 0.0, but it must be positive"),
         ({"max_steps": 0}, "max_steps is 0, but it must be positive"),
         ({"max_steps": None, "num_train_epochs": -1.0}, "num_train_epochs is -1.0, but it must be positive"),
         ({"logging_steps": 0}, "logging_steps is 0, but it must be positive"),
@@ -175,6 +176,12 @@ BEST = {"metric_for_best_model": "recall@1", "validation": "5", "save_steps": 5}
         (
             CACHED | {"cached_views": 2, "augmentation": "none"},
             "--cached_views would have no effect: without an augmentation all views are one",
+        ),
+        ({"teacher_weight": 2.0}, "--teacher_weight would have no effect: there is no --teacher"),
+        ({"teacher_temperature": 0.1}, "--teacher_temperature would have no effect: there is no --teacher"),
+        (
+            {"teacher": "t", "streaming": True},
+            "--teacher has its embeddings stored by the rows of a table, but rows th",
         ),
         (CACHED | {"lock": None}, "a tower gives that stays as it is, but no tower is locked: pass --lock image, text"),
         (CACHED | {"lock": "image:2"}, "but --lock image:2 leaves blocks of its towers unlocked: pass --lock image, t"),

@@ -25,6 +25,9 @@ NOTHING = PreparedImage(torch.zeros(0))
 UNUSED = np.random.default_rng(0)
 """Random numbers for an image that is not opened. To make some for each row would take longer than all else."""
 
+TEACHER_IMAGES, TEACHER_TEXTS = "teacher_image_embeds", "teacher_text_embeds"
+"""What a batch calls a teacher's embeddings, (B, E) each."""
+
 FIRST = Draw(0, 0, 0, 0)
 
 
@@ -35,15 +38,18 @@ class Stores:
     Attributes:
         images: features that the model gets in place of pixel values.
         texts: features that it gets in place of captions.
+        teacher_images, teacher_texts: a teacher's embeddings of images and captions, both or none.
     """
 
     images: StoredFeatures | None = None
     texts: StoredFeatures | None = None
+    teacher_images: StoredFeatures | None = None
+    teacher_texts: StoredFeatures | None = None
 
     @property
     def is_any(self) -> bool:
         """Whether something is stored."""
-        return self.images is not None or self.texts is not None
+        return any(store is not None for store in (self.images, self.texts, self.teacher_images))
 
     @property
     def is_all(self) -> bool:
@@ -58,11 +64,13 @@ class StoredPair(Prepared):
     Attributes:
         draw: of the row.
         image_entry, text_entry: the numbers of its features, where there are some.
+        of_teacher: likewise the two of the teacher.
     """
 
     draw: Draw = FIRST
     image_entry: int = 0
     text_entry: int = 0
+    of_teacher: tuple[int, int] = (0, 0)
 
 
 class StoredCollator(PairCollator):
@@ -108,7 +116,17 @@ class StoredCollator(PairCollator):
         else:
             pair.image_entry = images.entry(draw)
             pair.image_id = int(images.ids[pair.image_entry])
+        if (teacher := self.stores.teacher_images) is not None and self.stores.teacher_texts is not None:
+            pair.of_teacher = teacher.entry(draw), self.stores.teacher_texts.entry(draw, place)
         return pair
+
+    def collate(self, rows: Sequence[Any]) -> dict[str, Any]:
+        tensors = super().collate(rows)
+        of_teacher = {TEACHER_IMAGES: self.stores.teacher_images, TEACHER_TEXTS: self.stores.teacher_texts}
+        for number, (name, store) in enumerate(of_teacher.items()):
+            if store is not None:
+                tensors[name] = store.gather([row.of_teacher[number] for row in rows], [0] * len(rows))
+        return tensors
 
     def collate_images(self, rows: Sequence[Any]) -> Any:
         if self.stores.images is None:
@@ -151,4 +169,4 @@ class StoredPairs(Pairs):
         return Row(f"row {draw.row} of {self.sources[draw.source].name}", None, [], label)
 
 
-__all__ = ["StoredCollator", "StoredPair", "StoredPairs", "Stores"]
+__all__ = ["TEACHER_IMAGES", "TEACHER_TEXTS", "StoredCollator", "StoredPair", "StoredPairs", "Stores"]
