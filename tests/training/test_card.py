@@ -76,6 +76,9 @@ OTHER_VALUES = {
     "max_text_length": 99,
     "lock": "image:1",
     "cached_views": 4,
+    "teacher": "org/teacher",
+    "teacher_weight": 2.0,
+    "teacher_temperature": 0.05,
     "patch_dropout": 0.5,
     "augment_on": "device",
     "lora_rank": 4,
@@ -111,6 +114,8 @@ OTHER_VALUES = {
     "ema_decay": 0.99,
 }
 NEEDED_WITH = {
+    "teacher_weight": {"teacher": "org/teacher"},
+    "teacher_temperature": {"teacher": "org/teacher"},
     "cache_frozen_features": {"lock": "image"},
     "cached_views": {"lock": "image", "cache_frozen_features": True},
     "matryoshka_weights": {"matryoshka_dims": "64,8"},
