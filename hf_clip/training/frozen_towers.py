@@ -52,6 +52,9 @@ class StoredTower(nn.Module):
         super().__init__()
         self.config = config
 
+    def get_input_embeddings(self) -> None:
+        """It has none; FSDP2 asks for them."""
+
     def forward(self, pooled: Tensor, *given: Any, **named: Any) -> BaseModelOutputWithPooling:
         """Return `pooled` (B, W) as `pooler_output`. What else a tower takes has no effect."""
         return BaseModelOutputWithPooling(pooler_output=pooled)

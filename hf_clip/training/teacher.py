@@ -111,7 +111,7 @@ def make_teacher(
         )
         for kind, encoder in _encoders(model, processor, accelerator.mixed_precision).items()
     }
-    scale = float(model.logit_scale.exp())
+    scale = model.logit_scale.exp().item()
     if config.teacher_temperature is not None:
         scale = 1 / config.teacher_temperature
     return Teacher(found["image"], found["text"], scale)

@@ -97,9 +97,7 @@ def test_pretrained_model_as_teacher_holds_the_student(digits: Path, tmp_path: P
     assert "| teacher weight | 20.0 |" in card
 
 
-def distilled_step(
-    digits: Path, model: HfClipModel, batch: dict[str, Tensor], teacher: list[Tensor]
-) -> dict[str, Tensor]:
+def distilled_step(model: HfClipModel, batch: dict[str, Tensor], teacher: list[Tensor]) -> dict[str, Tensor]:
     """The weights after one step of SGD on the plain formula, in float64."""
     outputs = model(**batch, return_loss=True)
     distance = plain(outputs.image_embeds, outputs.text_embeds, model.logit_scale, teacher, 1 / 0.02)

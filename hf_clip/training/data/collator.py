@@ -145,8 +145,8 @@ class PairCollator:
     def choose(self, draw: Draw, row: Row) -> Choice:
         """The caption that is drawn, and the random numbers for the image."""
         rng = np.random.default_rng(self.seed_of(draw))
-        if draw.caption >= 0:
-            return draw.caption, rng
+        if draw.caption >= 0:  # a row that cannot be used has no captions
+            return draw.caption if draw.caption < len(row.captions) else -1, rng
         spoken = [place for place, caption in enumerate(row.captions) if caption]
         return spoken[int(rng.integers(len(spoken)))] if spoken else -1, rng
 
