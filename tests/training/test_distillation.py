@@ -89,7 +89,7 @@ def test_pretrained_model_as_teacher_holds_the_student(digits: Path, tmp_path: P
     out = train(digits, tmp_path / "held", teacher=str(digits / "vit"), teacher_weight=20.0, **RUN)
     lines, start = records(out), weights(digits / "vit")
     assert lines[0]["loss"] == records(free)[0]["loss"]
-    assert lines[0]["distillation"] < 1e-9 < lines[1]["distillation"]
+    assert abs(lines[0]["distillation"]) < 1e-6 < lines[1]["distillation"]
     assert largest_difference(weights(out), start) < largest_difference(weights(free), start)
     assert json.loads((out / "training_config.json").read_text())["teacher_weight"] == 20.0
     card = (out / "README.md").read_text()
