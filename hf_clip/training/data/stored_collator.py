@@ -6,7 +6,7 @@ the same row steps in for it. Which caption is drawn is the same too.
 Dimensions: B local batch, W width of a stored feature, J embedding of a teacher.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...data.columns import UnusableRowError
-from .collator import Choice, PairCollator, Prepared, Tokens
+from .collator import Batch, Choice, PairCollator, Plan, Prepared, Tokens
 from .image_batch import PreparedImage
 from .pairs import Draw, Pairs, Row
 from .stored_features import StoredFeatures, choose_place, labels_of
@@ -86,6 +86,31 @@ class StoredCollator(PairCollator):
     def __init__(self, stores: Stores, *given: Any, **named: Any):
         super().__init__(*given, **named)
         self.stores = stores
+
+    def __call__(self, plan: Plan, read: Callable[[Draw], Row]) -> Batch:
+        batch = self._at_once(plan) if self.stores.is_all and plan.spares else None
+        return super().__call__(plan, read) if batch is None else batch
+
+    def _at_once(self, plan: Plan) -> Batch | None:
+        """A batch to train on whose rows are all stored, usable, and have one caption; else None.
+
+        Row by row it would take a third of a step's time.
+        """
+        images, texts = self.stores.images, self.stores.texts
+        assert images is not None
+        assert texts is not None
+        sources, rows, captions, rounds = np.array([draw[:4] for draw in plan.draws], dtype=np.int64).T
+        of_images, of_texts = images.entries(sources, rows), texts.entries(sources, rows)
+        if of_images is None or of_texts is None or self.stores.teacher_images is not None or captions.max() > 0:
+            return None
+        tensors = {
+            "pixel_values": images.gather(of_images.tolist(), rounds.tolist()),
+            "input_ids": texts.gather(of_texts.tolist(), [0] * len(rows)),
+            "attention_mask": torch.ones(len(rows), 1, dtype=torch.int64),
+            "text_ids": torch.from_numpy(texts.ids[of_texts]),
+            "image_ids": torch.from_numpy(images.ids[of_images]),
+        }
+        return Batch(tensors, len(rows), [], int(texts.is_cut[of_texts].sum()))
 
     def choose(self, draw: Draw, row: Row) -> Choice:
         if self.stores.texts is None:

@@ -39,6 +39,8 @@ class StoredFeatures:
         )
         reasons = [reason for part in parts for reason in part.reasons]
         self._reasons = {entry: reason for entry, reason in enumerate(reasons) if reason is not None}
+        self._is_usable = np.ones(len(reasons), dtype=bool)
+        self._is_usable[list(self._reasons)] = False
         is_first = np.ones(len(rows), dtype=bool)  # of its row, whose entries follow each other
         is_first[1:] = (rows[1:] != rows[:-1]) | (sources[1:] != sources[:-1])
         starts = np.flatnonzero(is_first)
@@ -71,6 +73,19 @@ class StoredFeatures:
         if entry in self._reasons:
             raise UnusableRowError(self._reasons[entry])
         return entry
+
+    def entries(self, sources: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
+        """The entries of rows with one entry each, (B,); None where one has several, or has no features.
+
+        Args:
+            sources, rows: (B,) of the draws.
+        """
+        numbers = np.empty(len(rows), dtype=np.int64)
+        for source in range(len(self._places)):
+            is_of = sources == source
+            numbers[is_of] = self._places[source][rows[is_of]]
+        found = self._starts[numbers]
+        return found if bool((self._counts[numbers] == 1).all() and self._is_usable[found].all()) else None
 
     def spoken(self, draw: Draw) -> list[int]:
         """The places of a row's captions that are not empty, of which there is at least one."""
