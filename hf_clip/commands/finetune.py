@@ -146,7 +146,8 @@ def contrast(
     run.check_loss(result.global_loss)
     if run.learner.teacher is None:
         return result
-    distillation = run.learner.teacher.distill(batch, image_embeds, text_embeds, logit_scale, run.config.loss_ring)
+    given = (image_embeds, text_embeds[:pairs], logit_scale)
+    distillation = run.learner.teacher.distill(batch, *given, run.config.loss_ring)
     run.check_loss(distillation.global_loss)
     return add_distillation(result, distillation, run.config.teacher_weight)
 

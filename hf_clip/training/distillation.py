@@ -15,7 +15,7 @@ processes.
 Invariant: loss and gradients are those of one process that has the whole batch. Every process calls this.
 
 Dimensions: B pairs of this process (`local_…`), N pairs of all processes (`global_…`), R processes, D embedding of
-the student, J embedding of the teacher. A tile has `r` rows and `c` columns.
+the student, Z embedding of the teacher. A tile has `r` rows and `c` columns.
 """
 
 from collections.abc import Iterator
@@ -139,7 +139,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Teacher:
-    """What the loss is told besides tensors with gradients. images, texts: (B, J)"""
+    """What the loss is told besides tensors with gradients. images, texts: (B, Z)"""
 
     images: Tensor
     texts: Tensor
@@ -148,7 +148,7 @@ class _Teacher:
     is_ring: bool
 
     def texts_of_both(self, local_texts: Tensor) -> Gathered | Ring:
-        """The texts of all processes: the student's, and behind them the teacher's, (n, D + J)."""
+        """The texts of all processes: the student's, and behind them the teacher's, (n, D + Z)."""
         both = torch.cat([local_texts, self.texts.to(local_texts.dtype)], dim=1)
         if self.is_ring and len(self.counts) > 1:
             return Ring(both, self.counts)
@@ -175,7 +175,7 @@ def _tiles_of(images: Tensor, scale: Tensor, teacher: _Teacher, first: int, both
         scale: () the student's, in the wide type.
         teacher: What it gives.
         first: The place of the first of these texts among all.
-        both: (n, D + J)
+        both: (n, D + Z)
     """
     device, width = images.device.type, images.shape[1]
     row_count = max(1, min(len(images), tiles.TILE_ROWS.get(device, tiles.TILE_ROWS["cpu"])))
@@ -257,8 +257,8 @@ def distillation_loss(
         local_image_embeds: (B, D) of the student, already normalised.
         local_text_embeds: (B, D) of the student, already normalised.
         logit_scale: () the logarithm of the student's scale, as the model has it.
-        local_teacher_images: (B, J) of the teacher, already normalised.
-        local_teacher_texts: (B, J) of the teacher, already normalised.
+        local_teacher_images: (B, Z) of the teacher, already normalised.
+        local_teacher_texts: (B, Z) of the teacher, already normalised.
         teacher_scale: What the teacher's cosines are multiplied by; its inverse is the teacher's temperature.
         ring: Whether texts are passed around the processes, so that none holds them all. The loss is the same.
 

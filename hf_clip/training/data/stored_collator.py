@@ -3,7 +3,7 @@
 A row that could not be used when its features were computed is left out and reported as it would be without them, and
 the same row steps in for it. Which caption is drawn is the same too.
 
-Dimensions: B local batch, W width of a stored feature, J embedding of a teacher.
+Dimensions: B local batch, W width of a stored feature, Z embedding of a teacher.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ UNUSED = np.random.default_rng(0)
 """Random numbers for an image that is not opened. To make some for each row would take longer than all else."""
 
 TEACHER_IMAGES, TEACHER_TEXTS = "teacher_image_embeds", "teacher_text_embeds"
-"""What a batch calls a teacher's embeddings, (B, J) each."""
+"""What a batch calls a teacher's embeddings, (B, Z) each."""
 
 FIRST = Draw(0, 0, 0, 0)
 
