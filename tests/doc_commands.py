@@ -20,6 +20,7 @@ from .doc_blocks import ROOT
 
 PROGRAMS: dict[str, list[str]] = {
     "benchmarks": [],
+    "benchmarks.forgetting": [],
     "benchmarks.gpu": [],
     "benchmarks.hard_negatives": [],
     "benchmarks.pages": ["file.json", "--into", "page.md"],
@@ -88,8 +89,9 @@ def read_by_accelerate(words: Sequence[str]) -> None:
 
 def read_trainer(words: Sequence[str]) -> None:
     """A run's options, but where they stand in an example's file, which nobody has."""
-    if not words[0].endswith((".yaml", ".json")):
-        parse_config(list(words))
+    if not words[0].endswith((".yaml", ".json")) or (ROOT / words[0]).is_file():
+        first = str(ROOT / words[0]) if words[0].endswith((".yaml", ".json")) else words[0]
+        parse_config([first, *words[1:]])
 
 
 def read_by_pip(words: Sequence[str]) -> None:

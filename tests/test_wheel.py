@@ -50,6 +50,8 @@ def test_wheel_has_the_package_its_types_and_its_program_and_nothing_else(wheel:
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "hf_clip").rglob("*.py")}
     assert package <= files.keys()
     assert "hf_clip/py.typed" in files
+    recipes = {f"hf_clip/recipes/{path.name}": path.read_bytes() for path in (ROOT / "recipes").iterdir()}
+    assert {name: content for name, content in files.items() if name.startswith("hf_clip/recipes/")} == recipes
     assert {name.split("/")[0] for name in files if ".dist-info/" not in name} == {"hf_clip"}
     scripts = next(content for name, content in files.items() if name.endswith("entry_points.txt"))
     assert "hf-clip = hf_clip.commands.app:main" in scripts.decode()

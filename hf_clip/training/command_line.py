@@ -12,12 +12,16 @@ from .option_checks import moved_repository
 from .option_file import OPTION_FILES, read_options, words_of
 from .option_names import hint
 from .options import GROUPS, OPTIONS
+from .recipes import find_recipe, recipe_names
 
 EXAMPLES = """\
 examples:
   {prog} --model clip-vit-b32/ --dataset my/pairs --num_train_epochs 3 --output_dir fine-tuned/
+  {prog} lit --model clip-vit-b32/ --dataset my/pairs --output_dir fine-tuned/
   {prog} run.yaml --max_steps 100
   accelerate launch --num_processes 8 -m hf_clip.commands.finetune run.yaml
+
+recipes: {recipes}
 """
 
 
@@ -41,7 +45,7 @@ def _without_replaced(values: dict[str, Any], words: Sequence[str]) -> dict[str,
 
 def _check_push_to_hub(words: Sequence[str]) -> None:
     """Raises ValueError for a repository behind `--push_to_hub`."""
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
         name, equals, value = word.partition("=")
         value = value if equals else "" if following.startswith("-") else following
         if name.replace("-", "_") == "__push_to_hub" and value and value.lower() not in SWITCH_VALUES:
@@ -82,7 +86,7 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
 
     Args:
         arguments: the words behind the program's name; None takes those of this process. Where the first is a .yaml or
-            .json file, its options hold unless the command line says otherwise.
+            .json file, or the name of a recipe, its options hold unless the command line says otherwise.
         prog: what the program is called in its help.
 
     Returns:
@@ -90,8 +94,8 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: the file cannot be read, there is no such option, its value is ill-formed, or the options contradict
-            each other.
+        ValueError: the file cannot be read, there is no such recipe or option, its value is ill-formed, or the options
+            contradict each other.
         SystemExit: after --help.
     """
     import sys
@@ -103,13 +107,15 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
         GROUPS,
         prog=prog,
         description="Contrastive training of a CLIP on images with captions.",
-        epilog=EXAMPLES.format(prog=prog),
+        epilog=EXAMPLES.format(prog=prog, recipes=", ".join(recipe_names())),
         formatter_class=RawDescriptionHelpFormatter,
-        usage=f"{prog} [run.yaml] --model MODEL --dataset DATASET --output_dir FOLDER --num_train_epochs N [options]",
+        usage=f"{prog} [RECIPE | run.yaml] --model MODEL --dataset DATASET --output_dir FOLDER --num_train_epochs N "
+        f"[options]",
         allow_abbrev=False,
     )
-    if words and words[0].endswith(OPTION_FILES):
-        path, words = Path(words[0]), words[1:]
+    if words and not words[0].startswith("-"):
+        first, words = words[0], words[1:]
+        path = Path(first) if first.endswith(OPTION_FILES) else find_recipe(first, hint(first, OPTIONS, dashes="--"))
         from_file = words_of(_without_replaced(read_options(path, OPTIONS), words))
         _check_push_to_hub(from_file)
         _check_words(parser, from_file, path)
