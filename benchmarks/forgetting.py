@@ -101,6 +101,7 @@ ROWS = (
     Row("projections", "1e-2", PENALIZED, "projections, ten times the rate"),
     Row("wise-ft"),
     Row("ema"),
+    Row("distillation", options={"teacher": "../pretrained"}),
     Row("replay", options=REPLAYED),
     Row("replay", options=REPLAYED | AVERAGED, name="replay, averaged"),
 )
@@ -276,13 +277,13 @@ def draw(path: Path, facts: dict[str, Any], found: dict[str, Any]) -> None:
         places = list(zip(*found["curve"], strict=True))  # by α, then by seed
         line = [[summary([run[name] for run in runs])[0] for runs in places] for name in ("old", "new")]
         axes.plot(*line, "-o", color="#9a9a9a", markersize=3.5, linewidth=1.2, zorder=1)
-        place = round(0.4 * (len(places) - 1))
+        place = round(0.6 * (len(places) - 1))
         axes.annotate(
             f"WiSE-FT's curve, α in steps of {places[1][0]['alpha']:g}",
             (line[0][place], line[1][place]),
-            xytext=(-8, -12),
+            xytext=(0, 30),
             textcoords="offset points",
-            ha="right",
+            ha="center",
             color="#6b6b6b",
             fontsize=8.5,
         )

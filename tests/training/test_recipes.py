@@ -112,7 +112,13 @@ def is_another_result(result: Path, start: Weights, full: Weights) -> None:
     assert parts_that_differ(weights(result), full) == ALL
 
 
+def has_a_teacher(result: Path, start: Weights, full: Weights) -> None:
+    assert records(result)[-1]["distillation"] > 0
+    assert parts_that_differ(weights(result), full) == ALL
+
+
 EFFECTS: dict[str, Callable[[Path, Weights, Weights], None]] = {
+    "distillation": has_a_teacher,
     "ema": is_another_result,
     "flyp": contrasts_equal_prompts,
     "full": trains(*ALL),
@@ -131,6 +137,8 @@ def run_recipe(name: str, digits: Path, output: Path) -> Path:
         given["validation"] = "16"
     if name != "flyp":
         given["caption_column"] = LABELLED_CAPTION
+    if name == "distillation":
+        given["teacher"] = str(digits / "vit")
     if name == "replay":
         given["replay"] = f"{digits / 'pairs'}=0.5"
     chosen = options(digits, output, dataset=[str(digits / "labelled")], **given)
