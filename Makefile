@@ -28,10 +28,10 @@ demo: $(VENV)/.demo-installed  ## train a small CLIP on digits and look at it (T
 	$(BIN)/python -m demo --tower $(TOWER)
 
 test: $(VENV)/.dev-installed  ## run the tests (two workers)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.dev-installed  ## run the tests, the long ones too
-	$(BIN)/python -m pytest -m "" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev-installed  ## check format, lint and types
 	$(BIN)/ruff format --check .

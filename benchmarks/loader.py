@@ -34,8 +34,9 @@ from hf_clip import HfClipImageProcessor, HfClipProcessor, HfClipTokenizer
 from hf_clip.checkpoints.vocabulary import find_vocabulary
 from hf_clip.training.data.augment import ASPECTS, Augmentation
 from hf_clip.training.data.collator import PairCollator
+from hf_clip.training.data.load_pairs import load_pairs
 from hf_clip.training.data.loader import build_loader
-from hf_clip.training.data.pairs import Pairs, load_pairs
+from hf_clip.training.data.pairs import Pairs
 
 from .measuring import LEAST_ROUNDS, OURS, Contender, Row, Table, compare, say
 from .settings import Settings

@@ -22,8 +22,9 @@ from hf_clip import HfClipModel, HfClipProcessor
 from hf_clip.training.config import TrainingConfig
 from hf_clip.training.data.augment import Augmentation
 from hf_clip.training.data.collator import PairCollator
+from hf_clip.training.data.load_pairs import load_pairs
 from hf_clip.training.data.loader import PairLoader, build_loader
-from hf_clip.training.data.pairs import Pairs, load_pairs
+from hf_clip.training.data.pairs import Pairs
 from hf_clip.training.data.stored_collator import StoredCollator, StoredPairs
 from hf_clip.training.evaluating import INPUTS
 from hf_clip.training.frozen_towers import FrozenTowers, store_towers_

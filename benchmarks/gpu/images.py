@@ -24,7 +24,8 @@ from hf_clip.model.image_processing_hf_clip import OPENAI_STD
 from hf_clip.training.data.augment import Augmentation
 from hf_clip.training.data.collator import PairCollator
 from hf_clip.training.data.loader import PairLoader, build_loader
-from hf_clip.training.data.pairs import Pairs, PairTable
+from hf_clip.training.data.pair_table import PairTable
+from hf_clip.training.data.pairs import Pairs
 
 from ..measuring import OURS, Contender, Table
 from .models import Implementations, variant_of

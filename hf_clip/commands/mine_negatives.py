@@ -96,10 +96,10 @@ def mine_negatives(
     from ..checkpoints.in_memory import load_model
     from ..data.sources import Source
     from ..extras import require
+    from ..training.data.load_pairs import load_pairs
     from ..training.data.mined_table import check_table, open_whole, write_mined
     from ..training.data.mining import MiningOptions
     from ..training.data.mining import mine_negatives as mine
-    from ..training.data.pairs import load_pairs
     from ..zero_shot.pipeline import check_device, default_device
 
     require("hf-clip mine-negatives", "train", ["datasets"])

@@ -26,8 +26,9 @@ from .config import TrainingConfig
 from .data.augment import Augmentation
 from .data.bad_rows import BadRows
 from .data.collator import PairCollator
+from .data.load_pairs import hold_out, load_pairs, read_validation, with_replay
 from .data.loader import PairLoader, build_loader
-from .data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation, with_replay
+from .data.pairs import Pairs, PairStream
 from .data.stored_collator import StoredCollator, StoredPairs, Stores
 from .data.survey import (
     LOOKED_AT,

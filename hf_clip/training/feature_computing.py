@@ -22,7 +22,8 @@ from ..data.content import tokens_id
 from .data.collator import EMPTY, PairCollator
 from .data.feature_shards import Entries
 from .data.image_batch import ImageBatch, PreparedImage
-from .data.pairs import ANY, Draw, Pairs
+from .data.pair_table import ANY, Draw
+from .data.pairs import Pairs
 from .data.rows_digest import digest_of_rows
 from .stopping import heed_in_worker
 

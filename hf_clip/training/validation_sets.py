@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.sources import names_a_source
-from .data.pairs import Pairs, PairStream, read_validation
+from .data.load_pairs import read_validation
+from .data.pairs import Pairs, PairStream
 
 HELD_OUT = "held_out"
 """What rows are called that are held out of the data to train on."""

@@ -25,8 +25,9 @@ from hf_clip.training.data.augment import Augmentation
 from hf_clip.training.data.bad_rows import BadRows
 from hf_clip.training.data.collator import PairCollator, Plan
 from hf_clip.training.data.feature_shards import FILE, FeatureShards
+from hf_clip.training.data.load_pairs import load_pairs
 from hf_clip.training.data.loader import build_loader
-from hf_clip.training.data.pairs import Pairs, load_pairs
+from hf_clip.training.data.pairs import Pairs
 from hf_clip.training.data.stored_collator import StoredCollator, StoredPairs, Stores
 from hf_clip.training.feature_computing import Encoder
 from hf_clip.training.feature_store import FOLDER, StaleFeaturesError

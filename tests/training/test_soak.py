@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, Features, Image, Value, load_from_disk
 
 from hf_clip.training.checkpoint import list_checkpoints
-from hf_clip.training.data.pairs import load_pairs
+from hf_clip.training.data.load_pairs import load_pairs
 
 from ..finetuning import options, weights, words
 from .forked_runs import ForkedRun

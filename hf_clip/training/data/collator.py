@@ -25,7 +25,8 @@ from ...model.open_image import UNREADABLE
 from .augment import Augmentation
 from .image_batch import PreparedImage
 from .image_preparation import ImagePreparation
-from .pairs import Draw, Pairs, PairStream, Row
+from .pair_table import Draw, Row
+from .pairs import Pairs, PairStream
 
 Tokens = Mapping[str, tuple[list[int], bool]]
 """Captions → their tokens, and whether they were cut."""

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 from ..stopping import heed_in_worker
 from .bad_rows import BadRows
 from .collator import Batch, PairCollator, Plan, Preparation
-from .pairs import Draw, Pairs, PairStream
+from .pair_table import Draw
+from .pairs import Pairs, PairStream
 from .read_ahead import read_ahead
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from ...data.columns import describe_feature
 from ...data.images import ImagePlaces, find_local_file
 from ...data.sources import import_datasets, leave_undecoded, open_source
 from .mining import Mined
-from .pairs import PairTable
+from .pair_table import PairTable
 
 COLUMN = "negative_caption"
 

@@ -24,7 +24,7 @@ from ...data.content import content_id, tokens_id
 from ...evaluation.embed import Embedder, Unreadable
 from ...zero_shot.features import in_batches, progress_bar
 from .collator import PairCollator
-from .pairs import PairTable, Row
+from .pair_table import PairTable, Row
 
 QUERIES_AT_ONCE, TEXTS_AT_ONCE = 512, 4096
 """Size of a block of similarities, which takes 8 MB."""

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .pairs import Pairs, PairTable
+from .pair_table import PairTable
+from .pairs import Pairs
 
 READ = 256
 """Rows whose images count with all bytes."""

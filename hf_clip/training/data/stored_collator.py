@@ -18,7 +18,8 @@ from torch import Tensor
 from ...data.columns import UnusableRowError
 from .collator import Batch, Choice, PairCollator, Plan, Prepared, Tokens
 from .image_batch import PreparedImage
-from .pairs import Draw, Pairs, Row
+from .pair_table import Draw, Row
+from .pairs import Pairs
 from .stored_features import StoredFeatures, choose_place, labels_of
 
 NOTHING = PreparedImage(torch.zeros(0))

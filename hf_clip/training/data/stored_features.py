@@ -15,7 +15,7 @@ from torch import Tensor
 from ...data.columns import UnusableRowError
 from .collator import EMPTY
 from .feature_shards import FeatureShards
-from .pairs import ANY, Draw
+from .pair_table import ANY, Draw
 
 
 class StoredFeatures:

@@ -15,7 +15,8 @@ from ...data.columns import UnusableRowError
 from ...data.content import tokens_id
 from ...data.images import image_content, open_content
 from .collator import PairCollator
-from .pairs import Pairs, PairStream, PairTable, Row
+from .pair_table import PairTable, Row
+from .pairs import Pairs, PairStream
 
 LOOKED_AT = 1000
 """Rows whose captions are looked at: as many as a stream's shuffle buffer reads before the first batch anyway."""

@@ -13,7 +13,7 @@ from transformers import ProcessorMixin
 from hf_clip.data.columns import UnusableRowError
 from hf_clip.data.images import ImagePlaces, find_image_places, image_content
 from hf_clip.training.data.bad_rows import BadRows, find_refusal, part_cut
-from hf_clip.training.data.pairs import load_pairs
+from hf_clip.training.data.load_pairs import load_pairs
 
 from ..sources import COUNT, captions, loader_of, png, text_ids, write_table
 

@@ -14,8 +14,8 @@ from hf_clip.training.data.augment import Augmentation
 from hf_clip.training.data.collator import PairCollator
 from hf_clip.training.data.image_batch import DecodedImages, ImageBatch, ScaledImages
 from hf_clip.training.data.image_preparation import ImagePreparation
+from hf_clip.training.data.load_pairs import load_pairs
 from hf_clip.training.data.loader import build_loader
-from hf_clip.training.data.pairs import load_pairs
 
 from ..sources import STRONG, captions, write_table
 

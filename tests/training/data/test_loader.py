@@ -20,8 +20,8 @@ from transformers import ProcessorMixin
 from hf_clip.data.content import content_id
 from hf_clip.training.data.bad_rows import BadRows
 from hf_clip.training.data.collator import PairCollator
+from hf_clip.training.data.load_pairs import load_pairs
 from hf_clip.training.data.loader import Position, WorkerKilledError
-from hf_clip.training.data.pairs import load_pairs
 from hf_clip.training.stopping import Signals, heeded
 
 from ..sources import COUNT, captions, jpeg, loader_of, png, text_id, text_ids, write_table

@@ -10,9 +10,10 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dat
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hf_clip.training.data.load_pairs import load_pairs
 from hf_clip.training.data.mined_table import check_table, open_whole, write_mined
 from hf_clip.training.data.mining import Mined, MiningOptions, Negative, limits_of, mine_negatives, most_similar
-from hf_clip.training.data.pairs import PairTable, load_pairs
+from hf_clip.training.data.pair_table import PairTable
 
 from ..sources import png, write_pictures, write_table
 

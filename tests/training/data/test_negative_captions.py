@@ -10,7 +10,8 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import ProcessorMixin
 
 from hf_clip.training.data.bad_rows import BadRows
-from hf_clip.training.data.pairs import Pairs, PairStream, load_pairs, with_replay
+from hf_clip.training.data.load_pairs import load_pairs, with_replay
+from hf_clip.training.data.pairs import Pairs, PairStream
 from hf_clip.training.data.survey import check_negatives, describe_negatives, look_at
 
 from ...finetuning import largest_difference, records, train, weights

@@ -20,7 +20,9 @@ from datasets import Image as ImageFeature
 from hf_clip.data.columns import UnusableRowError, describe_feature, find_image_column
 from hf_clip.data.images import find_image_places, image_content, open_content
 from hf_clip.data.sources import Source, expand_braces, parse_sources
-from hf_clip.training.data.pairs import Pairs, PairStream, Row, load_pairs, with_replay
+from hf_clip.training.data.load_pairs import load_pairs, with_replay
+from hf_clip.training.data.pair_table import Row
+from hf_clip.training.data.pairs import Pairs, PairStream
 
 from ..sources import SMALL, WRITERS, captions, jpeg, png, write_pictures, write_table, write_tar
 

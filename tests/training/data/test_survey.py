@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import ProcessorMixin
 
 from hf_clip.training.data.collator import PairCollator
-from hf_clip.training.data.pairs import load_pairs
+from hf_clip.training.data.load_pairs import load_pairs
 from hf_clip.training.data.survey import OPENED, describe_captions, look_at
 
 from ..sources import captions, png, write_pictures, write_table

@@ -11,7 +11,8 @@ import pytest
 
 from hf_clip.training import build
 from hf_clip.training.config import TrainingConfig
-from hf_clip.training.data.pairs import Pairs, PairStream, hold_out, load_pairs, read_validation
+from hf_clip.training.data.load_pairs import hold_out, load_pairs, read_validation
+from hf_clip.training.data.pairs import Pairs, PairStream
 from hf_clip.training.data.read_ahead import read_ahead
 from hf_clip.training.data.survey import Look
 
