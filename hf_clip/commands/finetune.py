@@ -143,12 +143,12 @@ def contrast(
         local_negative_text_ids=batch.get("negative_text_ids") if is_masked else None,
         ring=run.config.loss_ring,
     )
-    run.check_loss(result.global_loss)
     if run.learner.teacher is None:
+        run.check_loss(result.global_loss)
         return result
     given = (image_embeds, text_embeds[:pairs], logit_scale)
     distillation = run.learner.teacher.distill(batch, *given, run.config.loss_ring)
-    run.check_loss(distillation.global_loss)
+    run.check_loss(result.global_loss, distillation.global_loss)
     return add_distillation(result, distillation, run.config.teacher_weight)
 
 

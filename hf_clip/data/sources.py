@@ -330,8 +330,10 @@ def readable(path: str) -> Iterator[None]:
             f".jsonl or .parquet, a CSV, JSON, parquet or webdataset (.tar) file, or a folder written by "
             f"Dataset.save_to_disk ({_first_line(error)})."
         ) from error
-    except ImportError:
-        raise
+    except ImportError as error:
+        if "pip install" in str(error):  # our own line
+            raise
+        raise ImportError(f"The data set {path!r} cannot be read: {_first_line(error).rstrip('.')}.") from error
     except Exception as error:  # its builders raise what the libraries below them do
         cause = _first_line(error.__cause__ or error)
         if "corresponds to no data" in cause:

@@ -230,6 +230,8 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
             check_no_methods(cls, config_dict, "it")
             read = dict(config_dict)
             config = super().from_dict(config_dict, **kwargs)
+            if kwargs:  # transformers sets those that replace fields without looking at them
+                (config[0] if isinstance(config, tuple) else config).validate()
         except Exception as error:  # transformers does not check types: a wrong one raises any kind of error
             said = one_line(error) if isinstance(error, ValueError) else one_line(f"{type(error).__name__}: {error}")
             said = said.removeprefix("StrictDataclassFieldValidationError: ")

@@ -34,7 +34,7 @@ def check_dims(dims: Sequence[int], full: int) -> list[int]:
                 f"needed."
             )
     if len(set(dims)) < len(dims):
-        raise ValueError(f"matryoshka_dims is {list(dims)}, in which a width stands twice: name each once.")
+        raise ValueError(f"matryoshka_dims is {list(dims)!r:.80}, in which a width stands twice: name each once.")
     return sorted(map(int, dims), reverse=True)
 
 

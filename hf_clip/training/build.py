@@ -120,6 +120,7 @@ def open_data(config: TrainingConfig, num_processes: int = 1) -> Data:
     train = load_pairs(config.dataset, split=config.split, negative_caption_column=negatives, **chosen)
     if config.captions == "all" and isinstance(train, Pairs) and not train.has_several_captions:
         raise ValueError("--captions all would have no effect: a row of this data has one caption.")
+    chosen["passed_over"] = negatives  # wrong captions are no captions of other data either
     evaluated: list[tuple[str, Pairs | PairStream]] = []
     for one in config.validation_sets:
         amount = read_validation(one.source)
@@ -147,12 +148,19 @@ def open_data(config: TrainingConfig, num_processes: int = 1) -> Data:
 
 def _open_validation(path: str, config: TrainingConfig, chosen: dict[str, Any]) -> Pairs | PairStream:
     """Pairs to evaluate on from a source of their own. chosen: as `load_pairs` takes it"""
-    if path in [source.path for source in (*parse_sources(config.dataset), config.replayed) if source is not None]:
+    sources = [source for source in (*parse_sources(config.dataset), config.replayed) if source is not None]
+    if any(_is_trained_on(path, source.path, config.split) for source in sources):
         raise ValueError(
             f"--validation {path} is a source that is trained on: name another, or one of its splits, or hold rows out "
             f"with a number (500) or a part (0.05) of them."
         )
     return load_pairs(Source(path), split=None, **(chosen | {"captions": "all"}))
+
+
+def _is_trained_on(path: str, source: str, split: str) -> bool:
+    """Whether a source is one that is trained on, or the folder or file of its split, however it is written."""
+    place, trained = (os.path.realpath(os.path.expanduser(each)) for each in (path, source))
+    return path == source or place == trained or os.path.splitext(place)[0] == os.path.join(trained, split)
 
 
 def describe_start(config: TrainingConfig, data: Data, processor: ProcessorMixin) -> list[str]:

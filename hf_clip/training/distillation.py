@@ -216,6 +216,7 @@ class _TiledDistillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        tiles.refuse_second_derivative("The distillation loss")
         local_images, local_texts, logit_scale = ctx.saved_tensors
         teacher, rows, columns = ctx.teacher, ctx.rows, ctx.columns
         needs_texts, width = ctx.needs_input_grad[1], local_images.shape[1]

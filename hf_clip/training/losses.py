@@ -52,7 +52,7 @@ from .own_captions import OwnCaptions
 from .ring import Ring
 from .sigmoid import Sigmoid
 from .softmax import Softmax
-from .tiles import Duplicates, LogitTiles, Tile, own_logits, wide_type
+from .tiles import Duplicates, LogitTiles, Tile, own_logits, refuse_second_derivative, wide_type
 
 INITIAL_SIGMOID_LOGIT_SCALE = math.log(10)
 """The logarithm of the scale with which training by the sigmoid loss begins (Zhai et al. 2023, section 3.2)."""
@@ -205,11 +205,7 @@ class _TiledLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "The contrastive loss was differentiated with create_graph=True, but it has no second derivative: "
-                "leave create_graph out, or compute the loss from whole logits."
-            )
+        refuse_second_derivative("The contrastive loss")
         local_images, local_texts, local_negatives, logit_scale, logit_bias, *gathered = ctx.saved_tensors
         batch, loss = ctx.batch, ctx.loss
         needs_image_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]  # the scale's is made from it

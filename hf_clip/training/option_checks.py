@@ -1,6 +1,7 @@
 """What options may be, alone and beside each other: whatever cannot be meant, or has no effect, is one error."""
 
 import math
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from .chosen_metric import parse_metric
@@ -75,6 +76,9 @@ def check_needed(config: "TrainingConfig") -> None:
 
 def check_values(config: "TrainingConfig") -> None:
     """Refuse values that an option cannot have."""
+    for option in fields(config):
+        if getattr(config, option.name) == "" != option.default:
+            raise ValueError(f"--{option.name} is given as an empty text; write what is meant, or leave it out.")
     for name in COUNTS:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:

@@ -118,17 +118,18 @@ class Run:
             if not has_begun:  # it goes on behind its last step
                 self._begin()
 
-    def check_loss(self, loss: Tensor) -> None:
-        """Refuse a loss that is no number, before it goes into the weights. All processes have the same loss.
+    def check_loss(self, *losses: Tensor) -> None:
+        """Refuse a loss that is no number, before it goes into the weights. All processes have the same losses.
 
         Args:
-            loss: of the global batch, ().
+            losses: each a term of the global batch's loss, (). Together they show that the weights are good.
 
         Raises:
             ValueError: the loss is no number. The message names the last good checkpoint.
         """
-        if not math.isfinite(loss.item()):
-            raise self.checkpoints.diverged(f"The loss became {loss.item()} at step {self.state.step + 1}")
+        for loss in losses:
+            if not math.isfinite(loss.item()):
+                raise self.checkpoints.diverged(f"The loss became {loss.item()} at step {self.state.step + 1}")
         self.checkpoints.prove()
 
     def batch_done(self, result: ContrastiveResult, rates: dict[str, float]) -> None:

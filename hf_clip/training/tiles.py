@@ -123,6 +123,22 @@ class Tile:
         self.own.fill_(value)
 
 
+def refuse_second_derivative(what: str) -> None:
+    """To be called in a backward pass that has no derivative itself.
+
+    Args:
+        what: Is differentiated, as a sentence begins with it.
+
+    Raises:
+        NotImplementedError: It was called with `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{what} was differentiated with create_graph=True, but it has no second derivative: leave create_graph "
+            f"out, or compute the loss from whole logits."
+        )
+
+
 class LogitTiles:
     """The tiles of this process's images against any texts."""
 

@@ -78,6 +78,12 @@ def parse_validation(texts: Sequence[str]) -> list[ValidationSet]:
     sets = [_read(text) for text in texts]
     if len(sets) < 2:
         return sets
+    amounts = [one.source for one in sets if not isinstance(read_validation(one.source), str)]
+    if len(amounts) > 1:
+        raise ValueError(
+            f"--validation holds out rows {len(amounts)} times ({', '.join(amounts)}), but once is enough: the data "
+            f"are the same."
+        )
     for place, one in enumerate(sets):
         for other in sets[:place]:
             if one.source == other.source:
@@ -92,12 +98,6 @@ def parse_validation(texts: Sequence[str]) -> list[ValidationSet]:
                 f"--validation names a set {one.name!r}, but figures of that name are others: call it something else, "
                 f"as in --validation first={one.source}."
             )
-    amounts = [one.source for one in sets if not isinstance(read_validation(one.source), str)]
-    if len(amounts) > 1:
-        raise ValueError(
-            f"--validation holds out rows {len(amounts)} times ({', '.join(amounts)}), but once is enough: the data "
-            f"are the same."
-        )
     return sets
 
 

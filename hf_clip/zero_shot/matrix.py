@@ -67,7 +67,7 @@ class ClassifierMatrix:
         With `truncate_dim` the features may have more numbers than that.
         """
         if self.truncate_dim is not None:
-            features = features[:, : self.truncate_dim]
+            features = features[..., : self.truncate_dim]
         if features.ndim != 2 or features.shape[1] != self.weights.shape[0]:
             raise ValueError(
                 f"The features have shape {tuple(features.shape)}, but this classifier was made for (images, "

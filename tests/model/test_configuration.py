@@ -161,6 +161,16 @@ def test_derived_field_of_a_resnet_cannot_be_chosen(fields: dict):
     assert HfClipResNetConfig(hidden_size=2048, num_hidden_layers=4).hidden_size == 2048
 
 
+@pytest.mark.parametrize("fields", [{"matryoshka_dims": [33]}, {"contrastive_loss": "mean"}, {"projection_dim": "8"}])
+def test_field_that_replaces_a_stored_one_is_checked_too(fields: dict, tmp_path: Path):
+    HfClipConfig(projection_dim=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"The configuration of .* is refused: .*{next(iter(fields))}"):
+        HfClipConfig.from_pretrained(tmp_path, **fields)
+    kept, unused = HfClipConfig.from_pretrained(tmp_path, matryoshka_dims=[8, 32], absent=1, return_unused_kwargs=True)
+    assert kept.matryoshka_dims == [32, 8]
+    assert unused == {"absent": 1}
+
+
 def test_given_tower_configuration_is_left_as_it_was():
     text = HfClipTextConfig(projection_dim=96)
     first, second = HfClipConfig(text_config=text, projection_dim=64), HfClipConfig(text_config=text, projection_dim=32)

@@ -125,6 +125,7 @@ def test_widths_have_an_order():
         ([64, 0], "matryoshka_dims has 0, but a feature has 64 numbers: widths from 1 to 64 are needed"),
         ([65], "matryoshka_dims has 65, but a feature has 64 numbers"),
         ([64, 8, 8], r"matryoshka_dims is \[64, 8, 8\], in which a width stands twice: name each once"),
+        ([8] * 3000, r"matryoshka_dims is \[[8, ]{70,80}, in which a width stands twice: name each once\.$"),
         ("64,8", "matryoshka_dims"),
         ([8.0], "matryoshka_dims"),
     ],

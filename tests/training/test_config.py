@@ -52,6 +52,7 @@ def test_what_is_missing_is_named(fields: dict, message: str):
         ),
         ({"micro_batch_size": "2.5"}, "micro_batch_size is '2.5', but must be a number of pairs"),
         ({"cached_views": 0}, "cached_views is 0, but it must be positive"),
+        ({"teacher": ""}, "--teacher is given as an empty text; write what is meant, or leave it out"),
         ({"teacher_weight": 0.0}, "teacher_weight is 0.0, but it must be positive"),
         ({"max_steps": 0}, "max_steps is 0, but it must be positive"),
         ({"max_steps": None, "num_train_epochs": -1.0}, "num_train_epochs is -1.0, but it must be positive"),
@@ -89,6 +90,7 @@ def test_what_is_missing_is_named(fields: dict, message: str):
             "--validation names two sets 'val', coco/val and flickr/val: give each a name of its own, as in --valid",
         ),
         ({"validation": ["a=x/y", "b=x/y"]}, "--validation names x/y twice: leave one out"),
+        ({"validation": ["50", "60"]}, r"--validation holds out rows 2 times \(50, 60\), but once is enough"),
         ({"validation": ["a=500", "b=0.1"]}, r"--validation holds out rows 2 times \(500, 0.1\), but once is enough"),
         (
             {"validation": ["test", "guard=x/y"]},

@@ -51,6 +51,14 @@ def test_loss_and_gradients_are_those_of_the_formula(scale: float, teacher_scale
         assert (tensor.grad.double() - gradient).norm() <= 2e-6 * gradient.norm()
 
 
+def test_second_derivative_is_refused():
+    images, texts = (normalize(torch.randn(5, 4), dim=-1).requires_grad_() for _ in range(2))
+    given: dict[str, Any] = {"local_teacher_images": images, "local_teacher_texts": texts}
+    loss = distillation_loss(images, texts, torch.tensor(2.0), **given, teacher_scale=1.0).local_loss_to_backpropagate
+    with pytest.raises(NotImplementedError, match="The distillation loss was differentiated with create_graph=True"):
+        torch.autograd.grad(loss, images, create_graph=True)
+
+
 def test_student_that_agrees_has_nothing_to_learn():
     torch.manual_seed(0)
     embeds = [normalize(torch.randn(20, 16), dim=-1).requires_grad_() for _ in range(2)]

@@ -38,6 +38,8 @@ def test_classifier_compares_the_first_numbers(clip: tuple[Any, Any], tmp_path: 
     expected = normalize(features[:, :6], dim=-1) @ classifier.weights
     assert torch.equal(classifier.matrix.cosines(features), expected)
     assert torch.equal(classifier.matrix.cosines(features[:, :6]), expected)
+    with pytest.raises(ValueError, match=r"The features have shape \(6,\), but this classifier was made for"):
+        classifier.matrix.cosines(features[0])
 
     classifier.save(tmp_path / "c.safetensors")
     again = ZeroShotClassifier.load(tmp_path / "c.safetensors", *clip)

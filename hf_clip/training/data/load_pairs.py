@@ -30,6 +30,7 @@ def load_pairs(
     image_column: str | None = None,
     caption_column: str | None = None,
     negative_caption_column: Sequence[str] = (),
+    passed_over: Sequence[str] = (),
     label_column: str | None = None,
     captions: str = "one",
     streaming: bool = False,
@@ -44,6 +45,7 @@ def load_pairs(
         image_column: Images, their bytes, paths (relative ones begin at the source's folder) or URLs.
         caption_column: Texts, lists of texts, or a template over the row's columns such as "a photo of a {label}."
         negative_caption_column: Columns or templates of wrong captions, read in the same way. Every source has them.
+        passed_over: Columns among which images and captions are not looked for, where a source has them.
         label_column: A column of whole numbers to carry along as `labels`.
         captions: Of a row with several, "one" is drawn in each epoch, or "all" make a row each.
         streaming: Read the sources as they come, instead of preparing tables on disk first.
@@ -72,7 +74,7 @@ def load_pairs(
         if not features or (not streaming and not len(table)):
             which = "" if split is None else f" in its split {split!r}"
             raise ValueError(f"{source.path} has no rows{which}.")
-        choices = without_columns(features, negative_caption_column)
+        choices = without_columns(features, [*negative_caption_column, *passed_over])
         images = find_image_column(source.path, features if image_column else choices, image_column)
         texts = find_caption_column(source.path, features if caption_column else choices, caption_column, images)
         reader = CaptionReader(source.path, texts, features)

@@ -9,6 +9,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import ProcessorMixin
 
+from hf_clip.training.build import open_data
+from hf_clip.training.config import TrainingConfig
 from hf_clip.training.data.bad_rows import BadRows
 from hf_clip.training.data.load_pairs import load_pairs, with_replay
 from hf_clip.training.data.pairs import Pairs, PairStream
@@ -81,6 +83,23 @@ def test_template_that_cannot_be_filled_is_a_bad_row(source: str):
 def test_columns_that_cannot_be_meant_are_refused(source: str, named: str, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_pairs(source, image_column="image", caption_column="caption", negative_caption_column=[named])
+
+
+@pytest.mark.parametrize("validation", ["test", "its own"])
+def test_wrong_captions_are_not_taken_for_those_to_evaluate_on(tmp_path: Path, validation: str):
+    """The wrong ones stand in a column whose name says "caption"."""
+    rows = {"image": [png(n) for n in range(4)], "legend": ROWS["caption"], "caption": ["wrong"] * 4}
+    for split in ("train", "test"):
+        Dataset.from_dict(rows).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    Dataset.from_dict(rows).to_parquet(tmp_path / "own.parquet")
+    named = str(tmp_path / "own.parquet") if validation == "its own" else validation
+    options = {"dataset": [str(tmp_path / "data")], "negative_caption_column": ["caption"], "validation": [named]}
+    config = TrainingConfig(variant="RN50", output_dir="out", max_steps=1, **options)
+    data = open_data(config)
+    assert data.validation is not None
+    for pairs in (data.train, data.validation):
+        captions = [text for draw in pairs.draws(0, shuffle=False) for text in pairs.read(draw).captions]
+        assert captions == ROWS["caption"]
 
 
 def test_column_without_any_text_is_refused(source: str):

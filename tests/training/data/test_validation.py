@@ -87,6 +87,9 @@ def test_validation_data_may_be_a_source_of_their_own(tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match=r"--validation .*train.csv is a source that is trained on: name another"):
         build.open_data(TrainingConfig(**chosen, validation=chosen["dataset"][0]))
     monkeypatch.chdir(tmp_path)
+    for dataset, validation in (("train.csv", "./train.csv"), ("splits", "splits/train.csv")):
+        with pytest.raises(ValueError, match=f"--validation {validation} is a source that is trained on: name another"):
+            build.open_data(TrainingConfig(**chosen | {"dataset": [dataset]}, validation=validation))
     with pytest.raises(ValueError, match=r"has no split 'splits'.* the file or folder of that name, write ./splits."):
         build.open_data(TrainingConfig(**chosen, validation="splits"))
     tables = {name: datasets.Dataset.from_dict({"image": ["x.png"], "caption": ["a"]}) for name in ("one", "two")}
