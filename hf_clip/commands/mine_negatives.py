@@ -94,6 +94,7 @@ def mine_negatives(
         hf-clip finetune --model clip-vit-b32/ --dataset mined.parquet --negative_caption_column negative_caption
     """
     from ..checkpoints.in_memory import load_model
+    from ..data.columns import CAPTION_NAMES
     from ..data.sources import Source
     from ..extras import require
     from ..training.data.load_pairs import load_pairs
@@ -104,7 +105,7 @@ def mine_negatives(
 
     require("hf-clip mine-negatives", "train", ["datasets"])
     options = MiningOptions(negatives, by.value, max_share, skip_first)
-    check_table(output)
+    check_table(output, column)
     check_device(device)
     (source,) = load_pairs(
         Source(dataset),
@@ -141,6 +142,8 @@ def mine_negatives(
         f"{found / len(mined.negatives):.3g} negatives for each of {len(mined.negatives):,} images, of {mined.texts:,} "
         f"different captions; {without:,} of {len(mined.of_rows):,} rows have none."
     )
+    if caption_column is None and column.lower() in CAPTION_NAMES:  # the trainer would not tell which is which
+        caption_column = source.captions.column
     words = ["hf-clip", "finetune", "--model", model, "--dataset", output, "--negative_caption_column", column]
     for name, given in (("--image_column", image_column), ("--caption_column", caption_column)):
         words += [] if given is None else [name, given]

@@ -5,6 +5,7 @@ opened by `datasets`, which is imported when it is first needed.
 """
 
 import glob
+import json
 import logging
 import os
 import re
@@ -202,11 +203,20 @@ def _separator_of(name: str) -> str | None:
     return None if "," in head else max((mark for mark in SEPARATORS if mark in head), key=head.count, default=None)
 
 
+def _refuse_empty(folder: Path) -> None:
+    """Raise ValueError for a saved data set without rows, of which `datasets` says "list index out of range"."""
+    has_splits = (folder / "dataset_dict.json").is_file()
+    for file in sorted(folder.glob("*/state.json")) if has_splits else [folder / "state.json"]:
+        if json.loads(file.read_text(encoding="utf-8")).get("_data_files") == []:
+            raise ValueError(f"its split {file.parent.name!r} has no rows" if has_splits else "it has no rows")
+
+
 def _load(path: str, names: list[str], streaming: bool) -> Any:
     """Whatever `datasets` makes of it: a table or stream, or a mapping of splits to them."""
     datasets = import_datasets()
     place = Path(os.path.expanduser(path))
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+        _refuse_empty(place)
         saved = datasets.load_from_disk(str(place))
         if not streaming:
             return saved

@@ -28,10 +28,14 @@ class UnreadableImagesError(ValueError):
 
 @dataclass
 class Unreadable:
-    """The images of a data set that cannot be opened."""
+    """The images of a data set that cannot be opened.
+
+    consequence: of many of them
+    """
 
     source: str
     total: int | None = None
+    consequence: str = "the figures would be of other data"
     seen: int = 0
     reasons: list[str] = field(default_factory=list)
 
@@ -48,8 +52,8 @@ class Unreadable:
             return
         shown = "; ".join(self.reasons[:SHOWN])
         raise UnreadableImagesError(
-            f"{self.source}: {count} of {total} images cannot be opened, more than {MOST_UNREADABLE:.0%}, so the "
-            f"figures would be of other data. Replace them, or leave them out: {shown}.",
+            f"{self.source}: {count} of {total} images cannot be opened, more than {MOST_UNREADABLE:.0%}, so "
+            f"{self.consequence}. Replace them, or leave them out: {shown}.",
             count,
             total,
             self.reasons,

@@ -36,6 +36,7 @@ from .data.survey import (
     Look,
     check_negatives,
     describe_captions,
+    describe_found_columns,
     describe_negatives,
     look_at,
 )
@@ -167,7 +168,8 @@ def describe_start(config: TrainingConfig, data: Data, processor: ProcessorMixin
     """Lines to be said when a run begins: what was chosen where nothing was given, and what is odd about the data."""
     is_masked = config.mask_duplicates == "on"
     captions = describe_captions(data.look.captions, PairCollator(processor), is_masked=is_masked)
-    return config.notes + captions + describe_negatives(data.look, is_masked)
+    notes = [*config.notes, *describe_found_columns(data.train)] if config.caption_column is None else config.notes
+    return notes + captions + describe_negatives(data.look, is_masked)
 
 
 def load_image_processor(config: TrainingConfig, model_config: HfClipConfig) -> HfClipImageProcessor:

@@ -60,6 +60,10 @@ def test_table_is_what_the_trainer_takes_and_the_same_each_time(
             ("--output", "m.parquet", "--caption-column", "alt"),
             "has no column 'alt'; its columns are image, caption, targ",
         ),
+        (
+            ("--output", "m.parquet", "--column", "a{b}"),
+            "error: --column is 'a{b}', but hf-clip finetune takes braces for a template; name",
+        ),
         (("--output", "m.parquet", "--max-share", "0"), "max_share 0, but must be at least 1, at least 0 and above 0."),
         (
             ("--output", "m.parquet", "--skip-first", "500"),

@@ -18,7 +18,7 @@ from ...data.sources import (
     parse_sources,
     readable,
 )
-from .negative_captions import negative_readers, without_columns
+from .negative_captions import check_taken, check_templates, negative_readers, without_columns
 from .pair_table import PairTable
 from .pairs import Pairs, PairStream
 
@@ -75,10 +75,12 @@ def load_pairs(
             which = "" if split is None else f" in its split {split!r}"
             raise ValueError(f"{source.path} has no rows{which}.")
         choices = without_columns(features, [*negative_caption_column, *passed_over])
+        check_taken(source.path, features, negative_caption_column, image_column, caption_column)
         images = find_image_column(source.path, features if image_column else choices, image_column)
         texts = find_caption_column(source.path, features if caption_column else choices, caption_column, images)
         reader = CaptionReader(source.path, texts, features)
         negatives = negative_readers(source.path, features, negative_caption_column, images, texts)
+        check_templates([reader, *negatives], images)
         if label_column is not None:
             check_label_column(source.path, features, label_column)
         places = find_image_places(source.path, folder_of(source.path), image_folders)

@@ -27,16 +27,24 @@ ROWS_AT_ONCE = 1000
 ENDING = ".parquet"
 
 
-def check_table(path: str) -> None:
+def check_table(path: str, column: str = COLUMN) -> None:
     """Refuse a file that cannot be written, before anything is computed.
 
+    Args:
+        path: The file.
+        column: The name of its new column.
+
     Raises:
-        ValueError: its name has another ending.
+        ValueError: its name has another ending, or the column's name would be taken for a template.
         FileExistsError: there is one.
         PermissionError: its folder cannot be written.
     """
     if not path.endswith(ENDING):
         raise ValueError(f"--output is {path}, but the result is a table in a parquet file: name one, *{ENDING}.")
+    if "{" in column or "}" in column:
+        raise ValueError(
+            f"--column is {column!r}, but hf-clip finetune takes braces for a template; name the column without them."
+        )
     if os.path.lexists(path):
         raise FileExistsError(f"{path} exists; remove it, or name another file for --output.")
     check_writable(Path(path).parent)

@@ -221,7 +221,7 @@ def _different_texts(captions: Iterable[str], collator: PairCollator) -> tuple[l
 def _encode_images(embedder: Embedder, reading: _Reading, progress: bool) -> dict[int, Tensor]:
     """The features (D,) of the images that can be opened, by their numbers."""
     source, found = reading.source, dict[int, Tensor]()
-    unreadable = Unreadable(source.name)
+    unreadable = Unreadable(source.name, consequence="too many rows would have no negative captions")
     with progress_bar("Images", "image", len(source.rows), progress) as update:
         for rows, features in embedder.images(reading.images(), places=source.places, unreadable=unreadable):
             found |= {row.number: feature for row, feature in zip(rows, features, strict=True)}

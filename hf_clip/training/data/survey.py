@@ -156,6 +156,14 @@ def check_negatives(look: Look, columns: list[str]) -> None:
         )
 
 
+def describe_found_columns(pairs: Pairs | PairStream) -> list[str]:
+    """A line that says which columns were found to hold the captions, where others hold negative ones."""
+    found = [source.captions.column for source in pairs.sources if source.negatives]
+    if not found:
+        return []
+    return [f"note: captions are those of {' and '.join(dict.fromkeys(found))}, since no --caption_column is given."]
+
+
 def describe_negatives(look: Look, is_masked: bool) -> list[str]:
     """Lines that say how many negative captions there are, where there are any.
 

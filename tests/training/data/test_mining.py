@@ -139,6 +139,15 @@ def test_data_of_one_image_are_refused(tmp_path: Path, repositories: dict[str, P
         mine_negatives(*model_of(repositories), source, MiningOptions(by="text"))
 
 
+def test_too_many_images_that_cannot_be_opened_are_refused(tmp_path: Path, repositories: dict[str, Path]):
+    rows = {"image": [png(0), b"broken", png(1)], "caption": ["one", "two", "three"]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+    (source,) = load_pairs(str(tmp_path / "data")).sources
+    message = "1 of 3 images cannot be opened, more than 1%, so too many rows would have no negative captions. Replace"
+    with pytest.raises(ValueError, match=message):
+        mine_negatives(*model_of(repositories), source, MiningOptions())
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from transformers import ProcessorMixin
 
 from hf_clip.training.build import open_data
@@ -87,19 +87,44 @@ def test_columns_that_cannot_be_meant_are_refused(source: str, named: str, messa
 
 @pytest.mark.parametrize("validation", ["test", "its own"])
 def test_wrong_captions_are_not_taken_for_those_to_evaluate_on(tmp_path: Path, validation: str):
-    """The wrong ones stand in a column whose name says "caption"."""
-    rows = {"image": [png(n) for n in range(4)], "legend": ROWS["caption"], "caption": ["wrong"] * 4}
+    """The column of the right ones is found since it is the only other one."""
+    rows = {"image": [png(n) for n in range(4)], "legend": ROWS["caption"], "wrong": ["not it"] * 4}
     for split in ("train", "test"):
         Dataset.from_dict(rows).to_parquet(tmp_path / "data" / f"{split}.parquet")
     Dataset.from_dict(rows).to_parquet(tmp_path / "own.parquet")
     named = str(tmp_path / "own.parquet") if validation == "its own" else validation
-    options = {"dataset": [str(tmp_path / "data")], "negative_caption_column": ["caption"], "validation": [named]}
+    options = {"dataset": [str(tmp_path / "data")], "negative_caption_column": ["wrong"], "validation": [named]}
     config = TrainingConfig(variant="RN50", output_dir="out", max_steps=1, **options)
     data = open_data(config)
     assert data.validation is not None
     for pairs in (data.train, data.validation):
         captions = [text for draw in pairs.draws(0, shuffle=False) for text in pairs.read(draw).captions]
         assert captions == ROWS["caption"]
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"negative_caption_column": ["caption"]}, "--negative_caption_column is 'caption', by whose name it holds the "
+        "captions themselves; name another column, or name that of the captions with --caption_column."),
+        ({"negative_caption_column": ["wrong", "image"]}, "--negative_caption_column is 'image', which is the column "
+        "that looks like the images; name a column of texts, or name the images' own with --image_column."),
+        ({"negative_caption_column": ["{image}"], "caption_column": "caption"}, "The template '{image}' makes texts of "
+        "'image', which holds the images; name columns of texts or labels in it."),
+        ({"caption_column": "{image}"}, "The template '{image}' makes texts of 'image', which holds the images; "),
+    ],
+)  # fmt: skip
+def test_column_that_rather_holds_something_else_is_refused(tmp_path: Path, named: dict[str, Any], message: str):
+    features = Features({"image": Image(), "caption": Value("string"), "wrong": Value("string")})
+    rows = {"image": [{"bytes": png(0), "path": None}], "caption": ["one"], "wrong": ["two"]}
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_pairs(str(tmp_path / "data"), **named)
+
+
+def test_column_of_a_captions_name_is_taken_where_the_captions_are_named(source: str):
+    pairs = load_pairs(source, caption_column="wrong", negative_caption_column=["caption"])
+    assert negatives_of(pairs)[0] == ["one"]
 
 
 def test_column_without_any_text_is_refused(source: str):
@@ -188,7 +213,9 @@ def test_run_learns_from_them_in_parts_and_goes_on_as_if_never_interrupted(
     chosen: dict[str, Any] = {"dataset": str(swapped), "negative_caption_column": "wrong", "validation": "100"}
     chosen |= {"max_steps": 3, "save_steps": 2, "logging_steps": 1, "optim": "SGD", "learning_rate": "1e-2"}
     whole = train(digits, tmp_path / "whole", **chosen)
-    assert "negative captions a row; " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "negative captions a row; " in said
+    assert "note: captions are those of caption, since no --caption_column is given.\n" in said
     assert all(record["negative_captions"] == pytest.approx(0.9, abs=0.05) for record in records(whole))
     shorter = {"negative_caption_column": None, "max_steps": 1, "save_steps": None}
     without = train(digits, tmp_path / "without", **(chosen | shorter))

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 
 from hf_clip.data.columns import UnusableRowError, describe_feature, find_image_column
@@ -397,7 +397,7 @@ def test_fields_are_found_without_being_named_and_may_hold_several_captions(stre
 def test_images_stay_undecoded(tmp_path: Path):
     features = Features({"image": ImageFeature(), "caption": Value("string")})
     rows = {"image": [{"bytes": png(0), "path": None}], "caption": ["a"]}
-    DatasetDict(train=Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "data")
+    datasets.DatasetDict(train=Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "data")
     for streaming in (False, True):
         pairs = load_pairs(str(tmp_path / "data"), streaming=streaming)
         (row,) = rows_of(pairs)
@@ -453,7 +453,7 @@ def test_no_column_of_captions_advises_a_template(tmp_path: Path):
 
 def test_split_that_is_missing_names_those_that_there_are(tmp_path: Path):
     table = Dataset.from_dict({"image": [png(0)], "caption": ["a"]})
-    DatasetDict(train=table, test=table).save_to_disk(tmp_path / "data")
+    datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "data")
     assert len(load_pairs(str(tmp_path / "data"), split="test")) == 1
     with pytest.raises(ValueError, match="no split 'validation'; its splits are train, test"):
         load_pairs(str(tmp_path / "data"), split="validation")
@@ -506,6 +506,16 @@ def test_damaged_files_of_save_to_disk_are_refused(tmp_path: Path):
     arrow.write_bytes(arrow.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"The data set '{tmp_path}/saved' cannot be read: .*Check the file, or write"):
         load_pairs(str(tmp_path / "saved"))
+
+
+def test_saved_data_set_without_rows_is_refused(tmp_path: Path):
+    empty = Dataset.from_dict({"image": [], "caption": []})
+    empty.save_to_disk(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"empty' cannot be read: it has no rows. Check the file, or write it"):
+        load_pairs(str(tmp_path / "empty"))
+    datasets.DatasetDict(train=Dataset.from_dict({"caption": ["one"]}), test=empty).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match="splits' cannot be read: its split 'test' has no rows. Check the file"):
+        load_pairs(str(tmp_path / "splits"))
 
 
 def test_data_set_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
