@@ -27,14 +27,23 @@ def raise_together(error: Exception | None) -> None:
     raise first from error
 
 
-def done_together(work: Callable[[], Any]) -> None:
-    """Do something in each process, and raise in all what any has met."""
+def done_together(work: Callable[[], Found]) -> Found:
+    """Do something in each process, and raise in all what any has met.
+
+    Args:
+        work: What this process does.
+
+    Returns:
+        What it made in this process.
+    """
+    found: list[Found] = []
     failure: Exception | None = None
     try:
-        work()
+        found.append(work())
     except Exception as error:
         failure = error
     raise_together(failure)
+    return found[0]
 
 
 def of_main_process(accelerator: Any, make: Callable[[], Found]) -> Found:

@@ -25,15 +25,15 @@ from tqdm import tqdm
 from ..checkpoints.whole_file import write_json
 from ..checkpoints.whole_folder import free_bytes, is_full
 from .agreement import done_together, of_main_process
-from .checksums import SUMS, check_checksums, sync_folder, write_checksums
+from .checksums import SUMS, UNFINISHED, check_checksums, sync_folder, write_checksums
 from .data.bad_rows import BadRows
+from .feature_store import FOLDER as FEATURES
 from .learner import Learner
 from .plan import Plan
 from .run_state import FORMAT, PREFIX, STATE, OlderFormatError, RunState, parse_state
 from .states import load_states, save_states, states_size
 
 FOLDER = "checkpoints"
-UNFINISHED = ".unfinished"
 
 # --- the folders -----------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,9 @@ def remove_unfinished(output_dir: str | Path) -> None:
     of_files = [
         path for path in out.glob(f".*{UNFINISHED}") if re.fullmatch(rf".+-[0-9a-f]{{32}}\{UNFINISHED}", path.name)
     ]
-    for path in (*checkpoints.glob(f".{PREFIX}*{UNFINISHED}"), *checkpoints.glob(f"*/.model*{UNFINISHED}"), *of_files):
+    of_checkpoints = (*checkpoints.glob(f".{PREFIX}*{UNFINISHED}"), *checkpoints.glob(f"*/.model*{UNFINISHED}"))
+    of_features = [*Path(out, FEATURES).glob(f"**/.*{UNFINISHED}")]  # also of models and data that are used no more
+    for path in (*of_checkpoints, *of_features, *of_files):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

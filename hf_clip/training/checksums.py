@@ -6,10 +6,16 @@ damaged checkpoint would go on to other weights. The digests are compared before
 
 import hashlib
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..checkpoints.whole_folder import DiskFullError, free_bytes, is_full
+
 SUMS = "SHA256SUMS"
+UNFINISHED = ".unfinished"
+"""How the name of a folder ends that is still written."""
 PART = 1 << 22
 
 
@@ -70,3 +76,32 @@ def sync_folder(folder: Path) -> None:
             os.fsync(opened)
         finally:
             os.close(opened)
+
+
+@contextmanager
+def checked_folder(folder: Path, needed: int | None = None) -> Iterator[Path]:
+    """A new folder to fill. When the block ends without an error it has its digests and its name, and is on the disk.
+
+    Args:
+        folder: Its place, where nothing is. Nobody else may write it meanwhile.
+        needed: Bytes that will be written, if known.
+
+    Yields:
+        The folder to fill, beside its place.
+
+    Raises:
+        DiskFullError: There is no room; nothing is left behind.
+    """
+    unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        write_checksums(unfinished)
+        os.replace(unfinished, folder)
+        sync_folder(folder.parent)
+    except Exception as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if is_full(error):
+            raise DiskFullError(folder, needed, free_bytes(folder.parent)) from error
+        raise

@@ -43,6 +43,7 @@ class Encoder:
         width: W.
         made_of: what its features depend on, as JSON can hold it.
         precision: of the run, as accelerate names it.
+        name: what has the weights, for messages.
     """
 
     module: nn.Module
@@ -50,15 +51,24 @@ class Encoder:
     width: int
     made_of: dict[str, Any]
     precision: str = "no"
+    name: str = "the model"
 
     def __call__(self, device: torch.device, **inputs: Any) -> np.ndarray:
-        """(B, W), float32."""
+        """(B, W), float32. Raises ValueError for features that are no numbers."""
         casts: AbstractContextManager = nullcontext()
         if self.precision in AUTOCAST:
             casts = torch.autocast(device.type, AUTOCAST[self.precision])
         with torch.no_grad(), casts:
             features = self.encode(**{name: tensor.to(device) for name, tensor in inputs.items()})
-        return features.float().cpu().numpy()
+        found = features.float().cpu().numpy()
+        if not np.isfinite(found).all():
+            of_weights = "Check the weights of the model."
+            of_half = "Its values may be too large for float16: launch with --mixed_precision bf16 or no."
+            raise ValueError(
+                f"{self.name} gives features that are no finite numbers (precision {self.precision}); training would "
+                f"learn from them. {of_half if self.precision == 'fp16' else of_weights}"
+            )
+        return found
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def store(wanted: Wanted, folder: str | Path, accelerator: Any, num_workers: int
     of_main_process(accelerator, lambda: check(wanted, shards, missing, device))
     own = missing[accelerator.process_index :: accelerator.num_processes]
     done_together(lambda: _write(wanted, shards, own, device, num_workers, accelerator.is_main_process))
-    return StoredFeatures(shards)
+    return done_together(lambda: StoredFeatures(shards))
 
 
 def _write(

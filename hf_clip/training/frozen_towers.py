@@ -23,11 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..checkpoints.whole_folder import DiskFullError, free_bytes, is_full
 from ..evaluation.feature_cache import processor_settings
 from ..model.modeling_hf_clip import HfClipModel
 from .agreement import of_main_process
-from .checksums import check_checksums, write_checksums
+from .checksums import check_checksums, checked_folder
 from .config import TrainingConfig
 from .data.augment import Augmentation
 from .data.collator import PairCollator
@@ -68,7 +67,7 @@ def check_cacheable(model: HfClipModel, config: TrainingConfig) -> None:
         config: The options.
 
     Raises:
-        ValueError: A tower has dropout, or something of it is trained.
+        ValueError: A tower has dropout.
     """
     for tower in config.cached_towers:
         module: Any = getattr(model, TOWERS[tower])
@@ -147,7 +146,8 @@ class FrozenTowers:
             try:
                 check_checksums(folder)
             except (OSError, ValueError) as error:
-                raise type(error)(
+                kind = OSError if isinstance(error, OSError) else ValueError  # others take more than a message
+                raise kind(
                     f"The weights of a locked tower in {folder} are missing or damaged ({error}). Go on with "
                     f"--resume_from_checkpoint latest, which writes them again, or start anew."
                 ) from error
@@ -163,19 +163,10 @@ def _write_weights(folder: Path, module: nn.Module) -> None:
     except (OSError, ValueError):
         shutil.rmtree(folder, ignore_errors=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
+    with checked_folder(
+        folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    ) as unfinished:
         save_file(tensors, unfinished / WEIGHTS)
-        write_checksums(unfinished)
-        unfinished.rename(folder)
-    except Exception as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if is_full(error):
-            needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            raise DiskFullError(folder, needed, free_bytes(folder.parent)) from error
-        raise
 
 
 def _encoder_of(model: HfClipModel, tower: str, processor: Any, precision: str) -> Encoder:
@@ -193,7 +184,7 @@ def _encoder_of(model: HfClipModel, tower: str, processor: Any, precision: str) 
         made_of["processor"] = processor_settings(processor)
     else:
         made_of["tokenizer"] = digest_of_tokenizer(processor.tokenizer)
-    return Encoder(module, pooled, module.config.hidden_size, made_of, precision)
+    return Encoder(module, pooled, module.config.hidden_size, made_of, precision, f"The locked {tower} tower")
 
 
 def _stores(

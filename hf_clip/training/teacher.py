@@ -73,8 +73,8 @@ def _encoders(model: HfClipModel, processor: Any, precision: str) -> dict[str, E
     of_texts = made_of | {"tokenizer": digest_of_tokenizer(processor.tokenizer)}
     width = model.config.projection_dim
     return {
-        "image": Encoder(model, images, width, of_images, precision),
-        "text": Encoder(model, texts, width, of_texts, precision),
+        "image": Encoder(model, images, width, of_images, precision, "The teacher"),
+        "text": Encoder(model, texts, width, of_texts, precision, "The teacher"),
     }
 
 

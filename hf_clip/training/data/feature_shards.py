@@ -23,7 +23,6 @@ Dimensions: W width of a feature.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,17 +32,16 @@ from typing import Any
 import numpy as np
 
 from ...checkpoints.whole_file import write_json
-from ...checkpoints.whole_folder import DiskFullError, free_bytes, is_full
+from ...checkpoints.whole_folder import DiskFullError, free_bytes
 from ...data.sources import import_datasets
 from ...model.checked_files import read_json
-from ..checksums import check_checksums, sync_folder, write_checksums
+from ..checksums import UNFINISHED, check_checksums, checked_folder
 
 ROWS = 1024
 """Of a shard: what a killed computation loses at most, for each process."""
 
 DESCRIPTION = "description.json"
 FILE = "features.arrow"
-UNFINISHED = ".unfinished"
 BESIDES = 64
 """Bytes of an entry beside its features, about."""
 
@@ -135,20 +133,8 @@ class FeatureShards:
         Raises:
             DiskFullError: There is no room; nothing of it is left.
         """
-        path = self.path(number)
-        unfinished = path.with_name(f".{path.name}{UNFINISHED}")
-        try:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+        with checked_folder(self.path(number)) as unfinished:
             _write_table(unfinished / FILE, entries, self.width)
-            write_checksums(unfinished)
-            os.replace(unfinished, path)
-            sync_folder(path.parent)
-        except Exception as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            if is_full(error):
-                raise DiskFullError(path, None, free_bytes(self.folder)) from error
-            raise
 
     def read(self, number: int) -> Entries:
         """Read a shard. Its features stay on the disk until they are asked for."""

@@ -1,0 +1,81 @@
+"""Stored features where something goes wrong: numbers that are none, full disks, processes and workers that end."""
+
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_clip.checkpoints.whole_folder import DiskFullError
+from hf_clip.training import checksums, feature_store, frozen_towers
+from hf_clip.training.agreement import done_together
+from hf_clip.training.checkpoint import remove_unfinished
+from hf_clip.training.checksums import check_checksums, checked_folder
+from hf_clip.training.feature_computing import Encoder
+from hf_clip.training.feature_store import FOLDER
+from hf_clip.training.frozen_towers import FrozenTowers
+
+
+@pytest.mark.parametrize(
+    ("precision", "advice"), [("no", "Check the weights of"), ("fp16", "too large for float16: launch with --mixed_p")]
+)
+def test_features_that_are_no_numbers_are_refused(precision: str, advice: str):
+    def overflowing(pixel_values: Tensor) -> Tensor:
+        return torch.tensor([[1.0, float("inf")]])
+
+    encoder = Encoder(nn.Identity(), overflowing, 2, {}, precision, "The locked image tower")
+    message = rf"The locked image tower gives features that are no finite numbers \(precision {precision}\).*{advice}"
+    with pytest.raises(ValueError, match=message):
+        encoder(torch.device("cpu"), pixel_values=torch.zeros(1, 1))
+
+
+def test_checksums_that_are_no_text_are_refused_like_any_other_damage(tmp_path: Path):
+    (tmp_path / checksums.SUMS).write_bytes(b"\xff\xff")
+    with pytest.raises(ValueError, match=r"The weights of a locked tower in .* missing or damaged \(.*can't decode"):
+        FrozenTowers({"vision_model": tmp_path}).weights()
+    with pytest.raises(OSError, match=r"missing or damaged .* Go on with --resume_from_checkpoint latest"):
+        FrozenTowers({"vision_model": tmp_path / "missing"}).weights()
+
+
+def test_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced: list[Path] = []
+    monkeypatch.setattr(checksums, "sync_folder", synced.append)
+    frozen_towers._write_weights(tmp_path / "tower", nn.Linear(2, 2))
+    check_checksums(tmp_path / "tower")
+    assert synced == [tmp_path]
+    with pytest.raises(DiskFullError, match="full needs 5 bytes"), checked_folder(tmp_path / "full", 5) as unfinished:
+        (unfinished / "part").write_bytes(b"1")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["tower"]
+
+
+def test_what_is_left_of_other_features_goes(tmp_path: Path):
+    for name in ("image-0/.00002.unfinished", "image-0/00001", ".text-tower-1.unfinished"):
+        (tmp_path / FOLDER / name).mkdir(parents=True)
+        (tmp_path / FOLDER / name / "features.arrow").touch()
+    remove_unfinished(tmp_path)
+    found = [path.relative_to(tmp_path / FOLDER).as_posix() for path in (tmp_path / FOLDER).rglob("*")]
+    assert sorted(found) == ["image-0", "image-0/00001", "image-0/00001/features.arrow"]
+
+
+def test_process_that_cannot_read_features_says_so_to_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unreadable(shards: Any) -> None:
+        raise OSError("the disk is gone")
+
+    told: list[Exception | None] = []
+    monkeypatch.setattr("hf_clip.training.agreement.raise_together", told.append)
+    monkeypatch.setattr(feature_store, "StoredFeatures", unreadable)
+    wanted: Any = SimpleNamespace(
+        kind="image", views=1, encoder=SimpleNamespace(width=2), rows=lambda: torch.zeros(2, 0).numpy(), describe=dict
+    )
+    alone = SimpleNamespace(device=None, process_index=0, num_processes=1, is_main_process=True)
+    with pytest.raises(IndexError):
+        feature_store.store(wanted, tmp_path, alone, 0)
+    assert str(told[-1]) == "the disk is gone"
+
+
+def test_what_was_made_together_is_given_back():
+    assert done_together(lambda: 3) == 3
