@@ -166,10 +166,10 @@ def _is_trained_on(path: str, source: str, split: str) -> bool:
 
 def describe_start(config: TrainingConfig, data: Data, processor: ProcessorMixin) -> list[str]:
     """Lines to be said when a run begins: what was chosen where nothing was given, and what is odd about the data."""
-    is_masked = config.mask_duplicates == "on"
-    captions = describe_captions(data.look.captions, PairCollator(processor), is_masked=is_masked)
+    is_masked, collator = config.mask_duplicates == "on", PairCollator(processor)
+    captions = describe_captions(data.look.captions, collator, is_masked=is_masked)
     notes = [*config.notes, *describe_found_columns(data.train)] if config.caption_column is None else config.notes
-    return notes + captions + describe_negatives(data.look, is_masked)
+    return notes + captions + describe_negatives(data.look, collator, is_masked=is_masked)
 
 
 def load_image_processor(config: TrainingConfig, model_config: HfClipConfig) -> HfClipImageProcessor:
@@ -377,7 +377,12 @@ def build_loaders(data: Data, learner: Learner, config: TrainingConfig) -> tuple
         "seed": config.seed,
         "finish_images": False,
     }
-    prepared: dict[str, Any] = {"seed": config.seed, "on_device": config.augment_on == "device"}
+    is_masked = config.mask_duplicates == "on"
+    prepared: dict[str, Any] = {
+        "seed": config.seed,
+        "on_device": config.augment_on == "device",
+        "keep_own": not is_masked,
+    }
 
     def make(pairs: Pairs | PairStream, stores: Stores, size: int, **chosen: Any) -> PairLoader:
         augmentation = Augmentation.parse(config.augmentation) if chosen.get("training", True) else None

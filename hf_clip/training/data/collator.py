@@ -109,6 +109,11 @@ def check_image_processor(image_processor: Any) -> None:
             raise ValueError(f"The image processor has {setting}=False, but images of one size are needed.")
 
 
+def texts_of(rows: Iterable[Row]) -> list[str]:
+    """All captions of some rows, right and wrong ones."""
+    return [text for row in rows for text in (*row.captions, *row.negatives) if text]
+
+
 class PairCollator:
     """Rows → pixel_values, input_ids and attention_mask (B, L), image_ids and text_ids (B,), labels (B,).
 
@@ -123,6 +128,7 @@ class PairCollator:
     seed:         of what is drawn for a row: its caption of several, its part, its colours
     timeout:      seconds to wait for an image that is fetched
     on_device:    whether images are scaled where the batch goes to, and not here
+    keep_own:     whether a row's wrong captions stay in the batch where they equal one of its own
     """
 
     def __init__(
@@ -133,7 +139,9 @@ class PairCollator:
         seed: int = 0,
         timeout: float = TIMEOUT,
         on_device: bool = False,
+        keep_own: bool = False,
     ):
+        self.keep_own = keep_own
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
         check_image_processor(self.image_processor)
         self.seed, self.timeout = seed, timeout
@@ -175,9 +183,25 @@ class PairCollator:
         return known[caption] if caption in known else self.encode(caption)
 
     def negative_tokens(self, row: Row, known: Tokens) -> tuple[list[list[int]], bool]:
-        """The tokens of all wrong captions, and whether any was cut. Raises UnusableRowError."""
-        found = [known[text] if text in known else self.encode(text) for text in row.negatives]
+        """The tokens of the wrong captions that are used, and whether any was cut. Raises UnusableRowError."""
+        own = set() if self.keep_own else self.own_negatives(row, known)
+        found = [known[text] if text in known else self.encode(text) for text in row.negatives if text not in own]
         return [ids for ids, _ in found], any(is_cut for _, is_cut in found)
+
+    def own_negatives(self, row: Row, known: Tokens) -> set[str]:
+        """The wrong captions that the model reads as it does one of the row's own, whichever of these is drawn.
+
+        Nothing else would tell them: of a row the loss knows the caption that was drawn.
+        """
+        own = {self._read(text, known) for text in row.captions if text and row.negatives}
+        return {text for text in row.negatives if self._read(text, known) in own - {None}}
+
+    def _read(self, text: str, known: Tokens) -> tuple[int, ...] | None:
+        """A text's tokens; None where there are none."""
+        try:
+            return tuple((known[text] if text in known else self.encode(text))[0])
+        except UnusableRowError:
+            return None
 
     def prepare_images(self, row: Row, rngs: Sequence[np.random.Generator]) -> tuple[list[PreparedImage], int]:
         """Open a row's image, and augment it by each of the random numbers. Raises UnusableRowError.
@@ -241,10 +265,10 @@ class PairCollator:
         return {text: self.encode(text) if len(row) > longest else (row, False) for text, row in found.items()}
 
     def encode_drawn(self, rows: Sequence[Row], choices: Sequence[Choice]) -> Tokens:
-        """What `encode` makes of the captions that were drawn, and of all wrong ones."""
+        """What `encode` makes of the captions that were drawn, and of all texts of rows with wrong ones."""
         places = zip(rows, choices, strict=True)
         drawn = [caption for row, (place, _) in places if place >= 0 and (caption := row.captions[place])]
-        return self.encode_together(drawn + [text for row in rows for text in row.negatives])
+        return self.encode_together(drawn + texts_of(row for row in rows if row.negatives))
 
     def tokenize(self, captions: Iterable[str]) -> dict[str, Tensor]:
         """Ids and mask (B, L), L the longest caption's length made a multiple of 8, if the model takes that many."""

@@ -14,7 +14,7 @@ import numpy as np
 from ...data.columns import UnusableRowError
 from ...data.content import tokens_id
 from ...data.images import image_content, open_content
-from .collator import PairCollator
+from .collator import PairCollator, texts_of
 from .pair_table import PairTable, Row
 from .pairs import Pairs, PairStream
 
@@ -39,16 +39,20 @@ class Look:
         is_whole: Whether those are all there are.
         captions: Of the rows that were looked at.
         negatives: Of each row that was looked at: its number of negative captions.
+        texts: Rows with negative captions, without all else.
     """
 
     draws: int = 0
     is_whole: bool = True
     captions: list[str] = field(default_factory=list)
     negatives: list[int] = field(default_factory=list)
+    texts: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
         self.captions += [caption for caption in row.captions if caption]
         self.negatives.append(len(row.negatives))
+        if row.negatives:
+            self.texts.append(Row(row.name, None, row.captions, negatives=row.negatives))
 
 
 def look_at(pairs: Pairs | PairStream, count: int = LOOKED_AT) -> Look:
@@ -164,11 +168,12 @@ def describe_found_columns(pairs: Pairs | PairStream) -> list[str]:
     return [f"note: captions are those of {' and '.join(dict.fromkeys(found))}, since no --caption_column is given."]
 
 
-def describe_negatives(look: Look, is_masked: bool) -> list[str]:
+def describe_negatives(look: Look, collator: PairCollator, *, is_masked: bool) -> list[str]:
     """Lines that say how many negative captions there are, where there are any.
 
     Args:
         look: At the data.
+        collator: Of the model.
         is_masked: Whether an image is kept from being pushed from its own caption.
     """
     if not (total := sum(look.negatives)):
@@ -178,6 +183,13 @@ def describe_negatives(look: Look, is_masked: bool) -> list[str]:
         f"note: {total / rows:.3g} negative captions a row; {without} of {rows} rows that were looked at have none. "
         f"The reported accuracy is among the pairs alone."
     ]
+    known = collator.encode_together(texts_of(look.texts))
+    if own := sum(len(collator.own_negatives(row, known)) for row in look.texts):
+        kind = "warning: all" if own == total else f"note: {own} of"
+        lines.append(
+            f"{kind} {total} negative captions that were looked at equal a caption of their own row"
+            + (", and are left out." if is_masked else "; --mask_duplicates off keeps them.")
+        )
     if not is_masked:
         lines.append(
             "note: --mask_duplicates off: an image is pushed from its own caption where that is a negative of another."

@@ -12,7 +12,9 @@ from transformers import ProcessorMixin
 from hf_clip.training.build import open_data
 from hf_clip.training.config import TrainingConfig
 from hf_clip.training.data.bad_rows import BadRows
+from hf_clip.training.data.collator import PairCollator
 from hf_clip.training.data.load_pairs import load_pairs, with_replay
+from hf_clip.training.data.loader import build_loader
 from hf_clip.training.data.pairs import Pairs, PairStream
 from hf_clip.training.data.survey import check_negatives, describe_negatives, look_at
 
@@ -127,7 +129,8 @@ def test_column_of_a_captions_name_is_taken_where_the_captions_are_named(source:
     assert negatives_of(pairs)[0] == ["one"]
 
 
-def test_column_without_any_text_is_refused(source: str):
+def test_column_without_any_text_is_refused(source: str, processor: ProcessorMixin):
+    collator = PairCollator(processor)
     named = ["wrong", "more"]
     pairs = load_pairs(source, negative_caption_column=named)
     check_negatives(look_at(pairs), named)
@@ -135,8 +138,10 @@ def test_column_without_any_text_is_refused(source: str):
         "note: 1.25 negative captions a row; 2 of 4 rows that were looked at have none. The reported accuracy is among "
         "the pairs alone."
     )
-    assert describe_negatives(look_at(pairs), is_masked=True) == [note]
-    assert describe_negatives(look_at(pairs), is_masked=False)[1].startswith("note: --mask_duplicates off: an image is")
+    assert describe_negatives(look_at(pairs), collator, is_masked=True) == [note]
+    assert describe_negatives(look_at(pairs), collator, is_masked=False)[1].startswith(
+        "note: --mask_duplicates off: an image is"
+    )
     for source_table in pairs.sources:
         source_table.rows = source_table.rows[1:3]
     message = (
@@ -147,7 +152,7 @@ def test_column_without_any_text_is_refused(source: str):
         check_negatives(look_at(pairs), named)
     without = load_pairs(source, caption_column="caption")
     check_negatives(look_at(without), [])
-    assert describe_negatives(look_at(without), is_masked=True) == []
+    assert describe_negatives(look_at(without), collator, is_masked=True) == []
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
@@ -167,6 +172,31 @@ def test_batch_has_their_tokens_behind_those_of_the_pairs(source: str, processor
     again = BadRows()
     again.load_state_dict(counts.state_dict())
     assert again.negatives == 5
+
+
+def test_negative_that_equals_any_caption_of_its_row_is_left_out(tmp_path: Path, processor: ProcessorMixin):
+    """Whichever is drawn, and as the model reads them. `--mask_duplicates off` keeps it."""
+    rows = {"image": [png(0), png(1)], "caption": [["one", "A  One", ""], ["two"]]}
+    rows["wrong"] = [["a one", "two", "ten"], ["one", "Two"]]  # "two" and "one" are of the other row
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+    pairs = load_pairs(str(tmp_path / "data"), negative_caption_column=["wrong"])
+
+    def negatives_in(keep_own: bool) -> list[int]:
+        collator = PairCollator(processor, keep_own=keep_own)
+        (batch,) = build_loader(pairs, collator, 2, training=False, bad_rows=BadRows()).epoch()
+        return batch["negative_text_ids"].tolist()
+
+    assert negatives_in(keep_own=False) == text_ids(processor, ["two", "ten", "one"])
+    assert negatives_in(keep_own=True) == text_ids(processor, ["a one", "two", "ten", "one", "Two"])
+    collator = PairCollator(processor)
+    note = "note: 2 of 5 negative captions that were looked at equal a caption of their own row"
+    assert describe_negatives(look_at(pairs), collator, is_masked=True)[1:] == [f"{note}, and are left out."]
+    said = describe_negatives(look_at(pairs), collator, is_masked=False)
+    assert said[1] == f"{note}; --mask_duplicates off keeps them."
+    (look := look_at(pairs)).texts[0].negatives = ["one", "a one", "A  one"]
+    look.texts[1].negatives = ["two", "Two"]
+    said = describe_negatives(look, collator, is_masked=True)
+    assert said[1].startswith("warning: all 5 negative captions that were looked at equal a caption of their own row, ")
 
 
 def test_negative_that_is_too_long_is_cut_and_its_row_counted(tmp_path: Path, processor: ProcessorMixin):
