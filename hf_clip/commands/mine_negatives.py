@@ -1,7 +1,10 @@
 """`hf-clip mine-negatives`: wrong captions that a model takes for nearly right, for fine-tuning against them."""
 
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Annotated, Any
 
@@ -35,6 +38,20 @@ def _examples(mined: Any) -> list[str]:
         lines.append(f"{own:.3f}  {_shown(mined.captions[number][0])}")
         lines += [f"  {negative.score:.3f}  not: {_shown(negative.text)}" for negative in mined.negatives[number]]
     return lines
+
+
+@contextmanager
+def _held(output: str) -> Iterator[None]:
+    """Keep others from the table until it is written. A signal removes what there is of it."""
+    from ..training.data.mined_table import held_table
+    from ..training.stopping import Signals, Stopped, heeded
+
+    try:
+        with heeded(Signals()), held_table(output):
+            yield
+    except Stopped as stop:
+        print(f"\nended by {signal.Signals(stop.signum).name}: nothing was written", file=sys.stderr)
+        raise typer.Exit(stop.status) from None
 
 
 def mine_negatives(
@@ -107,32 +124,33 @@ def mine_negatives(
     options = MiningOptions(negatives, by.value, max_share, skip_first)
     check_table(output, column)
     check_device(device)
-    (source,) = load_pairs(
-        Source(dataset),
-        split=split,
-        image_column=image_column,
-        caption_column=caption_column,
-        image_folders=image_folders or (),
-    ).sources
-    table = open_whole(source, split, column)
-    loaded, processor = load_model(model, dtype=dtype.value)
-    loaded.to(device or default_device())
-    mined = mine(
-        loaded,
-        processor,
-        source,
-        options,
-        batch_size=batch_size,
-        threads=threads,
-        progress=sys.stderr.isatty(),
-    )
-    found = sum(map(len, mined.negatives))
-    if not found:
-        raise ValueError(
-            f"{dataset}: none of {len(mined.negatives):,} images has a wrong caption whose similarity is at most "
-            f"{max_share:g} of its own caption's, so nothing was written; raise --max-share, or lower --skip-first."
+    with _held(output):
+        (source,) = load_pairs(
+            Source(dataset),
+            split=split,
+            image_column=image_column,
+            caption_column=caption_column,
+            image_folders=image_folders or (),
+        ).sources
+        table = open_whole(source, split, column)
+        loaded, processor = load_model(model, dtype=dtype.value)
+        loaded.to(device or default_device())
+        mined = mine(
+            loaded,
+            processor,
+            source,
+            options,
+            batch_size=batch_size,
+            threads=threads,
+            progress=sys.stderr.isatty(),
         )
-    folders = write_mined(output, table, source, mined, column)
+        found = sum(map(len, mined.negatives))
+        if not found:
+            raise ValueError(
+                f"{dataset}: none of {len(mined.negatives):,} images has a wrong caption whose similarity is at most "
+                f"{max_share:g} of its own caption's, so nothing was written; raise --max-share, or lower --skip-first."
+            )
+        folders = write_mined(output, table, source, mined, column)
     for line in _examples(mined):
         print(line)
     for reason in mined.unusable:

@@ -1,11 +1,17 @@
 """`hf-clip mine-negatives`: from a data set to a table that the trainer takes as it stands."""
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import load_dataset, load_from_disk
+from pyarrow import parquet  # type: ignore[import-untyped]
 
+from hf_clip.checkpoints.whole_folder import held_folder
 from hf_clip.commands.app import main
+from hf_clip.training.data import mined_table
 
 from ..finetuning import train
 
@@ -88,3 +94,64 @@ def test_refusals_are_one_line_and_nothing_is_written(
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def words(digits: Path, few: Path, tmp_path: Path) -> list[str]:
+    given = [
+        "mine-negatives",
+        "--model",
+        str(digits / "vit"),
+        "--dataset",
+        str(few),
+        "--by",
+        "text",
+        "--max-share",
+        "3",
+    ]
+    return [*given, "--device", "cpu", "--output", str(tmp_path / "out" / "mined.parquet")]
+
+
+def test_signal_leaves_nothing_and_a_rerun_removes_what_a_kill_left(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def told_to_end(*given: Any) -> None:
+        assert any(path.suffix == ".unfinished" for path in (tmp_path / "out").iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet.ParquetWriter, "write_table", told_to_end)
+        assert main(words) == 143
+    assert capsys.readouterr().err == "\nended by SIGTERM: nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    for name in (f".mined.parquet-{'0f' * 16}.unfinished", f".other.parquet-{'0f' * 16}.unfinished"):
+        (tmp_path / "out" / name).write_bytes(b"PAR1")
+    assert main(words) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "mined.parquet",
+        f".other.parquet-{'0f' * 16}.unfinished",
+    }
+
+
+def test_full_disk_and_another_writer_are_one_line(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def full(*given: Any) -> None:
+        raise OSError(28, "Error writing bytes to file")
+
+    monkeypatch.setattr(parquet.ParquetWriter, "write_table", full)
+    monkeypatch.setattr(mined_table, "free_bytes", lambda place: 100)
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: No space left in {tmp_path / 'out'}: mined.parquet needs ")
+    assert said.endswith(
+        " bytes and 100 are free; nothing was written. Make room there, or name a folder on another disk.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+    with held_folder(tmp_path / "out" / "mined.parquet"):
+        assert main(words) == 1
+    assert capsys.readouterr().err == (
+        f"error: {words[-1]} is being written by another program (process {os.getpid()} on {os.uname().nodename}); "
+        f"wait until it is done or end it, or name another file for --output.\n"
+    )

@@ -6,13 +6,22 @@ allowed with `--image_folders`.
 """
 
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...checkpoints.whole_file import whole_file
-from ...checkpoints.whole_folder import check_writable
+from ...checkpoints.whole_folder import (
+    DiskFullError,
+    FolderInUseError,
+    check_writable,
+    free_bytes,
+    held_folder,
+    is_full,
+)
 from ...data.columns import describe_feature
 from ...data.images import ImagePlaces, find_local_file
 from ...data.sources import import_datasets, leave_undecoded, open_source
@@ -48,6 +57,32 @@ def check_table(path: str, column: str = COLUMN) -> None:
     if os.path.lexists(path):
         raise FileExistsError(f"{path} exists; remove it, or name another file for --output.")
     check_writable(Path(path).parent)
+
+
+@contextmanager
+def held_table(path: str) -> Iterator[None]:
+    """Keep other programs from the table that is to be written; what killed ones left of it is removed.
+
+    Args:
+        path: The parquet file, which is not there.
+
+    Raises:
+        FileExistsError: It is there.
+        OSError: Another program writes it.
+    """
+    file = Path(path).resolve()
+    try:
+        with held_folder(file):
+            check_table(path)  # another program may have written it before it let go
+            for other in file.parent.iterdir():
+                if re.fullmatch(rf"\.{re.escape(file.name)}-[0-9a-f]{{32}}\.unfinished", other.name):
+                    other.unlink(missing_ok=True)
+            yield
+    except FolderInUseError as error:
+        raise OSError(
+            f"{path} is being written by another program ({error.holder}); wait until it is done or end it, or name "
+            f"another file for --output."
+        ) from None
 
 
 @dataclass
@@ -113,6 +148,9 @@ def write_mined(path: str, table: Any, source: PairTable, mined: Mined, column: 
 
     Returns:
         Folders outside of the file's own in which its images lie.
+
+    Raises:
+        DiskFullError: There is no room.
     """
     from pyarrow import parquet  # type: ignore[import-untyped]
 
@@ -122,9 +160,17 @@ def write_mined(path: str, table: Any, source: PairTable, mined: Mined, column: 
         if describe_feature(feature) in ("image", "stored image"):
             features[name] = datasets.Image()
     paths = _Paths(source.places, Path(path).resolve().parent)
-    with whole_file(path) as unfinished, parquet.ParquetWriter(unfinished, features.arrow_schema) as writer:
-        for batch in _batches(table, source, mined, column, paths):
-            writer.write_table(batch.cast(features.arrow_schema))
+    try:
+        with whole_file(path) as unfinished, parquet.ParquetWriter(unfinished, features.arrow_schema) as writer:
+            for batch in _batches(table, source, mined, column, paths):
+                writer.write_table(batch.cast(features.arrow_schema))
+    except OSError as error:
+        if not is_full(error):
+            raise
+        file = Path(path).resolve()
+        # About what the new table takes; where that is less than what is free, nothing better is known.
+        free, needed = free_bytes(file.parent), table.data.nbytes * len(table) // max(len(table.data), 1)
+        raise DiskFullError(file, needed if free is None or needed > free else None, free) from error
     return _common_folders(paths.outside)
 
 
