@@ -137,3 +137,9 @@ class BestWeights:
         """Whether there was no new best for so many evaluations that the run ends."""
         patience = self.config.early_stopping_patience
         return patience is not None and self.state.evaluations_since >= patience
+
+    def describe_end(self) -> str:
+        """The line that says why a run that is given up ends."""
+        count = self.state.evaluations_since
+        without = f"{count} evaluation{'s' * (count != 1)} without a new best {self.config.metric_for_best_model}"
+        return f"stopped early at step {self.state.step}: {without} since step {self.state.best_step}"

@@ -12,7 +12,7 @@ from .option_checks import moved_repository
 from .option_file import OPTION_FILES, read_options, words_of
 from .option_names import hint
 from .options import GROUPS, OPTIONS
-from .recipes import find_recipe, recipe_names
+from .recipes import check_filled, find_recipe, recipe_names
 
 EXAMPLES = """\
 examples:
@@ -102,7 +102,7 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
 
     from transformers import HfArgumentParser
 
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words, recipe = list(sys.argv[1:] if arguments is None else arguments), None
     parser = HfArgumentParser(
         GROUPS,
         prog=prog,
@@ -116,6 +116,7 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
     if words and not words[0].startswith("-"):
         first, words = words[0], words[1:]
         path = Path(first) if first.endswith(OPTION_FILES) else find_recipe(first, hint(first, OPTIONS, dashes="--"))
+        recipe = path.stem
         from_file = words_of(_without_replaced(read_options(path, OPTIONS), words))
         _check_push_to_hub(from_file)
         _check_words(parser, from_file, path)
@@ -130,4 +131,6 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
         parser.error(f"there is no option {unknown[0]!r}.{hint(unknown[0], OPTIONS, dashes='--')}")
     for group in groups:
         values |= dataclasses.asdict(group)
+    if recipe is not None:
+        check_filled(recipe, values)
     return TrainingConfig(**values)

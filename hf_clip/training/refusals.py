@@ -129,7 +129,7 @@ def _check_model(config: TrainingConfig) -> HfClipConfig:
 
 
 def _check_there(model: str, what: str) -> None:
-    if model.startswith((".", "/", "~")) and not Path(model).exists():
+    if (model.startswith((".", "/", "~")) or model.endswith("/")) and not Path(model).exists():
         raise FileNotFoundError(f"There is no {what} folder {model}; check the path.")
 
 

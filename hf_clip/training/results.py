@@ -61,7 +61,8 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
     evaluated = [record for record in records if "recall@1" in record and "alpha" not in record]
     trained = [record for record in records if "loss" in record]
     figure, axes = pyplot.subplots(1, 2 if evaluated else 1, figsize=(9 if evaluated else 5, 3.2), squeeze=False)
-    axes[0][0].plot([r["step"] for r in trained], [r["loss"] for r in trained], color="#1f5fa8")
+    marker = "o" if len(trained) == 1 else None  # one point makes no line
+    axes[0][0].plot([r["step"] for r in trained], [r["loss"] for r in trained], color="#1f5fa8", marker=marker)
     axes[0][0].set(title="Training loss", xlabel="step")
     if evaluated:
         for name, (width, colour) in RETRIEVAL.items():

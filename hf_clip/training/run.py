@@ -158,6 +158,8 @@ class Run:
             Stopped: a signal came after the last step. The result was saved, but not published.
         """
         self.bad_rows.complete()
+        if self.best.is_given_up() and self.accelerator.is_main_process:
+            print(self.best.describe_end())
         if self.evaluations.step != self.state.step:
             self.evaluations.run()
         self._check_rows()
@@ -287,7 +289,8 @@ class Run:
             return
         end = None if outcome.step == self.state.step else (self.state.step, value_of(metric, last))
         saved = (outcome.step, value_of(metric, outcome.figures))
-        print(gain_in_words(metric, value_of(metric, start), saved, end, is_best_kept=chosen is not None))
+        is_best_kept = chosen is not None
+        print(gain_in_words(metric, value_of(metric, start), saved, end, is_best_kept, outcome.alpha))
         if (guard := shown_guard_metric(outcome.figures)) is not None and guard in start:
             by_guard = len(self.config.alphas) > 1 if chosen is None else guard in chosen
             print(guard_in_words(guard, start[guard], outcome.figures[guard], by_guard))

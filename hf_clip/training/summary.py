@@ -14,6 +14,9 @@ SHORT_RUN = 30.0
 SHOWN = ("recall@1", "recall@5", "recall@10", "zero_shot_top1", "guard_acc1", "guard_mean_average_precision")
 SHOWN_OF_ALL = ("recall@1", "zero_shot_top1")
 
+WORTH_SAYING = 0.05
+"""A larger part of an epoch's pairs that its last, incomplete batch leaves out is said."""
+
 
 def _rows(pairs: Pairs | PairStream) -> str:
     return "a stream of pairs" if isinstance(pairs, PairStream) else f"{len(pairs):,} pairs"
@@ -55,7 +58,12 @@ def run_in_words(
     """
     trained, whole = parameters
     steps, pairs, processes = plan.total_steps, plan.pairs_in_step, int(plan.launched["processes"])
-    epochs = "" if isinstance(train, PairStream) else f", {steps * pairs / len(train):.3g} epochs"
+    epochs = ""
+    if not isinstance(train, PairStream):
+        epochs = f", {steps * pairs / len(train):.3g} epochs"
+        left_out = len(train) % plan.global_batch
+        if left_out > WORTH_SAYING * len(train):
+            epochs += f" (of {len(train):,} pairs an epoch leaves out {left_out:,}, less than a batch)"
     over = f" over {processes} processes" if processes > 1 else ""
     named = [f"{name}, {_rows(pairs)}" for name, pairs in validation.items()]
     evaluated = "; ".join(named) if len(named) > 1 else "".join(map(_rows, validation.values())) or "none"
@@ -78,7 +86,12 @@ def is_shown(figure: Figure | None) -> bool:
 
 
 def gain_in_words(
-    metric: str, before: float, saved: tuple[int, float], last: tuple[int, float] | None, is_best_kept: bool
+    metric: str,
+    before: float,
+    saved: tuple[int, float],
+    last: tuple[int, float] | None,
+    is_best_kept: bool,
+    alpha: float | None = None,
 ) -> str:
     """The line that says what training has gained.
 
@@ -88,6 +101,7 @@ def gain_in_words(
         saved: The step of the saved weights, and their figure.
         last: The last step and its figure, if it is another.
         is_best_kept: Whether the best weights are saved.
+        alpha: With which the saved weights were averaged with the pretrained ones, if they were.
     """
     step, after = saved
     ended = f", {last[1]:.3f} at step {last[0]} (the last)" if last is not None else ""
@@ -97,7 +111,8 @@ def gain_in_words(
             f"is the one that training began with."
         )
     kept = "kept" if is_best_kept else "saved"
-    line = f"{metric} {before:.3f} at the start, {after:.3f} at step {step} ({kept}){ended}"
+    averaged = "" if alpha is None else f", averaged with the pretrained weights at α = {alpha:g}"
+    line = f"{metric} {before:.3f} at the start, {after:.3f} at step {step}{averaged} ({kept}){ended}"
     if after < before:
         advice = "" if is_best_kept else f"; --metric_for_best_model {metric} keeps the best, the start included"
         return f"{line}: the model was better before training{advice}."

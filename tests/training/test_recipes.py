@@ -14,7 +14,7 @@ from hf_clip.training import recipes
 from hf_clip.training.command_line import parse_config
 from hf_clip.training.option_file import read_options
 from hf_clip.training.options import OPTIONS
-from hf_clip.training.recipes import recipe_folder, recipe_names
+from hf_clip.training.recipes import PLACEHOLDERS, recipe_folder, recipe_names
 
 from ..finetuning import LABELLED_CAPTION, ROOT, options, records, train, weights, words
 
@@ -31,8 +31,9 @@ def test_recipe_is_whole_with_model_data_and_folder(name: str):
     """By its path and by its name alike; its first lines say where it comes from and where its figures stand."""
     path = ROOT / "recipes" / f"{name}.yaml"
     values = read_options(path, OPTIONS)
-    found = parse_config([name, *NEEDED])
-    assert found == parse_config([str(path), *NEEDED])
+    needed = [*NEEDED, *(word for option in values.keys() & PLACEHOLDERS for word in (f"--{option}", "old=0.5"))]
+    found = parse_config([name, *needed])
+    assert found == parse_config([str(path), *needed])
     bare = parse_config([*NEEDED, "--num_train_epochs", "10"]).to_dict()
     differing = {option for option, value in found.to_dict().items() if value != bare[option]}
     assert differing - {"learning_rate"} == values.keys() - {"num_train_epochs"}
@@ -156,9 +157,16 @@ def test_recipe_has_its_effect(name: str, digits: Path, full_weights: Weights, t
     EFFECTS[name](result, weights(digits / "vit"), full_weights)
 
 
-def test_replay_asks_for_the_old_pairs(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    assert finetune.main(["replay", *words(options(digits, tmp_path / "result"))]) == 1
-    assert "error: There is no data set 'OLD_PAIRS'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("recipe", "example"), [("replay", "--replay old/pairs=0.5"), ("distillation", "--teacher clip-vit-b32/")]
+)
+def test_recipe_asks_for_what_only_the_user_knows(
+    recipe: str, example: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert finetune.main([recipe, *words(options(digits, tmp_path / "result"))]) == 1
+    option = example.split()[0]
+    said = f"error: The recipe {recipe} leaves {option} to you: name it, as in {example}.\n"
+    assert capsys.readouterr().err == said
     assert not (tmp_path / "result").exists()
 
 

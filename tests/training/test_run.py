@@ -137,7 +137,10 @@ def test_best_of_a_range_of_averages(
     assert tried[2]["recall@10"] == pytest.approx(end["recall@10"], abs=slack or 1e-6)
     assert tried[0]["recall@10"] > tried[2]["recall@10"] + 0.05
     best = max(tried, key=lambda record: record["recall@1"])
-    assert f"α = {best['alpha']:g}, the best of 3 at recall@1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"α = {best['alpha']:g}, the best of 3 at recall@1" in printed
+    averaged = f"averaged with the pretrained weights at α = {best['alpha']:g} (saved)"
+    assert f"{best['recall@1']:.3f} at step {end['step']}, {averaged}" in printed
     assert f"averaged with the pretrained weights, α | {best['alpha']} |" in (out / "README.md").read_text()
 
 
@@ -150,7 +153,9 @@ def test_moving_average_is_saved(digits: Path, tmp_path: Path):
     assert largest_difference(average, expected) < 1e-6
 
 
-def test_best_weights_are_kept_and_patience_ends_the_run(digits: Path, tmp_path: Path):
+def test_best_weights_are_kept_and_patience_ends_the_run(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """The rate is so high after the warm-up that the beginning is best."""
     chosen = {"validation": "60", "save_steps": 2, "metric_for_best_model": "recall@10", "save_total_limit": 100}
     out = train(
@@ -167,6 +172,8 @@ def test_best_weights_are_kept_and_patience_ends_the_run(digits: Path, tmp_path:
     best = max(evaluated, key=lambda record: record["recall@10"])
     assert steps == list(range(0, best["step"] + 5, 2))  # two evaluations without a new best, each once
     assert steps[-1] < 40
+    said = f"stopped early at step {steps[-1]}: 2 evaluations without a new best recall@10 since step {best['step']}\n"
+    assert said in capsys.readouterr().out
     stored = weights(out / "checkpoints" / f"step-{best['step']:08}" if best["step"] else digits / "vit")
     assert largest_difference(weights(out), stored) == 0
     assert f"{100 * best['recall@10']:.1f}" in (out / "README.md").read_text()
