@@ -49,6 +49,7 @@ from .optim import create_optimizer, warmup_steps
 from .patch_dropout import drop_patches_
 from .penalty import PenaltyTowardsStart
 from .plan import Plan
+from .run_state import parse_state
 from .scratch import build_from_scratch
 from .summary import count_parameters
 from .surgery import set_image_size_, set_text_length_, switch_to_sigmoid_
@@ -306,7 +307,8 @@ def build_learner(plan: Plan, data: Data, accelerator: Any) -> Learner:
     pretrained = copy_weights(model) if config.alphas else None
     prepare_training_(model, config, accelerator.device.type, accelerator.num_processes)
     parameters, frozen = count_parameters(model), None
-    teacher = make_teacher(config, accelerator, data.train, workers_of(config, accelerator))
+    written = {} if plan.start is None else parse_state(plan.start).frozen
+    teacher = make_teacher(config, accelerator, data.train, workers_of(config, accelerator), written)
     if config.cached_towers:
         frozen = store_towers_(
             model,
@@ -316,6 +318,7 @@ def build_learner(plan: Plan, data: Data, accelerator: Any) -> Learner:
             train=data.train,
             validation=data.validation_sets,
             num_workers=workers_of(config, accelerator),
+            written=written,
         )
         if pretrained is not None:
             pretrained = {name: pretrained[name] for name in pretrained if not name.startswith(frozen.prefixes)}

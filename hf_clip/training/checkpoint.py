@@ -173,7 +173,7 @@ class Checkpoints:
             ValueError: it is damaged.
         """
         self.config, self.learner, self.bad_rows = plan.config, learner, bad_rows
-        self.state = RunState(identity=plan.identity())
+        self.state = RunState(identity=plan.identity(), frozen=learner.frozen_digests())
         self.last = plan.start
         self.is_last_proved = True
         if self.last is not None:
@@ -184,7 +184,7 @@ class Checkpoints:
     def _load(self, folder: Path, plan: Plan) -> RunState:
         state, accelerator = parse_state(folder), self.learner.accelerator
         written_by = int(state.identity.get("processes", accelerator.num_processes))
-        state.identity, state.format = plan.identity(), FORMAT
+        state.identity, state.format, state.frozen = plan.identity(), FORMAT, self.learner.frozen_digests()
         try:
             load_states(self.learner, folder, written_by)
         except torch.OutOfMemoryError:

@@ -11,7 +11,7 @@ Dimensions: B batch, W tower width.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -34,6 +34,7 @@ from .data.pairs import Pairs, PairStream
 from .data.stored_collator import Stores
 from .feature_computing import Encoder, Wanted
 from .feature_store import FOLDER, digest_of_module, digest_of_tokenizer, store
+from .run_state import NEW_RUN, check_frozen
 from .trainable import TOWERS
 from .validation_sets import ValidationPairs
 
@@ -124,11 +125,13 @@ class FrozenTowers:
         files: Of each tower, by its name in the model, the folder with its weights.
         train: What is stored of the rows to train on.
         validation: What is stored of each validation set.
+        digests: Of each tower's weights and configuration, by its name in a checkpoint.
     """
 
     files: dict[str, Path] = field(default_factory=dict)
     train: Stores = field(default_factory=Stores)
     validation: list[StoredSet] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -228,6 +231,7 @@ def store_towers_(
     train: Pairs | PairStream,
     validation: Sequence[ValidationPairs],
     num_workers: int,
+    written: Mapping[str, str] = NEW_RUN,
 ) -> FrozenTowers:
     """Compute the features of locked towers, or find them, and let the towers leave the model.
 
@@ -241,8 +245,10 @@ def store_towers_(
         train: Pairs to train on.
         validation: The sets of pairs to evaluate on.
         num_workers: Processes that open images, for each process of the run.
+        written: Digests that a checkpoint has from which the run goes on, see `RunState.frozen`.
 
     Raises:
+        ValueError: A tower is another one than the checkpoint's.
         StaleFeaturesError: Features that were found are not those of this model and these data.
         DiskFullError: There is no room for them.
     """
@@ -252,7 +258,10 @@ def store_towers_(
     }
     found = FrozenTowers()
     for tower, encoder in encoders.items():
-        place = folder / f"{tower}-tower-{encoder.made_of['weights'][:16]}"
+        name, digest = f"locked {tower} tower", encoder.made_of["weights"]
+        check_frozen(written, name, digest, f"--model {config.model}")
+        found.digests[name] = digest
+        place = folder / f"{tower}-tower-{digest[:16]}"
         of_main_process(accelerator, partial(_write_weights, place, encoder.module))
         found.files[TOWERS[tower]] = place
     settings: dict[str, Any] = {"seed": config.seed, "on_device": config.augment_on == "device"}

@@ -17,7 +17,7 @@ from .gathering import exchange_counts
 from .lora import Adapter, adapter_of, add_lora_of_run_, merge_lora_
 from .penalty import PenaltyTowardsStart
 from .sharding import whole_weights
-from .teacher import Teacher
+from .teacher import TEACHER, Teacher
 from .trainable import lock_
 
 
@@ -52,6 +52,11 @@ class Learner:
     parameters: tuple[int, int] = (0, 0)
     frozen: FrozenTowers | None = None
     teacher: Teacher | None = None
+
+    def frozen_digests(self) -> dict[str, str]:
+        """Of the models that are not in a checkpoint: locked towers that left memory, and the teacher."""
+        of_teacher = {} if self.teacher is None else {TEACHER: self.teacher.digest}
+        return of_teacher if self.frozen is None else of_teacher | self.frozen.digests
 
     def averaged(self) -> AbstractContextManager:
         """Within this block the model has the weights that are evaluated and saved: the average's, if there is one."""

@@ -1,7 +1,9 @@
 """Where a run stands: what a checkpoint's run.json holds. It is read within limits, whatever stands in the file."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..model.checked_files import read_json
@@ -32,6 +34,7 @@ class RunState:
         losses, accuracies: of the batches since the last record.
         bad_rows: for each process the state of its counter, see `BadRows`.
         identity: what a resumed run must have in common with this one.
+        frozen: digests of models that are not in a checkpoint, by their names. Older ones have none.
     """
 
     format: int = FORMAT
@@ -45,6 +48,7 @@ class RunState:
     accuracies: list[float] = field(default_factory=list)
     bad_rows: list[dict[str, Any]] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
+    frozen: dict[str, str] = field(default_factory=dict)
 
 
 class OlderFormatError(ValueError):
@@ -98,6 +102,32 @@ def check_identity(folder: Path, state: RunState, identity: dict[str, Any]) -> N
             reason = f"each process of {identity['wrapper']} reads the file that it has written"
         raise ValueError(
             f"{folder} was written by a run with {name} {written!r}, and this one has {value!r}: {reason}. {advice}"
+        )
+
+
+NEW_RUN: Mapping[str, str] = MappingProxyType({})
+"""Stands for the digests of a checkpoint where there is none."""
+
+
+def check_frozen(written: Mapping[str, str], name: str, digest: str, option: str) -> None:
+    """Refuse another tower or teacher than the run began with, before anything is computed with it.
+
+    A checkpoint has no towers whose features are stored, and no teacher. A resumed run loads them anew, by names under
+    which other weights may lie by now.
+
+    Args:
+        written: What the checkpoint says of them, see `RunState.frozen`; empty for a new run.
+        name: Which it is.
+        digest: Of its weights and configuration, as they are now.
+        option: That names where it is loaded from.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    if written.get(name, digest) != digest:
+        raise ValueError(
+            f"The {name} is another one than the run began with: {option} gives one with the digest {digest}, and the "
+            f"checkpoint says {str(written[name])[:50]}. Put the model that it began with back there, or start anew."
         )
 
 

@@ -4,6 +4,7 @@ The teacher sees each image as its own processor makes it, without augmentation,
 while the student learns. What the student learns from it is `distillation_loss`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from .data.stored_features import StoredFeatures
 from .distillation import Distillation, distillation_loss
 from .feature_computing import Encoder, Wanted
 from .feature_store import FOLDER, digest_of_module, digest_of_tokenizer, store
+from .run_state import NEW_RUN, check_frozen
+
+TEACHER = "teacher"
+"""Its name in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,13 @@ class Teacher:
     Attributes:
         images, texts: Its embeddings of the rows to train on, of length one.
         scale: What its cosines are multiplied by.
+        digest: Of its weights and configuration.
     """
 
     images: StoredFeatures
     texts: StoredFeatures
     scale: float
+    digest: str
 
     def distill(
         self, batch: dict[str, Tensor], image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, ring: bool
@@ -79,7 +86,11 @@ def _encoders(model: HfClipModel, processor: Any, precision: str) -> dict[str, E
 
 
 def make_teacher(
-    config: TrainingConfig, accelerator: Any, train: Pairs | PairStream, num_workers: int
+    config: TrainingConfig,
+    accelerator: Any,
+    train: Pairs | PairStream,
+    num_workers: int,
+    written: Mapping[str, str] = NEW_RUN,
 ) -> Teacher | None:
     """Load the teacher that the options name, and compute its embeddings, or find them. Every process calls this.
 
@@ -88,12 +99,14 @@ def make_teacher(
         accelerator: What `accelerate launch` has set up.
         train: Pairs to train on.
         num_workers: Processes that open images, for each process of the run.
+        written: Digests that a checkpoint has from which the run goes on, see `RunState.frozen`.
 
     Returns:
         None without `--teacher`.
 
     Raises:
-        OSError, ValueError: There is no such model, or its embeddings cannot be stored.
+        OSError, ValueError: There is no such model, it is another one than the checkpoint's, or its embeddings cannot
+            be stored.
     """
     if config.teacher is None:
         return None
@@ -101,6 +114,9 @@ def make_teacher(
     with in_one_line(config.teacher):
         model = HfClipModel.from_pretrained(config.teacher, dtype=torch.float32).eval()
         processor = HfClipProcessor.from_pretrained(config.teacher)
+    encoders = _encoders(model, processor, accelerator.mixed_precision)
+    digest = encoders["image"].made_of["weights"]
+    check_frozen(written, TEACHER, digest, f"--teacher {config.teacher}")
     collator = PairCollator(processor, seed=config.seed)
     found = {
         kind: store(
@@ -109,12 +125,12 @@ def make_teacher(
             accelerator,
             num_workers,
         )
-        for kind, encoder in _encoders(model, processor, accelerator.mixed_precision).items()
+        for kind, encoder in encoders.items()
     }
     scale = model.logit_scale.exp().item()
     if config.teacher_temperature is not None:
         scale = 1 / config.teacher_temperature
-    return Teacher(found["image"], found["text"], scale)
+    return Teacher(found["image"], found["text"], scale, digest)
 
 
-__all__ = ["Teacher", "make_teacher"]
+__all__ = ["TEACHER", "Teacher", "make_teacher"]

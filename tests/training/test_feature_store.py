@@ -1,10 +1,14 @@
 """Stored features where something goes wrong: numbers that are none, full disks, processes and workers that end."""
 
 import errno
+import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,9 +18,23 @@ from hf_clip.training import checksums, feature_store, frozen_towers
 from hf_clip.training.agreement import done_together
 from hf_clip.training.checkpoint import remove_unfinished
 from hf_clip.training.checksums import check_checksums, checked_folder
+from hf_clip.training.config import TrainingConfig
+from hf_clip.training.data import rows_digest
+from hf_clip.training.data.load_pairs import load_pairs
+from hf_clip.training.data.pairs import Pairs
+from hf_clip.training.data.rows_digest import digest_of_rows
 from hf_clip.training.feature_computing import Encoder
 from hf_clip.training.feature_store import FOLDER
 from hf_clip.training.frozen_towers import FrozenTowers
+from hf_clip.training.learner import Learner
+from hf_clip.training.run_state import check_frozen
+from hf_clip.training.teacher import make_teacher
+
+from ..finetuning import options
+
+ALONE = SimpleNamespace(
+    device=torch.device("cpu"), mixed_precision="no", process_index=0, num_processes=1, is_main_process=True
+)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +97,56 @@ def test_process_that_cannot_read_features_says_so_to_the_others(tmp_path: Path,
 
 def test_what_was_made_together_is_given_back():
     assert done_together(lambda: 3) == 3
+
+
+# --- another model or other data -------------------------------------------------------------------------------------
+
+
+def test_resumed_run_refuses_another_teacher(digits: Path, tmp_path: Path):
+    """Its checkpoint says which it was; older checkpoints do not, and go on."""
+    config = TrainingConfig(**options(digits, tmp_path, teacher=str(digits / "vit")))
+    pairs = load_pairs(str(digits / "several"))
+    pairs.sources[0].rows = np.arange(2)
+    pairs = Pairs(pairs.sources)
+    teacher = make_teacher(config, ALONE, pairs, 0)
+    assert teacher is not None
+    learner: Any = SimpleNamespace(teacher=teacher, frozen=FrozenTowers(digests={"locked text tower": "00"}))
+    assert Learner.frozen_digests(learner) == {"teacher": teacher.digest, "locked text tower": "00"}
+    shutil.rmtree(tmp_path / FOLDER)
+    message = (
+        f"The teacher is another one than the run began with: --teacher .*vit gives .* {teacher.digest}, .* says 12."
+    )
+    with pytest.raises(ValueError, match=message):
+        make_teacher(config, ALONE, pairs, 0, {"teacher": "12"})
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_resumed_run_refuses_another_locked_tower():
+    check_frozen({"locked image tower": "12"}, "locked text tower", "34", "--model m")
+    with pytest.raises(
+        ValueError, match="The locked image tower is another one .*: --model m gives one .* 34, and the"
+    ):
+        check_frozen({"locked image tower": "12"}, "locked image tower", "34", "--model m")
+
+
+def digest(folder: Path) -> str:
+    return digest_of_rows(load_pairs(str(folder / "pairs.jsonl")))[0]["digest"]
+
+
+@pytest.mark.parametrize("kind", ["path", "record"])
+def test_images_that_are_files_count_with_their_content(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """One that is not among those that are read counts with its size and time."""
+    monkeypatch.setattr(rows_digest, "READ", 2)  # the first and the last
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(b"abc")
+        os.utime(tmp_path / f"{number}.jpg", ns=(0, 0))
+    stored = [f"{number}.jpg" if kind == "path" else {"bytes": None, "path": f"{number}.jpg"} for number in range(3)]
+    rows = [{"image": image, "caption": "a digit"} for image in stored]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    first = digest(tmp_path)
+    assert digest(tmp_path) == first
+    os.utime(tmp_path / "1.jpg", ns=(0, 1))
+    second = digest(tmp_path)
+    (tmp_path / "2.jpg").write_bytes(b"abd")
+    os.utime(tmp_path / "2.jpg", ns=(0, 0))
+    assert len({first, second, digest(tmp_path)}) == 3
