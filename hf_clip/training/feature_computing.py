@@ -1,12 +1,14 @@
 """Rows → their features: images by workers that open them, captions by this process.
 
 Invariant: the features of rows that are computed together depend on these rows alone. Images are prepared as in
-training; view v of an image is what training would make of it in epoch v.
+training; view v of an image is what training would make of it in epoch v. The exception is `--captions all` with an
+augmentation: training would draw another view for each caption of a row, and here they share one.
 
 Dimensions: B batch, W width of a feature.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,10 +24,13 @@ from ..data.content import tokens_id
 from .data.collator import EMPTY, PairCollator
 from .data.feature_shards import Entries
 from .data.image_batch import ImageBatch, PreparedImage
+from .data.loader import GONE, WorkerKilledError, how_it_ended, is_of_killed_worker, iterate
 from .data.pair_table import ANY, Draw
 from .data.pairs import Pairs
 from .data.rows_digest import digest_of_rows
 from .stopping import heed_in_worker
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 64
 """Images or captions that are encoded together. Another number would change what is stored by rounding."""
@@ -130,7 +135,7 @@ def compute_again(wanted: Wanted, rows: np.ndarray, device: torch.device) -> Ent
     """Compute the features of some rows (2, rows), all together."""
     if wanted.of_texts:
         return _entries_of_texts(wanted, rows, device)
-    return _encoded(wanted, rows, _OpenedRows(wanted).__getitems__(rows.T.tolist()), device)
+    return _encoded(wanted, rows, _OpenedRows(wanted).open(rows.T.tolist()), device)
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -151,7 +156,17 @@ class _OpenedRows(Dataset):
     def __init__(self, wanted: Wanted):
         self.pairs, self.collator, self.views = wanted.pairs, wanted.collator, wanted.views
 
-    def __getitems__(self, rows: Any) -> _Opened:
+    def __getitems__(self, rows: Any) -> _Opened | OSError | ValueError:
+        """An error is returned, for the main process to raise: a worker would wrap its text into tracebacks."""
+        try:
+            return self.open(rows)
+        except OSError as error:
+            return OSError(str(error))
+        except ValueError as error:
+            return ValueError(str(error))
+
+    def open(self, rows: Any) -> _Opened:
+        """Source and row of each → their images."""
         images: list[PreparedImage] = []
         ids: list[int] = []
         reasons: list[str | None] = []
@@ -185,16 +200,48 @@ def _images(wanted: Wanted, parts: Parts, device: torch.device, num_workers: int
         for number, part in parts.items()
         for first in range(0, part.shape[1], step)
     ]
-    loader = DataLoader(
-        _OpenedRows(wanted),
-        batch_sampler=[batch.T.tolist() for _, _, batch in batches],
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        worker_init_fn=heed_in_worker,
-        generator=torch.Generator(),  # its start draws a number, which must not be one of the run's own
-    )
-    for (number, is_last, batch), opened in zip(batches, loader, strict=True):
-        yield number, is_last, batch.shape[1], _encoded(wanted, batch, opened, device)
+    opened = _opened(wanted, [batch.T.tolist() for _, _, batch in batches], num_workers)
+    for (number, is_last, batch), item in zip(batches, opened, strict=True):
+        yield number, is_last, batch.shape[1], _encoded(wanted, batch, item, device)
+
+
+def _opened(wanted: Wanted, batches: list[list[list[int]]], num_workers: int) -> Iterator[_Opened]:
+    """What the workers make of source and row of each batch. When one is killed, all start anew, once."""
+
+    def start() -> Iterator[Any]:
+        loader = DataLoader(
+            _OpenedRows(wanted),
+            batch_sampler=batches[done:],
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            worker_init_fn=heed_in_worker,
+            generator=torch.Generator(),  # its start draws a number, which must not be one of the run's own
+        )
+        return iterate(loader)
+
+    done, is_restarted = 0, False
+    found = start()
+    while done < len(batches):
+        ended = ""
+        try:
+            item = next(found)
+        except (RuntimeError, *GONE) as error:
+            if not is_of_killed_worker(error, num_workers):
+                raise
+            if is_restarted:
+                raise WorkerKilledError(wanted.pairs.name) from error
+            ended = how_it_ended(error)
+        if ended:
+            is_restarted = True
+            logger.warning("%s; it is started anew, once.", ended)
+            # Behind the except block nothing else holds the old workers: they are gone before the new ones begin.
+            found = iter(())
+            found = start()
+            continue
+        if isinstance(item, Exception):
+            raise item
+        yield item
+        done += 1
 
 
 def _encoded(wanted: Wanted, rows: np.ndarray, opened: _Opened, device: torch.device) -> Entries:

@@ -5,14 +5,14 @@
 3. The processes share the missing shards. Each writes its own, whole or not at all.
 
 Invariant: what is stored does not depend on the number of processes or on when a run was killed: within a shard always
-the same rows are computed together. Row by row, images are prepared as in training, and view v of an image is what
-training would make of it in epoch v.
+the same rows are computed together. Row by row, images are prepared as in training, see `feature_computing`.
 
 Dimensions: B batch, W width of a feature.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,16 @@ from .data.feature_shards import ROWS, Entries, FeatureShards, joined
 from .data.stored_features import StoredFeatures
 from .feature_computing import Wanted, compute, compute_again
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "frozen_features"
 """In the output folder."""
 
 CHECKED = 8
 """Rows that are computed again where features are found."""
+
+SHOWN = 8
+"""Shards that a warning names."""
 
 MOST_ROUNDING = {"no": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
 """How far features may be from those that were computed before, perhaps on another machine, as a part of their
@@ -85,6 +90,7 @@ def store(wanted: Wanted, folder: str | Path, accelerator: Any, num_workers: int
     if missing or len(shards):
         wanted.encoder.module.to(device).eval()
     of_main_process(accelerator, lambda: check(wanted, shards, missing, device))
+    of_main_process(accelerator, lambda: warn_of_unusable(wanted, shards, missing))
     own = missing[accelerator.process_index :: accelerator.num_processes]
     done_together(lambda: _write(wanted, shards, own, device, num_workers, accelerator.is_main_process))
     return done_together(lambda: StoredFeatures(shards))
@@ -135,6 +141,30 @@ def check(wanted: Wanted, shards: FeatureShards, missing: Sequence[int], device:
         name = f"row {row} of {wanted.pairs.sources[source].name}"
         if what := _difference(wanted, again, place, found, entries):
             raise StaleFeaturesError(shards.folder, name, what)
+
+
+def warn_of_unusable(wanted: Wanted, shards: FeatureShards, missing: Sequence[int]) -> None:
+    """Say which of the shards that were found have rows whose images could not be used, perhaps for that moment.
+
+    They are not tried again by themselves: a thousand addresses that are gone would be waited for at every start.
+
+    Args:
+        wanted: The features.
+        shards: Where they are.
+        missing: The shards that are not there.
+    """
+    if wanted.of_texts:  # a caption that could not be used then cannot be now
+        return
+    found = {number: shards.reasons(number) for number in range(len(shards)) if number not in set(missing)}
+    having = [number for number, reasons in found.items() if reasons]
+    if not having:
+        return
+    names = ", ".join(shards.path(number).name for number in having[:SHOWN]) + (", ..." if having[SHOWN:] else "")
+    logger.warning(
+        "%d rows of %s have no stored features, since their images could not be used when these were computed (%s); "
+        "they are left out. If they can be used now, delete %d of the folders in %s, which are computed anew then: %s",
+        *(sum(map(len, found.values())), wanted.pairs.name, found[having[0]][0], len(having), shards.folder, names),
+    )
 
 
 def _difference(wanted: Wanted, again: Entries, place: int, found: Entries, entries: np.ndarray) -> str:

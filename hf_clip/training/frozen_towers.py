@@ -5,7 +5,8 @@ place, which gives back what it is called with: so projections, loss and all els
 no other part of the program knows of it. The tower's weights lie in a file beside the features, from where a model gets
 them that is evaluated alone, saved or published.
 
-Invariant: training is the same as without. Where images are augmented, epoch e sees view e mod K of each.
+Invariant: training is the same as without. Where images are augmented, epoch e sees view e mod K of each, and with
+`--captions all` the views are others than without: see `feature_computing`.
 
 Dimensions: B batch, W tower width.
 """

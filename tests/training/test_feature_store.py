@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import re
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,18 +14,24 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from hf_clip import HfClipProcessor
 from hf_clip.checkpoints.whole_folder import DiskFullError
-from hf_clip.training import checksums, feature_store, frozen_towers
+from hf_clip.data.columns import UnusableRowError
+from hf_clip.training import checksums, feature_computing, feature_store, frozen_towers
 from hf_clip.training.agreement import done_together
 from hf_clip.training.checkpoint import remove_unfinished
 from hf_clip.training.checksums import check_checksums, checked_folder
 from hf_clip.training.config import TrainingConfig
-from hf_clip.training.data import rows_digest
+from hf_clip.training.data import feature_shards, rows_digest
+from hf_clip.training.data.augment import Augmentation
+from hf_clip.training.data.collator import PairCollator
 from hf_clip.training.data.load_pairs import load_pairs
+from hf_clip.training.data.loader import WorkerKilledError
 from hf_clip.training.data.pairs import Pairs
 from hf_clip.training.data.rows_digest import digest_of_rows
-from hf_clip.training.feature_computing import Encoder
+from hf_clip.training.feature_computing import Encoder, Wanted, _OpenedRows, compute, compute_again
 from hf_clip.training.feature_store import FOLDER
 from hf_clip.training.frozen_towers import FrozenTowers
 from hf_clip.training.learner import Learner
@@ -150,3 +158,101 @@ def test_images_that_are_files_count_with_their_content(tmp_path: Path, kind: st
     (tmp_path / "2.jpg").write_bytes(b"abd")
     os.utime(tmp_path / "2.jpg", ns=(0, 0))
     assert len({first, second, digest(tmp_path)}) == 3
+
+
+# --- workers and rows that fail --------------------------------------------------------------------------------------
+
+
+def wanted_images(digits: Path, **fields: Any) -> Wanted:
+    """Of 80 rows, two of which are bad. An image's feature is the mean of its grey levels."""
+
+    def mean(pixel_values: Tensor) -> Tensor:
+        return pixel_values.flatten(1).mean(dim=1, keepdim=True)
+
+    pairs = load_pairs(str(digits / "several"), **fields)
+    pairs.sources[0].rows = np.arange(80)
+    pairs = Pairs(pairs.sources, **fields)
+    collator = PairCollator(HfClipProcessor.from_pretrained(digits / "vit"), Augmentation.parse("crop=0.5"))
+    return Wanted("image", "Images", Encoder(nn.Identity(), mean, 1, {}), pairs, collator, of_texts=False)
+
+
+def images_of(wanted: Wanted, num_workers: int = 1) -> list[np.ndarray]:
+    found = compute(wanted, {0: wanted.rows()}, torch.device("cpu"), num_workers)
+    return [entries.views[0] for *_, entries in found]
+
+
+def test_worker_that_is_killed_is_started_anew_once(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+    monkeypatch.setattr(feature_computing, "AT_ONCE", 20)
+    wanted, opened = wanted_images(digits), _OpenedRows.open
+    expected = images_of(wanted, 0)
+    kills = tmp_path / "kills"
+
+    def killed(self: _OpenedRows, rows: Any) -> Any:
+        if rows[0][1] == 40 and (left := len(kills.read_text())):
+            kills.write_text("." * (left - 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return opened(self, rows)
+
+    monkeypatch.setattr(_OpenedRows, "open", killed)
+    handler = signal.getsignal(signal.SIGCHLD)
+    kills.write_text(".")
+    found = images_of(wanted)
+    assert signal.getsignal(signal.SIGCHLD) is handler  # torch's own would raise anywhere
+    assert len(found) == 4
+    assert all(np.array_equal(*each) for each in zip(found, expected, strict=True))
+    assert "is started anew, once" in caplog.text
+    kills.write_text("..")
+    with pytest.raises(WorkerKilledError, match="was killed, and again after it was started anew"):
+        images_of(wanted)
+
+
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_error_of_a_worker_is_one_line(digits: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]):
+    def failing(self: _OpenedRows, rows: Any) -> Any:
+        raise kind("the table is gone")
+
+    monkeypatch.setattr(_OpenedRows, "open", failing)
+    with pytest.raises(kind, match=r"^the table is gone$"):
+        images_of(wanted_images(digits))
+
+
+def test_rows_that_could_not_be_used_are_counted_at_the_next_start(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """After the folder was deleted that is named, they are tried again."""
+    for module in (feature_store, feature_shards):
+        monkeypatch.setattr(module, "ROWS", 64)
+    wanted, read = wanted_images(digits), PairCollator.prepare_images
+
+    def timed_out(*given: Any) -> Any:
+        raise UnusableRowError("its image could not be fetched (timed out)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PairCollator, "prepare_images", timed_out)
+        feature_store.store(wanted, tmp_path, ALONE, 0)
+    assert not caplog.text
+    assert PairCollator.prepare_images is read
+    feature_store.store(wanted, tmp_path, ALONE, 0)
+    assert re.search(r"80 rows of .*several have no stored features.*timed out", caplog.text)
+    (folder,) = tmp_path.glob("image-*")
+    assert f"delete 2 of the folders in {folder}, which are computed anew then: 00000, 00001" in caplog.text
+    for name in ("00000", "00001"):
+        shutil.rmtree(folder / name)
+    caplog.clear()
+    feature_store.store(wanted, tmp_path, ALONE, 0)
+    feature_store.store(wanted, tmp_path, ALONE, 0)
+    assert re.search(r"2 rows of .*several have no stored features", caplog.text)
+
+
+@pytest.mark.parametrize(("captions", "is_same"), [("one", True), ("all", False)])
+def test_view_is_that_of_training_unless_all_captions_are_drawn(digits: Path, captions: str, is_same: bool):
+    """As the guide says."""
+    wanted = wanted_images(digits, captions=captions)
+    draw = next(draw for draw in wanted.pairs.draws(0, shuffle=False) if draw.row == 5)
+    prepared = wanted.collator.prepare(draw, wanted.pairs.read(draw))
+    trained = wanted.encoder(torch.device("cpu"), pixel_values=wanted.collator.images.batch([prepared.image]))
+    stored = compute_again(wanted, np.array([[0], [5]]), torch.device("cpu"))
+    assert np.array_equal(stored.views[0], trained) == is_same

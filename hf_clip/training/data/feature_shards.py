@@ -136,6 +136,11 @@ class FeatureShards:
         with checked_folder(self.path(number)) as unfinished:
             _write_table(unfinished / FILE, entries, self.width)
 
+    def reasons(self, number: int) -> list[str]:
+        """Why entries of a shard have no features, of each that has none."""
+        found = import_datasets().Dataset.from_file(str(self.path(number) / FILE)).with_format("arrow")
+        return found.data.column("reason").drop_null().to_pylist()
+
     def read(self, number: int) -> Entries:
         """Read a shard. Its features stay on the disk until they are asked for."""
         table = import_datasets().Dataset.from_file(str(self.path(number) / FILE)).with_format("arrow")[:]

@@ -50,12 +50,40 @@ PINNING, IN_PINNING = "Pin memory thread exited unexpectedly", "in pin memory th
 thread, and little else does: what goes wrong with the pinning itself is handed on, as an error with the second text."""
 
 
-def _is_of_killed_worker(error: Exception, num_workers: int) -> bool:
-    """Whether an error of taking the next batch says that a worker was killed."""
+def is_of_killed_worker(error: Exception, num_workers: int) -> bool:
+    """Whether an error of taking the next batch says that a worker was killed.
+
+    Args:
+        error: of a DataLoader.
+        num_workers: that it has.
+    """
     text = str(error)
     is_raised = text.startswith(RAISED) and IN_PINNING not in text.partition("\n")[0]
     is_lost = text.startswith(PINNING) or (isinstance(error, GONE) and not is_raised)
     return text.startswith(KILLED) or (is_lost and num_workers > 0)
+
+
+def how_it_ended(error: Exception) -> str:
+    """What a warning says of a worker that was killed."""
+    is_named = str(error).startswith(KILLED)
+    return str(error).rstrip(".") if is_named else "A DataLoader worker exited unexpectedly"
+
+
+def iterate(loader: DataLoader) -> Iterator[Any]:
+    """Start the workers of a loader, and leave the handler for the end of child processes as it was.
+
+    With torch's own handler a worker's end would be raised wherever this process is at the moment, such as in an
+    exchange with other processes. Without it, it is raised to whoever asks for the next batch.
+
+    Args:
+        loader: of which the batches are asked for.
+    """
+    is_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.getsignal(signal.SIGCHLD) if is_main else None
+    found = iter(loader)
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
+    return found
 
 
 class WorkerKilledError(OSError):
@@ -167,12 +195,11 @@ class PairLoader:
             except StopIteration:
                 return
             except (RuntimeError, *GONE) as error:
-                if not _is_of_killed_worker(error, self.loader.num_workers):
+                if not is_of_killed_worker(error, self.loader.num_workers):
                     raise
                 if self.is_restarted:
                     raise WorkerKilledError(self.pairs.name) from error
-                is_named = str(error).startswith(KILLED)
-                ended = str(error).rstrip(".") if is_named else "A DataLoader worker exited unexpectedly"
+                ended = how_it_ended(error)
             if ended:
                 self.is_restarted = True
                 logger.warning("%s; it is started anew, once.", ended)
@@ -186,14 +213,7 @@ class PairLoader:
 
     def _iterate(self, epoch: int, first_batch: int) -> Iterator[Any]:
         self.plans.epoch, self.plans.first_batch = epoch, first_batch
-        is_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
-        before = signal.getsignal(signal.SIGCHLD) if is_main else None
-        found = iter(self.loader)
-        if before is not None:
-            # With torch's own handler a worker's end would be raised wherever this process is at the moment, such as in
-            # an exchange with other processes. Without it, it is raised to whoever asks for the next batch.
-            signal.signal(signal.SIGCHLD, before)
-        return found
+        return iterate(self.loader)
 
     def batches(self, position: Position = Position()) -> Iterator[tuple[Position, dict[str, Tensor]]]:  # noqa: B008
         """Batches without end.
