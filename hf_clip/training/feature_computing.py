@@ -239,6 +239,7 @@ def _opened(wanted: Wanted, batches: list[list[list[int]]], num_workers: int) ->
             found = start()
             continue
         if isinstance(item, Exception):
+            found = iter(())  # workers that a traceback holds end seconds later
             raise item
         yield item
         done += 1
