@@ -111,7 +111,7 @@ def _state(path: Any, source: PairTable) -> tuple[int, int] | None:
 
 def _outline(column: Any) -> Any:
     """What stands in an Arrow column, with the lengths of bytes in place of the bytes."""
-    from pyarrow import compute, types  # type: ignore[import-untyped]
+    from pyarrow import compute, types
 
     if types.is_binary(column.type) or types.is_large_binary(column.type):
         return compute.binary_length(column).to_pylist()
