@@ -267,6 +267,7 @@ def test_text_encoders_take_prompts_as_each_project_pads_them(vit: Variant, no_e
     assert lengths != sorted(lengths)
 
 
+@pytest.mark.slow
 def test_encoder_with_a_wrong_output_is_no_row(vit: Variant, no_engines: None, monkeypatch: pytest.MonkeyPatch, capsys):
     right = peers.BUILDERS["transformers"]
     broken: Callable = lambda case: lambda batch: right(case)(batch) * 1.01  # noqa: E731
@@ -297,6 +298,7 @@ def test_rows_of_a_gpu_run_the_same_code_on_a_cpu(
     assert names_of(table) == ["hf_clip, on the device", "hf_clip, copied there", "Pillow, on the CPU"]
 
 
+@pytest.mark.slow
 def test_loaders_are_measured_by_workers_and_wrong_pixels_are_no_row(
     vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

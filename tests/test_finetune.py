@@ -136,6 +136,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(
     assert json.loads((tmp_path / "two" / "training_config.json").read_text())["launch"]["processes"] == 2
 
 
+@pytest.mark.slow
 def test_too_many_bad_rows_end_both_processes(digits: Path, tmp_path: Path):
     flags = options(
         digits,

@@ -98,6 +98,7 @@ def test_every_snippet_runs(
     run_without_hf_clip(others, tmp_path)
 
 
+@pytest.mark.slow
 def test_card_of_a_stock_repository_loads_it_with_stock_classes(
     repositories: dict[str, Path], photographs: dict[str, Image.Image], tmp_path: Path
 ):

@@ -178,7 +178,7 @@ import sys, time
 from whole_folder import FolderInUseError, whole_folder
 out, text, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
 written, refused, end = 0, 0, time.monotonic() + seconds
-while time.monotonic() < end:
+while time.monotonic() < end or not written:
     try:
         with whole_folder(out) as folder:
             for name in ("a.txt", "model.bin", "config.json"):

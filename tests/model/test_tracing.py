@@ -27,7 +27,7 @@ def free_dimensions(limit: int) -> dict[str, dict[int, Dim]]:
     return {"input_ids": text, "attention_mask": text, "pixel_values": {0: images}}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_exported_program_takes_any_batch_size_and_text_length(model: HfClipModel, tower: str, attention: str):
     model.set_attn_implementation(attention)

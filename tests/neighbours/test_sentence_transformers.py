@@ -90,6 +90,7 @@ def test_plugin_is_enough(repository: Path, photographs: dict[str, Image.Image],
     assert_same_vectors(model.similarity(model.encode(TEXTS), model.encode([image])).numpy(), cosines)
 
 
+@pytest.mark.slow
 def test_published_repositories_work_where_hf_clip_is_not_installed(
     repositories: dict[str, Path], photographs: dict[str, Image.Image], tmp_path: Path
 ):

@@ -159,6 +159,7 @@ def test_micro_batches_stored_towers_and_resuming_change_nothing(digits: Path, t
     assert kinds == {"text", "text-tower", "teacher-image", "teacher-text"}
 
 
+@pytest.mark.slow
 def test_processes_learn_what_one_does(digits: Path, tmp_path: Path, two_processes: TwoProcesses):
     chosen = RUN | {"teacher": str(digits / "vit"), "max_steps": 2}
     one = train(digits, tmp_path / "one", **chosen)

@@ -364,12 +364,14 @@ def test_run_goes_on_from_a_checkpoint_bit_for_bit(digits: Path, tmp_path: Path)
     ],
     ids=["adapters", "projections"],
 )
+@pytest.mark.slow
 def test_other_options_do_what_they_do_without(digits: Path, tmp_path: Path, fields: dict):
     chosen = fields | {"replay": f"{digits / 'several'}=0.3", "max_bad_fraction": 0.5}
     plain = train(digits, tmp_path / "plain", **LOCKED | chosen)
     assert_same_run(stored_run(digits, tmp_path / "stored", **chosen), plain)
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_store_what_one_would(digits: Path, tmp_path: Path, two_processes: TwoProcesses):
     """1,280 rows are two shards. The two processes split the heads by FSDP2."""
     chosen = {"dataset": [str(digits / "pairs")] * 2, "lock": "image,text"}
