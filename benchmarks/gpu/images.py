@@ -3,7 +3,6 @@
 Dimensions: B images, Y × X pixels.
 """
 
-import os
 import shutil
 import time
 from functools import cache, partial
@@ -20,6 +19,7 @@ from torch.nn.functional import interpolate
 from hf_clip import HfClipImageProcessor, HfClipProcessor, HfClipTokenizer
 from hf_clip.checkpoints.vocabulary import find_vocabulary
 from hf_clip.data.columns import CaptionReader
+from hf_clip.inference.cpu import count_cores
 from hf_clip.model.image_processing_hf_clip import OPENAI_STD
 from hf_clip.training.data.augment import Augmentation
 from hf_clip.training.data.collator import PairCollator
@@ -159,7 +159,7 @@ def shared_memory() -> int | None:
 
 
 def workers_tried() -> tuple[int, ...]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     return tuple(sorted({1, min(4, cores), min(max(cores - 1, 1), 16)}))
 
 

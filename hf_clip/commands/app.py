@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from functools import wraps
 from importlib import import_module
 from typing import Annotated, Any
@@ -33,6 +34,15 @@ HAVE_SEVERAL = ("evaluate",)
 
 READ_ALIKE = ("finetune",)
 """Commands whose own parser takes an option's underscores and hyphens alike."""
+
+
+class Dtype(str, Enum):
+    """What a command line may ask a model to compute in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
 
 TRACEBACK = "HF_CLIP_TRACEBACK"
 """Environment variable: errors come with their traceback."""

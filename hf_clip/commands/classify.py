@@ -3,22 +3,17 @@
 import os
 import sys
 from collections.abc import Callable, Iterable
-from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .app import Dtype
 
 if TYPE_CHECKING:
     from ..zero_shot.files import Classified
 
 SOME_FAILED = 2
 """Exit status: there are results, but not of all images."""
-
-
-class Dtype(str, Enum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 def _line(result: "Classified", width: int, label_width: int) -> str:

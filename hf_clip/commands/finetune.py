@@ -23,7 +23,7 @@ from torch import Tensor
 from ..extras import require
 from ..hub.upload import PublishingError
 from ..training import failures, sharding, stopping
-from ..training.build import build_learner, build_loaders, describe_start
+from ..training.build import build_learner
 from ..training.command_line import parse_config
 from ..training.config import TrainingConfig
 from ..training.distillation import add_distillation
@@ -37,6 +37,8 @@ from ..training.optim import learning_rates
 from ..training.output import held
 from ..training.refusals import check_run
 from ..training.run import Run
+from ..training.run_data import describe_start
+from ..training.run_loaders import build_loaders
 from ..training.summary import run_in_words
 from .app import TRACEBACK
 

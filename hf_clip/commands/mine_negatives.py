@@ -10,22 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
+from ..model.checked_files import one_line
+from .app import Dtype
+
 EXAMPLES_SHOWN = 3
-
-
-class Dtype(str, Enum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 class By(str, Enum):
     image = "image"
     text = "text"
-
-
-def _shown(text: str) -> str:
-    return "".join(character if character.isprintable() else "�" for character in text[:80])
 
 
 def _examples(mined: Any) -> list[str]:
@@ -35,8 +28,8 @@ def _examples(mined: Any) -> list[str]:
     lines = []
     for number in (found[place] for place in places):
         own = mined.negatives[number][0].own_score
-        lines.append(f"{own:.3f}  {_shown(mined.captions[number][0])}")
-        lines += [f"  {negative.score:.3f}  not: {_shown(negative.text)}" for negative in mined.negatives[number]]
+        lines.append(f"{own:.3f}  {one_line(mined.captions[number][0], 80)}")
+        lines += [f"  {negative.score:.3f}  not: {one_line(negative.text, 80)}" for negative in mined.negatives[number]]
     return lines
 
 

@@ -7,7 +7,6 @@ Dimensions: B batch, I images, T texts, D embedding.
 """
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch.nn.functional import normalize
 from ..data.columns import UnusableRowError
 from ..data.content import content_id
 from ..data.images import NOWHERE, ImagePlaces, ImageRegion, image_content, open_content
+from ..inference.cpu import count_cores
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.open_image import UnreadableImageError
 from ..zero_shot.features import (
@@ -73,11 +73,6 @@ def _of_length_one(found: Any) -> Tensor:
     """Return features (B, D) of length one, float32, on the CPU, out of what a model gives."""
     found = found if isinstance(found, Tensor) else found.pooler_output
     return normalize(found.float(), dim=-1).cpu()
-
-
-def _processors() -> int:
-    """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Row(NamedTuple):
@@ -144,7 +139,7 @@ class Embedder:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.at_once: dict[str, int] = {}
         self.processes = current()
-        self.threads = threads or max(1, min(_processors() // self.processes.local_count, MOST_THREADS))
+        self.threads = threads or max(1, min(count_cores() // self.processes.local_count, MOST_THREADS))
 
     @property
     def precision(self) -> str:

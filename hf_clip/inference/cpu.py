@@ -45,6 +45,11 @@ def _in_units(size: int) -> str:
     return f"{size >> 20} MiB" if size >= 2**20 else f"{size >> 10} KiB"
 
 
+def count_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @cache
 def read_cpu() -> Cpu:
     """Read the facts of this machine's CPU, once."""
@@ -52,11 +57,10 @@ def read_cpu() -> Cpu:
     fields = dict(line.partition(":")[::2] for line in text.partition("\n\n")[0].splitlines())
     found = {name.strip(): value.strip() for name, value in fields.items()}
     flags = (found.get("flags") or found.get("Features") or "").split()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sizes, sharers = _read_caches(CACHES)
     return Cpu(
         name=found.get("model name") or platform.processor() or platform.machine(),
-        cores=cores,
+        cores=count_cores(),
         instructions=tuple(name for name in INSTRUCTIONS if name in flags),
         cache_bytes=sizes,
         sharers=sharers,

@@ -18,7 +18,7 @@ Dimensions: B pairs of this process (`local_…`), N pairs of all processes (`gl
 the student, Z embedding of the teacher. A tile has `r` rows and `c` columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..model.linear_map import linear
-from . import tiles
 from .gathering import Gathered, exchange_counts, gather, process_index, world_size
+from .line_sums import LineSums
 from .losses import ContrastiveResult
 from .ring import Ring
-from .tiles import wide_type
+from .tiles import LogitTiles, Tile, refuse_second_derivative, wide_type
 
 
 @dataclass(frozen=True)
@@ -70,47 +69,38 @@ def add_distillation(result: ContrastiveResult, distillation: Distillation, weig
     return DistilledResult(total, result.global_loss, result.global_accuracy, distillation.global_loss)
 
 
-class _Lines:
+class _Lines(LineSums):
     """What is known so far of each row, or of each column, of one model's logits.
 
     Attributes:
-        peaks: (n,) the largest logit m.
-        sums: (n,) Σ exp(logit - m).
-        gaps: (n,) Σ exp(logit - m) · gap, where a gap of each logit is given.
+        gaps: (n,) Σ exp(logit - peak) · gap, where a gap of each logit is given.
     """
 
     def __init__(self, count: int, like: Tensor):
-        self.peaks = like.new_full((count,), torch.finfo(like.dtype).min)  # finite: differences are no nan
-        self.sums, self.gaps = (like.new_zeros(count, dtype=wide_type(like)) for _ in range(2))
+        super().__init__(count, like)
+        self.gaps = torch.zeros_like(self.sums)
 
-    def add(self, part: slice, logits: Tensor, dim: int, gap: Tensor | None = None) -> None:
-        """Take a tile (r, c) into account. dim: over which the lines go"""
-        peaks = torch.maximum(self.peaks[part], logits.amax(dim))
-        scale = (self.peaks[part].to(self.sums.dtype) - peaks).exp_()
-        weights = (logits - peaks.unsqueeze(dim)).exp_()
-        self.sums[part] = self.sums[part] * scale + weights.sum(dim)
+    def add(self, part: slice, tile: Tile, dim: int, gap: Tensor | None = None) -> None:
+        """Take a tile into account. dim: over which the lines go"""
+        weights, factors = self.take(part, tile.logits, tile.spare, dim)
         if gap is not None:
-            self.gaps[part] = self.gaps[part] * scale + weights.mul_(gap).sum(dim)
-        self.peaks[part] = peaks
+            self.gaps[part] *= factors
+            self.gaps[part] += weights.mul_(gap).sum(dim)
 
     def put_together(self) -> None:
         """Add what all processes know of the same lines."""
         if world_size() == 1:
             return
-        local_peaks, self.peaks = self.peaks, self.peaks.clone()
-        dist.all_reduce(self.peaks, dist.ReduceOp.MAX)
-        sums = torch.stack([self.sums, self.gaps]) * (local_peaks.to(self.sums.dtype) - self.peaks).exp_()
+        self.gaps *= self.align()
+        sums = torch.stack([self.sums, self.gaps])
         dist.all_reduce(sums)
         self.sums, self.gaps = sums.unbind(0)
 
-    def logarithms(self) -> Tensor:
-        """(n,) log Σ exp, when all tiles are known."""
-        return self.peaks + self.sums.log()
-
-    def probabilities(self, part: slice, logits: Tensor, dim: int) -> Tensor:
-        """The softmax of a tile along its lines: (r, c)."""
-        factors = self.sums[part].reciprocal().to(logits.dtype).unsqueeze(dim)
-        return (logits - self.peaks[part].unsqueeze(dim)).exp_().mul_(factors)
+    def probabilities(self, part: slice, tile: Tile, dim: int) -> Tensor:
+        """The softmax of a tile along its lines: (r, c), its spare memory."""
+        factors = self.sums[part].reciprocal().to(tile.logits.dtype).unsqueeze(dim)
+        weights = torch.sub(tile.logits, self.peaks[part].unsqueeze(dim), out=tile.spare).exp_()
+        return weights.mul_(factors)
 
 
 class _Pair:
@@ -119,9 +109,9 @@ class _Pair:
     def __init__(self, count: int, like: Tensor, dim: int):
         self.student, self.teacher, self.dim = _Lines(count, like), _Lines(count, like), dim
 
-    def add(self, part: slice, z: Tensor, y: Tensor) -> None:
+    def add(self, part: slice, z: Tile, y: Tile) -> None:
         self.student.add(part, z, self.dim)
-        self.teacher.add(part, y, self.dim, y - z)
+        self.teacher.add(part, y, self.dim, y.logits - z.logits)
 
     def put_together(self) -> None:
         self.student.put_together()
@@ -132,8 +122,8 @@ class _Pair:
         gaps = self.teacher.gaps / self.teacher.sums
         return gaps - self.teacher.logarithms() + self.student.logarithms()
 
-    def gradient(self, part: slice, z: Tensor, y: Tensor) -> Tensor:
-        """Of Σ KL by z: (r, c)."""
+    def gradient(self, part: slice, z: Tile, y: Tile) -> Tensor:
+        """Of Σ KL by z: (r, c), the spare memory of z."""
         return self.student.probabilities(part, z, self.dim).sub_(self.teacher.probabilities(part, y, self.dim))
 
 
@@ -155,40 +145,25 @@ class _Teacher:
         return Gathered(gather(both, self.counts), self.counts)
 
 
-@dataclass
-class _Tile:
-    """Logits of some local images against some texts.   rows, columns: which, of the local and of all"""
+def _tiles(images: Tensor, scale: Tensor, teacher: _Teacher) -> Callable[[int, Tensor], Iterator[tuple[Tile, Tile]]]:
+    """The tiles of all local images against any block of texts: from (first, both) to those of student and teacher.
 
-    rows: slice
-    columns: slice
-    z: Tensor
-    y: Tensor
-    texts: Tensor
-    scaled_images: Tensor
-
-
-def _tiles_of(images: Tensor, scale: Tensor, teacher: _Teacher, first: int, both: Tensor) -> Iterator[_Tile]:
-    """The tiles of all local images against a block of texts.
+    `first` is the place of the first of these texts among all; `both` (n, D + Z) has them of the student and, behind,
+    of the teacher.
 
     Args:
         images: (B, D)
         scale: () the student's, in the wide type.
         teacher: What it gives.
-        first: The place of the first of these texts among all.
-        both: (n, D + Z)
     """
-    device, width = images.device.type, images.shape[1]
-    row_count = max(1, min(len(images), tiles.TILE_ROWS.get(device, tiles.TILE_ROWS["cpu"])))
-    column_count = max(1, tiles.TILE_LOGITS.get(device, tiles.TILE_LOGITS["cpu"]) // row_count)
-    for row in range(0, len(images), row_count):
-        rows = slice(row, min(row + row_count, len(images)))
-        scaled = (images[rows].to(scale.dtype) * scale).to(images.dtype)
-        of_teacher = (teacher.images[rows].to(scale.dtype) * teacher.scale).to(images.dtype)
-        for column in range(0, len(both), column_count):
-            part = both[column : column + column_count]
-            texts = part[:, :width]
-            columns = slice(first + column, first + column + len(part))
-            yield _Tile(rows, columns, linear(scaled, texts), linear(of_teacher, part[:, width:]), texts, scaled)
+    width = images.shape[1]
+    of_student = LogitTiles(images, scale, None, 0, None)
+    of_teacher = LogitTiles(teacher.images, torch.full_like(scale, teacher.scale), None, 0, None)
+
+    def against(first: int, both: Tensor) -> Iterator[tuple[Tile, Tile]]:
+        return zip(of_student.of(first, both[:, :width]), of_teacher.of(first, both[:, width:]), strict=True)
+
+    return against
 
 
 class _TiledDistillation(torch.autograd.Function):
@@ -201,10 +176,11 @@ class _TiledDistillation(torch.autograd.Function):
         with torch.autocast(local_images.device.type, enabled=False):
             scale = logit_scale.detach().to(wide_type(local_images)).exp().reshape(())
             rows, columns = _Pair(len(local_images), local_images, 1), _Pair(sum(teacher.counts), local_images, 0)
+            against = _tiles(local_images, scale, teacher)
             for first, both in teacher.texts_of_both(local_texts).blocks():
-                for tile in _tiles_of(local_images, scale, teacher, first, both):
-                    rows.add(tile.rows, tile.z, tile.y)
-                    columns.add(tile.columns, tile.z, tile.y)
+                for z, y in against(first, both):
+                    rows.add(z.rows, z, y)
+                    columns.add(z.columns, z, y)
             columns.put_together()
             offset = sum(teacher.counts[: process_index()])
             own = columns.divergences()[offset : offset + len(local_images)]
@@ -216,22 +192,22 @@ class _TiledDistillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        tiles.refuse_second_derivative("The distillation loss")
+        refuse_second_derivative("The distillation loss")
         local_images, local_texts, logit_scale = ctx.saved_tensors
         teacher, rows, columns = ctx.teacher, ctx.rows, ctx.columns
         needs_texts, width = ctx.needs_input_grad[1], local_images.shape[1]
         with torch.autocast(local_images.device.type, enabled=False):
             scale = logit_scale.detach().to(wide_type(local_images)).exp().reshape(())
             texts = teacher.texts_of_both(local_texts)
-            image_gradient = torch.zeros_like(local_images)
+            image_gradient, against = torch.zeros_like(local_images), _tiles(local_images, scale, teacher)
             for first, both, text_gradient in texts.blocks_with_gradients(needs_texts):
-                for tile in _tiles_of(local_images, scale, teacher, first, both):
-                    of_logits = rows.gradient(tile.rows, tile.z, tile.y)
-                    of_logits += columns.gradient(tile.columns, tile.z, tile.y)
-                    image_gradient[tile.rows].addmm_(of_logits, tile.texts)
+                for z, y in against(first, both):
+                    of_logits = rows.gradient(z.rows, z, y).clone()  # both give the same spare memory
+                    of_logits += columns.gradient(z.columns, z, y)
+                    image_gradient[z.rows].addmm_(of_logits, z.texts)
                     if text_gradient is not None:
-                        there = slice(tile.columns.start - first, tile.columns.stop - first)
-                        text_gradient[there, :width].addmm_(of_logits.T, tile.scaled_images)
+                        there = slice(z.columns.start - first, z.columns.stop - first)
+                        text_gradient[there, :width].addmm_(of_logits.T, z.scaled_images)
             factor = gradient.to(scale.dtype) * world_size() / (2 * sum(teacher.counts))
             image_gradient *= factor * scale
             # z is linear in an image times the scale: Σ z · ∂L/∂z is Σ image · ∂L/∂image.

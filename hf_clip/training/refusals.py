@@ -23,15 +23,7 @@ from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
 from .agreement import of_main_process
 from .best import step_of_best
-from .build import (
-    Data,
-    build_optimizer,
-    build_scheduler,
-    change_model_,
-    load_image_processor,
-    open_data,
-    prepare_training_,
-)
+from .build import build_optimizer, build_scheduler, change_model_, load_image_processor, prepare_training_
 from .checkpoint import find_checkpoint
 from .chosen_metric import Figure, parse_metric, read_figure
 from .config import TrainingConfig
@@ -43,6 +35,7 @@ from .launching import launch_settings
 from .plan import Plan, make_plan
 from .publishing import name_repository
 from .results import check_output_format
+from .run_data import Data, open_data
 from .run_state import check_identity, parse_state
 from .scratch import read_config
 from .sharding import check_batch_norm, check_wrapper

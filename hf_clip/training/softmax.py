@@ -27,36 +27,27 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .gathering import gather, world_size
-from .tiles import Tile, wide_type
+from .line_sums import LineSums
+from .tiles import Tile
 
 LARGEST_EXPONENT = 80.0
 """Above it log(1 + exp x) is x, in any precision. torch's own threshold of 20 is too low for float64."""
 
 
-class _Lines:
-    """What is known so far of each row, or of each column.
+class _Lines(LineSums):
+    """What is known so far of the negatives of each row, or of each column.
 
     Attributes:
-        peaks: (n,) the largest logit of a negative.
-        sums: (n,) Σ exp(z - peak) over the negatives.
         totals: (n,) Σ z over the negatives; for label smoothing.
     """
 
     def __init__(self, count: int, like: Tensor):
-        self.peaks = like.new_full((count,), torch.finfo(like.dtype).min)  # finite: differences are no nan
-        self.sums, self.totals = (like.new_zeros(count, dtype=wide_type(like)) for _ in range(2))
+        super().__init__(count, like)
+        self.totals = torch.zeros_like(self.sums)
 
     def add(self, part: slice, tile: Tile, dim: int) -> None:
         """Add the negatives of a tile, where all other logits are -inf."""
-        peaks = torch.maximum(self.peaks[part], tile.logits.amax(dim))
-        weights = torch.sub(tile.logits, peaks.unsqueeze(dim), out=tile.spare).exp_()
-        self.sums[part] *= (self.peaks[part].to(self.sums.dtype) - peaks).exp_()
-        self.sums[part] += weights.sum(dim)
-        self.peaks[part] = peaks
-
-    def negatives(self) -> Tensor:
-        """(n,) log Σ exp z over the negatives."""
-        return self.peaks + self.sums.log()
+        self.take(part, tile.logits, tile.spare, dim)
 
 
 class Softmax:
@@ -111,16 +102,14 @@ class Softmax:
         columns, global_own = self.columns, self.own
         self.global_candidates = self.candidates
         if world_size() > 1:
-            local_peaks, columns.peaks = columns.peaks, columns.peaks.clone()
-            dist.all_reduce(columns.peaks, dist.ReduceOp.MAX)
-            columns.sums *= (local_peaks.to(columns.sums.dtype) - columns.peaks).exp_()
+            columns.align()
             global_own = gather(torch.stack([self.own, self.candidates], dim=1), self.counts)
             global_own, self.global_candidates = global_own.unbind(1)
             sums = torch.stack([columns.sums, columns.totals])
             dist.all_reduce(sums)
             columns.sums, columns.totals = sums.unbind(0)
-        row_negatives = torch.logaddexp(self.rows.negatives(), self.negative_rows.negatives())
-        column_negatives = columns.negatives()
+        row_negatives = torch.logaddexp(self.rows.logarithms(), self.negative_rows.logarithms())
+        column_negatives = columns.logarithms()
         # log p of the own one is -softplus of these.
         self.row_gaps = row_negatives - self.own
         self.column_gaps = column_negatives[self.local] - self.own

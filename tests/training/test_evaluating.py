@@ -8,9 +8,9 @@ from transformers import AutoModel, AutoProcessor
 
 from hf_clip import ZeroShotClassifier
 from hf_clip.data.images import open_content
-from hf_clip.training.build import open_data
 from hf_clip.training.config import TrainingConfig
 from hf_clip.training.evaluating import group_pairs, retrieval
+from hf_clip.training.run_data import open_data
 
 from ..finetuning import LABELLED_CAPTION, options, records, train
 

@@ -16,10 +16,10 @@ from transformers import AutoModel, AutoProcessor, CLIPModel
 
 from hf_clip import ZeroShotClassifier
 from hf_clip.data.images import open_content
-from hf_clip.training.build import open_data
 from hf_clip.training.config import TrainingConfig
 from hf_clip.training.losses import global_contrastive_loss
 from hf_clip.training.matryoshka_loss import matryoshka_contrastive_loss
+from hf_clip.training.run_data import open_data
 
 from ..closeness import assert_same_gradients
 from ..finetuning import LABELLED_CAPTION, largest_difference, options, records, train, weights

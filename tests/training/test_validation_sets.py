@@ -8,9 +8,9 @@ import pytest
 from datasets import DatasetDict, load_from_disk
 from huggingface_hub import ModelCard
 
-from hf_clip.training.build import open_data
 from hf_clip.training.chosen_metric import Figure, read_figure
 from hf_clip.training.config import TrainingConfig
+from hf_clip.training.run_data import open_data
 from hf_clip.training.validation_sets import ValidationSet, place_of
 
 from ..finetuning import LABELLED_CAPTION, options, records, train

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_clip.training.build import find_num_workers
+from hf_clip.training.run_loaders import find_num_workers
 
 
 @pytest.mark.parametrize(

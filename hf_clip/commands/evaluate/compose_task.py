@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..app import Dtype
 from .task_options import (
     BatchSize,
     DataSets,
     Device,
-    Dtype,
     ImageColumn,
     Models,
     Optimize,

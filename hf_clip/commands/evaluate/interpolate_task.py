@@ -5,13 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from ..app import Dtype
 from .task_options import (
     BatchSize,
     Cache,
     ClassNames,
     DataSets,
     Device,
-    Dtype,
     ImageColumn,
     LabelColumn,
     Metric,

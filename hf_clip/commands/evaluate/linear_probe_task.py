@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from ...model.checked_files import one_line
+from ..app import Dtype
 from .task_options import (
     BatchSize,
     Cache,
     ClassNames,
     Device,
-    Dtype,
     ImageColumn,
     LabelColumn,
     Metric,

@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ..app import Dtype
 from .task_options import (
     BatchSize,
     Cache,
     DataSets,
     Device,
-    Dtype,
     ImageColumn,
     Models,
     Optimize,

@@ -3,16 +3,11 @@
 import os
 import sys
 from collections.abc import Callable
-from enum import Enum
 from typing import Annotated, Any
 
 import typer
 
-
-class Dtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+from ..app import Dtype
 
 
 def expanded(path: str | None) -> str | None:

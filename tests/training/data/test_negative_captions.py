@@ -9,7 +9,6 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from transformers import ProcessorMixin
 
-from hf_clip.training.build import open_data
 from hf_clip.training.config import TrainingConfig
 from hf_clip.training.data.bad_rows import BadRows
 from hf_clip.training.data.collator import PairCollator
@@ -17,6 +16,7 @@ from hf_clip.training.data.load_pairs import load_pairs, with_replay
 from hf_clip.training.data.loader import build_loader
 from hf_clip.training.data.pairs import Pairs, PairStream
 from hf_clip.training.data.survey import check_negatives, describe_negatives, look_at
+from hf_clip.training.run_data import open_data
 
 from ...finetuning import largest_difference, records, train, weights
 from ..sources import loader_of, png, text_ids, write_tar

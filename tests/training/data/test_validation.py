@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from hf_clip.training import build
+from hf_clip.training import run_data
 from hf_clip.training.config import TrainingConfig
 from hf_clip.training.data.load_pairs import hold_out, load_pairs, read_validation
 from hf_clip.training.data.pairs import Pairs, PairStream
@@ -78,24 +78,24 @@ def test_validation_data_may_be_a_source_of_their_own(tmp_path: Path, monkeypatc
     for name in ("train", "test"):
         write_table(splits / f"{name}.csv", {"image": ["x.png"], "caption": [f"of {name}"]})
     chosen = {"model": "m", "output_dir": "o", "max_steps": 1, "dataset": [str(tmp_path / "train.csv")]}
-    monkeypatch.setattr(build, "look_at", lambda *_: Look(draws=2))
+    monkeypatch.setattr(run_data, "look_at", lambda *_: Look(draws=2))
     for validation, expected in ((tmp_path / "other.csv", ["a bird"] * 3), (splits, ["of test"])):
-        data = build.open_data(TrainingConfig(**chosen, validation=str(validation), per_device_train_batch_size=2))
+        data = run_data.open_data(TrainingConfig(**chosen, validation=str(validation), per_device_train_batch_size=2))
         assert texts_of(data.train, shuffle=False) == ["a cat", "a dog"]
         assert data.validation is not None
         assert texts_of(data.validation, shuffle=False) == expected
     with pytest.raises(ValueError, match=r"--validation .*train.csv is a source that is trained on: name another"):
-        build.open_data(TrainingConfig(**chosen, validation=chosen["dataset"][0]))
+        run_data.open_data(TrainingConfig(**chosen, validation=chosen["dataset"][0]))
     monkeypatch.chdir(tmp_path)
     for dataset, validation in (("train.csv", "./train.csv"), ("splits", "splits/train.csv")):
         with pytest.raises(ValueError, match=f"--validation {validation} is a source that is trained on: name another"):
-            build.open_data(TrainingConfig(**chosen | {"dataset": [dataset]}, validation=validation))
+            run_data.open_data(TrainingConfig(**chosen | {"dataset": [dataset]}, validation=validation))
     with pytest.raises(ValueError, match=r"has no split 'splits'.* the file or folder of that name, write ./splits."):
-        build.open_data(TrainingConfig(**chosen, validation="splits"))
+        run_data.open_data(TrainingConfig(**chosen, validation="splits"))
     tables = {name: datasets.Dataset.from_dict({"image": ["x.png"], "caption": ["a"]}) for name in ("one", "two")}
     datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"saved has the splits one, two, of which none is called validation or test"):
-        build.open_data(TrainingConfig(**chosen, validation="./saved"))
+        run_data.open_data(TrainingConfig(**chosen, validation="./saved"))
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_replayed_pairs_are_not_held_out_and_have_columns_of_their_own(tmp_path:
     old = {"image": [png(1)] * 4, "text": [f"old {row}" for row in range(4)]}
     sources = [str(write_table(tmp_path / f"{name}.parquet", rows)) for name, rows in (("new", new), ("old", old))]
     chosen = {"model": "m", "dataset": sources[:1], "output_dir": "o", "max_steps": 1, "caption_column": "alt"}
-    data = build.open_data(TrainingConfig(**chosen, validation="3", replay=f"{sources[1]}=0.25"))
+    data = run_data.open_data(TrainingConfig(**chosen, validation="3", replay=f"{sources[1]}=0.25"))
     assert isinstance(data.train, Pairs)
     assert data.train.shares() == [9, 3]
     assert data.validation is not None
     assert {text.split()[0] for text in texts_of(data.validation)} == {"new"}
     with pytest.raises(ValueError, match="is a source that is trained on: name another"):
-        build.open_data(TrainingConfig(**chosen, validation=sources[1], replay=f"{sources[1]}=0.25"))
+        run_data.open_data(TrainingConfig(**chosen, validation=sources[1], replay=f"{sources[1]}=0.25"))
