@@ -8,7 +8,6 @@ Dimensions: B batch, W width of a feature.
 """
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,13 +23,11 @@ from ..data.content import tokens_id
 from .data.collator import EMPTY, PairCollator
 from .data.feature_shards import Entries
 from .data.image_batch import ImageBatch, PreparedImage
-from .data.loader import GONE, WorkerKilledError, how_it_ended, is_of_killed_worker, iterate
+from .data.loader import Restarts, iterate, with_restart
 from .data.pair_table import ANY, Draw
 from .data.pairs import Pairs
 from .data.rows_digest import digest_of_rows
 from .stopping import heed_in_worker
-
-logger = logging.getLogger(__name__)
 
 AT_ONCE = 64
 """Images or captions that are encoded together. Another number would change what is stored by rounding."""
@@ -208,7 +205,7 @@ def _images(wanted: Wanted, parts: Parts, device: torch.device, num_workers: int
 def _opened(wanted: Wanted, batches: list[list[list[int]]], num_workers: int) -> Iterator[_Opened]:
     """What the workers make of source and row of each batch. When one is killed, all start anew, once."""
 
-    def start() -> Iterator[Any]:
+    def start(done: int, is_anew: bool) -> Iterator[Any]:
         loader = DataLoader(
             _OpenedRows(wanted),
             batch_sampler=batches[done:],
@@ -219,30 +216,12 @@ def _opened(wanted: Wanted, batches: list[list[list[int]]], num_workers: int) ->
         )
         return iterate(loader)
 
-    done, is_restarted = 0, False
-    found = start()
-    while done < len(batches):
-        ended = ""
-        try:
-            item = next(found)
-        except (RuntimeError, *GONE) as error:
-            if not is_of_killed_worker(error, num_workers):
-                raise
-            if is_restarted:
-                raise WorkerKilledError(wanted.pairs.name) from error
-            ended = how_it_ended(error)
-        if ended:
-            is_restarted = True
-            logger.warning("%s; it is started anew, once.", ended)
-            # Behind the except block nothing else holds the old workers: they are gone before the new ones begin.
-            found = iter(())
-            found = start()
-            continue
+    items = with_restart(start, num_workers, wanted.pairs.name, Restarts())
+    for item in items:
         if isinstance(item, Exception):
-            found = iter(())  # workers that a traceback holds end seconds later
+            items.close()  # workers that a traceback holds end seconds later
             raise item
         yield item
-        done += 1
 
 
 def _encoded(wanted: Wanted, rows: np.ndarray, opened: _Opened, device: torch.device) -> Entries:

@@ -14,7 +14,8 @@ import logging
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -50,23 +51,12 @@ PINNING, IN_PINNING = "Pin memory thread exited unexpectedly", "in pin memory th
 thread, and little else does: what goes wrong with the pinning itself is handed on, as an error with the second text."""
 
 
-def is_of_killed_worker(error: Exception, num_workers: int) -> bool:
-    """Whether an error of taking the next batch says that a worker was killed.
-
-    Args:
-        error: of a DataLoader.
-        num_workers: that it has.
-    """
+def _is_of_killed_worker(error: Exception, num_workers: int) -> bool:
+    """Whether an error of taking the next batch says that a worker was killed."""
     text = str(error)
     is_raised = text.startswith(RAISED) and IN_PINNING not in text.partition("\n")[0]
     is_lost = text.startswith(PINNING) or (isinstance(error, GONE) and not is_raised)
     return text.startswith(KILLED) or (is_lost and num_workers > 0)
-
-
-def how_it_ended(error: Exception) -> str:
-    """What a warning says of a worker that was killed."""
-    is_named = str(error).startswith(KILLED)
-    return str(error).rstrip(".") if is_named else "A DataLoader worker exited unexpectedly"
 
 
 def iterate(loader: DataLoader) -> Iterator[Any]:
@@ -102,6 +92,55 @@ class WorkerKilledError(OSError):
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
         return type(self), (self.data,)
+
+
+@dataclass
+class Restarts:
+    """Whether workers were started anew already, which is done once."""
+
+    are_used_up: bool = False
+
+
+def with_restart(
+    start: Callable[[int, bool], Iterator[Any]], num_workers: int, data: str, restarts: Restarts
+) -> Generator[Any, None, None]:
+    """What workers make. When one is killed, all start anew, with the item that is missing.
+
+    Args:
+        start: From how many items are done, and whether this is a new start, to an iterator over the others.
+        num_workers: How many there are.
+        data: The name of what they prepare.
+        restarts: Of these data.
+
+    Yields:
+        Each item once.
+
+    Raises:
+        WorkerKilledError: One was killed for the second time.
+    """
+    done, found = 0, start(0, False)
+    while True:
+        ended = ""
+        try:
+            item = next(found)
+        except StopIteration:
+            return
+        except (RuntimeError, *GONE) as error:
+            if not _is_of_killed_worker(error, num_workers):
+                raise
+            if restarts.are_used_up:
+                raise WorkerKilledError(data) from error
+            is_named = str(error).startswith(KILLED)
+            ended = str(error).rstrip(".") if is_named else "A DataLoader worker exited unexpectedly"
+        if ended:
+            restarts.are_used_up = True
+            logger.warning("%s; it is started anew, once.", ended)
+            # Behind the except block nothing else holds the old workers: they are gone before the new ones begin.
+            found = iter(())
+            found = start(done, True)
+            continue
+        yield item
+        done += 1
 
 
 class Position(NamedTuple):
@@ -144,7 +183,7 @@ class PairLoader:
         self, pairs: Pairs | PairStream, plans: _Plans, start: Callable[[], DataLoader], bad_rows: BadRows | None
     ):
         self.pairs, self.plans, self.start, self.bad_rows = pairs, plans, start, bad_rows
-        self.loader, self.is_restarted = start(), False
+        self.loader, self.restarts = start(), Restarts()
         self.is_finishing = True
 
     def __len__(self) -> int:
@@ -187,33 +226,14 @@ class PairLoader:
 
     def _prepared(self, epoch: int, first_batch: int) -> Iterator[Any]:
         """What the workers make of an epoch. When one is killed, all start anew with the batch that is missing."""
-        number, found = first_batch, self._iterate(epoch, first_batch)
-        while True:
-            ended = ""
-            try:
-                item = next(found)
-            except StopIteration:
-                return
-            except (RuntimeError, *GONE) as error:
-                if not is_of_killed_worker(error, self.loader.num_workers):
-                    raise
-                if self.is_restarted:
-                    raise WorkerKilledError(self.pairs.name) from error
-                ended = how_it_ended(error)
-            if ended:
-                self.is_restarted = True
-                logger.warning("%s; it is started anew, once.", ended)
-                # Behind the except block nothing else holds the old workers: they are gone before the new ones begin.
-                found = iter(())
-                self.loader = self.start()
-                found = self._iterate(epoch, number)
-                continue
-            yield item
-            number += 1
 
-    def _iterate(self, epoch: int, first_batch: int) -> Iterator[Any]:
-        self.plans.epoch, self.plans.first_batch = epoch, first_batch
-        return iterate(self.loader)
+        def start(done: int, is_anew: bool) -> Iterator[Any]:
+            if is_anew:
+                self.loader = self.start()
+            self.plans.epoch, self.plans.first_batch = epoch, first_batch + done
+            return iterate(self.loader)
+
+        return with_restart(start, self.loader.num_workers, self.pairs.name, self.restarts)
 
     def batches(self, position: Position = Position()) -> Iterator[tuple[Position, dict[str, Tensor]]]:  # noqa: B008
         """Batches without end.
