@@ -24,7 +24,7 @@ $(VENV)/.demo-installed $(VENV)/.dev-installed $(VENV)/.bench-installed $(VENV)/
 	if test "$*" = dev; then $(INSTALL) --no-deps open_clip_torch; fi
 	@touch $@
 
-demo: $(VENV)/.demo-installed  ## train a small CLIP on digits and look at it (TOWER=vit or resnet; about 3 minutes)
+demo: $(VENV)/.demo-installed  ## train a small CLIP on digits and look at it (TOWER=vit or resnet; 3 to 5 minutes)
 	$(BIN)/python -m demo --tower $(TOWER)
 
 test: $(VENV)/.dev-installed  ## run the tests (two workers)
