@@ -20,7 +20,7 @@ from hf_clip import HfClipImageProcessor, HfClipProcessor, HfClipTokenizer
 from hf_clip.checkpoints.vocabulary import find_vocabulary
 from hf_clip.data.columns import CaptionReader
 from hf_clip.inference.cpu import count_cores
-from hf_clip.model.image_processing_hf_clip import OPENAI_STD
+from hf_clip.model.image_steps import OPENAI_STD
 from hf_clip.training.data.augment import Augmentation
 from hf_clip.training.data.collator import PairCollator
 from hf_clip.training.data.loader import PairLoader, build_loader

@@ -18,15 +18,16 @@ from torch import Tensor
 from ..model.checked_files import find_file, one_line, read_object
 from ..model.configuration_hf_clip import (
     MOST_WIDTH,
-    OPENAI_VOCAB_SIZE,
     HfClipConfig,
     HfClipResNetConfig,
     HfClipTextConfig,
     HfClipViTConfig,
     last_special_ids,
 )
-from ..model.image_processing_hf_clip import OPENAI_MEAN, OPENAI_STD, HfClipImageProcessor
+from ..model.image_processing_hf_clip import HfClipImageProcessor
+from ..model.image_steps import OPENAI_MEAN, OPENAI_STD
 from ..model.tokenization_hf_clip import HfClipTokenizer
+from ..model.variants import OPENAI_VOCAB_SIZE
 from .keys import HEAD_WIDTH
 from .original import read_original
 from .vocabulary import find_vocabulary

@@ -24,7 +24,6 @@ from torch import Tensor
 from ..model.checked_files import WEIGHT_FILES, find_file, list_shards, one_line, read_object, read_unchanged
 from ..model.configuration_hf_clip import (
     CHECKPOINT_SUFFIXES,
-    OPENAI_VOCAB_SIZE,
     HfClipConfig,
     HfClipResNetConfig,
     HfClipTextConfig,
@@ -36,7 +35,7 @@ from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
 from ..model.tokenization_hf_clip import HfClipTokenizer
-from ..model.variants import VARIANTS
+from ..model.variants import OPENAI_VOCAB_SIZE, VARIANTS
 from .archive import Checkpoint
 from .download import find_original
 from .errors import MOST_SHOWN, CheckpointError

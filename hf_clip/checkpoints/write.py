@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig
 
-from ..model.configuration_hf_clip import OPENAI_VOCAB_SIZE, HfClipTextConfig
+from ..model.configuration_hf_clip import HfClipTextConfig
 from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
+from ..model.variants import OPENAI_VOCAB_SIZE
 from .download import byte_progress
 from .folders import DESCRIPTIONS
 from .keys import original_names

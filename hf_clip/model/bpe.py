@@ -20,7 +20,7 @@ from pathlib import Path
 import regex
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from .configuration_hf_clip import OPENAI_VOCAB_SIZE
+from .variants import OPENAI_VOCAB_SIZE
 
 START_OF_TEXT = "<|startoftext|>"
 END_OF_TEXT = "<|endoftext|>"

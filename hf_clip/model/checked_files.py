@@ -14,9 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HTTPError, StrictDataclassError
-from transformers.utils import cached_file
-
 MOST_BYTES = 16 << 20
 """Largest JSON file. A configuration with the labels of ImageNet-21k takes 2 MB."""
 
@@ -229,6 +226,8 @@ def find_file(source: Any, name: str, hub: dict[str, Any]) -> Path | None:
     Raises:
         OSError: The repository does not exist, or cannot be reached.
     """
+    from transformers.utils import cached_file  # here, so that files are read without transformers too
+
     # The argument is private, but without it a missing file and a missing repository raise the same error.
     found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
     return None if found is None else Path(found)
@@ -345,6 +344,8 @@ def in_one_kind(name: object) -> Iterator[None]:
     Args:
         name: Name of the folder or repository that is read, for the message.
     """
+    from huggingface_hub.errors import HTTPError, StrictDataclassError
+
     try:
         yield
     except (OSError, ValueError, ImportError, MemoryError, HTTPError, StrictDataclassError):

@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .bpe import END_OF_TEXT, END_OF_WORD, START_OF_TEXT, WORDS
+from .repair_text import is_plain, prepare_each, repair_where_needed
 
 BOUNDARY = "\0end_of_a_text\0"
 """Separates texts. No text contains it: ftfy removes the character U+0000, and no html entity stands for it."""
@@ -72,6 +73,25 @@ class ChunkMemory:
     def forget(self) -> None:
         """Forget all chunks."""
         self.known = KnownChunks()
+
+    def ids_of(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Find the ids of texts as they were given.
+
+        Args:
+            texts: T texts, repaired or not.
+
+        Returns:
+            The ids of all texts one after the other, without special tokens (A,), and the number of ids of each (T,).
+
+        Raises:
+            TextError: A text cannot be tokenized. Its `index` is the text's place.
+        """
+        if not texts:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        if not is_plain("".join(texts)):
+            texts = prepare_each(repair_where_needed, texts)
+        # To lower a repaired text again changes nothing, and its only white space is single spaces.
+        return self.look_up(f" {BOUNDARY} ".join(texts).lower().split())
 
     def look_up(self, chunks: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Find the ids of texts.

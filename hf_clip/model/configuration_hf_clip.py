@@ -19,16 +19,13 @@ from transformers import PreTrainedConfig
 
 from .checked_files import check_names, check_no_methods, find_file, one_line, read_object, writing_of
 from .matryoshka import check_dims
-from .variants import VARIANTS, get_variant
+from .variants import MOST_PIXELS, OPENAI_VOCAB_SIZE, VARIANTS, get_variant
 
 LEGACY_END_OF_TEXT_ID = 2
 """Stock CLIP repositories from before transformers 4.31 have `eos_token_id: 2`, which is not the end-of-text token.
 
 For this value stock CLIP takes the text feature at the highest id of each text, as OpenAI's code does.
 """
-
-OPENAI_VOCAB_SIZE = 49408
-"""Number of ids of OpenAI's models. The published vocabulary file has more merges than this; the rest is ignored."""
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
@@ -46,7 +43,6 @@ MOST_LAYERS = 1000
 MOST_BLOCKS = 200
 MOST_WIDTH = 1 << 20
 MOST_IDS = 1 << 24
-MOST_PIXELS = 1 << 14
 MOST_CHANNELS = 1 << 10
 """Upper limits, far beyond any real model. A larger number is damage, or an attempt to exhaust memory and time."""
 

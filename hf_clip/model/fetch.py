@@ -18,8 +18,6 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from huggingface_hub.utils import httpx  # httpx, or its successor httpx2: what this huggingface_hub uses
-
 TOTAL_TIMEOUT = 60.0
 """Seconds until a download is given up, all retries together, unless the caller gives another number."""
 
@@ -106,6 +104,10 @@ async def _finish(address: str, seconds: float, future: "Future[bytes]") -> None
 
     The future is set within the event loop, since closing the loop waits for a name that is still being looked up.
     """
+    # httpx, or its successor httpx2: what this huggingface_hub uses. It is imported within functions, since it takes
+    # longer to import than all else that a file needs to be opened.
+    from huggingface_hub.utils import httpx
+
     try:
         future.set_result(await asyncio.wait_for(_with_retries(address, seconds), seconds))
     except asyncio.TimeoutError:
@@ -133,10 +135,14 @@ def _first_cause(error: BaseException) -> str:
 @lru_cache(maxsize=1)
 def _certificates() -> Any:
     """Load the certificates once, which takes longer than the download of a small image."""
+    from huggingface_hub.utils import httpx
+
     return httpx.create_ssl_context()
 
 
 async def _with_retries(address: str, seconds: float) -> bytes:
+    from huggingface_hub.utils import httpx
+
     deadline = asyncio.get_running_loop().time() + seconds
     timeouts = httpx.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT)
     async with httpx.AsyncClient(headers=HEADERS, timeout=timeouts, verify=_certificates()) as client:

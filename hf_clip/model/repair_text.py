@@ -13,6 +13,8 @@ ends in a clear error:
 import html
 import re
 import unicodedata
+from collections.abc import Callable
+from typing import TypeVar
 
 import regex
 
@@ -23,6 +25,8 @@ try:
     from ftfy.badness import is_bad
 except ImportError:  # texts in plain ASCII need no repair
     ftfy = None
+
+Prepared = TypeVar("Prepared")
 
 LONG_TEXT = 1000
 """Longest text that ftfy itself repairs, which takes up to a tenth of a second. Longer texts are repaired here."""
@@ -102,6 +106,25 @@ def repair_where_needed(text: str) -> str:
 def prepare_text(text: str) -> str:
     """Return the text in which words are found. Unless it needs repair, its characters keep their places."""
     return repair_where_needed(text).lower()
+
+
+def prepare_one(prepare: Callable[[str], Prepared], text: str, index: int) -> Prepared:
+    """Return `prepare(text)`. If that fails, raises TextError with the text's place."""
+    try:
+        return prepare(text)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise TextError(f"cannot be tokenized: {reason}. Leave it out, or clean it.", index) from error
+
+
+def prepare_each(prepare: Callable[[str], Prepared], texts: list[str]) -> list[Prepared]:
+    """Apply `prepare` to each text. If it fails for one of them, raises TextError with that text's place."""
+    try:
+        return list(map(prepare, texts))
+    except Exception:
+        return [prepare_one(prepare, text, index) for index, text in enumerate(texts)]
 
 
 def unescape(text: str) -> str:

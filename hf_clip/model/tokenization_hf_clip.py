@@ -11,7 +11,7 @@ Dimensions: T texts, L text length, A ids of all texts together.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,14 +33,15 @@ from .bpe import (
     read_merges,
 )
 from .checked_files import TOKENIZER_CHECKS, check_tokenizer_file, find_file, find_files, in_one_kind, read_vocabulary
-from .chunk_memory import BOUNDARY, ChunkMemory
-from .configuration_hf_clip import HUB_ARGUMENTS, OPENAI_VOCAB_SIZE, HubUpload, refuse_checkpoint_file
-from .repair_text import TextError, is_plain, prepare_text, repair_where_needed
-from .token_layout import EncodedTexts, Layout, as_columns, as_lists, without_texts
+from .chunk_memory import ChunkMemory
+from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload, refuse_checkpoint_file
+from .encoded_texts import EncodedTexts, as_columns, as_lists, without_texts
+from .repair_text import TextError, prepare_each, prepare_one, prepare_text
+from .token_layout import Layout
+from .variants import OPENAI_VOCAB_SIZE
 from .words import WordEncoder, describe_token
 
 logger = logging.get_logger(__name__)
-Prepared = TypeVar("Prepared")
 
 EXTRAS = {
     "return_token_type_ids": "token_type_ids",
@@ -79,25 +80,6 @@ def check_texts(text: Any) -> list[str]:
         if not isinstance(item, str):
             raise TextError(f"is a {type(item).__name__}, but a list of texts is needed: {item!r:.60}.", index)
     return texts
-
-
-def prepare_one(prepare: Callable[[str], Prepared], text: str, index: int) -> Prepared:
-    """Return `prepare(text)`. If that fails, raises TextError with the text's place."""
-    try:
-        return prepare(text)
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise TextError(f"cannot be tokenized: {reason}. Leave it out, or clean it.", index) from error
-
-
-def prepare_each(prepare: Callable[[str], Prepared], texts: list[str]) -> list[Prepared]:
-    """Apply `prepare` to each text. If it fails for one of them, raises TextError with that text's place."""
-    try:
-        return list(map(prepare, texts))
-    except Exception:
-        return [prepare_one(prepare, text, index) for index, text in enumerate(texts)]
 
 
 def read_backend(source: Any, hub: dict[str, Any]) -> Tokenizer | None:
@@ -373,16 +355,10 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
 
     def _ids_of(self, texts: list[str], encoder: WordEncoder) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all texts one after the other, without special tokens (A,), and each text's number (T,)."""
-        if not texts:
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        if not is_plain("".join(texts)):
-            texts = prepare_each(repair_where_needed, texts)
-        # To lower a repaired text again changes nothing, and its only white space is single spaces.
-        chunks = f" {BOUNDARY} ".join(texts).lower().split()
         memory = self._memory
         if memory is None:
             memory = self._memory = ChunkMemory(encoder.merger)
-        return memory.look_up(chunks)
+        return memory.ids_of(texts)
 
     def _warn_of_too_long(self, lengths: np.ndarray) -> None:
         """Warn once of texts that are too long, as stock tokenizers do.

@@ -8,6 +8,12 @@ MLPs are four times as wide as their tower.
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+OPENAI_VOCAB_SIZE = 49408
+"""Number of ids of OpenAI's models. The published vocabulary file has more merges than this; the rest is ignored."""
+
+MOST_PIXELS = 1 << 14
+"""Largest height and width of an image that a model may take. A larger number is damage."""
+
 
 @dataclass(frozen=True)
 class Variant:

@@ -14,7 +14,8 @@ from transformers import AutoImageProcessor
 
 from hf_clip import HfClipConfig, HfClipImageProcessor
 from hf_clip.model import resize
-from hf_clip.model.resize import Layout, cut_centre, scale_and_cut, scale_levels_exactly, shorter_side_to
+from hf_clip.model.resize import Layout, cut_centre, scale_and_cut, shorter_side_to
+from hf_clip.model.resize_tensors import scale_levels_exactly
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ...model.image_processing_hf_clip import TORCH_FILTERS, Steps
-from ...model.resize import BICUBIC_A, PIXELS_AT_ONCE, SUPPORT, WEIGHT_BITS, height_comes_first
+from ...model.resize import BICUBIC_A, SUPPORT, WEIGHT_BITS, height_comes_first
+from ...model.resize_tensors import PIXELS_AT_ONCE
 
 LOW_BITS = WEIGHT_BITS // 2
 
