@@ -73,7 +73,7 @@ def _rows_in_parts(tower: Any) -> Callable[[Tensor], int]:
     return lambda images: rows_at_once(tower.dtype) // (1 + images[0, 0].numel() // area)
 
 
-def _is_of_own_size(images: Any, tower: Any) -> bool:
+def is_of_own_size(images: Any, tower: Any) -> bool:
     """Whether these are images of the tower's own size, so that nothing has to be resampled or refused."""
     shape = (tower.config.num_channels, tower.config.image_size, tower.config.image_size)
     return isinstance(images, Tensor) and images.shape[1:] == shape and images.is_floating_point()
@@ -97,7 +97,7 @@ def _work_depth_first_(tower: Any, is_as_made: bool) -> None:
         return _join(maps)
 
     def encode(images: Tensor, **kwargs: Any) -> Any:
-        if not (is_as_made and _is_of_own_size(images, tower)):
+        if not (is_as_made and is_of_own_size(images, tower)):
             return whole(images, **kwargs)  # resamples positions, or refuses the images
         feature_map = run(images.to(tower.dtype), len(stages) - 1)
         pooled, _ = tower.attnpool(feature_map)
@@ -141,6 +141,21 @@ def _hides_only_ends(attention_mask: Tensor, lengths: Tensor, input_ids: Tensor)
     return bool((shown | ~is_needed).all())
 
 
+def encode_by_class_token(model: Any, images: Tensor) -> Tensor:
+    """Compute image features (B, D) of a ViT, whose last layer is computed for the class token alone."""
+    tower = model.vision_model
+    *layers, last = tower.encoder.layers
+    hidden_states = tower.pre_layrnorm(tower.embeddings(images))
+    for layer in layers:
+        hidden_states = layer(hidden_states)
+    states, class_token, attention = last.layer_norm1(hidden_states), hidden_states[:, :1], last.self_attn
+    query = apply_linear(attention.q_proj, states[:, :1])
+    key, value = apply_linear(attention.k_proj, states), apply_linear(attention.v_proj, states)
+    class_token = class_token + apply_linear(attention.out_proj, attend(attention, query, key, value)[0])
+    class_token = class_token + last.mlp(last.layer_norm2(class_token))
+    return model.visual_projection(tower.post_layernorm(class_token[:, 0]))
+
+
 def _encode_images_by_class_token_(model: Any) -> None:
     """Let `encode_image` compute a ViT's last layer for the class token alone, since it needs no other position.
 
@@ -148,32 +163,21 @@ def _encode_images_by_class_token_(model: Any) -> None:
     """
     whole, tower = model.encode_image, model.vision_model
 
-    def encode(images: Tensor) -> Tensor:
-        *layers, last = tower.encoder.layers
-        hidden_states = tower.pre_layrnorm(tower.embeddings(images))
-        for layer in layers:
-            hidden_states = layer(hidden_states)
-        states, class_token, attention = last.layer_norm1(hidden_states), hidden_states[:, :1], last.self_attn
-        query = apply_linear(attention.q_proj, states[:, :1])
-        key, value = apply_linear(attention.k_proj, states), apply_linear(attention.v_proj, states)
-        class_token = class_token + apply_linear(attention.out_proj, attend(attention, query, key, value)[0])
-        class_token = class_token + last.mlp(last.layer_norm2(class_token))
-        return model.visual_projection(tower.post_layernorm(class_token[:, 0]))
-
     def encode_image(
         pixel_values: Tensor, interpolate_pos_encoding: bool = False, truncate_dim: int | None = None
     ) -> Tensor:
-        is_simple = _is_of_own_size(pixel_values, tower) and len(pixel_values) > 0
+        is_simple = is_of_own_size(pixel_values, tower) and len(pixel_values) > 0
         is_simple = is_simple and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        if not is_simple or any(map(has_hooks, _parts_around_the_last_layer(tower))):
+        if not is_simple or any(map(has_hooks, parts_around_the_last_layer(tower))):
             return whole(pixel_values, interpolate_pos_encoding, truncate_dim)
         size = rows_at_once(tower.dtype) // _positions(tower)
-        return truncate(_join([encode(part) for part in _even_parts(pixel_values, size)]), truncate_dim, model.config)
+        features = [encode_by_class_token(model, part) for part in _even_parts(pixel_values, size)]
+        return truncate(_join(features), truncate_dim, model.config)
 
     model.encode_image = encode_image
 
 
-def _parts_around_the_last_layer(tower: Any) -> tuple[nn.Module, ...]:
+def parts_around_the_last_layer(tower: Any) -> tuple[nn.Module, ...]:
     last = tower.encoder.layers[-1]
     return tower, tower.encoder, last, last.self_attn
 
@@ -186,13 +190,18 @@ def _is_as_made(model: Any, tower: Any) -> bool:
     return not is_patched and all(method.__qualname__ in names for method in methods)
 
 
+def can_encode_by_class_token(model: Any) -> bool:
+    """Whether a model's images are encoded by a ViT whose last layer is as this package makes it."""
+    if not (hasattr(model, "encode_image") and hasattr(model.vision_model, "encoder")):
+        return False
+    around, kinds = parts_around_the_last_layer(model.vision_model), (HfClipEncoderLayer, HfClipAttention)
+    is_plain = tuple(map(type, around[2:])) == kinds and not any("forward" in vars(part) for part in around)
+    return is_plain and _is_as_made(model, model.vision_model)
+
+
 def suit_the_cache_(model: Any) -> list[str]:
     """Make all changes of this file to a model on a CPU. Returns descriptions of the changes."""
-    by_class_token = False
-    if hasattr(model, "encode_image") and hasattr(model.vision_model, "encoder"):
-        around, kinds = _parts_around_the_last_layer(model.vision_model), (HfClipEncoderLayer, HfClipAttention)
-        is_plain = tuple(map(type, around[2:])) == kinds and not any("forward" in vars(part) for part in around)
-        by_class_token = is_plain and _is_as_made(model, model.vision_model)
+    by_class_token = can_encode_by_class_token(model)
     for tower in [module for module in model.modules() if hasattr(module, "attnpool") or hasattr(module, "encoder")]:
         kind = tower.config.model_type
         is_half_vit = kind == "hf_clip_vit" and tower.dtype == torch.bfloat16

@@ -6,6 +6,7 @@
    processor.
 3. On CPUs, large batches are divided into parts that fit the processor's cache.
 4. On CPUs, `encode_text` skips padding, and `encode_image` computes a ViT's last layer for the class token only.
+5. On GPUs, what pays there is timed and kept: see `on_gpu`.
 """
 
 import ctypes
@@ -18,6 +19,7 @@ import torch
 from ..model.optimized import Optimizable, OptimizedModelError
 from .batches import suit_the_cache_
 from .layers import has_packed_operators
+from .on_gpu import suit_the_gpu_
 from .replace import LEFT, fold_resnet_, pack_transformer_
 
 FREED_BYTES_KEPT = 64 * 2**20
@@ -90,6 +92,8 @@ def optimize_(model: Any) -> list[str]:
         done += pack_transformer_(model)
     if on_cpu:
         done += suit_the_cache_(model)
+    elif model.device.type == "cuda":
+        done += suit_the_gpu_(model)
     if keeps_memory:
         done.append(f"glibc gives freed memory back only beyond {FREED_BYTES_KEPT >> 20} MiB, in the whole process")
     return done

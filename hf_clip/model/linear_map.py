@@ -88,7 +88,12 @@ def is_hooked(module: nn.Module) -> bool:
     """Whether a module has hooks, or its `forward` was replaced."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     is_replaced = "forward" in vars(module) or module._compiled_call_impl is not None
-    return any(own) or is_replaced or _has_any_global_hook()
+    return any(own) or is_replaced or has_global_hooks()
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on all modules of this process at once."""
+    return _has_any_global_hook()
 
 
 def apply_linear(layer: nn.Module, input: Tensor) -> Tensor:

@@ -114,9 +114,14 @@ def pool_at(hidden: Tensor, ends: Tensor, is_endless: Tensor | None) -> Tensor:
     return pooled.masked_fill(is_endless.to(hidden.device)[:, None], float("nan"))
 
 
+def must_wait_for(tensor: Tensor) -> bool:
+    """Whether the program would have to wait for another device to read a value of a tensor."""
+    return tensor.device.type != "cpu"
+
+
 def _rows(flags: Tensor) -> list[int] | None:
     """List the places of the flags (T,) that are set. None on a GPU and in a graph, where they cannot be read."""
-    if flags.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if must_wait_for(flags) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     try:
         return flags.nonzero().flatten().tolist() if bool(flags.any()) else []

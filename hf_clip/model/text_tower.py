@@ -14,10 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import HfClipAttention, HfClipEncoder, HfClipEncoderLayer, init_linear_bias_
+from .attention import HfClipAttention, HfClipEncoder, HfClipEncoderLayer, attention_of, init_linear_bias_
 from .base import BESIDE_THE_TOWERS, HfClipPreTrainedModel, refuse_ignored
 from .configuration_hf_clip import HfClipTextConfig
-from .text_ends import count_positions, find_ends, find_starts, pool_at
+from .text_ends import count_positions, find_ends, find_starts, must_wait_for, pool_at
 
 
 class HfClipTextEmbeddings(nn.Module):
@@ -139,13 +139,40 @@ class HfClipTextModel(HfClipPreTrainedModel):
             position_ids = count_positions(starts, input_ids.shape[-1]).to(input_ids.device)
         hidden_states = self.embeddings(input_ids, position_ids)
         ends, is_endless = find_ends(input_ids, starts, self.config)
-        causal_mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
-        )
+        causal_mask = self._causal_mask(hidden_states, attention_mask)
         hidden_states = self.final_layer_norm(self.encoder(hidden_states, causal_mask, **kwargs))
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=pool_at(hidden_states, ends, is_endless)
         )
+
+    def _causal_mask(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
+        """Make the mask in the form that this kind of attention takes. None: attention is causal by itself.
+
+        transformers looks whether a mask hides anything. On a GPU the program would wait for that until everything
+        before it is computed, the image tower included. So the values are not looked at there.
+        """
+        is_read = not must_wait_for(hidden_states) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if is_read or attention_mask is None or attention_mask.ndim != 2 or attention_of(self.config) != "sdpa":
+            return create_causal_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
+            )
+        return additive_causal_mask(attention_mask.to(hidden_states.device), hidden_states.dtype)
+
+
+def additive_causal_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make a causal mask without reading any value of `attention_mask` (T, L).
+
+    Returns:
+        (T, 1, L, L) numbers that are added to the scores: 0 at positions that a query attends to, else -∞. torch would
+        make the same of a boolean mask, but in every layer anew. Rows begin at multiples of 8 numbers in memory, as
+        its kernels need them.
+    """
+    texts, length = attention_mask.shape
+    places = torch.arange(length, device=attention_mask.device)
+    is_attended = (places[:, None] >= places) & attention_mask.ne(0)[:, None, None, :]
+    shape = (texts, 1, length, -(-length // 8) * 8)
+    scores = torch.full(shape, float("-inf"), dtype=dtype, device=attention_mask.device)[..., :length]
+    return scores.masked_fill_(is_attended, 0.0)
 
 
 def init_text_layer_(layer: HfClipEncoderLayer, num_layers: int, factor: float) -> None:

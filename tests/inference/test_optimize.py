@@ -292,7 +292,6 @@ def test_what_does_not_pay_is_left_out(
 
 
 def test_model_that_gains_nothing_stays_as_it_was(repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
-    """As a ViT does on a GPU."""
     monkeypatch.setattr(optimize, "has_packed_operators", lambda dtype: False)
     monkeypatch.setattr(optimize, "suit_the_cache_", lambda model: [])
     monkeypatch.setattr(optimize, "_keep_freed_memory", lambda: False)
