@@ -150,7 +150,7 @@ NAMES = [
             "_compiled_call_impl",
         )
     ),
-    Private(MODULE, "_modules", ("cuda_graphs.py",), "whether a layer was replaced, asked in microseconds in every call"),
+    Private(MODULE, "_modules", ("cuda_graphs.py",), "whether a layer was replaced; asked in every call"),
     Private("torch.nn.modules.module", "_has_any_global_hook", ("linear_map.py",), "the same for all modules at once"),
     Private(MODULE, "_apply", ("optimized.py",), "every way of moving a model comes down to this"),
     Private(MODULE, "_load_from_state_dict", ("optimized.py",), "the way by which a module around it is loaded"),

@@ -26,6 +26,12 @@ from ..small import CONTEXT_LENGTH, random_images, texts
 
 
 @pytest.fixture
+def vit(repositories: dict[str, Path]) -> HfClipModel:
+    """Enough where nothing depends on the kind of the image tower."""
+    return AutoModel.from_pretrained(repositories["vit"]).eval()
+
+
+@pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     """Every change pays on it."""
     monkeypatch.setattr(on_gpu, "gain_of", lambda *_: 2.0)
@@ -117,19 +123,19 @@ def test_forward_reads_nothing_on_a_device_without_numbers(model: HfClipModel, t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_mask_that_is_not_read_is_that_of_transformers(
-    model: HfClipModel, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    vit: HfClipModel, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    model, ids, lengths = model.to(dtype), texts(), (3, 7, 12, CONTEXT_LENGTH)
+    vit, ids, lengths = vit.to(dtype), texts(), (3, 7, 12, CONTEXT_LENGTH)
     right, holes = mask_of(ids), mask_of(ids).bool()
     holes[:, 1] = False
     on_the_left = [torch.stack([row.roll(-n) for row, n in zip(given, lengths, strict=True)]) for given in (ids, right)]
     pairs = [(ids, right), (ids, torch.ones_like(ids)), (ids, holes), on_the_left]
     with torch.no_grad():
-        expected = [model.text_model(*pair).last_hidden_state for pair in pairs]
+        expected = [vit.text_model(*pair).last_hidden_state for pair in pairs]
         monkeypatch.setattr(text_tower, "must_wait_for", lambda tensor: True)
         monkeypatch.setattr(text_tower, "create_causal_mask", lambda **_: pytest.fail("it would read the mask"))
         for pair, want in zip(pairs, expected, strict=True):
-            found = model.text_model(*pair).last_hidden_state
+            found = vit.text_model(*pair).last_hidden_state
             assert torch.allclose(found, want, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02, equal_nan=True)
 
 
@@ -160,11 +166,11 @@ def test_shape_is_recorded_when_it_comes_again(repositories: dict[str, Path], gp
 
 
 @torch.no_grad()
-def test_texts_of_nearby_lengths_share_a_graph(model: HfClipModel, gpu: FakeGpu):
-    expected = [model.encode_text(texts((length, 3))[:, :length]) for length in (9, 11, 16, 13, 20)]
-    model.optimize_for_inference()
+def test_texts_of_nearby_lengths_share_a_graph(vit: HfClipModel, gpu: FakeGpu):
+    expected = [vit.encode_text(texts((length, 3))[:, :length]) for length in (9, 11, 16, 13, 20)]
+    vit.optimize_for_inference()
     recorded = gpu.recorded
-    found = [model.encode_text(texts((length, 3))[:, :length]) for length in (9, 11, 16, 13, 20)]
+    found = [vit.encode_text(texts((length, 3))[:, :length]) for length in (9, 11, 16, 13, 20)]
     assert gpu.recorded == recorded + 1  # 16 columns; 20 are all that the model has, and came once
     for ours, theirs in zip(found, expected, strict=True):
         assert distance(ours, theirs) < 1e-5
@@ -385,13 +391,13 @@ def test_subclasses_and_patches_are_kept(repositories: dict[str, Path], gpu: Fak
     assert len(calls) == 3
 
 
-def test_optimized_for_a_gpu_it_refuses_what_cannot_be_undone(model: HfClipModel, tmp_path: Path, gpu: FakeGpu):
-    model.optimize_for_inference()
+def test_optimized_for_a_gpu_it_refuses_what_cannot_be_undone(vit: HfClipModel, tmp_path: Path, gpu: FakeGpu):
+    vit.optimize_for_inference()
     for words, call in {
-        "saved": lambda: model.save_pretrained(tmp_path / "model"),
-        "trained": model.train,
-        "moved": lambda: model.to(torch.bfloat16),
-        "given other weights": lambda: model.load_state_dict({}),
+        "saved": lambda: vit.save_pretrained(tmp_path / "model"),
+        "trained": vit.train,
+        "moved": lambda: vit.to(torch.bfloat16),
+        "given other weights": lambda: vit.load_state_dict({}),
     }.items():
         with pytest.raises(OptimizedModelError, match=f"cannot be {words}"):
             call()
@@ -431,7 +437,7 @@ def test_parts_have_multiples_of_eight_columns(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("kind", ["no mask", "right", "left", "hides an end"])
 @torch.no_grad()
-def test_many_texts_are_sorted_by_length(model: HfClipModel, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, kind: str):
+def test_many_texts_are_sorted_by_length(vit: HfClipModel, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, kind: str):
     """One read tells all lengths. A mask that changes features is heeded."""
     lengths = (20, 3, 12, 7, 9, 3, 17, 5, 4, 11)
     ids = texts(lengths)
@@ -442,36 +448,36 @@ def test_many_texts_are_sorted_by_length(model: HfClipModel, gpu: FakeGpu, monke
         )
     elif kind == "hides an end":
         mask = (ids != int(ids.max())).long()
-    expected = model.encode_text(ids, mask)
-    model.optimize_for_inference()
+    expected = vit.encode_text(ids, mask)
+    vit.optimize_for_inference()
     monkeypatch.setattr(on_gpu, "POSITIONS_WORTH_SORTING", 100)
     monkeypatch.setattr(on_gpu, "LEAST_POSITIONS_OF_A_PART", 16)
     shapes: list[tuple[int, ...]] = []
-    model.text_model.embeddings.register_forward_hook(lambda _, given, __: shapes.append(tuple(given[0].shape)))
+    vit.text_model.embeddings.register_forward_hook(lambda _, given, __: shapes.append(tuple(given[0].shape)))
     with Reads() as reads:
-        found = model.encode_text(ids, mask)
+        found = vit.encode_text(ids, mask)
     assert distance(found, expected) < 1e-5
     assert reads.found == ["tolist"]
     if kind in ("no mask", "right"):
         assert shapes == [(5, 8), (3, 16), (2, 20)]
     else:
         assert shapes == [(10, 20)]
-    assert model.encode_text(ids, mask, truncate_dim=48).shape == (10, 48)
+    assert vit.encode_text(ids, mask, truncate_dim=48).shape == (10, 48)
 
 
 @torch.no_grad()
-def test_text_without_an_end_is_no_number_in_any_way(model: HfClipModel, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+def test_text_without_an_end_is_no_number_in_any_way(vit: HfClipModel, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
     ids = texts((5, 9, 20, 3))
     endless = ids.clone()
     endless[1][ids[1] == ids.max()] = 5
     late = ids.clone()
     late[2] = torch.cat([torch.tensor([7]), ids[2, :-1]])
     late[2, -1] = ids.max()
-    model.optimize_for_inference()
+    vit.optimize_for_inference()
     for rows, wrong in ((endless, 1), (late, 2)):
-        found = [model.encode_text(rows[:, :width]) for width in (20, 20, 20)]
+        found = [vit.encode_text(rows[:, :width]) for width in (20, 20, 20)]
         monkeypatch.setattr(on_gpu, "POSITIONS_WORTH_SORTING", 10)
-        found.append(model.encode_text(rows))
+        found.append(vit.encode_text(rows))
         monkeypatch.setattr(on_gpu, "POSITIONS_WORTH_SORTING", 4096)
         for features in found:
             assert features[wrong].isnan().all()
