@@ -11,13 +11,14 @@ EXTRAS = {
     "train": ("accelerate", "datasets"),
     "lora": ("peft",),
     "eval": ("datasets",),
+    "search": ("lancedb", "pyarrow"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "demo": ("accelerate", "datasets", "matplotlib", "sklearn"),
 }
 """For each extra of pyproject.toml the modules that its task needs."""
 
 
-def _is_there(module: str) -> bool:
+def is_there(module: str) -> bool:
     if module in sys.modules:
         return sys.modules[module] is not None
     # A folder of that name where the program runs is no package.
@@ -33,7 +34,7 @@ def missing_packages(task: str, extra: str, modules: Sequence[str] | None = None
         extra: A key of `EXTRAS`.
         modules: What of the extra the task needs. Default: all that `EXTRAS` names.
     """
-    missing = [module for module in modules or EXTRAS[extra] if not _is_there(module)]
+    missing = [module for module in modules or EXTRAS[extra] if not is_there(module)]
     if not missing:
         return ""
     return f'{task} needs {", ".join(missing)}, which this Python does not have: pip install "hf-clip[{extra}]"'

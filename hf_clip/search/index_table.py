@@ -1,0 +1,345 @@
+"""The tables of an index, as LanceDB keeps them: in a folder, or on object storage by an address.
+
+    INDEX/images.lance     a row for each image, see `image_schema`
+    INDEX/problems.lance   a row for each file that could not be opened, so that it is not opened again while unchanged
+    INDEX/notes.lance      names and values: which folders were indexed, of which files the model was read, …
+
+What the embeddings were made of stands in the schema of `images` and never changes. Every write is one commit of
+LanceDB: after a kill, a table holds the commits that were finished, and nothing of the others.
+
+Dimensions: D embedding.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.whole_file import whole_file
+from ..extras import require
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FORMAT = 1
+"""Number of the layout that is described here."""
+
+IMAGES, PROBLEMS, NOTES = "images", "problems", "notes"
+DESCRIPTION = b"hf_clip.index"
+MARK = "hf_clip_index.json"
+"""File in the folder of an index that says what the folder is. Not written on object storage."""
+
+INDEX_VARIABLE = "HF_CLIP_INDEX"
+
+COMMITS_KEPT_APART = 100
+"""Commits after which the pieces that they left are joined, since each piece takes time in every search."""
+
+
+class SearchIndexError(ValueError):
+    """An index is missing, of another model, of another version, or in use.
+
+    Attributes:
+        index: The index's folder or address.
+    """
+
+    def __init__(self, message: str, index: str = ""):
+        super().__init__(message, index)
+        self.index = index
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class IndexDescription:
+    """What the embeddings of an index were made of.
+
+    Attributes:
+        width: D, numbers of an embedding.
+        weights: Hash of the image tower's weights and configuration.
+        processor: The image processor's settings.
+        model: The model as it was named: a folder, a repository, a file.
+        format: Number of the layout.
+    """
+
+    width: int
+    weights: str
+    processor: dict[str, Any]
+    model: str
+    format: int = FORMAT
+
+
+def default_index() -> str:
+    """The index that is used if none is named: `HF_CLIP_INDEX`, else a folder of the user's own data."""
+    if named := os.environ.get(INDEX_VARIABLE):
+        return named
+    data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+    return os.path.join(data, "hf_clip", "index")
+
+
+def image_schema(description: IndexDescription) -> "pyarrow.Schema":
+    """The columns of an image's row.
+
+    path is for people and filters; a byte of it that is no UTF-8 is `�`. path_bytes is what the system knows the file
+    by, content a hash of the file's bytes, perceptual_hash 64 bits that differ little between copies of an image.
+    """
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            pa.field("id", pa.int64(), nullable=False),
+            pa.field("path", pa.string(), nullable=False),
+            pa.field("path_bytes", pa.binary(), nullable=False),
+            pa.field("size", pa.int64()),
+            pa.field("mtime_ns", pa.int64()),
+            pa.field("content", pa.string()),
+            pa.field("width", pa.int32()),
+            pa.field("height", pa.int32()),
+            pa.field("perceptual_hash", pa.int64()),
+            pa.field("embedding", pa.list_(pa.float16(), description.width)),
+            pa.field("thumbnail", pa.binary()),
+            pa.field("caption", pa.string()),
+            pa.field("metadata", pa.string()),
+        ],
+        metadata={DESCRIPTION: json.dumps(asdict(description))},
+    )
+
+
+def _problem_schema() -> "pyarrow.Schema":
+    import pyarrow as pa
+
+    names = {"path": pa.string(), "path_bytes": pa.binary(), "size": pa.int64(), "mtime_ns": pa.int64()}
+    return pa.schema([*names.items(), ("problem", pa.string())])
+
+
+def _note_schema() -> "pyarrow.Schema":
+    import pyarrow as pa
+
+    return pa.schema([("name", pa.string()), ("value", pa.string())])
+
+
+def shown_path(path: str) -> str:
+    """A path for people and tables: bytes that are no UTF-8 as `�`."""
+    return os.fsencode(path).decode("utf-8", errors="replace")
+
+
+def is_address(place: str) -> bool:
+    """Whether a place is an address of object storage, such as s3://bucket/index."""
+    return "://" in place
+
+
+def connect(place: str) -> Any:
+    """Connect to the tables of a place.
+
+    Raises:
+        ImportError: LanceDB is not installed.
+        SearchIndexError: The place is a file, or a folder of something else.
+    """
+    require("A search index", "search")
+    os.environ.setdefault("LANCE_LOG", "error")  # it warns of its own coming changes
+    import lancedb
+
+    if not is_address(place):
+        _check_folder(Path(place))
+    try:
+        return lancedb.connect(place)
+    except Exception as error:  # Rust's errors come as RuntimeError, OSError or ValueError
+        raise SearchIndexError(f"The index {place} cannot be reached ({error}).", place) from error
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise SearchIndexError(f"{folder} is a file, but an index is a folder: name another.", str(folder))
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise SearchIndexError(
+            f"The folder {folder} holds other files, and no index: name an empty or a new folder.", str(folder)
+        )
+
+
+class IndexTables:
+    """The tables of one index.
+
+    Args:
+        place: Folder or address.
+        description: What the embeddings were made of.
+        images: LanceDB's table of images.
+        problems: Of files that could not be opened.
+        notes: Of names and values.
+    """
+
+    def __init__(self, place: str, description: IndexDescription, images: Any, problems: Any, notes: Any):
+        self.place, self.description = place, description
+        self.images, self.problems, self.notes = images, problems, notes
+        self.commits = 0
+
+    @classmethod
+    def create(cls, place: str, description: IndexDescription) -> "IndexTables":
+        """Make an empty index. What a killed attempt left is taken over."""
+        database = connect(place)
+        if not is_address(place):
+            with whole_file(Path(place) / MARK) as unfinished:
+                unfinished.write_text(json.dumps({"what": "an index of hf_clip", "format": FORMAT}) + "\n")
+        schemas = {PROBLEMS: _problem_schema(), NOTES: _note_schema(), IMAGES: image_schema(description)}
+        tables = {name: database.create_table(name, schema=schema, exist_ok=True) for name, schema in schemas.items()}
+        return cls(place, description, tables[IMAGES], tables[PROBLEMS], tables[NOTES])
+
+    @classmethod
+    def open(cls, place: str) -> "IndexTables":
+        """Open an index.
+
+        Raises:
+            SearchIndexError: There is none, or it is of another version.
+        """
+        if not is_address(place) and not Path(place).exists():
+            raise _missing(place)
+        database = connect(place)
+        names = set(database.table_names(limit=1000))
+        if IMAGES not in names:
+            raise _missing(place)
+        images = database.open_table(IMAGES)
+        stored = (images.schema.metadata or {}).get(DESCRIPTION)
+        values = json.loads(stored) if stored else {}
+        if values.get("format") != FORMAT or values.keys() != {field.name for field in fields(IndexDescription)}:
+            raise SearchIndexError(
+                f"The index {place} has layout {values.get('format', 'unknown')}, and this version reads layout "
+                f"{FORMAT}: make it anew with `hf-clip index`, into another folder.",
+                place,
+            )
+        return cls(place, IndexDescription(**values), images, database.open_table(PROBLEMS), database.open_table(NOTES))
+
+    def refresh(self) -> None:
+        """See what other processes have written since."""
+        for table in (self.images, self.problems, self.notes):
+            table.checkout_latest()
+
+    def rows(self, columns: Sequence[str], where: str | None = None) -> "pyarrow.Table":
+        """Columns of the images, in the order in which they were added.
+
+        Raises:
+            SearchIndexError: `where` is no condition that LanceDB reads.
+        """
+        query = self.images.search().select(list(columns))
+        try:
+            return (query.where(where) if where else query).to_arrow()
+        except (ValueError, RuntimeError) as error:
+            if where is None:
+                raise
+            raise SearchIndexError(
+                f"The filter {where!r} cannot be used ({_first_line(error)}); write a condition on columns, such as "
+                f"\"path LIKE '%2023%'\".",
+                self.place,
+            ) from None
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Add images, in one commit."""
+        if rows:
+            import pyarrow as pa
+
+            self.images.add(pa.Table.from_pylist(rows, schema=self.images.schema))
+            self._committed()
+
+    def put(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the rows of images that have the same ids, in one commit."""
+        if rows:
+            import pyarrow as pa
+
+            given = pa.Table.from_pylist(rows, schema=self.images.schema)
+            self.images.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(given)
+            self._committed()
+
+    def remove(self, ids: Sequence[int]) -> None:
+        """Remove images, in one commit."""
+        if ids:
+            self.images.delete(f"id IN ({', '.join(map(str, ids))})")
+            self._committed()
+
+    def put_problems(self, rows: list[dict[str, Any]]) -> None:
+        """Note files that could not be opened; an older note of the same file is replaced."""
+        if rows:
+            import pyarrow as pa
+
+            given = pa.Table.from_pylist(rows, schema=self.problems.schema)
+            merge = self.problems.merge_insert("path_bytes")
+            merge.when_matched_update_all().when_not_matched_insert_all().execute(given)
+
+    def remove_problems(self, paths: Sequence[bytes]) -> None:
+        """Forget that these files could not be opened."""
+        for first in range(0, len(paths), 1000):
+            listed = ", ".join(f"X'{path.hex()}'" for path in paths[first : first + 1000])
+            self.problems.delete(f"path_bytes IN ({listed})")
+
+    def _committed(self) -> None:
+        self.commits += 1
+        if self.commits % COMMITS_KEPT_APART == 0:
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Join the pieces that many commits left, and remove versions that are an hour old."""
+        self.images.optimize(cleanup_older_than=timedelta(hours=1))
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep a value, as JSON, under a name."""
+        import pyarrow as pa
+
+        given = pa.Table.from_pylist([{"name": name, "value": json.dumps(value)}], schema=self.notes.schema)
+        merge = self.notes.merge_insert("name")
+        merge.when_matched_update_all().when_not_matched_insert_all().execute(given)
+
+    def noted(self, name: str, default: Any = None) -> Any:
+        """The value under a name."""
+        found = {row["name"]: row["value"] for row in self.notes.search().to_arrow().to_pylist()}
+        return json.loads(found[name]) if name in found else default
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _missing(place: str) -> SearchIndexError:
+    return SearchIndexError(
+        f"There is no index at {place}: make one with `hf-clip index FOLDER --model MODEL`, or name another with "
+        f"--index.",
+        place,
+    )
+
+
+@contextmanager
+def only_writer(place: str) -> Iterator[None]:
+    """Keep other processes of this machine from writing to the same index while the block runs.
+
+    Raises:
+        SearchIndexError: Another process writes to it.
+    """
+    if is_address(place):  # LanceDB itself refuses a commit that another writer has overtaken
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{os.path.abspath(place).rstrip(os.sep)}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise SearchIndexError(
+            f"Another process is writing to the index {place}: wait until it is done, or stop it.", place
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+__all__ = [
+    "IndexDescription",
+    "IndexTables",
+    "SearchIndexError",
+    "default_index",
+    "image_schema",
+    "is_address",
+    "only_writer",
+    "shown_path",
+]

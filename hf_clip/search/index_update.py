@@ -1,0 +1,309 @@
+"""Bring an index up to date with a folder: only what is new or was written anew is encoded.
+
+1. Compare. A file with the size and time that the index knows is unchanged, and costs its `stat`.
+2. Recognise. A file that is new at its place, or was written anew, is hashed if the index knows an image of its size.
+   If the content is known, the file was moved, copied or touched: the row is kept, or copied, and nothing is encoded.
+3. Encode. Threads read and open the next images while the model encodes a batch. A batch is one commit.
+4. Forget. Images whose files are gone leave the index last. What lies in a folder that could not be read stays.
+
+Whatever interrupts it, the next run goes on after the last commit.
+
+Dimensions: B batch, D embedding.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..model.checked_files import one_line
+from ..model.open_image import UnreadableImageError
+from ..zero_shot.features import encode_pixels, image_processor_of
+from ..zero_shot.files import MOST_THREADS, in_order
+from .folder_scan import FileState, FolderScan
+from .index_table import IndexTables, shown_path
+from .indexed_image import MOST_BYTES, IndexedImage, file_hash, prepare, register_formats
+
+COMMIT_AT = 256
+"""Images that are encoded before they are written: what a kill can lose."""
+
+KNOWN = ("id", "path_bytes", "size", "mtime_ns", "content")
+
+
+class UnreadableFileError(ValueError):
+    """A file cannot be read, or is no image."""
+
+
+@dataclass
+class IndexChanges:
+    """What an update did, in numbers of images.
+
+    Attributes:
+        unchanged: Known, with the same size and time.
+        added: Encoded for the first time.
+        updated: Encoded again, since the file was written anew.
+        moved: Known by their content: renamed, moved, copied or touched.
+        removed: Gone, and removed from the index.
+        kept: Gone, and kept by `keep_missing`.
+        problems: Files that cannot be opened, and why; those of earlier runs too.
+    """
+
+    unchanged: int = 0
+    added: int = 0
+    updated: int = 0
+    moved: int = 0
+    removed: int = 0
+    kept: int = 0
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Known:
+    id: int
+    path: str
+    size: int
+    mtime_ns: int
+    content: str
+
+
+@dataclass
+class UpdatePlan:
+    """What there is to do for a folder.
+
+    Attributes:
+        unchanged: Number of files that the index knows as they are.
+        recognised: Files with known content, with the row that is known and whether its own file is gone.
+        to_encode: Files to encode, with the id of the row that they replace, or None.
+        missing: Rows whose files are gone.
+        problems: Files that could not be opened before and have not changed since, and why.
+        mended: Files that could not be opened before, and that changed or are gone.
+    """
+
+    unchanged: int = 0
+    recognised: list[tuple[FileState, _Known, int | None]] = field(default_factory=list)
+    to_encode: list[tuple[FileState, int | None]] = field(default_factory=list)
+    missing: list[_Known] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+    mended: list[str] = field(default_factory=list)
+
+
+def plan_update(
+    tables: IndexTables, scan: FolderScan, advance: Callable[[int], Any] = lambda count: None
+) -> UpdatePlan:
+    """Compare a folder with the index. Files are hashed where an image of their size is known, and else not opened.
+
+    Args:
+        tables: The index.
+        scan: The folder.
+        advance: Called with a number of files as they are compared.
+    """
+    known = _read_known(tables, scan.folder)
+    old_problems = _read_problems(tables, scan.folder)
+    plan, paths = UpdatePlan(), {file.path for file in scan.files}
+    lost = {row.path: row for row in known.values() if row.path not in paths and scan.is_known(row.path)}
+    plan.mended = [path for path in old_problems if path not in paths and scan.is_known(path)]
+    by_size: dict[int, list[_Known]] = defaultdict(list)
+    for row in _all_known(tables) if any(file.path not in known for file in scan.files) else known.values():
+        by_size[row.size].append(row)
+    for file in scan.files:
+        advance(1)
+        row, state = known.get(file.path), (file.size, file.mtime_ns)
+        if row is not None and (row.size, row.mtime_ns) == state:
+            plan.unchanged += 1
+        elif file.path in old_problems:
+            size, mtime_ns, problem = old_problems[file.path]
+            if (size, mtime_ns) == state:
+                plan.problems[file.path] = problem
+            else:
+                plan.mended.append(file.path)
+                plan.to_encode.append((file, None if row is None else row.id))
+        elif (same := _same_content(file, by_size[file.size], lost)) is not None:
+            moved = lost.pop(same.path, None)
+            place = row.id if row is not None else None if moved is None else moved.id
+            plan.recognised.append((file, same, place))
+        else:
+            plan.to_encode.append((file, None if row is None else row.id))
+    plan.missing = list(lost.values())
+    return plan
+
+
+def _same_content(file: FileState, candidates: list[_Known], lost: dict[str, _Known]) -> _Known | None:
+    """The row of an image with the same content; one whose own file is gone, if there is one."""
+    if not candidates:
+        return None
+    try:
+        content = file_hash(file.path)
+    except OSError:
+        return None  # whoever opens it gets the error
+    same = [row for row in candidates if row.content == content]
+    return next((row for row in same if row.path in lost), same[0] if same else None)
+
+
+def _as_known(row: dict[str, Any]) -> _Known:
+    return _Known(row["id"], os.fsdecode(row["path_bytes"]), row["size"], row["mtime_ns"], row["content"])
+
+
+def _all_known(tables: IndexTables) -> Iterator[_Known]:
+    return map(_as_known, tables.rows(KNOWN, "size IS NOT NULL").to_pylist())
+
+
+def _read_known(tables: IndexTables, folder: str) -> dict[str, _Known]:
+    inside = os.path.join(folder, "")
+    return {row.path: row for row in _all_known(tables) if row.path.startswith(inside)}
+
+
+def _read_problems(tables: IndexTables, folder: str) -> dict[str, tuple[int, int, str]]:
+    inside, found = os.path.join(folder, ""), {}
+    for row in tables.problems.search().to_arrow().to_pylist():
+        path = os.fsdecode(row["path_bytes"])
+        if path.startswith(inside):
+            found[path] = (row["size"], row["mtime_ns"], row["problem"])
+    return found
+
+
+def _row(id: int, file: FileState) -> dict[str, Any]:
+    place = {"path": shown_path(file.path), "path_bytes": os.fsencode(file.path)}
+    return {"id": id, **place, "size": file.size, "mtime_ns": file.mtime_ns}
+
+
+def apply_recognised(tables: IndexTables, plan: UpdatePlan) -> int:
+    """Write the rows of files whose content was known. Returns how many there are."""
+    if not plan.recognised:
+        return 0
+    columns = ("id", "content", "width", "height", "perceptual_hash", "embedding", "thumbnail", "caption", "metadata")
+    next_id = _next_id(tables)
+    for first in range(0, len(plan.recognised), COMMIT_AT):
+        part = plan.recognised[first : first + COMMIT_AT]
+        ids = ", ".join(str(same.id) for _, same, _ in part)
+        stored = {row["id"]: row for row in tables.rows(columns, f"id IN ({ids})").to_pylist()}
+        replaced, added = [], []
+        for file, same, place in part:
+            if place is None:
+                added.append(stored[same.id] | _row(next_id, file))
+                next_id += 1
+            else:
+                replaced.append(stored[same.id] | _row(place, file))
+        tables.put(replaced)
+        tables.add(added)
+    return len(plan.recognised)
+
+
+def _next_id(tables: IndexTables) -> int:
+    ids = tables.rows(["id"])["id"].to_numpy()
+    return int(ids.max()) + 1 if len(ids) else 1
+
+
+def _read_and_prepare(file: FileState, image_processor: Any, draft: int | None) -> IndexedImage:
+    """Raises UnreadableFileError with what is wrong, in one line."""
+    try:
+        if file.size > MOST_BYTES:
+            raise UnreadableFileError(f"it has {file.size:,} bytes, and at most {MOST_BYTES:,} are read")
+        return prepare(Path(file.path).read_bytes(), image_processor, draft)
+    except UnreadableImageError as error:
+        problem = error.problem.lstrip(": ").removesuffix("; replace it, or leave it out.").removesuffix(".")
+        raise UnreadableFileError(one_line(problem)) from error
+    except OSError as error:
+        raise UnreadableFileError(one_line(error.strerror or error)) from error
+
+
+@torch.no_grad()
+def encode_planned(
+    tables: IndexTables,
+    plan: UpdatePlan,
+    model: Any,
+    processor: Any,
+    *,
+    batch_size: int,
+    exact: bool,
+    threads: int | None = None,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> IndexChanges:
+    """Encode what a plan lists, and write each `COMMIT_AT` images in one commit.
+
+    Args:
+        tables: The index.
+        plan: What there is to do.
+        model: HfClipModel.
+        processor: Its processor.
+        batch_size: Images encoded at once.
+        exact: Whether to decode large JPEGs in full.
+        threads: How many open images. None: one for each core, at most 8.
+        advance: Called with a number of images as they are written.
+    """
+    register_formats()
+    image_processor = image_processor_of(processor)
+    draft = None if exact else image_processor.steps().draft_side()
+    threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
+    changes, next_id = IndexChanges(), _next_id(tables)
+
+    def make(file: FileState) -> Any:
+        return _read_and_prepare(file, image_processor, draft)
+
+    items = (((file, replaced), file) for file, replaced in plan.to_encode)
+    waiting = in_order(items, make, threads, ahead=2 * batch_size + threads)
+    added: list[dict[str, Any]] = []
+    replaced_rows: list[dict[str, Any]] = []
+    problems: list[dict[str, Any]] = []
+    while batch := list(islice(waiting, batch_size)):
+        opened = []
+        for (file, replaced), future in batch:
+            try:
+                opened.append((file, replaced, future.result()))
+            except UnreadableFileError as error:
+                changes.problems[file.path] = str(error)
+                row = _row(0, file)
+                row.pop("id")
+                problems.append(row | {"problem": str(error)})
+        if opened:
+            pixels = torch.stack([image.pixels for _, _, image in opened])
+            embeddings = encode_pixels(model, pixels).cpu().numpy().astype(np.float16)
+            for (file, replaced, image), embedding in zip(opened, embeddings, strict=True):
+                row = _row(next_id if replaced is None else replaced, file) | {
+                    name: getattr(image, name)
+                    for name in ("content", "width", "height", "perceptual_hash", "thumbnail")
+                }
+                (added if replaced is None else replaced_rows).append(row | {"embedding": embedding})
+                next_id += replaced is None
+        if len(added) + len(replaced_rows) + len(problems) >= COMMIT_AT:
+            _write(tables, changes, added, replaced_rows, problems)
+        advance(len(batch))
+    _write(tables, changes, added, replaced_rows, problems)
+    return changes
+
+
+def _write(
+    tables: IndexTables, changes: IndexChanges, added: list[Any], replaced: list[Any], problems: list[Any]
+) -> None:
+    """Write what waits, and empty the lists."""
+    tables.add(added)
+    tables.put(replaced)
+    tables.put_problems(problems)
+    changes.added, changes.updated = changes.added + len(added), changes.updated + len(replaced)
+    for waiting in (added, replaced, problems):
+        waiting.clear()
+
+
+def forget_missing(tables: IndexTables, plan: UpdatePlan, keep_missing: bool, unreadable: dict[str, str]) -> int:
+    """Remove images whose files are gone, and those that can no longer be opened. Returns how many of the first."""
+    tables.remove_problems([os.fsencode(path) for path in plan.mended if path not in unreadable])
+    broken = [replaced for file, replaced in plan.to_encode if replaced is not None and file.path in unreadable]
+    gone = [] if keep_missing else [row.id for row in plan.missing]
+    tables.remove([*gone, *broken])
+    return len(gone)
+
+
+__all__ = [
+    "IndexChanges",
+    "UnreadableFileError",
+    "UpdatePlan",
+    "apply_recognised",
+    "encode_planned",
+    "forget_missing",
+    "plan_update",
+]

@@ -1,0 +1,140 @@
+"""What the index keeps of one image besides its embedding: content hash, size, perceptual hash and thumbnail.
+
+Dimensions: C channels, Y × X pixels.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ..extras import is_there
+from ..model.open_image import open_image
+
+THUMBNAIL_SIDE = 160
+"""Longer side of a thumbnail in pixels, of which a page shows many."""
+THUMBNAIL_QUALITY = 55
+
+MOST_BYTES = 512 << 20
+"""Largest file that is read."""
+
+HASH_SIDE = 8
+
+
+@dataclass(frozen=True)
+class IndexedImage:
+    """An image that was opened.
+
+    Attributes:
+        content: Hash of the file's bytes.
+        width: In pixels, upright.
+        height: In pixels, upright.
+        perceptual_hash: 64 bits, as a signed number.
+        thumbnail: A JPEG.
+        pixels: (C, Y, X), as the image processor makes them.
+    """
+
+    content: str
+    width: int
+    height: int
+    perceptual_hash: int
+    thumbnail: bytes
+    pixels: Tensor
+
+
+def content_hash(content: bytes) -> str:
+    """A hash of a file's bytes, 32 hexadecimal digits."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def file_hash(path: str) -> str:
+    """The content hash of a file, which is read in pieces."""
+    state = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            state.update(piece)
+    return state.hexdigest()
+
+
+def register_formats() -> None:
+    """Let Pillow open HEIC, as phones write it, where pillow-heif is installed."""
+    if is_there("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits of an image that say, for each cell of a grid of 8 × 8, whether it is darker than the cell to its right.
+
+    Copies of an image in other sizes and qualities differ in few of the bits (Krawetz 2013, "dHash").
+    """
+    small = image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
+    levels = np.asarray(small, dtype=np.int16)
+    bits = (levels[:, :-1] < levels[:, 1:]).ravel()
+    return int(np.packbits(bits).view(">i8")[0])
+
+
+def hamming_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """In how many bits perceptual hashes differ, for arrays of int64 that broadcast."""
+    differences = np.asarray(first ^ second, dtype=np.int64)
+    return np.unpackbits(differences[..., None].view(np.uint8), axis=-1).sum(axis=-1)
+
+
+def make_thumbnail(image: Image.Image) -> bytes:
+    """A small JPEG of an image. What is transparent is white."""
+    small = image.copy()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+    if small.mode in ("RGBA", "LA", "PA") or "transparency" in small.info:
+        small = small.convert("RGBA")
+        small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
+    file = BytesIO()
+    small.convert("RGB").save(file, "JPEG", quality=THUMBNAIL_QUALITY)
+    return file.getvalue()
+
+
+def prepare(content: bytes, image_processor: Any, draft: int | None) -> IndexedImage:
+    """Open an image and make of it all that the index keeps.
+
+    Args:
+        content: The file's bytes.
+        image_processor: HfClipImageProcessor.
+        draft: The shorter side that a JPEG needs, see `open_image`. None: full size.
+
+    Raises:
+        UnreadableImageError: It is no image, or damaged.
+    """
+    image = open_image(content, draft=draft)
+    width, height = image.size if draft is None else _full_size(content, image)
+    return IndexedImage(
+        content=content_hash(content),
+        width=width,
+        height=height,
+        perceptual_hash=perceptual_hash(image),
+        thumbnail=make_thumbnail(image),
+        pixels=image_processor([image], return_tensors="pt")["pixel_values"][0],
+    )
+
+
+def _full_size(content: bytes, image: Image.Image) -> tuple[int, int]:
+    """The size that a JPEG has if it is decoded in full; `image` says whether it stands upright or lies."""
+    with Image.open(BytesIO(content)) as whole:
+        sides = whole.size
+    is_turned = (image.width > image.height) != (sides[0] > sides[1])
+    return (sides[1], sides[0]) if is_turned else sides
+
+
+__all__ = [
+    "IndexedImage",
+    "content_hash",
+    "file_hash",
+    "hamming_distances",
+    "make_thumbnail",
+    "perceptual_hash",
+    "prepare",
+    "register_formats",
+]

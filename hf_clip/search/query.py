@@ -1,0 +1,207 @@
+"""Queries: texts, images and images of the index, each with a weight, which are added up to one direction.
+
+On a command line a query is written in one of two ways, which mean the same::
+
+    "a red car" ./like-this.jpg --minus snow
+    '"a red car" + ./like-this.jpg - "snow"'
+    '2:"a beach" + ./b.jpg - 0.5:"people"'
+
+Dimensions: P parts of a query, D embedding, S images of a sample.
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..model.fetch import is_web_address
+from ..zero_shot.features import encode_images, encode_texts
+from ..zero_shot.files import is_image_name
+from ..zero_shot.prompts import read_templates
+
+TEMPLATES = ("a photo of {}.", "a picture of {}.", "an image of {}.", "{}", "a good photo of {}.", "a close-up of {}.")
+"""What a short noun is put into. Their mean is steadier than any of them (Radford et al. 2021, section 3.1.4)."""
+
+MOST_WORDS_OF_A_NOUN = 4
+
+MINUS_WEIGHT = 0.5
+"""Weight of what is subtracted with `--minus`: enough to push it down without changing what is searched."""
+
+
+class QueryError(ValueError):
+    """A query cannot be read, or has nothing in it."""
+
+
+@dataclass(frozen=True)
+class QueryPart:
+    """A part of a query.
+
+    Attributes:
+        kind: "text", "image" (a path or an address), or "id" (an image of the index).
+        value: The text, the path, or the number.
+        weight: Below 0 for what is subtracted.
+    """
+
+    kind: str
+    value: str
+    weight: float = 1.0
+
+
+PART = re.compile(r"\s*(?P<sign>[+-])?\s*(?:(?P<weight>\d+(?:\.\d+)?):)?(?:\"(?P<quoted>[^\"]*)\"|(?P<bare>[^\s\"]+))")
+
+
+def parse_queries(words: Sequence[str], minus: Sequence[str] = (), more_like: Sequence[int] = ()) -> list[QueryPart]:
+    """Read the words of a command line.
+
+    Args:
+        words: Each is a text, the path or address of an image, or an expression with quotation marks.
+        minus: The same, subtracted.
+        more_like: Ids of images of the index, added.
+
+    Raises:
+        QueryError: There is nothing to look for, or an expression cannot be read.
+    """
+    parts = [part for word in words for part in parse_query(word)]
+    parts += [QueryPart("id", str(number)) for number in more_like]
+    for word in minus:
+        parts += [QueryPart(part.kind, part.value, -MINUS_WEIGHT * part.weight) for part in parse_query(word)]
+    if not parts:
+        raise QueryError('There is nothing to look for: give a text, such as "a dog on a beach", or an image.')
+    if not any(part.weight > 0 for part in parts):
+        raise QueryError("The query only subtracts: give a text or an image to look for, too.")
+    return parts
+
+
+def parse_query(text: str) -> list[QueryPart]:
+    """Read one text, path, or expression.
+
+    Raises:
+        QueryError: It is empty, or an expression that cannot be read.
+    """
+    if not text.strip():
+        raise QueryError('A query is empty: give a text, such as "a dog on a beach", or an image.')
+    if '"' not in text:
+        return [_part_of(text.strip(), 1.0)]
+    parts, place = [], 0
+    while place < len(text.rstrip()):
+        found = PART.match(text, place)
+        value = found and (found["quoted"] if found["quoted"] is not None else found["bare"])
+        if found is None or not (value or "").strip() or (parts and found["sign"] is None):
+            raise QueryError(
+                f"The query {text!r} cannot be read from {text[place:].strip()[:40]!r} on: write parts with + or - "
+                f'between them, texts in quotation marks, such as 2:"a beach" + ./b.jpg - "people".'
+            )
+        weight = float(found["weight"] or 1) * (-1 if found["sign"] == "-" else 1)
+        part = QueryPart("text", value, weight) if found["quoted"] is not None else _part_of(value, weight)
+        parts.append(part)
+        place = found.end()
+    return parts
+
+
+def _part_of(word: str, weight: float) -> QueryPart:
+    """A word without quotation marks: an image, or a text."""
+    is_path = os.path.isfile(os.path.expanduser(word)) or is_web_address(word)
+    looks_like_one = is_image_name(word) and (os.sep in word or " " not in word)
+    return QueryPart("image" if is_path or looks_like_one else "text", word, weight)
+
+
+def is_short_noun(text: str) -> bool:
+    """Whether a text reads as the name of a thing, which templates help, and not as a sentence."""
+    words = text.split()
+    return 0 < len(words) <= MOST_WORDS_OF_A_NOUN and text.strip()[-1].isalnum() and not text.strip()[0].isupper()
+
+
+def encode_text_query(model: Any, processor: Any, text: str, templates: Any = None) -> Tensor:
+    """Encode one text, (D,) of length one. A short noun is put into templates.
+
+    Args:
+        model: HfClipModel.
+        processor: Its processor.
+        text: The text.
+        templates: As for `ZeroShotClassifier`. None: `TEMPLATES` for short nouns, and else the text alone.
+    """
+    if templates is None:
+        templates = TEMPLATES if is_short_noun(text) else ("{}",)
+    functions, _ = read_templates(templates)
+    prompts = [function(text) for function in functions]
+    return normalize(encode_texts(model, processor, prompts, truncation=True).mean(dim=0), dim=0).cpu()
+
+
+def encode_parts(model: Any, processor: Any, parts: Sequence[QueryPart], of_ids: Any, templates: Any = None) -> Tensor:
+    """Encode each part of a query.
+
+    Args:
+        model: HfClipModel.
+        processor: Its processor.
+        parts: P parts, as `parse_queries` returned them.
+        of_ids: Function from a list of ids to their embeddings.
+        templates: As for `encode_text_query`.
+
+    Returns:
+        (P, D) float32, of length one.
+
+    Raises:
+        QueryError: An id is not in the index.
+        UnreadableImageError: An image cannot be opened.
+    """
+    found = []
+    for part in parts:
+        if part.kind == "text":
+            found.append(encode_text_query(model, processor, part.value, templates))
+        elif part.kind == "image":
+            source = part.value if is_web_address(part.value) else os.path.expanduser(part.value)
+            found.append(encode_images(model, processor, source)[0].cpu())
+        else:
+            try:
+                found.append(normalize(of_ids([int(part.value)])[0], dim=0))
+            except KeyError:
+                raise QueryError(f"The index has no image with the id {part.value}; a search shows ids.") from None
+    return torch.stack(found)
+
+
+def combine_parts(vectors: Tensor, weights: Sequence[float], sample: Tensor) -> Tensor:
+    """Add the parts of a query up to one direction.
+
+    Similarities of a text with images and of an image with images have different means and spreads, since texts and
+    images lie apart (Liang et al. 2022, "Mind the gap"). What is added are therefore similarities in units of their
+    spread over images of the index. This is linear in an image's embedding, so that it is one direction again.
+
+    Args:
+        vectors: (P, D) of length one.
+        weights: P weights.
+        sample: (S, D) embeddings of images of the index.
+
+    Returns:
+        (D,) float32, of length one.
+
+    Raises:
+        QueryError: The parts cancel one another.
+    """
+    if len(vectors) == 1 and weights[0] > 0:
+        return vectors[0]
+    spread = (sample.float() @ vectors.T).std(dim=0).clamp(min=1e-6) if len(sample) > 1 else torch.ones(len(vectors))
+    scaled = vectors * (torch.tensor(list(weights)) / spread)[:, None]
+    total = scaled.sum(dim=0)
+    length = float(total.norm())
+    if not math.isfinite(length) or length < 1e-3 * float(scaled.norm(dim=1).max()):
+        raise QueryError("The parts of the query cancel one another: give them other weights.")
+    return total / length
+
+
+__all__ = [
+    "TEMPLATES",
+    "QueryError",
+    "QueryPart",
+    "combine_parts",
+    "encode_parts",
+    "encode_text_query",
+    "is_short_noun",
+    "parse_queries",
+    "parse_query",
+]
