@@ -197,8 +197,7 @@ class IndexTables:
         if not is_address(place) and not Path(place).exists():
             raise _missing(place)
         database = connect(place)
-        names = set(database.table_names(limit=1000))
-        if IMAGES not in names:
+        if IMAGES not in database.list_tables().tables:
             raise _missing(place)
         images = database.open_table(IMAGES)
         stored = (images.schema.metadata or {}).get(DESCRIPTION)

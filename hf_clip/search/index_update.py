@@ -107,6 +107,7 @@ def plan_update(
     old_problems = _read_problems(tables, scan.folder)
     plan, paths = UpdatePlan(), {file.path for file in scan.files}
     lost = {row.path: row for row in known.values() if row.path not in paths and scan.is_known(row.path)}
+    moved: set[int] = set()
     plan.mended = [path for path in old_problems if path not in paths and scan.is_known(path)]
     by_size: dict[int, list[_Known]] = defaultdict(list)
     for row in _all_known(tables) if any(file.path not in known for file in scan.files) else known.values():
@@ -124,8 +125,9 @@ def plan_update(
                 plan.mended.append(file.path)
                 plan.to_encode.append((file, None if row is None else row.id))
         elif (same := _same_content(file, by_size[file.size], lost)) is not None:
-            moved = lost.pop(same.path, None)
-            place = row.id if row is not None else None if moved is None else moved.id
+            is_moved = lost.pop(same.path, None) is not None or not os.path.lexists(same.path)
+            place = row.id if row is not None else same.id if is_moved and same.id not in moved else None
+            moved.add(same.id)
             plan.recognised.append((file, same, place))
         else:
             plan.to_encode.append((file, None if row is None else row.id))
@@ -142,7 +144,7 @@ def _same_content(file: FileState, candidates: list[_Known], lost: dict[str, _Kn
     except OSError:
         return None  # whoever opens it gets the error
     same = [row for row in candidates if row.content == content]
-    return next((row for row in same if row.path in lost), same[0] if same else None)
+    return next((row for row in same if row.path in lost or not os.path.lexists(row.path)), same[0] if same else None)
 
 
 def _as_known(row: dict[str, Any]) -> _Known:
