@@ -14,6 +14,7 @@ Dimensions: I images, D embedding.
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from .exact_scan import EmbeddingMatrix, sample_places
 from .folder_scan import scan_folder
 from .index_table import IndexDescription, IndexTables, SearchIndexError, default_index, is_address, only_writer
 from .index_update import IndexChanges, apply_recognised, encode_planned, forget_missing, plan_update
-from .near_duplicates import fold, group_duplicates
+from .near_duplicates import LEAST_SIMILARITY, MOST_BITS, fold, group_duplicates
 from .query import QueryPart, combine_parts, encode_parts, parse_query
 
 SAMPLE = 4096
@@ -170,7 +171,7 @@ class ImageIndex:
         exact: bool = False,
         keep_missing: bool = False,
         threads: int | None = None,
-        progress: bool = False,
+        progress: bool | None = False,
     ) -> IndexChanges:
         """Bring the index up to date with a folder and its folders.
 
@@ -181,7 +182,7 @@ class ImageIndex:
                 of their size, but at twice the model's at least, which is several times as fast.
             keep_missing: Whether images whose files are gone stay in the index.
             threads: How many open images. None: one for each core, at most 8.
-            progress: Whether to show progress bars.
+            progress: Whether to show progress bars. None: if standard error is a terminal.
 
         Returns:
             What changed.
@@ -190,6 +191,7 @@ class ImageIndex:
             SearchIndexError: Another process writes to the index.
             OSError: The folder is missing or cannot be read.
         """
+        progress = sys.stderr.isatty() if progress is None else progress
         scan = scan_folder(folder)
         with only_writer(self.tables.place):
             self.tables.refresh()
@@ -306,7 +308,7 @@ class ImageIndex:
             )
         return found
 
-    def duplicates(self, *, similarity: float | None = None, bits: int | None = None) -> list[list[SearchResult]]:
+    def duplicates(self, *, similarity: float = LEAST_SIMILARITY, bits: int = MOST_BITS) -> list[list[SearchResult]]:
         """Group near duplicates, the largest image of each group first.
 
         Args:
@@ -317,8 +319,7 @@ class ImageIndex:
         stored = self.tables.rows(["id", "perceptual_hash"])
         by_id = dict(zip(stored["id"].to_pylist(), stored["perceptual_hash"].to_pylist(), strict=True))
         hashes = np.array([by_id[id] for id in matrix.ids.tolist()], dtype=np.int64)
-        given = {"similarity": similarity, "bits": bits}
-        groups = group_duplicates(matrix.embeddings, hashes, **{k: v for k, v in given.items() if v is not None})
+        groups = group_duplicates(matrix.embeddings, hashes, similarity, bits)
         found = []
         for group in groups:
             places = torch.tensor(group)

@@ -23,7 +23,7 @@ from ..checkpoints.whole_file import whole_file
 from ..extras import require
 
 if TYPE_CHECKING:
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
 
 FORMAT = 1
 """Number of the layout that is described here."""

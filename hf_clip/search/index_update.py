@@ -62,6 +62,11 @@ class IndexChanges:
     kept: int = 0
     problems: dict[str, str] = field(default_factory=dict)
 
+    def describe(self) -> str:
+        """The numbers above 0, such as "12 added, 3 moved, 200 unchanged"."""
+        names = ("added", "updated", "moved", "removed", "kept", "unchanged")
+        return ", ".join(f"{count:,} {name}" for name in names if (count := getattr(self, name))) or "nothing there"
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -110,8 +115,8 @@ def plan_update(
     moved: set[int] = set()
     plan.mended = [path for path in old_problems if path not in paths and scan.is_known(path)]
     by_size: dict[int, list[_Known]] = defaultdict(list)
-    for row in _all_known(tables) if any(file.path not in known for file in scan.files) else known.values():
-        by_size[row.size].append(row)
+    for other in _all_known(tables) if any(file.path not in known for file in scan.files) else known.values():
+        by_size[other.size].append(other)
     for file in scan.files:
         advance(1)
         row, state = known.get(file.path), (file.size, file.mtime_ns)
@@ -244,7 +249,7 @@ def encode_planned(
     threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
     changes, next_id = IndexChanges(), _next_id(tables)
 
-    def make(file: FileState) -> Any:
+    def make(file: FileState) -> IndexedImage:
         return _read_and_prepare(file, image_processor, draft)
 
     items = (((file, replaced), file) for file, replaced in plan.to_encode)

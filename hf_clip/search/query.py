@@ -88,11 +88,12 @@ def parse_query(text: str) -> list[QueryPart]:
         raise QueryError('A query is empty: give a text, such as "a dog on a beach", or an image.')
     if '"' not in text:
         return [_part_of(text.strip(), 1.0)]
-    parts, place = [], 0
+    parts: list[QueryPart] = []
+    place = 0
     while place < len(text.rstrip()):
         found = PART.match(text, place)
-        value = found and (found["quoted"] if found["quoted"] is not None else found["bare"])
-        if found is None or not (value or "").strip() or (parts and found["sign"] is None):
+        value = "" if found is None else found["quoted"] or found["bare"] or ""
+        if found is None or not value.strip() or (parts and found["sign"] is None):
             raise QueryError(
                 f"The query {text!r} cannot be read from {text[place:].strip()[:40]!r} on: write parts with + or - "
                 f'between them, texts in quotation marks, such as 2:"a beach" + ./b.jpg - "people".'

@@ -29,6 +29,7 @@ from .features import encode_pixels, image_processor_of
 
 MOST_THREADS = 8
 Named = TypeVar("Named")
+Made = TypeVar("Made")
 
 
 @lru_cache(maxsize=1)
@@ -112,20 +113,20 @@ def _in_words(error: ValueError) -> str:
 
 
 def in_order(
-    items: Iterable[tuple[Named, Any]], make: Callable[[Any], Tensor], threads: int, ahead: int
-) -> Iterator[tuple[Named, "Future[Tensor]"]]:
-    """Let threads make pixel values of images, and yield them in order.
+    items: Iterable[tuple[Named, Any]], make: Callable[[Any], Made], threads: int, ahead: int
+) -> Iterator[tuple[Named, "Future[Made]"]]:
+    """Let threads make something of images, such as pixel values, and yield it in order.
 
     Args:
         items: What each image is called, and the image itself. They are read as they are needed.
-        make: Turns an image into pixel values (C, Y, X). It is called in a thread.
+        make: Opens an image, and makes of it what is needed. It is called in a thread.
         threads: Number of threads.
         ahead: Largest number of images that are begun before they are asked for.
 
     Yields:
-        What the image is called, and its pixel values in the making.
+        What the image is called, and what is being made of it.
     """
-    waiting: deque[tuple[Named, Future[Tensor]]] = deque()
+    waiting: deque[tuple[Named, Future[Made]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="hf_clip images") as pool:
         try:
             for name, item in items:

@@ -136,7 +136,9 @@ def test_other_folders_are_left_alone(photos: Path, new_index: NewIndex):
     assert str(other / "g.png") in paths_of(index)
 
 
-def test_folder_that_cannot_be_read_keeps_its_images(photos: Path, new_index: NewIndex, monkeypatch: pytest.MonkeyPatch):
+def test_folder_that_cannot_be_read_keeps_its_images(
+    photos: Path, new_index: NewIndex, monkeypatch: pytest.MonkeyPatch
+):
     index = new_index()
     index.add(photos)
     scandir = os.scandir
@@ -203,7 +205,9 @@ def test_an_index_of_another_model_is_refused_by_name(
     photos: Path, new_index: NewIndex, repositories: dict[str, Path], tmp_path: Path, small_model: tuple[Any, Any, str]
 ):
     ImageIndex.open(tmp_path / "index", model=small_model[2]).add(photos)
-    with pytest.raises(SearchIndexError, match=rf"made of another model \({small_model[2]}\) than {repositories['vit']}"):
+    with pytest.raises(
+        SearchIndexError, match=rf"made of another model \({small_model[2]}\) than {repositories['vit']}"
+    ):
         ImageIndex.open(tmp_path / "index", model=repositories["vit"])
     processor = type(small_model[1]).from_pretrained(small_model[2])
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]

@@ -1,6 +1,5 @@
 """Whatever kills an update, the index holds whole commits, and the next run ends where an uninterrupted one does."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -78,12 +77,11 @@ def test_twenty_kills(many: Path, tmp_path: Path, new_index: Callable[..., Image
     words = [sys.executable, "-c", PROGRAM, str(tmp_path / "killed"), small_model[2], str(many)]
     kept = 0
     for kill in range(20):
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.02 + 0.03 * (kill % 10))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(0.02 + 0.03 * (kill % 10))
+            process.send_signal(signal.SIGKILL)
         if (tmp_path / "killed" / "images.lance").exists():
             count = len(ImageIndex.open(tmp_path / "killed"))
             assert count >= kept

@@ -1,0 +1,50 @@
+"""`hf-clip duplicates`: near duplicates among the images of an index."""
+
+from typing import Annotated
+
+import typer
+
+
+def duplicates(
+    index: Annotated[
+        str | None,
+        typer.Option(
+            help="The index: a folder, or an address on object storage. By default HF_CLIP_INDEX, else a folder of "
+            "your own data.",
+            show_default=False,
+        ),
+    ] = None,
+    similarity: Annotated[
+        float, typer.Option(help="Least cosine similarity of near duplicates.", min=0.0, max=1.0)
+    ] = 0.95,
+    bits: Annotated[
+        int,
+        typer.Option(help="Most bits, of 64, in which the perceptual hashes of near duplicates differ.", min=0, max=64),
+    ] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Group images that show the same: copies in other sizes, formats and qualities.
+
+    The largest image of each group comes first. Groups are separated by an empty line. Nothing is deleted.
+
+    Examples:
+
+        hf-clip duplicates
+
+        hf-clip duplicates --index photos-index --json
+    """
+    import json
+
+    from ..search.image_index import ImageIndex
+    from ..search.index_table import shown_path
+    from ..search.result_output import printable
+
+    groups = ImageIndex.open(index, make=False).duplicates(similarity=similarity, bits=bits)
+    if as_json:
+        rows = [[{"path": shown_path(r.path), "width": r.width, "height": r.height} for r in group] for group in groups]
+        print(json.dumps({"groups": rows}, ensure_ascii=False, indent=2))
+        return
+    for group in groups:
+        print(*(f"{r.width}x{r.height}  {printable(r.path)}" for r in group), "", sep="\n")
+    count = sum(len(group) - 1 for group in groups)
+    print(f"{len(groups):,} groups, {count:,} images beside the largest of each")

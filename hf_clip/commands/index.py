@@ -1,0 +1,92 @@
+"""`hf-clip index`: bring an index of images up to date with folders."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+SOME_FAILED = 2
+"""Exit status: the index is up to date, but some files could not be opened."""
+
+
+def index(
+    folders: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Folders of images, those in their folders too. Without one, all that the index knows.",
+            metavar="FOLDER...",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names. Needed once: "
+            "the index remembers it.",
+        ),
+    ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            "--into",
+            "--index",
+            help="The index: a folder, or an address on object storage. By default HF_CLIP_INDEX, else a folder of "
+            "your own data.",
+            metavar="INDEX",
+            show_default=False,
+        ),
+    ] = None,
+    keep_missing: Annotated[
+        bool, typer.Option("--keep-missing", help="Keep images in the index whose files are gone.")
+    ] = False,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Decode large JPEGs in full, and not at a half, a quarter or an eighth of their size."
+        ),
+    ] = False,
+    errors: Annotated[bool, typer.Option("--errors", help="List the files that cannot be opened, and why.")] = False,
+    batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 16,
+    threads: Annotated[
+        int | None, typer.Option(help="How many threads open images; by default one for each core, at most 8.", min=1)
+    ] = None,
+) -> None:
+    """Index the images of folders, so that they can be searched by text and by image.
+
+    Only new and changed files are opened. What was renamed or moved is known by its content. What is gone leaves the
+    index. After an interruption, the same command goes on where it stopped.
+
+    Exit status: 0, the index is up to date; 2, some files could not be opened; 1, an error.
+
+    Examples:
+
+        hf-clip index ~/Pictures --model clip-vit-b32/
+
+        hf-clip index
+
+        hf-clip index photos/ --model ViT-B/32 --into photos-index --errors
+    """
+    from ..search.image_index import ImageIndex
+    from ..search.index_table import default_index
+
+    place = into or default_index()
+    opened = ImageIndex.open(place, model=model)
+    known = opened.tables.noted("folders", [])
+    if not folders and not known:
+        raise ValueError(f"The index {place} knows no folder yet: name one, such as hf-clip index ~/Pictures.")
+    problems: dict[str, str] = {}
+    for folder in folders or known:
+        changes = opened.add(
+            folder, batch_size=batch_size, exact=exact, keep_missing=keep_missing, threads=threads, progress=None
+        )
+        problems |= changes.problems
+        print(f"{folder}: {changes.describe()}", flush=True)
+    print(f"{len(opened):,} images in {place}")
+    if problems:
+        for path, problem in problems.items() if errors else ():
+            shown = os.fsencode(path).decode(errors="replace")
+            print(f"{shown}: {problem}", file=sys.stderr)
+        advice = "" if errors else "; --errors lists them"
+        print(f"{len(problems):,} files could not be opened{advice}", file=sys.stderr)
+        raise typer.Exit(SOME_FAILED)

@@ -1,0 +1,101 @@
+"""`hf-clip search`: find images of an index by text and by image."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+NOTHING_FOUND = 2
+"""Exit status: no image fits."""
+
+
+def search(
+    queries: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Texts, and paths or addresses of images, which are added up; or an expression such as "
+            '\'2:"a beach" + ./b.jpg - "people"\'.',
+            metavar="QUERY...",
+            show_default=False,
+        ),
+    ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(
+            help="The index: a folder, or an address on object storage. By default HF_CLIP_INDEX, else a folder of "
+            "your own data.",
+            show_default=False,
+        ),
+    ] = None,
+    minus: Annotated[
+        list[str] | None, typer.Option(help="A text or an image that is subtracted, with half of its weight.")
+    ] = None,
+    more_like: Annotated[
+        list[int] | None, typer.Option(help="The id of an image of the index, as a search shows it, to look for.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="How many images to show at most.", min=1)] = 20,
+    filter: Annotated[
+        str | None,
+        typer.Option(help="A condition on columns of the index, such as \"path LIKE '%2023%' AND width > 1000\"."),
+    ] = None,
+    templates: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What a text is put into, as for classify. By default several for short nouns, and a sentence is "
+            "taken as it is.",
+            show_default=False,
+        ),
+    ] = None,
+    all_copies: Annotated[bool, typer.Option("--all-copies", help="Show near duplicates by themselves.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    page: Annotated[str | None, typer.Option("--html", help="Write a page with thumbnails.", metavar="PAGE")] = None,
+    montage: Annotated[str | None, typer.Option(help="Write a sheet of thumbnails.", metavar="FILE")] = None,
+    copy_to: Annotated[str | None, typer.Option(help="Copy the files there, numbered.", metavar="FOLDER")] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+) -> None:
+    """Search an index by text, by image, or by both.
+
+    Each line has a score (cosine similarity), the image's id, and its path.
+
+    Exit status: 0, images were found; 2, none fits; 1, an error.
+
+    Examples:
+
+        hf-clip search "a dog on a beach"
+
+        hf-clip search "a red car" ./like-this.jpg --minus snow --html results.html
+
+        hf-clip search --more-like 17 --filter "path LIKE '%2023%'" --json
+    """
+    import webbrowser
+    from pathlib import Path
+
+    from ..search import result_output
+    from ..search.image_index import ImageIndex
+    from ..search.query import parse_queries
+
+    parts = parse_queries(queries or (), minus or (), more_like or ())
+    if open_page and page is None:
+        raise ValueError("--open opens the page that --html writes: give --html PAGE too.")
+    found = ImageIndex.open(index, make=False).search(
+        parts, top=top, where=filter, templates=templates or None, folded=not all_copies
+    )
+    title = " ".join(
+        [*(queries or ()), *(f"more like {id}" for id in more_like or ()), *(f"− {word}" for word in minus or ())]
+    )
+    if page is not None:
+        result_output.write_page(page, found, title)
+    if montage is not None:
+        result_output.write_sheet(montage, found)
+    failed = result_output.copy_results(copy_to, found) if copy_to is not None else []
+    if as_json:
+        print(result_output.as_json(found))
+    else:
+        print(*result_output.format_lines(found, links=sys.stdout.isatty()), sep="\n")
+    if open_page and page is not None:
+        webbrowser.open(Path(page).resolve().as_uri())
+    if failed:
+        raise OSError(f"{len(failed)} of {len(found)} files could not be copied: {'; '.join(failed[:3])}")
+    if not found:
+        print("no image of the index fits", file=sys.stderr)
+        raise typer.Exit(NOTHING_FOUND)

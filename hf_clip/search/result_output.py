@@ -1,0 +1,150 @@
+"""Results of a search for people and programs: lines of a terminal, JSON, a page, a sheet of thumbnails, copies."""
+
+import html
+import json
+import os
+import shutil
+from base64 import b64encode
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from PIL import Image, ImageDraw
+
+from ..checkpoints.whole_file import whole_file
+from .image_index import SearchResult
+from .index_table import shown_path
+
+CELL, MARGIN, CAPTION_HEIGHT, COLUMNS = 160, 8, 16, 6
+"""Of a sheet, in pixels and cells."""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.4 system-ui, sans-serif; margin: 1rem; background: #fafafa; color: #222 }}
+ul {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 1rem; padding: 0 }}
+li {{ list-style: none }}
+a {{ color: inherit; text-decoration: none }}
+img {{ width: 100%; height: 160px; object-fit: contain; background: #eee; border-radius: 6px }}
+small {{ display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }}
+</style>
+<h1>{title}</h1>
+<ul>
+{items}
+</ul>
+</html>
+"""
+
+
+def printable(text: str) -> str:
+    """A text in one line of a terminal, whatever characters it has."""
+    return "".join(character if character.isprintable() else "�" for character in shown_path(text))
+
+
+def file_address(path: str) -> str:
+    """A file:// address, which browsers and terminals open."""
+    return "file://" + quote(os.fsencode(path))
+
+
+def format_lines(results: Sequence[SearchResult], links: bool) -> list[str]:
+    """A line for each result: score, id, path, and how many near duplicates it stands for.
+
+    Args:
+        results: Best first.
+        links: Whether paths are links that a terminal opens (OSC 8).
+    """
+    width = max((len(str(result.id)) for result in results), default=0)
+    lines = []
+    for result in results:
+        path = printable(result.path)
+        shown = f"\x1b]8;;{file_address(result.path)}\x1b\\{path}\x1b]8;;\x1b\\" if links else path
+        more = f"  (+{len(result.duplicates)} near duplicates)" if result.duplicates else ""
+        lines.append(f"{result.score:.4f}  {result.id:>{width}}  {shown}{more}")
+    return lines
+
+
+def as_json(results: Sequence[SearchResult]) -> str:
+    """`{"results": [{"path", "score", "id", "width", "height", "duplicates", …}]}`."""
+    rows: list[dict[str, Any]] = []
+    for result in results:
+        row = {"path": shown_path(result.path), "score": round(result.score, 6), "id": result.id}
+        row |= {"width": result.width, "height": result.height}
+        row["duplicates"] = [shown_path(path) for path in result.duplicates]
+        row |= {"caption": result.caption} if result.caption is not None else {}
+        row |= {"metadata": json.loads(result.metadata)} if result.metadata is not None else {}
+        rows.append(row)
+    return json.dumps({"results": rows}, ensure_ascii=False, indent=2)
+
+
+def write_page(path: str | Path, results: Sequence[SearchResult], title: str) -> None:
+    """Write a page with all thumbnails in it, which needs no other file."""
+    items = []
+    for result in results:
+        name = html.escape(shown_path(os.path.basename(result.path)))
+        source = f"data:image/jpeg;base64,{b64encode(result.thumbnail).decode()}"
+        more = f" (+{len(result.duplicates)})" if result.duplicates else ""
+        items.append(
+            f'<li><a href="{html.escape(file_address(result.path))}" title="{html.escape(shown_path(result.path))}">'
+            f'<img src="{source}" alt="{name}"><small>{result.score:.3f}{more} {name}</small></a></li>'
+        )
+    with whole_file(path) as unfinished:
+        unfinished.write_text(PAGE.format(title=html.escape(title), items="\n".join(items)), encoding="utf-8")
+
+
+def draw_sheet(results: Sequence[SearchResult]) -> Image.Image:
+    """A sheet of thumbnails with their scores, in rows."""
+    columns = min(COLUMNS, max(1, len(results)))
+    rows = -(-len(results) // columns)
+    step = CELL + MARGIN
+    sheet = Image.new("RGB", (columns * step + MARGIN, rows * (step + CAPTION_HEIGHT) + MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, result in enumerate(results):
+        left = MARGIN + number % columns * step
+        top = MARGIN + number // columns * (step + CAPTION_HEIGHT)
+        with Image.open(BytesIO(result.thumbnail)) as thumbnail:
+            sheet.paste(thumbnail, (left + (CELL - thumbnail.width) // 2, top + (CELL - thumbnail.height) // 2))
+        more = f" +{len(result.duplicates)}" if result.duplicates else ""
+        pen.text((left, top + CELL + 1), f"{result.score:.3f}{more}", fill="black")
+    return sheet
+
+
+def write_sheet(path: str | Path, results: Sequence[SearchResult]) -> None:
+    """Write a sheet of thumbnails, whose format the file's name tells.
+
+    Raises:
+        ValueError: The name does not end as those of images do.
+    """
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in ("PNG", "JPEG", "WEBP"):
+        raise ValueError(
+            f"A sheet of thumbnails cannot be written into {path}: name a file ending in .png, .jpg or .webp."
+        )
+    with whole_file(path) as unfinished:
+        draw_sheet(results).save(unfinished, kind)
+
+
+def copy_results(folder: str | Path, results: Sequence[SearchResult]) -> list[str]:
+    """Copy the files of results into a folder, numbered by their rank.
+
+    Returns:
+        For each file that could not be copied a line that says why.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    width, failed = len(str(len(results))), []
+    for rank, result in enumerate(results, start=1):
+        target = folder / f"{rank:0{width}}-{os.path.basename(result.path)}"
+        try:
+            with whole_file(target) as unfinished:
+                shutil.copy2(result.path, unfinished)
+        except OSError as error:
+            failed.append(f"{printable(result.path)}: {error.strerror or error}")
+    return failed
+
+
+__all__ = ["as_json", "copy_results", "draw_sheet", "format_lines", "printable", "write_page", "write_sheet"]
