@@ -22,6 +22,7 @@ from hf_clip.model.repair_text import TextError
 from hf_clip.model.text_ends import EndOfTextError
 from hf_clip.training.checkpoint import UnwrittenCheckpointError
 from hf_clip.training.data.loader import WorkerKilledError
+from hf_clip.search.index_table import SearchIndexError
 from hf_clip.training.feature_store import StaleFeaturesError
 from hf_clip.training.stopping import ProcessGoneError, Stopped
 from hf_clip.zero_shot.features import TextTooLongError
@@ -50,6 +51,7 @@ MADE: list[BaseException] = [
     WorkerKilledError("pairs.csv"),
     StaleFeaturesError(Path("run/frozen_features/image-1"), "row 3 of pairs.csv", "its image is another one"),
     ProcessGoneError("process 1"),
+    SearchIndexError("there is no index", "photos-index"),
 ]
 
 

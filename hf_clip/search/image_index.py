@@ -77,14 +77,15 @@ class ImageIndex:
 
     Args:
         tables: Its tables.
-        model: HfClipModel. None: loaded by the name that the index keeps, when it is first needed.
+        model: HfClipModel. None: loaded when it is first needed.
         processor: Its processor.
+        name: Where the model is. None: where the index was made of it.
     """
 
-    def __init__(self, tables: IndexTables, model: Any = None, processor: Any = None):
+    def __init__(self, tables: IndexTables, model: Any = None, processor: Any = None, name: str | None = None):
         self.tables = tables
         self._model, self._processor = model, processor
-        self._name = tables.description.model
+        self._name = name or tables.description.model
         self._matrix: EmbeddingMatrix | None = None
 
     @classmethod
@@ -118,13 +119,13 @@ class ImageIndex:
             tables = IndexTables.create(str(place), _describe(model, processor, name))
             tables.note(MODEL_FILES, model_files(name))
             return cls(tables, model, processor)
-        found = cls(tables, None if is_named else model, processor)
-        if is_named:
-            found._name = name
-            if not found._is_same_model(name):
-                found._load_model()
-        elif model is not None:
-            _check_model(tables, _describe(model, processor, name))
+        if not is_named:
+            if model is not None:
+                _check_model(tables, _describe(model, processor, name))
+            return cls(tables, model, processor)
+        found = cls(tables, name=name)
+        if not _is_same_model(tables, name):
+            found.load_model()
         return found
 
     def __len__(self) -> int:
@@ -133,21 +134,21 @@ class ImageIndex:
     @property
     def model(self) -> Any:
         """The model, loaded when it is first needed."""
-        self._load_model()
+        self.load_model()
         return self._model
 
     @property
     def processor(self) -> Any:
         """The model's processor."""
-        self._load_model()
+        self.load_model()
         return self._processor
 
-    def _is_same_model(self, name: str) -> bool:
-        """Whether a model's files are those by which the index knows its model. Its weights need no hash then."""
-        files = model_files(name)
-        return bool(files) and files == self.tables.noted(MODEL_FILES)
+    def load_model(self) -> None:
+        """Load the model if it is not in memory.
 
-    def _load_model(self) -> None:
+        Raises:
+            SearchIndexError: It is another model than that of the index, or nobody knows where it is.
+        """
         if self._model is not None:
             return
         name = self._name
@@ -158,7 +159,7 @@ class ImageIndex:
                 self.tables.place,
             )
         model, processor = _load(name)
-        if not self._is_same_model(name):
+        if not _is_same_model(self.tables, name):
             _check_model(self.tables, _describe(model, processor, name))
             self.tables.note(MODEL_FILES, model_files(name))
         self._model, self._processor = model, processor
@@ -366,6 +367,12 @@ def _describe(model: Any, processor: Any, name: str) -> IndexDescription:
     settings = json.loads(json.dumps(processor_settings(processor), default=str))
     where = os.path.abspath(os.path.expanduser(name)) if name and os.path.exists(os.path.expanduser(name)) else name
     return IndexDescription(model.config.projection_dim, weights_hash(model), settings, where)
+
+
+def _is_same_model(tables: IndexTables, name: str) -> bool:
+    """Whether a model's files are those by which the index knows its model. Its weights need no hash then."""
+    files = model_files(name)
+    return bool(files) and files == tables.noted(MODEL_FILES)
 
 
 def _check_model(tables: IndexTables, found: IndexDescription) -> None:
