@@ -20,9 +20,9 @@ from hf_clip.model.fetch import FetchError
 from hf_clip.model.open_image import UnreadableImageError
 from hf_clip.model.repair_text import TextError
 from hf_clip.model.text_ends import EndOfTextError
+from hf_clip.search.index_table import SearchIndexError
 from hf_clip.training.checkpoint import UnwrittenCheckpointError
 from hf_clip.training.data.loader import WorkerKilledError
-from hf_clip.search.index_table import SearchIndexError
 from hf_clip.training.feature_store import StaleFeaturesError
 from hf_clip.training.stopping import ProcessGoneError, Stopped
 from hf_clip.zero_shot.features import TextTooLongError

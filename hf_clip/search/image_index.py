@@ -85,7 +85,7 @@ class ImageIndex:
     def __init__(self, tables: IndexTables, model: Any = None, processor: Any = None, name: str | None = None):
         self.tables = tables
         self._model, self._processor = model, processor
-        self._name = name or tables.description.model
+        self._model_place = name or tables.description.model
         self._matrix: EmbeddingMatrix | None = None
 
     @classmethod
@@ -151,7 +151,7 @@ class ImageIndex:
         """
         if self._model is not None:
             return
-        name = self._name
+        name = self._model_place
         if not name:
             raise SearchIndexError(
                 f"The index {self.tables.place} was made of a model in memory, and does not know where that is: pass "
