@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..zero_shot.files import is_image_name
+from .indexed_image import register_formats
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def scan_folder(folder: str | Path) -> FolderScan:
         NotADirectoryError: It is a file.
         PermissionError: It may not be read.
     """
+    register_formats()
     place = os.path.realpath(os.path.expanduser(folder))
     if not os.path.exists(place):
         raise FileNotFoundError(f"There is no folder {folder}; check the path.")

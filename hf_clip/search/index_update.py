@@ -28,7 +28,7 @@ from ..zero_shot.features import encode_pixels, image_processor_of
 from ..zero_shot.files import MOST_THREADS, in_order
 from .folder_scan import FileState, FolderScan
 from .index_table import IndexTables, shown_path
-from .indexed_image import MOST_BYTES, IndexedImage, file_hash, prepare, register_formats
+from .indexed_image import MOST_BYTES, IndexedImage, file_hash, prepare
 
 COMMIT_AT = 256
 """Images that are encoded before they are written: what a kill can lose."""
@@ -243,7 +243,6 @@ def encode_planned(
         threads: How many open images. None: one for each core, at most 8.
         advance: Called with a number of images as they are written.
     """
-    register_formats()
     image_processor = image_processor_of(processor)
     draft = None if exact else image_processor.steps().draft_side()
     threads = threads or min(os.cpu_count() or 1, MOST_THREADS)

@@ -32,9 +32,14 @@ Named = TypeVar("Named")
 Made = TypeVar("Made")
 
 
-@lru_cache(maxsize=1)
 def image_suffixes() -> frozenset[str]:
     """How the names of files that hold images end, in small letters, with the dot."""
+    return _suffixes_of(len(Image.registered_extensions()))
+
+
+@lru_cache(maxsize=1)
+def _suffixes_of(known: int) -> frozenset[str]:
+    """Those of Pillow's formats, of which there are more once a plugin has registered its own."""
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in RASTER_FORMATS)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hf_clip import encode_images
 from hf_clip.search import index_update, indexed_image
@@ -193,6 +194,45 @@ def test_names_that_are_no_utf8(photos: Path, new_index: NewIndex):
     assert str(photos / "caf\N{REPLACEMENT CHARACTER}.png") in paths_of(index)
     found = index.search(os.fsdecode(name), top=1)[0]
     assert os.fsencode(found.path) == name
+
+
+def test_formats_of_phones_and_animations(tmp_path: Path, new_index: NewIndex):
+    """HEIC and AVIF, upright by their orientation; the first frame of an animation; a bomb is a problem."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    folder = tmp_path / "phone"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    make_image(1, (64, 48)).save(folder / "a.heic")
+    make_image(2, (64, 48)).save(folder / "b.avif")
+    make_image(3, (64, 48)).save(folder / "c.jpg", exif=exif)
+    make_image(4, (64, 48)).save(folder / "d.gif", save_all=True, append_images=[make_image(5, (64, 48))])
+    Image.new("1", (30_000, 30_000)).save(folder / "bomb.png")
+    index = new_index()
+    changes = index.add(folder)
+    assert {Path(path).name: (row["width"], row["height"]) for path, row in paths_of(index).items()} == {
+        "a.heic": (64, 48),
+        "b.avif": (64, 48),
+        "c.jpg": (48, 64),
+        "d.gif": (64, 48),
+    }
+    assert list(changes.problems) == [str(folder / "bomb.png")]
+    assert index.search(str(folder / "a.heic"), top=1)[0].path == str(folder / "a.heic")
+
+
+def test_large_jpeg_is_drafted_and_keeps_its_size(
+    tmp_path: Path, new_index: NewIndex, small_model: tuple[Any, Any, str]
+):
+    folder = tmp_path / "large"
+    folder.mkdir()
+    make_image(1, (900, 700)).save(folder / "a.jpg", quality=95)
+    index = new_index()
+    index.add(folder)
+    (row,) = paths_of(index).values()
+    assert (row["width"], row["height"]) == (900, 700)
+    exact = encode_images(*small_model[:2], folder / "a.jpg")[0]
+    assert torch.tensor(row["embedding"]).float() @ exact > 0.999
 
 
 def test_links_in_a_circle_end(photos: Path, new_index: NewIndex):
