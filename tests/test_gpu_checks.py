@@ -23,7 +23,7 @@ from hf_clip.training.data.image_batch import DecodedImages, Normalisation
 from hf_clip.training.gradient_caching import backpropagate
 from hf_clip.training.losses import global_contrastive_loss
 
-QUICK = ("parity", "losses", "training", "images", "speed")
+QUICK = ("parity", "optimized", "losses", "training", "images", "speed")
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_every_path_in_processes_of_their_own(tmp_path: Path):
 
 
 def run_sections(monkeypatch: pytest.MonkeyPatch, parts: dict, *words: str) -> int:
-    sections = {name: ("what it is", ((part, 5.0),)) for name, part in parts.items()}
+    sections = {name: ("what it is", ((part, 5.0),), 1.0) for name, part in parts.items()}
     monkeypatch.setattr(program, "SECTIONS", sections)
     return program.main(["--dry-run", *words])
 
@@ -100,12 +100,36 @@ def test_what_there_is_no_time_for_is_said(capsys: pytest.CaptureFixture[str]):
     assert not report.is_wrong()
 
 
+def test_each_section_has_its_time_and_what_others_left(monkeypatch: pytest.MonkeyPatch):
+    """Of the 8 minutes the first of two equal sections has half. What it does not need the second one has too."""
+    left: dict[str, float] = {}
+
+    def note(setup: Setup) -> None:
+        left[setup.report.section] = setup.report.left()
+
+    assert run_sections(monkeypatch, {"first": note, "second": note}) == 0
+    assert left["first"] == pytest.approx(240, abs=20)
+    assert left["second"] == pytest.approx(480, abs=20)
+    assert run_sections(monkeypatch, {"first": note, "second": note}, "second", "--minutes", "2") == 0
+    assert left["second"] == pytest.approx(120, abs=20)
+    shares = [share for _, _, share in program.SECTIONS.values()]
+    assert all(share > 0 for share in shares)
+
+
+def test_program_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch):
+    watched: list[tuple[float, bool]] = []
+    monkeypatch.setattr(program.faulthandler, "dump_traceback_later", lambda s, exit: watched.append((s, exit)))
+    monkeypatch.setattr(program.faulthandler, "cancel_dump_traceback_later", lambda: watched.append((0.0, False)))
+    assert run_sections(monkeypatch, {"only": lambda setup: None}, "--minutes", "3") == 0
+    assert watched == [(180 + program.HANGS, True), (0.0, False)]
+
+
 def test_without_a_gpu_it_says_what_to_do(capsys: pytest.CaptureFixture[str]):
     assert program.main([]) == 1
     assert program.main(["speeds", "--dry-run"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert errors[0] == "error: torch sees no GPU here; pass --dry-run to try every path on a CPU"
-    assert errors[1].startswith("error: there is no section 'speeds'; there are parity, losses")
+    assert errors[1].startswith("error: there is no section 'speeds'; there are parity, optimized")
 
 
 def test_process_that_fails_or_hangs_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ depend on each other. What there is no time for is skipped, and said.
 """
 
 import argparse
+import faulthandler
 import gc
 import sys
 import time
@@ -27,28 +28,37 @@ from ..measuring import first_line
 from ..peers import OPEN_CLIP, OPENAI, STOCK
 from ..ratio_chart import draw, import_pyplot
 from ..reporting import as_json, write_json
-from . import images, losses, parity, processes, speed, training
+from . import images, losses, optimized, parity, processes, speed, training
 from .report import FAILED, SKIPPED, WRONG, Report, Setup, format_row
 
 Part = tuple[Callable[[Setup], None], float]
+"""And the seconds that it needs at least."""
 
-SECTIONS: dict[str, tuple[str, Sequence[Part]]] = {
-    "parity": ("all nine models beside OpenAI's code in every precision; gradients", parity.PARTS),
-    "losses": ("the loss: exact, in linear memory, 8k to 128k pairs", losses.PARTS),
-    "training": ("a step; micro-batches; memory that runs out", training.PARTS),
-    "processes": ("two processes, FSDP2, float16, resumed runs, each by itself", processes.PARTS),
-    "survival": ("a worker that is killed while batches are pinned", images.SURVIVAL),
-    "images": ("grey levels beside Pillow's; from JPEGs to features", images.PARTS),
-    "speed": ("images and texts per second beside the peers; compiled", speed.PARTS),
+SECTIONS: dict[str, tuple[str, Sequence[Part], float]] = {
+    "parity": ("all nine models beside OpenAI's code in every precision; gradients", parity.PARTS, 80.0),
+    "optimized": (
+        "optimize_for_inference: the same results, and nothing that waits for the GPU",
+        optimized.PARTS,
+        40.0,
+    ),
+    "losses": ("the loss: exact, in linear memory, 8k to 128k pairs", losses.PARTS, 45.0),
+    "training": ("a step; micro-batches; memory that runs out", training.PARTS, 45.0),
+    "processes": ("two processes, FSDP2, float16, resumed runs, each by itself", processes.PARTS, 80.0),
+    "survival": ("a worker that is killed while batches are pinned", images.SURVIVAL, 15.0),
+    "images": ("grey levels beside Pillow's; from JPEGs to features", images.PARTS, 35.0),
+    "speed": ("images and texts per second beside the peers; compiled", speed.PARTS, 95.0),
 }
-"""In the order in which they run: what is right first, then how fast."""
+"""In the order in which they run: what is right first, then how fast. The last number is a section's share of the time,
+to which comes what the sections before it have left."""
 PEERS = (OPENAI, STOCK, OPEN_CLIP, *ON_A_GPU)
 LAST = 45.0
 """Seconds that are kept for imports, and for a part that takes longer than it should."""
+HANGS = 60.0
+"""Seconds after the last minute, after which a program that still runs is ended. It says where it was."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:11}{what}" for name, (what, _) in SECTIONS.items())
+    listed = "\n".join(f"  {name:11}{what}" for name, (what, *_) in SECTIONS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
@@ -133,11 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
             found = as_json(facts, {}, {"gpu": report.tables}) | {"rows": report.as_json(), "dry_run": setup.is_dry}
             write_json(options.json, found)
 
-    can_go_on = True
-    for name, (what, parts) in SECTIONS.items():
-        if options.sections and name not in options.sections:
-            continue
-        report.section = name
+    faulthandler.dump_traceback_later(60 * options.minutes + HANGS, exit=True)  # what was found until then is written
+    can_go_on, time_of_all = True, 0.0
+    chosen = {name: section for name, section in SECTIONS.items() if name in (options.sections or SECTIONS)}
+    shares = sum(share for _, _, share in chosen.values())
+    for name, (what, parts, share) in chosen.items():
+        time_of_all += report.seconds * share / shares
+        report.section, report.until = name, time_of_all
         print(f"\n{name}: {what}\n", flush=True)
         for part, seconds in parts:
             if not can_go_on:
@@ -145,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
             elif report.has_time(part.__name__, setup.choose(seconds, 0.0)):
                 can_go_on = run_part(setup, part)
             write()
+    faulthandler.cancel_dump_traceback_later()
     conclude(report)
     if options.picture:
         draw_peers(options.picture, facts, report)

@@ -66,6 +66,7 @@ class Report:
 
     Attributes:
         seconds: that the program may take, from when this is made.
+        until: seconds after which the present section has to end. What a section leaves, the next ones have.
         rows: in the order in which they were found.
         tables: of speeds.
     """
@@ -74,6 +75,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     section: str = ""
+    until: float = math.inf
     begun: float = field(default_factory=time.perf_counter)
 
     def add(self, what: str, state: str, **fields: Any) -> None:
@@ -100,8 +102,8 @@ class Report:
         self.add(what, MEASURED, value=value, unit=unit, note=note)
 
     def left(self) -> float:
-        """Seconds until the time is over."""
-        return self.begun + self.seconds - time.perf_counter()
+        """Seconds until the time of the program, or that of the section, is over."""
+        return self.begun + min(self.seconds, self.until) - time.perf_counter()
 
     def has_time(self, what: str, needed: float) -> bool:
         """Whether there is time for something. A row says so where there is none."""

@@ -18,13 +18,13 @@ from ..ceiling import image_flops, text_flops
 from ..measuring import OURS, PRECISIONS, Contender, LeftOutError, Table, agrees_with, first_line
 from ..peers import OPEN_CLIP, OPENAI, OPTIMIZED, STOCK, Batch, Encoder
 from .models import Implementations, caption_lengths, make_batch, variant_of
-from .report import Setup
+from .report import MEASURED, Setup
 
 IMAGES = ("RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14")
 TEXTS = ("ViT-B/32", "ViT-L/14")
 COMPILED = ("ViT-B/32", "ViT-L/14", "RN50")
 TINY = ("RN50", "ViT-B/32")
-BATCHES, TINY_BATCHES = (1, 32, 256), (2,)
+BATCHES, TINY_BATCHES = (256, 1, 32), (2,)
 LARGEST = 256
 PRODUCT, TINY_PRODUCT = 8192, 256
 GRAPH, WITHOUT_MASK = f"{OURS}, CUDA graph", f"{OURS}, without a mask"
@@ -86,39 +86,55 @@ class Graphed:
         return self.output
 
 
-def eager_contenders(
-    found: Implementations, kind: str, precision: str, batch: Batch, setup: Setup
-) -> tuple[dict[str, Callable[[], Tensor]], list[str]]:
-    """Calls by name, those of ours first, and lines of what cannot take part."""
+def encoders_of(
+    found: Implementations, kind: str, precision: str, setup: Setup
+) -> tuple[dict[str, Encoder], list[str]]:
+    """Encoders by name, those of ours first, and lines of what cannot take part."""
     left_out: list[str] = []
     ours = found.ours(precision)
-    encode = found.encoder(ours, kind, precision)
-    calls: dict[str, Callable[[], Tensor]] = {OURS: partial(encode, batch)}
-    if kind == "text":
-        # The texts' ends are found without it where padding is on the right.
-        plain = torch.inference_mode()(lambda given: ours.encode_text(given["input_ids"]))
-        calls[WITHOUT_MASK] = partial(plain, batch)
-        encode = plain
-    elif found.variant.patch_size is None:
+    encoders: dict[str, Encoder] = {OURS: found.encoder(ours, kind, precision)}
+
+    def optimized() -> Encoder:
         model = found.ours(precision)
-        model.optimize_for_inference()
-        encode = found.encoder(model, kind, precision)
-        calls[OPTIMIZED] = partial(encode, batch)
-    needed = {name: batch[name] for name in (["pixel_values"] if kind == "image" else ["input_ids"])}
-    builders: dict[str, Callable[[], Callable[[], Tensor]]] = {
-        GRAPH: lambda: partial(Graphed(encode, needed, setup), needed),
-        OPENAI: lambda: partial(found.encoder(found.openai(precision), kind, precision), batch),
-        STOCK: lambda: partial(found.encoder(found.stock(precision), kind, precision), batch),
-        OPEN_CLIP: lambda: partial(found.encoder(found.open_clip(precision), kind, precision), batch),
+        for line in model.optimize_for_inference():
+            setup.report.add(f"{found.variant.name}, {precision}, optimized", MEASURED, note=line)
+        return found.encoder(model, kind, precision) if kind == "image" else without_mask(model)
+
+    if kind == "text":
+        encoders[WITHOUT_MASK] = without_mask(ours)
+    builders: dict[str, Callable[[], Encoder]] = {
+        OPTIMIZED: optimized,
+        OPENAI: lambda: found.encoder(found.openai(precision), kind, precision),
+        STOCK: lambda: found.encoder(found.stock(precision), kind, precision),
+        OPEN_CLIP: lambda: found.encoder(found.open_clip(precision), kind, precision),
     }
     for name, builder in builders.items():
         try:
-            calls[name] = builder()
+            encoders[name] = builder()
         except LeftOutError as error:
             left_out.append(f"{name} is left out: {error}")
         except Exception as error:
             left_out.append(f"{name} is left out: {first_line(error)}")
-    return calls, left_out
+    return encoders, left_out
+
+
+def without_mask(model: Any) -> Encoder:
+    """Texts without a mask: where padding is on the right, their ends are found without it."""
+    return torch.inference_mode()(lambda given: model.encode_text(given["input_ids"]))
+
+
+def calls_of(
+    encoders: dict[str, Encoder], kind: str, batch: Batch, setup: Setup
+) -> tuple[dict[str, Callable[[], Tensor]], list[str]]:
+    """Calls of all encoders with one batch, and of ours in a CUDA graph of its own."""
+    calls: dict[str, Callable[[], Tensor]] = {name: partial(encode, batch) for name, encode in encoders.items()}
+    needed = {name: batch[name] for name in (["pixel_values"] if kind == "image" else ["input_ids"])}
+    try:
+        graph = partial(Graphed(encoders[OURS if kind == "image" else WITHOUT_MASK], needed, setup), needed)
+    except Exception as error:
+        return calls, [f"{GRAPH} is left out: {first_line(error)}"]
+    ours = {name: call for name, call in calls.items() if name.startswith(OURS)}
+    return ours | {GRAPH: graph} | calls, []
 
 
 def measured(
@@ -167,20 +183,24 @@ def _judge(setup: Setup, table: Table, goal: float | None) -> None:
 
 
 def images(setup: Setup) -> None:
-    """Image towers."""
+    """Image towers, largest batches first, since what comes last may find no time."""
     for name in setup.choose(IMAGES, TINY):
+        if not setup.report.has_time(name, 15.0):
+            return
         variant = variant_of(name, setup.is_dry)
         found = Implementations(variant, setup.device)
+        exact = found.encoder(found.openai(), "image", "float32")
         for precision in setup.choose(("bf16", "fp16"), ("bf16",)):
+            encoders, left_out = encoders_of(found, "image", precision, setup)
             for count in setup.choose(BATCHES if precision == "bf16" else (LARGEST,), TINY_BATCHES):
                 title = f"{name}, {precision}, batch of {count}"
-                if not setup.report.has_time(title, 8.0):
-                    return
+                if not setup.report.has_time(title, 5.0):
+                    break
                 batch = make_batch(variant, count, (8,), setup.device)
-                expected = found.encoder(found.openai(), "image", "float32")(batch)
-                calls, left_out = eager_contenders(found, "image", precision, batch, setup)
-                flops = count * image_flops(variant)
-                table = measured(setup, title, "images", calls, left_out, expected, precision, flops)
+                expected = torch.cat([exact({"pixel_values": part}) for part in batch["pixel_values"].split(64)])
+                calls, no_graph = calls_of(encoders, "image", batch, setup)
+                flops, lines = count * image_flops(variant), left_out + no_graph
+                table = measured(setup, title, "images", calls, lines, expected, precision, flops)
                 is_judged = precision == "bf16" and count == LARGEST
                 _judge(setup, table, GOALS.get(name) if is_judged else None)
                 del calls
@@ -189,19 +209,24 @@ def images(setup: Setup) -> None:
 def texts(setup: Setup) -> None:
     """Text towers. Ours computes captions as long as the longest, the others 77 columns."""
     for name in setup.choose(TEXTS, TINY[1:]):
+        if not setup.report.has_time(f"{name}, texts", 12.0):
+            return
         variant = variant_of(name, setup.is_dry)
         found = Implementations(variant, setup.device)
-        for count in setup.choose(BATCHES, TINY_BATCHES):
-            title = f"{name}, bf16, {count} captions"
-            if not setup.report.has_time(title, 8.0):
-                return
-            lengths = caption_lengths(count)
-            batch = make_batch(variant, 1, lengths, setup.device)
-            expected = found.encoder(found.openai(), "text", "float32")(batch)
-            calls, left_out = eager_contenders(found, "text", "bf16", batch, setup)
-            table = measured(setup, title, "texts", calls, left_out, expected, "bf16", text_flops(variant, lengths))
-            _judge(setup, table, None)
-            del calls
+        exact = found.encoder(found.openai(), "text", "float32")
+        for precision in setup.choose(("bf16", "fp16"), ("bf16",)):
+            encoders, left_out = encoders_of(found, "text", precision, setup)
+            for count in setup.choose(BATCHES if precision == "bf16" else (LARGEST,), TINY_BATCHES):
+                title = f"{name}, {precision}, {count} captions"
+                if not setup.report.has_time(title, 5.0):
+                    break
+                lengths = caption_lengths(count)
+                batch = make_batch(variant, 1, lengths, setup.device)
+                calls, no_graph = calls_of(encoders, "text", batch, setup)
+                flops, lines = text_flops(variant, lengths), left_out + no_graph
+                table = measured(setup, title, "texts", calls, lines, exact(batch), precision, flops)
+                _judge(setup, table, None)
+                del calls
 
 
 def why_not_compiled(setup: Setup) -> str | None:
