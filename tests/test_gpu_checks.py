@@ -118,7 +118,7 @@ def test_each_section_has_its_time_and_what_others_left(monkeypatch: pytest.Monk
 
 def test_program_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch):
     watched: list[tuple[float, bool]] = []
-    monkeypatch.setattr(program.faulthandler, "dump_traceback_later", lambda s, exit: watched.append((s, exit)))
+    monkeypatch.setattr(program.faulthandler, "dump_traceback_later", lambda s, exit, file: watched.append((s, exit)))
     monkeypatch.setattr(program.faulthandler, "cancel_dump_traceback_later", lambda: watched.append((0.0, False)))
     assert run_sections(monkeypatch, {"only": lambda setup: None}, "--minutes", "3") == 0
     assert watched == [(180 + program.HANGS, True), (0.0, False)]

@@ -14,7 +14,8 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,32 @@ def facts_of(setup: Setup) -> dict[str, Any]:
     return facts
 
 
+@contextmanager
+def ended_if_it_hangs(seconds: float) -> Iterator[None]:
+    """End the program with status 1 if this block takes longer, and print where it was."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def run_sections(setup: Setup, chosen: dict[str, tuple[str, Sequence[Part], float]], write: Callable[[], None]) -> None:
+    """Run sections one after the other, each until its time and what was left before is over."""
+    report, can_go_on, until = setup.report, True, 0.0
+    shares = sum(share for _, _, share in chosen.values())
+    for name, (what, parts, share) in chosen.items():
+        until += report.seconds * share / shares
+        report.section, report.until = name, until
+        print(f"\n{name}: {what}\n", flush=True)
+        for part, seconds in parts:
+            if not can_go_on:
+                report.add(part.__name__, SKIPPED, note="the GPU cannot go on")
+            elif report.has_time(part.__name__, setup.choose(seconds, 0.0)):
+                can_go_on = run_part(setup, part)
+            write()
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
@@ -143,21 +170,9 @@ def main(arguments: list[str] | None = None) -> int:
             found = as_json(facts, {}, {"gpu": report.tables}) | {"rows": report.as_json(), "dry_run": setup.is_dry}
             write_json(options.json, found)
 
-    faulthandler.dump_traceback_later(60 * options.minutes + HANGS, exit=True)  # what was found until then is written
-    can_go_on, time_of_all = True, 0.0
     chosen = {name: section for name, section in SECTIONS.items() if name in (options.sections or SECTIONS)}
-    shares = sum(share for _, _, share in chosen.values())
-    for name, (what, parts, share) in chosen.items():
-        time_of_all += report.seconds * share / shares
-        report.section, report.until = name, time_of_all
-        print(f"\n{name}: {what}\n", flush=True)
-        for part, seconds in parts:
-            if not can_go_on:
-                report.add(part.__name__, SKIPPED, note="the GPU cannot go on")
-            elif report.has_time(part.__name__, setup.choose(seconds, 0.0)):
-                can_go_on = run_part(setup, part)
-            write()
-    faulthandler.cancel_dump_traceback_later()
+    with ended_if_it_hangs(60 * options.minutes + HANGS):
+        run_sections(setup, chosen, write)
     conclude(report)
     if options.picture:
         draw_peers(options.picture, facts, report)
