@@ -9,6 +9,7 @@ operators are used.
 Dimensions: B batch, L positions, C channels, Y × X pixels or cells, S patch side, W tower width, H heads, E = W / H.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -17,53 +18,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_utils import AttentionInterface
 
-from ..model.attention import PRODUCT_ATTENTION, HfClipMLP
-from ..model.linear_map import cut_into_patches
+from ..model.attention import (
+    PRODUCT_ATTENTION,
+    HfClipAttention,
+    HfClipEncoderLayer,
+    HfClipMLP,
+    attend,
+    product_attention,
+)
+from ..model.linear_map import cut_into_patches, is_hooked
 from ..model.optimized import OptimizedModelError
 from ..model.resnet_tower import HfClipAttentionPool, HfClipBottleneck
 
-ROWS_OF_A_THREAD = 800
-"""Number of positions, per thread, that a transformer computes at once in float32. More do not fit the caches."""
+ROWS_OF_ORDER = 1600
+"""Number of rows for which oneDNN chooses the order of a weight. It is as fast with any other number."""
 
 SIZES_PACKED = 2
 """Number of input sizes for which a convolution keeps its reordered weight: parts of a batch, and a single image."""
 
 FUSED_ACTIVATIONS = {"quick_gelu": ("swish", ""), "gelu": ("gelu", "none")}
 """oneDNN's name and algorithm for each `hidden_act`. quick_gelu(x) is swish(1.702 x) / 1.702."""
-
-
-MAP_BYTES_OF_A_THREAD = 4 * 2**20
-"""Largest size in bytes, per thread, of a ResNet's widest feature map in its first stage, for all images at once."""
-
-STAGES = ("layer1", "layer2", "layer3", "layer4")
-"""Names of a ResNet's stages."""
-
-
-def rows_at_once(dtype: torch.dtype) -> int:
-    """Return the number of positions that a transformer computes at once, for torch's present number of threads.
-
-    Images per second of ViT-B/32 with two threads: float32 48.7 with 1,600 positions and 44.2 with 3,200. bfloat16,
-    whose rows take half the memory: 92.7 with 1,600, 95.1 with 3,200 and 83.6 with 6,400. One thread is as fast with
-    800 positions as with 1,600.
-    """
-    return ROWS_OF_A_THREAD * torch.float32.itemsize // dtype.itemsize * torch.get_num_threads()
-
-
-def map_bytes_at_once() -> int:
-    """Return the size in bytes of a ResNet's widest feature map in its first stage, for torch's number of threads."""
-    return MAP_BYTES_OF_A_THREAD * torch.get_num_threads()
-
-
-def images_at_once(tower: Any, pixels: int, stage: int) -> int:
-    """Return the number of images that a ResNet's stage takes at once. Each stage halves the size of the maps.
-
-    Args:
-        tower: The ResNet.
-        pixels: Pixels of one channel of an image, Y · X.
-        stage: Number of the stage, from 0.
-    """
-    widest = 4 * tower.config.stem_width * pixels // 16 * tower.dtype.itemsize
-    return max(1, (map_bytes_at_once() << stage) // widest)
 
 
 @cache
@@ -73,6 +47,7 @@ def has_packed_operators(dtype: torch.dtype) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     rows, weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((64, 48), (32, 48), (32,)))
+    shortcut = torch.randn(64, 32, generator=generator).to(dtype)
     maps, kernel = (torch.randn(size, generator=generator).to(dtype) for size in ((2, 16, 6, 6), (16, 16, 3, 3)))
     maps = maps.contiguous(memory_format=torch.channels_last)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -84,6 +59,9 @@ def has_packed_operators(dtype: torch.dtype) -> bool:
             expected = functional.silu(products) if name == "swish" else functional.gelu(products)
             if not _is_close(found, expected, tolerance):
                 return False
+        onto = torch.ops.mkldnn._linear_pointwise.binary(rows, shortcut, packed, bias, "add").float()
+        if not _is_close(onto, products + shortcut.float(), tolerance):
+            return False
         convolution = InferenceConv2d(kernel, bias[:16], (1, 1), (1, 1), has_relu=True, is_fused=True)
         products = functional.conv2d(maps.float(), kernel.float(), bias[:16].float(), padding=1)
         ends = (convolution(maps).float(), convolution.add_to(maps.clone(), maps).float())
@@ -131,7 +109,7 @@ class PackedLinear(nn.Module):
         self.dtype, self.activation = linear.weight.dtype, activation
         # Plain attributes and no parameters, since oneDNN's tensors can be neither saved nor moved.
         weight = (linear.weight.detach().float() * scale).to(self.dtype)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows_at_once(self.dtype))
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_OF_ORDER)
         self.bias = None if linear.bias is None else linear.bias.detach() * (scale if scales_bias else 1)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -139,6 +117,13 @@ class PackedLinear(nn.Module):
         name, algorithm = self.activation
         input = input.to(self.dtype)
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, name, [], algorithm)
+
+    def add_to(self, sum: Tensor, input: Tensor) -> Tensor:
+        """Compute sum + linear(input), the sum in the same pass: (…, outputs), (…, inputs) → (…, outputs)."""
+        if not sum.dtype == input.dtype == self.dtype:  # as autocast leaves them
+            return sum + self(input)
+        _check_use(input)
+        return torch.ops.mkldnn._linear_pointwise.binary(input, sum, self.packed, self.bias, "add")
 
 
 class PackedMLP(nn.Module):
@@ -154,6 +139,53 @@ class PackedMLP(nn.Module):
         return self.fc2(self.fc1(hidden_states))
 
 
+class PackedAttention(HfClipAttention):
+    """An HfClipAttention that computes q, k and v as one product."""
+
+    qkv_proj: PackedLinear
+
+    @classmethod
+    def change_(cls, attention: HfClipAttention) -> None:
+        """Make an HfClipAttention one of this class. Its hooks stay, by which transformers records its outputs."""
+        maps = (attention.q_proj, attention.k_proj, attention.v_proj)
+        attention.qkv_proj = PackedLinear(stack_linear_maps(maps))
+        attention.out_proj = PackedLinear(attention.out_proj)  # type: ignore[assignment]
+        del attention.q_proj, attention.k_proj, attention.v_proj
+        attention.__class__ = cls
+
+    def mix(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Attend without the projection of the output: (B, L, W) → (B, L, W), and the weights."""
+        query, key, value = self.qkv_proj(hidden_states).chunk(3, dim=-1)
+        return attend(self, query, key, value, attention_mask, **kwargs)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        mixed, weights = self.mix(hidden_states, attention_mask, **kwargs)
+        return self.out_proj(mixed), weights
+
+
+def stack_linear_maps(maps: Sequence[nn.Linear]) -> nn.Linear:
+    """Make one linear map whose outputs are those of all `maps` side by side."""
+    stacked = nn.Linear(maps[0].in_features, sum(map.out_features for map in maps), device="meta")
+    stacked.weight = nn.Parameter(torch.cat([map.weight.detach() for map in maps]), requires_grad=False)
+    stacked.bias = nn.Parameter(torch.cat([map.bias.detach() for map in maps]), requires_grad=False)
+    return stacked
+
+
+class PackedEncoderLayer(HfClipEncoderLayer):
+    """An HfClipEncoderLayer that adds to the residual stream in the pass of the product before."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        attention: Any = self.self_attn
+        mlp: Any = self.mlp
+        if any(map(is_hooked, (attention, attention.out_proj, mlp, mlp.fc2))):  # hooks are called with whole results
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        mixed, _ = attention.mix(self.layer_norm1(hidden_states), attention_mask, **kwargs)
+        hidden_states = attention.out_proj.add_to(hidden_states, mixed)
+        return mlp.fc2.add_to(hidden_states, mlp.fc1(self.layer_norm2(hidden_states)))
+
+
 class PackedPatches(nn.Module):
     """A ViT's patch embedding with its weight in oneDNN's order: (B, C, Y, X) → (B, W, Y / S, X / S)."""
 
@@ -161,7 +193,7 @@ class PackedPatches(nn.Module):
         super().__init__()
         self.size, self.weight = convolution.stride[0], convolution.weight
         weight = self.weight.detach().flatten(1)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows_at_once(weight.dtype))
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_OF_ORDER)
 
     def forward(self, images: Tensor) -> Tensor:
         _check_use(images)
@@ -282,23 +314,4 @@ class SingleQueryAttentionPool(HfClipAttentionPool):
         return mixed.transpose(0, 1).reshape(batch, 1, width) + self.v_proj.bias, weights[:, :, None]
 
 
-def attention_by_products(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Compute attention as two matrix products. In bfloat16 on CPUs this is twice as fast as torch's fused kernel.
-
-    Shapes are those of `eager_attention`. There is never a mask, since only image towers use it.
-    """
-    by_head = query.shape
-    query, key, value = (part.flatten(0, 1) for part in (query * scaling, key, value))  # (B * H, L, E)
-    weights = (query @ key.transpose(1, 2)).softmax(dim=-1)
-    return (weights @ value).view(by_head).transpose(1, 2), None
-
-
-AttentionInterface.register(PRODUCT_ATTENTION, attention_by_products)
+AttentionInterface.register(PRODUCT_ATTENTION, product_attention)

@@ -23,12 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..model.attention import HfClipAttention, HfClipEncoderLayer
 from ..model.matryoshka import truncate
 from ..model.text_ends import find_ends
-from .batches import (
-    can_encode_by_class_token,
-    encode_by_class_token,
-    is_of_own_size,
-    parts_around_the_last_layer,
-)
+from .batches import is_of_own_size
 from .cuda_graphs import Entry, Graphs, Outputs
 from .gpu_layers import (
     CudnnConv2d,
@@ -41,6 +36,7 @@ from .gpu_layers import (
 )
 from .gpu_times import batch_that_fills_the_gpu, gain_of
 from .measure import LEAST_GAIN
+from .needed_positions import can_encode_by_class_token, encode_by_class_token, parts_around_the_last_layer
 from .replace import LEFT, has_hooks
 
 LEAST_GAIN_OF_A_TOWER = 1.02

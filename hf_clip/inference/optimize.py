@@ -3,7 +3,7 @@
 1. A ResNet's BatchNorm is folded into the convolution before it. Its attention pool, which has a single query,
    computes no keys and values (see `layers.SingleQueryAttentionPool`).
 2. On CPUs, layers are replaced by those in `layers`, if these are at least `LEAST_GAIN` times as fast on this
-   processor.
+   processor. Their weights are moved to large pages of memory where the system has them.
 3. On CPUs, large batches are divided into parts that fit the processor's cache.
 4. On CPUs, `encode_text` skips padding, and `encode_image` computes a ViT's last layer for the class token only.
 5. On GPUs, what pays there is timed and kept: see `on_gpu`.
@@ -16,14 +16,21 @@ from typing import Any
 
 import torch
 
+from ..model.attention import attention_of
 from ..model.optimized import Optimizable, OptimizedModelError
-from .batches import suit_the_cache_
+from .batches import positions_of, rows_in_parts, work_depth_first_, work_in_parts_
+from .huge_pages import use_huge_pages
 from .layers import has_packed_operators
+from .needed_positions import encode_what_features_need_, is_as_made
 from .on_gpu import suit_the_gpu_
-from .replace import LEFT, fold_resnet_, pack_transformer_
+from .parts import measure_map_bytes, measure_positions
+from .replace import LEFT, choose_attention_, fold_resnet_, pack_transformer_
 
 FREED_BYTES_KEPT = 64 * 2**20
 """Freed memory, in bytes, that a process keeps before glibc returns it: the most that glibc's own rule can lead to."""
+
+USUAL_LENGTH = 16
+"""Positions of a text with which the size of parts is measured."""
 
 UNFINISHED = "begun, and not finished"
 """The only entry in `optimizations` while a model is changed. If it is still there later, the model is refused."""
@@ -90,6 +97,7 @@ def optimize_(model: Any) -> list[str]:
         done += fold_resnet_(tower, has_operators)
     if has_operators:
         done += pack_transformer_(model)
+        done += use_huge_pages(model)
     if on_cpu:
         done += suit_the_cache_(model)
     elif model.device.type == "cuda":
@@ -97,6 +105,31 @@ def optimize_(model: Any) -> list[str]:
     if keeps_memory:
         done.append(f"glibc gives freed memory back only beyond {FREED_BYTES_KEPT >> 20} MiB, in the whole process")
     return done
+
+
+def suit_the_cache_(model: Any) -> list[str]:
+    """Let a model on a CPU work in parts that fit the caches. Returns descriptions of the changes."""
+    done, sizes = [], {}
+    towers = [module for module in model.modules() if hasattr(module, "attnpool") or hasattr(module, "encoder")]
+    for tower in towers:
+        kind = tower.config.model_type
+        if kind == "hf_clip_resnet":
+            sizes[tower] = measure_map_bytes(tower)
+            what = f"of {sizes[tower].per_thread / 2**20:.3g} MiB for the widest map"
+        else:
+            if kind == "hf_clip_vit" and attention_of(tower.config) == "sdpa":
+                done += choose_attention_(tower, positions_of(tower))
+            sizes[tower] = measure_positions(tower, USUAL_LENGTH if kind == "hf_clip_text" else positions_of(tower))
+            what = f"of {sizes[tower].per_thread:,} positions"
+        name = "texts" if kind == "hf_clip_text" else "images"
+        done.append(f"large batches of {name} cut into parts {what} for each thread: {sizes[tower].reason}")
+    features = encode_what_features_need_(model, sizes)
+    for tower in towers:
+        if tower.config.model_type == "hf_clip_resnet":
+            work_depth_first_(tower, sizes[tower], is_as_made(model, tower, "encode_image"))
+        else:
+            work_in_parts_(tower, rows_in_parts(tower, sizes[tower]))
+    return done + features
 
 
 def _keep_freed_memory() -> bool:

@@ -9,22 +9,25 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..model.attention import PRODUCT_ATTENTION, HfClipEncoderLayer
+from ..model.attention import PRODUCT_ATTENTION, HfClipAttention, HfClipEncoder, HfClipEncoderLayer
 from ..model.linear_map import forward_hooks, is_plain_patch_embedding
 from ..model.resnet_tower import HfClipBottleneck, HfClipResNetStage
 from .layers import (
     FUSED_ACTIVATIONS,
-    STAGES,
     InferenceBottleneck,
     InferenceConv2d,
+    PackedAttention,
+    PackedEncoderLayer,
     PackedLinear,
     PackedMLP,
     PackedPatches,
     SingleQueryAttentionPool,
 )
-from .measure import LEAST_GAIN, gain_of_fusing, gain_of_packing
+from .measure import Comparison, compare_attention, compare_fused, compare_packed, remembered
+from .parts import STAGES, guess_map_bytes, images_at_once
 
 LEFT = "left as before"
 """Part of the descriptions of changes that were not made."""
@@ -63,46 +66,73 @@ def pack_transformer_(model: nn.Module) -> list[str]:
 
     Layers of one kind and size are timed once.
     """
-    gains: dict[str, float] = {}
+    found: dict[str, tuple[int, Comparison]] = {}  # by kind of layer: how many, and their times
 
-    def packed_if_it_pays(kind: str, layer: Any, pack: Callable[[Any], nn.Module]) -> nn.Module | None:
-        if kind not in gains:
-            gains[kind] = gain_of_packing(layer, pack(layer))
-        return pack(layer) if gains[kind] >= LEAST_GAIN else None
+    def pays(kind: str, layer: Any, pack: Pack) -> bool:
+        count, comparison = found[kind] if kind in found else (0, compare_packed(layer, pack(layer)))
+        found[kind] = (count + 1, comparison)
+        return comparison.pays
 
-    counts = {"linear maps": 0, "MLPs with their activations": 0, "patch embedding": 0}
+    # Features need the queries of the last layer at one position only, so its maps stay apart.
+    last = {module.layers[-1] for module in model.modules() if isinstance(module, HfClipEncoder)}
     for module in model.modules():
         patches: Any = getattr(module, "patch_embedding", None)
-        if is_plain_patch_embedding(patches) and (
-            embedding := packed_if_it_pays("the patch embedding", patches, PackedPatches)
-        ):
-            module.patch_embedding = embedding
-            counts["patch embedding"] += 1
-        if not isinstance(module, HfClipEncoderLayer):
-            continue
-        attention, mlp = module.self_attn, module.mlp
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            if _is_plain(linear := getattr(attention, name)):
-                kind = f"linear maps {linear.in_features} → {linear.out_features}"
-                if packed := packed_if_it_pays(kind, linear, PackedLinear):
-                    setattr(attention, name, packed)
-                    counts["linear maps"] += 1
-        hidden_act = attention.config.hidden_act
-        is_plain = not (_is_hooked(mlp) or _is_hooked(mlp.activation_fn)) and _is_plain(mlp.fc1) and _is_plain(mlp.fc2)
-        if is_plain and hidden_act in FUSED_ACTIVATIONS:
-            kind = f"MLPs {mlp.fc1.in_features} → {mlp.fc1.out_features} → {mlp.fc2.out_features}"
-            if fused := packed_if_it_pays(kind, mlp, partial(PackedMLP, hidden_act=hidden_act)):
-                module.mlp = fused  # type: ignore[assignment]
-                counts["MLPs with their activations"] += 1
+        if is_plain_patch_embedding(patches) and pays("patch embedding", patches, PackedPatches):
+            module.patch_embedding = PackedPatches(patches)
+        if isinstance(module, HfClipEncoderLayer):
+            _pack_layer_(module, pays, stacks=module not in last)
     done = []
-    if packed_kinds := [f"{count} {what}" for what, count in counts.items() if count]:
-        least, most = min(gain for gain in gains.values() if gain >= LEAST_GAIN), max(gains.values())
-        how = f"{least:.2f} to {most:.2f} times as fast here"
-        done.append(f"{', '.join(packed_kinds)} brought into oneDNN's order of memory, {how}")
-    for kind, gain in gains.items():
-        if gain < LEAST_GAIN:
-            done.append(f"{kind} {LEFT}; in oneDNN's order {gain:.2f} times as fast")
+    for kind, (count, comparison) in found.items():
+        if comparison.pays:
+            done.append(f"{kind}: {count} in oneDNN's order of memory, {comparison}")
+        else:
+            done.append(f"{kind}: {count} {LEFT}; in oneDNN's order of memory {comparison}")
     return done
+
+
+Pack = Callable[[Any], nn.Module]
+"""Makes the replacement of a layer."""
+
+Pays = Callable[[str, Any, Pack], bool]
+"""Whether the replacement of a layer is faster, given the name of its kind."""
+
+
+def _pack_layer_(layer: Any, pays: Pays, stacks: bool) -> None:
+    """Replace the parts of an encoder layer. With `stacks`, q, k and v become one product if all four maps pay."""
+    attention, mlp = layer.self_attn, layer.mlp
+    names = ("q_proj", "k_proj", "v_proj", "out_proj")
+    maps = {name: linear for name in names if _is_plain(linear := getattr(attention, name))}
+    kinds = {name: f"linear maps {linear.in_features} → {linear.out_features}" for name, linear in maps.items()}
+    chosen = [name for name, linear in maps.items() if pays(kinds[name], linear, PackedLinear)]
+    is_whole = len(chosen) == len(names) and type(attention) is HfClipAttention and not _is_hooked(attention)
+    if is_whole and stacks:
+        PackedAttention.change_(attention)
+    else:
+        for name in chosen:
+            setattr(attention, name, PackedLinear(maps[name]))
+    hidden_act = attention.config.hidden_act
+    is_plain = not (_is_hooked(mlp) or _is_hooked(mlp.activation_fn)) and _is_plain(mlp.fc1) and _is_plain(mlp.fc2)
+    if is_plain and hidden_act in FUSED_ACTIVATIONS:
+        kind, pack = f"MLPs {mlp.fc1.in_features} → {mlp.fc1.out_features} → {mlp.fc2.out_features}", PackedMLP
+        if pays(kind, mlp, partial(pack, hidden_act=hidden_act)):
+            layer.mlp = pack(mlp, hidden_act)
+    if type(layer) is HfClipEncoderLayer and type(layer.self_attn) is PackedAttention and type(layer.mlp) is PackedMLP:
+        layer.__class__ = PackedEncoderLayer
+
+
+def _compare_fused(tower: Any) -> Comparison:
+    """Time the last block of each stage, with one image and with as many images as the stage takes at once."""
+    public, fused = (
+        [InferenceBottleneck(tower.get_submodule(name)[-1], is_fused) for name in STAGES] for is_fused in (False, True)
+    )
+    pixels, size = tower.config.image_size**2, guess_map_bytes(tower)
+    shapes: list[list[tuple[int, ...]]] = [[], []]
+    for stage, block in enumerate(public):
+        side = (tower.config.image_size >> 2 + stage) * getattr(block.pool, "kernel_size", 1)
+        for several, images in zip(shapes, (1, images_at_once(tower, pixels, stage, size)), strict=True):
+            several.append((images, side, side, block.conv1.weight.shape[1]))
+    key = ("fused", tower.config.stem_width, tower.config.image_size, tower.dtype, torch.get_num_threads())
+    return remembered(key, lambda: compare_fused(public, fused, shapes))
 
 
 def fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
@@ -112,8 +142,8 @@ def fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
     """
     if changed := _find_changed(tower):
         return [f"the ResNet {LEFT}: {changed} is hooked or adapted"]
-    gain = gain_of_fusing(tower) if has_operators else 0.0
-    is_fused = gain >= LEAST_GAIN
+    comparison = _compare_fused(tower) if has_operators else None
+    is_fused = comparison is not None and comparison.pays
     count = sum(isinstance(module, nn.BatchNorm2d) for module in tower.modules())
     for number in (1, 2, 3):
         convolution, norm = getattr(tower, f"conv{number}"), getattr(tower, f"bn{number}")
@@ -124,20 +154,30 @@ def fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
             stage[index] = InferenceBottleneck(block, is_fused)
     pool = tower.attnpool
     done = [f"BatchNorm folded into {count} convolutions"]
-    if has_operators:
-        how = "computed in the convolutions' pass," if is_fused else "not computed in the convolutions' pass, which is"
-        done.append(f"ReLU and sums {how} with weights in oneDNN's order {gain:.2f} times as fast here")
+    if is_fused:
+        done.append(f"ReLU and sums computed in the convolutions' pass, {comparison}")
+    elif comparison is not None:
+        done.append(f"ReLU and sums {LEFT}; in the convolutions' pass {comparison}")
     if all(_is_plain(linear) for linear in (pool.q_proj, pool.k_proj, pool.v_proj)):
         pool.__class__ = SingleQueryAttentionPool
         done.append("the attention pool multiplies its one query instead of all keys and values")
     return done
 
 
-def attend_by_products_(tower: Any) -> None:
-    """Let a tower compute attention as two matrix products."""
-    shared = tower.config  # other models may use it too, so a copy is changed
-    config = copy.deepcopy(shared)
+def choose_attention_(tower: Any, length: int) -> list[str]:
+    """Let an image tower compute attention as two matrix products if that is faster here. Returns a description.
+
+    Args:
+        tower: The tower, whose attention is torch's fused one.
+        length: L, positions of an image.
+    """
+    heads, shared = tower.config.num_attention_heads, tower.config
+    comparison = compare_attention(heads, shared.hidden_size // heads, length, tower.dtype)
+    if not comparison.pays:
+        return [f"attention {LEFT}; as two matrix products {comparison}"]
+    config = copy.deepcopy(shared)  # other models may use it too, so a copy is changed
     config._attn_implementation = PRODUCT_ATTENTION
     for module in tower.modules():
         if getattr(module, "config", None) is shared:
             module.config = config
+    return [f"attention as two matrix products, {comparison}"]

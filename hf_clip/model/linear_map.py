@@ -66,10 +66,10 @@ def _images_for_onednn(rows: int) -> int:
 
 
 def _is_faster_as_convolution(input: Tensor, weight: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
+    return (  # the dtype first, since a half-precision model asks this at every layer
+        input.dtype == weight.dtype == torch.float32
+        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and input.dtype == weight.dtype == torch.float32
         and input.device.type == weight.device.type == "cpu"
         and input.numel() >= FEWEST_ROWS * weight.shape[1]
         and input.numel() * weight.shape[0] >= FEWEST_PRODUCTS
@@ -101,12 +101,9 @@ def apply_linear(layer: nn.Module, input: Tensor) -> Tensor:
 
     This is a function and not a class of layers, since quantisation and other tools look for `nn.Linear` itself.
     """
-    if (
-        torch.compiler.is_compiling()
-        or type(layer) is not nn.Linear
-        or is_hooked(layer)
-        or not isinstance(input, Tensor)
-    ):
+    if type(layer) is not nn.Linear or not isinstance(input, Tensor):
+        return layer(input)
+    if not _is_faster_as_convolution(input, layer.weight) or is_hooked(layer):
         return layer(input)
     return linear(input, layer.weight, layer.bias)
 

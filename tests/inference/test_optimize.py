@@ -17,10 +17,11 @@ from transformers import AutoModel, AutoProcessor, pipeline
 
 from conversion.parity import random_texts
 from hf_clip import VARIANTS, HfClipConfig, HfClipModel
-from hf_clip.inference import batches, layers, optimize, replace
+from hf_clip.inference import layers, optimize, parts, replace
 from hf_clip.inference.layers import PackedMLP, SingleQueryAttentionPool, has_packed_operators
+from hf_clip.inference.measure import Comparison
 from hf_clip.model import linear_map
-from hf_clip.model.attention import HfClipQuickGELU
+from hf_clip.model.attention import HfClipEncoderLayer, HfClipQuickGELU
 from hf_clip.model.linear_map import apply_linear, apply_patch_embedding
 from hf_clip.model.optimized import OptimizedModelError
 
@@ -31,8 +32,15 @@ LARGER = [name for name in VARIANTS if name not in ("RN50", "ViT-B/32")]
 
 def measure_as(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every measurement say that the replacement is so many times as fast."""
-    for user, measured in [(replace, "gain_of_packing"), (replace, "gain_of_fusing"), (batches, "gain_of_products")]:
-        monkeypatch.setattr(user, measured, lambda *_: gain)
+    for measured in ("compare_packed", "compare_attention", "_compare_fused"):
+        monkeypatch.setattr(replace, measured, lambda *_: Comparison(gain, 1.0))
+
+
+def set_parts(monkeypatch: pytest.MonkeyPatch, positions: int, map_bytes: int = 2**22) -> None:
+    """Let parts have so many positions, or so many bytes for the widest feature map, with the present threads."""
+    for measured, size in (("measure_positions", positions), ("measure_map_bytes", map_bytes)):
+        part = parts.PartSize(size // torch.get_num_threads(), "as the test wishes")
+        monkeypatch.setattr(optimize, measured, lambda *_, part=part: part)
 
 
 @pytest.fixture
@@ -231,8 +239,7 @@ def test_optimized_model_computes_the_same(
     has_operators: bool,
     everything_pays: None,
 ):
-    monkeypatch.setattr(batches, "rows_at_once", lambda dtype: rows_at_once)
-    monkeypatch.setattr(layers, "map_bytes_at_once", lambda: rows_at_once * 128)
+    set_parts(monkeypatch, rows_at_once, rows_at_once * 128)
     if not has_operators:
         monkeypatch.setattr(optimize, "has_packed_operators", lambda dtype: False)
     expected = outputs_of(model, tower)
@@ -278,11 +285,15 @@ def test_what_does_not_pay_is_left_out(
     measure_as(1.04, monkeypatch)
     done = model.optimize_for_inference()
     assert all("1.04" in line for line in done if "left as before" in line)
-    # Attention's linear maps, the MLPs, and a ViT's patches.
-    assert sum("left as before" in line for line in done) == (3 if tower == "vit" else 2)
-    assert any(
-        "not computed in the convolutions' pass, which is with weights in oneDNN's order 1.04" in line for line in done
-    ) == (tower == "resnet")
+    # Attention's linear maps, the MLPs, and a ViT's patches and attention, or a ResNet's blocks.
+    left = [line for line in done if "left as before" in line]
+    assert len(left) == (4 if tower == "vit" else 3)
+    assert any("ReLU and sums left as before; in the convolutions' pass 1.04 times" in line for line in left) == (
+        tower == "resnet"
+    )
+    assert any("attention left as before; as two matrix products 1.04 times" in line for line in left) == (
+        tower == "vit"
+    )
     for module in model.modules():
         assert not isinstance(module, (layers.PackedLinear, PackedMLP, layers.PackedPatches))
         assert not (isinstance(module, layers.InferenceConv2d) and module.is_fused)
@@ -339,24 +350,22 @@ def test_optimized_models_of_full_size_compute_the_same(name: str):
         assert distance(found, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_parts_grow_with_the_threads_and_shrink_with_the_type(
-    repositories: dict[str, Path], dtype: torch.dtype, number_of_threads: Callable[[int], None]
+def test_parts_grow_with_the_threads(
+    repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, number_of_threads: Callable[[int], None]
 ):
-    """Each thread has as much at once as where it was measured: on two threads."""
-    model = AutoModel.from_pretrained(repositories["vit"]).eval().to(dtype)
+    """Also where the number of threads is changed after the model was optimized."""
+    monkeypatch.setattr(optimize, "measure_positions", lambda *_: parts.PartSize(800, ""))
+    model = AutoModel.from_pretrained(repositories["vit"]).eval()
     model.optimize_for_inference()
     sizes: list[int] = []
     model.vision_model.pre_layrnorm.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    images = random_images("vit", 330).to(dtype)
+    images = random_images("vit", 330)
     for threads in (1, 2):
         number_of_threads(threads)
         sizes.clear()
         model.encode_image(images)
-        most = threads * (80 if dtype == torch.float32 else 160)  # of ten positions: 800 and 1,600 of them
-        parts = -(-330 // most)
         assert sum(sizes) == 330
-        assert len(sizes) == parts
+        assert len(sizes) == -(-330 // (threads * 80))  # of ten positions
 
 
 def test_model_loaded_in_half_precision_is_optimized(repository: Path, tower: str, everything_pays: None):
@@ -409,7 +418,7 @@ def test_last_layer_of_image_features_is_computed_for_the_class_token(
     repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, hooked: str | None
 ):
     model = AutoModel.from_pretrained(repositories["vit"]).eval()
-    monkeypatch.setattr(batches, "rows_at_once", lambda dtype: 20)  # two images of ten positions
+    set_parts(monkeypatch, 20)  # two images of ten positions
     seen: list[str] = []
     if hooked is not None:
         model.vision_model.get_submodule(hooked).register_forward_hook(lambda *_: seen.append("hook"))
@@ -435,6 +444,54 @@ def test_last_layer_of_image_features_is_computed_for_the_class_token(
             model.vision_model.encoder.layers[-1].register_forward_hook(lambda *_: seen.append("hook"))
             assert distance(model.encode_image(images), expected) < 1e-5
             assert seen == ["hook"] * 3
+
+
+@needs_onednn
+@pytest.mark.parametrize("hooked", [None, "self_attn", "self_attn.out_proj", "mlp", "mlp.fc2"])
+def test_packed_layers_call_hooks_that_are_added_later(
+    repositories: dict[str, Path], everything_pays: None, hooked: str | None
+):
+    model = AutoModel.from_pretrained(repositories["vit"]).eval()
+    expected = outputs_of(model, "vit")
+    model.optimize_for_inference()
+    for tower in (model.vision_model, model.text_model):
+        kinds = [type(layer) for layer in tower.encoder.layers]
+        # The last layer's maps stay apart, since its queries are needed at one position.
+        assert kinds == [layers.PackedEncoderLayer, layers.PackedEncoderLayer, HfClipEncoderLayer]
+        assert isinstance(tower.encoder.layers[2].self_attn.q_proj, layers.PackedLinear)
+    seen: list[Tensor] = []
+    if hooked is not None:
+        part = model.text_model.encoder.layers[0].get_submodule(hooked)
+        part.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for name, found in outputs_of(model, "vit").items():
+        assert distance(found, expected[name]) < 1e-5, name
+    assert len(seen) == (0 if hooked is None else 3)  # texts with and without mask, and both towers together
+
+
+@pytest.mark.parametrize("hooked", [None, "", "encoder", "encoder.layers.2", "encoder.layers.2.self_attn"])
+def test_last_layer_of_text_features_is_computed_at_the_ends(
+    repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, hooked: str | None
+):
+    model = AutoModel.from_pretrained(repositories["vit"]).eval()
+    set_parts(monkeypatch, 40)
+    seen: list[str] = []
+    if hooked is not None:
+        model.text_model.get_submodule(hooked).register_forward_hook(lambda *_: seen.append("hook"))
+    ids = texts((12, 3, CONTEXT_LENGTH, 7, 3))
+    expected, alone = model.encode_text(ids), model.encode_text(ids[3:4])
+    rows: list[int] = []
+    last = model.text_model.encoder.layers[-1]
+    last.layer_norm2.register_forward_pre_hook(lambda _, given: rows.append(given[0][..., 0].numel()))
+    done = model.optimize_for_inference()
+    seen.clear()
+    with torch.no_grad():
+        assert distance(model.encode_text(ids), expected) < 1e-5
+        assert (sum(rows) == len(ids)) == (hooked is None)
+        rows.clear()
+        assert distance(model.encode_text(ids[3:4]), alone) < 1e-5
+        assert rows == [1 if hooked is None else 7]
+    assert any("at the ends of texts alone" in line for line in done)
+    assert bool(seen) == (hooked is not None)
 
 
 @pytest.mark.parametrize("change", ["adapter", "hook on a block", "hook on the stem"])
@@ -473,8 +530,7 @@ def test_towers_alone_can_be_optimized(repository: Path, tower: str):
 def test_outputs_of_all_layers_are_those_of_the_whole_batch(
     model: HfClipModel, tower: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(batches, "rows_at_once", lambda dtype: 20)
-    monkeypatch.setattr(layers, "map_bytes_at_once", lambda: 20)
+    set_parts(monkeypatch, 20, 20)
     expected = model.vision_model(random_images(tower), output_hidden_states=True).hidden_states
     expected_text = model.text_model(texts(), output_hidden_states=True).hidden_states
     model.optimize_for_inference()
@@ -498,9 +554,9 @@ def test_stages_of_a_resnet_take_as_many_images_as_suit_the_cache(
     images = random_images("resnet", 7)
     expected = model(images).pooler_output
     widest = 4 * model.config.stem_width * (model.config.image_size // 4) ** 2 * 4
-    monkeypatch.setattr(layers, "map_bytes_at_once", lambda: widest)  # 1, 2, 4 and 8 images
+    set_parts(monkeypatch, 20, widest)  # 1, 2, 4 and 8 images
     model.optimize_for_inference()
-    taken: dict[str, list[int]] = {name: [] for name in layers.STAGES}
+    taken: dict[str, list[int]] = {name: [] for name in parts.STAGES}
     for name, counts in taken.items():
         model.get_submodule(name).register_forward_pre_hook(lambda _, given, c=counts: c.append(len(given[0])))
     with torch.no_grad():
@@ -535,7 +591,9 @@ def test_ways_of_subclasses_and_patches_are_kept(repositories: dict[str, Path]):
 def test_hooks_of_transformers_are_no_reason_to_leave_layers(repository: Path, tower: str, everything_pays: None):
     fresh, asked = (AutoModel.from_pretrained(repository).eval() for _ in range(2))
     asked.vision_model(random_images(tower), output_hidden_states=True, output_attentions=True)
-    assert asked.optimize_for_inference() == fresh.optimize_for_inference()
+    reports = [model.optimize_for_inference() for model in (asked, fresh)]
+    of_asked, of_fresh = ([line for line in report if "pages" not in line] for report in reports)
+    assert of_asked == of_fresh
 
 
 def test_smallest_resnet_is_measured():
