@@ -46,7 +46,8 @@ class Optimizable:
         them, and where gradients of the input or autocast are asked for, no CUDA graph is used.
 
         Returns:
-            Descriptions of what was changed and what was left, also kept in `optimizations`. If nothing was changed,
+            Descriptions of what was changed and what was left, and why: the times that were measured, and the caches.
+            They are also kept in `optimizations`. If nothing was changed,
             the model is as before and `optimizations` is None.
 
         Raises:
