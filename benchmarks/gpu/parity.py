@@ -14,7 +14,7 @@ from hf_clip import VARIANTS
 from hf_clip.checkpoints.keys import convert_names
 from hf_clip.training.losses import global_contrastive_loss
 
-from ..measuring import PRECISIONS, worst_error
+from ..measuring import PRECISIONS, first_line, worst_error
 from ..peers import Batch
 from .models import Implementations, caption_lengths, gradients_of, make_batch, variant_of, worst_gradient
 from .report import LEFT_OUT, Setup
@@ -90,39 +90,40 @@ def gradients(setup: Setup) -> None:
     for name in (*OF_EACH_KIND, *others):
         if name in others and not setup.report.has_time(f"{name}, gradients", 8.0):
             continue
-        variant = variant_of(name, setup.is_dry)
-        found = Implementations(variant, setup.device)
-        batch = make_batch(variant, PAIRS, caption_lengths(PAIRS), setup.device)
-        pixels, own = batch["pixel_values"], torch.arange(PAIRS, device=setup.device)
+        try:
+            gradients_beside_openai(setup, name)
+        except torch.OutOfMemoryError as error:
+            setup.report.add(f"{name}, gradients", LEFT_OUT, note=first_line(error))
 
-        def of_openai(
-            model: torch.nn.Module,
-            pixels: Tensor,
-            found: Implementations = found,
-            batch: Batch = batch,
-            own: Tensor = own,
-        ) -> dict[str, Tensor]:
-            images, texts = model(pixels, batch["padded"])
-            ((cross_entropy(images, own) + cross_entropy(texts, own)) / 2).backward()
-            grads = gradients_of(model)
-            state = {key: grads.get(key, torch.zeros_like(value)) for key, value in model.state_dict().items()}
-            return convert_names(state, found.config)
 
-        model = found.ours()
-        outputs = model(pixel_values=pixels, input_ids=batch["input_ids"])
-        result = global_contrastive_loss(outputs.image_embeds, outputs.text_embeds, model.logit_scale)
-        result.local_loss_to_backpropagate.backward()
-        ours = gradients_of(model)
-        exact = of_openai(found.exact(), pixels.double())
-        exact = {key: exact[key] for key in ours}
-        theirs, _ = worst_gradient(of_openai(found.openai(), pixels), exact)
-        error, where = worst_gradient(ours, exact)
-        setup.report.check(
-            f"{name}, float32, worst gradient of a parameter",
-            error,
-            max(GRADIENT_FLOOR, 2 * theirs),
-            f"{where}; OpenAI's code {theirs:.1e}",
-        )
+def gradients_beside_openai(setup: Setup, name: str) -> None:
+    variant = variant_of(name, setup.is_dry)
+    found = Implementations(variant, setup.device)
+    batch = make_batch(variant, PAIRS, caption_lengths(PAIRS), setup.device)
+    pixels, own = batch["pixel_values"], torch.arange(PAIRS, device=setup.device)
+
+    def of_openai(model: torch.nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+        images, texts = model(pixels, batch["padded"])
+        ((cross_entropy(images, own) + cross_entropy(texts, own)) / 2).backward()
+        grads = gradients_of(model)
+        state = {key: grads.get(key, torch.zeros_like(value)) for key, value in model.state_dict().items()}
+        return convert_names(state, found.config)
+
+    model = found.ours()
+    outputs = model(pixel_values=pixels, input_ids=batch["input_ids"])
+    result = global_contrastive_loss(outputs.image_embeds, outputs.text_embeds, model.logit_scale)
+    result.local_loss_to_backpropagate.backward()
+    ours = gradients_of(model)
+    exact = of_openai(found.exact(), pixels.double())
+    exact = {key: exact[key] for key in ours}
+    theirs, _ = worst_gradient(of_openai(found.openai(), pixels), exact)
+    error, where = worst_gradient(ours, exact)
+    setup.report.check(
+        f"{name}, float32, worst gradient of a parameter",
+        error,
+        max(GRADIENT_FLOOR, 2 * theirs),
+        f"{where}; OpenAI's code {theirs:.1e}",
+    )
 
 
 PARTS = ((features, 20.0), (autocast, 5.0), (gradients, 10.0))

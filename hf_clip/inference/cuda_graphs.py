@@ -12,6 +12,7 @@ All graphs of a model use the same memory, so the GPU runs them one after the ot
 launch them.
 """
 
+import gc
 import threading
 import warnings
 from collections import OrderedDict
@@ -47,6 +48,18 @@ Key = tuple[Any, ...]
 
 _recording = threading.Lock()
 """Held while kernels are recorded: torch allows one recording at a time in a process."""
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Free nothing within this block that was left earlier: freeing tensors or graphs may disturb a recording."""
+    is_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_on:
+            gc.enable()
 
 
 class Entry:
@@ -221,7 +234,8 @@ class Graphs:
                 if share_of_launching(lambda: entry.compute(*given)) < LEAST_SHARE:
                     return None
                 # Other threads may go on to use the GPU meanwhile.
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                how: dict[str, Any] = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+                with no_garbage_collection(), torch.cuda.graph(graph, **how):
                     outputs = entry.compute(*given)
         finally:
             present.wait_stream(self.stream)

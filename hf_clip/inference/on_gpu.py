@@ -160,8 +160,16 @@ def is_right_in_one_pass(tower: Any) -> bool:
         return False
     finally:
         compute_in_one_pass_(tower, False)
-    tolerance = 1e-5 if tower.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32 else 2e-2
+    tolerance = 1e-5 if tower.dtype == torch.float32 and not _rounds_to_tf32() else 2e-2
     return is_used and bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+def _rounds_to_tf32() -> bool:
+    """Whether convolutions of float32 may be computed in TF32."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the precision was set in another of torch's ways
+        return True
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
@@ -234,6 +242,8 @@ def use_graphs_(model: Any, by_class_token: bool) -> list[str]:
         setattr(owner, name, function)
     for _, _, (_, entry) in changed:  # after all of them, since they are part of one another
         entry.watch()
+        if not entry.is_as_recorded():
+            done.append(f"CUDA graphs of {entry.name}: {LEFT}; a part has hooks, or a forward that was replaced")
     for owner, name, example in tried:
         for _ in range(2):  # at the second time the graph is made
             getattr(owner, name)(example)
@@ -288,10 +298,10 @@ def text_encoder(model: Any, graphs: Graphs) -> tuple[Callable[..., Tensor], Ent
         if is_long and graphs.is_ordinary(input_ids) and not torch.cuda.is_current_stream_capturing():
             features = encode_by_length(model, whole, graphs, input_ids, attention_mask)
         else:
-            rest = (0, min(-input_ids.shape[1] % COLUMNS, limit - input_ids.shape[1]))
-            given = [functional.pad(input_ids, rest, value=filler)]
-            if attention_mask is not None:
-                given.append(functional.pad(attention_mask, rest))
+            given = [input_ids] if attention_mask is None else [input_ids, attention_mask]
+            if rest := min(-input_ids.shape[1] % COLUMNS, limit - input_ids.shape[1]):
+                fillers = (filler, 0)
+                given = [functional.pad(part, (0, rest), value=fillers[n]) for n, part in enumerate(given)]
             (features,) = graphs.run(entry, *given)
         return truncate(features, truncate_dim, model.config)
 

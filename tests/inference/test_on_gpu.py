@@ -1,5 +1,6 @@
 """Models optimized for a GPU: the same results, whatever is recorded, and what is recorded. A CPU plays the GPU."""
 
+import gc
 import threading
 import warnings
 from collections.abc import Callable
@@ -383,7 +384,10 @@ def test_subclasses_and_patches_are_kept(repositories: dict[str, Path], gpu: Fak
     patched.vision_model.encoder.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
     for model in (own, patched):
         expected = model.encode_image(random_images("vit"))
-        model.optimize_for_inference()
+        done = model.optimize_for_inference()
+        assert any("graphs of encode_image: left as before; a part has hooks" in line for line in done) == (
+            model is patched
+        )
         calls.clear()
         with torch.no_grad():
             for _ in range(3):
@@ -418,6 +422,23 @@ def test_weights_that_graphs_read_are_not_freed(
     assert place in {held.data_ptr() for held in graphs[-1].weights}
     assert replays() == 1
     assert distance(model.encode_image(random_images("vit", 2)), before) < 1e-6
+
+
+@torch.no_grad()
+def test_graphs_are_left_out_of_compiled_models(vit: HfClipModel, gpu: FakeGpu):
+    expected = vit.text_model(texts(), mask_of(texts())).pooler_output
+    vit.optimize_for_inference()
+    before = gpu.replays
+    torch.compiler.reset()
+    compiled = torch.compile(vit.text_model, backend="eager", fullgraph=True)
+    assert distance(compiled(texts(), attention_mask=mask_of(texts())).pooler_output, expected) < 1e-5
+    assert gpu.replays == before
+
+
+def test_nothing_is_freed_while_a_graph_is_recorded():
+    with cuda_graphs.no_garbage_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 # --- texts by length ------------------------------------------------------------------------------------------------
