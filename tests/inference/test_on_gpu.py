@@ -424,6 +424,7 @@ def test_weights_that_graphs_read_are_not_freed(
     assert distance(model.encode_image(random_images("vit", 2)), before) < 1e-6
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_graphs_are_left_out_of_compiled_models(vit: HfClipModel, gpu: FakeGpu):
     expected = vit.text_model(texts(), mask_of(texts())).pooler_output
