@@ -1,6 +1,6 @@
 """Make the changes that pay on a GPU to a model. Each is timed on this model and this GPU, and then kept or undone.
 
-1. A ResNet whose BatchNorm was folded: the layout of its weights, and ReLU and sums in cuDNN's pass.
+1. A ResNet whose BatchNorm was folded: the layout of its weights, its attention pool, ReLU and sums in cuDNN's pass.
 2. Queries, keys and values from one product.
 3. `encode_image` computes a ViT's last layer for the class token alone.
 4. `encode_text` brings texts to a multiple of 8 columns, so that few shapes occur. Many texts are sorted by length.
@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..model.attention import HfClipAttention, HfClipEncoderLayer
 from ..model.matryoshka import truncate
+from ..model.resnet_tower import HfClipAttentionPool
 from ..model.text_ends import find_ends
 from .batches import is_of_own_size
 from .cuda_graphs import Entry, Graphs, Outputs
@@ -35,6 +36,7 @@ from .gpu_layers import (
     set_layout_,
 )
 from .gpu_times import batch_that_fills_the_gpu, gain_of
+from .layers import SingleQueryAttentionPool
 from .measure import LEAST_GAIN
 from .needed_positions import can_encode_by_class_token, encode_by_class_token, parts_around_the_last_layer
 from .replace import LEFT, has_hooks
@@ -117,7 +119,7 @@ def _batch_of(tower: Any) -> int:
 
 
 def suit_convolutions_(tower: Any) -> list[str]:
-    """Choose the layout of a ResNet's weights, and whether cuDNN computes ReLU and sums too."""
+    """Choose the layout of a ResNet's weights, its attention pool, and whether cuDNN computes ReLU and sums too."""
     if not convolutions_of(tower):  # it was left as it was, and a line says why
         return []
     done, count = [], _batch_of(tower)
@@ -127,6 +129,15 @@ def suit_convolutions_(tower: Any) -> list[str]:
         is_better = gain >= LEAST_GAIN_OF_A_TOWER
         set_layout_(tower, _layout(is_better))
         done.append(_describe("convolutions with channels last", gain, count, "images"))
+    pool = tower.attnpool
+    if isinstance(pool, SingleQueryAttentionPool):
+
+        def switch(has_single_query: bool) -> None:
+            pool.__class__ = SingleQueryAttentionPool if has_single_query else HfClipAttentionPool
+
+        gain = gain_of_switch(tower, switch, count)
+        switch(gain >= LEAST_GAIN_OF_A_TOWER)
+        done.append(_describe("the attention pool's one query instead of keys and values", gain, count, "images"))
     if has_cudnn():
         what = "ReLU and sums in cuDNN's pass of the convolutions"
         if not is_right_in_one_pass(tower):

@@ -16,7 +16,7 @@ from transformers import AutoModel
 from hf_clip import HfClipModel, HfClipVisionModelWithProjection
 from hf_clip.inference import cuda_graphs, gpu_layers, gpu_times, on_gpu, optimize
 from hf_clip.inference.gpu_layers import CudnnConv2d, FusedAttention
-from hf_clip.inference.layers import InferenceConv2d
+from hf_clip.inference.layers import InferenceConv2d, SingleQueryAttentionPool
 from hf_clip.inference.on_gpu import parts_by_length
 from hf_clip.model import text_tower
 from hf_clip.model.optimized import OptimizedModelError
@@ -517,9 +517,9 @@ def test_what_does_not_pay_on_the_gpu_is_undone(
     monkeypatch.setattr(on_gpu, "gain_of", lambda *_: 1.01)
     done = model.optimize_for_inference()
     left = [line for line in done if "left as before; with 2" in line and "1.01 times as fast here" in line]
-    assert len(left) == 3 if tower == "vit" else 2
+    assert len(left) == 3
     for module in model.modules():
-        assert not isinstance(module, (FusedAttention, CudnnConv2d))
+        assert not isinstance(module, (FusedAttention, CudnnConv2d, SingleQueryAttentionPool))
         if isinstance(module, InferenceConv2d) and module.weight.shape[-1] > 1:
             assert module.weight.is_contiguous()
     for found, wanted in zip(
