@@ -129,11 +129,10 @@ def suit_convolutions_(tower: Any) -> list[str]:
         is_better = gain >= LEAST_GAIN_OF_A_TOWER
         set_layout_(tower, _layout(is_better))
         done.append(_describe("convolutions with channels last", gain, count, "images"))
-    pool = tower.attnpool
-    if isinstance(pool, SingleQueryAttentionPool):
+    if isinstance(tower.attnpool, SingleQueryAttentionPool):
 
         def switch(has_single_query: bool) -> None:
-            pool.__class__ = SingleQueryAttentionPool if has_single_query else HfClipAttentionPool
+            tower.attnpool.__class__ = SingleQueryAttentionPool if has_single_query else HfClipAttentionPool
 
         gain = gain_of_switch(tower, switch, count)
         switch(gain >= LEAST_GAIN_OF_A_TOWER)
