@@ -6,7 +6,7 @@ On a command line a query is written in one of two ways, which mean the same::
     '"a red car" + ./like-this.jpg - "snow"'
     '2:"a beach" + ./b.jpg - 0.5:"people"'
 
-Dimensions: P parts of a query, D embedding, S images of a sample.
+Dimensions: D embedding.
 """
 
 import math
@@ -140,12 +140,12 @@ def encode_parts(model: Any, processor: Any, parts: Sequence[QueryPart], of_ids:
     Args:
         model: HfClipModel.
         processor: Its processor.
-        parts: P parts, as `parse_queries` returned them.
+        parts: Its parts, as `parse_queries` returned them.
         of_ids: Function from a list of ids to their embeddings.
         templates: As for `encode_text_query`.
 
     Returns:
-        (P, D) float32, of length one.
+        (parts, D) float32, of length one.
 
     Raises:
         QueryError: An id is not in the index.
@@ -174,9 +174,9 @@ def combine_parts(vectors: Tensor, weights: Sequence[float], sample: Tensor) -> 
     spread over images of the index. This is linear in an image's embedding, so that it is one direction again.
 
     Args:
-        vectors: (P, D) of length one.
-        weights: P weights.
-        sample: (S, D) embeddings of images of the index.
+        vectors: (parts, D), of length one.
+        weights: A weight for each part.
+        sample: (images, D) embeddings of images of the index.
 
     Returns:
         (D,) float32, of length one.

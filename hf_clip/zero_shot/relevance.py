@@ -5,7 +5,7 @@ even less similar to the right text than to others. What lies at a place is in t
 gather from it. Mapped by the rest of the way to an image's feature, they are comparable with texts (Zhou et al. 2022,
 "Extract Free Dense Labels from CLIP", section 3.2). The same holds for the attention pool of a ResNet.
 
-Dimensions: T texts, D embedding, C channels, P patches and class token, Y × X cells of the image tower's grid.
+Dimensions: T texts, D embedding, C channels, P patches and class token, Y × X cells of the grid.
 """
 
 from collections.abc import Sequence
