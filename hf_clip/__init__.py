@@ -61,8 +61,9 @@ from .model.variants import VARIANTS, Variant
 from .openai import available_models, load, tokenize
 from .zero_shot.classifier import ZeroShotClassifier
 from .zero_shot.embedding_head import load_head
-from .zero_shot.features import TextTooLongError, encode_images, encode_texts
+from .zero_shot.features import encode_images, encode_texts
 from .zero_shot.pipeline import register_pipeline as _register_pipeline
+from .zero_shot.text_batches import TextTooLongError
 
 __version__ = "0.1.0.dev0"
 

@@ -25,8 +25,8 @@ from hf_clip.training.checkpoint import UnwrittenCheckpointError
 from hf_clip.training.data.loader import WorkerKilledError
 from hf_clip.training.feature_store import StaleFeaturesError
 from hf_clip.training.stopping import ProcessGoneError, Stopped
-from hf_clip.zero_shot.features import TextTooLongError
 from hf_clip.zero_shot.prompts import LabelError
+from hf_clip.zero_shot.text_batches import TextTooLongError
 
 MADE: list[BaseException] = [
     UnreadableImageError(" is empty", 3),

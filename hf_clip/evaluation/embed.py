@@ -25,14 +25,13 @@ from ..inference.cpu import count_cores
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.open_image import UnreadableImageError
 from ..zero_shot.features import (
-    check_batch_size,
     check_texts,
     image_processor_of,
-    in_batches,
-    text_batches,
+    tokenized_batches,
     tokenizer_of,
 )
 from ..zero_shot.files import in_order
+from ..zero_shot.text_batches import check_batch_size, in_batches
 from .feature_cache import CachedRows, FeatureCache
 from .processes import current
 from .unreadable_images import Unreadable, UnreadableImagesError
@@ -249,7 +248,7 @@ class Embedder:
         size = 2 * self.batch_size
         if _is_ours(self.model):
             check_texts(self.model, self.processor, texts, len(texts), settings)
-            for places, ids in text_batches(self.model, self.processor, texts, batch_size=size, settings=settings):
+            for places, ids in tokenized_batches(self.model, self.processor, texts, batch_size=size, settings=settings):
                 yield places, {"input_ids": ids}
             return
         for places in torch.arange(len(texts)).split(size) if texts else ():

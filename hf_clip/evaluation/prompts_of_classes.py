@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..zero_shot.features import in_batches, truncated
+from ..zero_shot.features import truncated
 from ..zero_shot.prompts import DEFAULT_TEMPLATE, make_prompts, read_template_file, read_templates
+from ..zero_shot.text_batches import in_batches
 from .embed import Embedder
 
 AT_ONCE = 4096

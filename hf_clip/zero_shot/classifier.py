@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..model.repair_text import TextError
 from .calibration import fit_sigmoid, fit_softmax_scale, fit_thresholds
 from .features import (
-    TextError,
-    TextTooLongError,
-    check_batch_size,
     check_texts,
     check_width,
     encode_images,
+    encode_pixels,
     encode_text_batches,
+    image_processor_of,
     is_single_image,
     no_features,
     progress_bar,
@@ -36,6 +36,7 @@ from .features import (
 )
 from .matrix import SCORES, ClassifierMatrix, fingerprint_of
 from .prompts import DEFAULT_TEMPLATE, LabelError, Template, as_plain, make_prompts, read_labels, read_templates
+from .text_batches import TextTooLongError, check_batch_size
 
 
 def default_scores(model: Any) -> str:
@@ -263,6 +264,14 @@ class ZeroShotClassifier:
 
     def _features(self, images: Any, batch_size: int, progress: bool, settings: dict[str, Any]) -> Tensor:
         return encode_images(self.model, self.processor, images, batch_size=batch_size, progress=progress, **settings)
+
+    def pixels_of(self, image: Any, **settings: Any) -> Tensor:
+        """Prepare one image: pixel values (3, y, x) for `rank_pixels`. Threads may call this at the same time."""
+        return image_processor_of(self.processor)([image], return_tensors="pt", **settings)["pixel_values"][0]
+
+    def rank_pixels(self, pixels: list[Tensor], top_k: int | None) -> list[list[dict[str, Any]]]:
+        """Encode a batch of what `pixels_of` made, and find the labels and scores of each image, best first."""
+        return self.matrix.rank(encode_pixels(self.model, torch.stack(pixels)), top_k)
 
     def logits(self, images: Any, *, batch_size: int = 16, progress: bool = False, **settings: Any) -> Tensor:
         """Compute the logits of images, before softmax or sigmoid.

@@ -27,7 +27,7 @@ from torch.nn.functional import linear, normalize
 
 from ..checkpoints.whole_file import whole_file
 from ..model.variants import VARIANTS
-from .features import encode_images
+from .features import encode_images, encode_pixels, image_processor_of
 
 FILE_FORMAT = "hf_clip.embedding_head.1"
 FOLDER, SUFFIX = "heads", ".safetensors"
@@ -258,6 +258,14 @@ class HeadClassifier:
     model: Any
     processor: Any
     head: EmbeddingHead
+
+    def pixels_of(self, image: Any, **settings: Any) -> Tensor:
+        """Prepare one image: pixel values (3, y, x) for `rank_pixels`. Threads may call this at the same time."""
+        return image_processor_of(self.processor)([image], return_tensors="pt", **settings)["pixel_values"][0]
+
+    def rank_pixels(self, pixels: list[Tensor], top_k: int | None) -> list[list[dict[str, Any]]]:
+        """Encode a batch of what `pixels_of` made, and find the labels and scores of each image, best first."""
+        return self.head.rank(encode_pixels(self.model, torch.stack(pixels)), top_k)
 
 
 def find_head(head: str | Path, model: str, *, local_files_only: bool = False) -> Path:

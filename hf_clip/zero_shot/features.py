@@ -1,7 +1,7 @@
 """Encode texts and images in batches, as features of length one.
 
-Texts are tokenized some thousands at a time and sorted by length. A batch then holds texts of about one length and
-needs little padding. The features are returned in the order in which the texts were given.
+Texts are encoded in batches of about one length (`text_batches`). The features are returned in the order in which the
+texts were given.
 
 The text tower runs without an attention mask. It is causal, and padding stands to the right of each text, so a text's
 feature never depends on its padding.
@@ -14,7 +14,7 @@ Dimensions: B batch, I images, T texts, L text length, D embedding, Y × X pixel
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 import torch
@@ -26,36 +26,8 @@ from tqdm import tqdm
 from ..model.image_processing_hf_clip import HfClipImageProcessorKwargs
 from ..model.matryoshka import check_truncate_dim
 from ..model.open_image import UNREADABLE, UnreadableImageError, at_place
-from ..model.repair_text import TextError
-
-TEXTS_AT_ONCE = 4096
-"""Number of texts that are tokenized and sorted together. Only the ids of this many texts are in memory at once."""
-
-
-class TextTooLongError(ValueError):
-    """A text has more tokens than the text tower takes.
-
-    Attributes:
-        index: Place of the text among the given texts, from 0. For a prompt: place of its label, where the background
-            labels are counted after the labels.
-        length: Number of tokens in the text, with start and end.
-        limit: Number of tokens that the text tower takes.
-        text: The text.
-        is_prompt: Whether the text was made of a label and a template.
-    """
-
-    def __init__(self, text: str, index: int, length: int, limit: int):
-        super().__init__(text, index, length, limit)
-        self.text, self.index, self.length, self.limit = text, index, length, limit
-        self.is_prompt = False
-
-    def __str__(self) -> str:
-        if self.is_prompt:
-            name, advice = f"The prompt {self.text[:200]!r}", "Shorten the label or the template."
-        else:
-            name = f"texts[{self.index}] ({self.text[:80]!r})"
-            advice = "Shorten it, or pass truncation=True, which keeps the end of the text marked."
-        return f"{name} has {self.length} tokens, start and end included, but the model takes {self.limit}. {advice}"
+from . import text_batches
+from .text_batches import check_batch_size, in_batches
 
 
 def image_processor_of(processor: Any) -> Any:
@@ -80,103 +52,41 @@ def progress_bar(title: str, unit: str, total: int | None, is_shown: bool) -> It
         yield bar.update
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raise ValueError for a batch size below 1."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, but must be at least 1.")
-
-
-def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield the items in lists of `size`; the last list may be shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def tokenize(
-    model: Any, processor: Any, texts: list[str], settings: dict[str, Any], first: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Tokenize texts and pad them on the right.
-
-    Args:
-        model: The model, whose text tower limits the length.
-        processor: HfClipProcessor or HfClipTokenizer.
-        texts: B texts.
-        settings: Arguments for the tokenizer, e.g. `{"truncation": True}`.
-        first: Place of the first text among all texts of the caller. Errors count from it.
-
-    Returns:
-        The ids (B, L) and the length of each text in tokens (B,).
-
-    Raises:
-        TextError: A text cannot be tokenized.
-        TextTooLongError: A text is too long, and the settings do not ask for truncation.
-    """
-    for place, text in enumerate(texts, start=first):
-        if not isinstance(text, str):
-            raise ValueError(f"texts[{place}] is {text!r:.60}, a {type(text).__name__}, but a text is needed.")
-    tokenizer = tokenizer_of(processor)
-    text_config = getattr(model.config, "text_config", model.config)
-    limit = min(tokenizer.model_max_length, text_config.max_position_embeddings)
-    settings = settings | {"padding": True, "padding_side": "right", "return_tensors": "pt"}
-    is_cut = settings.get("truncation") not in (None, False, "do_not_truncate")
-    if not is_cut:
-        settings |= {"truncation": True, "max_length": limit + 1}  # one token more than fits shows a long text
-    try:
-        tokens = tokenizer(texts, **settings)
-    except TextError as error:
-        if error.index is not None:
-            error.text, error.index = texts[error.index], first + error.index
-        raise
-    lengths = tokens["attention_mask"].sum(dim=1)
-    if not is_cut and (too_long := lengths > limit).any():
-        row = int(too_long.int().argmax())
-        length = 2 + len(tokenizer(texts[row], add_special_tokens=False, padding=False)["input_ids"])
-        raise TextTooLongError(texts[row], first + row, length, limit)
-    return tokens["input_ids"], lengths
+def text_limit(model: Any) -> int:
+    """Return the number of tokens that a model's text tower takes."""
+    return getattr(model.config, "text_config", model.config).max_position_embeddings
 
 
 def check_texts(model: Any, processor: Any, texts: Iterable[str], total: int, settings: dict[str, Any]) -> None:
-    """Tokenize all texts once before any is encoded, so that a bad text is an error now and not after hours.
-
-    Does nothing for up to `TEXTS_AT_ONCE` texts: `encode_text_batches` tokenizes those before it encodes any.
-    """
-    if total <= TEXTS_AT_ONCE:
-        return
-    first = 0
-    for chunk in in_batches(texts, TEXTS_AT_ONCE):
-        tokenize(model, processor, chunk, settings, first)
-        first += len(chunk)
+    """Refuse a bad text now and not after hours, see `text_batches.check_texts`."""
+    text_batches.check_texts(tokenizer_of(processor), text_limit(model), texts, total, settings)
 
 
-def text_batches(
+def tokenized_batches(
     model: Any, processor: Any, texts: Iterable[str], *, batch_size: int, settings: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokenize texts and put those of about one length into a batch, shorter ones first.
 
-    At most `TEXTS_AT_ONCE` texts are in memory at a time.
-
     Yields:
         For each batch the places of its texts (B,), and their ids (B, L), on the CPU.
     """
-    first = 0
-    for chunk in in_batches(texts, TEXTS_AT_ONCE):
-        ids, lengths = tokenize(model, processor, chunk, settings, first)
-        for rows in lengths.argsort(stable=True).split(batch_size):
-            yield rows + first, ids[rows, : int(lengths[rows].max())]
-        first += len(chunk)
+    batches = text_batches.text_batches(
+        tokenizer_of(processor), text_limit(model), texts, batch_size=batch_size, settings=settings
+    )
+    for places, ids in batches:
+        yield torch.from_numpy(places), torch.from_numpy(ids)
 
 
 @torch.no_grad()
 def encode_text_batches(
     model: Any, processor: Any, texts: Iterable[str], *, batch_size: int, settings: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Encode texts batch by batch, see `text_batches`.
+    """Encode texts batch by batch, see `tokenized_batches`.
 
     Yields:
         For each batch the places of its texts (B,), on the CPU, and their features (B, D), float32, of length one.
     """
-    for places, ids in text_batches(model, processor, texts, batch_size=batch_size, settings=settings):
+    for places, ids in tokenized_batches(model, processor, texts, batch_size=batch_size, settings=settings):
         yield places, normalize(model(input_ids=ids.to(model.device)).text_embeds.float(), dim=-1)
 
 

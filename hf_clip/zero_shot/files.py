@@ -15,17 +15,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ..model.fetch import is_web_address
 from ..model.open_image import RASTER_FORMATS, UnreadableImageError, open_image
-from .classifier import ZeroShotClassifier
-from .embedding_head import HeadClassifier
-from .features import encode_pixels, image_processor_of
 
 MOST_THREADS = 8
 Named = TypeVar("Named")
@@ -145,8 +140,18 @@ def in_order(
                 future.cancel()
 
 
+class StreamClassifier(Protocol):
+    """What `classify_stream` needs of a classifier, whatever computes: torch or ONNX Runtime."""
+
+    def pixels_of(self, image: Any, **settings: Any) -> Any:
+        """Prepare one image: pixel values (3, y, x). Called in several threads."""
+
+    def rank_pixels(self, pixels: list[Any], top_k: int | None) -> list[list[dict[str, Any]]]:
+        """Encode a batch of them, and find the labels and scores of each image, best first."""
+
+
 def classify_stream(
-    classifier: ZeroShotClassifier | HeadClassifier,
+    classifier: StreamClassifier,
     items: Iterable[tuple[str, Any]],
     *,
     top_k: int | None = None,
@@ -169,24 +174,22 @@ def classify_stream(
     Yields:
         A result for each item, in their order.
     """
-    model, image_processor = classifier.model, image_processor_of(classifier.processor)
 
-    def make(item: Any) -> Tensor:
-        return image_processor([opener(item)], return_tensors="pt", **settings)["pixel_values"][0]
+    def make(item: Any) -> Any:
+        return classifier.pixels_of(opener(item), **settings)
 
     threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
-    rank = classifier.head.rank if isinstance(classifier, HeadClassifier) else classifier.matrix.rank
     waiting = in_order(items, make, threads, ahead=2 * batch_size + threads)
     while batch := list(islice(waiting, batch_size)):
         results: list[Classified | None] = []
-        pixels: list[Tensor] = []
+        pixels: list[Any] = []
         for name, future in batch:
             try:
                 pixels.append(future.result())
                 results.append(None)
             except ValueError as error:
                 results.append(Classified(name, error=_in_words(error)))
-        ranked = iter(rank(encode_pixels(model, torch.stack(pixels)), top_k) if pixels else [])
+        ranked = iter(classifier.rank_pixels(pixels, top_k) if pixels else [])
         for (name, _), result in zip(batch, results, strict=True):
             yield Classified(name, next(ranked)) if result is None else result
 

@@ -18,10 +18,10 @@ from transformers import AutoModel, AutoProcessor
 
 from hf_clip import HfClipModel, HfClipVisionModelWithProjection, ZeroShotClassifier
 from hf_clip.model.repair_text import TextError
-from hf_clip.zero_shot import features
-from hf_clip.zero_shot.features import TextTooLongError
+from hf_clip.zero_shot import features, text_batches
 from hf_clip.zero_shot.matrix import ClassifierMatrix
 from hf_clip.zero_shot.prompts import LabelError
+from hf_clip.zero_shot.text_batches import TextTooLongError
 
 from ..largest_tensor import HeldMemory
 
@@ -170,7 +170,7 @@ def test_matrix_is_the_same_however_many_prompts_are_read_at_once(
 ):
     names = [["cat", "a small kitten"], ["moon"], ["cup", "mug", "a large glass of water"]]
     whole = ZeroShotClassifier(model, processor, names, TEMPLATES, progress=False)
-    monkeypatch.setattr(features, "TEXTS_AT_ONCE", 4)
+    monkeypatch.setattr(text_batches, "TEXTS_AT_ONCE", 4)
     parts = ZeroShotClassifier(model, processor, names, TEMPLATES, progress=False)
     assert (parts.weights - whole.weights).abs().max() < 1e-6
 
@@ -178,7 +178,7 @@ def test_matrix_is_the_same_however_many_prompts_are_read_at_once(
 def test_memory_grows_with_labels_and_not_with_prompts(repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     model = HfClipModel.from_pretrained(repositories["vit"]).eval()
     processor = AutoProcessor.from_pretrained(repositories["vit"])
-    monkeypatch.setattr(features, "TEXTS_AT_ONCE", 64)
+    monkeypatch.setattr(text_batches, "TEXTS_AT_ONCE", 64)
     labels, most = [f"thing {number}" for number in range(100, 150)], []
     for templates in (2, 30):  # whose prompts are all of one length, as every digit is a token
         texts = [f"no. {number} of {{}}" for number in range(10, 10 + templates)]

@@ -14,8 +14,9 @@ from transformers import AutoModel, AutoProcessor
 
 from hf_clip import HfClipModel, HfClipTextModelWithProjection, HfClipVisionModelWithProjection, UnreadableImageError
 from hf_clip.model.repair_text import TextError
-from hf_clip.zero_shot import features
-from hf_clip.zero_shot.features import TextTooLongError, encode_images, encode_texts
+from hf_clip.zero_shot import text_batches
+from hf_clip.zero_shot.features import encode_images, encode_texts
+from hf_clip.zero_shot.text_batches import TextTooLongError
 
 TEXTS = ["a cat", "the man on the moon", "coffee", "it’s a rocket", "a", "two dogs"]
 
@@ -87,7 +88,7 @@ def test_single_text_is_one_text(model: HfClipModel, processor):
 def test_texts_that_cannot_be_read_are_told_before_any_is_encoded(
     model: HfClipModel, processor, texts_at_once: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(features, "TEXTS_AT_ONCE", texts_at_once)
+    monkeypatch.setattr(text_batches, "TEXTS_AT_ONCE", texts_at_once)
     calls = []
     model.text_model.register_forward_hook(lambda *_: calls.append(1))
     with pytest.raises(
