@@ -113,7 +113,7 @@ ORDER = (
 """The package's parts, from the top down. A part imports from those below it, never from one above or beside it."""
 
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-TOP = {"__init__", "openai"}
+TOP = {"__init__", "openai", "registration"}
 """What a user imports: it may import every part, and no part imports it."""
 
 

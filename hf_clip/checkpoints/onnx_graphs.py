@@ -11,6 +11,8 @@ sizes and the text length are free, the images' size is the model's. Attention i
 finite: a text of padding alone gives numbers in every engine, in float16 too. A mask changes no feature of a text that
 is padded on the right, so the text tower's graph asks for none.
 
+Each graph's metadata says what its towers' embeddings lack to become scores, see `facts_of`.
+
 Dimensions: T texts, L text length, I images, D embedding.
 """
 
@@ -37,6 +39,18 @@ FREE: dict[str, dict[int, str]] = {
     "pixel_values": {0: IMAGES},
     "attention_mask": {0: TEXTS, 1: LENGTH},
 }
+
+
+def facts_of(model: HfClipModel) -> dict[str, str]:
+    """What turns two embeddings into a score, and the longest text, as the metadata of a graph."""
+    bias = getattr(model, "logit_bias", None)
+    values = {
+        "logit_scale": float(model.logit_scale.detach().float().exp()),
+        "logit_bias": 0.0 if bias is None else float(bias.detach()),
+        "scores": getattr(model.config, "contrastive_loss", "softmax"),
+        "max_position_embeddings": model.config.text_config.max_position_embeddings,
+    }
+    return {f"hf_clip.{name}": str(value) for name, value in values.items()}
 
 
 class Graph(nn.Module):
@@ -143,6 +157,7 @@ def write_graph(graph: Graph, path: Path) -> None:
         assert program is not None
         exported = program.model
         ClearMetadataAndDocStringPass()(exported)  # stack traces with this machine's paths
+        exported.metadata_props.update(facts_of(graph.model))
         weights = [value.const_value for value in exported.graph.initializers.values()]
         large = sum(weight.nbytes for weight in weights if weight is not None) > LARGEST_FILE
         onnx_ir.save(exported, path, external_data=f"{path.name}_data" if large else None)

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +11,16 @@ import typer
 from .app import Dtype
 
 if TYPE_CHECKING:
-    from ..zero_shot.files import Classified
+    from ..zero_shot.files import Classified, StreamClassifier
+
+
+class Precision(str, Enum):
+    """What `hf-clip export-onnx` writes graphs in."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
 
 SOME_FAILED = 2
 """Exit status: there are results, but not of all images."""
@@ -33,6 +43,43 @@ def _take(results: "Iterable[Classified]", take: "Callable[[Classified], Any]") 
         take(result)
         done, failed = done + 1, failed + (result.error is not None)
     return done, failed
+
+
+def check_for_onnx(head: str | None, device: str | None, dtype: Dtype) -> None:
+    """Refuse what ONNX Runtime does not do here."""
+    if head is not None:
+        raise ValueError("--head is applied by torch: leave --onnx out, or give --labels.")
+    if device not in (None, "cpu"):
+        raise ValueError(f"--onnx computes on the processor, but --device is {device}: leave one of the two out.")
+    if dtype != Dtype.float32:
+        raise ValueError(f"--dtype {dtype.value} is for torch; with --onnx choose a graph by --precision fp16 or int8.")
+
+
+def check_for_torch(device: str | None, precision: Precision) -> None:
+    """Refuse a device that is not there, and what is for ONNX Runtime alone."""
+    from ..zero_shot.pipeline import check_device
+
+    check_device(device)
+    if precision != Precision.fp32:
+        raise ValueError(f"--precision {precision.value} chooses an ONNX graph: give --onnx too, or --dtype for torch.")
+
+
+def load_by_torch(
+    model: str, labels: Any, templates: Any, head: str | None, *, device: str | None, dtype: str, offline: bool
+) -> "StreamClassifier":
+    """Load a model and make its classifier of the labels, or of a head."""
+    from ..checkpoints.in_memory import load_model
+    from ..zero_shot.classifier import ZeroShotClassifier
+    from ..zero_shot.embedding_head import EmbeddingHead, HeadClassifier, find_head
+    from ..zero_shot.pipeline import default_device
+
+    stored = None if head is None else EmbeddingHead.load(find_head(head, model, local_files_only=offline))
+    loaded, processor = load_model(model, dtype=dtype, offline=offline)
+    loaded.to(device or default_device())
+    if stored is None:
+        return ZeroShotClassifier(loaded, processor, labels, templates, progress=False)
+    stored.check_model(loaded, processor, f"The head {head}")
+    return HeadClassifier(loaded, processor, stored)
 
 
 def classify(
@@ -91,6 +138,15 @@ def classify(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU if there is one.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="The dtype to compute in.")] = Dtype.float32,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
+    onnx: Annotated[
+        bool,
+        typer.Option(
+            "--onnx",
+            help="Run the graphs that `hf-clip export-onnx` wrote into the folder MODEL, without torch: the first "
+            "result comes much sooner.",
+        ),
+    ] = False,
+    precision: Annotated[Precision, typer.Option(help="With --onnx, of which precision.")] = Precision.fp32,
 ) -> None:
     """Classify the images of folders, files or a data set by labels of your choice, or score them by a trained head.
 
@@ -106,44 +162,47 @@ def classify(
         hf-clip classify RN50 org/data --labels labels.txt --output scores.csv
 
         hf-clip classify clip-vit-b32/ photos/ --head aesthetic --output scores.csv
-    """
-    from tqdm import tqdm
 
-    from ..checkpoints.in_memory import load_model
-    from ..training.data.image_stream import find_image_items
-    from ..zero_shot.classifier import ZeroShotClassifier
-    from ..zero_shot.embedding_head import EmbeddingHead, HeadClassifier, find_head
-    from ..zero_shot.files import classify_stream
-    from ..zero_shot.pipeline import check_device, default_device
+        hf-clip classify clip-vit-b32/ photo.jpg --labels cat,dog --onnx
+    """
     from ..zero_shot.prompts import DEFAULT_TEMPLATE, parse_labels, read_labels, read_templates
-    from ..zero_shot.tables import check_table, table_writer
+    from ..zero_shot.tower_graphs import TowerGraphs
 
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for `datasets`, which is not imported yet
-    if output is not None:
-        check_table(output)
-    check_device(device)
+    if onnx:
+        check_for_onnx(head, device, dtype)
+    else:
+        check_for_torch(device, precision)
     if (labels is None) == (head is None):
         raise ValueError("Images are classified by labels or by a head: give --labels or --head, and not both.")
     if head is not None and templates:
         raise ValueError("--templates are for labels, and a head has no use for them: leave them out.")
     names = read_labels(parse_labels(labels)) if labels is not None else {}
-    stored = None if head is None else EmbeddingHead.load(find_head(head, model, local_files_only=offline))
     given = DEFAULT_TEMPLATE if not templates else templates[0] if len(templates) == 1 else templates
     read_templates(given)
+    # The graphs are opened while the rest of the package is imported.
+    graphs = TowerGraphs(model, precision.value) if onnx else None
+
+    from tqdm import tqdm
+
+    from ..training.data.image_stream import find_image_items
+    from ..zero_shot.files import classify_stream
+    from ..zero_shot.tables import check_table, table_writer
+
+    if output is not None:
+        check_table(output)
     found = find_image_items(images, split=split, image_column=image_column, image_folders=image_folders or ())
-    loaded, processor = load_model(model, dtype=dtype.value, offline=offline)
-    loaded.to(device or default_device())
-    classifier: ZeroShotClassifier | HeadClassifier
-    if stored is not None:
-        stored.check_model(loaded, processor, f"The head {head}")
-        classifier, names = HeadClassifier(loaded, processor, stored), {label: [label] for label in stored.labels}
+    classifier: StreamClassifier
+    if graphs is not None:
+        from ..zero_shot.onnx_classifier import OnnxClassifier
+
+        classifier = OnnxClassifier(graphs, names, given)
     else:
-        classifier = ZeroShotClassifier(loaded, processor, names, given, progress=False)
-    top_k = min(top_k, len(names))
+        classifier = load_by_torch(model, names, given, head, device=device, dtype=dtype.value, offline=offline)
+    top_k, width = min(top_k, len(classifier.labels)), max(map(len, classifier.labels))
     results = classify_stream(classifier, found.items, top_k=top_k, batch_size=batch_size, opener=found.opener)
     if output is None:
-        width = max(map(len, names))
         done, failed = _take(results, lambda result: print(_line(result, found.longest_name, width), flush=True))
     else:
         with table_writer(output, top_k) as write, tqdm(total=found.total, unit="image", disable=None) as bar:

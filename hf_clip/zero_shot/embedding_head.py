@@ -259,6 +259,11 @@ class HeadClassifier:
     processor: Any
     head: EmbeddingHead
 
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the head."""
+        return self.head.labels
+
     def pixels_of(self, image: Any, **settings: Any) -> Tensor:
         """Prepare one image: pixel values (3, y, x) for `rank_pixels`. Threads may call this at the same time."""
         return image_processor_of(self.processor)([image], return_tensors="pt", **settings)["pixel_values"][0]

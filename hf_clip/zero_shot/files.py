@@ -143,6 +143,10 @@ def in_order(
 class StreamClassifier(Protocol):
     """What `classify_stream` needs of a classifier, whatever computes: torch or ONNX Runtime."""
 
+    @property
+    def labels(self) -> list[str]:
+        """The labels, of which results give some."""
+
     def pixels_of(self, image: Any, **settings: Any) -> Any:
         """Prepare one image: pixel values (3, y, x). Called in several threads."""
 

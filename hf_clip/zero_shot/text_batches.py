@@ -93,7 +93,7 @@ def tokenize(
     lengths = tokens["attention_mask"].sum(axis=1)
     if not is_cut and (too_long := lengths > limit).any():
         row = int(too_long.argmax())
-        length = 2 + len(tokenizer(texts[row], add_special_tokens=False, padding=False)["input_ids"])
+        length = 2 + len(tokenizer([texts[row]], add_special_tokens=False, padding=False)["input_ids"][0])
         raise TextTooLongError(texts[row], first + row, length, limit)
     return tokens["input_ids"], lengths
 
