@@ -184,14 +184,15 @@ def classify(
     # The graphs are opened while the rest of the package is imported.
     graphs = TowerGraphs(model, precision.value) if onnx else None
 
-    from tqdm import tqdm
+    if output is not None:
+        from tqdm import tqdm
 
+        from ..zero_shot.tables import check_table, table_writer
+
+        check_table(output)
     from ..training.data.image_stream import find_image_items
     from ..zero_shot.files import classify_stream
-    from ..zero_shot.tables import check_table, table_writer
 
-    if output is not None:
-        check_table(output)
     found = find_image_items(images, split=split, image_column=image_column, image_folders=image_folders or ())
     classifier: StreamClassifier
     if graphs is not None:

@@ -283,6 +283,9 @@ def check_weights(source: Any, subfolder: str | None = None) -> None:
 def _check_vocabulary(path: Path, vocabulary: Any) -> None:
     if not isinstance(vocabulary, dict) or not vocabulary:
         raise ValueError(f"{path} holds no vocabulary: an object of tokens and their numbers is needed.")
+    numbers = vocabulary.values()
+    if set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < MOST_IDS:
+        return
     for token, number in vocabulary.items():
         if type(number) is not int or not 0 <= number < MOST_IDS:
             raise ValueError(

@@ -66,8 +66,8 @@ class ChunkMemory:
         self.merger = merger
         vocab = merger.get_vocab()
         self.ends_word = np.zeros(max(vocab.values()) + 1, dtype=bool)
-        for token, number in vocab.items():
-            self.ends_word[number] = token.endswith(END_OF_WORD) or token in (START_OF_TEXT, END_OF_TEXT)
+        self.ends_word[[number for token, number in vocab.items() if token.endswith(END_OF_WORD)]] = True
+        self.ends_word[[vocab[token] for token in (START_OF_TEXT, END_OF_TEXT) if token in vocab]] = True
         self.forget()
 
     def forget(self) -> None:

@@ -14,17 +14,10 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 import regex
-
-try:
-    import ftfy
-    import ftfy.chardata
-    from ftfy import TextFixerConfig
-    from ftfy.badness import is_bad
-except ImportError:  # texts in plain ASCII need no repair
-    ftfy = None
 
 Prepared = TypeVar("Prepared")
 
@@ -76,6 +69,18 @@ def is_plain(text: str) -> bool:
     return text.isascii() and len(text.encode().translate(None, _UNUSUAL_ASCII)) == len(text)
 
 
+@cache
+def import_ftfy() -> Any:
+    """Return ftfy, which is imported when the first text needs repair: texts in plain ASCII need none."""
+    try:
+        import ftfy
+        import ftfy.badness
+        import ftfy.chardata
+    except ImportError:
+        return None
+    return ftfy
+
+
 def repair_text(text: str) -> str:
     """Repair a text as OpenAI's tokenizer does: ftfy, html entities unescaped twice, white space folded, lower case.
 
@@ -83,7 +88,7 @@ def repair_text(text: str) -> str:
         TextError: The repair of a long text takes too many rounds, as that of a hostile text can.
         ImportError: ftfy is not installed.
     """
-    if ftfy is None:
+    if (ftfy := import_ftfy()) is None:
         raise ImportError(f"Tokenizing {text[:40]!r} needs ftfy, which repairs Unicode text: pip install ftfy")
     fixed = ftfy.fix_text(text) if len(text) <= LONG_TEXT else fix_long_text(text)
     repaired = unescape(unescape(fixed)).strip()
@@ -152,7 +157,7 @@ class Work:
 
 def fix_long_text(text: str) -> str:
     """Compute `ftfy.fix_text(text)`, line by line as ftfy does."""
-    config, work = TextFixerConfig(explain=False), Work(text)
+    config, work = import_ftfy().TextFixerConfig(explain=False), Work(text)
     fixed, place = [], 0
     while place < len(text):
         end = text.find("\n", place) + 1 or len(text)
@@ -164,8 +169,9 @@ def fix_long_text(text: str) -> str:
     return "".join(fixed)
 
 
-def fix_line(line: str, config: "TextFixerConfig", work: Work) -> str:
+def fix_line(line: str, config: Any, work: Work) -> str:
     """Compute `ftfy.fix_text_segment(line, config)`: repeat its steps until nothing changes."""
+    ftfy = import_ftfy()
     rest = config._replace(unescape_html=False, fix_encoding=False, normalization=None)
     fixed = line
     while True:
@@ -204,7 +210,9 @@ def _fix_encoding(text: str, work: Work) -> str:
 
 def _fix_encoding_once(text: str, work: Work) -> str:
     """Do one step of `ftfy.fix_encoding`. Mojibake within other text is decoded here, and counted as work too."""
-    config = TextFixerConfig(explain=False, decode_inconsistent_utf8=False)
+    ftfy = import_ftfy()
+    is_bad = ftfy.badness.is_bad
+    config = ftfy.TextFixerConfig(explain=False, decode_inconsistent_utf8=False)
     fixed, plan = ftfy._fix_encoding_one_step_and_explain(text, config)
     if not is_bad(text) or any(step[0] == "decode" and step[1].startswith("utf-8") for step in plan or ()):
         return fixed

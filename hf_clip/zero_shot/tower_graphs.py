@@ -62,6 +62,8 @@ def open_graph(path: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what is wrong is said once, by the error
+    # Threads that wait sleep: otherwise they take the cores from those that prepare the next images.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from conversion.reference import load_reference_module
 from hf_clip import HfClipTokenizer
-from hf_clip.model import repair_text as repairing
 from hf_clip.model.repair_text import (
     LONG_TEXT,
     TextError,
@@ -269,7 +268,7 @@ def test_whatever_fails_within_repair_carries_the_index(tokenizer: HfClipTokeniz
     def fail(text: str) -> str:
         raise AssertionError
 
-    monkeypatch.setattr(repairing.ftfy, "fix_text", fail)
+    monkeypatch.setattr(ftfy, "fix_text", fail)
     with pytest.raises(ValueError, match="Text 2 cannot be tokenized: AssertionError. Leave it out") as caught:
         tokenizer(["a", "b", "schÃ¶n"])
     assert caught.value.index == 2
