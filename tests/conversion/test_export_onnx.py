@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from conversion.export_onnx import main
-from conversion.reference import build_reference, write_archive
 from hf_clip import VARIANTS, HfClipConfig, HfClipModel, HfClipVisionModelWithProjection, convert
 from hf_clip.checkpoints import onnx_export as program
 from hf_clip.checkpoints import onnx_graphs
@@ -20,7 +19,7 @@ from hf_clip.checkpoints.onnx_export import export_onnx
 from hf_clip.checkpoints.onnx_graphs import GRAPHS, Graph, random_inputs
 from hf_clip.checkpoints.onnx_precision import Comparison, Deviation, open_session
 
-from ..small import CONTEXT_LENGTH, DIMENSIONS, IMAGE_SIZES, random_images, texts
+from ..small import CONTEXT_LENGTH, random_images, texts
 
 pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
@@ -43,30 +42,9 @@ STOCK = {
 }
 
 
-LAYERS = {
-    "vit": {"transformer_layers": 1, "vision_layers": 1},
-    "resnet": {"transformer_layers": 1, "vision_layers": (1, 1, 1, 1)},
-}
-"""Fewer than elsewhere: exporting takes time for every layer, whatever its width."""
-
-
 @pytest.fixture(scope="module")
-def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both reduced models, as everywhere, but with fewer layers. Tests must not write there."""
-    folder = tmp_path_factory.mktemp("models")
-    for tower, layers in LAYERS.items():
-        write_archive(build_reference(DIMENSIONS[tower] | layers, seed=1), folder / f"{tower}.pt", IMAGE_SIZES[tower])
-        convert(folder / f"{tower}.pt", folder / tower)
-    return {tower: folder / tower for tower in LAYERS}
-
-
-@pytest.fixture(scope="module")
-def exports(repositories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both reduced models in all precisions. Tests must not write there."""
-    folder = tmp_path_factory.mktemp("exports")
-    for tower, repository in repositories.items():
-        export_onnx(repository, folder / tower, precisions=["fp32", "fp16", "int8"])
-    return {tower: folder / tower for tower in repositories}
+def repositories(shallow_repositories: dict[str, Path]) -> dict[str, Path]:
+    return shallow_repositories
 
 
 @pytest.fixture
