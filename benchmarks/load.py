@@ -5,12 +5,14 @@ beforehand; once with the file's own dtype, and once from float16 matrices, as O
 float32. Anonymous memory is what a process needs beyond pages of files, which the system can share and drop.
 
 First image: one and the same program on our repository and on a stock one (ViT-B/32), from the start of Python to the
-printed scores: import, load, preprocess, encode. Only ours says `import hf_clip`.
+printed scores: import, load, preprocess, encode. Only ours says `import hf_clip`. Further rows are the command
+`hf-clip classify` on the same image and labels, with torch and (`--onnx`) with ONNX Runtime alone.
 """
 
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
 
 from hf_clip import HfClipConfig, HfClipImageProcessor, HfClipModel, HfClipProcessor, HfClipTokenizer, Variant
+from hf_clip.checkpoints.onnx_graphs import ImageTower, TextTower, write_graph
+from hf_clip.checkpoints.onnx_int8 import write_quantized
 from hf_clip.checkpoints.vocabulary import find_vocabulary
+from hf_clip.extras import missing_packages
 from hf_clip.model.bpe import read_merges
 from hf_clip.model.variants import get_variant
 
@@ -62,6 +67,21 @@ with torch.inference_mode():
     scores = model(**inputs).logits_per_image.softmax(dim=-1)[0]
 print(json.dumps(scores.tolist()))
 """
+COMMAND = """
+import sys
+sys.argv[0] = "hf-clip"  # as the program that an installation makes is called
+from hf_clip.commands.app import main
+
+sys.exit(main())
+"""
+COMMANDS = {
+    f"{OURS}: hf-clip classify": [],
+    f"{OURS}: classify --onnx": ["--onnx"],
+    f"{OURS}: --onnx, int8": ["--onnx", "--precision", "int8"],
+}
+"""Further rows of the table, and their options. What is printed is rounded to four digits."""
+
+LARGEST_DIFFERENCE_OF_INT8 = 0.05
 OWN_IMPORT = {OURS: "\nimport hf_clip", STOCK: ""}
 
 
@@ -159,10 +179,37 @@ def classify_in_fresh_process(name: str, folder: Path, image: Path, threads: int
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def same_scores(expected: list[float]) -> Check:
+def export_towers(folder: Path) -> None:
+    """Write the graphs of both towers that `hf-clip classify --onnx` reads, in float32 and int8."""
+    (folder / "onnx").mkdir()
+    model = HfClipModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    for graph in (TextTower(model), ImageTower(model)):
+        path = folder / "onnx" / f"{graph.name}.onnx"
+        write_graph(graph, path)
+        write_quantized(path, path.with_stem(f"{graph.name}_quantized"))
+
+
+def classify_by_command(options: list[str], folder: Path, image: Path, threads: int) -> list[float]:
+    """Run `hf-clip classify` in a fresh process; returns the scores in the order of the labels."""
+    words = ["classify", str(folder), str(image), "--labels", ",".join(LABELS), "--templates", "{}", *options]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMMAND, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["it printed nothing"])[-1])
+    found = {label: float(score) for label, score in re.findall(rf"({'|'.join(LABELS)}) +([\d.]+)", done.stdout)}
+    return [found[label] for label in LABELS]
+
+
+def same_scores(expected: list[float], largest: float = LARGEST_DIFFERENCE_OF_SCORES) -> Check:
     def check(found: list[float]) -> str | None:
         difference = max(abs(a - b) for a, b in zip(found, expected, strict=True))
-        return None if difference <= LARGEST_DIFFERENCE_OF_SCORES else f"its scores are {found}, not {expected}"
+        return None if difference <= largest else f"its scores are {found}, not {expected}"
 
     return check
 
@@ -175,9 +222,19 @@ def first_image(variant: Variant, folders: dict[str, Path], settings: Settings, 
         name: partial(classify_in_fresh_process, name, folder, image, settings.threads)
         for name, folder in folders.items()
     }
-    check = same_scores(works[STOCK]())
-    contenders = [Contender(name, work, 1, check=check) for name, work in works.items()]
-    table = Table(f"first image of a fresh process, {variant.name}", "programs")
+    expected = works[STOCK]()
+    contenders = [Contender(name, work, 1, check=same_scores(expected)) for name, work in works.items()]
+    table = Table(f"first image of a fresh process, {variant.name}", "programs", ours=(OURS, f"{OURS}: classify --onnx"))
+    if line := missing_packages("Classifying with ONNX Runtime", "onnx"):
+        table.left_out.append(line)
+    else:
+        export_towers(folders[OURS])
+    for name, options in COMMANDS.items():
+        if line and "--onnx" in options:
+            continue
+        work = partial(classify_by_command, options, folders[OURS], image, settings.threads)
+        largest = LARGEST_DIFFERENCE_OF_INT8 if "int8" in options else LARGEST_DIFFERENCE_OF_SCORES
+        contenders.append(Contender(name, work, 1, check=same_scores(expected, largest)))
     return compare(table, contenders, rounds=rounds, seconds=settings.seconds)
 
 

@@ -347,6 +347,10 @@ def test_first_image_gets_the_same_scores_from_both_repositories(vit: Variant, t
     with load.twin_folders(vit) as folders:
         load.write_processors(folders, vit.image_size)
         scores = {name: load.classify_in_fresh_process(name, folder, image, 1) for name, folder in folders.items()}
+        load.export_towers(folders["hf_clip"])
+        for options in load.COMMANDS.values():
+            found = load.classify_by_command(options, folders["hf_clip"], image, 1)
+            assert load.same_scores(scores["transformers"], 0.05)(found) is None
     assert load.same_scores(scores["transformers"])(scores["hf_clip"]) is None
     assert load.same_scores([0.4, 0.6])([0.5, 0.5]) == "its scores are [0.5, 0.5], not [0.4, 0.6]"
 
