@@ -224,7 +224,9 @@ def first_image(variant: Variant, folders: dict[str, Path], settings: Settings, 
     }
     expected = works[STOCK]()
     contenders = [Contender(name, work, 1, check=same_scores(expected)) for name, work in works.items()]
-    table = Table(f"first image of a fresh process, {variant.name}", "programs", ours=(OURS, f"{OURS}: classify --onnx"))
+    table = Table(
+        f"first image of a fresh process, {variant.name}", "programs", ours=(OURS, f"{OURS}: classify --onnx")
+    )
     if line := missing_packages("Classifying with ONNX Runtime", "onnx"):
         table.left_out.append(line)
     else:

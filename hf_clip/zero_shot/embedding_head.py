@@ -265,11 +265,30 @@ class HeadClassifier:
         return self.head.labels
 
     def pixels_of(self, image: Any, **settings: Any) -> Tensor:
-        """Prepare one image: pixel values (3, y, x) for `rank_pixels`. Threads may call this at the same time."""
+        """Prepare one image for `rank_pixels`. Threads may call this at the same time.
+
+        Args:
+            image: A Pillow image, or what else the image processor takes.
+            **settings: Arguments for the image processor, e.g. `fit="pad"`.
+
+        Returns:
+            Pixel values (3, y, x), float32.
+
+        Raises:
+            UnreadableImageError: It cannot be read. A ValueError.
+        """
         return image_processor_of(self.processor)([image], return_tensors="pt", **settings)["pixel_values"][0]
 
     def rank_pixels(self, pixels: list[Tensor], top_k: int | None) -> list[list[dict[str, Any]]]:
-        """Encode a batch of what `pixels_of` made, and find the labels and scores of each image, best first."""
+        """Encode a batch of images, and find the labels and scores of each one, best first.
+
+        Args:
+            pixels: What `pixels_of` made of each image.
+            top_k: Number of labels for each image. None: all.
+
+        Returns:
+            For each image a list of dictionaries with `label` and `score`.
+        """
         return self.head.rank(encode_pixels(self.model, torch.stack(pixels)), top_k)
 
 
