@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,8 +14,9 @@ def index(
     folders: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Folders of images, those in their folders too. Without one, all that the index knows.",
-            metavar="FOLDER...",
+            help="Folders of images, those in their folders too; or data sets: repositories on the Hub, saved ones, "
+            "CSV, JSON lines, parquet or webdataset files. Without one, all folders that the index knows.",
+            metavar="FOLDER|DATASET...",
             show_default=False,
         ),
     ] = None,
@@ -46,13 +47,22 @@ def index(
             "--exact", help="Decode large JPEGs in full, and not at a half, a quarter or an eighth of their size."
         ),
     ] = False,
+    split: Annotated[str | None, typer.Option(help="The split of a data set; by default train.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="The column of a data set that holds the images.")] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="The column of a data set that holds captions, or a template over its columns.")
+    ] = None,
+    image_folders: Annotated[
+        list[str] | None,
+        typer.Option(help="More folders whose images the rows of a data set may name; only for rows you trust."),
+    ] = None,
     errors: Annotated[bool, typer.Option("--errors", help="List the files that cannot be opened, and why.")] = False,
     batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 16,
     threads: Annotated[
         int | None, typer.Option(help="How many threads open images; by default one for each core, at most 8.", min=1)
     ] = None,
 ) -> None:
-    """Index the images of folders, so that they can be searched by text and by image.
+    """Index the images of folders and data sets, so that they can be searched by text and by image.
 
     Only new and changed files are opened. What was renamed or moved is known by its content. What is gone leaves the
     index. After an interruption, the same command goes on where it stopped.
@@ -65,10 +75,11 @@ def index(
 
         hf-clip index
 
-        hf-clip index photos/ --model ViT-B/32 --into photos-index --errors
+        hf-clip index org/pairs --split test --into pairs-index --model ViT-B/32
     """
     from ..search.image_index import ImageIndex
     from ..search.index_table import default_index
+    from ..training.data.image_stream import is_data_set
 
     place = into or default_index()
     opened = ImageIndex.open(place, model=model)
@@ -77,9 +88,13 @@ def index(
         raise ValueError(f"The index {place} knows no folder yet: name one, such as hf-clip index ~/Pictures.")
     problems: dict[str, str] = {}
     for folder in folders or known:
-        changes = opened.add(
-            folder, batch_size=batch_size, exact=exact, keep_missing=keep_missing, threads=threads, progress=None
-        )
+        how: dict[str, Any] = {"batch_size": batch_size, "exact": exact, "keep_missing": keep_missing}
+        how |= {"threads": threads, "progress": None}
+        if is_data_set(os.path.expanduser(folder)):
+            columns: dict[str, Any] = {"split": split, "image_column": image_column, "caption_column": caption_column}
+            changes = opened.add_data_set(folder, **columns, image_folders=image_folders or (), **how)
+        else:
+            changes = opened.add(folder, **how)
         problems |= changes.problems
         print(f"{folder}: {changes.describe()}", flush=True)
     print(f"{len(opened):,} images in {place}")

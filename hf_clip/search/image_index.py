@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..evaluation.feature_cache import processor_settings, weights_hash
 from ..zero_shot.features import progress_bar
+from .data_set_rows import update_data_set
 from .exact_scan import EmbeddingMatrix, sample_places
 from .folder_scan import scan_folder
 from .index_table import IndexDescription, IndexTables, SearchIndexError, default_index, is_address, only_writer
@@ -220,6 +221,64 @@ class ImageIndex:
             folders = self.tables.noted("folders", [])
             if scan.folder not in folders:
                 self.tables.note("folders", sorted([*folders, scan.folder]))
+            if self.tables.commits:
+                self.tables.tidy()
+        return changes
+
+    def add_data_set(
+        self,
+        source: str,
+        *,
+        split: str | None = None,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        image_folders: Sequence[str] = (),
+        batch_size: int = 16,
+        exact: bool = False,
+        keep_missing: bool = False,
+        threads: int | None = None,
+        progress: bool | None = False,
+    ) -> IndexChanges:
+        """Bring the index up to date with a data set, whose rows are named `source#number`.
+
+        Args:
+            source: A repository on the Hub, a saved data set, CSV, JSON lines, parquet or webdataset files.
+            split: The split. None: "train".
+            image_column: The column that holds the images. None: the only one that can be it.
+            caption_column: The column of captions, or a template over columns. None: the only one that can be it, if
+                there is one.
+            image_folders: Folders outside of the data set's own whose images its rows may name.
+            batch_size: Images encoded at once.
+            exact: Whether to decode large JPEGs in full.
+            keep_missing: Whether images whose rows are gone stay in the index.
+            threads: How many open images. None: one for each core, at most 8.
+            progress: Whether to show a progress bar. None: if standard error is a terminal.
+
+        Returns:
+            What changed.
+
+        Raises:
+            SearchIndexError: Another process writes to the index.
+            OSError: There is no such data set.
+            ValueError: It has no such split or column.
+        """
+        progress = sys.stderr.isatty() if progress is None else progress
+        with only_writer(self.tables.place), progress_bar("Indexing images", "image", None, progress) as advance:
+            self.tables.refresh()
+            changes = update_data_set(
+                self.tables,
+                source,
+                lambda: (self.model, self.processor),
+                split=split,
+                image_column=image_column,
+                caption_column=caption_column,
+                image_folders=image_folders,
+                batch_size=batch_size,
+                exact=exact,
+                keep_missing=keep_missing,
+                threads=threads,
+                advance=advance,
+            )
             if self.tables.commits:
                 self.tables.tidy()
         return changes

@@ -13,7 +13,7 @@ Dimensions: B batch, D embedding.
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,10 @@ from .indexed_image import MOST_BYTES, IndexedImage, file_hash, prepare
 
 COMMIT_AT = 256
 """Images that are encoded before they are written: what a kill can lose."""
+
+PLACE = ("path", "path_bytes", "size", "mtime_ns")
+OF_THE_IMAGE = ("content", "width", "height", "perceptual_hash", "thumbnail")
+"""Columns that say where an image is, and those that are found by opening it."""
 
 KNOWN = ("id", "path_bytes", "size", "mtime_ns", "content")
 
@@ -174,9 +178,10 @@ def _read_problems(tables: IndexTables, folder: str) -> dict[str, tuple[int, int
     return found
 
 
-def _row(id: int, file: FileState) -> dict[str, Any]:
+def _place(file: FileState) -> dict[str, Any]:
+    """The columns that say where an image is."""
     place = {"path": shown_path(file.path), "path_bytes": os.fsencode(file.path)}
-    return {"id": id, **place, "size": file.size, "mtime_ns": file.mtime_ns}
+    return {**place, "size": file.size, "mtime_ns": file.mtime_ns}
 
 
 def apply_recognised(tables: IndexTables, plan: UpdatePlan) -> int:
@@ -192,10 +197,10 @@ def apply_recognised(tables: IndexTables, plan: UpdatePlan) -> int:
         replaced, added = [], []
         for file, same, place in part:
             if place is None:
-                added.append(stored[same.id] | _row(next_id, file))
+                added.append(stored[same.id] | {"id": next_id} | _place(file))
                 next_id += 1
             else:
-                replaced.append(stored[same.id] | _row(place, file))
+                replaced.append(stored[same.id] | {"id": place} | _place(file))
         tables.put(replaced)
         tables.add(added)
     return len(plan.recognised)
@@ -219,7 +224,6 @@ def _read_and_prepare(file: FileState, image_processor: Any, draft: int | None) 
         raise UnreadableFileError(one_line(error.strerror or error)) from error
 
 
-@torch.no_grad()
 def encode_planned(
     tables: IndexTables,
     plan: UpdatePlan,
@@ -231,50 +235,67 @@ def encode_planned(
     threads: int | None = None,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> IndexChanges:
-    """Encode what a plan lists, and write each `COMMIT_AT` images in one commit.
-
-    Args:
-        tables: The index.
-        plan: What there is to do.
-        model: HfClipModel.
-        processor: Its processor.
-        batch_size: Images encoded at once.
-        exact: Whether to decode large JPEGs in full.
-        threads: How many open images. None: one for each core, at most 8.
-        advance: Called with a number of images as they are written.
-    """
+    """Encode the files that a plan lists, see `encode_rows`. `exact`: whether to decode large JPEGs in full."""
     image_processor = image_processor_of(processor)
-    draft = None if exact else image_processor.steps().draft_side()
-    threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
-    changes, next_id = IndexChanges(), _next_id(tables)
+    draft = draft_for(image_processor, exact)
 
     def make(file: FileState) -> IndexedImage:
         return _read_and_prepare(file, image_processor, draft)
 
-    items = (((file, replaced), file) for file, replaced in plan.to_encode)
-    waiting = in_order(items, make, threads, ahead=2 * batch_size + threads)
+    items = ((_place(file), replaced, file) for file, replaced in plan.to_encode)
+    return encode_rows(tables, items, make, model, batch_size=batch_size, threads=threads, advance=advance)
+
+
+def draft_for(image_processor: Any, exact: bool) -> int | None:
+    """The shorter side that a JPEG needs, or None if it is to be decoded in full."""
+    return None if exact else image_processor.steps().draft_side()
+
+
+@torch.no_grad()
+def encode_rows(
+    tables: IndexTables,
+    items: Iterable[tuple[dict[str, Any], int | None, Any]],
+    make: Callable[[Any], IndexedImage],
+    model: Any,
+    *,
+    batch_size: int,
+    threads: int | None = None,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> IndexChanges:
+    """Open and encode images, and write each `COMMIT_AT` of them in one commit.
+
+    Args:
+        tables: The index.
+        items: For each image the columns that are known of it, the id of the row that it replaces or None, and what
+            `make` opens.
+        make: Opens an image, in a thread. Raises UnreadableFileError.
+        model: HfClipModel.
+        batch_size: Images encoded at once.
+        threads: How many open images. None: one for each core, at most 8.
+        advance: Called with a number of images as they are encoded.
+    """
+    threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
+    changes, next_id = IndexChanges(), _next_id(tables)
+    named = (((row, replaced), source) for row, replaced, source in items)
+    waiting = in_order(named, make, threads, ahead=2 * batch_size + threads)
     added: list[dict[str, Any]] = []
     replaced_rows: list[dict[str, Any]] = []
     problems: list[dict[str, Any]] = []
     while batch := list(islice(waiting, batch_size)):
         opened = []
-        for (file, replaced), future in batch:
+        for (row, replaced), future in batch:
             try:
-                opened.append((file, replaced, future.result()))
+                opened.append((row, replaced, future.result()))
             except UnreadableFileError as error:
-                changes.problems[file.path] = str(error)
-                row = _row(0, file)
-                row.pop("id")
-                problems.append(row | {"problem": str(error)})
+                changes.problems[os.fsdecode(row["path_bytes"])] = str(error)
+                problems.append({name: row.get(name) for name in PLACE} | {"problem": str(error)})
         if opened:
             pixels = torch.stack([image.pixels for _, _, image in opened])
             embeddings = encode_pixels(model, pixels).cpu().numpy().astype(np.float16)
-            for (file, replaced, image), embedding in zip(opened, embeddings, strict=True):
-                row = _row(next_id if replaced is None else replaced, file) | {
-                    name: getattr(image, name)
-                    for name in ("content", "width", "height", "perceptual_hash", "thumbnail")
-                }
-                (added if replaced is None else replaced_rows).append(row | {"embedding": embedding})
+            for (known, replaced, image), embedding in zip(opened, embeddings, strict=True):
+                id = next_id if replaced is None else replaced
+                found = {name: getattr(image, name) for name in OF_THE_IMAGE} | {"embedding": embedding}
+                (added if replaced is None else replaced_rows).append({"id": id} | known | found)
                 next_id += replaced is None
         if len(added) + len(replaced_rows) + len(problems) >= COMMIT_AT:
             _write(tables, changes, added, replaced_rows, problems)
@@ -309,7 +330,9 @@ __all__ = [
     "UnreadableFileError",
     "UpdatePlan",
     "apply_recognised",
+    "draft_for",
     "encode_planned",
+    "encode_rows",
     "forget_missing",
     "plan_update",
 ]

@@ -1,0 +1,183 @@
+"""Index the images of a data set, with their captions and their other columns.
+
+A row is known by its number. While the data set's files, or its commit on the Hub, are the same, a known row is not
+read again. Otherwise each row's image is compared by a hash of its content, and encoded if that is another.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ..data.columns import CaptionReader, UnusableRowError, column_of, field_of, find_caption_column, find_image_column
+from ..data.images import find_image_places, image_content
+from ..data.sources import describe_columns, folder_of, leave_undecoded, open_source, readable
+from ..evaluation.fingerprint import fingerprint_of
+from ..model.checked_files import one_line
+from ..model.open_image import UnreadableImageError
+from ..zero_shot.features import image_processor_of
+from .index_table import IndexTables
+from .index_update import IndexChanges, UnreadableFileError, draft_for, encode_rows
+from .indexed_image import IndexedImage, content_hash, prepare
+
+LONGEST_TEXT = 2000
+"""Characters of a column's text that are kept."""
+
+
+class _RowsToEncode:
+    """The rows of a data set that are new or changed, and counts of the others."""
+
+    def __init__(self, tables: IndexTables, source: str, table: Any, columns: Sequence[str], read: Any, same: bool):
+        self.source, self.table, self.columns, self.read, self.same = source, table, columns, read, same
+        self.known = known_rows(tables, source)
+        self.unchanged = 0
+        self.seen: set[str] = set()
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], int | None, Any]]:
+        with readable(self.source):
+            for number, row in enumerate(self.table):
+                path = row_path(self.source, number)
+                self.seen.add(path)
+                id, content = self.known.get(path, (None, None))
+                if id is not None and (self.same or self._has_content(row, content)):
+                    self.unchanged += 1
+                    continue
+                place = {"path": path, "path_bytes": path.encode(), "size": None, "mtime_ns": None}
+                yield place | self.read.described(row), id, self.read.stored(row)
+
+    def _has_content(self, row: Any, content: str | None) -> bool:
+        try:
+            return content_hash(self.read.content(self.read.stored(row))) == content
+        except UnusableRowError:
+            return False
+
+
+class _RowReader:
+    """Takes a row apart: its image, its caption, and its other columns as JSON."""
+
+    def __init__(self, source: str, features: Any, image_column: str, caption_column: str | None, places: Any):
+        self.image_column, self.places = image_column, places
+        self.captions = None if caption_column is None else CaptionReader(source, caption_column, features)
+        self.others = [name for name in features if name not in (image_column, caption_column)]
+        self.labels = {name: features[name].names for name in self.others if hasattr(features[name], "names")}
+
+    def stored(self, row: Any) -> Any:
+        return field_of(row, self.image_column)
+
+    def content(self, stored: Any) -> bytes:
+        return image_content(stored, self.places)
+
+    def described(self, row: Any) -> dict[str, Any]:
+        """The columns `caption` and `metadata`."""
+        caption = None
+        if self.captions is not None:
+            try:
+                caption = next((text for text in self.captions(row) if text), None)
+            except UnusableRowError:
+                caption = None
+        found = {}
+        for name in self.others:
+            value = row.get(name)
+            if name in self.labels and isinstance(value, int) and 0 <= value < len(self.labels[name]):
+                value = self.labels[name][value]
+            if isinstance(value, (str, int, float, bool)):
+                found[name] = value[:LONGEST_TEXT] if isinstance(value, str) else value
+        return {"caption": caption, "metadata": json.dumps(found, ensure_ascii=False) if found else None}
+
+
+def row_path(source: str, number: int) -> str:
+    """What a data set's row is called in the column `path`."""
+    return f"{source}#{number}"
+
+
+def known_rows(tables: IndexTables, source: str) -> dict[str, tuple[int, str]]:
+    """The rows of a data set that the index has: path → id and content hash."""
+    found = tables.rows(["id", "path", "content"], "size IS NULL").to_pylist()
+    return {row["path"]: (row["id"], row["content"]) for row in found if row["path"].rpartition("#")[0] == source}
+
+
+def update_data_set(
+    tables: IndexTables,
+    source: str,
+    load: Callable[[], tuple[Any, Any]],
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    image_folders: Sequence[str] = (),
+    batch_size: int = 16,
+    exact: bool = False,
+    keep_missing: bool = False,
+    threads: int | None = None,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> IndexChanges:
+    """Bring an index up to date with a data set.
+
+    Args:
+        tables: The index.
+        source: A repository on the Hub, a saved data set, CSV, JSON lines, parquet or webdataset files.
+        load: Returns the model and its processor; called if a row has to be encoded.
+        split: The split. None: "train".
+        image_column: The column that holds the images. None: the only one that can be it.
+        caption_column: The column of captions, or a template over columns. None: the only one that can be it, if there
+            is one.
+        image_folders: Folders outside of the data set's own whose images its rows may name.
+        batch_size: Images encoded at once.
+        exact: Whether to decode large JPEGs in full.
+        keep_missing: Whether images whose rows are gone stay in the index.
+        threads: How many open images.
+        advance: Called with a number of images as they are encoded.
+
+    Returns:
+        What changed.
+
+    Raises:
+        OSError: There is no such data set.
+        ValueError: It has no such split or column.
+    """
+    chosen = split or "train"
+    name = source if chosen == "train" else f"{source}:{chosen}"
+    table = open_source(source, chosen, streaming=True)
+    features = describe_columns(table)
+    image_column = find_image_column(source, features, image_column)
+    captions = _caption_column(source, features, caption_column, image_column)
+    table = leave_undecoded(table, [column_of(image_column, features)])
+    places = find_image_places(source, folder_of(source), image_folders)
+    reader = _RowReader(source, features, image_column, captions, places)
+    fingerprint, note = fingerprint_of(source, chosen), f"data set {name}"
+    is_same = fingerprint is not None and tables.noted(note) == fingerprint
+    rows = _RowsToEncode(tables, name, table, list(features), reader, is_same)
+    model, processor = load()
+    image_processor = image_processor_of(processor)
+    draft = draft_for(image_processor, exact)
+
+    def make(stored: Any) -> IndexedImage:
+        try:
+            return prepare(reader.content(stored), image_processor, draft)
+        except UnusableRowError as error:
+            raise UnreadableFileError(one_line(error)) from error
+        except UnreadableImageError as error:
+            raise UnreadableFileError(one_line(error.problem.lstrip(": "))) from error
+
+    changes = encode_rows(tables, rows, make, model, batch_size=batch_size, threads=threads, advance=advance)
+    changes.unchanged = rows.unchanged
+    gone = [id for path, (id, _) in rows.known.items() if path not in rows.seen]
+    broken = [id for path, (id, _) in rows.known.items() if path in changes.problems]
+    tables.remove([*([] if keep_missing else gone), *broken])
+    changes.removed, changes.kept = (0, len(gone)) if keep_missing else (len(gone), 0)
+    tables.remove_problems([path.encode() for path in rows.seen if path not in changes.problems])
+    if fingerprint is not None:
+        tables.note(note, fingerprint)
+    return changes
+
+
+def _caption_column(source: str, features: Any, named: str | None, image_column: str) -> str | None:
+    """The column of captions; None if none is named, and none or several can be it."""
+    try:
+        return find_caption_column(source, features, named, image_column)
+    except ValueError:
+        if named is not None:
+            raise
+        return None
+
+
+__all__ = ["known_rows", "row_path", "update_data_set"]
