@@ -34,7 +34,7 @@ SECTION = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dep
 EXTRAS = set(re.findall(r"^(\w+) = \[", SECTION, flags=re.MULTILINE))
 TARGETS = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
-ELSEWHERE = {"--help", "--strategy"}
+ELSEWHERE = {"--help", "--strategy", "--no-deps", "--no-index"}
 """Options of programs that are none of ours."""
 
 
@@ -95,7 +95,7 @@ def read_trainer(words: Sequence[str]) -> None:
 
 
 def read_by_pip(words: Sequence[str]) -> None:
-    assert words[0] == "install", words
+    assert words[0] in ("install", "wheel"), words
     for extras in re.findall(r"\[(.+?)\]", " ".join(words)):
         assert set(extras.split(",")) <= EXTRAS, extras
 
