@@ -8,10 +8,11 @@ Invariant: with `backend="pil"`, the default, the result equals that of OpenAI's
 Dimensions: B batch, C channels, Y × X pixels, y × x pixels after resizing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +29,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from .checked_files import check_no_methods, find_files, in_one_kind, one_line, read_object
 from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload, find_foreign
-from .image_steps import OPENAI_SETTINGS, PillowSteps
+from .image_steps import OPENAI_SETTINGS, PillowSteps, Writer
 from .open_image import (
     UnreadableImageError,
     at_place,
@@ -43,6 +44,9 @@ from .resize_tensors import scale_and_cut_tensor
 BACKENDS = ("pil", "torch")
 TOKENIZER_BACKENDS = ("tokenizers", "sentencepiece", "custom", "mistral_common")
 """Backends of tokenizers. Some processors of transformers pass these to the image processor, where they are ignored."""
+
+UNCHECKED = {"return_tensors": str, "backend": str, "num_threads": int, "draft": bool}
+"""Arguments of a call that are not checked by transformers if they are of these types."""
 
 TORCH_FILTERS = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 
@@ -142,13 +146,27 @@ class Steps(PillowSteps):
         return self.normalise_tensor(self.scale_tensor(pixels), is_levels=pixels.dtype == torch.uint8)
 
 
+class _PixelsToRead:
+    """The pixels of a Pillow image for numpy, as if they could be written.
+
+    Pillow gives away bytes. torch warns of an array of such memory, which it would never write here, and a copy of it
+    would take a tenth of the time of all steps.
+    """
+
+    def __init__(self, image: Image.Image):
+        self.pixels = np.asarray(image)
+        interface = self.pixels.__array_interface__
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+
+
 def _as_tensor(item: Any, steps: Steps, data_format: str | None, device: Any, draft: int | None) -> Tensor:
     """Open one image if needed, and return it as (C, Y, X), uint8 or float."""
     if is_to_be_opened(item):
         item = to_image(item, draft=draft)
     if isinstance(item, Image.Image):
         image = to_image(item)
-        item = np.array(image.convert("RGB") if steps.do_convert_rgb else image)
+        is_converted = steps.do_convert_rgb and image.mode != "RGB"
+        item = np.asarray(_PixelsToRead(image.convert("RGB") if is_converted else image))
         data_format = None if item.ndim == 2 else "channels_last"
     if not hasattr(item, "ndim") or item.ndim not in (2, 3):
         to_image(item)  # raises the error that says what is wrong with it
@@ -158,6 +176,20 @@ def _as_tensor(item: Any, steps: Steps, data_format: str | None, device: Any, dr
     if pixels.ndim == 2:
         pixels, data_format = pixels[None], "channels_first"
     return pixels.movedim(channel_axis(tuple(pixels.shape), data_format), 0)
+
+
+def _has_levels_here(item: Any) -> bool:
+    """Whether an item is an image of grey levels in the memory of the CPU, or will be one when it is opened."""
+    if isinstance(item, Tensor):
+        return item.dtype == torch.uint8 and item.device.type == "cpu"
+    return is_to_be_opened(item) or isinstance(item, Image.Image) or getattr(item, "dtype", None) == np.uint8
+
+
+def _prepare_quickly(item: Any, steps: Steps, data_format: str | None, draft: int | None, threads: int) -> Writer:
+    """Resize and cut an image of grey levels with torch. The result is as that of `Steps.run`."""
+    pixels = _as_tensor(item, steps, data_format, "cpu", draft)
+    levels = steps.scale_tensor(pixels[None])[0].numpy()
+    return steps.writer(np.ascontiguousarray(levels), is_scaled=False)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -230,12 +262,13 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
         fit: How an image that is not square is made square. "crop" (default) cuts its longer side, as the original
             does. "pad" scales the whole image into `crop_size` and adds margins in the colour `image_mean`. "squash"
             distorts the whole image to `crop_size`.
-        backend: "pil" (default) is exact. "torch" works on tensors, in batches and on the argument `device` of a call,
-            and float tensors keep their gradients. Grey and RGB images differ from "pil" by at most one grey level; in
-            drawings with hard edges about one value in some millions differs by two. Images of other modes are
-            converted to RGB before they are resized, and not afterwards.
-        num_threads: Number of images that "pil" works on at once. None: the number of threads that torch uses. The
-            result is the same.
+        backend: "pil" (default) is exact. Where the package hf-processors-rs is installed, it resizes most images, with
+            the same result. "torch" works on tensors, in batches and on the argument `device` of a call, and float
+            tensors keep their gradients. Grey and RGB images differ from "pil" by at most one grey level; in drawings
+            with hard edges about one value in some millions differs by two. Images of other modes are converted to RGB
+            before they are resized, and not afterwards.
+        num_threads: Number of images that are worked on at once on the CPU. None: the number of threads that torch
+            uses. The result is the same.
         draft: Whether to decode large JPEGs at a half, a quarter or an eighth of their size, if they are opened here
             and at least four times as large as needed. This is faster and not exact.
         **kwargs: As for any image processor of transformers.
@@ -368,9 +401,9 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
         Raises:
             UnreadableImageError: An image cannot be read. A ValueError; its `index` is the image's place.
         """
-        if args or kwargs.keys() - {"return_tensors"}:
+        # transformers' checks of arguments take longer than normalising an image. Those of these arguments stand below.
+        if args or any(type(value) is not UNCHECKED.get(name) for name, value in kwargs.items()):
             return super().preprocess(images, *args, **kwargs)
-        # Without arguments there is nothing to check, and transformers' checks take longer than normalising an image.
         return self._preprocess_image_like_inputs(images, **(self._settings() | kwargs))
 
     def _settings(self) -> dict[str, Any]:
@@ -419,36 +452,46 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
             )
         side = steps.draft_side() if draft else None
         if backend == "torch":
-            pixels: Any = self._with_torch(images, steps, input_data_format, device, side)
+            pixels: Any = self._with_torch(images, steps, input_data_format, device, side, num_threads)
         elif device is not None and torch.device(device).type != "cpu":
             raise ValueError(f'device={str(device)!r} needs backend="torch"; Pillow works on the CPU.')
         else:
-            pixels = self._with_pillow(images, steps, input_data_format, num_threads, side)
+            prepare = partial(steps.prepare, data_format=input_data_format, draft=side)
+            pixels = self._one_by_one(flatten_images(images), steps, prepare, num_threads)
         if formats[0] == "channels_last":
             last = (lambda x: x.movedim(-3, -1)) if backend == "torch" else (lambda x: np.moveaxis(x, -3, -1))
             pixels = [last(image) for image in pixels] if isinstance(pixels, list) else last(pixels)
         if backend == "torch" and return_tensors == "np":
             pixels = [p.numpy(force=True) for p in pixels] if isinstance(pixels, list) else pixels.numpy(force=True)
+        if return_tensors == "pt" and isinstance(pixels, np.ndarray):  # transformers takes as long as normalising does
+            pixels, return_tensors = torch.from_numpy(pixels), None
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
     @staticmethod
-    def _with_pillow(
-        images: Any, steps: Steps, data_format: str | None, num_threads: int | None, draft: int | None
+    def _one_by_one(
+        items: list[Any], steps: Steps, prepare: Callable[..., Writer], num_threads: int | None
     ) -> np.ndarray | list[np.ndarray]:
-        """Prepare images with Pillow: (B, C, y, x), or a list of (C, y, x) if sizes differ."""
-        items = flatten_images(images)
+        """Prepare images, each by itself: (B, C, y, x), or a list of (C, y, x) if sizes differ.
+
+        Args:
+            items: The images.
+            steps: The steps.
+            prepare: Resizes one image, and returns what normalises it into an array. It is also told how many threads
+                there are.
+            num_threads: Number of images to work on at once. None: the number of threads that torch uses.
+        """
         if len(items) == 0:
             raise ValueError("HfClipImageProcessor got an empty list of images; pass at least one.")
-        is_one_size = steps.do_center_crop and steps.do_convert_rgb
+        workers = min(num_threads or torch.get_num_threads(), len(items))
+        is_one_size = len(items) > 1 and steps.do_center_crop and steps.do_convert_rgb
         shape = (len(items), 3, steps.crop_size.height, steps.crop_size.width) if is_one_size else None
         batch = np.empty(shape, dtype=np.float32) if shape else None
 
         def process(index: int) -> np.ndarray:
             with at_place(index):
-                write = steps.prepare(items[index], data_format, draft)
+                write = prepare(items[index], threads=workers)
             return write(None if batch is None else batch[index])
 
-        workers = min(num_threads or torch.get_num_threads(), len(items))
         if workers == 1:
             arrays = [process(index) for index in range(len(items))]
         else:
@@ -456,18 +499,29 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
                 arrays = list(pool.map(process, range(len(items))))
         if batch is not None:
             return batch
+        if len(arrays) == 1:
+            return arrays[0][None]
         return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
 
     @staticmethod
     def _with_torch(
-        images: Any, steps: Steps, data_format: str | None, device: Any, draft: int | None
+        images: Any, steps: Steps, data_format: str | None, device: Any, draft: int | None, num_threads: int | None
     ) -> Tensor | list[Tensor]:
         """Prepare images with torch: (B, C, y, x), or a list of (C, y, x) if sizes differ.
 
-        Images of one size are processed as one batch.
+        Grey levels on the CPU are processed one image by one, on threads of ours. Those that torch would start for the
+        arithmetic of each batch wait for one another, and lose more than they gain where other programs run. Other
+        images of one size are processed as one batch.
         """
         if steps.do_resize and steps.resample not in TORCH_FILTERS:
             raise ValueError(f'backend="torch" resizes with resample 3 (bicubic) or 2, not {int(steps.resample)}.')
+        items = flatten_images(images)
+        is_here = torch.device(device or torch.get_default_device()).type == "cpu"
+        if is_here and items and all(map(_has_levels_here, items)):
+            prepare = partial(_prepare_quickly, steps=steps, data_format=data_format, draft=draft)
+            done_here = HfClipImageProcessor._one_by_one(items, steps, prepare, num_threads)
+            is_list = isinstance(done_here, list)
+            return list(map(torch.from_numpy, done_here)) if is_list else torch.from_numpy(done_here)
         if getattr(images, "ndim", 0) == 4:
             images = np.require(images, requirements=["C", "W"]) if isinstance(images, np.ndarray) else images
             batch = torch.as_tensor(images, device=device)
@@ -476,7 +530,7 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
             groups = [batch.movedim(axis + 1, 1)]
         else:
             tensors = []
-            for index, item in enumerate(flatten_images(images)):
+            for index, item in enumerate(items):
                 with at_place(index):
                     tensors.append(_as_tensor(item, steps, data_format, device, draft))
             kinds = {(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors}

@@ -26,6 +26,7 @@ from PIL import Image
 
 from .open_image import UNREADABLE, UnreadableImageError, to_image
 from .resize import Layout, cut_centre, fit_inside, scale_and_cut, shorter_side_to
+from .rust_resize import scale_and_cut_in_rust
 from .variants import MOST_PIXELS
 
 OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -48,6 +49,10 @@ OPENAI_SETTINGS: dict[str, Any] = {
 """What an image processor does about which its files say nothing."""
 
 FITS = ("crop", "pad", "squash")
+
+Writer = Callable[[np.ndarray | None], np.ndarray]
+"""Divides and normalises an image. It writes the result into the array (C, y, x), float32, that it is given, and
+returns that; for None it makes the array."""
 
 
 def check_fit(fit: Any) -> None:
@@ -196,28 +201,41 @@ class PillowSteps:
             levels = framed
         return levels
 
-    def run(self, image: Image.Image, is_scaled: bool) -> Callable[[np.ndarray | None], np.ndarray]:
+    def _planes(self, image: Image.Image, threads: int) -> np.ndarray:
+        """Resize and cut one image, and convert it to RGB → (C, y, x), uint8, or whole float32 of memory of its own."""
+        planes = None
+        if self.do_resize and self.fit != "pad":
+            layout = self.layout(image.size)
+            planes = scale_and_cut_in_rust(image, layout, int(self.resample), threads)
+        if planes is None:
+            return np.ascontiguousarray(self.levels(image).transpose(2, 0, 1))  # the arithmetic is slow across strides
+        return np.repeat(planes, 3, axis=0) if self.do_convert_rgb and len(planes) == 1 else planes
+
+    def run(self, image: Image.Image, is_scaled: bool, threads: int = 1) -> Writer:
         """Resize and cut one image, and convert it to RGB.
 
         Args:
             image: A Pillow image.
             is_scaled: Whether it was given as floats from 0 to 1.
+            threads: Number of threads of the caller that run these steps at the same time.
 
         Returns:
-            A function that divides and normalises the image. It writes the result into the array (C, y, x), float32,
-            that it is given; for None it makes that array.
+            A function that divides and normalises the image.
         """
-        return partial(self._normalise, self.levels(image).transpose(2, 0, 1), self.divisor(is_scaled))
+        return self.writer(self._planes(image, threads), is_scaled)
 
-    def prepare(
-        self, item: Any, data_format: str | None = None, draft: int | None = None
-    ) -> Callable[[np.ndarray | None], np.ndarray]:
+    def writer(self, planes: np.ndarray, is_scaled: bool) -> Writer:
+        """Return what divides and normalises an image of grey levels (C, y, x). Floats may be overwritten by it."""
+        return partial(self._normalise, planes, self.divisor(is_scaled))
+
+    def prepare(self, item: Any, data_format: str | None = None, draft: int | None = None, threads: int = 1) -> Writer:
         """Carry out all steps for an image in any of the accepted forms.
 
         Args:
             item: What `to_image` takes.
             data_format: As for `to_image`.
             draft: As for `to_image`.
+            threads: As for `run`.
 
         Returns:
             As for `run`.
@@ -228,7 +246,7 @@ class PillowSteps:
         is_scaled = hasattr(item, "dtype") and "float" in str(item.dtype)
         image = to_image(item, data_format=data_format, draft=draft)
         try:
-            return self.run(image, is_scaled)
+            return self.run(image, is_scaled, threads)
         except UNREADABLE as error:
             described = f"mode {image.mode}, {image.width}x{image.height}"
             raise UnreadableImageError(f" ({described}) cannot be processed: {error}") from error
@@ -236,7 +254,8 @@ class PillowSteps:
     def _normalise(self, levels: np.ndarray, divisor: float | None, out: np.ndarray | None) -> np.ndarray:
         """Divide and normalise grey levels (C, y, x) → float32, into `out` unless that is None."""
         if out is None:
-            out = np.empty(levels.shape, dtype=np.float32)
+            is_own = levels.dtype == np.float32 and levels.flags.c_contiguous
+            out = levels if is_own else np.empty(levels.shape, dtype=np.float32)
         np.divide(levels, np.float32(1 if divisor is None else divisor), out=out, casting="unsafe")
         if self.do_normalize:
             mean, std = (
