@@ -102,17 +102,32 @@ class Steps(PillowSteps):
         Returns:
             (B, C, y, x), float32, on the same device.
         """
+        scale, shift = self.scale_and_shift(is_levels)
+        scale = scale.to(pixels.device)
+        if shift is None:
+            return pixels.float() * scale
+        if is_levels:  # in place, which no gradient forbids: fresh memory costs more time than the arithmetic
+            return pixels.float().mul_(scale).sub_(shift.to(pixels.device))
+        return torch.addcmul(-shift.to(pixels.device), pixels, scale)
+
+    def scale_and_shift(self, is_levels: bool) -> tuple[Tensor, Tensor | None]:
+        """Compute what normalises an image: it is multiplied by the first, and the second is subtracted.
+
+        Args:
+            is_levels: Whether images are grey levels from 0 to 255, or floats from 0 to 1.
+
+        Returns:
+            Two tensors (C, 1, 1) or (1, 1, 1), float32, on the CPU. The second is None without `do_normalize`.
+        """
         divisor = self.divisor(is_scaled=not is_levels)
         scale = (1.0 if divisor is None else 1 / divisor) * (1 if is_levels else 255.0)
         if not self.do_normalize:
-            return pixels.float() * scale
+            return torch.tensor(scale, dtype=torch.float32).reshape(1, 1, 1), None
         mean, std = (
-            torch.tensor(np.atleast_1d(values), dtype=torch.float32, device=pixels.device).reshape(-1, 1, 1)
+            torch.tensor(np.atleast_1d(values), dtype=torch.float32).reshape(-1, 1, 1)
             for values in (self.image_mean, self.image_std)
         )
-        if is_levels:  # in place, which no gradient forbids: fresh memory costs more time than the arithmetic
-            return pixels.float().mul_(scale / std).sub_(mean / std)
-        return torch.addcmul(-mean / std, pixels, scale / std)
+        return scale / std, mean / std
 
     def normalise_tensor_exactly(self, levels: Tensor) -> Tensor:
         """Divide and normalise grey levels with the operations of `run` in their order, on any device.
@@ -185,11 +200,27 @@ def _has_levels_here(item: Any) -> bool:
     return is_to_be_opened(item) or isinstance(item, Image.Image) or getattr(item, "dtype", None) == np.uint8
 
 
-def _prepare_quickly(item: Any, steps: Steps, data_format: str | None, draft: int | None, threads: int) -> Writer:
-    """Resize and cut an image of grey levels with torch. The result is as that of `Steps.run`."""
-    pixels = _as_tensor(item, steps, data_format, "cpu", draft)
-    levels = steps.scale_tensor(pixels[None])[0].numpy()
-    return steps.writer(np.ascontiguousarray(levels), is_scaled=False)
+class LevelsByTorch:
+    """Resizes and cuts images of grey levels on the CPU, with the arithmetic of torch, and normalises with numpy.
+
+    The result equals that of `Steps.run_tensor`, which would start threads for the arithmetic.
+    """
+
+    def __init__(self, steps: Steps, data_format: str | None, draft: int | None):
+        self.steps, self.data_format, self.draft = steps, data_format, draft
+        self.scale, self.shift = (None if x is None else x.numpy() for x in steps.scale_and_shift(is_levels=True))
+
+    def prepare(self, item: Any, threads: int) -> Writer:
+        """Resize and cut an image. The result is as that of `Steps.run`."""
+        pixels = _as_tensor(item, self.steps, self.data_format, "cpu", self.draft)
+        levels = self.steps.scale_tensor(pixels[None])[0].numpy()
+        return partial(self._normalise, np.ascontiguousarray(levels))
+
+    def _normalise(self, levels: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+        """Normalise grey levels (C, y, x) → float32, into `out` unless that is None."""
+        out = np.empty(levels.shape, dtype=np.float32) if out is None else out
+        np.multiply(levels, self.scale, out=out, casting="unsafe")
+        return out if self.shift is None else np.subtract(out, self.shift, out=out)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -518,7 +549,7 @@ class HfClipImageProcessor(HubUpload, BaseImageProcessor):
         items = flatten_images(images)
         is_here = torch.device(device or torch.get_default_device()).type == "cpu"
         if is_here and items and all(map(_has_levels_here, items)):
-            prepare = partial(_prepare_quickly, steps=steps, data_format=data_format, draft=draft)
+            prepare = LevelsByTorch(steps, data_format, draft).prepare
             done_here = HfClipImageProcessor._one_by_one(items, steps, prepare, num_threads)
             is_list = isinstance(done_here, list)
             return list(map(torch.from_numpy, done_here)) if is_list else torch.from_numpy(done_here)

@@ -222,11 +222,7 @@ class PillowSteps:
         Returns:
             A function that divides and normalises the image.
         """
-        return self.writer(self._planes(image, threads), is_scaled)
-
-    def writer(self, planes: np.ndarray, is_scaled: bool) -> Writer:
-        """Return what divides and normalises an image of grey levels (C, y, x). Floats may be overwritten by it."""
-        return partial(self._normalise, planes, self.divisor(is_scaled))
+        return partial(self._normalise, self._planes(image, threads), self.divisor(is_scaled))
 
     def prepare(self, item: Any, data_format: str | None = None, draft: int | None = None, threads: int = 1) -> Writer:
         """Carry out all steps for an image in any of the accepted forms.
