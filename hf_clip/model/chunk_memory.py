@@ -2,15 +2,16 @@
 
 No word contains white space. The ids of a text are therefore the ids of its chunks, one after the other.
 
-Threads read the memory without a lock. This is safe because a new chunk is written to `tables` first and to `numbers`
-afterwards: a chunk that is found in `numbers` is always in `tables`. Only one thread adds chunks at a time. A fork
-waits for it, so that the memory of the child process is complete and its lock is free.
+The ids of a chunk are remembered as bytes, and those of many texts are joined as bytes, which takes no arithmetic.
 
-Dimensions: T texts, A ids of all texts together, F remembered chunks, V vocabulary.
+Threads read the memory without a lock, since a chunk and its ids are added in one step. Only one thread adds chunks
+at a time. A fork waits for it, so that the memory of the child process is complete and its lock is free.
+
+Dimensions: T texts, A ids of all texts together, V vocabulary.
 """
 
 import os
-from itertools import chain
+from itertools import chain, pairwise
 from threading import RLock
 
 import numpy as np
@@ -30,6 +31,11 @@ MOST_CHARACTERS = 1 << 23
 
 WORDS_AT_ONCE = 512
 
+TEXTS_AT_ONCE = 32
+"""Number of texts that are searched together for characters that need repair."""
+
+NO_ID = -1
+
 LEARNING = RLock()  # reentrant: a finalizer may fork within `learn`, on the thread that holds it
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=LEARNING.acquire, after_in_parent=LEARNING.release, after_in_child=LEARNING.release)
@@ -39,17 +45,25 @@ class KnownChunks:
     """The remembered chunks. When there are too many, they are all forgotten together.
 
     Attributes:
-        numbers: From each chunk to its number. The boundary between texts has number 0.
+        ids: From each chunk to its ids, the bytes of int32. The boundary between texts has the id -1.
         characters: Number of characters of all chunks.
-        tables: Three arrays: the ids of all chunks one after the other; the place of each chunk's first id among them
-            (F,); and the number of its ids (F,).
     """
 
     def __init__(self) -> None:
-        self.numbers = {BOUNDARY: 0}
+        self.ids = {BOUNDARY: np.int32(NO_ID).tobytes()}
         self.characters = 0
-        nothing = np.zeros(1, dtype=np.int64)
-        self.tables = (np.zeros(0, dtype=np.int64), nothing, nothing)
+
+
+def repair_each(texts: list[str]) -> list[str]:
+    """Repair those texts that need repair. Raises TextError with the place of one that cannot be repaired."""
+    repaired: list[str] = []
+    try:
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            some = texts[start : start + TEXTS_AT_ONCE]
+            repaired += some if is_plain("".join(some)) else map(repair_where_needed, some)
+    except Exception:
+        return prepare_each(repair_where_needed, texts)
+    return repaired
 
 
 class ChunkMemory:
@@ -81,7 +95,8 @@ class ChunkMemory:
             texts: T texts, repaired or not.
 
         Returns:
-            The ids of all texts one after the other, without special tokens (A,), and the number of ids of each (T,).
+            The ids of all texts one after the other, without special tokens (A,), and the number of ids of each (T,),
+            both of whole numbers.
 
         Raises:
             TextError: A text cannot be tokenized. Its `index` is the text's place.
@@ -89,7 +104,7 @@ class ChunkMemory:
         if not texts:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         if not is_plain("".join(texts)):
-            texts = prepare_each(repair_where_needed, texts)
+            texts = repair_each(texts)
         # To lower a repaired text again changes nothing, and its only white space is single spaces.
         return self.look_up(f" {BOUNDARY} ".join(texts).lower().split())
 
@@ -104,41 +119,33 @@ class ChunkMemory:
         """
         known = self.known
         try:
-            numbers = np.fromiter(map(known.numbers.__getitem__, chunks), np.int64, len(chunks))
+            joined = b"".join(map(known.ids.__getitem__, chunks))
         except KeyError:
             with LEARNING:
                 known = self.learn(set(chunks))
-            numbers = np.fromiter(map(known.numbers.__getitem__, chunks), np.int64, len(chunks))
-        known_ids, starts, lengths = known.tables
-        counts = lengths[numbers]  # ids of each chunk; none of a boundary
-        ends = np.cumsum(counts)
-        total = int(ends[-1]) if len(ends) else 0
-        ids = known_ids[np.repeat(starts[numbers] - (ends - counts), counts) + np.arange(total)]
-        texts_end = np.append(ends[numbers == 0], total)
-        return ids, np.diff(texts_end, prepend=0)
+            joined = b"".join(map(known.ids.__getitem__, chunks))
+        ids = np.frombuffer(joined, dtype=np.int32)
+        is_boundary = ids == NO_ID
+        ends = np.append(np.flatnonzero(is_boundary), len(ids))
+        return ids[~is_boundary], np.diff(ends, prepend=-1) - 1
 
     def learn(self, chunks: set[str]) -> KnownChunks:
         """Tokenize and remember chunks that are not known yet. If there are too many, all old ones are forgotten."""
         known = self.known
-        new = list(chunks - known.numbers.keys())
+        new = list(chunks - known.ids.keys())
         characters = sum(map(len, new))
-        if len(known.numbers) + len(new) > MOST_CHUNKS or known.characters + characters > MOST_CHARACTERS:
+        if len(known.ids) + len(new) > MOST_CHUNKS or known.characters + characters > MOST_CHARACTERS:
             known = self.known = KnownChunks()
-            new = list(chunks - known.numbers.keys())
+            new = list(chunks - known.ids.keys())
             characters = sum(map(len, new))
         words = [WORDS.findall(chunk) for chunk in new]
         new_ids, counts = self.merge(list(chain.from_iterable(words)))
         chunk_of_word = np.repeat(np.arange(len(new)), np.fromiter(map(len, words), np.int64, len(new)))
         new_lengths = np.bincount(chunk_of_word, weights=counts, minlength=len(new)).astype(np.int64)
-        ids, starts, lengths = known.tables
-        new_starts = len(ids) + np.cumsum(new_lengths) - new_lengths
         known.characters += characters
-        known.tables = (
-            np.append(ids, new_ids),
-            np.append(starts, new_starts),
-            np.append(lengths, new_lengths),
-        )
-        known.numbers.update(zip(new, range(len(starts), len(starts) + len(new)), strict=True))
+        joined = new_ids.astype(np.int32).tobytes()
+        ends = (np.cumsum(new_lengths) * np.dtype(np.int32).itemsize).tolist()
+        known.ids.update(zip(new, (joined[start:end] for start, end in pairwise([0, *ends])), strict=True))
         return known
 
     def merge(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:

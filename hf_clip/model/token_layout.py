@@ -10,6 +10,12 @@ import numpy as np
 from .words import PlacedEncoding, Word, WordEncoder
 
 
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the numbers of several ranges, one range after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+
+
 @dataclass(frozen=True)
 class Layout:
     """The settings of one call: how ids become rows.
@@ -60,23 +66,21 @@ class Layout:
             `input_ids` (T, L) and `attention_mask` (T, L), int64. Without texts, L is the length of an empty text.
         """
         kept = lengths if self.limit is None else np.minimum(lengths, max(self.limit - self.special, 0))
-        if (kept < lengths).any():
-            place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # within its text
-            first = lengths - kept if self.truncation_side == "left" else np.zeros_like(lengths)
-            ids = ids[(place >= np.repeat(first, lengths)) & (place < np.repeat(first + kept, lengths))]
+        cut = lengths - kept
+        if cut.any():
+            first = np.cumsum(lengths) - lengths + (0 if self.truncation_side == "left" else kept)
+            ids = np.delete(ids, _ranges(first, cut))
         whole = kept + self.special
         width = self.width(int(whole.max(initial=self.special)))
-        start = (width - whole if self.padding_side == "left" else np.zeros_like(whole))[:, None]  # (T, 1)
-        columns = np.arange(width)
-        mask = (columns >= start) & (columns < start + whole[:, None])  # (T, L)
+        start = width - whole if self.padding_side == "left" else np.zeros_like(whole)
         rows = np.full((len(lengths), width), self.pad_id, dtype=np.int64)
-        body = mask
+        places, begin = rows.reshape(-1), start + width * np.arange(len(lengths))  # the same memory in one row
+        places[_ranges(begin + self.special // 2, kept)] = ids
         if self.special:
-            ends = start + whole[:, None] - 1
-            body = mask & (columns > start) & (columns < ends)
-            np.put_along_axis(rows, start, self.start_id, axis=1)
-            np.put_along_axis(rows, ends, self.end_id, axis=1)
-        rows[body] = ids
+            places[begin] = self.start_id
+            places[begin + whole - 1] = self.end_id
+        columns = np.arange(width)
+        mask = columns >= start[:, None] if self.padding_side == "left" else columns < whole[:, None]
         return {"input_ids": rows, "attention_mask": mask.astype(np.int64)}
 
     def encode(self, encoder: WordEncoder, rows: list[list[Word]], stride: int = 0) -> list[list[PlacedEncoding]]:

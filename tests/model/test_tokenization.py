@@ -360,6 +360,14 @@ def test_words_cut_elsewhere_are_refused(tokenizer: HfClipTokenizer):
         tokenizer([["a", "cat"]], is_split_into_words=True)
 
 
+def test_texts_that_need_repair_among_plain_ones(tokenizer: HfClipTokenizer):
+    """Plain texts are looked at in groups; a text is repaired wherever it stands in its group."""
+    texts = [f"plain text {number}" for number in range(100)]
+    for place in (0, 31, 32, 50, 99):
+        texts[place] = f"AT&amp;T it’s {place}"
+    assert tokenizer(texts, padding=False).input_ids == [tokenizer(text).input_ids for text in texts]
+
+
 def test_memory_of_chunks_is_bounded(vocabulary: Path, monkeypatch: pytest.MonkeyPatch):
     from hf_clip.model import chunk_memory as module
 
@@ -368,7 +376,7 @@ def test_memory_of_chunks_is_bounded(vocabulary: Path, monkeypatch: pytest.Monke
     for start in range(0, 400, 40):
         texts = [f"number {number}" for number in range(start, start + 40)]
         found = tokenizer(texts, padding=False).input_ids
-        assert len(tokenizer._memory.known.numbers) <= 91
+        assert len(tokenizer._memory.known.ids) <= 91
         assert found == [tokenizer(text).input_ids for text in texts]
 
 
@@ -550,7 +558,7 @@ def test_memory_of_long_chunks_is_bounded(vocabulary: Path, monkeypatch: pytest.
     tokenizer = HfClipTokenizer.from_vocabulary_file(vocabulary)
     texts = [f"http://a.b/{number}" + "x" * 800 for number in range(20)]
     found = [tokenizer(text, verbose=False).input_ids for text in texts]
-    assert len(tokenizer._memory.known.numbers) <= 8
+    assert len(tokenizer._memory.known.ids) <= 8
     assert found == tokenizer(texts, padding=False, verbose=False).input_ids
 
 
