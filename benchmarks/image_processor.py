@@ -1,13 +1,15 @@
-"""How fast images become the model's input, beside transformers' own processor on Pillow.
+"""How fast images become the model's input, beside transformers' own processor on Pillow and hf-processors-rs.
 
-Photographs of 640x480 pixels, one at a time on one thread, and lists of 32 on one thread and on all. The pixels are
-compared first: the default backend's grey levels with those of transformers, torch's with Pillow's. Then a JPEG of
-twelve megapixels from file to input, decoded exactly and with draft=True, and how far the latter is from the former.
-Where there is a GPU, lists of tensors are processed there too.
+Photographs of 640x480 pixels, decoded or as the bytes of a JPEG, one at a time on one thread, and lists of 32 on one
+thread and on all. The pixels are compared first: the default backend's with those of transformers, torch's with
+Pillow's. hf_clip resizes with hf-processors-rs too where it is installed; one row says how fast it is without. Then a
+JPEG of twelve megapixels from file to input, decoded exactly and with draft=True, and how far the latter is from the
+former. Where there is a GPU, lists of tensors are processed there too.
 """
 
 from collections.abc import Callable, Iterator
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from hf_clip import HfClipImageProcessor
+from hf_clip.model.rust_resize import ThreadsOfParent
 
 from .measuring import OURS, Check, Contender, Table, compare
 from .settings import Settings
@@ -27,7 +30,9 @@ LIST_LENGTH = 32
 ROUNDS, QUICK_ROUNDS = 20, 4
 
 QUICK = f"{OURS}, backend='torch'"
+ALONE = f"{OURS}, without hf-processors-rs"
 PEER = "transformers CLIPImageProcessorPil"
+RUST = "hf-processors-rs"
 
 
 def photograph(size: tuple[int, int]) -> Image.Image:
@@ -55,41 +60,95 @@ def within(levels: int, expected: Tensor, processor: HfClipImageProcessor) -> Ch
     return check
 
 
-def one_image(
-    ours: HfClipImageProcessor, stock: CLIPImageProcessorPil, image: Image.Image, rounds: int, seconds: float
-) -> Table:
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+class Processors:
+    """Ours and the peers, each called for `pixel_values`.
+
+    Attributes:
+        rust: The peer in Rust, or None where it is not installed.
+    """
+
+    def __init__(self) -> None:
+        self.ours, self.stock, self.rust = HfClipImageProcessor(), CLIPImageProcessorPil(), None
+        try:
+            from hf_processors_rs import AutoImageProcessor
+        except ModuleNotFoundError:
+            return
+        self.rust = AutoImageProcessor.from_dict(self.stock.to_dict(), backend="pil")
+
+    def alone(self, images: Any, **settings: Any) -> dict:
+        """Ours, as where hf-processors-rs is not installed."""
+        before, ThreadsOfParent.are_lost = ThreadsOfParent.are_lost, True
+        try:
+            return self.ours(images, return_tensors="pt", **settings)
+        finally:
+            ThreadsOfParent.are_lost = before
+
+    def works(self, images: Any, threads: int) -> dict[str, Callable[[], dict]]:
+        """Who takes part with this number of threads."""
+        found: dict[str, Callable[[], dict]] = {
+            OURS: lambda: self.ours(images, num_threads=threads, return_tensors="pt")
+        }
+        if (rust := self.rust) is not None:
+            found[ALONE] = lambda: self.alone(images, num_threads=threads)
+            found[RUST] = lambda: rust.preprocess(images, return_tensors="pt", num_threads=threads)
+        return found
+
+    def missing(self) -> list[str]:
+        return [] if self.rust else [f"{RUST} is left out: it is not installed (pip install {RUST})"]
+
+
+def one_image(processors: Processors, image: Image.Image, settings: Settings, rounds: int) -> Table:
+    """One photograph at a time, on one thread."""
+    ours, stock = processors.ours, processors.stock
     expected = stock(image, return_tensors="pt")["pixel_values"]
     quick = np.abs(grey_levels(ours, image, backend="torch") - grey_levels(ours, image))
     shape = "portrait" if image.height > image.width else "landscape"
     table = Table(f"{shape} of {image.width}x{image.height} pixels, alone, one thread", "images", ours=(OURS, QUICK))
-    table.notes.append(
-        f"backend='torch': gets a uint8 tensor, the others a Pillow image; {(quick > 0).mean():.2%} of the values "
-        f"differ, by one grey level"
-    )
-    contenders = [
-        Contender(OURS, lambda: ours(image, return_tensors="pt"), 1, check=within(0, expected, ours)),
-        Contender(
-            QUICK, lambda: ours(pixels, backend="torch", return_tensors="pt"), 1, check=within(1, expected, ours)
-        ),
-        Contender(PEER, lambda: stock(image, return_tensors="pt"), 1, check=within(0, expected, ours)),
-    ]
-    return compare(table, contenders, rounds=rounds, seconds=seconds)
-
-
-def lists(
-    ours: HfClipImageProcessor, stock: CLIPImageProcessorPil, image: Image.Image, settings: Settings, rounds: int
-) -> Table:
-    images, threads = [image] * LIST_LENGTH, settings.threads
-    check = within(0, stock(images, return_tensors="pt")["pixel_values"], ours)
-    several, one = f"{OURS}, {threads} threads", f"{OURS}, one thread"
-    calls: dict[str, Callable[[], object]] = {one: lambda: ours(images, num_threads=1, return_tensors="pt")}
-    if threads > 1:
-        calls = {several: lambda: ours(images, num_threads=threads, return_tensors="pt")} | calls
-    calls[PEER] = lambda: stock(images, return_tensors="pt")
-    contenders = [Contender(name, call, LIST_LENGTH, check=check) for name, call in calls.items()]
-    table = Table(f"lists of {LIST_LENGTH}, 640x480 pixels", "images", ours=tuple(calls)[:-1])
+    table.notes.append(f"backend='torch': {(quick > 0).mean():.2%} of the values differ, by one grey level")
+    table.left_out += processors.missing()
+    works = processors.works(image, 1) | {
+        QUICK: lambda: ours(image, backend="torch", num_threads=1, return_tensors="pt"),
+        PEER: lambda: stock(image, return_tensors="pt"),
+    }
+    contenders = [Contender(n, work, 1, check=within(int(n == QUICK), expected, ours)) for n, work in works.items()]
     return compare(table, contenders, rounds=rounds, seconds=settings.seconds)
+
+
+def lists(processors: Processors, image: Image.Image, threads: int, settings: Settings, rounds: int) -> Table:
+    """Many photographs in one call."""
+    ours, stock, images = processors.ours, processors.stock, [image] * LIST_LENGTH
+    expected = stock(images, return_tensors="pt")["pixel_values"]
+    table = Table(f"lists of {LIST_LENGTH}, 640x480 pixels, {_told(threads)}", "images", ours=(OURS, QUICK))
+    table.left_out += processors.missing()
+    works = processors.works(images, threads) | {
+        QUICK: lambda: ours(images, backend="torch", num_threads=threads, return_tensors="pt"),
+        PEER: lambda: stock(images, return_tensors="pt"),
+    }
+    contenders = [
+        Contender(n, work, LIST_LENGTH, check=within(int(n == QUICK), expected, ours)) for n, work in works.items()
+    ]
+    return compare(table, contenders, rounds=rounds, seconds=settings.seconds)
+
+
+def jpegs(
+    processors: Processors, image: Image.Image, count: int, threads: int, settings: Settings, rounds: int
+) -> Table:
+    """Photographs from the bytes of JPEGs."""
+    file = BytesIO()
+    image.save(file, "JPEG", quality=90)
+    data = [file.getvalue()] * count
+    expected = processors.stock([Image.open(file)] * count, return_tensors="pt")["pixel_values"]
+    what = f"lists of {count} JPEGs" if count > 1 else "a JPEG"
+    table = Table(f"{what} of 640x480 pixels, from bytes, {_told(threads)}", "images")
+    table.left_out += processors.missing()
+    check = within(0, expected, processors.ours)
+    works = processors.works(data if count > 1 else data[0], threads)
+    contenders = [Contender(name, work, count, check=check) for name, work in works.items()]
+    return compare(table, contenders, rounds=rounds, seconds=settings.seconds)
+
+
+def _told(threads: int) -> str:
+    return "one thread" if threads == 1 else f"{threads} threads"
 
 
 def draft(ours: HfClipImageProcessor, rounds: int, seconds: float) -> Table:
@@ -124,16 +183,21 @@ def on_device(ours: HfClipImageProcessor, image: Image.Image, device: str, setti
 
 def run(settings: Settings) -> Iterator[Table]:
     rounds = settings.rounds or settings.choose(ROUNDS, QUICK_ROUNDS)
-    ours, stock = HfClipImageProcessor(), CLIPImageProcessorPil()
-    landscape = photograph((640, 480))
+    processors = Processors()
+    ours, landscape = processors.ours, photograph((640, 480))
     if "cpu" in settings.devices:
         torch.set_num_threads(1)
         try:
             for image in (landscape, landscape.transpose(Image.Transpose.ROTATE_90)):
-                yield one_image(ours, stock, image, rounds, settings.seconds)
+                yield one_image(processors, image, settings, rounds)
+            yield jpegs(processors, landscape, 1, 1, settings, rounds)
+            yield lists(processors, landscape, 1, settings, rounds)
+            yield jpegs(processors, landscape, LIST_LENGTH, 1, settings, rounds)
         finally:
             torch.set_num_threads(settings.threads)
-        yield lists(ours, stock, landscape, settings, rounds)
+        if settings.threads > 1:
+            yield lists(processors, landscape, settings.threads, settings, rounds)
+            yield jpegs(processors, landscape, LIST_LENGTH, settings.threads, settings, rounds)
         yield draft(ours, rounds, settings.seconds)
     for device in settings.devices:
         if device != "cpu":

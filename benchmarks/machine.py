@@ -24,6 +24,7 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
     "instant-clip-tokenizer",
+    "hf-processors-rs",
 )
 
 
