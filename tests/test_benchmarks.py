@@ -461,7 +461,9 @@ def test_image_processors_agree(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(image_processor, "LIST_LENGTH", 2)
     tables = list(image_processor.run(tiny_settings()))
     *several, draft = tables
-    assert [table.title.split(" of ")[0] for table in several] == ["landscape", "portrait", "a JPEG", "lists", "lists"]
+    with_threads = ["lists", "lists"] if torch.get_num_threads() > 1 else []
+    kinds = ["landscape", "portrait", "a JPEG", "lists", "lists", *with_threads]
+    assert [table.title.split(" of ")[0] for table in several] == kinds
     for table in several:
         names = names_of(table)
         if "JPEG" not in table.title:

@@ -208,7 +208,8 @@ class LevelsByTorch:
 
     def __init__(self, steps: Steps, data_format: str | None, draft: int | None):
         self.steps, self.data_format, self.draft = steps, data_format, draft
-        self.scale, self.shift = (None if x is None else x.numpy() for x in steps.scale_and_shift(is_levels=True))
+        scale, shift = steps.scale_and_shift(is_levels=True)
+        self.scale, self.shift = scale.numpy(), None if shift is None else shift.numpy()
 
     def prepare(self, item: Any, threads: int) -> Writer:
         """Resize and cut an image. The result is as that of `Steps.run`."""
