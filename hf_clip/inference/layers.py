@@ -75,11 +75,16 @@ def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
-def _check_use(input: Tensor) -> None:
+def refuse_gradients(input: Tensor) -> None:
+    """Raise OptimizedModelError if gradients of an input are wanted."""
     if input.requires_grad and torch.is_grad_enabled():
         raise OptimizedModelError(
             "This model was optimized for inference and gives no gradients; load it again for them."
         )
+
+
+def _check_use(input: Tensor) -> None:
+    refuse_gradients(input)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         raise OptimizedModelError(
             "This model was optimized for inference and can be neither compiled nor exported; load it again for that."

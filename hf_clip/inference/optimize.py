@@ -7,6 +7,8 @@
 3. On CPUs, large batches are divided into parts that fit the processor's cache.
 4. On CPUs, `encode_text` skips padding, and `encode_image` computes a ViT's last layer for the class token only.
 5. On GPUs, what pays there is timed and kept: see `on_gpu`.
+
+With `compile=True` the towers are compiled in place of steps 2 to 5: see `compiled`.
 """
 
 import ctypes
@@ -19,6 +21,7 @@ import torch
 from ..model.attention import attention_of
 from ..model.optimized import Optimizable, OptimizedModelError
 from .batches import positions_of, rows_in_parts, work_depth_first_, work_in_parts_
+from .compiled import check_compiler, compile_towers_, is_compiled
 from .huge_pages import use_huge_pages
 from .layers import has_packed_operators
 from .needed_positions import encode_what_features_need_, is_as_made
@@ -49,22 +52,24 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def optimize_for_inference(model: Any) -> list[str]:
+def optimize_for_inference(model: Any, compile: bool = False) -> list[str]:
     """Optimize a model in place; see `hf_clip.model.optimized.Optimizable.optimize_for_inference`."""
     with _lock:  # two models are not optimized at once either, since layers are timed
-        return _optimize_alone(model)
+        return _optimize_alone(model, compile)
 
 
-def _optimize_alone(model: Any) -> list[str]:
+def _optimize_alone(model: Any, compile: bool) -> list[str]:
     if model.training:
         raise OptimizedModelError("This model is in training; call .eval() before optimize_for_inference().")
     if model.optimizations is None:
         model._refuse_if_optimized("optimized as a whole")
         _refuse_if_spread(model)
+        if compile:
+            check_compiler(model.device.type)
         parts = [module for module in model.modules() if isinstance(module, Optimizable)]
         for part in parts:
             part.optimizations = [UNFINISHED]  # stays if the next step is interrupted
-        done = optimize_(model)
+        done = optimize_(model, compile)
         is_changed = not all(LEFT in line for line in done)
         for part in parts:
             part.optimizations = done if is_changed else None
@@ -73,6 +78,8 @@ def _optimize_alone(model: Any) -> list[str]:
         model.requires_grad_(False)
     elif model.optimizations == [UNFINISHED]:
         model._refuse_if_optimized("optimized to the end")
+    elif compile and not is_compiled(model):
+        model._refuse_if_optimized("optimized with compile=True")
     return list(model.optimizations)
 
 
@@ -87,20 +94,22 @@ def _refuse_if_spread(model: Any) -> None:
 
 
 @torch.no_grad()
-def optimize_(model: Any) -> list[str]:
+def optimize_(model: Any, compile: bool = False) -> list[str]:
     """Make the changes listed above to a model on a single device. Returns descriptions of what was done."""
     on_cpu = model.device.type == "cpu"
     keeps_memory = on_cpu and _keep_freed_memory()  # first, since it changes the times that are measured below
-    has_operators = on_cpu and has_packed_operators(model.dtype)
+    has_operators = on_cpu and not compile and has_packed_operators(model.dtype)
     done: list[str] = []
     for tower in [module for module in model.modules() if hasattr(module, "attnpool")]:
         done += fold_resnet_(tower, has_operators)
+    if compile:
+        done += compile_towers_(model)
     if has_operators:
         done += pack_transformer_(model)
         done += use_huge_pages(model)
-    if on_cpu:
+    if on_cpu and not compile:
         done += suit_the_cache_(model)
-    elif model.device.type == "cuda":
+    elif not compile and model.device.type == "cuda":
         done += suit_the_gpu_(model)
     if keeps_memory:
         done.append(f"glibc gives freed memory back only beyond {FREED_BYTES_KEPT >> 20} MiB, in the whole process")

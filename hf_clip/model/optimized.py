@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPTIMIZERS: list[Callable[[Any], list[str]]] = []
+OPTIMIZERS: list[Callable[..., list[str]]] = []
 """Functions that optimize a model in place and return descriptions of the changes. The last one is used."""
 
 
@@ -25,7 +25,7 @@ class Optimizable:
     optimizations: list[str] | None = None
     """Descriptions of what `optimize_for_inference` has changed. None for a model that is not optimized."""
 
-    def optimize_for_inference(self: Any) -> list[str]:
+    def optimize_for_inference(self: Any, compile: bool = False) -> list[str]:
         """Change this model in place, so that inference on its present device and in its present dtype is faster.
 
         - BatchNorm is folded into the convolutions before it.
@@ -45,6 +45,12 @@ class Optimizable:
         dtype before. Hooks that are added later may see parts of a batch, or tensors that later layers overwrite. With
         them, and where gradients of the input or autocast are asked for, no CUDA graph is used.
 
+        Args:
+            compile: Whether torch's own compiler computes the towers, in place of the package's layers. BatchNorm is
+                folded before. It needs a C++ compiler on CPUs and Triton on GPUs. The first calls take up to minutes,
+                and less where torch finds what it compiled before (environment variable `TORCHINDUCTOR_CACHE_DIR`).
+                It was not faster on the processors that were measured.
+
         Returns:
             Descriptions of what was changed and what was left, and why: the times that were measured, and the caches.
             They are also kept in `optimizations`. If nothing was changed,
@@ -52,7 +58,8 @@ class Optimizable:
 
         Raises:
             OptimizedModelError: The model is in training mode, is spread over several devices, has a tower that is
-                already optimized, or was left half-optimized by an interruption.
+                already optimized, or was left half-optimized by an interruption. With `compile` also: there is no
+                compiler, or the model is already optimized without.
             ModuleNotFoundError: The package is not installed, or was imported only after the model was loaded.
 
         Example::
@@ -66,7 +73,7 @@ class Optimizable:
                 "the model again.",
                 name="hf_clip",
             )
-        return OPTIMIZERS[-1](self)
+        return OPTIMIZERS[-1](self, compile=compile)
 
     def _refuse_if_optimized(self: Any, wish: str) -> None:
         """Raise OptimizedModelError if this model, or one of its towers, is optimized."""
