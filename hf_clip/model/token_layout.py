@@ -9,6 +9,9 @@ import numpy as np
 
 from .words import PlacedEncoding, Word, WordEncoder
 
+MOST_COPIED = 128
+"""Width from which on masks are computed row by row. Below, those of all lengths are few, and copied."""
+
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return the numbers of several ranges, one range after the other."""
@@ -80,8 +83,12 @@ class Layout:
             places[begin] = self.start_id
             places[begin + whole - 1] = self.end_id
         columns = np.arange(width)
-        mask = columns >= start[:, None] if self.padding_side == "left" else columns < whole[:, None]
-        return {"input_ids": rows, "attention_mask": mask.astype(np.int64)}
+        # Of each length one row, from which all are copied; where texts are long, each row is computed.
+        known = np.arange(width + 1) if width < MOST_COPIED else whole
+        is_left = self.padding_side == "left"
+        mask = (columns >= width - known[:, None] if is_left else columns < known[:, None]).astype(np.int64)
+        mask = np.take(mask, whole, axis=0) if width < MOST_COPIED else mask
+        return {"input_ids": rows, "attention_mask": mask}
 
     def encode(self, encoder: WordEncoder, rows: list[list[Word]], stride: int = 0) -> list[list[PlacedEncoding]]:
         """Encode texts that are split into words.

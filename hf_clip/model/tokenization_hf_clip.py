@@ -76,6 +76,8 @@ def check_texts(text: Any) -> list[str]:
             f"HfClipTokenizer got {type(text).__name__} of {dimensions} dimensions, but one column of texts is needed."
         )
     texts = list(items)
+    if set(map(type, texts)) == {str}:  # several times as fast as looking at each
+        return texts
     for index, item in enumerate(texts):
         if not isinstance(item, str):
             raise TextError(f"is a {type(item).__name__}, but a list of texts is needed: {item!r:.60}.", index)

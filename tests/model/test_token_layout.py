@@ -23,7 +23,7 @@ def row_of(ids: list[int], layout: Layout) -> list[int]:
     limit=st.none() | st.integers(0, 14),
     truncation_side=st.sampled_from(["left", "right"]),
     padding_side=st.sampled_from(["left", "right"]),
-    to_length=st.sampled_from([0, 9, 20]),
+    to_length=st.sampled_from([0, 9, 130]),
     multiple=st.sampled_from([1, 8]),
 )
 def test_rows_are_those_of_single_texts(texts, **given_settings):
