@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "image_processor": "images to pixels",
     "loader": "JPEGs to batches for training, by worker processes",
     "load": "ViT-L/14 from disk, and the first image of a fresh process",
+    "memory": "what serving both towers keeps in memory, by dtype",
     "train_step": "both towers, the loss, backward, AdamW",
     "gradient_caching": "a training step by micro-batches: time of a pair, and memory",
     "locked_towers": "a step with both towers locked, from stored features and with the towers in memory",

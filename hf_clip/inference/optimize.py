@@ -19,11 +19,13 @@ from typing import Any
 import torch
 
 from ..model.attention import attention_of
+from ..model.freed_memory import return_freed_memory
 from ..model.optimized import Optimizable, OptimizedModelError
 from .batches import positions_of, rows_in_parts, work_depth_first_, work_in_parts_
 from .compiled import check_compiler, compile_towers_, is_compiled
 from .huge_pages import use_huge_pages
 from .layers import has_packed_operators
+from .mapped_weights import addresses_of, let_go_of
 from .needed_positions import encode_what_features_need_, is_as_made
 from .on_gpu import suit_the_gpu_
 from .parts import measure_map_bytes, measure_positions
@@ -69,7 +71,10 @@ def _optimize_alone(model: Any, compile: bool) -> list[str]:
         parts = [module for module in model.modules() if isinstance(module, Optimizable)]
         for part in parts:
             part.optimizations = [UNFINISHED]  # stays if the next step is interrupted
+        before = addresses_of(model)
         done = optimize_(model, compile)
+        let_go_of(before, addresses_of(model))
+        return_freed_memory()
         is_changed = not all(LEFT in line for line in done)
         for part in parts:
             part.optimizations = done if is_changed else None

@@ -36,6 +36,7 @@ from .checked_files import TOKENIZER_CHECKS, check_tokenizer_file, find_file, fi
 from .chunk_memory import ChunkMemory
 from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload, refuse_checkpoint_file
 from .encoded_texts import EncodedTexts, as_columns, as_lists, without_texts
+from .freed_memory import return_freed_memory
 from .repair_text import TextError, prepare_each, prepare_one, prepare_text
 from .token_layout import Layout
 from .variants import OPENAI_VOCAB_SIZE
@@ -177,14 +178,17 @@ class HfClipTokenizer(HubUpload, PreTrainedTokenizerFast):
         for path in find_files(source, TOKENIZER_CHECKS, hub):
             TOKENIZER_CHECKS.get(path.name, check_tokenizer_file)(path)
         try:
+            try:
+                with in_one_kind(source):
+                    return super().from_pretrained(source, *args, **kwargs)
+            except (OSError, ValueError):
+                backend = None if "tokenizer_object" in kwargs else read_backend(source, hub)
+                if backend is None:
+                    raise
             with in_one_kind(source):
-                return super().from_pretrained(source, *args, **kwargs)
-        except (OSError, ValueError):
-            backend = None if "tokenizer_object" in kwargs else read_backend(source, hub)
-            if backend is None:
-                raise
-        with in_one_kind(source):
-            return super().from_pretrained(source, *args, tokenizer_object=backend, **kwargs)
+                return super().from_pretrained(source, *args, tokenizer_object=backend, **kwargs)
+        finally:
+            return_freed_memory()
 
     @classmethod
     def from_merges(cls, merges: list[tuple[str, str]], model_max_length: int = 77) -> "HfClipTokenizer":

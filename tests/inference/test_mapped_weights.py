@@ -1,0 +1,110 @@
+"""Weights stay in the file that they are mapped from, and what nobody uses any more does not stay resident."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hf_clip import HfClipModel, HfClipTokenizer
+from hf_clip.inference.mapped_weights import addresses_of, let_go_of
+from hf_clip.model import freed_memory
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc/self/smaps")
+
+
+def mapping_of(path: Path) -> tuple[int, int, int]:
+    """Where a file is mapped: first address, last, and its resident bytes."""
+    found: tuple[int, int] | None = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        fields = line.split()
+        if not fields[0].endswith(":"):
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            found = (start, end) if line.endswith(str(path)) else None
+        elif found and fields[0] == "Rss:":
+            return *found, int(fields[1]) * 1024
+    raise AssertionError(f"{path} is not mapped")
+
+
+@pytest.fixture
+def weights(repositories: dict[str, Path]) -> Path:
+    return (repositories["vit"] / "model.safetensors").resolve()
+
+
+@pytest.fixture
+def model(weights: Path) -> HfClipModel:
+    model = HfClipModel.from_pretrained(weights.parent).eval()
+    for parameter in model.parameters():  # all pages of the file are read
+        parameter.sum()
+    return model
+
+
+def linear_maps(model: HfClipModel) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.nbytes > 1 << 15]
+
+
+def test_all_large_weights_lie_in_the_file(model: HfClipModel, weights: Path):
+    start, end, resident = mapping_of(weights)
+    large = [parameter for parameter in model.parameters() if parameter.nbytes > 1 << 15]
+    assert model.text_model.embeddings.token_embedding.weight.nbytes > 1 << 15
+    assert all(start <= parameter.data_ptr() < end for parameter in large)
+    assert resident >= 0.9 * sum(parameter.nbytes for parameter in large)
+
+
+def test_replaced_weights_are_no_longer_resident(model: HfClipModel, weights: Path):
+    before, old = addresses_of(model), [module.weight for module in linear_maps(model)]
+    expected = [weight.sum() for weight in old]
+    kept = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for module in linear_maps(model):
+        module.weight = nn.Parameter(module.weight.detach().clone())
+    *_, resident = mapping_of(weights)
+    dropped = let_go_of(before, addresses_of(model))
+    *_, left = mapping_of(weights)
+    assert dropped > 0.5 * sum(weight.nbytes for weight in old)
+    assert left <= resident - 0.9 * dropped
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, kept[name]), name
+    assert [weight.sum() for weight in old] == expected  # whoever still holds one reads it from the file
+
+
+def test_nothing_is_dropped_that_was_changed_in_memory(model: HfClipModel):
+    before, changed = addresses_of(model), linear_maps(model)[0].weight
+    with torch.no_grad():
+        changed.add_(1)
+    expected = changed.clone()
+    for module in linear_maps(model):
+        module.weight = nn.Parameter(module.weight.detach().clone())
+    assert let_go_of(before, addresses_of(model)) == 0
+    assert torch.equal(changed, expected)
+
+
+def test_weights_that_stay_are_not_touched(model: HfClipModel, weights: Path):
+    *_, resident = mapping_of(weights)
+    assert let_go_of(addresses_of(model), addresses_of(model)) == 0
+    assert mapping_of(weights)[2] == resident
+
+
+def test_optimizing_lets_go_of_what_it_replaces(model: HfClipModel, monkeypatch: pytest.MonkeyPatch):
+    def replace(changed: HfClipModel, compile: bool) -> list[str]:
+        for module in linear_maps(changed):
+            module.weight = nn.Parameter(module.weight.detach().clone())
+        return ["replaced"]
+
+    dropped = []
+    monkeypatch.setattr("hf_clip.inference.optimize.optimize_", replace)
+    monkeypatch.setattr(
+        "hf_clip.inference.optimize.let_go_of", lambda *given: dropped.append(let_go_of(*given)) or dropped[-1]
+    )
+    assert model.optimize_for_inference() == ["replaced"]
+    assert dropped[0] > 0
+
+
+def test_memory_that_reading_a_tokenizer_took_is_returned(weights: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(
+        "hf_clip.model.tokenization_hf_clip.return_freed_memory",
+        lambda: asked.append(freed_memory.return_freed_memory()),
+    )
+    HfClipTokenizer.from_pretrained(weights.parent)
+    assert asked == [None]
