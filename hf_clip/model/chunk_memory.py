@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .bpe import END_OF_TEXT, END_OF_WORD, START_OF_TEXT, WORDS
+from .freed_memory import return_freed_memory
 from .repair_text import is_plain, prepare_each, repair_where_needed
 
 BOUNDARY = "\0end_of_a_text\0"
@@ -82,6 +83,8 @@ class ChunkMemory:
         self.ends_word = np.zeros(max(vocab.values()) + 1, dtype=bool)
         self.ends_word[[number for token, number in vocab.items() if token.endswith(END_OF_WORD)]] = True
         self.ends_word[[vocab[token] for token in (START_OF_TEXT, END_OF_TEXT) if token in vocab]] = True
+        del vocab
+        return_freed_memory()  # the names of all tokens
         self.forget()
 
     def forget(self) -> None:
