@@ -22,9 +22,6 @@ class Precision(str, Enum):
     int8 = "int8"
 
 
-FEW_IMAGES = 8
-"""As many images as are classified sooner by graphs that are opened sooner and run slower."""
-
 SOME_FAILED = 2
 """Exit status: there are results, but not of all images."""
 
@@ -185,8 +182,7 @@ def classify(
     given = DEFAULT_TEMPLATE if not templates else templates[0] if len(templates) == 1 else templates
     read_templates(given)
     # The graphs are opened while the rest of the package is imported.
-    is_brief = len(images) <= FEW_IMAGES and all(map(os.path.isfile, images))
-    graphs = TowerGraphs(model, precision.value, is_brief=is_brief) if onnx else None
+    graphs = TowerGraphs(model, precision.value) if onnx else None
 
     if output is not None:
         from tqdm import tqdm

@@ -52,13 +52,8 @@ def export_again(path: Path) -> str:
     return f"hf-clip export-onnx {path.parents[1]}" + (f" --precision {precision}" if precision else "")
 
 
-def open_graph(path: Path, is_brief: bool = False) -> Any:
+def open_graph(path: Path) -> Any:
     """Open a graph with ONNX Runtime, on the processor and with as many threads as it has cores.
-
-    Args:
-        path: The file.
-        is_brief: Whether it will be run for a few images only. Weights then stay in their order: to bring them into
-            that of the products takes as long as it saves in about ten images.
 
     Raises:
         ValueError: The file is damaged.
@@ -69,8 +64,6 @@ def open_graph(path: Path, is_brief: bool = False) -> Any:
     options.log_severity_level = 4  # what is wrong is said once, by the error
     # Threads that wait sleep: otherwise they take the cores from those that prepare the next images.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if is_brief:
-        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -85,7 +78,6 @@ class TowerGraphs:
     Args:
         model: The folder that `hf-clip export-onnx` wrote to.
         precision: "fp32", "fp16" or "int8", as it was exported.
-        is_brief: Whether a few images are all that will be classified, see `open_graph`.
 
     Attributes:
         folder: The folder.
@@ -97,12 +89,12 @@ class TowerGraphs:
         ImportError: onnxruntime is missing.
     """
 
-    def __init__(self, model: str | Path, precision: str = "fp32", *, is_brief: bool = False):
+    def __init__(self, model: str | Path, precision: str = "fp32"):
         require("Classifying with ONNX Runtime", "onnx", ["onnxruntime"])
         self.folder, self.paths = Path(model), find_graphs(str(model), precision)
         pool = ThreadPoolExecutor(len(self.paths), thread_name_prefix="hf_clip graphs")
         self.sessions: dict[str, Future[Any]] = {
-            name: pool.submit(open_graph, path, is_brief) for name, path in self.paths.items()
+            name: pool.submit(open_graph, path) for name, path in self.paths.items()
         }
         pool.shutdown(wait=False)
 

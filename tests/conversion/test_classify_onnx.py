@@ -154,13 +154,6 @@ def test_scores_equal_those_of_the_matrix(scores: str, folder: Path, copy: Path)
         assert [entry["label"] for entry in row] == [entry["label"] for entry in other]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_graphs_that_are_opened_for_a_few_images_score_the_same(precision: str, folder: Path):
-    pixels = np.random.default_rng(0).standard_normal((2, 3, 48, 48)).astype(np.float32)
-    plain, brief = (OnnxClassifier(TowerGraphs(folder, precision, is_brief=b), LABELS) for b in (False, True))
-    np.testing.assert_allclose(brief.score(pixels), plain.score(pixels), atol=1e-5)
-
-
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_smaller_graphs_score_alike(precision: str, folder: Path):
     pixels = np.random.default_rng(0).standard_normal((2, 3, 48, 48)).astype(np.float32)
