@@ -164,6 +164,11 @@ NAMES = [
             "_convolution_pointwise_",
         )
     ),
+    Private("torch.ops.mkldnn", "data_ptr", ("huge_pages.py",), "the address of a weight in oneDNN's order"),
+    *(
+        Private("torch.ops.onednn", name, ("int8_layers.py",), "torch multiplies integers in no public operator")
+        for name in ("qlinear_prepack", "qlinear_pointwise", "qconv_prepack", "qconv_pointwise")
+    ),
     Private(
         "torch.distributed.distributed_c10d",
         "_get_default_store",
@@ -232,6 +237,8 @@ def uses_in(tree: ast.AST) -> Iterator[str]:
             for alias in node.names:
                 assert not any(map(is_private, alias.name.split("."))), ast.unparse(node)
                 assert alias.name not in INTERNAL_MODULES, ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and re.fullmatch(r"torch\.ops\.\w+", ast.unparse(node.value)):
+            yield node.attr  # operators have no public documentation, underscore or not
         elif isinstance(node, ast.Attribute) and is_private(node.attr):
             of = node.value
             is_theirs = isinstance(of, ast.Name) and of.id in foreign
@@ -301,6 +308,7 @@ def test_installed_version_has_it(private: Private):
         ("from torch import _name", ["_name"]),
         ("from transformers.utils.generic import anything", ["anything"]),
         ("f(_name=1)", ["_name"]),
+        ("import torch\ntorch.ops.library.name.overload", ["name"]),
         ("getattr(x, '_name')", ["_name"]),
         ("class A:\n    def f(self): return super()._name", ["_name"]),
         ("class A:\n    _name = 1\nA()._name", []),

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..model.attention import HfClipAttention, attend
 from ..model.linear_map import apply_linear, is_hooked
-from .layers import InferenceBottleneck, InferenceConv2d, _check_use
+from .layers import InferenceBottleneck, InferenceConv2d, check_use
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -81,7 +81,7 @@ class CudnnConv2d(InferenceConv2d):
     def _is_in_one_pass(self, input: Tensor) -> bool:
         if self.has_no_kernel or torch.is_autocast_enabled("cuda") or not input.numel():
             return False
-        _check_use(input)
+        check_use(input)
         return True
 
     def forward(self, input: Tensor) -> Tensor:

@@ -57,21 +57,21 @@ def has_packed_operators(dtype: torch.dtype) -> bool:
             found = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, name, [], algorithm).float()
             products = functional.linear(rows.float(), weight.float(), bias.float())
             expected = functional.silu(products) if name == "swish" else functional.gelu(products)
-            if not _is_close(found, expected, tolerance):
+            if not is_close(found, expected, tolerance):
                 return False
         onto = torch.ops.mkldnn._linear_pointwise.binary(rows, shortcut, packed, bias, "add").float()
-        if not _is_close(onto, products + shortcut.float(), tolerance):
+        if not is_close(onto, products + shortcut.float(), tolerance):
             return False
         convolution = InferenceConv2d(kernel, bias[:16], (1, 1), (1, 1), has_relu=True, is_fused=True)
         products = functional.conv2d(maps.float(), kernel.float(), bias[:16].float(), padding=1)
         ends = (convolution(maps).float(), convolution.add_to(maps.clone(), maps).float())
         expecteds = (products.relu(), (products + maps.float()).relu())
-        return all(_is_close(found, expected, tolerance) for found, expected in zip(ends, expecteds, strict=True))
+        return all(is_close(found, expected, tolerance) for found, expected in zip(ends, expecteds, strict=True))
     except (RuntimeError, AttributeError, NotImplementedError, TypeError):
         return False
 
 
-def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+def is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
@@ -83,7 +83,7 @@ def refuse_gradients(input: Tensor) -> None:
         )
 
 
-def _check_use(input: Tensor) -> None:
+def check_use(input: Tensor) -> None:
     refuse_gradients(input)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         raise OptimizedModelError(
@@ -118,7 +118,7 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach() * (scale if scales_bias else 1)
 
     def forward(self, input: Tensor) -> Tensor:
-        _check_use(input)
+        check_use(input)
         name, algorithm = self.activation
         input = input.to(self.dtype)
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, name, [], algorithm)
@@ -127,7 +127,7 @@ class PackedLinear(nn.Module):
         """Compute sum + linear(input), the sum in the same pass: (…, outputs), (…, inputs) → (…, outputs)."""
         if not sum.dtype == input.dtype == self.dtype:  # as autocast leaves them
             return sum + self(input)
-        _check_use(input)
+        check_use(input)
         return torch.ops.mkldnn._linear_pointwise.binary(input, sum, self.packed, self.bias, "add")
 
 
@@ -201,10 +201,22 @@ class PackedPatches(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_OF_ORDER)
 
     def forward(self, images: Tensor) -> Tensor:
-        _check_use(images)
+        check_use(images)
         patches = cut_into_patches(images, self.size)
         tokens = torch.ops.mkldnn._linear_pointwise(patches, self.packed, None, "none", [], "")
         return tokens.permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def fold_norm(convolution: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return the weight and the bias of a convolution that includes the BatchNorm after it, in float32 or better.
+
+    With `w * x` for the convolution, the result is y = gain · (w * x − mean) / √(variance + ε) + shift.
+    """
+    exact = torch.promote_types(convolution.weight.dtype, torch.float32)
+    gain = norm.weight.to(exact) / (norm.running_var.to(exact) + norm.eps).sqrt()
+    weight = convolution.weight.to(exact) * gain[:, None, None, None]
+    return weight, norm.bias.to(exact) - norm.running_mean.to(exact) * gain
 
 
 class InferenceConv2d(nn.Module):
@@ -241,14 +253,8 @@ class InferenceConv2d(nn.Module):
     @classmethod
     @torch.no_grad()
     def fold(cls, convolution: Any, norm: Any, has_relu: bool, is_fused: bool) -> "InferenceConv2d":
-        """Make one convolution of a convolution and the BatchNorm after it, computed in float32 or better.
-
-        With `w * x` for the convolution, the result is y = gain · (w * x − mean) / √(variance + ε) + shift.
-        """
-        exact = torch.promote_types(convolution.weight.dtype, torch.float32)
-        gain = norm.weight.to(exact) / (norm.running_var.to(exact) + norm.eps).sqrt()
-        weight = convolution.weight.to(exact) * gain[:, None, None, None]
-        bias = norm.bias.to(exact) - norm.running_mean.to(exact) * gain
+        """Make one convolution of a convolution and the BatchNorm after it."""
+        weight, bias = fold_norm(convolution, norm)
         dtype = convolution.weight.dtype
         return cls(weight.to(dtype), bias.to(dtype), convolution.stride, convolution.padding, has_relu, is_fused)
 
@@ -265,7 +271,7 @@ class InferenceConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.is_fused:
-            _check_use(input)
+            check_use(input)
             name = "relu" if self.has_relu else "none"
             return torch.ops.mkldnn._convolution_pointwise(input, *self._arguments(input), name, [], "")
         output = functional.conv2d(input, self.weight, self.bias, self.stride, self.padding)
@@ -274,7 +280,7 @@ class InferenceConv2d(nn.Module):
     def add_to(self, sum: Tensor, input: Tensor) -> Tensor:
         """Compute ReLU(sum + convolution(input)). The result may overwrite `sum`."""
         if self.is_fused:
-            _check_use(input)
+            check_use(input)
             end: tuple[Any, ...] = ("add", 1.0, "relu", [], "")
             return torch.ops.mkldnn._convolution_pointwise_.binary(sum, input, *self._arguments(input), *end)
         return functional.conv2d(input, self.weight, self.bias, self.stride, self.padding).add_(sum).relu_()

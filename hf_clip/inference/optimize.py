@@ -3,7 +3,8 @@
 1. A ResNet's BatchNorm is folded into the convolution before it. Its attention pool, which has a single query,
    computes no keys and values (see `layers.SingleQueryAttentionPool`).
 2. On CPUs, layers are replaced by those in `layers`, if these are at least `LEAST_GAIN` times as fast on this
-   processor. Their weights are moved to large pages of memory where the system has them.
+   processor. With `precision="int8"` they are replaced by those in `int8_layers` without a measurement. Their weights
+   are moved to large pages of memory where the system has them.
 3. On CPUs, large batches are divided into parts that fit the processor's cache.
 4. On CPUs, `encode_text` skips padding, and `encode_image` computes a ViT's last layer for the class token only.
 5. On GPUs, what pays there is timed and kept: see `on_gpu`.
@@ -24,11 +25,12 @@ from ..model.optimized import Optimizable, OptimizedModelError
 from .batches import positions_of, rows_in_parts, work_depth_first_, work_in_parts_
 from .compiled import check_compiler, compile_towers_, is_compiled
 from .huge_pages import use_huge_pages
+from .int8 import INT8, check_int8, is_int8, quantize_
 from .layers import has_packed_operators
 from .mapped_weights import addresses_of, let_go_of
 from .needed_positions import encode_what_features_need_, is_as_made
 from .on_gpu import suit_the_gpu_
-from .parts import measure_map_bytes, measure_positions
+from .parts import guess_map_bytes, measure_map_bytes, measure_positions
 from .replace import LEFT, choose_attention_, fold_resnet_, pack_transformer_
 
 FREED_BYTES_KEPT = 64 * 2**20
@@ -54,13 +56,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def optimize_for_inference(model: Any, compile: bool = False) -> list[str]:
+def optimize_for_inference(model: Any, compile: bool = False, precision: str | None = None) -> list[str]:
     """Optimize a model in place; see `hf_clip.model.optimized.Optimizable.optimize_for_inference`."""
+    if precision not in (None, INT8):
+        raise ValueError(
+            f'precision={precision!r} is not known: pass precision="{INT8}", or leave it out to keep the dtype of the '
+            f"model. A model in bfloat16 is loaded with dtype=torch.bfloat16."
+        )
+    if compile and precision:
+        raise ValueError(
+            f'compile=True and precision="{precision}" exclude each other, since torch\'s compiler cannot see into the '
+            f"integer products: leave one of them out."
+        )
     with _lock:  # two models are not optimized at once either, since layers are timed
-        return _optimize_alone(model, compile)
+        return _optimize_alone(model, compile, precision)
 
 
-def _optimize_alone(model: Any, compile: bool) -> list[str]:
+def _optimize_alone(model: Any, compile: bool, precision: str | None) -> list[str]:
     if model.training:
         raise OptimizedModelError("This model is in training; call .eval() before optimize_for_inference().")
     if model.optimizations is None:
@@ -68,11 +80,13 @@ def _optimize_alone(model: Any, compile: bool) -> list[str]:
         _refuse_if_spread(model)
         if compile:
             check_compiler(model.device.type)
+        if precision == INT8:
+            check_int8(model)
         parts = [module for module in model.modules() if isinstance(module, Optimizable)]
         for part in parts:
             part.optimizations = [UNFINISHED]  # stays if the next step is interrupted
         before = addresses_of(model)
-        done = optimize_(model, compile)
+        done = optimize_(model, compile, precision)
         let_go_of(before, addresses_of(model))
         return_freed_memory()
         is_changed = not all(LEFT in line for line in done)
@@ -85,6 +99,8 @@ def _optimize_alone(model: Any, compile: bool) -> list[str]:
         model._refuse_if_optimized("optimized to the end")
     elif compile and not is_compiled(model):
         model._refuse_if_optimized("optimized with compile=True")
+    elif precision == INT8 and not is_int8(model):
+        model._refuse_if_optimized('optimized with precision="int8"')
     return list(model.optimizations)
 
 
@@ -99,18 +115,22 @@ def _refuse_if_spread(model: Any) -> None:
 
 
 @torch.no_grad()
-def optimize_(model: Any, compile: bool = False) -> list[str]:
+def optimize_(model: Any, compile: bool = False, precision: str | None = None) -> list[str]:
     """Make the changes listed above to a model on a single device. Returns descriptions of what was done."""
     on_cpu = model.device.type == "cpu"
     keeps_memory = on_cpu and _keep_freed_memory()  # first, since it changes the times that are measured below
-    has_operators = on_cpu and not compile and has_packed_operators(model.dtype)
+    is_packed = on_cpu and not compile and precision is None and has_packed_operators(model.dtype)
     done: list[str] = []
-    for tower in [module for module in model.modules() if hasattr(module, "attnpool")]:
-        done += fold_resnet_(tower, has_operators)
+    if precision == INT8:
+        done += quantize_(model)
+    else:
+        for tower in [module for module in model.modules() if hasattr(module, "attnpool")]:
+            done += fold_resnet_(tower, is_packed)
     if compile:
         done += compile_towers_(model)
-    if has_operators:
+    if is_packed:
         done += pack_transformer_(model)
+    if is_packed or precision == INT8:
         done += use_huge_pages(model)
     if on_cpu and not compile:
         done += suit_the_cache_(model)
@@ -128,7 +148,8 @@ def suit_the_cache_(model: Any) -> list[str]:
     for tower in towers:
         kind = tower.config.model_type
         if kind == "hf_clip_resnet":
-            sizes[tower] = measure_map_bytes(tower)
+            # In int8 a stage takes one image at a time, so that the size of a part matters less.
+            sizes[tower] = guess_map_bytes(tower) if is_int8(tower) else measure_map_bytes(tower)
             what = f"of {sizes[tower].per_thread / 2**20:.3g} MiB for the widest map"
         else:
             if kind == "hf_clip_vit" and attention_of(tower.config) == "sdpa":

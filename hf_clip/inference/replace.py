@@ -33,13 +33,13 @@ LEFT = "left as before"
 """Part of the descriptions of changes that were not made."""
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: Any) -> bool:
     """Whether a module is an ordinary linear map: no adapter, no quantised weight, no hooks."""
     is_linear = type(module) is nn.Linear and type(module.weight) is nn.Parameter
-    return is_linear and not _is_hooked(module)
+    return is_linear and not is_hooked(module)
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     return has_hooks(module) or "forward" in vars(module)
 
 
@@ -52,11 +52,11 @@ def has_hooks(module: nn.Module) -> bool:
 FOLDED = (nn.Conv2d, nn.AvgPool2d, nn.Identity, nn.Sequential, HfClipBottleneck, HfClipResNetStage)
 
 
-def _find_changed(tower: Any) -> str | None:
+def find_changed(tower: Any) -> str | None:
     """Return the name of the first part of a ResNet that has hooks or was replaced, e.g. by an adapter."""
     for root in [*(f"{kind}{place}" for kind in ("conv", "bn") for place in (1, 2, 3)), *STAGES]:
         for name, module in tower.get_submodule(root).named_modules(prefix=root):
-            if _is_hooked(module) or not (type(module) in FOLDED or isinstance(module, nn.BatchNorm2d)):
+            if is_hooked(module) or not (type(module) in FOLDED or isinstance(module, nn.BatchNorm2d)):
                 return name
     return None
 
@@ -101,18 +101,18 @@ def _pack_layer_(layer: Any, pays: Pays, stacks: bool) -> None:
     """Replace the parts of an encoder layer. With `stacks`, q, k and v become one product if all four maps pay."""
     attention, mlp = layer.self_attn, layer.mlp
     names = ("q_proj", "k_proj", "v_proj", "out_proj")
-    maps = {name: linear for name in names if _is_plain(linear := getattr(attention, name))}
+    maps = {name: linear for name in names if is_plain(linear := getattr(attention, name))}
     kinds = {name: f"linear maps {linear.in_features} → {linear.out_features}" for name, linear in maps.items()}
     chosen = [name for name, linear in maps.items() if pays(kinds[name], linear, PackedLinear)]
-    is_whole = len(chosen) == len(names) and type(attention) is HfClipAttention and not _is_hooked(attention)
+    is_whole = len(chosen) == len(names) and type(attention) is HfClipAttention and not is_hooked(attention)
     if is_whole and stacks:
         PackedAttention.change_(attention)
     else:
         for name in chosen:
             setattr(attention, name, PackedLinear(maps[name]))
     hidden_act = attention.config.hidden_act
-    is_plain = not (_is_hooked(mlp) or _is_hooked(mlp.activation_fn)) and _is_plain(mlp.fc1) and _is_plain(mlp.fc2)
-    if is_plain and hidden_act in FUSED_ACTIVATIONS:
+    fuses = not (is_hooked(mlp) or is_hooked(mlp.activation_fn)) and is_plain(mlp.fc1) and is_plain(mlp.fc2)
+    if fuses and hidden_act in FUSED_ACTIVATIONS:
         kind, pack = f"MLPs {mlp.fc1.in_features} → {mlp.fc1.out_features} → {mlp.fc2.out_features}", PackedMLP
         if pays(kind, mlp, partial(pack, hidden_act=hidden_act)):
             layer.mlp = pack(mlp, hidden_act)
@@ -140,7 +140,7 @@ def fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
 
     With `has_operators` ReLU and sums are fused into the convolutions too, if that is faster here.
     """
-    if changed := _find_changed(tower):
+    if changed := find_changed(tower):
         return [f"the ResNet {LEFT}: {changed} is hooked or adapted"]
     comparison = _compare_fused(tower) if has_operators else None
     is_fused = comparison is not None and comparison.pays
@@ -158,7 +158,7 @@ def fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
         done.append(f"ReLU and sums computed in the convolutions' pass, {comparison}")
     elif comparison is not None:
         done.append(f"ReLU and sums {LEFT}; in the convolutions' pass {comparison}")
-    if all(_is_plain(linear) for linear in (pool.q_proj, pool.k_proj, pool.v_proj)):
+    if all(is_plain(linear) for linear in (pool.q_proj, pool.k_proj, pool.v_proj)):
         pool.__class__ = SingleQueryAttentionPool
         done.append("the attention pool multiplies its one query instead of all keys and values")
     return done

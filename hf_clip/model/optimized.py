@@ -25,7 +25,7 @@ class Optimizable:
     optimizations: list[str] | None = None
     """Descriptions of what `optimize_for_inference` has changed. None for a model that is not optimized."""
 
-    def optimize_for_inference(self: Any, compile: bool = False) -> list[str]:
+    def optimize_for_inference(self: Any, compile: bool = False, precision: str | None = None) -> list[str]:
         """Change this model in place, so that inference on its present device and in its present dtype is faster.
 
         - BatchNorm is folded into the convolutions before it.
@@ -50,6 +50,11 @@ class Optimizable:
                 folded before. It needs a C++ compiler on CPUs and Triton on GPUs. The first calls take up to minutes,
                 and less where torch finds what it compiled before (environment variable `TORCHINDUCTOR_CACHE_DIR`).
                 It was not faster on the processors that were measured.
+            precision: None: products are computed in the model's dtype. "int8": products are computed in 8-bit
+                integers, on CPUs, by models in float32 or bfloat16. Weights are scaled by output channel, once.
+                Activations are scaled in each call: those of a transformer by token, those of a ResNet by image.
+                Everything else stays in the model's dtype, which is also that of the outputs. Features change, see the
+                guide of speed. The float weights of these layers are freed.
 
         Returns:
             Descriptions of what was changed and what was left, and why: the times that were measured, and the caches.
@@ -59,7 +64,10 @@ class Optimizable:
         Raises:
             OptimizedModelError: The model is in training mode, is spread over several devices, has a tower that is
                 already optimized, or was left half-optimized by an interruption. With `compile` also: there is no
-                compiler, or the model is already optimized without.
+                compiler, or the model is already optimized without. With "int8" also: the model is not on a CPU, is in
+                another dtype, is already optimized without, has only layers with hooks or adapters, or torch has no
+                such products on this processor.
+            ValueError: The precision is not known, or is given together with `compile`.
             ModuleNotFoundError: The package is not installed, or was imported only after the model was loaded.
 
         Example::
@@ -73,7 +81,7 @@ class Optimizable:
                 "the model again.",
                 name="hf_clip",
             )
-        return OPTIMIZERS[-1](self, compile=compile)
+        return OPTIMIZERS[-1](self, compile=compile, precision=precision)
 
     def _refuse_if_optimized(self: Any, wish: str) -> None:
         """Raise OptimizedModelError if this model, or one of its towers, is optimized."""
