@@ -26,23 +26,72 @@ SOME_FAILED = 2
 """Exit status: there are results, but not of all images."""
 
 
-def _line(result: "Classified", width: int, label_width: int) -> str:
+MODEL_HELP = "A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names."
+IMAGES_HELP = (
+    "Folders, of which all images are taken, those in their folders too; files; addresses. Or one data set: a "
+    "repository on the Hub, a CSV, JSON lines, parquet or webdataset file, a saved data set."
+)
+
+LabelsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Labels with commas between them; or a file: a label on each line, or JSON with the names of labels.",
+        metavar="A,B,C|FILE",
+    ),
+]
+TemplatesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A text with {} where the label belongs, given once or several times; the name of a set; or a file "
+        "with a text on each line. By default: a photo of a {}.",
+        show_default=False,
+    ),
+]
+OutputOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A table to write, which ends in .csv, .jsonl or .parquet. Without it, results are printed.",
+        metavar="FILE",
+    ),
+]
+ImageColumnOption = Annotated[str | None, typer.Option(help="The column of a data set that holds the images.")]
+SplitOption = Annotated[str | None, typer.Option(help="The split of a data set; by default train.")]
+ImageFoldersOption = Annotated[
+    list[str] | None,
+    typer.Option(help="More folders whose images the rows of a data set may name; only for rows you trust."),
+]
+BatchSizeOption = Annotated[int, typer.Option(help="How many images to encode at once.", min=1)]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU if there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="The dtype to compute in.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Download nothing.")]
+
+
+def format_line(result: "Classified", width: int, label_width: int) -> str:
     """One result for people to read: one line, whatever the names of files and labels hold."""
     if result.error is not None:
         said = f"error: {result.error}"
     else:
-        said = "  ".join(f"{entry['label']:<{label_width}} {entry['score']:.4f}" for entry in result.labels)
+        said = "  ".join(f"{entry['label']:<{label_width}} {entry['score']:.4f}" for entry in result.labels) or "-"
     line = f"{result.name:<{width}}  {said}"
     return "".join(character if character.isprintable() else "�" for character in line)
 
 
-def _take(results: "Iterable[Classified]", take: "Callable[[Classified], Any]") -> tuple[int, int]:
+def take_results(results: "Iterable[Classified]", take: "Callable[[Classified], Any]") -> tuple[int, int]:
     """Hand each result on; returns how many there were, and how many of them are errors."""
     done = failed = 0
     for result in results:
         take(result)
         done, failed = done + 1, failed + (result.error is not None)
     return done, failed
+
+
+def end_by_failures(done: int, failed: int, what: str) -> None:
+    """End with status 2 where some images failed, and with an error where all did. `what` could not be done to them."""
+    if failed and failed == done:
+        raise ValueError(f"none of {done:,} images could be {what}")
+    if failed:
+        print(f"{failed:,} of {done:,} images could not be {what}", file=sys.stderr)
+        raise typer.Exit(SOME_FAILED)
 
 
 def check_for_onnx(head: str | None, device: str | None, dtype: Dtype) -> None:
@@ -64,6 +113,13 @@ def check_for_torch(device: str | None, precision: Precision) -> None:
         raise ValueError(f"--precision {precision.value} chooses an ONNX graph: give --onnx too, or --dtype for torch.")
 
 
+def place_model(model: Any, device: str | None, dtype: str) -> Any:
+    """Move a model that an index has loaded to where, and into what, a command line asks for."""
+    import torch
+
+    return model.to(device or model.device, getattr(torch, dtype))
+
+
 def load_by_torch(
     model: str, labels: Any, templates: Any, head: str | None, *, device: str | None, dtype: str, offline: bool
 ) -> "StreamClassifier":
@@ -83,27 +139,9 @@ def load_by_torch(
 
 
 def classify(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names.", metavar="MODEL"
-        ),
-    ],
-    images: Annotated[
-        list[str],
-        typer.Argument(
-            help="Folders, of which all images are taken, those in their folders too; files; addresses. Or one data "
-            "set: a repository on the Hub, a CSV, JSON lines, parquet or webdataset file, a saved data set.",
-            metavar="IMAGES...",
-        ),
-    ],
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            help="Labels with commas between them; or a file: a label on each line, or JSON with the names of labels.",
-            metavar="A,B,C|FILE",
-        ),
-    ] = None,
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
+    images: Annotated[list[str], typer.Argument(help=IMAGES_HELP, metavar="IMAGES...")],
+    labels: LabelsOption = None,
     head: Annotated[
         str | None,
         typer.Option(
@@ -112,32 +150,16 @@ def classify(
             metavar="NAME|FILE",
         ),
     ] = None,
-    templates: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A text with {} where the label belongs, given once or several times; the name of a set; or a file "
-            "with a text on each line. By default: a photo of a {}.",
-            show_default=False,
-        ),
-    ] = None,
+    templates: TemplatesOption = None,
     top_k: Annotated[int, typer.Option(help="How many labels to give for each image, best first.", min=1)] = 5,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            help="A table to write, which ends in .csv, .jsonl or .parquet. Without it, results are printed.",
-            metavar="FILE",
-        ),
-    ] = None,
-    image_column: Annotated[str | None, typer.Option(help="The column of a data set that holds the images.")] = None,
-    split: Annotated[str | None, typer.Option(help="The split of a data set; by default train.")] = None,
-    image_folders: Annotated[
-        list[str] | None,
-        typer.Option(help="More folders whose images the rows of a data set may name; only for rows you trust."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 16,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU if there is one.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="The dtype to compute in.")] = Dtype.float32,
-    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
+    output: OutputOption = None,
+    image_column: ImageColumnOption = None,
+    split: SplitOption = None,
+    image_folders: ImageFoldersOption = None,
+    batch_size: BatchSizeOption = 16,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    offline: OfflineOption = False,
     onnx: Annotated[
         bool,
         typer.Option(
@@ -204,12 +226,10 @@ def classify(
     top_k, width = min(top_k, len(classifier.labels)), max(map(len, classifier.labels))
     results = classify_stream(classifier, found.items, top_k=top_k, batch_size=batch_size, opener=found.opener)
     if output is None:
-        done, failed = _take(results, lambda result: print(_line(result, found.longest_name, width), flush=True))
+        done, failed = take_results(
+            results, lambda result: print(format_line(result, found.longest_name, width), flush=True)
+        )
     else:
         with table_writer(output, top_k) as write, tqdm(total=found.total, unit="image", disable=None) as bar:
-            done, failed = _take(results, lambda result: (write(result), bar.update()))
-    if failed and failed == done:
-        raise ValueError(f"none of {done:,} images could be opened")
-    if failed:
-        print(f"{failed:,} of {done:,} images could not be opened", file=sys.stderr)
-        raise typer.Exit(SOME_FAILED)
+            done, failed = take_results(results, lambda result: (write(result), bar.update()))
+    end_by_failures(done, failed, "opened")

@@ -25,6 +25,7 @@ from ..model.open_image import RASTER_FORMATS, UnreadableImageError, open_image
 MOST_THREADS = 8
 Named = TypeVar("Named")
 Made = TypeVar("Made")
+Found = TypeVar("Found")
 
 
 def image_suffixes() -> frozenset[str]:
@@ -179,23 +180,59 @@ def classify_stream(
         A result for each item, in their order.
     """
 
-    def make(item: Any) -> Any:
-        return classifier.pixels_of(opener(item), **settings)
+    computed = batches_of_images(
+        items,
+        lambda item: classifier.pixels_of(opener(item), **settings),
+        lambda pixels: classifier.rank_pixels(pixels, top_k),
+        batch_size=batch_size,
+        threads=threads,
+    )
+    for name, ranked, error in computed:
+        yield Classified(name, [] if ranked is None else ranked, error)
 
+
+def batches_of_images(
+    items: Iterable[tuple[str, Any]],
+    make: Callable[[Any], Made],
+    compute: Callable[[list[Made]], Iterable[Found]],
+    *,
+    batch_size: int = 16,
+    threads: int | None = None,
+) -> Iterator[tuple[str, Found | None, str | None]]:
+    """Open images in threads, and compute something of one batch of them after the other.
+
+    Args:
+        items: Names, and what `make` opens; read as they are needed.
+        make: Opens an image and prepares it. Called in a thread; a ValueError of it becomes the image's error.
+        compute: Computes something of a batch, a result for each image.
+        batch_size: Images computed at once.
+        threads: How many open images (default: one for each core, at most 8).
+
+    Yields:
+        Name, result and error of each item, in their order. Either the result or the error is None.
+    """
     threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
     waiting = in_order(items, make, threads, ahead=2 * batch_size + threads)
     while batch := list(islice(waiting, batch_size)):
-        results: list[Classified | None] = []
-        pixels: list[Any] = []
-        for name, future in batch:
+        errors: list[str | None] = []
+        made: list[Made] = []
+        for _, future in batch:
             try:
-                pixels.append(future.result())
-                results.append(None)
+                made.append(future.result())
+                errors.append(None)
             except ValueError as error:
-                results.append(Classified(name, error=_in_words(error)))
-        ranked = iter(classifier.rank_pixels(pixels, top_k) if pixels else [])
-        for (name, _), result in zip(batch, results, strict=True):
-            yield Classified(name, next(ranked)) if result is None else result
+                errors.append(_in_words(error))
+        computed = iter(compute(made) if made else [])
+        for (name, _), problem in zip(batch, errors, strict=True):
+            yield name, next(computed) if problem is None else None, problem
 
 
-__all__ = ["Classified", "classify_stream", "find_images", "image_suffixes", "in_order", "is_image_name"]
+__all__ = [
+    "Classified",
+    "batches_of_images",
+    "classify_stream",
+    "find_images",
+    "image_suffixes",
+    "in_order",
+    "is_image_name",
+]

@@ -29,13 +29,16 @@ def columns_of(top_k: int) -> list[str]:
     return ["image", *pairs, "error"]
 
 
+def name_in_table(result: Classified) -> str:
+    """An image's name. A path of this machine may hold bytes that are no text."""
+    return result.name.encode("utf-8", "backslashreplace").decode()
+
+
 def row_of(result: Classified, top_k: int) -> Row:
     """A result as a row; what it doesn't have is None."""
     values: list[Any] = [value for found in result.labels for value in (found["label"], found["score"])]
     values += [None] * (2 * top_k - len(values))
-    # A path of this machine may hold bytes that are no text.
-    name = result.name.encode("utf-8", "backslashreplace").decode()
-    return dict(zip(columns_of(top_k), [name, *values, result.error], strict=True))
+    return dict(zip(columns_of(top_k), [name_in_table(result), *values, result.error], strict=True))
 
 
 @contextmanager
@@ -57,7 +60,8 @@ def _parquet_writer(path: Path, columns: list[str]) -> Iterator[Callable[[Row], 
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    kinds = [(name, pyarrow.float32() if name.startswith("score") else pyarrow.string()) for name in columns]
+    is_number = {name: name.partition("_")[0] == "score" for name in columns}
+    kinds = [(name, pyarrow.float32() if is_number[name] else pyarrow.string()) for name in columns]
     schema = pyarrow.schema(kinds)
     rows: list[Row] = []
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
@@ -109,23 +113,30 @@ def check_table(path: str | Path) -> None:
 
 
 @contextmanager
-def table_writer(path: str | Path, top_k: int) -> Iterator[Callable[[Classified], Any]]:
-    """What writes one result after the other to a table, which takes its place when the block ends without an error.
+def row_writer(path: str | Path, columns: list[str]) -> Iterator[Callable[[Row], Any]]:
+    """What writes one row after the other to a table, which takes its place when the block ends without an error.
 
     Args:
         path: Ends in .csv, .jsonl or .parquet.
-        top_k: The labels of an image.
+        columns: Names of the columns. `score`, `score_2` and so on hold numbers, the others text.
 
     Yields:
-        A function that writes a result.
+        A function that writes a row.
 
     Raises:
         ValueError, IsADirectoryError, ImportError: See `check_table`.
     """
     check_table(path)
     make = WRITERS[Path(path).suffix.lower()]
-    with whole_file(path) as unfinished, make(unfinished, columns_of(top_k)) as write:
+    with whole_file(path) as unfinished, make(unfinished, columns) as write:
+        yield write
+
+
+@contextmanager
+def table_writer(path: str | Path, top_k: int) -> Iterator[Callable[[Classified], Any]]:
+    """The same for results, each with as many labels. Yields a function that writes a result."""
+    with row_writer(path, columns_of(top_k)) as write:
         yield lambda result: write(row_of(result, top_k))
 
 
-__all__ = ["check_table", "columns_of", "row_of", "table_writer"]
+__all__ = ["check_table", "columns_of", "name_in_table", "row_of", "row_writer", "table_writer"]
