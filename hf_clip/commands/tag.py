@@ -152,7 +152,7 @@ def tag(
 
         hf-clip tag --index photos-index --labels labels.txt --top-k 3
     """
-    from ..search.image_tags import write_sidecars
+    from ..search.image_tags import check_keywords, check_scores, write_sidecars
     from ..zero_shot.pipeline import check_device
     from ..zero_shot.prompts import DEFAULT_TEMPLATE, parse_labels, read_labels, read_templates
     from ..zero_shot.tables import check_table
@@ -168,6 +168,9 @@ def tag(
         raise ValueError(f"--background is for background scores, and --scores is {scores.value}: leave one out.")
     check_device(device)
     names = read_labels(parse_labels(labels)) if labels is not None else None
+    check_keywords(names or ())
+    if scores is not None:
+        check_scores(scores.value, threshold)
     others = None if background is None else read_labels(parse_labels(background))
     given = DEFAULT_TEMPLATE if not templates else templates[0] if len(templates) == 1 else templates
     read_templates(given)

@@ -245,4 +245,14 @@ def tag_row(result: Classified, name: str) -> dict[str, str | float | None]:
     return dict(zip(TAG_COLUMNS, (name, joined, scores, result.error), strict=True))
 
 
-__all__ = ["BACKGROUND", "SCORES", "TAG_COLUMNS", "ImageTagger", "tag_index", "tag_row", "write_sidecars"]
+__all__ = [
+    "BACKGROUND",
+    "SCORES",
+    "TAG_COLUMNS",
+    "ImageTagger",
+    "check_keywords",
+    "check_scores",
+    "tag_index",
+    "tag_row",
+    "write_sidecars",
+]

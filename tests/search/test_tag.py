@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -44,7 +45,7 @@ def threshold(cosines: torch.Tensor) -> float:
     """Some image has no tag, others have several. It lies in the widest gap: an index rounds its embeddings."""
     own = cosines[:, : len(LABELS)]
     ordered = own.flatten().sort().values.tolist()
-    middles = sorted(zip(ordered, ordered[1:], strict=False), key=lambda pair: pair[0] - pair[1])
+    middles = sorted(itertools.pairwise(ordered), key=lambda pair: pair[0] - pair[1])
     for low, high in middles:
         counts = (own >= (low + high) / 2).sum(dim=1)
         if counts.min() == 0 and (counts > 1).sum() > 1:
@@ -212,8 +213,8 @@ def test_classifier_of_another_model_is_refused(digits: Path, small_model: Any, 
         (["{photos}", "--model", "m", "--labels", "a", "--output", "tags.xlsx"], "ends in none of .csv, .jsonl"),
         (["{photos}", "--model", "m", "--classifier", "c", "--scores", "cosine"], "A saved classifier has its scores"),
         (["rows.csv", "--model", "m", "--labels", "a", "--write-xmp"], "which a data set has none of"),
-        (["{photos}", "--model", "{model}", "--labels", "a;b"], "Label 0, 'a;b', cannot be a tag: it holds a semi"),
-        (["{photos}", "--model", "{model}", "--labels", "a", "--scores", "cosine"], "need a threshold, since each mo"),
+        (["{photos}", "--model", "m", "--labels", "a;b"], "Label 0, 'a;b', cannot be a tag: it holds a semi"),
+        (["{photos}", "--model", "m", "--labels", "a", "--scores", "cosine"], "need a threshold, since each mo"),
         (["{photos}", "--model", "{model}", "--labels", "a", "--scores", "sigmoid"], "was trained with a softmax"),
         (["{photos}", "--model", "{model}", "--classifier", "none"], "There is no classifier none"),
     ],
