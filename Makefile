@@ -52,7 +52,7 @@ parity: $(VENV)/.dev-installed  ## compare all nine models with the reference at
 cards: $(VENV)/.dev-installed  ## write the nine model cards and their picture
 	$(BIN)/python -m model_cards
 
-bench: $(VENV)/.dev-installed $(VENV)/.bench-installed  ## measure us and the peers in turn (well over an hour; QUICK=1: some minutes)
+bench: $(VENV)/.dev-installed $(VENV)/.bench-installed  ## measure us and the peers in turn (about an hour; QUICK=1: some minutes)
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) --json benchmark.json --picture benchmark.png
 
 clean:  ## remove the environment and what the demo wrote

@@ -5,7 +5,7 @@
     python -m benchmarks image_encoder --variants RN50 ViT-B/32 --precision bf16 --json figures.json
     python -m benchmarks tokenizer image_processor --picture ratios.png
 
-Without a subcommand all are measured, which takes well over an hour on two idle cores; --quick takes some minutes.
+Without a subcommand all are measured, which takes about an hour on two idle cores; --quick takes some minutes.
 A peer whose outputs are not those of the float32 reference is left out, and so is one that is not installed; a line
 says why. Where there is a GPU, its rows are added.
 """
@@ -38,7 +38,7 @@ SUBCOMMANDS = {
     "train_step": "both towers, the loss, backward, AdamW",
     "gradient_caching": "a training step by micro-batches: time of a pair, and memory",
     "locked_towers": "a step with both towers locked, from stored features and with the towers in memory",
-    "loss": "the contrastive loss alone, 1k to 64k pairs; --picture draws its curves where it is measured alone",
+    "loss": "the contrastive loss alone, 1k to 32k pairs; --picture draws its curves where it is measured alone",
     "zero_shot": "the pipeline, and a classifier of 1,000 labels",
     "evaluate": "from JPEGs on disk to a table of zero-shot figures",
     "retrieval": "ranks of both directions, in blocks and by the whole matrix",
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="smaller models, fewer rounds: a first look")
     parser.add_argument("--threads", type=at_least_one, help="of everyone (default: as many as torch takes)")
     parser.add_argument("--rounds", type=at_least_one, help="turns of everyone in a table")
-    parser.add_argument("--seconds", type=positive_seconds, default=60.0, help="for a table's rounds (default 60)")
+    parser.add_argument("--seconds", type=positive_seconds, default=20.0, help="for a table's rounds (default 20)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="only this one (default: both where there is a GPU)")
     parser.add_argument(
         "--no-memory", action="store_true", help="do not measure memory, which takes processes of its own"

@@ -1,4 +1,4 @@
-"""How fast the contrastive loss is, and how much memory it takes: forward and backward, for batches of 1k to 64k pairs.
+"""How fast the contrastive loss is, and how much memory it takes: forward and backward, for batches of 1k to 32k pairs.
 
 Features are random, 512 wide, float32. hf_clip's loss is called as the trainer calls it: with the ids of images and
 captions, so that it looks for duplicates, of which there are none. `plain` is the loss as it is written down, with all
@@ -39,7 +39,7 @@ from .settings import Settings
 OPTIONS = ("batch",)
 NEEDS_CEILING = True
 IS_ON_CPU = False
-PAIRS, QUICK_PAIRS = tuple(1024 * 2**power for power in range(7)), (1024, 2048)
+PAIRS, QUICK_PAIRS = tuple(1024 * 2**power for power in range(6)), (1024, 2048)
 SIGMOID_PAIRS = 8192
 WIDTH = 512
 ROUNDS, ROUNDS_OF_LARGE, LARGE = 5, 1, 32768

@@ -25,7 +25,7 @@ class Settings:
     threads: int = 1
     devices: tuple[str, ...] = ("cpu",)
     rounds: int | None = None
-    seconds: float = 60.0
+    seconds: float = 20.0
     variants: tuple[str, ...] | None = None
     precisions: tuple[str, ...] | None = None
     batches: tuple[int, ...] | None = None
