@@ -22,6 +22,9 @@ Range = tuple[int, int]
 
 DROP = getattr(mmap, "MADV_DONTNEED", None)
 
+CHANGED = ("Anonymous:", "Swap:")
+"""Fields of /proc/self/smaps with the changed pages of a mapping: those in memory, and those that were swapped out."""
+
 
 def addresses_of(model: Any) -> list[Range]:
     """Return where the parameters and buffers of a model lie in memory."""
@@ -33,16 +36,17 @@ def addresses_of(model: Any) -> list[Range]:
 def _unchanged_files() -> list[Range]:
     """List the private mappings of files in which no page was written to."""
     found: list[Range] = []
-    start = end = 0
-    is_file = False
+    place: Range = (0, 0)
     with open("/proc/self/smaps") as lines:
         for line in lines:
             fields = line.split()
             if not fields[0].endswith(":"):  # addresses, permissions, offset, device, inode, path
                 start, end = (int(address, 16) for address in fields[0].split("-"))
-                is_file = len(fields) > 5 and fields[4] != "0" and fields[1].endswith("p")
-            elif fields[0] == "Anonymous:" and is_file and fields[1] == "0":
-                found.append((start, end))
+                place = (start, end)
+                if len(fields) > 5 and fields[4] != "0" and fields[1].endswith("p"):
+                    found.append(place)
+            elif fields[0] in CHANGED and fields[1] != "0" and found and found[-1] == place:
+                found.pop()
     return found
 
 

@@ -1,6 +1,7 @@
 """Weights stay in the file that they are mapped from, and what nobody uses any more does not stay resident."""
 
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_clip import HfClipModel, HfClipTokenizer
+from hf_clip.inference import mapped_weights
 from hf_clip.inference.mapped_weights import addresses_of, let_go_of
 from hf_clip.model import freed_memory
 
@@ -79,6 +81,17 @@ def test_nothing_is_dropped_that_was_changed_in_memory(model: HfClipModel):
     assert torch.equal(changed, expected)
 
 
+@pytest.mark.parametrize("place", ["memory", "swap"])
+def test_a_mapping_that_was_written_to_is_told_by_its_changed_pages(place: str, monkeypatch: pytest.MonkeyPatch):
+    changed = {"memory": (4, 0), "swap": (0, 4)}[place]
+    lines: list[str] = []
+    for start, (in_memory, in_swap) in ((0x1000, (0, 0)), (0x3000, changed)):
+        lines += [f"{start:x}-{start + 0x2000:x} r--p 00000000 08:01 42 /a/file"]
+        lines += [f"Rss: 8 kB\nAnonymous: {in_memory} kB\nSwap: {in_swap} kB\nVmFlags: rd mr"]
+    monkeypatch.setattr("builtins.open", lambda _: StringIO("\n".join(lines)))
+    assert mapped_weights._unchanged_files() == [(0x1000, 0x3000)]
+
+
 def test_weights_that_stay_are_not_touched(model: HfClipModel, weights: Path):
     *_, resident = mapping_of(weights)
     assert let_go_of(addresses_of(model), addresses_of(model)) == 0
@@ -86,7 +99,7 @@ def test_weights_that_stay_are_not_touched(model: HfClipModel, weights: Path):
 
 
 def test_optimizing_lets_go_of_what_it_replaces(model: HfClipModel, monkeypatch: pytest.MonkeyPatch):
-    def replace(changed: HfClipModel, compile: bool) -> list[str]:
+    def replace(changed: HfClipModel, *_: object) -> list[str]:
         for module in linear_maps(changed):
             module.weight = nn.Parameter(module.weight.detach().clone())
         return ["replaced"]
