@@ -7,11 +7,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..model.text_ends import EndOfTextError
 from .parts import STAGES, PartSize, images_at_once
+
+CAPTURED = ("output_hidden_states", "output_attentions")
+"""Arguments of a tower that ask for the outputs of all layers."""
+
+
+def towers_of(model: nn.Module) -> list[Any]:
+    """The towers of a model, or the model itself if it is one."""
+    return [module for module in model.modules() if hasattr(module, "attnpool") or hasattr(module, "encoder")]
+
+
+def wants_all_layers(tower: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a call of a tower with these arguments, or its configuration, asks for the outputs of all layers."""
+    given = ((arguments.get(name), getattr(tower.config, name, False)) for name in CAPTURED)
+    return any(default if value is None else value for value, default in given)
 
 
 def even_parts(batch: Tensor, most: int) -> tuple[Tensor, ...]:
@@ -33,14 +47,13 @@ def work_in_parts_(tower: Any, part_size: Callable[[Tensor], int], encode: Calla
     """
     whole = tower.forward
     encode = encode or whole
-    captured = ("output_hidden_states", "output_attentions")
 
     def forward(input: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         input = kwargs.pop(tower.main_input_name, input)
         is_simple = isinstance(input, Tensor) and input.ndim > 1 and input.numel() > 0 and not args
         is_simple = is_simple and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         is_simple = is_simple and not any(isinstance(value, Tensor) for value in kwargs.values())
-        is_simple = is_simple and not any(kwargs.get(name, getattr(tower.config, name, False)) for name in captured)
+        is_simple = is_simple and not wants_all_layers(tower, kwargs)
         if not is_simple:
             return whole(input, *args, **kwargs)
         as_dict = kwargs.pop("return_dict", tower.config.return_dict) is not False

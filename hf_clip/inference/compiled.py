@@ -16,12 +16,11 @@ from torch import Tensor
 from ..model.optimized import OptimizedModelError
 from ..model.text_ends import find_ends, find_starts
 from ..model.text_tower import check_input_ids
+from .batches import towers_of, wants_all_layers
 from .layers import refuse_gradients
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """The environment variable by which torch is told where to keep what it has compiled."""
-
-CAPTURED = ("output_hidden_states", "output_attentions")
 
 
 def check_compiler(device: str) -> None:
@@ -48,7 +47,7 @@ def is_compiled(model: Any) -> bool:
 
 def compile_towers_(model: Any) -> list[str]:
     """Let the towers of a model be compiled at their first call. Returns a description."""
-    towers = [module for module in model.modules() if hasattr(module, "attnpool") or hasattr(module, "encoder")]
+    towers = towers_of(model)
     for tower in towers:
         _compile_tower_(tower)
     names = " and ".join("texts" if tower.main_input_name == "input_ids" else "images" for tower in towers)
@@ -65,7 +64,7 @@ def _compile_tower_(tower: Any) -> None:
             if isinstance(value, Tensor):
                 refuse_gradients(value)
         with torch.no_grad():
-            if any(kwargs.get(name, getattr(tower.config, name, False)) for name in CAPTURED):
+            if wants_all_layers(tower, kwargs):
                 return whole(*args, **kwargs)
             if tower.main_input_name == "input_ids":
                 _check_texts(tower, *args, **kwargs)

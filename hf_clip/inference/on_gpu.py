@@ -24,7 +24,7 @@ from ..model.attention import HfClipAttention, HfClipEncoderLayer
 from ..model.matryoshka import truncate
 from ..model.resnet_tower import HfClipAttentionPool
 from ..model.text_ends import find_ends
-from .batches import is_of_own_size
+from .batches import is_of_own_size, towers_of, wants_all_layers
 from .cuda_graphs import Entry, Graphs, Outputs
 from .gpu_layers import (
     CudnnConv2d,
@@ -53,8 +53,6 @@ POSITIONS_WORTH_SORTING = 4096
 LEAST_POSITIONS_OF_A_PART = 2048
 """A part of sorted texts has at least so many positions, unless it is the last."""
 
-CAPTURED = ("output_hidden_states", "output_attentions")
-
 
 def suit_the_gpu_(model: Any) -> list[str]:
     """Make all changes of this file to a model on a GPU. Returns descriptions of what was done and what was left."""
@@ -76,6 +74,8 @@ def suit_the_gpu_(model: Any) -> list[str]:
 
 
 def _describe(what: str, gain: float, count: int, unit: str) -> str:
+    if not gain:
+        return f"{what}: {LEFT}; there is not enough memory to time it with {count} {unit}"
     kept = "" if gain >= LEAST_GAIN_OF_A_TOWER else f": {LEFT}"
     return f"{what}{kept}; with {count} {unit} {gain:.2f} times as fast here"
 
@@ -93,7 +93,7 @@ def example_of(tower: Any, count: int) -> Tensor:
 
 
 def gain_of_switch(tower: Any, switch: Callable[[bool], None], count: int) -> float:
-    """Return how many times as fast a tower is with a change. It is left without the change."""
+    """Return how many times as fast a tower is with a change; 0 if memory ran out. It is left without the change."""
     example = example_of(tower, count)
 
     def work() -> None:
@@ -206,7 +206,10 @@ def fuse_projections_(tower: Any) -> list[str]:
 
 
 def gain_of_class_token(model: Any) -> tuple[float, int]:
-    """Return how many times as fast images are encoded with the last layer for the class token alone, and how many."""
+    """Return how many times as fast images are encoded with the last layer for the class token alone, and how many.
+
+    The first is 0 if memory ran out.
+    """
     tower = model.vision_model
     count = _batch_of(tower)
     images = example_of(tower, count)
@@ -241,7 +244,7 @@ def use_graphs_(model: Any, by_class_token: bool) -> list[str]:
         changed.append((model, "encode_text", text_encoder(model, graphs)))
         tried.append((model, "encode_text", example_of(model.text_model, 1)[:, -2 * COLUMNS :]))
         done.append(f"encode_text pads to a multiple of {COLUMNS} columns, and sorts many texts by length")
-    for tower in [module for module in model.modules() if hasattr(module, "attnpool") or hasattr(module, "encoder")]:
+    for tower in towers_of(model):
         if _is_ours(tower, "forward", *(f"HfClip{kind}Model.forward" for kind in ("Text", "ViT", "ResNet"))):
             changed.append((tower, "forward", tower_encoder(tower, graphs)))
             tried += [] if hasattr(model, "encode_image") else [(tower, "forward", example_of(tower, 1))]
@@ -388,7 +391,7 @@ def tower_encoder(tower: Any, graphs: Graphs) -> tuple[Callable[..., Any], Entry
         unusual = {name: value for name, value in kwargs.items() if name not in ("return_dict", "attention_mask")}
         is_simple = isinstance(input, Tensor) and input.ndim == rank and not args and not _is_graph()
         is_simple = is_simple and all(value is None or value is False for value in unusual.values())
-        is_simple = is_simple and not any(getattr(tower.config, name, False) for name in CAPTURED)
+        is_simple = is_simple and not wants_all_layers(tower, kwargs)
         mask = kwargs.get("attention_mask") if rank == 2 else None
         if not is_simple or not (mask is None or isinstance(mask, Tensor)):
             return whole(input, *args, **kwargs)

@@ -22,7 +22,7 @@ import torch
 from ..model.attention import attention_of
 from ..model.freed_memory import return_freed_memory
 from ..model.optimized import Optimizable, OptimizedModelError
-from .batches import positions_of, rows_in_parts, work_depth_first_, work_in_parts_
+from .batches import positions_of, rows_in_parts, towers_of, work_depth_first_, work_in_parts_
 from .compiled import check_compiler, compile_towers_, is_compiled
 from .huge_pages import use_huge_pages
 from .int8 import INT8, check_int8, is_int8, quantize_
@@ -144,7 +144,7 @@ def optimize_(model: Any, compile: bool = False, precision: str | None = None) -
 def suit_the_cache_(model: Any) -> list[str]:
     """Let a model on a CPU work in parts that fit the caches. Returns descriptions of the changes."""
     done, sizes = [], {}
-    towers = [module for module in model.modules() if hasattr(module, "attnpool") or hasattr(module, "encoder")]
+    towers = towers_of(model)
     for tower in towers:
         kind = tower.config.model_type
         if kind == "hf_clip_resnet":

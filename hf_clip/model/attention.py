@@ -162,8 +162,9 @@ def attend(
     if not is_graph and batch == 0:  # only eager attention can do an empty batch
         kind, attention_mask = "eager", None
     attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)
-    is_bidirectional = not (module.is_causal or kwargs.get("is_causal"))
-    if kind == "sdpa" and is_bidirectional and not is_graph and _prefers_products(query, attention_mask):
+    dropout = module.dropout if module.training else 0.0
+    is_plain = not (module.is_causal or kwargs.get("is_causal") or dropout)
+    if kind == "sdpa" and is_plain and not is_graph and _prefers_products(query, attention_mask):
         attention = product_attention
     mixed, weights = attention(
         module,
@@ -172,7 +173,7 @@ def attend(
         value.unflatten(-1, heads).transpose(1, 2),
         attention_mask,
         scaling=(width // module.num_heads) ** -0.5,
-        dropout=module.dropout if module.training else 0.0,
+        dropout=dropout,
         **kwargs,
     )
     return mixed.reshape(batch, query_length, width), weights

@@ -29,8 +29,9 @@ class Optimizable:
         """Change this model in place, so that inference on its present device and in its present dtype is faster.
 
         - BatchNorm is folded into the convolutions before it.
-        - On CPUs, weights are stored in the processor's own order of memory, and large batches are divided into parts
-          that fit its cache.
+        - On CPUs, weights are stored in the processor's own order of memory, in large pages where Linux has them, and
+          large batches are divided into parts that fit its cache. Pages of a file whose weights were replaced leave
+          memory.
         - On CPUs, glibc is asked to keep freed memory. This holds for the whole process.
         - On GPUs, queries, keys and values come from one product, cuDNN computes ReLU and sums with the convolutions,
           and texts are sorted by length.

@@ -684,3 +684,8 @@ def test_operators_of_cudnn_have_the_names_that_are_used():
     assert isinstance(gpu_layers.has_cudnn(), bool)
     for name in ("cudnn_convolution_relu", "cudnn_convolution_add_relu"):
         assert callable(getattr(torch, name))
+
+
+def test_changes_that_memory_does_not_suffice_to_time_are_left():
+    line = on_gpu._describe("a change", 0.0, 64, "images")
+    assert line == f"a change: {on_gpu.LEFT}; there is not enough memory to time it with 64 images"

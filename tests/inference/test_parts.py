@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hf_clip import HfClipViTConfig
 from hf_clip.inference import huge_pages, measure, parts
+from hf_clip.inference.batches import wants_all_layers
 from hf_clip.inference.cpu import Cpu
 from hf_clip.inference.measure import Comparison
 from hf_clip.model import attention
@@ -149,6 +151,16 @@ def test_products_are_used_without_gradients_and_masks_only(monkeypatch: pytest.
             assert not attention._prefers_products(query, attention_mask)
 
 
+def test_dropout_is_left_to_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "attends_faster_by_products", lambda: True)
+    config = HfClipViTConfig(hidden_size=64, num_attention_heads=1, attention_dropout=0.5, attn_implementation="sdpa")
+    layer = attention.HfClipAttention(config, is_causal=False).to(torch.bfloat16)
+    states = torch.randn(1, 40, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert not torch.equal(layer.train()(states)[0], layer(states)[0])
+        assert torch.equal(layer.eval()(states)[0], layer(states)[0])
+
+
 def test_large_pages_are_those_that_hold_the_weights():
     huge = huge_pages.HUGE
     assert huge_pages.pages_of([(5, 7), (huge - 1, huge + 1), (4 * huge, 5 * huge)]) == [0, huge, 4 * huge]
@@ -163,3 +175,13 @@ def test_large_pages_are_asked_for_where_the_system_has_them(monkeypatch: pytest
         setting.write_text(text)
         assert huge_pages.are_allowed() is allowed
     assert huge_pages.use_huge_pages(nn.Linear(2, 2)) == []  # asked for, but nothing was reordered
+
+
+def test_outputs_of_all_layers_are_wanted_by_an_argument_or_else_by_the_configuration():
+    tower = nn.Identity()
+    for default in (False, True):
+        tower.config = HfClipViTConfig(output_hidden_states=default)  # type: ignore[assignment]
+        assert wants_all_layers(tower, {}) is default
+        assert wants_all_layers(tower, {"output_hidden_states": None}) is default
+        assert not wants_all_layers(tower, {"output_hidden_states": False})
+        assert wants_all_layers(tower, {"output_attentions": True})
