@@ -37,7 +37,7 @@ def _unchanged_files() -> list[Range]:
     """List the private mappings of files in which no page was written to."""
     found: list[Range] = []
     place: Range = (0, 0)
-    with open("/proc/self/smaps") as lines:
+    with open("/proc/self/smaps", errors="replace") as lines:  # a path may have bytes of another encoding
         for line in lines:
             fields = line.split()
             if not fields[0].endswith(":"):  # addresses, permissions, offset, device, inode, path

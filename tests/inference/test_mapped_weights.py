@@ -1,5 +1,7 @@
 """Weights stay in the file that they are mapped from, and what nobody uses any more does not stay resident."""
 
+import mmap
+import os
 import sys
 from io import StringIO
 from pathlib import Path
@@ -88,8 +90,17 @@ def test_a_mapping_that_was_written_to_is_told_by_its_changed_pages(place: str, 
     for start, (in_memory, in_swap) in ((0x1000, (0, 0)), (0x3000, changed)):
         lines += [f"{start:x}-{start + 0x2000:x} r--p 00000000 08:01 42 /a/file"]
         lines += [f"Rss: 8 kB\nAnonymous: {in_memory} kB\nSwap: {in_swap} kB\nVmFlags: rd mr"]
-    monkeypatch.setattr("builtins.open", lambda _: StringIO("\n".join(lines)))
+    monkeypatch.setattr("builtins.open", lambda *_, **__: StringIO("\n".join(lines)))
     assert mapped_weights._unchanged_files() == [(0x1000, 0x3000)]
+
+
+def test_a_mapped_file_may_have_a_name_in_another_encoding(tmp_path: Path):
+    path = os.fsencode(tmp_path) + b"/\xff"
+    with open(path, "wb+") as file:
+        file.write(bytes(mmap.PAGESIZE))
+        file.flush()
+        with mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE):
+            assert mapped_weights._unchanged_files()
 
 
 def test_weights_that_stay_are_not_touched(model: HfClipModel, weights: Path):
