@@ -28,7 +28,7 @@ from .measuring import (
     run_alone,
     say,
 )
-from .peers import COMPILED, ON_CPU, ON_GPU, OPENAI, OPTIMIZED, OURS, Batch, Case, Encoder, build
+from .peers import COMPILED, IN_INT8, ON_CPU, ON_GPU, OPENAI, OURS, Batch, Case, Encoder, build
 from .settings import Settings
 
 Extra = Callable[[Case, Tensor], Contender]
@@ -98,11 +98,9 @@ def build_all(names: Sequence[str], case: Case, memories: dict[str, int]) -> tup
 
 
 def implementations(case: Case, is_compiled: bool) -> list[str]:
-    """On a GPU, all that optimize_for_inference does is to fold a ResNet's BatchNorm."""
-    on_gpu = case.device == "cuda"
-    names = [name for name in (ON_GPU if on_gpu else ON_CPU) if is_compiled or COMPILED not in name]
-    is_resnet = case.kind == "image" and case.variant.patch_size is None
-    return [name for name in names if name != OPTIMIZED or is_resnet or not on_gpu]
+    """Integers stand beside bfloat16 alone."""
+    names = [name for name in (ON_GPU if case.device == "cuda" else ON_CPU) if is_compiled or COMPILED not in name]
+    return [name for name in names if case.precision == "bf16" or name not in IN_INT8]
 
 
 def encoder_tables(

@@ -13,7 +13,7 @@ from hf_clip.model.variants import get_variant
 from .ceiling import image_flops
 from .encoders import Workload, encoder_tables
 from .measuring import Table
-from .peers import OPTIMIZED, OURS, Case, weights_folder
+from .peers import INT8, OPTIMIZED, OURS, Case, weights_folder
 from .settings import Settings
 
 OPTIONS = ("variants", "precision", "batch")
@@ -40,4 +40,4 @@ def run(settings: Settings) -> Iterator[Table]:
                 batches = settings.batches or settings.choose(BATCHES, QUICK_BATCHES)[device]
                 workloads = [make_workload(variant, batch, batch == max(batches)) for batch in batches]
                 case = Case(variant, folder, "image", device=device)
-                yield from encoder_tables(case, "images", workloads, settings, rounds, (OURS, OPTIMIZED))
+                yield from encoder_tables(case, "images", workloads, settings, rounds, (OURS, OPTIMIZED, INT8))

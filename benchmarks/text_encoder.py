@@ -20,7 +20,7 @@ from hf_clip.model.variants import get_variant
 from .ceiling import text_flops
 from .encoders import Extra, Workload, encoder_tables
 from .measuring import Contender, Table, agrees_with
-from .peers import CONTEXT, OPTIMIZED, OURS, Case, cast, load_ours, weights_folder
+from .peers import CONTEXT, INT8, OPTIMIZED, OURS, Case, cast, load_ours, weights_folder
 from .settings import Settings
 from .tokenizer import prose
 
@@ -92,4 +92,6 @@ def run(settings: Settings) -> Iterator[Table]:
                     make_workload("one prompt", variant, alone, tokenizer, is_main=False),
                 ]
                 case = Case(variant, folder, "text", device=device)
-                yield from encoder_tables(case, "texts", workloads, settings, rounds, (OURS, OPTIMIZED, CLASSIFIER))
+                yield from encoder_tables(
+                    case, "texts", workloads, settings, rounds, (OURS, OPTIMIZED, INT8, CLASSIFIER)
+                )
