@@ -14,6 +14,7 @@ Dimensions: B batch, L positions, C channels, Y × X pixels or cells, S patch si
 outputs.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -274,10 +275,12 @@ class Int8Bottleneck(nn.Module):
             self.downsample = Int8Conv2d.fold(convolution, norm, False)
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        quantized = quantize_map(feature_map)
-        branch = self.pool(self.conv2(self.conv1.multiply(*quantized)))
+        integers, scale = quantize_map(feature_map)
+        branch = self.pool(self.conv2(self.conv1.multiply(integers, scale)))
         shortcut = feature_map if self.downsample is None else self.downsample(self.pool(feature_map))
-        return self.conv3.add_to(shortcut, *quantize_map(branch))
+        result = self.conv3.add_to(shortcut, *quantize_map(branch))
+        # Integers cannot say NaN or infinity, and oneDNN's ReLU makes 0 of NaN.
+        return result if math.isfinite(scale) else result.fill_(math.nan)
 
 
 class Int8Stage(HfClipResNetStage):

@@ -167,6 +167,14 @@ def test_features_are_near_and_do_not_depend_on_the_batch(model: HfClipModel, to
     assert model.encode_image(images[:0].to(dtype)).shape == (0, expected[0].shape[1])
 
 
+@torch.no_grad()
+def test_features_are_not_finite_where_images_are_not(model: HfClipModel, tower: str):
+    images = random_images(tower)
+    images[1, 0, 5, 5], images[2] = float("nan"), float("inf")
+    model.optimize_for_inference(precision="int8")
+    assert model.encode_image(images).isfinite().all(1).tolist() == [True, False, False, True]
+
+
 def test_every_product_of_the_towers_is_replaced_and_its_weight_freed(model: HfClipModel, tower: str):
     before = sum(parameter.numel() for parameter in model.parameters())
     model.optimize_for_inference(precision="int8")
