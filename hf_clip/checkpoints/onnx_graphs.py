@@ -107,7 +107,10 @@ def random_inputs(config: HfClipConfig, texts: int, length: int, images: int, se
     ends = torch.tensor([length - 1 - row % length for row in range(texts)])[:, None]  # (T, 1)
     positions = torch.arange(length)
     end = text.vocab_size - 1 if text.eos_token_id is None else text.eos_token_id
-    words = input_ids.where(input_ids != end, (end + 1) % text.vocab_size)
+    is_special = input_ids == end
+    if text.bos_token_id is not None:  # within a text it would be the start after padding on the left
+        is_special |= input_ids == text.bos_token_id
+    words = input_ids.where(~is_special, (end + 1) % text.vocab_size)
     return {
         "input_ids": words.where(positions < ends, end),
         "pixel_values": torch.randn(images, vision.num_channels, *[vision.image_size] * 2, generator=random),

@@ -84,6 +84,14 @@ def test_text_graph_equals_the_model_at_any_batch_size_and_length(
     torch.testing.assert_close(found, model.encode_text(ids), rtol=1e-4, atol=1e-5)
 
 
+def test_random_texts_hold_the_start_and_the_end_where_texts_have_them():
+    config = HfClipConfig(text_config={"vocab_size": 9, "bos_token_id": 7, "eos_token_id": 8})
+    ids = random_inputs(config, 50, 20, 1)["input_ids"]
+    assert 7 not in ids[:, 1:]
+    ends = (ids == 8).int().argmax(dim=1)
+    assert ends.tolist() == [19 - row % 20 for row in range(50)]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("count", [1, 5])
 def test_image_graph_equals_the_model_at_any_batch_size(exported: Path, model: HfClipModel, tower: str, count: int):
