@@ -122,7 +122,7 @@ def _explain(chosen: int, seconds: dict[int, float], unit: str, cpu: Cpu) -> str
     """`0.081 ms each with 1,092, 0.085 with 546 (L3 32 MiB for 2 cores)`."""
     order = [chosen, *(size for size in sorted(seconds) if size != chosen)]
     times = ", ".join(f"{seconds[size] * 1e3:.3g} ms with {size:,}" for size in order)
-    return f"a {unit} takes {times}; {describe_caches(cpu)}"
+    return f"{unit} takes {times}; {describe_caches(cpu)}"
 
 
 def measure_positions(tower: Any, length: int) -> PartSize:
@@ -141,7 +141,7 @@ def measure_positions(tower: Any, length: int) -> PartSize:
         states = torch.zeros(max(sizes) * threads // length + 1, length, width, dtype=dtype)
         seconds = time_sizes(sizes, lambda size: layer.mlp(layer.layer_norm2(states[: -(-size * threads // length)])))
         chosen = choose_size(sizes, seconds)
-        return PartSize(chosen, _explain(chosen, seconds, "position", cpu))
+        return PartSize(chosen, _explain(chosen, seconds, "a position", cpu))
 
     return remembered(("positions", width, length, dtype, type(layer.mlp), threads), choose)
 
@@ -172,7 +172,7 @@ def measure_map_bytes(tower: Any) -> PartSize:
 
         seconds = time_sizes(sizes, run)
         chosen = choose_size(sizes, seconds)
-        return PartSize(chosen * widest, _explain(chosen, seconds, "image's block", cpu))
+        return PartSize(chosen * widest, _explain(chosen, seconds, "a block of an image", cpu))
 
     return remembered(("maps", side, channels, dtype, type(block), threads), choose)
 
