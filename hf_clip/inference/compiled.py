@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -57,14 +58,19 @@ def compile_towers_(model: Any) -> list[str]:
 
 def _compile_tower_(tower: Any) -> None:
     whole = tower.forward
-    tower.compiled = torch.compile(whole)
+    # All towers share code of transformers. Without this, the few graphs that torch allows per code would soon be
+    # taken, and what comes later would not be compiled.
+    has_choice = "isolate_recompiles" in signature(torch.compile).parameters
+    alone: dict[str, Any] = {"isolate_recompiles": True} if has_choice else {}
+    tower.compiled = torch.compile(whole, **alone)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor):
-                refuse_gradients(value)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        for tensor in tensors:
+            refuse_gradients(tensor)
+        is_empty = any(tensor.numel() == 0 for tensor in tensors)  # which a graph of any number of rows is not made for
         with torch.no_grad():
-            if wants_all_layers(tower, kwargs):
+            if is_empty or wants_all_layers(tower, kwargs):
                 return whole(*args, **kwargs)
             if tower.main_input_name == "input_ids":
                 _check_texts(tower, *args, **kwargs)

@@ -1,5 +1,7 @@
 """`optimize_for_inference(compile=True)`: the same results by torch's compiler, and errors where it cannot work."""
 
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from hf_clip import HfClipModel
+from hf_clip import HfClipModel, HfClipTextModel
 from hf_clip.inference import compiled
 from hf_clip.model.optimized import OptimizedModelError
 from hf_clip.model.text_ends import EndOfTextError
@@ -40,7 +42,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(list(graph.graph.nodes)))
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda function: compile(function, fullgraph=True, backend=count))
+    @wraps(compile)
+    def compile_as_is(function: Any, **settings: Any) -> Any:
+        return compile(function, fullgraph=True, backend=count, **settings)
+
+    monkeypatch.setattr(torch, "compile", compile_as_is)
     monkeypatch.setattr(compiled.shutil, "which", lambda name: f"/usr/bin/{name}")
     torch.compiler.reset()
     return counts
@@ -55,12 +61,36 @@ def test_compiled_towers_compute_the_same(repositories: dict[str, Path], graphs:
     with torch.no_grad():
         hidden = model.text_model(texts(), output_hidden_states=True).hidden_states
     assert len(hidden) == model.config.text_config.num_hidden_layers + 1
+    for empty in (model.encode_image(random_images(tower)[:0]), model.encode_text(texts()[:0])):
+        assert empty.shape == (0, model.config.projection_dim)
     with pytest.raises(EndOfTextError, match="row 1"):
         model.encode_text(torch.where(torch.arange(4)[:, None] == 1, 5, texts()))
     with pytest.raises(OptimizedModelError, match="gives no gradients"):
         model.encode_image(random_images(tower).requires_grad_())
     with pytest.raises(OptimizedModelError, match="cannot be trained any more"):
         model.train()
+
+
+@pytest.mark.skipif("isolate_recompiles" not in signature(torch.compile).parameters, reason="torch lacks it")
+def test_every_model_of_a_process_is_compiled(repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    graphs, compile = [], torch.compile
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    @wraps(compile)
+    def compile_once(function: Any, **settings: Any) -> Any:
+        return compile(function, backend=keep, recompile_limit=1, **settings)
+
+    monkeypatch.setattr(torch, "compile", compile_once)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: f"/usr/bin/{name}")
+    torch.compiler.reset()
+    for count in (1, 2):
+        model = HfClipTextModel.from_pretrained(repositories["vit"]).eval()
+        model.optimize_for_inference(compile=True)
+        model(texts((4,)))
+        assert len(graphs) == count
 
 
 def test_model_that_is_optimized_without_refuses(repositories: dict[str, Path]):
