@@ -93,7 +93,7 @@ def encode_texts_by_length_(model: Any, size: PartSize, by_end: bool) -> None:
         is_simple = isinstance(input_ids, Tensor) and input_ids.ndim == 2 and min(input_ids.shape) > 0
         is_simple = is_simple and not input_ids.is_floating_point() and not torch.jit.is_tracing()
         is_simple = is_simple and find_starts(attention_mask) is None
-        if not is_simple:
+        if not is_simple or input_ids.shape[1] > tower.config.max_position_embeddings:  # the tower refuses the latter
             return whole(input_ids, attention_mask, truncate_dim)
         lengths = find_ends(input_ids, None, model.config.text_config)[0] + 1
         if attention_mask is not None and not _hides_only_ends(attention_mask, lengths, input_ids):

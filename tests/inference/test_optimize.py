@@ -670,6 +670,16 @@ def test_padding_on_the_left_is_masked(model: HfClipModel):
         assert distance(model.encode_text(padded, mask), expected) < 1e-5
 
 
+def test_texts_longer_than_the_position_table_are_refused_as_before(model: HfClipModel):
+    ids = functional.pad(texts((3, 7)), (0, 5))
+    with pytest.raises(ValueError, match="25 tokens per text, but this model's position table has 20") as plain:
+        model.encode_text(ids)
+    model.optimize_for_inference()
+    with pytest.raises(ValueError, match="25 tokens per text") as optimized:
+        model.encode_text(ids)
+    assert str(optimized.value) == str(plain.value)
+
+
 def test_mask_that_hides_a_texts_end_is_heeded(model: HfClipModel):
     """As `ids != pad_token_id` does where padding is the end of text."""
     ids = texts()
