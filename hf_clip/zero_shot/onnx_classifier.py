@@ -27,6 +27,17 @@ def normalised(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(norms, SMALLEST_NORM)
 
 
+def check_names(session: Any, path: Path, input: str, output: str) -> None:
+    """Refuse the graph of another tower or of another program."""
+    found = [[value.name for value in values] for values in (session.get_inputs(), session.get_outputs())]
+    if found != [[input], [output]]:
+        names = ", ".join(found[0]), ", ".join(found[1])
+        raise ValueError(
+            f"{path} computes {names[1]} from {names[0]}, but {output} from {input} is needed; export it again: "
+            f"{export_again(path)}."
+        )
+
+
 class OnnxClassifier:
     """Classify images by labels that are given as texts, with the graphs of a folder.
 
@@ -53,9 +64,11 @@ class OnnxClassifier:
         self.labels = list(names)
         self.steps, self.tokenizer = read_image_steps(graphs.folder), PlainTokenizer(graphs.folder)
         text = graphs.sessions["text_model"].result()
+        check_names(text, graphs.paths["text_model"], "input_ids", "text_embeds")
         self._read_facts(text, graphs.paths["text_model"])
         self.weights = self._encode_labels(text, list(names.values()), templates, batch_size)
         self.images = graphs.sessions["vision_model"].result()
+        check_names(self.images, graphs.paths["vision_model"], "pixel_values", "image_embeds")
         self._check_size(graphs.paths["vision_model"])
 
     def _read_facts(self, session: Any, path: Path) -> None:
@@ -71,7 +84,13 @@ class OnnxClassifier:
             ) from None
 
     def _check_size(self, path: Path) -> None:
-        """Refuse an image processor that makes other images than the graph takes."""
+        """Refuse a graph of another model, and an image processor that makes other images than the graph takes."""
+        embedded, needed = self.images.get_outputs()[0].shape[-1], len(self.weights)
+        if isinstance(embedded, int) and embedded != needed:
+            raise ValueError(
+                f"{path} embeds images in {embedded} numbers, and the graph beside it embeds texts in {needed}: "
+                f"they are of two models; export them again: {export_again(path)}."
+            )
         height, width = self.images.get_inputs()[0].shape[2:]
         crop = self.steps.crop_size
         if not self.steps.do_center_crop or (crop.height, crop.width) != (height, width):

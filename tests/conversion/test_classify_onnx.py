@@ -249,6 +249,23 @@ def test_graphs_that_cannot_be_used_are_an_error(copy: Path):
         OnnxClassifier(TowerGraphs(copy), ["a"])
 
 
+def test_graphs_of_other_towers_and_models_are_refused(copy: Path):
+    text, vision = (copy / "onnx" / f"{name}_model.onnx" for name in ("text", "vision"))
+    contents = {path: path.read_bytes() for path in (text, vision)}
+    vision.write_bytes(contents[text])
+    with pytest.raises(ValueError, match=r"computes text_embeds from input_ids, but image_embeds from pixel_v"):
+        OnnxClassifier(TowerGraphs(copy), ["a"])
+    text.write_bytes(contents[vision])
+    with pytest.raises(ValueError, match=r"computes image_embeds from pixel_values, but text_embeds from inp"):
+        OnnxClassifier(TowerGraphs(copy), ["a"])
+    text.write_bytes(contents[text])
+    vision.write_bytes(contents[vision])
+    classifier = OnnxClassifier(TowerGraphs(copy), ["a"])
+    classifier.weights = classifier.weights[:40]
+    with pytest.raises(ValueError, match=r"embeds images in 48 numbers, and the graph .* in 40: .* two models"):
+        classifier._check_size(vision)
+
+
 def test_images_of_another_size_are_refused(copy: Path):
     (copy / "processor_config.json").unlink()
     HfClipImageProcessor.for_image_size(64).save_pretrained(copy)
