@@ -87,6 +87,26 @@ def is_of_own_size(images: Any, tower: Any) -> bool:
     return isinstance(images, Tensor) and images.shape[1:] == shape and images.is_floating_point()
 
 
+def keep_not_finite_(tower: Any) -> None:
+    """Let a ResNet's feature be NaN where an image is not finite: oneDNN's and cuDNN's ReLU make 0 of NaN."""
+    whole = tower.forward
+
+    def forward(input: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        images = kwargs.pop(tower.main_input_name, input)
+        output = whole(images, *args, **kwargs)
+        is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if is_graph or not isinstance(images, Tensor) or not images.numel():
+            return output
+        lost = ~images.flatten(1).isfinite().all(dim=1, keepdim=True)
+        pooled = output[1].masked_fill(lost, torch.nan)
+        if isinstance(output, tuple):
+            return (output[0], pooled, *output[2:])
+        output["pooler_output"] = pooled
+        return output
+
+    tower.forward = forward
+
+
 def work_depth_first_(tower: Any, size: PartSize, is_as_made: bool) -> None:
     """Let each stage of a ResNet process feature maps while they are in the cache.
 

@@ -22,7 +22,7 @@ import torch
 from ..model.attention import attention_of
 from ..model.freed_memory import return_freed_memory
 from ..model.optimized import Optimizable, OptimizedModelError
-from .batches import positions_of, rows_in_parts, towers_of, work_depth_first_, work_in_parts_
+from .batches import keep_not_finite_, positions_of, rows_in_parts, towers_of, work_depth_first_, work_in_parts_
 from .compiled import check_compiler, compile_towers_, is_compiled
 from .huge_pages import use_huge_pages
 from .int8 import INT8, check_int8, is_int8, quantize_
@@ -162,6 +162,7 @@ def suit_the_cache_(model: Any) -> list[str]:
     for tower in towers:
         if tower.config.model_type == "hf_clip_resnet":
             work_depth_first_(tower, sizes[tower], is_as_made(model, tower, "encode_image"))
+            keep_not_finite_(tower)
         else:
             work_in_parts_(tower, rows_in_parts(tower, sizes[tower]))
     return done + features

@@ -767,6 +767,27 @@ def test_what_an_optimized_model_refuses(model: HfClipModel, tower: str, tmp_pat
 
 @needs_onednn
 @torch.no_grad()
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_are_not_finite_where_images_are_not(
+    repositories: dict[str, Path], everything_pays: None, dtype: torch.dtype
+):
+    """oneDNN's ReLU makes 0 of NaN, so that a damaged image would get an ordinary feature."""
+    model = HfClipModel.from_pretrained(repositories["resnet"], dtype=dtype).eval()
+    model.optimize_for_inference()
+    images = random_images("resnet", 3).to(dtype)
+    images[1, 0, 5, 5] = torch.nan
+    with torch.no_grad():
+        for features in (
+            model.encode_image(images),
+            model.vision_model(images).pooler_output,
+            model.vision_model(images, return_dict=False)[1],
+            model.vision_model(images, output_hidden_states=True).pooler_output,
+        ):
+            assert features.isfinite().all(dim=1).tolist() == [True, False, True]
+            assert features[1].isnan().all()
+
+
 def test_empty_batch_of_an_optimized_model(model: HfClipModel, tower: str, everything_pays: None):
     model.optimize_for_inference()
     images, ids = random_images(tower, 0), texts()[:0]
