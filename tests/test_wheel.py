@@ -17,7 +17,7 @@ from .small import IMAGE_SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "import sys; from hatchling import build; print(getattr(build, sys.argv[1])(sys.argv[2]))"
-EXTRAS = {"train", "lora", "convert", "eval", "search", "onnx", "demo", "docs", "test", "bench", "dev"}
+EXTRAS = {"train", "lora", "convert", "eval", "search", "images", "onnx", "demo", "docs", "test", "bench", "dev"}
 
 
 def build(kind: str, source: Path, out: Path) -> Path:

@@ -1,8 +1,10 @@
 """Reduced models with few layers, and their graphs: exporting takes time for every layer, whatever its width."""
 
+import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from conversion.reference import build_reference, write_archive
 from hf_clip import convert
@@ -28,8 +30,12 @@ def shallow_repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="session")
 def exports(shallow_repositories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both reduced models in all precisions. Tests must not write there."""
-    folder = tmp_path_factory.mktemp("exports")
-    for tower, repository in shallow_repositories.items():
-        export_onnx(repository, folder / tower, precisions=["fp32", "fp16", "int8"])
+    """Both reduced models in all precisions, exported once for all workers. Tests must not write there."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"
+    with FileLock(f"{folder}.lock"):
+        for tower, repository in shallow_repositories.items():
+            if not (done := folder / f"{tower}.done").exists():
+                export_onnx(repository, folder / tower, precisions=["fp32", "fp16", "int8"])
+                done.touch()
     return {tower: folder / tower for tower in shallow_repositories}
