@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import hf_clip
+from benchmarks import pages
 from hf_clip import HfClipTokenizer
 from hf_clip.commands.app import main
 
@@ -110,6 +111,7 @@ def test_comments_before_blocks_are_read():
     for name, blocks in BLOCKS.items():
         read = sum(len(block.comments) for block in [*blocks, *(b.output for b in blocks if b.output)])
         written = re.findall(r"^<!--.*$", (ROOT / name).read_text(), flags=re.MULTILINE)
+        written = [line for line in written if line not in (pages.BEGIN, pages.END)]  # around a machine's figures
         assert len(written) == read, name
         assert all(COMMENT.match(line) for line in written), name
 
