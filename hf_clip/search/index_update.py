@@ -13,7 +13,7 @@ Dimensions: B batch, D embedding.
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -112,14 +112,16 @@ def plan_update(
         scan: The folder.
         advance: Called with a number of files as they are compared.
     """
-    known = _read_known(tables, scan.folder)
+    rows = [_as_known(row) for row in tables.rows(KNOWN, "size IS NOT NULL").to_pylist()]
+    inside = os.path.join(scan.folder, "")
+    known = {row.path: row for row in rows if row.path.startswith(inside)}
     old_problems = _read_problems(tables, scan.folder)
     plan, paths = UpdatePlan(), {file.path for file in scan.files}
     lost = {row.path: row for row in known.values() if row.path not in paths and scan.is_known(row.path)}
     moved: set[int] = set()
     plan.mended = [path for path in old_problems if path not in paths and scan.is_known(path)]
     by_size: dict[int, list[_Known]] = defaultdict(list)
-    for other in _all_known(tables) if any(file.path not in known for file in scan.files) else known.values():
+    for other in rows:
         by_size[other.size].append(other)
     for file in scan.files:
         advance(1)
@@ -158,15 +160,6 @@ def _same_content(file: FileState, candidates: list[_Known], lost: dict[str, _Kn
 
 def _as_known(row: dict[str, Any]) -> _Known:
     return _Known(row["id"], os.fsdecode(row["path_bytes"]), row["size"], row["mtime_ns"], row["content"])
-
-
-def _all_known(tables: IndexTables) -> Iterator[_Known]:
-    return map(_as_known, tables.rows(KNOWN, "size IS NOT NULL").to_pylist())
-
-
-def _read_known(tables: IndexTables, folder: str) -> dict[str, _Known]:
-    inside = os.path.join(folder, "")
-    return {row.path: row for row in _all_known(tables) if row.path.startswith(inside)}
 
 
 def _read_problems(tables: IndexTables, folder: str) -> dict[str, tuple[int, int, str]]:
