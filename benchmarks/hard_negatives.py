@@ -25,7 +25,7 @@ from typing import Any
 from datasets import Dataset
 
 from demo.digits import COMBINATIONS, PHRASES, Combination, load_split_digits, make_split
-from hf_clip.commands.app import main as hf_clip
+from hf_clip.commands.program import main as hf_clip
 
 IMAGE_SIZE, TRAIN_SIZE, TEST_SIZE = 16, 4000, 720
 SHOWN = [one for one in COMBINATIONS if {one.ink, one.paper} <= {"red", "green", "blue", "yellow"}]

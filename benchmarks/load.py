@@ -70,7 +70,7 @@ print(json.dumps(scores.tolist()))
 COMMAND = """
 import sys
 sys.argv[0] = "hf-clip"  # as the program that an installation makes is called
-from hf_clip.commands.app import main
+from hf_clip.commands.program import main
 
 sys.exit(main())
 """

@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Sequence
 
-from hf_clip.commands import app
+from hf_clip.commands import program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit status."""
-    return app.main(["publish", *(sys.argv[1:] if arguments is None else arguments)])
+    return program.main(["publish", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 if __name__ == "__main__":

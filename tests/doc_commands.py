@@ -12,7 +12,7 @@ from unittest.mock import patch
 import typer
 from accelerate.commands.launch import launch_command_parser
 
-from hf_clip.commands.app import build_app, name_each, read_alike
+from hf_clip.commands.program import build_app, name_each, read_alike
 from hf_clip.training.command_line import parse_config
 from hf_clip.training.options import OPTIONS
 

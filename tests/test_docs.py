@@ -15,7 +15,7 @@ from PIL import Image
 import hf_clip
 from benchmarks import pages
 from hf_clip import HfClipTokenizer
-from hf_clip.commands.app import main
+from hf_clip.commands.program import main
 
 from .doc_blocks import COMMENT, PAGES, ROOT, Block, commands_of, differences, read_blocks
 from .doc_commands import known_options, read_command

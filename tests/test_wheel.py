@@ -17,7 +17,23 @@ from .small import IMAGE_SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "import sys; from hatchling import build; print(getattr(build, sys.argv[1])(sys.argv[2]))"
-EXTRAS = {"train", "lora", "convert", "eval", "search", "images", "onnx", "demo", "docs", "test", "bench", "dev"}
+EXTRAS = {
+    "train",
+    "lora",
+    "convert",
+    "eval",
+    "search",
+    "app",
+    "serve",
+    "ray",
+    "images",
+    "onnx",
+    "demo",
+    "docs",
+    "test",
+    "bench",
+    "dev",
+}
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
@@ -54,7 +70,7 @@ def test_wheel_has_the_package_its_types_and_its_program_and_nothing_else(wheel:
     assert {name: content for name, content in files.items() if name.startswith("hf_clip/recipes/")} == recipes
     assert {name.split("/")[0] for name in files if ".dist-info/" not in name} == {"hf_clip"}
     scripts = next(content for name, content in files.items() if name.endswith("entry_points.txt"))
-    assert "hf-clip = hf_clip.commands.app:main" in scripts.decode()
+    assert "hf-clip = hf_clip.commands.program:main" in scripts.decode()
     assert any(name.endswith("licenses/LICENSE") for name in files)
 
 

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import Dtype
 from .classify import (
     MODEL_HELP,
     BatchSizeOption,
@@ -15,6 +14,7 @@ from .classify import (
     end_by_failures,
     place_model,
 )
+from .program import Dtype
 
 
 def caption(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Dtype
+from .program import Dtype
 
 if TYPE_CHECKING:
     from ..zero_shot.files import Classified, StreamClassifier

@@ -40,7 +40,7 @@ from ..training.run import Run
 from ..training.run_data import describe_start
 from ..training.run_loaders import build_loaders
 from ..training.summary import run_in_words
-from .app import TRACEBACK
+from .program import TRACEBACK
 
 SETTINGS = {
     "add_help_option": False,

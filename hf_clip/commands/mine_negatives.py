@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..model.checked_files import one_line
-from .app import Dtype
+from .program import Dtype
 
 EXAMPLES_SHOWN = 3
 

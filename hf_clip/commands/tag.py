@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Dtype
 from .classify import (
     IMAGES_HELP,
     MODEL_HELP,
@@ -27,6 +26,7 @@ from .classify import (
     place_model,
     take_results,
 )
+from .program import Dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable

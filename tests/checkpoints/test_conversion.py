@@ -16,8 +16,8 @@ from hf_clip.checkpoints.read import read
 from hf_clip.checkpoints.write import LAYOUTS, write
 from hf_clip.commands import convert as convert_command
 from hf_clip.commands import publish as publish_command
-from hf_clip.commands.app import main
 from hf_clip.commands.export_onnx import split_words
+from hf_clip.commands.program import main
 from hf_clip.hub import stage
 
 OPENED: Counter[str] = Counter()

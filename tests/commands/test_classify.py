@@ -15,7 +15,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_clip import HfClipModel, HfClipProcessor, ZeroShotClassifier
-from hf_clip.commands.app import main
+from hf_clip.commands.program import main
 from hf_clip.zero_shot.prompts import parse_labels, read_labels
 
 LABELS = ["a cat", "a cup", "the moon"]

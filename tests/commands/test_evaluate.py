@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from hf_clip import HfClipModel, HfClipProcessor, encode_images
-from hf_clip.commands import app
+from hf_clip.commands import program
 from hf_clip.evaluation import grid
 from hf_clip.evaluation.feature_cache import weights_hash
 from hf_clip.zero_shot.embedding_head import EmbeddingHead
@@ -37,7 +37,7 @@ def data(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*words: object) -> int:
-    return app.main(["evaluate", *map(str, words)])
+    return program.main(["evaluate", *map(str, words)])
 
 
 def test_models_times_data_sets(
@@ -199,9 +199,9 @@ def test_home_in_a_path_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_each_value_stands_behind_the_name_of_its_option():
     given = ["evaluate", "zero-shot", "--model", "a", "b", "--split", "test", "--dataset", "c", "--dataset", "d", "e"]
     spread = "evaluate zero-shot --model a --model b --split test --dataset c --dataset d --dataset e"
-    assert app.name_each(given) == spread.split()
+    assert program.name_each(given) == spread.split()
     other: list[Any] = ["convert", "--model", "a", "b"]
-    assert app.name_each(other) == other
+    assert program.name_each(other) == other
 
 
 def test_checkpoint_file_is_to_be_converted_first(tmp_path: Path):
@@ -273,7 +273,7 @@ def test_head_is_trained_and_used(digits: Path, tmp_path: Path, capsys: pytest.C
     assert (record["task"], record["split"], record["count"]) == ("image_scoring", "train", 8)
     images = [tmp_path / "images" / f"{place}.png" for place in (3, 1)]
     classify = ["classify", str(model), *map(str, images), "--output", str(tmp_path / "scores.csv")]
-    assert app.main([*classify, "--head", "digit"]) == 0
+    assert program.main([*classify, "--head", "digit"]) == 0
     lines = (tmp_path / "scores.csv").read_text().splitlines()
     assert lines[0] == "image,label,score,error"
     head = EmbeddingHead.load(file)
@@ -282,7 +282,7 @@ def test_head_is_trained_and_used(digits: Path, tmp_path: Path, capsys: pytest.C
     assert [line.split(",")[1] for line in lines[1:]] == ["digit", "digit"]
     assert [float(line.split(",")[2]) for line in lines[1:]] == pytest.approx(expected, abs=1e-4)
     capsys.readouterr()
-    assert app.main(["classify", str(digits / "resnet"), str(images[0]), "--head", str(file)]) == 1
+    assert program.main(["classify", str(digits / "resnet"), str(images[0]), "--head", str(file)]) == 1
     assert f"error: The head {file} was trained on the embeddings of mine, and this" in capsys.readouterr().err
 
 

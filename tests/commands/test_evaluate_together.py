@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_clip.commands import app
+from hf_clip.commands import program
 
 from ..evaluation.data_sets import TEMPLATES, captioned, stored_rows, write_class_folders, write_shards
 from ..evaluation.forks import evaluate_in_two
@@ -55,7 +55,7 @@ def test_two_processes_write_what_one_writes(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two has
     for words, (statuses, printed) in zip(runs, both, strict=True):
-        status = app.main(["evaluate", *words, "--output", str(one)])
+        status = program.main(["evaluate", *words, "--output", str(one)])
         assert statuses == [status] * 2
         shown = capsys.readouterr()
         lines = (shown.err + shown.out).replace(str(one), str(two)).splitlines()

@@ -19,7 +19,7 @@ import hf_clip
 from hf_clip import HfClipTextModel
 from hf_clip.checkpoints import describe as describing
 from hf_clip.checkpoints.conversion import convert
-from hf_clip.commands.app import main
+from hf_clip.commands.program import main
 
 from ..hub_server import HubServer, Repository
 from ..small import DIMENSIONS

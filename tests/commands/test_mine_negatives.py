@@ -10,7 +10,7 @@ from datasets import load_dataset, load_from_disk
 from pyarrow import parquet  # type: ignore[import-untyped]
 
 from hf_clip.checkpoints.whole_folder import held_folder
-from hf_clip.commands.app import main
+from hf_clip.commands.program import main
 from hf_clip.training.data import mined_table
 
 from ..finetuning import train

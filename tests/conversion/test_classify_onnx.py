@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from hf_clip import HfClipImageProcessor, HfClipModel, HfClipProcessor, HfClipTokenizer, TextTooLongError
-from hf_clip.commands.app import main
+from hf_clip.commands.program import main
 from hf_clip.zero_shot.classifier import build_matrix
 from hf_clip.zero_shot.features import encode_pixels
 from hf_clip.zero_shot.onnx_classifier import OnnxClassifier
@@ -91,7 +91,7 @@ def test_table_equals_that_of_torch(folder: Path, images: Path, tmp_path: Path):
 
 WITHOUT_TORCH = """
 import sys
-from hf_clip.commands.app import main
+from hf_clip.commands.program import main
 status = main()
 print(sorted({"torch", "transformers", "datasets"} & set(sys.modules)), file=sys.stderr)
 sys.exit(status)

@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix
 from transformers import AutoModel, AutoProcessor
 
 from demo.digits import DIGITS
-from hf_clip.commands import app
+from hf_clip.commands import program
 from hf_clip.evaluation.embed import Embedder, NotFiniteFeaturesError
 from hf_clip.evaluation.linear_probe import LinearProbeResult, evaluate_linear_probe, probe_features
 from hf_clip.evaluation.probe_encoding import encode_splits
@@ -191,7 +191,7 @@ def test_record_has_clip_benchmarks_keys_and_the_published_figure(measured: Line
 
 
 def run(*words: object) -> int:
-    return app.main(["evaluate", "linear-probe", *map(str, words)])
+    return program.main(["evaluate", "linear-probe", *map(str, words)])
 
 
 def test_command_and_its_file_of_features(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard, constants, hf_api
 
-from hf_clip.commands.app import main
+from hf_clip.commands.program import main
 from hf_clip.evaluation import grid
 from hf_clip.evaluation.reports import push_card
 from hf_clip.hub.upload import PublishingError

@@ -10,7 +10,7 @@ from PIL import Image
 
 from demo.digits import DIGITS
 from hf_clip import ZeroShotClassifier, encode_images, encode_texts
-from hf_clip.commands import app
+from hf_clip.commands import program
 from hf_clip.evaluation.ranking import rank_both_ways
 from hf_clip.evaluation.retrieval import evaluate_retrieval, retrieval_metrics
 from hf_clip.evaluation.widths import split_name
@@ -84,7 +84,7 @@ def test_table_records_card_and_picture_have_each_width(
         captioned(rows[:20]).save_to_disk(tmp_path / "data")
     (tmp_path / "mine").symlink_to(digits / "vit")
     words = ["evaluate", task, "--model", tmp_path / "mine", "--dataset", tmp_path / "data", "--output", tmp_path]
-    assert app.main([*map(str, words), "--truncate_dim", "32,8", "4"]) == 0
+    assert program.main([*map(str, words), "--truncate_dim", "32,8", "4"]) == 0
     out = capsys.readouterr().out.splitlines()
     metric = "acc1" if task == "zero-shot" else "mean_recall@1"
     names = [metric, f"{metric}_dim8", f"{metric}_dim4"]
@@ -105,7 +105,7 @@ def test_single_width_stands_behind_its_metrics(digits: Path, tmp_path: Path, ro
     """So that a card has it beside the full width's, and not in its place."""
     captioned(rows[:20]).save_to_disk(tmp_path / "data")
     words = ["evaluate", "retrieval", "--model", digits / "vit", "--dataset", tmp_path / "data", "--output", tmp_path]
-    assert app.main([*map(str, words), "--truncate-dim", "4"]) == 0
+    assert program.main([*map(str, words), "--truncate-dim", "4"]) == 0
     (record,) = json.loads((tmp_path / "results.json").read_text())
     assert record["metric"] == "mean_recall@1_dim4"
     assert {split_name(name)[1] for name in record["metrics"]} == {4}
@@ -114,5 +114,5 @@ def test_single_width_stands_behind_its_metrics(digits: Path, tmp_path: Path, ro
 
 def test_word_that_is_no_width_is_refused(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["evaluate", "retrieval", "--model", str(digits / "vit"), "--dataset", "data", "--output", str(tmp_path)]
-    assert app.main([*words, "--truncate-dim", "all"]) == 1
+    assert program.main([*words, "--truncate-dim", "all"]) == 1
     assert "error: --truncate-dim has 'all', but widths are needed, such as 512 256 64." in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_clip.commands.app import main
+from hf_clip.commands.program import main
 from hf_clip.search.caption_bank import PhraseComposer, captions_of_index, nearest_captions
 from hf_clip.zero_shot.features import encode_images, encode_texts
 

@@ -10,7 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 
-from hf_clip.commands.app import main
+from hf_clip.commands.program import main
 from hf_clip.search.image_index import ImageIndex
 
 from .conftest import make_image

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from hf_clip import encode_images, encode_texts
-from hf_clip.commands.app import main
+from hf_clip.commands.program import main
 from hf_clip.search.exact_scan import EmbeddingMatrix
 from hf_clip.search.image_index import ImageIndex
 from hf_clip.search.index_table import SearchIndexError

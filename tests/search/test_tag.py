@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from hf_clip import ZeroShotClassifier
-from hf_clip.commands.app import main
+from hf_clip.commands.program import main
 from hf_clip.search import image_tags
 from hf_clip.search.image_tags import BACKGROUND, ImageTagger
 from hf_clip.search.xmp_sidecar import read_keywords

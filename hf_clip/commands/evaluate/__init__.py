@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from ..app import in_one_line
+from ..program import in_one_line
 from .compose_task import compose
 from .head_task import head
 from .interpolate_task import interpolate

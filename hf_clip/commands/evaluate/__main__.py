@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ...evaluation.processes import ProcessEndedError, connected
-from ..app import INTERRUPTED, main
+from ..program import INTERRUPTED, main
 
 
 @contextmanager

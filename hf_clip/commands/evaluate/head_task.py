@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..app import Dtype
+from ..program import Dtype
 from .task_options import (
     BatchSize,
     Cache,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ...model.checked_files import one_line
-from ..app import Dtype
+from ..program import Dtype
 from .task_options import (
     BatchSize,
     Cache,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..app import Dtype
+from ..program import Dtype
 
 
 def expanded(path: str | None) -> str | None:

@@ -10,9 +10,9 @@ import pytest
 import typer
 
 from hf_clip import __version__
-from hf_clip.commands import app
+from hf_clip.commands import program
 
-ALL = [name for names in app.COMMANDS.values() for name in names]
+ALL = [name for names in program.COMMANDS.values() for name in names]
 
 
 @pytest.fixture
@@ -42,52 +42,54 @@ def scratch(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
     module.scratch_pad = scratch_pad  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hf_clip.commands.scratch_pad", module)
-    monkeypatch.setattr(app, "COMMANDS", {**app.COMMANDS, "Scratch": ("scratch-pad",)})
-    monkeypatch.setenv(app.TRACEBACK, "")
+    monkeypatch.setattr(program, "COMMANDS", {**program.COMMANDS, "Scratch": ("scratch-pad",)})
+    monkeypatch.setenv(program.TRACEBACK, "")
     return seen
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):
-    assert app.main(["--version"]) == 0
+    assert program.main(["--version"]) == 0
     assert capsys.readouterr().out == f"hf-clip {__version__}\n"
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
 def test_help_lists_the_commands_in_their_groups(words: list[str], capsys: pytest.CaptureFixture[str]):
-    assert app.main(words) == 0
+    assert program.main(words) == 0
     shown = capsys.readouterr().out
-    for group, names in app.COMMANDS.items():
+    for group, names in program.COMMANDS.items():
         assert group in shown or not names
         assert all(f" {name} " in shown for name in names)
 
 
 def test_every_command_has_a_file_or_folder_of_its_name():
-    folder = Path(app.__file__).parent
+    folder = Path(program.__file__).parent
     found = [*folder.glob("*.py"), *(path.parent for path in folder.glob("*/__init__.py"))]
-    assert {name.replace("-", "_") for name in ALL} | {"__init__", "app"} == {path.stem for path in found}
+    assert {name.replace("-", "_") for name in ALL} | {"__init__", "program"} == {path.stem for path in found}
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_help_of_a_command_has_two_examples(name: str, capsys: pytest.CaptureFixture[str]):
-    assert app.main([name, "--help"]) == 0
+    assert program.main([name, "--help"]) == 0
     assert capsys.readouterr().out.count(f" hf-clip {name} ") >= 2 + 1  # the line of usage is one
 
 
 @pytest.mark.parametrize("option", ["--batch-size=3", "--batch_size=3"])
 def test_options_are_read_in_both_spellings(option: str, scratch: list[object]):
-    assert app.main(["scratch-pad", option, "--labels", "a_b,c"]) == 0
+    assert program.main(["scratch-pad", option, "--labels", "a_b,c"]) == 0
     assert scratch == [(3, "a_b,c")]
 
 
 def test_empty_text_is_not_the_current_folder(scratch: list[object], capsys: pytest.CaptureFixture[str]):
-    assert app.main(["scratch-pad", "--batch-size", "3", "--out-folder", ""]) == 1
+    assert program.main(["scratch-pad", "--batch-size", "3", "--out-folder", ""]) == 1
     assert capsys.readouterr().err.startswith("error: out-folder is given as an empty text; write what is meant")
     assert scratch == []
 
 
 def test_values_keep_their_underscores():
     words = ["classify", "a_b", "--image_column=my_image", "--top_k", "2", "--", "--a_file"]
-    assert app.read_alike(words) == [*("classify", "a_b", "--image-column=my_image", "--top-k", "2", "--", "--a_file")]
+    assert program.read_alike(words) == [
+        *("classify", "a_b", "--image-column=my_image", "--top-k", "2", "--", "--a_file")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_values_keep_their_underscores():
 def test_what_a_user_can_mend_is_one_line(
     problem: str, line: str, scratch: list[object], capsys: pytest.CaptureFixture[str]
 ):
-    assert app.main(["scratch-pad", "--problem", problem]) == 1
+    assert program.main(["scratch-pad", "--problem", problem]) == 1
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
@@ -114,7 +116,7 @@ def test_what_a_user_can_mend_is_one_line(
 def test_command_line_that_cannot_be_read_is_one_line(
     words: list[str], line: str, scratch: list[object], capsys: pytest.CaptureFixture[str]
 ):
-    assert app.main(words) == 1
+    assert program.main(words) == 1
     shown = capsys.readouterr().err
     assert shown.startswith(f"error: {line}")
     assert re.search(r"[.)?] See hf-clip( scratch-pad| convert)? --help\.\n$", shown)
@@ -124,31 +126,31 @@ def test_command_line_that_cannot_be_read_is_one_line(
 
 def test_traceback_is_shown_when_asked_for(scratch: list[object], monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="the size is"):
-        app.main(["scratch-pad", "--problem", "value", "--traceback"])
-    monkeypatch.setenv(app.TRACEBACK, "1")
+        program.main(["scratch-pad", "--problem", "value", "--traceback"])
+    monkeypatch.setenv(program.TRACEBACK, "1")
     with pytest.raises(FileNotFoundError):
-        app.main(["scratch-pad", "--problem", "file"])
+        program.main(["scratch-pad", "--problem", "file"])
 
 
 @pytest.mark.parametrize("option", ["--max_step", "--max-step"])
 def test_trainer_reports_as_all_commands_do(
     option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setenv(app.TRACEBACK, "")
-    assert app.main(["finetune", option, "4"]) == 1
+    monkeypatch.setenv(program.TRACEBACK, "")
+    assert program.main(["finetune", option, "4"]) == 1
     line = f"error: there is no option {option!r}. Did you mean '--max_steps'? See hf-clip finetune --help.\n"
     assert capsys.readouterr().err == line
     with pytest.raises(ValueError, match="there is no option"):
-        app.main(["finetune", option, "4", "--traceback"])
+        program.main(["finetune", option, "4", "--traceback"])
 
 
 def test_a_fault_of_ours_keeps_its_traceback(scratch: list[object]):
     with pytest.raises(ZeroDivisionError):
-        app.main(["scratch-pad", "--problem", "fault"])
+        program.main(["scratch-pad", "--problem", "fault"])
 
 
 def test_interruption(scratch: list[object], capsys: pytest.CaptureFixture[str]):
-    assert app.main(["scratch-pad", "--problem", "signal"]) == 130
+    assert program.main(["scratch-pad", "--problem", "signal"]) == 130
     assert capsys.readouterr().err == "\ninterrupted; nothing was written\n"
 
 
@@ -156,23 +158,23 @@ def test_interruption_while_a_command_is_imported(monkeypatch: pytest.MonkeyPatc
     def stop(name: str) -> ModuleType:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(app, "import_module", stop)
-    assert app.main(["finetune"]) == 130
+    monkeypatch.setattr(program, "import_module", stop)
+    assert program.main(["finetune"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_reader_that_has_read_enough(scratch: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with (tmp_path / "output").open("w") as file:
         monkeypatch.setattr(sys, "stdout", file)
-        assert app.main(["scratch-pad", "--problem", "pipe"]) == 1
+        assert program.main(["scratch-pad", "--problem", "pipe"]) == 1
         print("more", file=file, flush=True)
     assert (tmp_path / "output").read_text() == ""
 
 
 def test_only_the_named_command_is_imported(scratch: list[object], monkeypatch: pytest.MonkeyPatch):
     imported = []
-    monkeypatch.setattr(app, "import_module", lambda name: imported.append(name) or sys.modules[name])
-    assert app.main(["--traceback", "scratch-pad"]) == 0
+    monkeypatch.setattr(program, "import_module", lambda name: imported.append(name) or sys.modules[name])
+    assert program.main(["--traceback", "scratch-pad"]) == 0
     assert imported == ["hf_clip.commands.scratch_pad"]
 
 
@@ -191,6 +193,6 @@ def test_shell_completes_commands_and_options(
     monkeypatch.setenv("COMP_WORDS", typed)
     monkeypatch.setenv("COMP_CWORD", str(word))
     with pytest.raises(SystemExit) as ended:
-        app.main([])
+        program.main([])
     assert ended.value.code == 0
     assert capsys.readouterr().out.split() == [found]
