@@ -4,30 +4,26 @@ A row is known by its number. While the data set's files, or its commit on the H
 read again. Otherwise each row's image is compared by a hash of its content, and encoded if that is another.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..data.columns import CaptionReader, UnusableRowError, column_of, field_of, find_caption_column, find_image_column
-from ..data.images import find_image_places, image_content
-from ..data.sources import describe_columns, folder_of, leave_undecoded, open_source, readable
+from ..data.columns import UnusableRowError
+from ..data.sources import readable
 from ..evaluation.fingerprint import fingerprint_of
 from ..model.checked_files import one_line
 from ..model.open_image import UnreadableImageError
 from ..zero_shot.features import image_processor_of
+from .image_rows import RowReader, open_rows, row_path
 from .index_table import IndexTables
 from .index_update import IndexChanges, UnreadableFileError, draft_for, encode_rows
 from .indexed_image import IndexedImage, content_hash, prepare
-
-LONGEST_TEXT = 2000
-"""Characters of a column's text that are kept."""
 
 
 class _RowsToEncode:
     """The rows of a data set that are new or changed, and counts of the others."""
 
-    def __init__(self, tables: IndexTables, source: str, table: Any, columns: Sequence[str], read: Any, same: bool):
-        self.source, self.table, self.columns, self.read, self.same = source, table, columns, read, same
+    def __init__(self, tables: IndexTables, source: str, table: Any, read: RowReader, same: bool):
+        self.source, self.table, self.read, self.same = source, table, read, same
         self.known = known_rows(tables, source)
         self.unchanged = 0
         self.seen: set[str] = set()
@@ -49,44 +45,6 @@ class _RowsToEncode:
             return content_hash(self.read.content(self.read.stored(row))) == content
         except UnusableRowError:
             return False
-
-
-class _RowReader:
-    """Takes a row apart: its image, its caption, and its other columns as JSON."""
-
-    def __init__(self, source: str, features: Any, image_column: str, caption_column: str | None, places: Any):
-        self.image_column, self.places = image_column, places
-        self.captions = None if caption_column is None else CaptionReader(source, caption_column, features)
-        self.others = [name for name in features if name not in (image_column, caption_column)]
-        self.labels = {name: features[name].names for name in self.others if hasattr(features[name], "names")}
-
-    def stored(self, row: Any) -> Any:
-        return field_of(row, self.image_column)
-
-    def content(self, stored: Any) -> bytes:
-        return image_content(stored, self.places)
-
-    def described(self, row: Any) -> dict[str, Any]:
-        """The columns `caption` and `metadata`."""
-        caption = None
-        if self.captions is not None:
-            try:
-                caption = next((text for text in self.captions(row) if text), None)
-            except UnusableRowError:
-                caption = None
-        found = {}
-        for name in self.others:
-            value = row.get(name)
-            if name in self.labels and isinstance(value, int) and 0 <= value < len(self.labels[name]):
-                value = self.labels[name][value]
-            if isinstance(value, (str, int, float, bool)):
-                found[name] = value[:LONGEST_TEXT] if isinstance(value, str) else value
-        return {"caption": caption, "metadata": json.dumps(found, ensure_ascii=False) if found else None}
-
-
-def row_path(source: str, number: int) -> str:
-    """What a data set's row is called in the column `path`."""
-    return f"{source}#{number}"
 
 
 def known_rows(tables: IndexTables, source: str) -> dict[str, tuple[int, str]]:
@@ -135,17 +93,10 @@ def update_data_set(
         ValueError: It has no such split or column.
     """
     chosen = split or "train"
-    name = source if chosen == "train" else f"{source}:{chosen}"
-    table = open_source(source, chosen, streaming=True)
-    features = describe_columns(table)
-    image_column = find_image_column(source, features, image_column)
-    captions = _caption_column(source, features, caption_column, image_column)
-    table = leave_undecoded(table, [column_of(image_column, features)])
-    places = find_image_places(source, folder_of(source), image_folders)
-    reader = _RowReader(source, features, image_column, captions, places)
+    name, table, reader = open_rows(source, split, image_column, caption_column, image_folders)
     fingerprint, note = fingerprint_of(source, chosen), f"data set {name}"
     is_same = fingerprint is not None and tables.noted(note) == fingerprint
-    rows = _RowsToEncode(tables, name, table, list(features), reader, is_same)
+    rows = _RowsToEncode(tables, name, table, reader, is_same)
     model, processor = load()
     image_processor = image_processor_of(processor)
     draft = draft_for(image_processor, exact)
@@ -168,16 +119,6 @@ def update_data_set(
     if fingerprint is not None:
         tables.note(note, fingerprint)
     return changes
-
-
-def _caption_column(source: str, features: Any, named: str | None, image_column: str) -> str | None:
-    """The column of captions; None if none is named, and none or several can be it."""
-    try:
-        return find_caption_column(source, features, named, image_column)
-    except ValueError:
-        if named is not None:
-            raise
-        return None
 
 
 __all__ = ["known_rows", "row_path", "update_data_set"]

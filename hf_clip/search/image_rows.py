@@ -1,0 +1,404 @@
+"""The images of a folder or a data set, row by row, with their captions and other columns; and their embeddings.
+
+A source is read in units: some files of a folder, some rows of a saved data set, one file of a streamed data set such
+as a webdataset tar. Units in their order hold all rows in their order, and each can be read by itself: whoever goes on
+after an interruption leaves out whole units, and several machines take a unit each.
+
+    rows = open_image_rows("shards/{000..099}.tar")
+    for found in embed_rows(rows, rows.content, model, processor):
+        found.row.path, found.row.caption, found.row.metadata, found.embedding, found.problem
+
+Only a few batches are in memory at once, however large the source is.
+
+Dimensions: B batch, D embedding, C channels, Y × X pixels.
+"""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data.columns import CaptionReader, UnusableRowError, column_of, field_of, find_caption_column, find_image_column
+from ..data.images import find_image_places, image_content
+from ..data.sources import describe_columns, expand_braces, folder_of, leave_undecoded, open_source, readable
+from ..evaluation.fingerprint import fingerprint_of
+from ..model.checked_files import one_line
+from ..model.open_image import UnreadableImageError, open_image
+from ..training.data.image_stream import SAVED, is_data_set
+from ..zero_shot.features import encode_pixels, image_processor_of
+from ..zero_shot.files import MOST_THREADS, in_order
+from .folder_scan import scan_folder
+from .indexed_image import MOST_BYTES, register_formats
+
+LONGEST_TEXT = 2000
+"""Characters of a column's text that are kept."""
+
+UNIT_ROWS = 256
+"""Files of a folder, or rows of a saved data set, that are a unit."""
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One image of a source, not yet opened.
+
+    Attributes:
+        path: Its file, or the data set's name, `#` and the row's number.
+        number: Place in the source, from 0.
+        unit: Which unit it is in.
+        caption: The data set's caption, or None.
+        metadata: The data set's other columns, as JSON, or None.
+        stored: What the image is read of: a path, bytes, or what `datasets` stores.
+    """
+
+    path: str
+    number: int
+    unit: int
+    caption: str | None
+    metadata: str | None
+    stored: Any
+
+
+@dataclass(frozen=True)
+class EmbeddedRow:
+    """An image with its embedding, or with the reason why it has none.
+
+    Attributes:
+        row: The image.
+        embedding: (D,) float32, of length one; None if the image cannot be opened.
+        problem: What is wrong with the image, in one line; None if nothing is.
+        seen: What `look` returned.
+    """
+
+    row: ImageRow
+    embedding: np.ndarray | None
+    problem: str | None = None
+    seen: Any = None
+
+
+class RowReader:
+    """Takes a data set's row apart: its image, its caption, and its other columns as JSON."""
+
+    def __init__(self, source: str, features: Any, image_column: str, caption_column: str | None, places: Any):
+        self.image_column, self.places = image_column, places
+        self.captions = None if caption_column is None else CaptionReader(source, caption_column, features)
+        self.others = [name for name in features if name not in (image_column, caption_column)]
+        self.labels = {name: features[name].names for name in self.others if hasattr(features[name], "names")}
+
+    def stored(self, row: Any) -> Any:
+        """What the image is read of."""
+        return field_of(row, self.image_column)
+
+    def content(self, stored: Any) -> bytes:
+        """The image's bytes. Raises UnusableRowError where there are none."""
+        return image_content(stored, self.places)
+
+    def described(self, row: Any) -> dict[str, Any]:
+        """The columns `caption` and `metadata`."""
+        caption = None
+        if self.captions is not None:
+            try:
+                caption = next((text for text in self.captions(row) if text), None)
+            except UnusableRowError:
+                caption = None
+        found = {}
+        for name in self.others:
+            value = row.get(name)
+            if name in self.labels and isinstance(value, int) and 0 <= value < len(self.labels[name]):
+                value = self.labels[name][value]
+            if isinstance(value, (str, int, float, bool)):
+                found[name] = value[:LONGEST_TEXT] if isinstance(value, str) else value
+        return {"caption": caption, "metadata": json.dumps(found, ensure_ascii=False) if found else None}
+
+
+def row_path(source: str, number: int) -> str:
+    """What a data set's row is called in the column `path`."""
+    return f"{source}#{number}"
+
+
+def open_rows(
+    source: str,
+    split: str | None,
+    image_column: str | None,
+    caption_column: str | None,
+    image_folders: Sequence[str],
+    streaming: bool = True,
+) -> tuple[str, Any, RowReader]:
+    """Open a split of a data set. Returns its name, its table or stream, and what takes its rows apart.
+
+    Raises:
+        OSError: There is no such data set.
+        ValueError: It has no such split or column.
+    """
+    chosen = split or "train"
+    name = source if chosen == "train" else f"{source}:{chosen}"
+    table = open_source(source, chosen, streaming=streaming)
+    features = describe_columns(table)
+    if not features:
+        raise ValueError(f"The data set {name} has no rows; name one with images.")
+    image_column = find_image_column(source, features, image_column)
+    captions = _caption_column(source, features, caption_column, image_column)
+    table = leave_undecoded(table, [column_of(image_column, features)])
+    places = find_image_places(source, folder_of(source), image_folders)
+    return name, table, RowReader(source, features, image_column, captions, places)
+
+
+def _caption_column(source: str, features: Any, named: str | None, image_column: str) -> str | None:
+    """The column of captions; None if none is named, and none or several can be it."""
+    try:
+        return find_caption_column(source, features, named, image_column)
+    except ValueError:
+        if named is not None:
+            raise
+        return None
+
+
+class FolderRows:
+    """The images of a folder and its folders, in the order of their paths.
+
+    Attributes:
+        name: The folder's absolute path.
+        units: Number of units.
+        total: Number of images.
+        fingerprint: A text that changes when an image is added, removed or written anew.
+        is_numbered: Whether an image's path is made of its number: it is not.
+        unread: Folders and files that could not be looked at, and why.
+    """
+
+    is_numbered = False
+
+    def __init__(self, folder: str):
+        scan = scan_folder(folder)
+        if not scan.files:
+            raise FileNotFoundError(
+                f"The folder {folder} has no images: no file in it, or in its folders, is named as one, such as .jpg "
+                f"or .png. Name another folder, or a data set."
+            )
+        self.name, self.unread = scan.folder, scan.unread
+        self._files, self.total = scan.files, len(scan.files)
+        self.units = -(-len(scan.files) // UNIT_ROWS)
+        self.fingerprint: str | None = _digest((file.path, file.size, file.mtime_ns) for file in scan.files)
+
+    def rows_of(self, unit: int, first: int | None = None) -> Iterator[ImageRow]:
+        """The images of a unit."""
+        start = unit * UNIT_ROWS
+        for number, file in enumerate(self._files[start : start + UNIT_ROWS], start):
+            yield ImageRow(file.path, number, unit, None, None, file.path)
+
+    def __iter__(self) -> Iterator[ImageRow]:
+        return (row for unit in range(self.units) for row in self.rows_of(unit))
+
+    def content(self, stored: Any) -> bytes:
+        """A file's bytes. Raises OSError or UnusableRowError."""
+        if (size := os.stat(stored).st_size) > MOST_BYTES:
+            raise UnusableRowError(f"it has {size:,} bytes, and at most {MOST_BYTES:,} are read")
+        return Path(stored).read_bytes()
+
+
+class DataSetRows:
+    """The rows of a data set.
+
+    Attributes:
+        name: The data set, with its split if that is not "train".
+        units: Number of units.
+        total: Number of rows, or None where nobody knows.
+        fingerprint: A text that changes with the data set, or None where nobody knows.
+        is_numbered: Whether a row's path is made of its number: it is.
+        unread: Nothing.
+    """
+
+    is_numbered = True
+
+    def __init__(
+        self,
+        source: str,
+        split: str | None = None,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        image_folders: Sequence[str] = (),
+    ):
+        is_saved = any(os.path.isfile(os.path.join(os.path.expanduser(source), name)) for name in SAVED)
+        opened = open_rows(source, split, image_column, caption_column, image_folders, streaming=not is_saved)
+        self.name, self._table, self._reader = opened
+        self._source, self._is_saved = source, is_saved
+        self.unread: dict[str, str] = {}
+        self.fingerprint = fingerprint_of_source(source, split or "train")
+        if is_saved:
+            self.total: int | None = len(self._table)
+            self.units = -(-len(self._table) // UNIT_ROWS)
+        else:
+            counts = getattr(self._table.info, "splits", None) or {}
+            found = counts.get(str(self._table.split))
+            self.total = found.num_examples if found is not None and found.num_examples else None
+            self.units = self._table.num_shards
+
+    def rows_of(self, unit: int, first: int = 0) -> Iterator[ImageRow]:
+        """The rows of a unit. `first` is the number of its first row, which a stream does not know."""
+        with readable(self._source):
+            if self._is_saved:
+                start = unit * UNIT_ROWS
+                rows = self._table.select(range(start, min(start + UNIT_ROWS, len(self._table))))
+            else:
+                rows = self._table.shard(num_shards=self.units, index=unit) if self.units > 1 else self._table
+            for number, row in enumerate(rows, first):
+                described = self._reader.described(row)
+                yield ImageRow(row_path(self.name, number), number, unit, **described, stored=self._reader.stored(row))
+
+    def __iter__(self) -> Iterator[ImageRow]:
+        number = 0
+        for unit in range(self.units):
+            for row in self.rows_of(unit, number):
+                number += 1
+                yield row
+
+    def content(self, stored: Any) -> bytes:
+        """The bytes of a row's image. Raises UnusableRowError."""
+        return self._reader.content(stored)
+
+
+ImageRows = FolderRows | DataSetRows
+
+
+def open_image_rows(
+    source: str,
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    image_folders: Sequence[str] = (),
+) -> ImageRows:
+    """Open a folder of images or a data set, to go through its rows once.
+
+    Args:
+        source: A folder of images; a repository on the Hub, a saved data set, CSV, JSON lines, parquet or webdataset
+            files, which are streamed.
+        split: The split of a data set. None: "train".
+        image_column: The column that holds the images. None: the only one that can be it.
+        caption_column: The column of captions, or a template over columns. None: the only one that can be it, if there
+            is one.
+        image_folders: Folders outside of the data set's own whose images its rows may name.
+
+    Raises:
+        OSError: There is no such folder or data set, or the folder has no images.
+        ValueError: The data set has no rows, or no such split or column.
+    """
+    register_formats()
+    if is_data_set(os.path.expanduser(source)):
+        return DataSetRows(source, split, image_column, caption_column, image_folders)
+    return FolderRows(source)
+
+
+def rows_from(rows: ImageRows, unit: int = 0, offset: int = 0, number: int = 0) -> Iterator[ImageRow]:
+    """The rows of a source from one on: that with `offset` rows of its unit, and `number` of the source, before it."""
+    for place in range(unit, rows.units):
+        skipped = offset if place == unit else 0
+        for row in islice(rows.rows_of(place, number - skipped), skipped, None):
+            number += 1
+            yield row
+
+
+def fingerprint_of_source(source: str, split: str) -> str | None:
+    """A text that changes with a data set: by its files' sizes and times, or its commit on the Hub. None: unknown."""
+    names = [os.path.expanduser(name) for name in expand_braces(source)]
+    if "://" in source or (len(names) == 1 and not glob.has_magic(names[0])):
+        return fingerprint_of(source, split)
+    files = sorted({file for name in names for file in glob.glob(name, recursive=True)})
+    return _digest((split, file, (state := os.stat(file)).st_size, state.st_mtime_ns) for file in files)
+
+
+def _digest(parts: Iterable[tuple[Any, ...]]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        state.update(b"".join(os.fsencode(str(value)) + b"\0" for value in part))
+    return state.hexdigest()
+
+
+def problem_of(error: Exception) -> str:
+    """What is wrong with an image whose name stands beside this, in one line."""
+    if isinstance(error, UnreadableImageError):
+        return one_line(error.problem.lstrip(": ").removesuffix("; replace it, or leave it out.").removesuffix("."))
+    return one_line(getattr(error, "strerror", None) or error)
+
+
+@torch.no_grad()
+def embed_rows(
+    rows: Iterable[ImageRow],
+    content: Callable[[Any], bytes],
+    model: Any,
+    processor: Any,
+    *,
+    batch_size: int = 16,
+    exact: bool = False,
+    threads: int | None = None,
+    look: Callable[[bytes, Image.Image], Any] | None = None,
+) -> Iterator[EmbeddedRow]:
+    """Open images in threads, and encode one batch after the other.
+
+    Args:
+        rows: The images; read as they are needed.
+        content: Reads the bytes of what a row stores: the method `content` of the opened source.
+        model: HfClipModel.
+        processor: HfClipProcessor or HfClipImageProcessor.
+        batch_size: Images encoded at once.
+        exact: Whether to decode large JPEGs in full, and not at a half, a quarter or an eighth of their size.
+        threads: How many open images. None: one for each core, at most 8.
+        look: Called in a thread with each image's bytes and the opened image; what it returns comes with the row.
+
+    Yields:
+        Each row in its order, with its embedding or with what is wrong with it.
+    """
+    threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
+    image_processor = image_processor_of(processor)
+    draft = None if exact else image_processor.steps().draft_side()
+
+    def make(stored: Any) -> tuple[Tensor, Any]:
+        data = content(stored)
+        image = open_image(data, draft=draft)
+        seen = None if look is None else look(data, image)
+        return image_processor([image], return_tensors="pt")["pixel_values"][0], seen
+
+    waiting = in_order(((row, row.stored) for row in rows), make, threads, ahead=2 * batch_size + threads)
+    while batch := list(islice(waiting, batch_size)):
+        made: list[tuple[Tensor, Any] | None] = []
+        problems: list[str | None] = []
+        for _, future in batch:
+            try:
+                made.append(future.result())
+                problems.append(None)
+            except (ValueError, OSError) as error:
+                made.append(None)
+                problems.append(problem_of(error))
+        opened = [image for image in made if image is not None]
+        if opened:
+            embeddings = iter(encode_pixels(model, torch.stack([pixels for pixels, _ in opened])).cpu().numpy())
+        for (row, _), image, problem in zip(batch, made, problems, strict=True):
+            if image is None:
+                yield EmbeddedRow(row, None, problem)
+            else:
+                yield EmbeddedRow(row, next(embeddings), None, image[1])
+
+
+__all__ = [
+    "DataSetRows",
+    "EmbeddedRow",
+    "FolderRows",
+    "ImageRow",
+    "ImageRows",
+    "RowReader",
+    "embed_rows",
+    "fingerprint_of_source",
+    "open_image_rows",
+    "open_rows",
+    "problem_of",
+    "row_path",
+    "rows_from",
+]
