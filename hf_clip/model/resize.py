@@ -152,10 +152,10 @@ def is_much_longer(outputs: int, needed: int) -> bool:
 def height_comes_first(size: tuple[int, int], new_size: tuple[int, int]) -> bool | None:
     """Whether Pillow resizes along the columns first, which changes roundings. None if that is unknown.
 
-    Releases before 12 never do. Release 13 does if the height loses more than twice as many pixels as the width.
+    Releases up to 12.3 never do. Release 13 does if the height loses more than twice as many pixels as the width.
     """
     (width, height), (new_width, new_height) = size, new_size
-    if PILLOW_MAJOR < 12:
+    if PILLOW_MAJOR <= 12:
         return False
     if PILLOW_MAJOR == 13:
         return height > new_height and height - new_height > 2 * (width - new_width)
