@@ -73,9 +73,9 @@ def caption(
     from ..search import caption_bank
     from ..search.caption_output import as_json_text, format_captions
     from ..search.indexed_image import register_formats
-    from ..zero_shot.features import progress_bar
     from ..zero_shot.files import find_images
     from ..zero_shot.pipeline import check_device
+    from ..zero_shot.progress import progress_bar
     from ..zero_shot.prompts import format_template
 
     if offline:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..zero_shot.features import progress_bar
+from ..zero_shot.progress import progress_bar
 from .captioned_images import Choices, open_choices
 from .class_metrics import pair_scores
 from .embed import Embedder, Unreadable

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..extras import require
 from ..zero_shot.embedding_head import EmbeddingHead, reference_image
-from ..zero_shot.features import progress_bar
+from ..zero_shot.progress import progress_bar
 from .class_metrics import roc_auc
 from .correlation import mean_absolute_error, pearson, spearman
 from .embed import Embedder, Unreadable

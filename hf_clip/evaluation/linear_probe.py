@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..extras import require
-from ..zero_shot.features import progress_bar
+from ..zero_shot.progress import progress_bar
 from .class_metrics import Reliability
 from .feature_file import read_features
 from .few_shot import FewShotFigures, check_shots, few_shot_figures, hold_out

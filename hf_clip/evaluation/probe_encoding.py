@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.sources import choose_split
-from ..zero_shot.features import progress_bar
+from ..zero_shot.progress import progress_bar
 from .architecture import architecture_of
 from .embed import Embedder, Unreadable
 from .feature_cache import FeatureCache, processor_settings

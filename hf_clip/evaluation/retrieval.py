@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..data.content import content_id
-from ..zero_shot.features import progress_bar, truncated
+from ..zero_shot.features import truncated
+from ..zero_shot.progress import progress_bar
 from .captioned_images import CaptionedImages, CaptionedRow, open_captioned
 from .embed import Embedder, Unreadable
 from .feature_cache import FeatureCache, processor_settings

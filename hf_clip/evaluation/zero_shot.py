@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..data.images import NOWHERE, ImagePlaces
-from ..zero_shot.features import progress_bar, truncated
+from ..zero_shot.features import truncated
+from ..zero_shot.progress import progress_bar
 from .class_metrics import (
     Reliability,
     best_wrong_first,

@@ -14,8 +14,9 @@ from ..model.checked_files import one_line
 from ..model.open_image import UnreadableImageError
 from ..zero_shot.features import image_processor_of
 from .image_rows import RowReader, open_rows, row_path
+from .index_encoding import UnreadableFileError, draft_for, encode_rows
 from .index_table import IndexTables
-from .index_update import IndexChanges, UnreadableFileError, draft_for, encode_rows
+from .index_update import IndexChanges
 from .indexed_image import IndexedImage, content_hash, prepare
 
 

@@ -3,45 +3,29 @@
 1. Compare. A file with the size and time that the index knows is unchanged, and costs its `stat`.
 2. Recognise. A file that is new at its place, or was written anew, is hashed if the index knows an image of its size.
    If the content is known, the file was moved, copied or touched: the row is kept, or copied, and nothing is encoded.
-3. Encode. Threads read and open the next images while the model encodes a batch. A batch is one commit.
+3. Encode, see `index_encoding`. A batch is one commit.
 4. Forget. Images whose files are gone leave the index last. What lies in a folder that could not be read stays.
 
-Whatever interrupts it, the next run goes on after the last commit.
-
-Dimensions: B batch, D embedding.
+Whatever interrupts it, the next run goes on after the last commit. Nothing here imports torch.
 """
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from ..model.checked_files import one_line
-from ..model.open_image import UnreadableImageError
-from ..zero_shot.features import encode_pixels, image_processor_of
-from ..zero_shot.files import MOST_THREADS, in_order
 from .folder_scan import FileState, FolderScan
 from .index_table import IndexTables, shown_path
-from .indexed_image import MOST_BYTES, IndexedImage, file_hash, prepare
+from .indexed_image import file_hash
 
 COMMIT_AT = 256
 """Images that are encoded before they are written: what a kill can lose."""
 
 PLACE = ("path", "path_bytes", "size", "mtime_ns")
-OF_THE_IMAGE = ("content", "width", "height", "perceptual_hash", "thumbnail")
-"""Columns that say where an image is, and those that are found by opening it."""
+"""Columns that say where an image is."""
 
 KNOWN = ("id", "path_bytes", "size", "mtime_ns", "content")
-
-
-class UnreadableFileError(ValueError):
-    """A file cannot be read, or is no image."""
 
 
 @dataclass
@@ -171,7 +155,7 @@ def _read_problems(tables: IndexTables, folder: str) -> dict[str, tuple[int, int
     return found
 
 
-def _place(file: FileState) -> dict[str, Any]:
+def columns_of_place(file: FileState) -> dict[str, Any]:
     """The columns that say where an image is."""
     place = {"path": shown_path(file.path), "path_bytes": os.fsencode(file.path)}
     return {**place, "size": file.size, "mtime_ns": file.mtime_ns}
@@ -182,7 +166,7 @@ def apply_recognised(tables: IndexTables, plan: UpdatePlan) -> int:
     if not plan.recognised:
         return 0
     columns = ("id", "content", "width", "height", "perceptual_hash", "embedding", "thumbnail", "caption", "metadata")
-    next_id = _next_id(tables)
+    next_id = next_free_id(tables)
     for first in range(0, len(plan.recognised), COMMIT_AT):
         part = plan.recognised[first : first + COMMIT_AT]
         ids = ", ".join(str(same.id) for _, same, _ in part)
@@ -190,123 +174,19 @@ def apply_recognised(tables: IndexTables, plan: UpdatePlan) -> int:
         replaced, added = [], []
         for file, same, place in part:
             if place is None:
-                added.append(stored[same.id] | {"id": next_id} | _place(file))
+                added.append(stored[same.id] | {"id": next_id} | columns_of_place(file))
                 next_id += 1
             else:
-                replaced.append(stored[same.id] | {"id": place} | _place(file))
+                replaced.append(stored[same.id] | {"id": place} | columns_of_place(file))
         tables.put(replaced)
         tables.add(added)
     return len(plan.recognised)
 
 
-def _next_id(tables: IndexTables) -> int:
+def next_free_id(tables: IndexTables) -> int:
+    """The id of the next image that is added."""
     ids = tables.rows(["id"])["id"].to_numpy()
     return int(ids.max()) + 1 if len(ids) else 1
-
-
-def _read_and_prepare(file: FileState, image_processor: Any, draft: int | None) -> IndexedImage:
-    """Raises UnreadableFileError with what is wrong, in one line."""
-    try:
-        if file.size > MOST_BYTES:
-            raise UnreadableFileError(f"it has {file.size:,} bytes, and at most {MOST_BYTES:,} are read")
-        return prepare(Path(file.path).read_bytes(), image_processor, draft)
-    except UnreadableImageError as error:
-        problem = error.problem.lstrip(": ").removesuffix("; replace it, or leave it out.").removesuffix(".")
-        raise UnreadableFileError(one_line(problem)) from error
-    except OSError as error:
-        raise UnreadableFileError(one_line(error.strerror or error)) from error
-
-
-def encode_planned(
-    tables: IndexTables,
-    plan: UpdatePlan,
-    model: Any,
-    processor: Any,
-    *,
-    batch_size: int,
-    exact: bool,
-    threads: int | None = None,
-    advance: Callable[[int], Any] = lambda count: None,
-) -> IndexChanges:
-    """Encode the files that a plan lists, see `encode_rows`. `exact`: whether to decode large JPEGs in full."""
-    image_processor = image_processor_of(processor)
-    draft = draft_for(image_processor, exact)
-
-    def make(file: FileState) -> IndexedImage:
-        return _read_and_prepare(file, image_processor, draft)
-
-    items = ((_place(file), replaced, file) for file, replaced in plan.to_encode)
-    return encode_rows(tables, items, make, model, batch_size=batch_size, threads=threads, advance=advance)
-
-
-def draft_for(image_processor: Any, exact: bool) -> int | None:
-    """The shorter side that a JPEG needs, or None if it is to be decoded in full."""
-    return None if exact else image_processor.steps().draft_side()
-
-
-@torch.no_grad()
-def encode_rows(
-    tables: IndexTables,
-    items: Iterable[tuple[dict[str, Any], int | None, Any]],
-    make: Callable[[Any], IndexedImage],
-    model: Any,
-    *,
-    batch_size: int,
-    threads: int | None = None,
-    advance: Callable[[int], Any] = lambda count: None,
-) -> IndexChanges:
-    """Open and encode images, and write each `COMMIT_AT` of them in one commit.
-
-    Args:
-        tables: The index.
-        items: For each image the columns that are known of it, the id of the row that it replaces or None, and what
-            `make` opens.
-        make: Opens an image, in a thread. Raises UnreadableFileError.
-        model: HfClipModel.
-        batch_size: Images encoded at once.
-        threads: How many open images. None: one for each core, at most 8.
-        advance: Called with a number of images as they are encoded.
-    """
-    threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
-    changes, next_id = IndexChanges(), _next_id(tables)
-    named = (((row, replaced), source) for row, replaced, source in items)
-    waiting = in_order(named, make, threads, ahead=2 * batch_size + threads)
-    added: list[dict[str, Any]] = []
-    replaced_rows: list[dict[str, Any]] = []
-    problems: list[dict[str, Any]] = []
-    while batch := list(islice(waiting, batch_size)):
-        opened = []
-        for (row, replaced), future in batch:
-            try:
-                opened.append((row, replaced, future.result()))
-            except UnreadableFileError as error:
-                changes.problems[os.fsdecode(row["path_bytes"])] = str(error)
-                problems.append({name: row.get(name) for name in PLACE} | {"problem": str(error)})
-        if opened:
-            pixels = torch.stack([image.pixels for _, _, image in opened])
-            embeddings = encode_pixels(model, pixels).cpu().numpy().astype(np.float16)
-            for (known, replaced, image), embedding in zip(opened, embeddings, strict=True):
-                id = next_id if replaced is None else replaced
-                found = {name: getattr(image, name) for name in OF_THE_IMAGE} | {"embedding": embedding}
-                (added if replaced is None else replaced_rows).append({"id": id} | known | found)
-                next_id += replaced is None
-        if len(added) + len(replaced_rows) + len(problems) >= COMMIT_AT:
-            _write(tables, changes, added, replaced_rows, problems)
-        advance(len(batch))
-    _write(tables, changes, added, replaced_rows, problems)
-    return changes
-
-
-def _write(
-    tables: IndexTables, changes: IndexChanges, added: list[Any], replaced: list[Any], problems: list[Any]
-) -> None:
-    """Write what waits, and empty the lists."""
-    tables.add(added)
-    tables.put(replaced)
-    tables.put_problems(problems)
-    changes.added, changes.updated = changes.added + len(added), changes.updated + len(replaced)
-    for waiting in (added, replaced, problems):
-        waiting.clear()
 
 
 def forget_missing(tables: IndexTables, plan: UpdatePlan, keep_missing: bool, unreadable: dict[str, str]) -> int:
@@ -320,12 +200,10 @@ def forget_missing(tables: IndexTables, plan: UpdatePlan, keep_missing: bool, un
 
 __all__ = [
     "IndexChanges",
-    "UnreadableFileError",
     "UpdatePlan",
     "apply_recognised",
-    "draft_for",
-    "encode_planned",
-    "encode_rows",
+    "columns_of_place",
     "forget_missing",
+    "next_free_id",
     "plan_update",
 ]

@@ -6,14 +6,16 @@ Dimensions: C channels, Y × X pixels.
 import hashlib
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from ..extras import is_there
 from ..model.open_image import open_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 THUMBNAIL_SIDE = 160
 """Longer side of a thumbnail in pixels, of which a page shows many."""
@@ -43,7 +45,7 @@ class IndexedImage:
     height: int
     perceptual_hash: int
     thumbnail: bytes
-    pixels: Tensor
+    pixels: "Tensor"
 
 
 def content_hash(content: bytes) -> str:

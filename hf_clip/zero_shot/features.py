@@ -12,8 +12,7 @@ Dimensions: B batch, I images, T texts, L text length, D embedding, Y × X pixel
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any
 
@@ -21,12 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from ..model.image_processing_hf_clip import HfClipImageProcessorKwargs
 from ..model.matryoshka import check_truncate_dim
 from ..model.open_image import UNREADABLE, UnreadableImageError, at_place
 from . import text_batches
+from .progress import progress_bar
 from .text_batches import check_batch_size, in_batches
 
 
@@ -38,18 +37,6 @@ def image_processor_of(processor: Any) -> Any:
 def tokenizer_of(processor: Any) -> Any:
     """Return the tokenizer of a processor. A tokenizer is returned as it is."""
     return getattr(processor, "tokenizer", processor)
-
-
-@contextmanager
-def progress_bar(title: str, unit: str, total: int | None, is_shown: bool) -> Iterator[Callable[[int], Any]]:
-    """Show a progress bar inside a `with` block; yields the function that advances it by a number of items."""
-    if not is_shown:
-        # Not `disable=True`: tqdm takes its process-wide lock even then. A process forked while another thread holds
-        # that lock would wait for ever.
-        yield lambda count: None
-        return
-    with tqdm(desc=title, unit=unit, total=total, leave=False) as bar:
-        yield bar.update
 
 
 def text_limit(model: Any) -> int:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from hf_clip import encode_images
-from hf_clip.search import index_update, indexed_image
+from hf_clip.search import index_encoding, indexed_image
 from hf_clip.search.image_index import ImageIndex
 from hf_clip.search.index_table import IndexTables, SearchIndexError, only_writer
 
@@ -37,7 +37,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         found.append(content)
         return prepare(content, *args)
 
-    monkeypatch.setattr(index_update, "prepare", counting)
+    monkeypatch.setattr(index_encoding, "prepare", counting)
     return found
 
 

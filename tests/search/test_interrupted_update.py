@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hf_clip.search import index_update
+from hf_clip.search import index_encoding
 from hf_clip.search.image_index import ImageIndex
 
 from .conftest import make_image
@@ -18,9 +18,9 @@ from .test_index_update import paths_of
 
 PROGRAM = """
 import sys
-from hf_clip.search import index_update
+from hf_clip.search import index_encoding
 from hf_clip.search.image_index import ImageIndex
-index_update.COMMIT_AT = 4
+index_encoding.COMMIT_AT = 4
 print("ready", flush=True)
 ImageIndex.open(sys.argv[1], model=sys.argv[2]).add(sys.argv[3], batch_size=2, threads=1)
 """
@@ -47,7 +47,7 @@ def test_commits_are_whole_at_every_point(
     many: Path, new_index: Callable[..., ImageIndex], monkeypatch: pytest.MonkeyPatch
 ):
     """An error at each commit in turn, which loses that commit alone."""
-    monkeypatch.setattr(index_update, "COMMIT_AT", 4)
+    monkeypatch.setattr(index_encoding, "COMMIT_AT", 4)
     expected = new_index("whole")
     expected.add(many)
     index = new_index()

@@ -1,0 +1,252 @@
+"""An index that is opened and brought up to date. `ImageIndex` searches it, too.
+
+torch and the model are loaded when the first image is to be encoded: a run that finds nothing new is over before that.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..zero_shot.progress import progress_bar
+from .folder_scan import scan_folder
+from .index_model import MODEL_FILES, check_model, describe, is_same_model, load, model_files
+from .index_table import IndexTables, SearchIndexError, default_index, is_address, only_writer
+from .index_update import IndexChanges, apply_recognised, forget_missing, plan_update
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class UpdatableIndex:
+    """An index of images.
+
+    Args:
+        tables: Its tables.
+        model: HfClipModel. None: loaded when it is first needed.
+        processor: Its processor.
+        name: Where the model is. None: where the index was made of it.
+    """
+
+    def __init__(self, tables: IndexTables, model: Any = None, processor: Any = None, name: str | None = None):
+        self.tables = tables
+        self._model, self._processor = model, processor
+        self._model_place = name or tables.description.model
+
+    @classmethod
+    def open(
+        cls, place: str | Path | None = None, *, model: Any = None, processor: Any = None, make: bool = True
+    ) -> "Self":
+        """Open an index, or make one.
+
+        Args:
+            place: Its folder, or an address on object storage. None: the user's own, see `default_index`.
+            model: HfClipModel, or where one is: a folder, a repository on the Hub, a checkpoint file. None: the one of
+                which the index was made.
+            processor: HfClipProcessor, if `model` is a model.
+            make: Whether to make an index if there is none.
+
+        Raises:
+            SearchIndexError: There is no index and no model to make one of; or it is of another model or version.
+            ImportError: LanceDB is not installed.
+        """
+        place = default_index() if place is None else os.path.expanduser(place)
+        name = str(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", "") or ""
+        is_named = isinstance(model, (str, os.PathLike))
+        if model is not None and not is_named and processor is None:
+            raise ValueError("A model was given without its processor: pass processor=, or where the model is.")
+        try:
+            tables = IndexTables.open(str(place))
+        except SearchIndexError:
+            if not make or model is None or _holds_an_index(str(place)):
+                raise
+            model, processor = load(name) if is_named else (model, processor)
+            tables = IndexTables.create(str(place), describe(model, processor, name))
+            tables.note(MODEL_FILES, model_files(name))
+            return cls(tables, model, processor)
+        if not is_named:
+            if model is not None:
+                check_model(tables, describe(model, processor, name))
+            return cls(tables, model, processor)
+        found = cls(tables, name=name)
+        if not is_same_model(tables, name):
+            found.load_model()
+        return found
+
+    def __len__(self) -> int:
+        return int(self.tables.images.count_rows())
+
+    @property
+    def model(self) -> Any:
+        """The model, loaded when it is first needed."""
+        self.load_model()
+        return self._model
+
+    @property
+    def processor(self) -> Any:
+        """The model's processor."""
+        self.load_model()
+        return self._processor
+
+    def load_model(self) -> None:
+        """Load the model if it is not in memory.
+
+        Raises:
+            SearchIndexError: It is another model than that of the index, or nobody knows where it is.
+        """
+        if self._model is not None:
+            return
+        name = self._model_place
+        if not name:
+            raise SearchIndexError(
+                f"The index {self.tables.place} was made of a model in memory, and does not know where that is: pass "
+                f"model=.",
+                self.tables.place,
+            )
+        model, processor = load(name)
+        if not is_same_model(self.tables, name):
+            check_model(self.tables, describe(model, processor, name))
+            self.tables.note(MODEL_FILES, model_files(name))
+        self._model, self._processor = model, processor
+
+    def add(
+        self,
+        folder: str | Path,
+        *,
+        batch_size: int = 16,
+        exact: bool = False,
+        keep_missing: bool = False,
+        threads: int | None = None,
+        progress: bool | None = False,
+    ) -> IndexChanges:
+        """Bring the index up to date with a folder and its folders.
+
+        Args:
+            folder: The folder.
+            batch_size: Images encoded at once.
+            exact: Whether to decode large JPEGs in full. By default they are decoded at a half, a quarter or an eighth
+                of their size, but at twice the model's at least, which is several times as fast.
+            keep_missing: Whether images whose files are gone stay in the index.
+            threads: How many open images. None: one for each core, at most 8.
+            progress: Whether to show progress bars. None: if standard error is a terminal.
+
+        Returns:
+            What changed.
+
+        Raises:
+            SearchIndexError: Another process writes to the index.
+            OSError: The folder is missing or cannot be read.
+        """
+        progress = sys.stderr.isatty() if progress is None else progress
+        scan = scan_folder(folder)
+        with only_writer(self.tables.place):
+            self.tables.refresh()
+            with progress_bar("Comparing files", "file", len(scan.files), progress) as advance:
+                plan = plan_update(self.tables, scan, advance)
+            _refuse_to_empty(scan.folder, len(scan.files), len(plan.missing), keep_missing)
+            moved = apply_recognised(self.tables, plan)
+            changes = IndexChanges()
+            if plan.to_encode:
+                from .index_encoding import encode_planned
+
+                with progress_bar("Indexing images", "image", len(plan.to_encode), progress) as advance:
+                    changes = encode_planned(
+                        self.tables,
+                        plan,
+                        self.model,
+                        self.processor,
+                        batch_size=batch_size,
+                        exact=exact,
+                        threads=threads,
+                        advance=advance,
+                    )
+            changes.removed = forget_missing(self.tables, plan, keep_missing, changes.problems)
+            changes.kept = len(plan.missing) if keep_missing else 0
+            changes.unchanged, changes.moved = plan.unchanged, moved
+            changes.problems = {**plan.problems, **scan.unread, **changes.problems}
+            folders = self.tables.noted("folders", [])
+            if scan.folder not in folders:
+                self.tables.note("folders", sorted([*folders, scan.folder]))
+            if self.tables.commits:
+                self.tables.tidy()
+        return changes
+
+    def add_data_set(
+        self,
+        source: str,
+        *,
+        split: str | None = None,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        image_folders: Sequence[str] = (),
+        batch_size: int = 16,
+        exact: bool = False,
+        keep_missing: bool = False,
+        threads: int | None = None,
+        progress: bool | None = False,
+    ) -> IndexChanges:
+        """Bring the index up to date with a data set, whose rows are named `source#number`.
+
+        Args:
+            source: A repository on the Hub, a saved data set, CSV, JSON lines, parquet or webdataset files.
+            split: The split. None: "train".
+            image_column: The column that holds the images. None: the only one that can be it.
+            caption_column: The column of captions, or a template over columns. None: the only one that can be it, if
+                there is one.
+            image_folders: Folders outside of the data set's own whose images its rows may name.
+            batch_size: Images encoded at once.
+            exact: Whether to decode large JPEGs in full.
+            keep_missing: Whether images whose rows are gone stay in the index.
+            threads: How many open images. None: one for each core, at most 8.
+            progress: Whether to show a progress bar. None: if standard error is a terminal.
+
+        Returns:
+            What changed.
+
+        Raises:
+            SearchIndexError: Another process writes to the index.
+            OSError: There is no such data set.
+            ValueError: It has no such split or column.
+        """
+        from .data_set_rows import update_data_set
+
+        progress = sys.stderr.isatty() if progress is None else progress
+        with only_writer(self.tables.place), progress_bar("Indexing images", "image", None, progress) as advance:
+            self.tables.refresh()
+            changes = update_data_set(
+                self.tables,
+                source,
+                lambda: (self.model, self.processor),
+                split=split,
+                image_column=image_column,
+                caption_column=caption_column,
+                image_folders=image_folders,
+                batch_size=batch_size,
+                exact=exact,
+                keep_missing=keep_missing,
+                threads=threads,
+                advance=advance,
+            )
+            if self.tables.commits:
+                self.tables.tidy()
+        return changes
+
+
+def _holds_an_index(place: str) -> bool:
+    """Whether a folder holds an index, of another version perhaps."""
+    return not is_address(place) and (Path(place) / "images.lance").exists()
+
+
+def _refuse_to_empty(folder: str, found: int, missing: int, keep_missing: bool) -> None:
+    """Raise FileNotFoundError for a folder without images, which may be a disk that is not there."""
+    if found:
+        return
+    stays = f" The {missing:,} images of it that the index has stay there." if missing else ""
+    raise FileNotFoundError(
+        f"The folder {folder} has no images: no file in it, or in its folders, is named as one, such as .jpg or "
+        f".png.{stays} Name another folder."
+    )
+
+
+__all__ = ["UpdatableIndex"]
