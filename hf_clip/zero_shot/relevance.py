@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from ..model.linear_map import apply_linear
 from ..model.optimized import OptimizedModelError
 from .features import encode_texts, image_processor_of
+from .seen_square import check_map_size, settings_of_square
 
 
 def _vit_values(tower: Any, pixels: Tensor) -> Tensor:
@@ -78,15 +79,10 @@ def relevance_map(
     config = model.config.vision_config
     is_vit = hasattr(model.vision_model, "encoder")
     cell = config.patch_size if is_vit else 32
-    if image_size is not None and (image_size < cell or image_size % cell):
-        raise ValueError(
-            f"image_size is {image_size}, but must be a multiple of {cell}, which is a cell of this model."
-        )
-    sizes: dict[str, Any] = {}
-    if image_size is not None:
-        sides = {"height": image_size, "width": image_size}
-        sizes = {"size": {"shortest_edge": image_size}, "crop_size": sides}
-    pixels = image_processor_of(processor)([image], return_tensors="pt", **sizes)["pixel_values"]
+    check_map_size(image_size, cell)
+    pixels = image_processor_of(processor)([image], return_tensors="pt", **settings_of_square(image_size))[
+        "pixel_values"
+    ]
     pixels = pixels.to(model.device, model.dtype)
     if is_vit:
         grid = (pixels.shape[-2] // cell, pixels.shape[-1] // cell)
