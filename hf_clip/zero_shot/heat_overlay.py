@@ -85,6 +85,7 @@ def overlay(
     low: float | None = None,
     high: float | None = None,
     strength: float = 0.8,
+    grey: bool = False,
 ) -> Image.Image:
     """Lay a map over an image, such as one of `relevance_map` or `attention_rollout`.
 
@@ -98,6 +99,7 @@ def overlay(
         high: Heat that has the last colour, and everything above. None: the greatest of the map. Give both to compare
             maps of several texts.
         strength: Opacity of the hottest colour, from 0 to 1. Opacity grows evenly from `low` to `high`.
+        grey: Whether to show the image in grey, so that only heat has colours.
 
     Returns:
         An RGB image of the same size.
@@ -127,12 +129,11 @@ def overlay(
     spread, box = _spread(values, size, region)
     # A map without differences has nothing hot.
     warmth = ((spread - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(spread)
-    pixels = np.asarray(shown, dtype=np.float32)
+    pixels = np.asarray(shown.convert("L").convert("RGB") if grey else shown, dtype=np.float32)
     part = pixels[box[1] : box[3], box[0] : box[2]]
     opacity = (strength * warmth)[..., None]
     part = part + opacity * (heat_colours()[np.round(warmth * (LEVELS - 1)).astype(int)] - part)
-    grey = np.asarray(shown.convert("L"), dtype=np.float32)[..., None] * SHARE_OF_UNSEEN
-    whole = np.repeat(grey, 3, axis=2)
+    whole = np.asarray(shown.convert("L").convert("RGB"), dtype=np.float32) * SHARE_OF_UNSEEN
     whole[box[1] : box[3], box[0] : box[2]] = part
     return Image.fromarray(np.round(whole).astype(np.uint8))
 

@@ -100,6 +100,13 @@ def test_array_and_grey_image():
     assert (shown.size, shown.mode) == ((30, 10), "RGB")
 
 
+def test_image_in_grey():
+    image = Image.new("RGB", (80, 60), (0, 128, 255))
+    shown = np.asarray(overlay(image, HOT_LEFT, strength=1, grey=True))
+    assert (shown[:, 75:] == np.asarray(image.convert("L"))[0, 0]).all()
+    assert (shown[:, :5] == heat_colours()[-1]).all()
+
+
 @pytest.mark.parametrize(
     ("heat", "settings", "message"),
     [
