@@ -1,4 +1,9 @@
-"""What `import hf_clip` tells transformers, and what it tells the files that travel to the Hub without the package."""
+"""What `import hf_clip` tells transformers, and what it tells the files that travel to the Hub without the package.
+
+A command that begins without torch calls `register` when it needs a model after all.
+"""
+
+from typing import Any
 
 import transformers
 
@@ -53,6 +58,7 @@ def register() -> None:
     """Register the classes and the pipeline, and what the model's files ask the package for."""
     register_classes()
     register_pipeline()
-    FOREIGN_LAYOUTS.append(find_open_clip)
-    BEFORE_UPLOAD.append(prepare_for_hub)
-    OPTIMIZERS.append(optimize_for_inference)
+    hooks: list[tuple[list[Any], Any]] = [(FOREIGN_LAYOUTS, find_open_clip), (BEFORE_UPLOAD, prepare_for_hub)]
+    for functions, function in [*hooks, (OPTIMIZERS, optimize_for_inference)]:
+        if function not in functions:
+            functions.append(function)

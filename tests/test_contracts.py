@@ -111,6 +111,7 @@ ORDER = (
     ("search",),
     ("training",),
     ("evaluation",),
+    ("registration",),
     ("zero_shot",),
     ("inference", "hub", "data"),
     ("checkpoints",),
@@ -120,7 +121,7 @@ ORDER = (
 """The package's parts, from the top down. A part imports from those below it, never from one above or beside it."""
 
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-TOP = {"__init__", "openai", "registration"}
+TOP = {"__init__", "openai"}
 """What a user imports: it may import every part, and no part imports it."""
 
 

@@ -34,12 +34,15 @@ def duplicates(
         hf-clip duplicates --index photos-index --json
     """
     import json
+    import os
 
-    from ..search.image_index import ImageIndex
-    from ..search.index_table import shown_path
+    from ..search.index_table import IndexTables, default_index, shown_path
+
+    tables = IndexTables.open(os.path.expanduser(index or default_index()))
+    from ..search.image_index import ImageIndex  # imports torch, for which a missing index need not wait
     from ..search.result_output import printable
 
-    groups = ImageIndex.open(index, make=False).duplicates(similarity=similarity, bits=bits)
+    groups = ImageIndex(tables).duplicates(similarity=similarity, bits=bits)
     if as_json:
         rows = [[{"path": shown_path(r.path), "width": r.width, "height": r.height} for r in group] for group in groups]
         print(json.dumps({"groups": rows}, ensure_ascii=False, indent=2))

@@ -77,27 +77,39 @@ def index(
 
         hf-clip index org/pairs --split test --into pairs-index --model ViT-B/32
     """
-    from ..search.image_index import ImageIndex
+    from ..search.folder_scan import scan_folder
     from ..search.index_table import default_index
+    from ..search.unchanged_folders import UnchangedFolders
+    from ..search.updatable_index import UpdatableIndex, holds_an_index, refuse_to_empty
     from ..training.data.image_stream import is_data_set
 
-    place = into or default_index()
-    opened = ImageIndex.open(place, model=model)
-    known = opened.tables.noted("folders", [])
+    place = os.path.expanduser(into or default_index())
+    scans = {folder: scan_folder(folder) for folder in folders or () if not is_data_set(os.path.expanduser(folder))}
+    if not holds_an_index(place):
+        for found in scans.values():
+            refuse_to_empty(found)
+    unchanged = UnchangedFolders.read(place)
+    opened = None if unchanged else UpdatableIndex.open(place, model=model)
+    known = unchanged.folders if unchanged else opened.tables.noted("folders", []) if opened else []
     if not folders and not known:
         raise ValueError(f"The index {place} knows no folder yet: name one, such as hf-clip index ~/Pictures.")
+    how: dict[str, Any] = {"batch_size": batch_size, "exact": exact, "keep_missing": keep_missing}
+    how |= {"threads": threads, "progress": None}
+    columns: dict[str, Any] = {"split": split, "image_column": image_column, "caption_column": caption_column}
+    columns |= {"image_folders": image_folders or ()}
     problems: dict[str, str] = {}
     for folder in folders or known:
-        how: dict[str, Any] = {"batch_size": batch_size, "exact": exact, "keep_missing": keep_missing}
-        how |= {"threads": threads, "progress": None}
-        if is_data_set(os.path.expanduser(folder)):
-            columns: dict[str, Any] = {"split": split, "image_column": image_column, "caption_column": caption_column}
-            changes = opened.add_data_set(folder, **columns, image_folders=image_folders or (), **how)
-        else:
-            changes = opened.add(folder, **how)
+        is_folder = not is_data_set(os.path.expanduser(folder))
+        scan = scans.get(folder) or scan_folder(folder) if is_folder else None
+        changes = unchanged.changes(scan, model) if unchanged and scan else None
+        if changes is None:
+            opened = opened or UpdatableIndex.open(place, model=model)
+            changes = opened.add_data_set(folder, **columns, **how) if scan is None else opened.add(scan, **how)
+            unchanged = UnchangedFolders.read(place)
         problems |= changes.problems
         print(f"{folder}: {changes.describe()}", flush=True)
-    print(f"{len(opened):,} images in {place}")
+    count = len(opened) if opened else unchanged.images if unchanged else 0
+    print(f"{count:,} images in {place}")
     if problems:
         for path, problem in problems.items() if errors else ():
             shown = os.fsencode(path).decode(errors="replace")

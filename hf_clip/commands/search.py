@@ -67,19 +67,21 @@ def search(
 
         hf-clip search --more-like 17 --filter "path LIKE '%2023%'" --json
     """
+    import os
     import webbrowser
     from pathlib import Path
 
-    from ..search import result_output
-    from ..search.image_index import ImageIndex
+    from ..search.index_table import IndexTables, default_index
     from ..search.query import parse_queries
 
     parts = parse_queries(queries or (), minus or (), more_like or ())
     if open_page and page is None:
         raise ValueError("--open opens the page that --html writes: give --html PAGE too.")
-    found = ImageIndex.open(index, make=False).search(
-        parts, top=top, where=filter, templates=templates or None, folded=not all_copies
-    )
+    tables = IndexTables.open(os.path.expanduser(index or default_index()))
+    from ..search import result_output  # imports torch, for which a missing index need not wait
+    from ..search.image_index import ImageIndex
+
+    found = ImageIndex(tables).search(parts, top=top, where=filter, templates=templates or None, folded=not all_copies)
     title = " ".join(
         [*(queries or ()), *(f"more like {id}" for id in more_like or ()), *(f"− {word}" for word in minus or ())]
     )

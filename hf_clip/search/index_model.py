@@ -35,10 +35,19 @@ def model_files(name: str) -> list[list[Any]]:
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """Load a model onto the device that computes fastest, and its processor."""
+    """Load a model onto the device that computes fastest, and its processor.
+
+    Raises:
+        OSError: There is no such model.
+        ValueError: A file of it is damaged.
+    """
+    if name.startswith((".", "/", "~")) and not os.path.exists(os.path.expanduser(name)):  # said before torch is there
+        raise FileNotFoundError(f"There is no model {name}; check the path.")
     from ..checkpoints.in_memory import load_model
+    from ..registration import register
     from ..zero_shot.pipeline import default_device
 
+    register()  # the commands of an index begin without
     model, processor = load_model(name)
     return model.to(default_device()), processor
 

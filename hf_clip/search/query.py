@@ -1,5 +1,7 @@
 """Queries: texts, images and images of the index, each with a weight, which are added up to one direction.
 
+torch is imported by the functions that encode, so that a query that cannot be read is refused before that.
+
 On a command line a query is written in one of two ways, which mean the same::
 
     "a red car" ./like-this.jpg --minus snow
@@ -14,16 +16,14 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from typing import TYPE_CHECKING, Any
 
 from ..model.fetch import is_web_address
-from ..zero_shot.features import encode_images, encode_texts
 from ..zero_shot.files import is_image_name
 from ..zero_shot.prompts import read_templates
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEMPLATES = ("a photo of {}.", "a picture of {}.", "an image of {}.", "{}", "a good photo of {}.", "a close-up of {}.")
 """What a short noun is put into. Their mean is steadier than any of them (Radford et al. 2021, section 3.1.4)."""
@@ -118,7 +118,7 @@ def is_short_noun(text: str) -> bool:
     return 0 < len(words) <= MOST_WORDS_OF_A_NOUN and text.strip()[-1].isalnum() and not text.strip()[0].isupper()
 
 
-def encode_text_query(model: Any, processor: Any, text: str, templates: Any = None) -> Tensor:
+def encode_text_query(model: Any, processor: Any, text: str, templates: Any = None) -> "Tensor":
     """Encode one text, (D,) of length one. A short noun is put into templates.
 
     Args:
@@ -127,6 +127,10 @@ def encode_text_query(model: Any, processor: Any, text: str, templates: Any = No
         text: The text.
         templates: As for `ZeroShotClassifier`. None: `TEMPLATES` for short nouns, and else the text alone.
     """
+    from torch.nn.functional import normalize
+
+    from ..zero_shot.features import encode_texts
+
     if templates is None:
         templates = TEMPLATES if is_short_noun(text) else ("{}",)
     functions, _ = read_templates(templates)
@@ -134,7 +138,9 @@ def encode_text_query(model: Any, processor: Any, text: str, templates: Any = No
     return normalize(encode_texts(model, processor, prompts, truncation=True).mean(dim=0), dim=0).cpu()
 
 
-def encode_parts(model: Any, processor: Any, parts: Sequence[QueryPart], of_ids: Any, templates: Any = None) -> Tensor:
+def encode_parts(
+    model: Any, processor: Any, parts: Sequence[QueryPart], of_ids: Any, templates: Any = None
+) -> "Tensor":
     """Encode each part of a query.
 
     Args:
@@ -151,6 +157,11 @@ def encode_parts(model: Any, processor: Any, parts: Sequence[QueryPart], of_ids:
         QueryError: An id is not in the index.
         UnreadableImageError: An image cannot be opened.
     """
+    import torch
+    from torch.nn.functional import normalize
+
+    from ..zero_shot.features import encode_images
+
     found = []
     for part in parts:
         if part.kind == "text":
@@ -166,7 +177,7 @@ def encode_parts(model: Any, processor: Any, parts: Sequence[QueryPart], of_ids:
     return torch.stack(found)
 
 
-def combine_parts(vectors: Tensor, weights: Sequence[float], sample: Tensor) -> Tensor:
+def combine_parts(vectors: "Tensor", weights: Sequence[float], sample: "Tensor") -> "Tensor":
     """Add the parts of a query up to one direction.
 
     Similarities of a text with images and of an image with images have different means and spreads, since texts and
@@ -184,6 +195,8 @@ def combine_parts(vectors: Tensor, weights: Sequence[float], sample: Tensor) -> 
     Raises:
         QueryError: The parts cancel one another.
     """
+    import torch
+
     if len(vectors) == 1 and weights[0] > 0:
         return vectors[0]
     spread = (sample.float() @ vectors.T).std(dim=0).clamp(min=1e-6) if len(sample) > 1 else torch.ones(len(vectors))

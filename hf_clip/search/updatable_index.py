@@ -1,6 +1,6 @@
 """An index that is opened and brought up to date. `ImageIndex` searches it, too.
 
-torch and the model are loaded when the first image is to be encoded: a run that finds nothing new is over before that.
+torch and the model are loaded when the first image is to be encoded: an update that finds nothing new does without.
 """
 
 import os
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..zero_shot.progress import progress_bar
-from .folder_scan import scan_folder
+from .folder_scan import FolderScan, scan_folder
 from .index_model import MODEL_FILES, check_model, describe, is_same_model, load, model_files
 from .index_table import IndexTables, SearchIndexError, default_index, is_address, only_writer
 from .index_update import IndexChanges, apply_recognised, forget_missing, plan_update
+from .unchanged_folders import remember_unchanged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,7 +60,7 @@ class UpdatableIndex:
         try:
             tables = IndexTables.open(str(place))
         except SearchIndexError:
-            if not make or model is None or _holds_an_index(str(place)):
+            if not make or model is None or holds_an_index(str(place)):
                 raise
             model, processor = load(name) if is_named else (model, processor)
             tables = IndexTables.create(str(place), describe(model, processor, name))
@@ -112,7 +113,7 @@ class UpdatableIndex:
 
     def add(
         self,
-        folder: str | Path,
+        folder: str | Path | FolderScan,
         *,
         batch_size: int = 16,
         exact: bool = False,
@@ -123,7 +124,7 @@ class UpdatableIndex:
         """Bring the index up to date with a folder and its folders.
 
         Args:
-            folder: The folder.
+            folder: The folder, or what a scan of it has just found.
             batch_size: Images encoded at once.
             exact: Whether to decode large JPEGs in full. By default they are decoded at a half, a quarter or an eighth
                 of their size, but at twice the model's at least, which is several times as fast.
@@ -139,12 +140,12 @@ class UpdatableIndex:
             OSError: The folder is missing or cannot be read.
         """
         progress = sys.stderr.isatty() if progress is None else progress
-        scan = scan_folder(folder)
+        scan = folder if isinstance(folder, FolderScan) else scan_folder(folder)
         with only_writer(self.tables.place):
             self.tables.refresh()
             with progress_bar("Comparing files", "file", len(scan.files), progress) as advance:
                 plan = plan_update(self.tables, scan, advance)
-            _refuse_to_empty(scan.folder, len(scan.files), len(plan.missing), keep_missing)
+            refuse_to_empty(scan, len(plan.missing))
             moved = apply_recognised(self.tables, plan)
             changes = IndexChanges()
             if plan.to_encode:
@@ -167,9 +168,12 @@ class UpdatableIndex:
             changes.problems = {**plan.problems, **scan.unread, **changes.problems}
             folders = self.tables.noted("folders", [])
             if scan.folder not in folders:
-                self.tables.note("folders", sorted([*folders, scan.folder]))
+                folders = sorted([*folders, scan.folder])
+                self.tables.note("folders", folders)
             if self.tables.commits:
                 self.tables.tidy()
+            model = self.tables.noted(MODEL_FILES)
+            remember_unchanged(self.tables.place, scan, changes, images=len(self), folders=folders, model=model)
         return changes
 
     def add_data_set(
@@ -233,20 +237,25 @@ class UpdatableIndex:
         return changes
 
 
-def _holds_an_index(place: str) -> bool:
+def holds_an_index(place: str) -> bool:
     """Whether a folder holds an index, of another version perhaps."""
     return not is_address(place) and (Path(place) / "images.lance").exists()
 
 
-def _refuse_to_empty(folder: str, found: int, missing: int, keep_missing: bool) -> None:
-    """Raise FileNotFoundError for a folder without images, which may be a disk that is not there."""
-    if found:
+def refuse_to_empty(scan: FolderScan, missing: int = 0) -> None:
+    """Raise FileNotFoundError for a folder without images, which may be a disk that is not there.
+
+    Args:
+        scan: The folder.
+        missing: How many images of it the index has.
+    """
+    if scan.files:
         return
     stays = f" The {missing:,} images of it that the index has stay there." if missing else ""
     raise FileNotFoundError(
-        f"The folder {folder} has no images: no file in it, or in its folders, is named as one, such as .jpg or "
+        f"The folder {scan.folder} has no images: no file in it, or in its folders, is named as one, such as .jpg or "
         f".png.{stays} Name another folder."
     )
 
 
-__all__ = ["UpdatableIndex"]
+__all__ = ["UpdatableIndex", "holds_an_index", "refuse_to_empty"]
