@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
 
 from hf_clip import HfClipImageProcessor, HfClipProcessor, HfClipTokenizer, Variant
 from hf_clip.checkpoints.vocabulary import find_vocabulary
-from hf_clip.evaluation.embed import Embedder, Unreadable
+from hf_clip.evaluation.embedder import Embedder, Unreadable
 from hf_clip.evaluation.labelled_images import LabelledImages, open_labelled
 from hf_clip.evaluation.zero_shot import ZeroShotResult, evaluate_zero_shot
 from hf_clip.model.bpe import read_merges

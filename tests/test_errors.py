@@ -12,7 +12,7 @@ import pytest
 import hf_clip
 from hf_clip.checkpoints.errors import CheckpointError, NoCheckpointsPickleError
 from hf_clip.checkpoints.whole_folder import DiskFullError, FolderInUseError
-from hf_clip.evaluation.embed import NotFiniteFeaturesError, UnreadableImagesError
+from hf_clip.evaluation.embedder import NotFiniteFeaturesError, UnreadableImagesError
 from hf_clip.evaluation.numbered_row import CaptionedRowError, RowError
 from hf_clip.evaluation.scored_images import ScoreError
 from hf_clip.model.checked_files import DamagedWeightsError, FolderReplacedError

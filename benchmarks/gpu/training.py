@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from conversion.reference import load_open_clip_module
 from hf_clip import HfClipModel
-from hf_clip.evaluation.embed import Embedder
+from hf_clip.evaluation.embedder import Embedder
 from hf_clip.training.gradient_caching import backpropagate
 from hf_clip.training.losses import ContrastiveResult, global_contrastive_loss
 from hf_clip.training.optim import clamp_logit_scale_, create_optimizer

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..zero_shot.progress import progress_bar
 from .captioned_images import Choices, open_choices
 from .class_metrics import pair_scores
-from .embed import Embedder, Unreadable
+from .embedder import Embedder, Unreadable
 from .feature_cache import processor_settings
 
 

@@ -18,7 +18,7 @@ from ..zero_shot.embedding_head import EmbeddingHead, reference_image
 from ..zero_shot.progress import progress_bar
 from .class_metrics import roc_auc
 from .correlation import mean_absolute_error, pearson, spearman
-from .embed import Embedder, Unreadable
+from .embedder import Embedder, Unreadable
 from .feature_cache import FeatureCache, processor_settings
 from .head_fits import HELD_OUT, check_enough, check_options, divide, fit_labels, fit_scores
 from .labelled_images import LabelledImages, open_labelled

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .embed import Embedder
+from .embedder import Embedder
 
 
 def mteb_model(model: Any, processor: Any, *, name: str = "hf-clip/model", revision: str = "local") -> Any:

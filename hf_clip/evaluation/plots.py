@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.images import NOWHERE, ImagePlaces
 from .class_metrics import Reliability
-from .embed import open_stored
+from .embedder import open_stored
 from .interpolation import InterpolationResult
 from .zero_shot import Mistake
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data.sources import choose_split
 from ..zero_shot.progress import progress_bar
 from .architecture import architecture_of
-from .embed import Embedder, Unreadable
+from .embedder import Embedder, Unreadable
 from .feature_cache import FeatureCache, processor_settings
 from .labelled_images import PREFERRED, SPLIT_FOLDERS, LabelledImages, open_labelled, splits_of
 from .prompts_of_classes import class_matrix, class_prompts

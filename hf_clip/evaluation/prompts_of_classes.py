@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from ..zero_shot.features import truncated
 from ..zero_shot.prompts import DEFAULT_TEMPLATE, make_prompts, read_template_file, read_templates
 from ..zero_shot.text_batches import in_batches
-from .embed import Embedder
+from .embedder import Embedder
 
 AT_ONCE = 4096
 """Number of prompts whose features are in memory together."""

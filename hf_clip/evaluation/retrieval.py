@@ -17,7 +17,7 @@ from ..data.content import content_id
 from ..zero_shot.features import truncated
 from ..zero_shot.progress import progress_bar
 from .captioned_images import CaptionedImages, CaptionedRow, open_captioned
-from .embed import Embedder, Unreadable
+from .embedder import Embedder, Unreadable
 from .feature_cache import FeatureCache, processor_settings
 from .ranking import hub_bias, rank_both_ways
 from .widths import embedding_dim, read_widths, widths_in_words

@@ -22,7 +22,7 @@ from .class_metrics import (
     reliability,
     roc_auc,
 )
-from .embed import Embedder, Unreadable
+from .embedder import Embedder, Unreadable
 from .feature_cache import FeatureCache, processor_settings
 from .labelled_images import LabelledImages, open_labelled
 from .metrics import mean_average_precision, mean_per_class_accuracy, top_k_accuracy

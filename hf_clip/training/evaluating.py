@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..evaluation.embed import NotFiniteFeaturesError
+from ..evaluation.embedder import NotFiniteFeaturesError
 from ..evaluation.ranking import rank_both_ways
 from ..evaluation.retrieval import retrieval_metrics
 from ..evaluation.widths import named_at

@@ -11,7 +11,7 @@ from sklearn.linear_model import RidgeCV
 
 from demo.digits import DIGITS
 from hf_clip.evaluation.correlation import spearman
-from hf_clip.evaluation.embed import UnreadableImagesError
+from hf_clip.evaluation.embedder import UnreadableImagesError
 from hf_clip.evaluation.head_fits import LAMBDAS
 from hf_clip.evaluation.head_training import evaluate_head
 from hf_clip.evaluation.scored_images import ScoreError, open_scored

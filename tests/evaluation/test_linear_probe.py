@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from demo.digits import DIGITS
 from hf_clip.commands import program
-from hf_clip.evaluation.embed import Embedder, NotFiniteFeaturesError
+from hf_clip.evaluation.embedder import Embedder, NotFiniteFeaturesError
 from hf_clip.evaluation.linear_probe import LinearProbeResult, evaluate_linear_probe, probe_features
 from hf_clip.evaluation.probe_encoding import encode_splits
 from hf_clip.evaluation.reports import card_results, record_of, table_rows

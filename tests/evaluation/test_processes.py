@@ -12,7 +12,7 @@ from datasets import Dataset
 from demo.digits import DIGITS
 from hf_clip.evaluation import feature_cache, grid
 from hf_clip.evaluation.composition import evaluate_composition
-from hf_clip.evaluation.embed import Embedder
+from hf_clip.evaluation.embedder import Embedder
 from hf_clip.evaluation.processes import OtherProcessError, ProcessEndedError, Processes, current
 from hf_clip.evaluation.ranking import hub_bias, rank_both_ways
 from hf_clip.evaluation.retrieval import evaluate_retrieval

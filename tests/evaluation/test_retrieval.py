@@ -14,7 +14,7 @@ from hf_clip.data.columns import UnusableRowError
 from hf_clip.data.images import ImageRegion
 from hf_clip.evaluation.captioned_images import choices_table
 from hf_clip.evaluation.composition import evaluate_composition
-from hf_clip.evaluation.embed import open_stored
+from hf_clip.evaluation.embedder import open_stored
 from hf_clip.evaluation.metrics import recall_at_k
 from hf_clip.evaluation.numbered_row import CaptionedRowError
 from hf_clip.evaluation.retrieval import evaluate_retrieval, retrieval_metrics

@@ -18,7 +18,7 @@ from transformers import SiglipConfig, SiglipModel
 from demo.digits import DIGITS
 from hf_clip import ZeroShotClassifier
 from hf_clip.evaluation import embed, feature_cache
-from hf_clip.evaluation.embed import Embedder, NotFiniteFeaturesError, UnreadableImagesError
+from hf_clip.evaluation.embedder import Embedder, NotFiniteFeaturesError, UnreadableImagesError
 from hf_clip.evaluation.zero_shot import ZeroShotResult, evaluate_zero_shot
 
 from ..neighbours.stock import stock_model

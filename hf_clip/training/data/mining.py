@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...data.columns import UnusableRowError
 from ...data.content import content_id, tokens_id
-from ...evaluation.embed import Embedder, Unreadable
+from ...evaluation.embedder import Embedder, Unreadable
 from ...zero_shot.progress import progress_bar
 from ...zero_shot.text_batches import in_batches
 from .collator import PairCollator
