@@ -12,6 +12,7 @@ EXTRAS = {
     "lora": ("peft",),
     "eval": ("datasets",),
     "search": ("lancedb", "pyarrow"),
+    "ray": ("ray",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "demo": ("accelerate", "datasets", "matplotlib", "sklearn"),
 }

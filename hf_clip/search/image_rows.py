@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ..evaluation.fingerprint import fingerprint_of
 from ..model.checked_files import one_line
 from ..model.open_image import UnreadableImageError, open_image
 from ..training.data.image_stream import SAVED, is_data_set
-from ..zero_shot.features import encode_pixels, image_processor_of
+from ..zero_shot.features import encode_pixels, encode_texts, image_processor_of
 from ..zero_shot.files import MOST_THREADS, in_order
 from .folder_scan import scan_folder
 from .indexed_image import MOST_BYTES, register_formats
@@ -45,6 +45,10 @@ LONGEST_TEXT = 2000
 
 UNIT_ROWS = 256
 """Files of a folder, or rows of a saved data set, that are a unit."""
+
+
+CAPTIONS_AHEAD = 256
+"""Rows whose captions are encoded together, those of about one length in a batch."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,14 @@ class EmbeddedRow:
         embedding: (D,) float32, of length one; None if the image cannot be opened.
         problem: What is wrong with the image, in one line; None if nothing is.
         seen: What `look` returned.
+        text_embedding: (D,) float32 of the caption, of length one; None without a caption, or if none was asked for.
     """
 
     row: ImageRow
     embedding: np.ndarray | None
     problem: str | None = None
     seen: Any = None
+    text_embedding: np.ndarray | None = None
 
 
 class RowReader:
@@ -171,10 +177,11 @@ class FolderRows:
         total: Number of images.
         fingerprint: A text that changes when an image is added, removed or written anew.
         is_numbered: Whether an image's path is made of its number: it is not.
+        has_captions: Whether its images have captions: no.
         unread: Folders and files that could not be looked at, and why.
     """
 
-    is_numbered = False
+    is_numbered = has_captions = False
 
     def __init__(self, folder: str):
         scan = scan_folder(folder)
@@ -213,6 +220,7 @@ class DataSetRows:
         total: Number of rows, or None where nobody knows.
         fingerprint: A text that changes with the data set, or None where nobody knows.
         is_numbered: Whether a row's path is made of its number: it is.
+        has_captions: Whether a column of captions was found or named.
         unread: Nothing.
     """
 
@@ -230,6 +238,7 @@ class DataSetRows:
         opened = open_rows(source, split, image_column, caption_column, image_folders, streaming=not is_saved)
         self.name, self._table, self._reader = opened
         self._source, self._is_saved = source, is_saved
+        self.has_captions = self._reader.captions is not None
         self.unread: dict[str, str] = {}
         self.fingerprint = fingerprint_of_source(source, split or "train")
         if is_saved:
@@ -387,6 +396,27 @@ def embed_rows(
                 yield EmbeddedRow(row, next(embeddings), None, image[1])
 
 
+def embed_captions(
+    found: Iterable[EmbeddedRow], model: Any, processor: Any, *, batch_size: int = 64
+) -> Iterator[EmbeddedRow]:
+    """The same rows with the embeddings of their captions. Captions that are too long for the model are cut off.
+
+    Args:
+        found: What `embed_rows` yields.
+        model: HfClipModel.
+        processor: HfClipProcessor.
+        batch_size: Captions encoded at once, of `CAPTIONS_AHEAD` rows that are read for it.
+    """
+    waiting = iter(found)
+    while part := list(islice(waiting, CAPTIONS_AHEAD)):
+        places = [place for place, one in enumerate(part) if one.embedding is not None and one.row.caption is not None]
+        texts = [part[place].row.caption or "" for place in places]
+        vectors = encode_texts(model, processor, texts, batch_size=batch_size, truncation=True).cpu().numpy()
+        for place, vector in zip(places, vectors, strict=True):
+            part[place] = replace(part[place], text_embedding=vector)
+        yield from part
+
+
 __all__ = [
     "DataSetRows",
     "EmbeddedRow",
@@ -394,6 +424,7 @@ __all__ = [
     "ImageRow",
     "ImageRows",
     "RowReader",
+    "embed_captions",
     "embed_rows",
     "fingerprint_of_source",
     "open_image_rows",

@@ -307,8 +307,8 @@ def _missing(place: str) -> SearchIndexError:
 
 
 @contextmanager
-def only_writer(place: str) -> Iterator[None]:
-    """Keep other processes of this machine from writing to the same index while the block runs.
+def only_writer(place: str, what: str = "index") -> Iterator[None]:
+    """Keep other processes of this machine from writing to the same index, or what else it is, while the block runs.
 
     Raises:
         SearchIndexError: Another process writes to it.
@@ -324,7 +324,7 @@ def only_writer(place: str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise SearchIndexError(
-            f"Another process is writing to the index {place}: wait until it is done, or stop it.", place
+            f"Another process is writing to the {what} {place}: wait until it is done, or stop it.", place
         ) from None
     try:
         yield

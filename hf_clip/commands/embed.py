@@ -1,0 +1,95 @@
+"""`hf-clip embed`: embeddings of images as files."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+SOME_FAILED = 2
+"""Exit status: the embeddings are written, but some images could not be opened."""
+
+
+def embed(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of images; or a data set: a repository on the Hub, a saved one, CSV, JSON lines, parquet or "
+            "webdataset files, which are streamed.",
+            metavar="SOURCE",
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Argument(help="A new or empty folder, or an address such as s3://bucket/folder.", metavar="OUT"),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names.",
+            show_default=False,
+        ),
+    ],
+    format: Annotated[str, typer.Option(help="parquet, safetensors or clip-retrieval.", metavar="FORMAT")] = "parquet",
+    dtype: Annotated[str, typer.Option(help="float16 or float32.", metavar="DTYPE")] = "float16",
+    texts: Annotated[bool, typer.Option("--texts", help="Embed the captions of a data set too.")] = False,
+    shard_rows: Annotated[int, typer.Option(help="Images of a file.", min=1)] = 10_000,
+    split: Annotated[str | None, typer.Option(help="The split of a data set; by default train.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="The column of a data set that holds the images.")] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="The column of a data set that holds captions, or a template over its columns.")
+    ] = None,
+    image_folders: Annotated[
+        list[str] | None,
+        typer.Option(help="More folders whose images the rows of a data set may name; only for rows you trust."),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Decode large JPEGs in full, and not at a half, a quarter or an eighth of their size."
+        ),
+    ] = False,
+    errors: Annotated[bool, typer.Option("--errors", help="List the images that cannot be opened, and why.")] = False,
+    batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 16,
+    threads: Annotated[
+        int | None, typer.Option(help="How many threads open images; by default one for each core, at most 8.", min=1)
+    ] = None,
+) -> None:
+    """Write embeddings of images into files: parquet, safetensors, or as clip-retrieval does.
+
+    After an interruption, the same command goes on after the last file that is whole.
+
+    Exit status: 0, all images are embedded; 2, some could not be opened; 1, an error.
+
+    Examples:
+
+        hf-clip embed ~/Pictures photo-embeddings --model clip-vit-b32/
+
+        hf-clip embed "shards/{000..099}.tar" s3://bucket/embeddings --model ViT-B/32 --texts --format clip-retrieval
+    """
+    from ..search.embed_source import embed_source
+
+    done = embed_source(
+        source,
+        out,
+        model=model,
+        layout=format,
+        dtype=dtype,
+        texts=texts,
+        shard_rows=shard_rows,
+        split=split,
+        image_column=image_column,
+        caption_column=caption_column,
+        image_folders=image_folders or (),
+        batch_size=batch_size,
+        exact=exact,
+        threads=threads,
+        progress=None,
+    )
+    earlier = f", {done.rows - done.added:,} before" if done.added < done.rows else ""
+    print(f"{source}: {done.added:,} embedded{earlier}; {done.shards:,} shards in {out}")
+    if done.problems:
+        for path, problem in done.reasons if errors else ():
+            print(f"{path}: {problem}", file=sys.stderr)
+        advice = "" if errors else "; --errors lists them"
+        print(f"{done.problems:,} images could not be opened{advice}", file=sys.stderr)
+        raise typer.Exit(SOME_FAILED)

@@ -1,0 +1,107 @@
+"""Where embeddings lie as files: a folder, or an address such as s3://bucket/folder that fsspec opens."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.whole_file import whole_file
+from ..model.checked_files import one_line
+from .index_table import is_address
+
+
+class EmbeddingFilesError(ValueError):
+    """Files of embeddings are missing, damaged, or of another model than is needed.
+
+    Attributes:
+        place: The folder, address or file that is meant.
+    """
+
+    def __init__(self, message: str, place: str = ""):
+        super().__init__(message, place)
+        self.place = place
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class FilePlace:
+    """A folder or an address, whose files are read and written whole.
+
+    Args:
+        place: The folder or address. It need not be there.
+
+    Raises:
+        EmbeddingFilesError: It is a file; or the package is missing that opens such addresses.
+    """
+
+    def __init__(self, place: str | Path):
+        self.name = os.path.expanduser(str(place)).rstrip("/") or "/"
+        self.is_address = is_address(self.name)
+        if self.is_address:
+            import fsspec  # type: ignore[import-untyped]
+
+            try:
+                self._files, self._root = fsspec.core.url_to_fs(self.name)
+            except (ImportError, ValueError) as error:
+                raise EmbeddingFilesError(f"{place} cannot be opened ({one_line(error)}).", self.name) from error
+        elif os.path.isfile(self.name):
+            raise EmbeddingFilesError(f"{place} is a file, but a folder is needed: name another.", self.name)
+
+    def path(self, name: str) -> str:
+        """The path or address of a file."""
+        return f"{self.name}/{name}"
+
+    def names(self) -> list[str]:
+        """All files in it and in its folders, in the order of their names. Hidden ones are left out."""
+        if self.is_address:
+            found = self._call("listed", lambda: self._files.find(self._root) if self._files.exists(self._root) else [])
+            names = [str(path)[len(self._root.rstrip("/")) + 1 :] for path in found]
+        else:
+            root = Path(self.name)
+            names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+        return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+
+    def read(self, name: str) -> bytes:
+        """A file's content.
+
+        Raises:
+            EmbeddingFilesError: It is not there, or cannot be read.
+        """
+        return self._call("read", lambda: self._read(name), name)
+
+    def _read(self, name: str) -> bytes:
+        return self._files.cat_file(f"{self._root}/{name}") if self.is_address else Path(self.path(name)).read_bytes()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all.
+
+        Raises:
+            EmbeddingFilesError: An address cannot be written to.
+            OSError: A disk is full, or a folder may not be written to.
+        """
+        if not self.is_address:
+            with whole_file(self.path(name)) as unfinished:
+                unfinished.write_bytes(content)
+            return
+        target = f"{self._root}/{name}"
+
+        def put() -> None:
+            self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._files.pipe_file(target, content)  # object storage shows an object when it is whole
+
+        self._call("written", put, name)
+
+    def _call(self, what: str, act: Any, name: str = "") -> Any:
+        try:
+            return act()
+        except Exception as error:  # what a file system of fsspec raises is its own
+            shown = self.path(name) if name else self.name
+            if isinstance(error, FileNotFoundError):
+                raise EmbeddingFilesError(
+                    f"There is no file {shown}; copy it there again, or embed anew.", shown
+                ) from None
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise EmbeddingFilesError(f"{shown} cannot be {what} ({reason}).", shown) from error
+
+
+__all__ = ["EmbeddingFilesError", "FilePlace"]
