@@ -20,6 +20,7 @@ from hf_clip.model.fetch import FetchError
 from hf_clip.model.open_image import UnreadableImageError
 from hf_clip.model.repair_text import TextError
 from hf_clip.model.text_ends import EndOfTextError
+from hf_clip.search.embedding_place import EmbeddingFilesError
 from hf_clip.search.index_table import SearchIndexError
 from hf_clip.training.checkpoint import UnwrittenCheckpointError
 from hf_clip.training.data.loader import WorkerKilledError
@@ -52,6 +53,7 @@ MADE: list[BaseException] = [
     StaleFeaturesError(Path("run/frozen_features/image-1"), "row 3 of pairs.csv", "its image is another one"),
     ProcessGoneError("process 1"),
     SearchIndexError("there is no index", "photos-index"),
+    EmbeddingFilesError("a file is damaged", "embeddings-00000.parquet"),
 ]
 
 

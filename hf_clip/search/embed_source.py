@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +169,17 @@ def embed_source(
                 from .embed_with_ray import embedded_by_ray
 
                 del model, processor  # each worker loads its own
-                opening = {"split": split, "image_column": image_column, "caption_column": caption_column}
+                opening: dict[str, Any] = {
+                    "split": split,
+                    "image_column": image_column,
+                    "caption_column": caption_column,
+                }
                 opening |= {"image_folders": tuple(image_folders)}
                 found = embedded_by_ray(rows, str(source), opening, writer.position, identity, texts, encoding, ray)
             _write_all(found, writer, rows.total, sys.stderr.isatty() if progress is None else progress)
         added = writer.rows - before
-        return EmbeddedSource(
-            writer.rows, added, writer.problems, writer.shards, writer.is_complete, writer.read_problems()
-        )
+        problems, reasons = writer.problems + len(rows.unread), chain(writer.read_problems(), rows.unread.items())
+        return EmbeddedSource(writer.rows, added, problems, writer.shards, writer.is_complete, reasons)
 
 
 def _text_weights_hash(model: Any) -> str:

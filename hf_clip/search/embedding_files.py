@@ -238,7 +238,7 @@ def _check_same(place: FilePlace, made: EmbeddingDescription, given: EmbeddingDe
             f"that one.",
             place.name,
         )
-    others = {"format": (made.layout, given.layout), "dtype": (made.dtype, given.dtype)}
+    others: dict[str, tuple[Any, Any]] = {"format": (made.layout, given.layout), "dtype": (made.dtype, given.dtype)}
     others["texts"] = (made.text_weights is not None, given.text_weights is not None)
     names = {*made.settings, *given.settings, *made.processor, *given.processor}
     both = (made.settings | made.processor, given.settings | given.processor)
