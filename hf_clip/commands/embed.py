@@ -48,6 +48,17 @@ def embed(
             "--exact", help="Decode large JPEGs in full, and not at a half, a quarter or an eighth of their size."
         ),
     ] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Embed on many machines, through Ray Data.")] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="The Ray cluster. By default what RAY_ADDRESS names, else this machine.", metavar="ADDRESS"),
+    ] = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(
+            help="How many processes of Ray hold a model. By default one for each GPU, or for each four cores.", min=1
+        ),
+    ] = None,
     errors: Annotated[bool, typer.Option("--errors", help="List the images that cannot be opened, and why.")] = False,
     batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 16,
     threads: Annotated[
@@ -65,8 +76,13 @@ def embed(
         hf-clip embed ~/Pictures photo-embeddings --model clip-vit-b32/
 
         hf-clip embed "shards/{000..099}.tar" s3://bucket/embeddings --model ViT-B/32 --texts --format clip-retrieval
+
+        hf-clip embed org/pairs embeddings --model org/clip-vit-l14 --ray --ray-address auto
     """
-    from ..search.embed_source import embed_source
+    from ..search.embed_source import RayOptions, embed_source
+
+    if not ray and (ray_address is not None or ray_workers is not None):
+        raise ValueError("--ray-address and --ray-workers say how Ray embeds: give --ray too.")
 
     done = embed_source(
         source,
@@ -84,6 +100,7 @@ def embed(
         exact=exact,
         threads=threads,
         progress=None,
+        ray=RayOptions(ray_address, ray_workers) if ray else None,
     )
     earlier = f", {done.rows - done.added:,} before" if done.added < done.rows else ""
     print(f"{source}: {done.added:,} embedded{earlier}; {done.shards:,} shards in {out}")

@@ -169,13 +169,7 @@ def embed_source(
                 from .embed_with_ray import embedded_by_ray
 
                 del model, processor  # each worker loads its own
-                opening: dict[str, Any] = {
-                    "split": split,
-                    "image_column": image_column,
-                    "caption_column": caption_column,
-                }
-                opening |= {"image_folders": tuple(image_folders)}
-                found = embedded_by_ray(rows, str(source), opening, writer.position, identity, texts, encoding, ray)
+                found = embedded_by_ray(rows, writer.position, identity, texts, encoding, ray)
             _write_all(found, writer, rows.total, sys.stderr.isatty() if progress is None else progress)
         added = writer.rows - before
         problems, reasons = writer.problems + len(rows.unread), chain(writer.read_problems(), rows.unread.items())

@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,13 @@ def _caption_column(source: str, features: Any, named: str | None, image_column:
         return None
 
 
+def read_file(path: str) -> bytes:
+    """A file's bytes. Raises OSError or UnusableRowError."""
+    if (size := os.stat(path).st_size) > MOST_BYTES:
+        raise UnusableRowError(f"it has {size:,} bytes, and at most {MOST_BYTES:,} are read")
+    return Path(path).read_bytes()
+
+
 class FolderRows:
     """The images of a folder and its folders, in the order of their paths.
 
@@ -204,11 +212,7 @@ class FolderRows:
     def __iter__(self) -> Iterator[ImageRow]:
         return (row for unit in range(self.units) for row in self.rows_of(unit))
 
-    def content(self, stored: Any) -> bytes:
-        """A file's bytes. Raises OSError or UnusableRowError."""
-        if (size := os.stat(stored).st_size) > MOST_BYTES:
-            raise UnusableRowError(f"it has {size:,} bytes, and at most {MOST_BYTES:,} are read")
-        return Path(stored).read_bytes()
+    content = staticmethod(read_file)
 
 
 class DataSetRows:
@@ -269,9 +273,10 @@ class DataSetRows:
                 number += 1
                 yield row
 
-    def content(self, stored: Any) -> bytes:
-        """The bytes of a row's image. Raises UnusableRowError."""
-        return self._reader.content(stored)
+    @property
+    def content(self) -> Callable[[Any], bytes]:
+        """Returns the bytes of a row's image. Raises UnusableRowError. It can be pickled without the rows."""
+        return partial(image_content, places=self._reader.places)
 
 
 ImageRows = FolderRows | DataSetRows

@@ -254,9 +254,7 @@ def test_files_that_do_not_belong_together(tmp_path: Path, embed: Callable[..., 
     embed(layout="clip-retrieval")
     (tmp_path / "out" / RECORD).unlink()
     shutil.copy(tmp_path / "out/img_emb/img_emb_00002.npy", tmp_path / "out/img_emb/img_emb_00001.npy")
-    with pytest.raises(
-        EmbeddingFilesError, match=r"img_emb_00001\.npy holds 1 embeddings, and the table .* 3 rows"
-    ):
+    with pytest.raises(EmbeddingFilesError, match=r"img_emb_00001\.npy holds 1 embeddings, and the table .* 3 rows"):
         list(StoredEmbeddings(tmp_path / "out"))
     (tmp_path / "out/img_emb/img_emb_00001.npy").unlink()
     with pytest.raises(EmbeddingFilesError, match="has 2 files in img_emb, 0 in text_emb and 3 in metadata"):
