@@ -36,7 +36,7 @@ def cluster() -> Any:
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_two_workers_give_what_one_process_gives(tmp_path: Path, small_model: Any, cluster: Any):
-    source = save_tars(tmp_path / "tars", [30, 40, 20])
+    source = save_tars(tmp_path / "tars", [50, 40])
     how: dict[str, Any] = {"model": small_model[2], "texts": True, "dtype": "float32", "shard_rows": 25}
     alone = embed_source(source, tmp_path / "alone", **how)
     together = embed_source(source, tmp_path / "together", **how, ray=RayOptions(workers=2))
