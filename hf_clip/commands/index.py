@@ -15,7 +15,8 @@ def index(
         list[str] | None,
         typer.Argument(
             help="Folders of images, those in their folders too; or data sets: repositories on the Hub, saved ones, "
-            "CSV, JSON lines, parquet or webdataset files. Without one, all folders that the index knows.",
+            "CSV, JSON lines, parquet or webdataset files; or embeddings that `hf-clip embed` or clip-retrieval wrote. "
+            "Without one, all folders that the index knows.",
             metavar="FOLDER|DATASET...",
             show_default=False,
         ),
@@ -75,8 +76,11 @@ def index(
 
         hf-clip index
 
+        hf-clip index embeddings/ --into pairs-index
+
         hf-clip index org/pairs --split test --into pairs-index --model ViT-B/32
     """
+    from ..search.embedding_place import holds_embeddings, model_of_embeddings
     from ..search.folder_scan import scan_folder
     from ..search.index_table import default_index
     from ..search.unchanged_folders import UnchangedFolders
@@ -84,11 +88,15 @@ def index(
     from ..training.data.image_stream import is_data_set
 
     place = os.path.expanduser(into or default_index())
-    scans = {folder: scan_folder(folder) for folder in folders or () if not is_data_set(os.path.expanduser(folder))}
+    embedded = [folder for folder in folders or () if holds_embeddings(folder)]
+    others = [folder for folder in folders or () if folder not in embedded]
+    scans = {folder: scan_folder(folder) for folder in others if not is_data_set(os.path.expanduser(folder))}
     if not holds_an_index(place):
         for found in scans.values():
             refuse_to_empty(found)
-    unchanged = UnchangedFolders.read(place)
+    if embedded and model is None and not holds_an_index(place):
+        model = model_of_embeddings(embedded[0])
+    unchanged = None if embedded else UnchangedFolders.read(place)
     opened = None if unchanged else UpdatableIndex.open(place, model=model)
     known = unchanged.folders if unchanged else opened.tables.noted("folders", []) if opened else []
     if not folders and not known:
@@ -98,7 +106,12 @@ def index(
     columns: dict[str, Any] = {"split": split, "image_column": image_column, "caption_column": caption_column}
     columns |= {"image_folders": image_folders or ()}
     problems: dict[str, str] = {}
-    for folder in folders or known:
+    for folder in embedded:
+        opened = opened or UpdatableIndex.open(place, model=model)
+        changes = opened.add_embeddings(folder, progress=None)
+        problems |= changes.problems
+        print(f"{folder}: {changes.describe()}", flush=True)
+    for folder in others if folders else known:
         is_folder = not is_data_set(os.path.expanduser(folder))
         scan = scans.get(folder) or scan_folder(folder) if is_folder else None
         changes = unchanged.changes(scan, model) if unchanged and scan else None

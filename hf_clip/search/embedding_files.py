@@ -21,11 +21,10 @@ import numpy as np
 
 from ..extras import require
 from .embedding_layouts import Shard, read_shard, write_shard
-from .embedding_place import EmbeddingFilesError, FilePlace
+from .embedding_place import RECORD, EmbeddingFilesError, FilePlace
 from .image_rows import EmbeddedRow
 from .index_table import shown_path
 
-RECORD = "_hf_clip_embeddings.json"
 FORMAT = 1
 """Number of the record's layout."""
 
@@ -262,6 +261,8 @@ class StoredEmbeddings:
 
     Attributes:
         place: Where they are.
+        rows: Number of images, or None where no record says it.
+        fingerprint: A text that changes with the files, or "" where no record says it.
         layout: "parquet", "safetensors" or "clip-retrieval".
         description: What they were made of; None if other programs wrote them.
 
@@ -276,15 +277,17 @@ class StoredEmbeddings:
         names = self.place.names()
         self.description: EmbeddingDescription | None = None
         self._states: dict[str, dict[str, Any]] = {}
+        self.rows: int | None = None
+        self.fingerprint = ""
         if RECORD in names:
             record = _read_record(self.place)
             self.description, self.layout = record.description, record.description.layout
             self._states = {name: state for shard in record.shards for name, state in shard["files"].items()}
             self._shards = [list(shard["files"]) for shard in record.shards if shard["files"]]
+            self.rows = sum(shard["rows"] for shard in record.shards)
             self.fingerprint = _checksum(json.dumps([self._shards, self._states]).encode())
         else:
             self.layout, self._shards = _find_shards(self.place, names)
-            self.fingerprint = ""
         if not self._shards:
             raise EmbeddingFilesError(f"{self.place.name} holds no embeddings yet: embed first.", self.place.name)
 
@@ -348,13 +351,4 @@ def _find_shards(place: FilePlace, names: list[str]) -> tuple[str, list[list[str
     )
 
 
-def holds_embeddings(place: str) -> bool:
-    """Whether a folder or an address holds embeddings, by the names of its files."""
-    try:
-        names = FilePlace(place).names()
-    except EmbeddingFilesError:
-        return False
-    return RECORD in names or any(name.startswith("img_emb/") and name.endswith(".npy") for name in names)
-
-
-__all__ = ["EmbeddingDescription", "EmbeddingWriter", "Position", "StoredEmbeddings", "holds_embeddings"]
+__all__ = ["EmbeddingDescription", "EmbeddingWriter", "Position", "StoredEmbeddings"]

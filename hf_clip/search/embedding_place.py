@@ -1,5 +1,6 @@
 """Where embeddings lie as files: a folder, or an address such as s3://bucket/folder that fsspec opens."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,12 @@ from typing import Any
 from ..checkpoints.whole_file import whole_file
 from ..model.checked_files import one_line
 from .index_table import is_address
+
+RECORD = "_hf_clip_embeddings.json"
+"""File that says what embeddings were made of, see `embedding_files`."""
+
+FOREIGN = "img_emb"
+"""Folder in which clip-retrieval puts embeddings of images."""
 
 
 class EmbeddingFilesError(ValueError):
@@ -104,4 +111,29 @@ class FilePlace:
             raise EmbeddingFilesError(f"{shown} cannot be {what} ({reason}).", shown) from error
 
 
-__all__ = ["EmbeddingFilesError", "FilePlace"]
+def holds_embeddings(place: str) -> bool:
+    """Whether a folder or an address holds embeddings, and not images: by few names, however much it holds."""
+    if not is_address(place):
+        folder = os.path.expanduser(place)
+        return os.path.isfile(os.path.join(folder, RECORD)) or os.path.isdir(os.path.join(folder, FOREIGN))
+    if place.partition("://")[0] in ("http", "https") or place.endswith((".tar", ".parquet", ".csv", ".jsonl")):
+        return False
+    import fsspec
+
+    try:
+        files, root = fsspec.core.url_to_fs(place)
+        return any(files.exists(f"{root.rstrip('/')}/{name}") for name in (RECORD, FOREIGN))
+    except Exception:  # whoever opens it gets the error
+        return False
+
+
+def model_of_embeddings(place: str) -> str | None:
+    """Where the model is of which embeddings were made. None if nothing says it."""
+    files = FilePlace(place)
+    try:
+        return json.loads(files.read(RECORD)).get("model") or None
+    except ValueError:  # no record, or a damaged one, which whoever reads the embeddings refuses
+        return None
+
+
+__all__ = ["RECORD", "EmbeddingFilesError", "FilePlace", "holds_embeddings", "model_of_embeddings"]

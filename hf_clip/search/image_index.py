@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .exact_scan import EmbeddingMatrix, sample_places
-from .near_duplicates import LEAST_SIMILARITY, MOST_BITS, fold, group_duplicates
+from .near_duplicates import LEAST_SIMILARITY, MOST_BITS, fold, group_duplicates, known_hashes
 from .query import QueryPart, combine_parts, encode_parts, parse_query
 from .updatable_index import UpdatableIndex
 
@@ -43,11 +42,11 @@ class SearchResult:
         id: Its number in the index.
         path: Its file, or row of a data set.
         score: Cosine similarity with the query.
-        width: In pixels.
-        height: In pixels.
+        width: In pixels; 0 if the index was made of embeddings, without opening the image.
+        height: In pixels, or 0.
         caption: Of the data set, or None.
         metadata: Other columns of the data set, as JSON, or None.
-        thumbnail: A small JPEG.
+        thumbnail: A small JPEG; empty if the index was made of embeddings.
         duplicates: Paths of its near duplicates among the results, which are not shown by themselves.
     """
 
@@ -133,21 +132,24 @@ class ImageIndex(UpdatableIndex):
             return []
         stored = self.tables.rows(SHOWN_COLUMNS, f"id IN ({', '.join(map(str, ids))})").to_pylist()
         by_id = {row["id"]: row for row in stored}
-        hashes = np.array([by_id[id]["perceptual_hash"] for id in ids], dtype=np.int64)
+        hashes = known_hashes([by_id[id]["perceptual_hash"] for id in ids])
         shown: list[tuple[int, list[int]]] = [(position, []) for position in range(len(ids))]
         if folded:
             shown = fold(places, matrix.embeddings[places], hashes)
         found = []
         for position, others in shown:
             row = by_id[ids[position]]
-            names = ("width", "height", "caption", "metadata", "thumbnail")
             found.append(
                 SearchResult(
                     id=row["id"],
                     path=os.fsdecode(row["path_bytes"]),
                     score=float(scores[places[position]]),
                     duplicates=[os.fsdecode(by_id[ids[other]]["path_bytes"]) for other in others],
-                    **{name: row[name] for name in names},
+                    width=row["width"] or 0,
+                    height=row["height"] or 0,
+                    caption=row["caption"],
+                    metadata=row["metadata"],
+                    thumbnail=row["thumbnail"] or b"",
                 )
             )
         return found
@@ -162,7 +164,7 @@ class ImageIndex(UpdatableIndex):
         matrix = self.matrix()
         stored = self.tables.rows(["id", "perceptual_hash"])
         by_id = dict(zip(stored["id"].to_pylist(), stored["perceptual_hash"].to_pylist(), strict=True))
-        hashes = np.array([by_id[id] for id in matrix.ids.tolist()], dtype=np.int64)
+        hashes = known_hashes([by_id[id] for id in matrix.ids.tolist()])
         groups = group_duplicates(matrix.embeddings, hashes, similarity, bits)
         found = []
         for group in groups:

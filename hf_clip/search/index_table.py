@@ -238,7 +238,12 @@ class IndexTables:
         if rows:
             import pyarrow as pa
 
-            self.images.add(pa.Table.from_pylist(rows, schema=self.images.schema))
+            self.add_table(pa.Table.from_pylist(rows, schema=self.images.schema))
+
+    def add_table(self, rows: "pyarrow.Table") -> None:
+        """Add images, whose columns are those of the table, in one commit."""
+        if len(rows):
+            self.images.add(rows)
             self._committed()
 
     def put(self, rows: list[dict[str, Any]]) -> None:
@@ -246,8 +251,12 @@ class IndexTables:
         if rows:
             import pyarrow as pa
 
-            given = pa.Table.from_pylist(rows, schema=self.images.schema)
-            self.images.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(given)
+            self.put_table(pa.Table.from_pylist(rows, schema=self.images.schema))
+
+    def put_table(self, rows: "pyarrow.Table") -> None:
+        """Replace the rows of images that have the same ids, in one commit."""
+        if len(rows):
+            self.images.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
             self._committed()
 
     def remove(self, ids: Sequence[int]) -> None:

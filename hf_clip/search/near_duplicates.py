@@ -7,6 +7,7 @@ Dimensions: I images, D embedding.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -72,6 +73,15 @@ def group_duplicates(
     return groups.lists()
 
 
+def known_hashes(stored: Sequence[int | None]) -> np.ndarray:
+    """Perceptual hashes (I,) int64. A missing one becomes a random number, which is near to no other."""
+    found = np.random.default_rng(0).integers(-(2**63), 2**63, len(stored), dtype=np.int64)
+    for place, value in enumerate(stored):
+        if value is not None:
+            found[place] = value
+    return found
+
+
 def fold(places: Tensor, embeddings: Tensor, hashes: np.ndarray) -> list[tuple[int, list[int]]]:
     """Show each group of near duplicates once, in the place of its best.
 
@@ -88,4 +98,4 @@ def fold(places: Tensor, embeddings: Tensor, hashes: np.ndarray) -> list[tuple[i
     return [(position, groups.get(position, [])) for position in range(len(places)) if position not in hidden]
 
 
-__all__ = ["LEAST_SIMILARITY", "MOST_BITS", "fold", "group_duplicates"]
+__all__ = ["LEAST_SIMILARITY", "MOST_BITS", "fold", "group_duplicates", "known_hashes"]

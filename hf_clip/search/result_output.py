@@ -14,11 +14,17 @@ from urllib.parse import quote
 from PIL import Image, ImageDraw
 
 from ..checkpoints.whole_file import whole_file
+from ..model.fetch import is_web_address
+from ..model.open_image import UnreadableImageError, open_image
 from .image_index import SearchResult
 from .index_table import shown_path
+from .indexed_image import THUMBNAIL_SIDE, make_thumbnail
 
 CELL, MARGIN, CAPTION_HEIGHT, COLUMNS = 160, 8, 16, 6
 """Of a sheet, in pixels and cells."""
+
+BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
+"""An image of one transparent pixel."""
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -81,15 +87,27 @@ def as_json(results: Sequence[SearchResult]) -> str:
     return json.dumps({"results": rows}, ensure_ascii=False, indent=2)
 
 
+def thumbnail_of(result: SearchResult) -> bytes:
+    """A result's thumbnail. If the index has none, it is made of the image's file; empty if that cannot be opened."""
+    if result.thumbnail or not os.path.isfile(result.path):
+        return result.thumbnail
+    try:
+        return make_thumbnail(open_image(result.path, draft=THUMBNAIL_SIDE))
+    except UnreadableImageError:
+        return b""
+
+
 def write_page(path: str | Path, results: Sequence[SearchResult], title: str) -> None:
     """Write a page with all thumbnails in it, which needs no other file."""
     items = []
     for result in results:
         name = html.escape(shown_path(os.path.basename(result.path)))
-        source = f"data:image/jpeg;base64,{b64encode(result.thumbnail).decode()}"
+        thumbnail = thumbnail_of(result)
+        source = f"data:image/jpeg;base64,{b64encode(thumbnail).decode()}" if thumbnail else BLANK
+        where = result.path if is_web_address(result.path) else file_address(result.path)
         more = f" (+{len(result.duplicates)})" if result.duplicates else ""
         items.append(
-            f'<li><a href="{html.escape(file_address(result.path))}" title="{html.escape(shown_path(result.path))}">'
+            f'<li><a href="{html.escape(where)}" title="{html.escape(shown_path(result.path))}">'
             f'<img src="{source}" alt="{name}"><small>{result.score:.3f}{more} {name}</small></a></li>'
         )
     with whole_file(path) as unfinished:
@@ -106,7 +124,8 @@ def draw_sheet(results: Sequence[SearchResult]) -> Image.Image:
     for number, result in enumerate(results):
         left = MARGIN + number % columns * step
         top = MARGIN + number // columns * (step + CAPTION_HEIGHT)
-        with Image.open(BytesIO(result.thumbnail)) as thumbnail:
+        content = thumbnail_of(result)
+        with Image.open(BytesIO(content)) if content else Image.new("RGB", (CELL, CELL), "#eee") as thumbnail:
             sheet.paste(thumbnail, (left + (CELL - thumbnail.width) // 2, top + (CELL - thumbnail.height) // 2))
         more = f" +{len(result.duplicates)}" if result.duplicates else ""
         pen.text((left, top + CELL + 1), f"{result.score:.3f}{more}", fill="black")

@@ -236,6 +236,39 @@ class UpdatableIndex:
                 self.tables.tidy()
         return changes
 
+    def add_embeddings(self, place: str | Path, *, progress: bool | None = False) -> IndexChanges:
+        """Put embeddings of files into the index, without opening an image: it has no thumbnails of them.
+
+        An image is known by its path: if it was put there from files before, it is replaced.
+
+        Args:
+            place: What `hf-clip embed` or clip-retrieval wrote: a folder or an address.
+            progress: Whether to show a progress bar. None: if standard error is a terminal.
+
+        Returns:
+            What changed.
+
+        Raises:
+            SearchIndexError: The embeddings are of another model; or another process writes to the index.
+            EmbeddingFilesError: There are none, they have another width, or a file is damaged. A ValueError; its
+                `place` is the folder or file.
+        """
+        from .embedding_files import StoredEmbeddings
+        from .index_from_embeddings import check_embeddings, update_from_embeddings
+
+        stored = StoredEmbeddings(place)
+        check_embeddings(self.tables, stored)
+        progress = sys.stderr.isatty() if progress is None else progress
+        with (
+            only_writer(self.tables.place),
+            progress_bar("Reading embeddings", "image", stored.rows, progress) as advance,
+        ):
+            self.tables.refresh()
+            changes = update_from_embeddings(self.tables, stored, advance)
+            if self.tables.commits:
+                self.tables.tidy()
+        return changes
+
 
 def holds_an_index(place: str) -> bool:
     """Whether a folder holds an index, of another version perhaps."""
