@@ -108,9 +108,9 @@ def index(
     problems: dict[str, str] = {}
     for folder in embedded:
         opened = opened or UpdatableIndex.open(place, model=model)
-        changes = opened.add_embeddings(folder, progress=None)
-        problems |= changes.problems
-        print(f"{folder}: {changes.describe()}", flush=True)
+        put = opened.add_embeddings(folder, progress=None)
+        problems |= put.problems
+        print(f"{folder}: {put.describe()}", flush=True)
     for folder in others if folders else known:
         is_folder = not is_data_set(os.path.expanduser(folder))
         scan = scans.get(folder) or scan_folder(folder) if is_folder else None
