@@ -1,0 +1,119 @@
+"""`hf-clip serve`: one model over HTTP, for the clients of OpenAI, infinity, Jina, vLLM and Immich."""
+
+from typing import Annotated
+
+import typer
+
+from .classify import DeviceOption, DtypeOption, OfflineOption
+from .program import Dtype
+
+
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names.", metavar="MODEL"
+        ),
+    ],
+    index: Annotated[
+        str | None,
+        typer.Option(
+            help="An index of images that `hf-clip index` made with the same model, for /v1/search.", metavar="INDEX"
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0 takes one that is free.", min=0, max=65535)] = 7997,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="What clients have to send as Authorization: Bearer KEY. Other users of the machine see options, so "
+            "that the variable is the better place.",
+            envvar="HF_CLIP_API_KEY",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What clients call the model, given once or several times; answers carry the first. By default its "
+            "name on the Hub, or that of its folder.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Fetch images from public http and https addresses that clients send.")
+    ] = False,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut texts that are too long, which are an error otherwise.")
+    ] = False,
+    max_items: Annotated[int, typer.Option(help="Texts and images in one request, at most.", min=1)] = 2048,
+    max_images: Annotated[int, typer.Option(help="Images in one request, at most.", min=1)] = 64,
+    max_mib: Annotated[int, typer.Option(help="Size of one request in MiB, at most.", min=1)] = 32,
+    max_pixels: Annotated[int, typer.Option(help="Pixels of one image, at most.", min=1)] = 64_000_000,
+    batch_size: Annotated[int, typer.Option(help="Images encoded at once, at most.", min=1)] = 16,
+    no_optimize: Annotated[
+        bool,
+        typer.Option(
+            "--no-optimize", help="Compute with the model as it is loaded. It starts faster and answers slower."
+        ),
+    ] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    offline: OfflineOption = False,
+) -> None:
+    """Serve a model over HTTP: embeddings of texts and images, labels of images, and search.
+
+    Clients of OpenAI, infinity, Jina, vLLM and Immich speak to it. /docs in the browser shows all paths.
+
+    Examples:
+
+        hf-clip serve clip-vit-b32/
+
+        hf-clip serve clip-vit-b32/ --index photos-index --host 0.0.0.0 --api-key SECRET
+    """
+    from ..extras import require
+
+    require("hf-clip serve", "serve")
+
+    from ..serve.serve_options import MIB, ServeOptions
+    from ..serve.server_process import address_of, bind, is_loopback, serve_forever
+    from ..zero_shot.pipeline import check_device
+
+    check_device(device)
+    options = ServeOptions(
+        api_key=api_key,
+        allow_urls=allow_urls,
+        truncate=truncate,
+        most_items=max_items,
+        most_images=min(max_images, max_items),
+        most_bytes=max_mib * MIB,
+        most_pixels=max_pixels,
+        most_waiting_texts=max(ServeOptions.most_waiting_texts, 4 * max_items),
+        most_waiting_images=max(ServeOptions.most_waiting_images, 4 * max_images),
+        held_bytes=max(ServeOptions.held_bytes, 4 * max_mib * MIB),
+        image_batch=batch_size,
+    )
+    bound = bind(host, port)
+    try:
+        from ..search.indexed_image import register_formats
+        from ..serve.served_model import load_served
+        from ..serve.web_app import build_app
+
+        register_formats()
+        served = load_served(model, name or (), device=device, dtype=dtype.value, offline=offline)
+        found = None
+        if index is not None:
+            from ..search.image_index import ImageIndex
+
+            found = ImageIndex.open(index, model=served.model, processor=served.processor, make=False)
+        if not no_optimize:
+            served.model.optimize_for_inference()
+        app = build_app(served, options, found)
+    except BaseException:
+        bound.close()
+        raise
+    searched = "" if found is None else f", and searches {len(found):,} images"
+    print(f"{address_of(bound)} serves {served.name}, {served.width} numbers{searched}; see /docs", flush=True)
+    if api_key is None and not is_loopback(bound):
+        print("note: without --api-key, everyone who reaches this address can use it", flush=True)
+    serve_forever(app, bound)

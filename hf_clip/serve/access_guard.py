@@ -1,0 +1,106 @@
+"""What stands around every request: the key, the figures, and that each error is one JSON answer.
+
+An error that nobody foresaw is logged by its type and place. Its message is not, since it may hold what a client sent.
+"""
+
+import hmac
+import logging
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .request_body import ClientGoneError
+from .request_error import RequestError
+from .server_metrics import ServerMetrics
+
+logger = logging.getLogger("hf_clip.serve")
+
+OPEN = frozenset({"/", "/health", "/ping", "/docs", "/openapi.json"})
+"""Paths that need no key: whether the server is there, and how it is used."""
+
+IMMICH = frozenset({"/predict", "/ping"})
+"""Paths whose errors have Immich's form."""
+
+CLIENT_GONE = 499
+
+
+def error_answer(error: RequestError, path: str) -> JSONResponse:
+    """The answer for an error, in the dialect of the path."""
+    body = error.as_detail() if path in IMMICH else error.as_openai()
+    return JSONResponse(body, error.status, error.headers)
+
+
+def has_key(headers: Headers, key: str) -> bool:
+    """Whether a request carries the key, compared in a time that does not tell how much of it is right."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    given = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode())
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error was raised: files and lines, without any value."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
+
+
+class AccessGuard:
+    """ASGI middleware around the whole app.
+
+    Args:
+        app: The app.
+        api_key: What clients have to send. None: nothing.
+        metrics: Counts requests.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, metrics: ServerMetrics):
+        self.app, self._api_key, self._metrics = app, api_key, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            answer: Any = None
+            try:
+                self._check_key(scope)
+                await self.app(scope, receive, counted)
+            except RequestError as error:
+                answer = error_answer(error, scope["path"])
+            except ClientGoneError:
+                answer = Response(status_code=CLIENT_GONE)
+            except Exception as error:
+                logger.error("%s at %s", type(error).__name__, place_of(error))
+                answer = error_answer(
+                    RequestError(500, "The server failed at this request.", "internal_error"), scope["path"]
+                )
+            if answer is not None and not status:
+                await answer(scope, receive, counted)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.on_request(route, status, time.perf_counter() - start)
+
+    def _check_key(self, scope: Scope) -> None:
+        if self._api_key is None or scope["path"] in OPEN or has_key(Headers(scope=scope), self._api_key):
+            return
+        raise RequestError(
+            401,
+            "The API key is missing or wrong: send it as Authorization: Bearer KEY, or as X-Api-Key.",
+            "invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
+        )
+
+
+__all__ = ["AccessGuard", "error_answer", "has_key"]

@@ -1,0 +1,266 @@
+"""Dynamic batching: one thread calls the model, with as many waiting texts or images as fit into a batch.
+
+1. The thread takes what is there, and never waits for more. A lone request is therefore computed at once, and while a
+   batch is computed the next one gathers.
+2. Images are taken in the order of their arrival. Of the texts, the one that has waited longest is taken, and those of
+   about its length, so that a batch needs little padding.
+3. What waits is bounded. A request that does not fit is refused, with the seconds after which it may.
+4. What nobody waits for any more is not computed.
+
+Dimensions: B batch, D embedding.
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+TEXTS, IMAGES = "text", "image"
+
+SHORT_TEXT = 16
+"""Texts up to so many tokens are put into one batch, whatever their lengths."""
+
+LONGEST_TO_SHORTEST = 1.5
+"""Of longer texts, the longest of a batch is at most so many times as long as the shortest."""
+
+LONGEST_WAIT = 60
+"""Most seconds after which a client is told to ask again."""
+
+
+class QueueFullError(Exception):
+    """So much waits that nothing more is taken.
+
+    Attributes:
+        kind: "text" or "image".
+        seconds: When to ask again.
+    """
+
+    def __init__(self, kind: str, seconds: int):
+        super().__init__(kind, seconds)
+        self.kind, self.seconds = kind, seconds
+
+    def __str__(self) -> str:
+        return f"Too many {self.kind}s are waiting; ask again in {self.seconds} s."
+
+
+class Job:
+    """The texts or the images of one request, which are encoded in one or several batches.
+
+    Attributes:
+        kind: "text" or "image".
+        features: (count, D) float32, filled in as batches are done.
+        done: Gets the features when all are there, or the error.
+        is_dropped: Whether nobody waits for it any more.
+    """
+
+    def __init__(self, kind: str, count: int, width: int):
+        self.kind, self.count = kind, count
+        self.features = np.empty((count, width), dtype=np.float32)
+        self.done: Future[np.ndarray] = Future()
+        self.done.set_running_or_notify_cancel()  # what awaits it may be cancelled, and this is not
+        self.is_dropped = False
+        self._left = count
+        self._lock = threading.Lock()
+
+    def take(self, places: Sequence[int], rows: np.ndarray) -> bool:
+        """Fill in some features, (B, D). Returns whether they were the last."""
+        self.features[list(places)] = rows
+        with self._lock:
+            self._left -= len(places)
+            return self._left == 0
+
+
+@dataclass(eq=False, slots=True)
+class Waiting:
+    """One text or image that waits.
+
+    Attributes:
+        job: Whose it is.
+        place: Its place in the job.
+        value: Token ids, or pixel values.
+        ticket: How many arrived before it.
+    """
+
+    job: Job
+    place: int
+    value: Any
+    ticket: int
+
+
+def texts_of_one_length(waiting: Sequence[Waiting], most: int) -> list[Waiting]:
+    """The text that has waited longest, and those of about its length: at most `most`, the shortest first."""
+    first = waiting[0]
+    ordered = sorted(waiting, key=lambda item: len(item.value))  # stable: of equal length, the earlier first
+    place = ordered.index(first)
+    low = high = place
+    while high - low + 1 < most:
+        shortest, longest = len(ordered[low].value), len(ordered[high].value)
+        longer = len(ordered[high + 1].value) if high + 1 < len(ordered) else None
+        if longer is not None and longer <= max(SHORT_TEXT, shortest * LONGEST_TO_SHORTEST):
+            high += 1
+        elif low > 0 and longest <= max(SHORT_TEXT, len(ordered[low - 1].value) * LONGEST_TO_SHORTEST):
+            low -= 1
+        else:
+            break
+    return ordered[low : high + 1]
+
+
+class Batcher:
+    """Encodes the texts and images of many requests in batches, in one thread.
+
+    Args:
+        encode_texts: Function from token ids of texts, a list of arrays (L,), to features (B, D), float32.
+        encode_images: Function from pixel values of images, a list of tensors, to features (B, D), float32.
+        width: D.
+        text_batch: Texts in a batch, at most.
+        image_batch: Images in a batch, at most.
+        most_texts: Texts that may wait, those in the batch at work included.
+        most_images: Images that may wait.
+        on_batch: Called after each batch with "text" or "image", its size and its seconds.
+    """
+
+    def __init__(
+        self,
+        encode_texts: Callable[[list[Any]], np.ndarray],
+        encode_images: Callable[[list[Any]], np.ndarray],
+        width: int,
+        *,
+        text_batch: int = 64,
+        image_batch: int = 16,
+        most_texts: int = 8192,
+        most_images: int = 256,
+        on_batch: Callable[[str, int, float], None] = lambda kind, size, seconds: None,
+    ):
+        self.width = width
+        self._encode = {TEXTS: encode_texts, IMAGES: encode_images}
+        self._batch = {TEXTS: text_batch, IMAGES: image_batch}
+        self._most = {TEXTS: most_texts, IMAGES: most_images}
+        self._on_batch = on_batch
+        self._queues: dict[str, deque[Waiting]] = {TEXTS: deque(), IMAGES: deque()}
+        self._admitted = {TEXTS: 0, IMAGES: 0}
+        self._pace = {TEXTS: 0.01, IMAGES: 0.05}  # seconds per item, of late
+        self._tickets = 0
+        self._ready = threading.Condition()
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._run, name="hf_clip batches", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Compute what waits, and end the thread."""
+        with self._ready:
+            self._is_closed = True
+            self._ready.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def waiting(self, kind: str) -> int:
+        """How many texts or images are admitted and not done."""
+        return self._admitted[kind]
+
+    def open(self, kind: str, count: int) -> Job:
+        """Admit the texts or images of a request, which `put` brings one by one or together.
+
+        Raises:
+            QueueFullError: There is no room for them.
+        """
+        with self._ready:
+            if self._admitted[kind] + count > self._most[kind]:
+                seconds = math.ceil(self._pace[kind] * self._admitted[kind])
+                raise QueueFullError(kind, min(max(seconds, 1), LONGEST_WAIT))
+            self._admitted[kind] += count
+        job = Job(kind, count, self.width)
+        job.done.add_done_callback(lambda _: self._leave(job))
+        return job
+
+    def _leave(self, job: Job) -> None:
+        with self._ready:
+            self._admitted[job.kind] -= job.count
+
+    def put(self, job: Job, first: int, values: Sequence[Any]) -> None:
+        """Let values of a job wait for their batch.
+
+        Args:
+            job: What `open` returned.
+            first: Place of the first value in the job.
+            values: Token ids or pixel values.
+        """
+        if job.is_dropped:
+            return
+        with self._ready:
+            for place, value in enumerate(values, start=first):
+                self._queues[job.kind].append(Waiting(job, place, value, self._tickets))
+                self._tickets += 1
+            self._ready.notify()
+
+    def drop(self, job: Job, error: BaseException | None = None) -> None:
+        """Compute no more of a job: nobody waits for it, or one of its images cannot be opened."""
+        with self._ready:
+            if job.is_dropped or job.done.done():
+                return
+            job.is_dropped = True
+            self._queues[job.kind] = deque(item for item in self._queues[job.kind] if item.job is not job)
+        job.done.set_exception(error or DroppedError("nobody waits for it"))
+
+    def _run(self) -> None:
+        while True:
+            with self._ready:
+                while not any(self._queues.values()):
+                    if self._is_closed:
+                        return
+                    self._ready.wait()
+                kind, batch = self._take()
+            self._compute(kind, batch)
+
+    def _take(self) -> tuple[str, list[Waiting]]:
+        """Take the next batch: of the kind whose first has waited longest."""
+        kind = min((kind for kind in self._queues if self._queues[kind]), key=lambda kind: self._queues[kind][0].ticket)
+        queue, most = self._queues[kind], self._batch[kind]
+        if kind == IMAGES:
+            return kind, [queue.popleft() for _ in range(min(most, len(queue)))]
+        batch = texts_of_one_length(queue, most) if len(queue) > 1 else list(queue)
+        taken = {item.ticket for item in batch}
+        self._queues[kind] = deque(item for item in queue if item.ticket not in taken)
+        return kind, batch
+
+    def _compute(self, kind: str, batch: list[Waiting]) -> None:
+        start = time.perf_counter()
+        jobs: dict[int, tuple[Job, list[int]]] = {}
+        for row, item in enumerate(batch):
+            jobs.setdefault(id(item.job), (item.job, []))[1].append(row)
+        try:
+            features = self._encode[kind]([item.value for item in batch])
+        except Exception as error:  # of one batch; the server goes on
+            for job, _ in jobs.values():
+                self.drop(job, error)
+            return
+        seconds = time.perf_counter() - start
+        self._pace[kind] += 0.2 * (seconds / len(batch) - self._pace[kind])
+        self._on_batch(kind, len(batch), seconds)
+        for job, rows in jobs.values():
+            if job.take([batch[row].place for row in rows], features[rows]):
+                self._finish(job)
+
+    def _finish(self, job: Job) -> None:
+        with self._ready:
+            if job.is_dropped:
+                return
+            job.is_dropped = True  # from here on `drop` has nothing to do
+        job.done.set_result(job.features)
+
+
+class DroppedError(Exception):
+    """A job was dropped before it was done."""
+
+
+__all__ = ["IMAGES", "TEXTS", "Batcher", "DroppedError", "Job", "QueueFullError", "Waiting", "texts_of_one_length"]

@@ -1,0 +1,153 @@
+"""`POST /v1/classify`: the labels of images. Labels are encoded once, and kept for the next request that has them.
+
+Dimensions: K labels, U background labels, D embedding.
+"""
+
+from collections import OrderedDict
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch.nn.functional import normalize
+
+from ..zero_shot.classifier import default_scores
+from ..zero_shot.matrix import ClassifierMatrix
+from ..zero_shot.prompts import DEFAULT_TEMPLATE, read_labels, read_templates
+from ..zero_shot.template_sets import TEMPLATE_SETS
+from .encoder import Encoder, ImageItem, Item, TextItem
+from .request_error import RequestError
+
+MOST_KEPT = 32
+"""How many classifiers are kept, those used last."""
+
+
+class ClassifyRequest(BaseModel):
+    """The body of `POST /v1/classify`.
+
+    Attributes:
+        model: One of the served model's names.
+        images: An image or several: data URIs, base64, or addresses.
+        labels: Labels; or labels with several names each.
+        templates: A text with {} where the label belongs, several, or the name of a set such as "imagenet_7".
+        background: Further labels for everything else; together they are one entry, whose label is null.
+        scores: "softmax", "sigmoid" or "cosine". null: as the model was trained.
+        top_k: Labels for each image. null: all.
+        threshold: Least score of a label that is returned.
+    """
+
+    model: str | None = None
+    images: str | list[str]
+    labels: list[str] | dict[str, str | list[str]]
+    templates: str | list[str] = DEFAULT_TEMPLATE
+    background: list[str] = Field(default_factory=list)
+    scores: Literal["softmax", "sigmoid", "cosine"] | None = None
+    top_k: int | None = Field(default=None, ge=1)
+    threshold: float | None = None
+
+
+def images_of(request: ClassifyRequest) -> list[Item]:
+    """The images to encode."""
+    if isinstance(request.images, str):
+        return [ImageItem(request.images, "images")]
+    return [ImageItem(image, f"images[{place}]") for place, image in enumerate(request.images)]
+
+
+def check_templates(templates: str | list[str]) -> None:
+    """Refuse templates that could do more than put a label into a text.
+
+    A template is filled in by `str.format`, whose placeholders may ask for a gigabyte of spaces; and in other places a
+    text without a placeholder may be the path of a file.
+    """
+    if isinstance(templates, str) and templates in TEMPLATE_SETS:
+        return
+    for template in [templates] if isinstance(templates, str) else templates:
+        if "{}" not in template or set(template.replace("{}", "")) & {"{", "}"}:
+            raise RequestError(
+                400,
+                f'A template must hold {{}} where the label belongs, such as "a photo of a {{}}.", and no other '
+                f"braces; or be the name of a set: {', '.join(TEMPLATE_SETS)}.",
+                param="templates",
+            )
+
+
+class Classifiers:
+    """Makes classifiers of labels, and keeps those that were used last.
+
+    Args:
+        encoder: Encodes the labels.
+    """
+
+    def __init__(self, encoder: Encoder):
+        self._encoder = encoder
+        self._kept: OrderedDict[str, ClassifierMatrix] = OrderedDict()
+
+    async def of(self, request: ClassifyRequest) -> ClassifierMatrix:
+        """The classifier of a request's labels.
+
+        Raises:
+            RequestError: Labels or templates cannot be used, or are too many.
+        """
+        check_templates(request.templates)
+        key = request.model_dump_json(include={"labels", "templates", "background", "scores"})
+        if (found := self._kept.get(key)) is not None:
+            self._kept.move_to_end(key)
+            return found
+        try:
+            functions, texts = read_templates(request.templates)
+            names = read_labels(request.labels)
+            others = read_labels(request.background) if request.background else {}
+        except ValueError as error:
+            raise RequestError(400, str(error), param="labels") from None
+        if both := names.keys() & others.keys():
+            raise RequestError(400, f"{min(both)[:60]!r} is both a label and a background label.", param="background")
+        columns = [*names.values(), *others.values()]
+        prompts = [function(name) for column in columns for name in column for function in functions]
+        counts = [len(column) * len(functions) for column in columns]
+        most = self._encoder.options.most_items
+        if len(prompts) > most:
+            raise RequestError(
+                413,
+                f"labels and templates make {len(prompts):,} prompts, but at most {most:,} are allowed.",
+                "too_many_items",
+                "labels",
+            )
+        items = [TextItem(prompt, "a label in its template") for prompt in prompts]
+        features = torch.from_numpy((await self._encoder.encode(items)).features)
+        sums = torch.stack([part.sum(dim=0) for part in features.split(counts)])
+        model = self._encoder.served.model
+        bias = getattr(model, "logit_bias", None)
+        made = ClassifierMatrix(
+            weights=normalize(sums, dim=-1).T.contiguous(),
+            labels=list(names),
+            scores=request.scores or default_scores(model),
+            logit_scale=float(model.logit_scale.detach().float().exp()),
+            logit_bias=0.0 if bias is None else float(bias.detach()),
+            templates=texts,
+        )
+        self._kept[key] = made
+        while len(self._kept) > MOST_KEPT:
+            self._kept.popitem(last=False)
+        return made
+
+
+async def classify(request: ClassifyRequest, encoder: Encoder, classifiers: Classifiers) -> dict[str, Any]:
+    """Classify the images of a request. Returns the body of the answer.
+
+    Raises:
+        RequestError: An image, the labels or the templates cannot be used.
+    """
+    matrix = await classifiers.of(request)
+    encoded = await encoder.encode(images_of(request))
+    ranked = matrix.rank(torch.from_numpy(encoded.features), request.top_k)
+    least = request.threshold
+    data = [
+        {
+            "index": index,
+            "labels": [entry for entry in entries if least is None or entry["score"] >= least],
+        }
+        for index, entries in enumerate(ranked)
+    ]
+    return {"object": "list", "data": data, "model": encoder.served.name, "scores": matrix.scores}
+
+
+__all__ = ["Classifiers", "ClassifyRequest", "check_templates", "classify", "images_of"]

@@ -1,0 +1,245 @@
+"""From what a request asks for to features: texts are tokenized, images opened in threads, both encoded in batches.
+
+Dimensions: I items, D embedding.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..zero_shot.files import MOST_THREADS
+from .batching import IMAGES, TEXTS, Batcher, DroppedError, Job, QueueFullError
+from .public_fetch import PublicFetcher
+from .request_error import RequestError
+from .serve_options import ServeOptions
+from .served_model import ServedModel
+from .untrusted_image import decode_image_text, is_url, open_untrusted
+
+LETTERS_AT_ONCE = 20_000
+"""Texts with more letters together are tokenized in a thread, since the event loop would stand still for
+milliseconds."""
+
+
+@dataclass(frozen=True)
+class TextItem:
+    """A text to encode.
+
+    Attributes:
+        text: The text.
+        name: What the request calls it.
+    """
+
+    text: str
+    name: str = "input"
+
+
+@dataclass(frozen=True)
+class TokensItem:
+    """A text that the client has tokenized.
+
+    Attributes:
+        ids: Its ids, with start and end.
+    """
+
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """An image to encode.
+
+    Attributes:
+        source: A data URI, base64, an address, or the file's bytes.
+        name: What the request calls it.
+    """
+
+    source: str | bytes
+    name: str = "input"
+
+
+Item = TextItem | TokensItem | ImageItem
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features of the items of a request.
+
+    Attributes:
+        features: (I, D) float32, of length one.
+        tokens: Tokens of the texts together.
+        sizes: For each image its width and height, upright.
+    """
+
+    features: np.ndarray
+    tokens: int
+    sizes: list[tuple[int, int]]
+
+
+class Encoder:
+    """Encodes the items of requests.
+
+    Args:
+        served: The model.
+        options: What is allowed.
+        fetcher: Fetches addresses. None: they are refused.
+        on_batch: As for `Batcher`.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        options: ServeOptions,
+        fetcher: PublicFetcher | None = None,
+        on_batch: Callable[[str, int, float], None] = lambda kind, size, seconds: None,
+    ):
+        self.served, self.options, self.fetcher = served, options, fetcher
+        self.batcher = Batcher(
+            served.encode_texts,
+            served.encode_images,
+            served.width,
+            text_batch=options.text_batch,
+            image_batch=options.image_batch,
+            most_texts=options.most_waiting_texts,
+            most_images=options.most_waiting_images,
+            on_batch=on_batch,
+        )
+        self._threads = options.threads or min(os.cpu_count() or 1, MOST_THREADS)
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def pool(self) -> ThreadPoolExecutor:
+        """Threads that open images."""
+        assert self._pool is not None, "the encoder was not started"
+        return self._pool
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="hf_clip images")
+        self.batcher.start()
+
+    def close(self) -> None:
+        """Finish what was begun, and end the threads."""
+        self.pool.shutdown(wait=True)
+        self.batcher.close()
+
+    async def encode(self, items: Sequence[Item], truncate: bool | None = None) -> Encoded:
+        """Encode the items of a request. If the caller is cancelled, what is not computed yet is dropped.
+
+        Args:
+            items: Texts and images.
+            truncate: Whether texts that are too long are cut. None: as the server was told.
+
+        Raises:
+            RequestError: An item cannot be used, there are too many, or too much waits.
+        """
+        places: dict[str, list[int]] = {TEXTS: [], IMAGES: []}
+        for place, item in enumerate(items):
+            places[IMAGES if isinstance(item, ImageItem) else TEXTS].append(place)
+        images = [item for item in items if isinstance(item, ImageItem)]
+        self._check_counts(len(items), images)
+        rows = await self._tokenized(items, self.options.truncate if truncate is None else truncate)
+        jobs: dict[str, Job] = {}
+        opening: list[asyncio.Task[Any]] = []
+        try:
+            for kind, own in places.items():
+                if own:
+                    jobs[kind] = self.batcher.open(kind, len(own))
+            if rows:
+                self.batcher.put(jobs[TEXTS], 0, rows)
+            opening = [
+                asyncio.ensure_future(self._put_image(jobs[IMAGES], place, item)) for place, item in enumerate(images)
+            ]
+            features = np.empty((len(items), self.served.width), dtype=np.float32)
+            for kind, job in jobs.items():
+                found: np.ndarray = await asyncio.wrap_future(job.done)
+                features[places[kind]] = found
+            sizes = [await task for task in opening]
+        except QueueFullError as error:
+            raise RequestError(
+                429, str(error), "rate_limit_exceeded", headers={"Retry-After": str(error.seconds)}
+            ) from None
+        finally:
+            for task in opening:
+                task.cancel()
+            for job in jobs.values():
+                self.batcher.drop(job)
+        return Encoded(features, sum(map(len, rows)), sizes)
+
+    def _check_counts(self, count: int, images: Sequence[ImageItem]) -> None:
+        options = self.options
+        if count == 0:
+            raise RequestError(400, "input is empty: send at least one text or image.", "empty_input", "input")
+        if count > options.most_items:
+            raise RequestError(
+                413,
+                f"input has {count:,} items, but at most {options.most_items:,} are allowed: send several requests.",
+                "too_many_items",
+                "input",
+            )
+        if len(images) > options.most_images:
+            raise RequestError(
+                413,
+                f"input has {len(images):,} images, but at most {options.most_images:,} are allowed: send several "
+                f"requests.",
+                "too_many_items",
+                "input",
+            )
+        for image in images:
+            if self.fetcher is None and isinstance(image.source, str) and is_url(image.source):
+                raise RequestError(
+                    400,
+                    f"{image.name} is an address, and this server fetches none: send the image itself as a data URI. "
+                    f"Whoever runs the server may allow addresses with --allow-urls.",
+                    "urls_not_allowed",
+                    "input",
+                )
+
+    async def _tokenized(self, items: Sequence[Item], truncate: bool) -> list[np.ndarray]:
+        """The token ids of all texts, in their order."""
+        texts = [item for item in items if isinstance(item, TextItem)]
+        for item in texts:
+            if not item.text.strip():
+                raise RequestError(400, f"{item.name} is empty: send a text.", "empty_input", "input")
+        plain = [item.text for item in texts]
+        found: list[np.ndarray] = []
+        if sum(map(len, plain)) > LETTERS_AT_ONCE:
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self.pool, self.served.token_ids, plain, truncate)
+        elif plain:
+            found = self.served.token_ids(plain, truncate)
+        tokenized = iter(found)
+        return [
+            self.served.check_token_ids(item.ids, place) if isinstance(item, TokensItem) else next(tokenized)
+            for place, item in enumerate(items)
+            if not isinstance(item, ImageItem)
+        ]
+
+    async def _put_image(self, job: Job, place: int, item: ImageItem) -> tuple[int, int]:
+        """Open an image, and let its pixels wait for their batch. Returns its width and height."""
+        try:
+            source = item.source
+            if self.fetcher is not None and isinstance(source, str) and is_url(source):
+                source = await self.fetcher.fetch(source, item.name)
+            return await asyncio.get_running_loop().run_in_executor(
+                self.pool, self._open_and_put, job, place, source, item.name
+            )
+        except Exception as error:
+            self.batcher.drop(job, error)
+            raise DroppedError from error
+
+    def _open_and_put(self, job: Job, place: int, source: str | bytes, name: str) -> tuple[int, int]:
+        if job.is_dropped:
+            raise DroppedError("nobody waits for it")
+        content = decode_image_text(source, name) if isinstance(source, str) else source
+        image: Image.Image = open_untrusted(content, name, self.options.most_pixels)
+        self.batcher.put(job, place, [self.served.pixels_of(image)])
+        return image.size
+
+
+__all__ = ["Encoded", "Encoder", "ImageItem", "Item", "TextItem", "TokensItem"]

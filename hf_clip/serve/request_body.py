@@ -1,0 +1,160 @@
+"""Read the body of a request within limits of size, time, and of memory for all requests together."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from .request_error import RequestError
+from .serve_options import MIB, ServeOptions
+
+CLOSE = {"Connection": "close"}
+"""Sent where a body was not read to its end: what follows on the connection is no request."""
+
+LINGER_SECONDS = 2.0
+"""How long the rest of a body that is too large is read and forgotten. Many clients read no answer before they have
+sent all."""
+
+
+class ClientGoneError(Exception):
+    """The client has closed its connection; there is nobody to answer."""
+
+
+class BodyMemory:
+    """Counts the bytes of all bodies that are held at the same time.
+
+    Args:
+        most: Bytes that are allowed.
+    """
+
+    def __init__(self, most: int):
+        self._most, self.held = most, 0
+
+    def take(self, count: int) -> None:
+        """Hold more bytes. Raises RequestError if that are too many."""
+        if self.held + count > self._most:
+            raise RequestError(
+                429, "The server holds too many requests; ask again in 1 s.", "overloaded", headers={"Retry-After": "1"}
+            )
+        self.held += count
+
+    def give(self, count: int) -> None:
+        """Hold fewer bytes."""
+        self.held -= count
+
+
+def check_content_type(request: Request, wanted: str) -> None:
+    """Raise RequestError if a body is of another type."""
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != wanted:
+        said = f"is {given[:60]!r}" if given else "is missing"
+        raise RequestError(415, f"The header Content-Type {said}, but {wanted} is needed.", "unsupported_media_type")
+
+
+async def _forget_rest(request: Request) -> None:
+    async def read() -> None:
+        message = {"more_body": True}
+        while message.get("more_body") and message.get("type") != "http.disconnect":
+            message = await request.receive()  # type: ignore[assignment]
+
+    try:
+        await asyncio.wait_for(read(), LINGER_SECONDS)
+    except Exception:  # gone, or slow: either way it has had its chance
+        return
+
+
+async def _collect(request: Request, options: ServeOptions, memory: BodyMemory, content: bytearray) -> None:
+    """Append a body to `content`. What is appended counts as held."""
+    is_last = False
+    while not is_last:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        chunk = message.get("body", b"")
+        if len(content) + len(chunk) > options.most_bytes:
+            raise _too_large(options)
+        memory.take(len(chunk))
+        content += chunk
+        is_last = not message.get("more_body", False)
+
+
+def _too_large(options: ServeOptions) -> RequestError:
+    return RequestError(
+        413,
+        f"The request is larger than {options.most_bytes / MIB:g} MiB: send fewer or smaller items.",
+        "request_too_large",
+        headers=CLOSE,
+    )
+
+
+async def _read(request: Request, options: ServeOptions, memory: BodyMemory, content: bytearray) -> None:
+    try:
+        claimed = request.headers.get("content-length", "")
+        if claimed.isdecimal() and (len(claimed) > 18 or int(claimed) > options.most_bytes):
+            raise _too_large(options)
+        await asyncio.wait_for(_collect(request, options, memory, content), options.body_seconds)
+    except (asyncio.TimeoutError, TimeoutError):
+        raise RequestError(
+            408,
+            f"The request did not arrive within {options.body_seconds:g} s.",
+            "request_timeout",
+            headers=CLOSE,
+        ) from None
+    except RequestError as error:
+        error.headers.update(CLOSE)
+        await _forget_rest(request)
+        raise
+
+
+@asynccontextmanager
+async def read_body(request: Request, options: ServeOptions, memory: BodyMemory) -> AsyncIterator[bytearray]:
+    """Read a body; it counts as held while the `async with` block runs.
+
+    Raises:
+        RequestError: It is too large or too slow, or too much is held already.
+        ClientGoneError: The client is gone.
+    """
+    content = bytearray()
+    try:
+        await _read(request, options, memory, content)
+        yield content
+    finally:
+        memory.give(len(content))
+
+
+class _InMemory(MultiPartParser):
+    """Keeps files in memory, whose size is limited already; strangers' images do not touch the disk."""
+
+    spool_max_size = 2**40
+
+
+async def read_form(request: Request, body: bytes | bytearray) -> dict[str, str | bytes]:
+    """Read the fields of a multipart body: texts, and the content of files."""
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield bytes(body)
+
+    parser = _InMemory(
+        request.headers,
+        stream(),  # type: ignore[arg-type]
+        max_files=1,
+        max_fields=8,
+        max_part_size=max(len(body), 1),
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise RequestError(400, f"The form cannot be read ({error.message}).", "invalid_form") from None
+    except (UnicodeDecodeError, LookupError, KeyError, ValueError):
+        raise RequestError(400, "The form cannot be read.", "invalid_form") from None
+    found: dict[str, str | bytes] = {}
+    for name, value in form.multi_items():
+        found[name] = await value.read() if isinstance(value, UploadFile) else value
+    await form.close()
+    return found
+
+
+__all__ = ["BodyMemory", "ClientGoneError", "check_content_type", "read_body", "read_form"]

@@ -1,0 +1,49 @@
+"""What a server allows, and how much of it."""
+
+from dataclasses import dataclass
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What a server allows.
+
+    Attributes:
+        api_key: What clients have to send. None: no key is needed.
+        allow_urls: Whether images are fetched from addresses that clients send.
+        truncate: Whether texts that are too long are cut. Otherwise they are an error.
+        most_items: Texts and images in one request.
+        most_images: Images in one request.
+        most_bytes: Bytes of one request's body.
+        most_pixels: Pixels of one image.
+        most_waiting_texts: Texts of all requests that may wait. A request that would make more is refused.
+        most_waiting_images: Images of all requests that may wait.
+        held_bytes: Bytes of all requests' bodies together.
+        body_seconds: How long a client may take to send a request.
+        url_seconds: How long an address may take to send an image, redirects included.
+        url_bytes: Largest image that is fetched.
+        text_batch: Texts encoded at once, at most.
+        image_batch: Images encoded at once, at most.
+        threads: How many threads open images. None: one for each core, at most 8.
+    """
+
+    api_key: str | None = None
+    allow_urls: bool = False
+    truncate: bool = False
+    most_items: int = 2048
+    most_images: int = 64
+    most_bytes: int = 32 * MIB
+    most_pixels: int = 64_000_000
+    most_waiting_texts: int = 8192
+    most_waiting_images: int = 256
+    held_bytes: int = 512 * MIB
+    body_seconds: float = 30.0
+    url_seconds: float = 10.0
+    url_bytes: int = 20 * MIB
+    text_batch: int = 64
+    image_batch: int = 16
+    threads: int | None = None
+
+
+__all__ = ["MIB", "ServeOptions"]

@@ -1,0 +1,137 @@
+"""A server as a process: its port, its signals, and the clients that stall.
+
+SIGTERM and SIGINT: no connection is accepted any more, what was begun is finished, and the process ends with status 0.
+"""
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+import warnings
+from typing import Any
+
+import uvicorn
+from PIL import Image
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_SECONDS = 10.0
+"""How long a client may take for the head of a request. uvicorn itself waits for ever."""
+
+GRACE_SECONDS = 60
+"""How long requests that were begun may take once the process is asked to end."""
+
+
+class ServeError(OSError):
+    """A server cannot start: its port is taken, or its address is none of this machine's."""
+
+
+class PatientProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1, which closes connections whose clients begin a request and do not go on."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Start the time for the first request."""
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Stop the time once a whole head has arrived, and start it with the first byte of the next one."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+        elif self._head_timer is None:
+            self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the time."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait_for_head(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take a port, on which nothing is accepted yet. It is taken before the model is loaded, which takes long.
+
+    Raises:
+        ServeError: It is taken, or the host is not of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ServeError(f"--host {host} is no address or name of this machine ({error.strerror}).") from None
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ServeError(
+                f"port {port} of {host} is taken by another program: stop it, or choose another with --port."
+            ) from None
+        if error.errno == errno.EACCES:
+            raise ServeError(f"port {port} may not be used by this user: choose one above 1023 with --port.") from None
+        raise ServeError(f"--host {host} cannot be listened on ({error.strerror}).") from None
+    return bound
+
+
+def address_of(bound: socket.socket) -> str:
+    """The address of a server for people."""
+    host, port = bound.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{port}"
+
+
+def is_loopback(bound: socket.socket) -> bool:
+    """Whether only programs of this machine reach the server."""
+    host = bound.getsockname()[0]
+    return host.startswith("127.") or host == "::1"
+
+
+def serve_forever(app: Any, bound: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        app: What `build_app` returned.
+        bound: What `bind` returned.
+    """
+    # Large images are refused by our own limit; Pillow's warning would only name a file of ours.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    config = uvicorn.Config(
+        app,
+        http=PatientProtocol,
+        ws="none",
+        access_log=False,  # its lines hold what clients put into addresses
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        lifespan="on",
+    )
+    # uvicorn raises a signal again once it is done. It then finds these, and the process ends by itself.
+    before = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        uvicorn.Server(config).run(sockets=[bound])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        bound.close()
+
+
+def _ignore(number: int, frame: Any) -> None:
+    return
+
+
+__all__ = ["ServeError", "address_of", "bind", "is_loopback", "serve_forever"]

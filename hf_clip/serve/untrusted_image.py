@@ -1,0 +1,120 @@
+"""Open images that strangers send: decode data URIs and base64, and refuse what would take memory or time.
+
+Nothing here takes a path. Only common formats are opened, since each further one is a parser that strangers reach.
+"""
+
+import base64
+import binascii
+import re
+from io import BytesIO
+from urllib.parse import unquote_to_bytes
+
+from PIL import Image, UnidentifiedImageError
+
+from ..model.open_image import UNREADABLE, turn_upright
+from .request_error import RequestError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+"""Formats that are opened, by Pillow's names."""
+
+MOST_STRETCHED = 100
+"""The longer side is at most so many times as long as the shorter one, which is scaled to the model's size first."""
+
+DATA_URI = re.compile(r"\s*data:(?P<about>[^,]{0,200}),", re.IGNORECASE)
+
+
+def is_data_uri(text: str) -> bool:
+    """Whether a text is the data URI of an image."""
+    return text.lstrip()[:11].lower() == "data:image/"
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is an http or https address."""
+    return text.lstrip()[:8].lower().startswith(("http://", "https://"))
+
+
+def decode_image_text(text: str, name: str) -> bytes:
+    """Decode a data URI or base64.
+
+    Args:
+        text: What a client sent.
+        name: Where in the request it was, for messages.
+
+    Raises:
+        RequestError: It is neither.
+    """
+    found = DATA_URI.match(text)
+    content = text[found.end() :] if found else text
+    if found and not found["about"].rstrip().lower().endswith(";base64"):
+        return unquote_to_bytes(content)
+    if "%" in content:
+        content = unquote_to_bytes(content).decode("latin-1")
+    letters = "".join(content.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise RequestError(
+            400,
+            f"{name} is no image: send a data URI (data:image/jpeg;base64,…), base64, or an http(s) address.",
+            "invalid_image",
+            "input",
+        ) from None
+
+
+def open_untrusted(content: bytes, name: str, most_pixels: int) -> Image.Image:
+    """Open an image that a stranger sent, turned as its EXIF orientation says.
+
+    Args:
+        content: The file's bytes.
+        name: Where in the request it was, for messages.
+        most_pixels: Pixels that are allowed. What has more is not decoded.
+
+    Raises:
+        RequestError: It is no image in a known format, is damaged, or too large.
+    """
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
+            _check_size(image.size, name, most_pixels)
+            image.load()
+            return turn_upright(image)
+    except UnidentifiedImageError:
+        raise RequestError(
+            400,
+            f"{name} is no image in a known format ({', '.join(FORMATS)}), or it is damaged.",
+            "invalid_image",
+            "input",
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_large(name, most_pixels) from None
+    except RequestError:
+        raise
+    except (*UNREADABLE, TypeError, KeyError, IndexError, OverflowError, MemoryError):
+        raise RequestError(400, f"{name} is an image that is damaged or cut off.", "invalid_image", "input") from None
+
+
+def _too_large(name: str, most_pixels: int) -> RequestError:
+    return RequestError(
+        413,
+        f"{name} has too many pixels: at most {most_pixels:,} are allowed; scale it down.",
+        "image_too_large",
+        "input",
+    )
+
+
+def _check_size(size: tuple[int, int], name: str, most_pixels: int) -> None:
+    short, long = min(size), max(size)
+    if short < 1:
+        raise RequestError(400, f"{name} has no pixels.", "invalid_image", "input")
+    if short * long > most_pixels:
+        raise _too_large(name, most_pixels)
+    if long > short * MOST_STRETCHED:
+        raise RequestError(
+            400,
+            f"{name} has {size[0]}x{size[1]} pixels, but one side may be at most {MOST_STRETCHED} times as long as the "
+            f"other: cut it.",
+            "invalid_image",
+            "input",
+        )
+
+
+__all__ = ["FORMATS", "decode_image_text", "is_data_uri", "is_url", "open_untrusted"]

@@ -1,0 +1,280 @@
+"""The routes of the server, and what each of them reads and answers."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from . import embedding_request, immich_predict
+from .access_guard import AccessGuard, error_answer
+from .batching import IMAGES, TEXTS
+from .classify_request import Classifiers, ClassifyRequest, classify
+from .embedding_request import EmbeddingRequest
+from .encoder import Encoder
+from .public_fetch import PublicFetcher
+from .request_body import BodyMemory, ClientGoneError, check_content_type, read_body, read_form
+from .request_error import RequestError, from_validation
+from .serve_options import ServeOptions
+from .served_model import ServedModel
+from .server_metrics import ServerMetrics
+
+Body = TypeVar("Body", bound=BaseModel)
+Found = TypeVar("Found")
+
+SUMMARY = """Embeddings of texts and images by one CLIP model, for clients of OpenAI, infinity, Jina, vLLM and Immich.
+
+`POST /v1/embeddings` takes `input` (texts; images as data URIs; `[{"text": …}, {"image": …}]`) or `messages`.
+`POST /predict` is Immich's machine-learning service."""
+
+
+async def unless_gone(request: Request, work: Awaitable[Found]) -> Found:
+    """Await work, and give it up if the client closes its connection meanwhile.
+
+    Raises:
+        ClientGoneError: The client is gone; the work was cancelled.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_wait_until_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError
+    finally:
+        leaving.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.wait({working})
+
+
+async def _wait_until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def as_json(content: Any) -> Response:
+    """An answer as JSON."""
+    return Response(to_json(content), media_type="application/json")
+
+
+def parsed(kind: type[Body], content: bytes | bytearray) -> Body:
+    """Read a body of JSON.
+
+    Raises:
+        RequestError: It is no JSON, or has other fields than are needed.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+class Server:
+    """All that the routes share.
+
+    Args:
+        served: The model.
+        options: What is allowed.
+        index: ImageIndex of the served model, for `POST /v1/search`. None: there is none.
+        fetcher: Fetches addresses. None: one for public addresses, if `options` allow them.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        options: ServeOptions | None = None,
+        index: Any = None,
+        fetcher: PublicFetcher | None = None,
+    ):
+        self.options = options or ServeOptions()
+        if self.options.allow_urls and fetcher is None:
+            fetcher = PublicFetcher(self.options.url_seconds, self.options.url_bytes)
+        self.served, self.metrics = served, ServerMetrics()
+        self.memory = BodyMemory(self.options.held_bytes)
+        self.encoder = Encoder(served, self.options, fetcher, self.metrics.on_batch)
+        self.classifiers = Classifiers(self.encoder)
+        self.search: Any = None
+        if index is not None:
+            from .search_request import IndexSearch  # needs LanceDB
+
+            self.search = IndexSearch(index, self.encoder)
+        for kind in (TEXTS, IMAGES):
+            self.metrics.watch(kind, self.encoder.batcher.waiting)
+        self.created = int(time.time())
+
+    async def _answer(
+        self, request: Request, kind: type[Body], make: Callable[[Body], Awaitable[dict[str, Any]]]
+    ) -> Response:
+        """Read a body of JSON, check the model's name, and answer."""
+        check_content_type(request, "application/json")
+        async with read_body(request, self.options, self.memory) as content:
+            body = parsed(kind, content)
+            self.served.check_name(getattr(body, "model", None))
+            return as_json(await unless_gone(request, make(body)))
+
+    async def embeddings(self, request: Request) -> Response:
+        """Embeddings of texts and images."""
+
+        async def make(body: EmbeddingRequest) -> dict[str, Any]:
+            items = embedding_request.items_of(body)
+            embedding_request.check_dimensions(body.dimensions, self.served.width)
+            encoded = await self.encoder.encode(items, body.is_truncated)
+            return embedding_request.answer(body, encoded, self.served.name)
+
+        return await self._answer(request, EmbeddingRequest, make)
+
+    async def classify(self, request: Request) -> Response:
+        """Labels of images."""
+        return await self._answer(request, ClassifyRequest, lambda body: classify(body, self.encoder, self.classifiers))
+
+    async def find(self, request: Request) -> Response:
+        """Images of the index."""
+        if self.search is None:
+            raise RequestError(404, "This server has no index: whoever runs it may start it with --index.", "no_index")
+        from .search_request import SearchRequest
+
+        return await self._answer(request, SearchRequest, self.search.search)
+
+    async def predict(self, request: Request) -> Response:
+        """Immich's machine-learning service."""
+        check_content_type(request, "multipart/form-data")
+        async with read_body(request, self.options, self.memory) as content:
+            form = await read_form(request, content)
+            kind, name = immich_predict.read_entries(form.get("entries"))
+            immich_predict.check_width(name, self.served.width)
+            item = immich_predict.item_of_form(kind, form)
+            encoded = await unless_gone(request, self.encoder.encode([item], truncate=True))
+            return as_json(immich_predict.predicted(encoded))
+
+    async def models(self, request: Request) -> Response:
+        """The model by its names."""
+        return as_json(embedding_request.list_models(self.served.name, self.served.names, self.created))
+
+    async def figures(self, request: Request) -> Response:
+        """Figures for Prometheus."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def health(self, request: Request) -> Response:
+        """Whether the server is there."""
+        return as_json({"status": "ok", "unix": time.time()})
+
+    async def ping(self, request: Request) -> Response:
+        """Whether the server is there, for Immich."""
+        return PlainTextResponse("pong")
+
+    async def root(self, request: Request) -> Response:
+        """What this is."""
+        return as_json({"message": f"hf_clip serves {self.served.name}; see /docs"})
+
+    @asynccontextmanager
+    async def running(self, app: FastAPI) -> AsyncIterator[None]:
+        """Threads run while the app does."""
+        self.encoder.start()
+        try:
+            yield
+        finally:
+            await asyncio.get_running_loop().run_in_executor(None, self.encoder.close)
+
+
+def build_app(
+    served: ServedModel,
+    options: ServeOptions | None = None,
+    index: Any = None,
+    fetcher: PublicFetcher | None = None,
+) -> FastAPI:
+    """Build the ASGI app, for uvicorn or another server of that kind.
+
+    Args:
+        served: The model.
+        options: What is allowed.
+        index: ImageIndex of the served model. None: no search.
+        fetcher: As for `Server`.
+
+    Returns:
+        The app.
+
+    Example::
+
+        app = build_app(load_served("clip-vit-b32"))
+    """
+    server = Server(served, options, index, fetcher)
+    app = FastAPI(title="hf_clip", description=SUMMARY, lifespan=server.running, redoc_url=None)
+    app.state.server = server
+    posts: list[tuple[str, Any, type[BaseModel] | None]] = [
+        ("/v1/embeddings", server.embeddings, EmbeddingRequest),
+        ("/embeddings", server.embeddings, EmbeddingRequest),
+        ("/v1/classify", server.classify, ClassifyRequest),
+        ("/predict", server.predict, None),
+    ]
+    if index is not None:
+        from .search_request import SearchRequest
+
+        posts.append(("/v1/search", server.find, SearchRequest))
+    else:
+        posts.append(("/v1/search", server.find, None))
+    for path, endpoint, body in posts:
+        app.add_api_route(path, endpoint, methods=["POST"], openapi_extra=_described(body))
+    for path, endpoint in (
+        ("/v1/models", server.models),
+        ("/models", server.models),
+        ("/metrics", server.figures),
+        ("/health", server.health),
+        ("/ping", server.ping),
+        ("/", server.root),
+    ):
+        app.add_api_route(path, endpoint, methods=["GET"])
+
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        said = {404: "There is no such path; see /docs.", 405: "This path takes another method; see /docs."}
+        message = said.get(error.status_code, str(error.detail))
+        found = RequestError(error.status_code, message, "not_found", headers=error.headers)
+        return error_answer(found, request.url.path)
+
+    app.add_exception_handler(HTTPException, refused)
+    app.add_middleware(AccessGuard, api_key=server.options.api_key, metrics=server.metrics)
+    return app
+
+
+FORM = {
+    "type": "object",
+    "required": ["entries"],
+    "properties": {
+        "entries": {"type": "string"},
+        "image": {"type": "string", "format": "binary"},
+        "text": {"type": "string"},
+    },
+}
+
+
+def _described(body: type[BaseModel] | None) -> dict[str, Any]:
+    """What `/docs` shows of a body."""
+    if body is None:
+        return {"requestBody": {"content": {"multipart/form-data": {"schema": FORM}}, "required": True}}
+    schema = _inlined(body.model_json_schema())
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema with its definitions in their places, since OpenAPI looks for them elsewhere."""
+    definitions = schema.pop("$defs", {})
+
+    def replaced(part: Any) -> Any:
+        if isinstance(part, dict):
+            name = str(part.get("$ref", "")).rpartition("/")[2]
+            return replaced(definitions[name]) if name else {key: replaced(value) for key, value in part.items()}
+        return [replaced(entry) for entry in part] if isinstance(part, list) else part
+
+    found: dict[str, Any] = replaced(schema)
+    return found
+
+
+__all__ = ["Server", "build_app"]
