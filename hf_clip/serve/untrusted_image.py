@@ -15,7 +15,7 @@ from ..model.open_image import UNREADABLE, turn_upright
 from .request_error import RequestError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
-"""Formats that are opened, by Pillow's names."""
+"""Formats that are opened, by Pillow's names. HEIF needs a plugin, and AVIF a Pillow that was built with it."""
 
 MOST_STRETCHED = 100
 """The longer side is at most so many times as long as the shorter one, which is scaled to the model's size first."""
@@ -72,15 +72,17 @@ def open_untrusted(content: bytes, name: str, most_pixels: int) -> Image.Image:
     Raises:
         RequestError: It is no image in a known format, is damaged, or too large.
     """
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]
     try:
-        with Image.open(BytesIO(content), formats=FORMATS) as image:
+        with Image.open(BytesIO(content), formats=known) as image:
             _check_size(image.size, name, most_pixels)
             image.load()
             return turn_upright(image)
     except UnidentifiedImageError:
         raise RequestError(
             400,
-            f"{name} is no image in a known format ({', '.join(FORMATS)}), or it is damaged.",
+            f"{name} is no image in a known format ({', '.join(known)}), or it is damaged.",
             "invalid_image",
             "input",
         ) from None

@@ -1,0 +1,139 @@
+"""Which texts and images are computed together, in which order, and what happens to those nobody waits for."""
+
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hf_clip.serve.batching import (
+    IMAGES,
+    TEXTS,
+    Batcher,
+    DroppedError,
+    Job,
+    QueueFullError,
+    Waiting,
+    texts_of_one_length,
+)
+
+
+class Model:
+    """Encodes a text as its length, and waits in its first batch until it is told to go on."""
+
+    def __init__(self, **options: Any):
+        self.batches: list[tuple[str, list[int]]] = []
+        self.is_at_work, self.may_go_on = threading.Event(), threading.Event()
+        self.batcher = Batcher(
+            lambda rows: self.encode(TEXTS, rows), lambda rows: self.encode(IMAGES, rows), 1, **options
+        )
+        self.batcher.start()
+
+    def encode(self, kind: str, rows: list[Any]) -> np.ndarray:
+        self.batches.append((kind, [len(row) for row in rows]))
+        self.is_at_work.set()
+        assert self.may_go_on.wait(5)
+        if any(len(row) == 13 for row in rows):
+            raise RuntimeError("13")
+        return np.array([[len(row)] for row in rows], dtype=np.float32)
+
+    def ask(self, kind: str, lengths: list[int]) -> "tuple[Job, Future[Any]]":
+        job = self.batcher.open(kind, len(lengths))
+        self.batcher.put(job, 0, [[0] * length for length in lengths])
+        return job, job.done
+
+
+@pytest.fixture
+def hold():
+    made: list[Model] = []
+
+    def make(**options: Any) -> Model:
+        made.append(Model(**options))
+        return made[-1]
+
+    yield make
+    for model in made:
+        model.may_go_on.set()
+        model.batcher.close()
+
+
+def test_lone_request_does_not_wait_for_others(hold):
+    model = hold()
+    model.may_go_on.set()
+    assert model.ask(TEXTS, [3])[1].result(5).tolist() == [[3]]
+    assert model.batches == [(TEXTS, [3])]
+
+
+def test_what_arrives_while_a_batch_is_computed_is_the_next_batch(hold):
+    model = hold()
+    asked = [model.ask(TEXTS, [1])]
+    assert model.is_at_work.wait(5)
+    asked += [model.ask(TEXTS, [2]), model.ask(TEXTS, [4, 3]), model.ask(IMAGES, [9, 8]), model.ask(IMAGES, [7])]
+    model.may_go_on.set()
+    assert [done.result(5)[:, 0].tolist() for _, done in asked] == [[1], [2], [4, 3], [9, 8], [7]]
+    assert model.batches == [(TEXTS, [1]), (TEXTS, [2, 3, 4]), (IMAGES, [9, 8, 7])]
+
+
+def test_batches_have_a_size(hold):
+    model = hold(text_batch=2, image_batch=2)
+    model.may_go_on.set()
+    for kind in (TEXTS, IMAGES):
+        assert model.ask(kind, [5, 4, 3, 2, 1])[1].result(5)[:, 0].tolist() == [5, 4, 3, 2, 1]
+    assert max(len(rows) for _, rows in model.batches) == 2
+
+
+def test_long_texts_are_not_padded_to_and_none_waits_for_ever(hold):
+    job = Job(TEXTS, 0, 1)
+    waiting = [Waiting(job, place, [0] * length, place) for place, length in enumerate([40, 5, 77, 6, 50, 16])]
+    assert [len(item.value) for item in texts_of_one_length(waiting, 64)] == [40, 50]
+    assert [len(item.value) for item in texts_of_one_length(waiting[1:], 64)] == [5, 6, 16]
+    assert [len(item.value) for item in texts_of_one_length(waiting[2:], 64)] == [77]
+    assert [len(item.value) for item in texts_of_one_length(waiting[1:], 2)] == [5, 6]
+
+
+def test_what_nobody_waits_for_is_not_computed(hold):
+    model = hold()
+    model.ask(TEXTS, [1])
+    assert model.is_at_work.wait(5)
+    dropped, done = model.ask(TEXTS, [2, 2])
+    kept = model.ask(TEXTS, [3])[1]
+    model.batcher.drop(dropped)
+    assert model.batcher.waiting(TEXTS) == 2
+    model.may_go_on.set()
+    assert kept.result(5).tolist() == [[3]]
+    assert (TEXTS, [3]) in model.batches
+    with pytest.raises(DroppedError):
+        done.result(0)
+    assert model.batcher.waiting(TEXTS) == 0
+
+
+def test_full_queue_refuses_and_says_when_to_ask_again(hold):
+    model = hold(most_texts=3, most_images=1)
+    model.ask(TEXTS, [1, 1])
+    with pytest.raises(QueueFullError, match="Too many texts are waiting; ask again in 1 s"):
+        model.ask(TEXTS, [1, 1])
+    last = model.ask(TEXTS, [1])[1]
+    model.may_go_on.set()
+    last.result(5)
+    model.ask(TEXTS, [1, 1])[1].result(5)
+
+
+def test_error_is_that_of_its_batch_alone(hold):
+    model = hold()
+    model.may_go_on.set()
+    with pytest.raises(RuntimeError, match="13"):
+        model.ask(TEXTS, [13])[1].result(5)
+    assert model.ask(TEXTS, [2])[1].result(5).tolist() == [[2]]
+
+
+def test_closing_computes_what_waits(hold):
+    model = hold()
+    model.ask(TEXTS, [1])
+    assert model.is_at_work.wait(5)
+    last = model.ask(TEXTS, [2])[1]
+    closing = threading.Thread(target=model.batcher.close)
+    closing.start()
+    model.may_go_on.set()
+    closing.join(5)
+    assert last.result(0).tolist() == [[2]]

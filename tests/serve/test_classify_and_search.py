@@ -1,0 +1,154 @@
+"""`/v1/classify` and `/v1/search`: the results of direct calls, and nothing that strangers should not see."""
+
+import base64
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from hf_clip import ZeroShotClassifier
+from hf_clip.serve.search_request import SearchRequest, condition_of
+from tests.search.conftest import make_image
+
+from .conftest import NAME, as_uri
+
+LABELS = ["three", "eight", "one"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings"),
+    [
+        (LABELS, {}),
+        (LABELS, {"templates": ["a photo of a {}.", "{} in red"], "scores": "cosine"}),
+        ({"three": ["three", "the digit three"], "eight": "eight"}, {"background": ["paper"]}),
+        (LABELS, {"templates": "cifar_18"}),
+    ],
+)
+def test_labels_are_those_of_a_direct_call(client, plain_model, images, labels: Any, settings: dict):
+    body = {"model": NAME, "images": [as_uri(image) for image in images], "labels": labels, "top_k": 2} | settings
+    expected = ZeroShotClassifier(*plain_model, labels, progress=False, **settings).classify(images, top_k=2)
+    for _ in range(2):  # the second time the labels are not encoded again
+        found = client.post("/v1/classify", json=body).json()
+        for entry, direct in zip(found["data"], expected, strict=True):
+            assert [one["label"] for one in entry["labels"]] == [one["label"] for one in direct]
+            scores = [one["score"] for one in entry["labels"]]
+            assert scores == pytest.approx([one["score"] for one in direct], abs=1e-5)
+
+
+def test_threshold_leaves_labels_out(client, images):
+    body = {"images": as_uri(images[0]), "labels": LABELS}
+    scores = [entry["score"] for entry in client.post("/v1/classify", json=body).json()["data"][0]["labels"]]
+    kept = client.post("/v1/classify", json=body | {"threshold": scores[1]}).json()["data"][0]["labels"]
+    assert [entry["score"] for entry in kept] == scores[:2]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        ({"labels": []}, 400, "There are no labels"),
+        ({"labels": ["a", "a"]}, 400, "The label 'a' appears twice"),
+        ({"background": ["one"]}, 400, "'one' is both a label and a background label"),
+        ({"templates": "/etc/passwd"}, 400, "A template must hold {}"),
+        ({"templates": "{:>1000000000}{}"}, 400, "A template must hold {}"),
+        ({"templates": "{0.__class__} {}"}, 400, "A template must hold {}"),
+        ({"templates": ["imagenet_7"]}, 400, "A template must hold {}"),
+        ({"templates": []}, 400, "There are no templates"),
+        ({"labels": [str(n) for n in range(40)], "templates": "imagenet_80"}, 413, "make 3,200 prompts, but at most"),
+        ({"images": []}, 400, "input is empty"),
+        ({"images": ["no image"]}, 400, "images[0] is no image"),
+        ({"top_k": 0}, 400, "top_k cannot be used"),
+        ({"scores": "logits"}, 400, "scores cannot be used"),
+        ({"model": "other"}, 404, "is not served here"),
+    ],
+)
+def test_classify_refuses(client, images, change: dict, status: int, message: str):
+    answer = client.post("/v1/classify", json={"images": as_uri(images[0]), "labels": LABELS} | change)
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, plain_model: Any) -> Any:
+    pytest.importorskip("lancedb")
+    from hf_clip.search.image_index import ImageIndex
+
+    folder = tmp_path_factory.mktemp("secret-folder")
+    for seed in range(5):
+        make_image(seed, (60 + 10 * seed, 40)).save(folder / f"image-{seed}.png")
+    found = ImageIndex.open(folder.parent / "search-index", model=plain_model[0], processor=plain_model[1])
+    found.add(folder)
+    return found
+
+
+def test_search_by_text_is_that_of_the_index(client_with, index):
+    client = client_with(index=index)
+    for query in ("three", "the digit eight in red on blue paper"):
+        answer = client.post("/v1/search", json={"query": query, "top": 3})
+        found = answer.json()["results"]
+        expected = index.search(query, top=3)
+        assert [entry["id"] for entry in found] == [result.id for result in expected]
+        assert [entry["score"] for entry in found] == pytest.approx([r.score for r in expected], abs=1e-5)
+        assert [entry["name"] for entry in found] == [Path(result.path).name for result in expected]
+        assert "secret-folder" not in answer.text
+        assert "/" not in "".join(entry["name"] for entry in found)
+
+
+def test_search_by_image_and_more(client_with, index):
+    client = client_with(index=index)
+    body = {"image": as_uri(make_image(2, (80, 40))), "thumbnails": True, "top": 1}
+    [first] = client.post("/v1/search", json=body).json()["results"]
+    assert (first["name"], first["score"]) == ("image-2.png", pytest.approx(1, abs=1e-3))
+    assert Image.open(BytesIO(base64.b64decode(first["thumbnail"]))).format == "JPEG"
+    more = client.post("/v1/search", json={"more_like": first["id"], "minus": ["three"]}).json()["results"]
+    assert more[0]["id"] == first["id"]
+    wide = client.post("/v1/search", json={"query": "one", "filter": {"width": {"gte": 80, "lt": 100}}}).json()
+    assert sorted(entry["width"] for entry in wide["results"]) == [80, 90]
+    none = client.post("/v1/search", json={"query": "one", "filter": {"caption": {"contains": "it's"}}})
+    assert none.json()["results"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({}, 400, "There is nothing to look for"),
+        ({"minus": "x"}, 400, "There is nothing to look for"),
+        ({"query": "x", "minus": "x", "templates": False}, 400, ""),
+        ({"query": ""}, 400, "query is empty"),
+        ({"query": "x", "top": 0}, 400, "top cannot be used"),
+        ({"query": "x", "top": 201}, 400, "top cannot be used"),
+        ({"more_like": 77}, 404, "no image with an id of more_like"),
+        ({"query": ["x"] * 17}, 413, "more than 16 parts"),
+        ({"query": "x", "filter": "path LIKE '%'"}, 400, "filter cannot be used"),
+        ({"query": "x", "filter": {"path": {"contains": "secret"}}}, 400, "filter.path"),
+        ({"query": "x", "filter": {"width": {"contains": "1"}}}, 400, "filter.width takes eq, gt, gte, lt, lte, with"),
+        ({"query": "x", "filter": {"caption": {"gte": 1}}}, 400, "filter.caption takes eq and contains, with texts"),
+        ({"query": "x", "where": "1=1"}, 400, "where cannot be used"),
+    ],
+    ids=range(13),
+)
+def test_search_refuses(client_with, index, body: dict, status: int, message: str):
+    answer = client_with(index=index).post("/v1/search", json=body)
+    if body.get("minus") == "x" and body.get("query"):  # half of the weight is left
+        assert answer.status_code == 200
+        return
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+
+
+def test_filter_cannot_leave_its_quotation_marks():
+    filter = json.loads("""{"caption": {"eq": "x' OR path LIKE '%a"}, "width": {"gt": 3}}""")
+    assert condition_of(SearchRequest(query="x", filter=filter).filter) == (
+        "caption = 'x'' OR path LIKE ''%a' AND width > 3"
+    )
+    with pytest.raises(ValidationError):
+        SearchRequest(query="x", filter={"width": {"gt": "3 OR 1=1"}})
+
+
+def test_server_without_an_index_says_so(client):
+    answer = client.post("/v1/search", json={"query": "one"})
+    assert answer.status_code == 404
+    assert "--index" in answer.json()["error"]["message"]

@@ -1,0 +1,146 @@
+"""Images by address: fetched from where that is allowed, and from nowhere else."""
+
+import ipaddress
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hf_clip.serve.public_fetch import PublicFetcher, is_public
+from hf_clip.zero_shot.features import encode_images
+
+from .conftest import as_file
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1", "10.0.0.1", "172.16.3.4", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1",
+        "224.0.0.1", "255.255.255.255", "240.0.0.1", "::1", "::", "fe80::1", "fc00::1", "ff02::1",
+        "::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1", "::127.0.0.1",
+        "2001:0:4136:e378:8000:63bf:80ff:fffe",
+    ],
+)  # fmt: skip
+def test_addresses_that_are_not_public(address: str):
+    assert not is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "93.184.216.34", "2606:2800:220:1::1", "::ffff:8.8.8.8"])
+def test_addresses_that_are_public(address: str):
+    assert is_public(ipaddress.ip_address(address))
+
+
+class Site(ThreadingHTTPServer):
+    """A site with an image, and with what a site should not do."""
+
+    daemon_threads = True
+
+    def __init__(self, image: bytes):
+        self.image, self.hosts = image, []
+        super().__init__(("127.0.0.1", 0), Page)
+
+
+class Page(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        site: Any = self.server
+        site.hosts.append(self.headers["Host"])
+        port = site.server_port
+        leads_to = {
+            "/near": "/image.png",
+            "/inside": f"http://inside.test:{port}/image.png",
+            "/file": "file:///etc/passwd",
+            "/loop": "/loop",
+        }
+        if self.path in leads_to:
+            self.send_response(302)
+            self.send_header("Location", leads_to[self.path])
+            self.end_headers()
+        elif self.path == "/missing":
+            self.send_error(404)
+        elif self.path == "/slow":
+            self.send_response(200)
+            self.end_headers()
+            threading.Event().wait(2)
+        else:
+            self.send_response(200)
+            self.end_headers()
+            try:
+                self.wfile.write(bytes(300_000) if self.path == "/large" else site.image)
+            except ConnectionError:
+                return
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def site(images) -> Iterator[Site]:
+    found = Site(as_file(images[0]))
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+ADDRESSES = {"images.test": ["127.0.0.1"], "inside.test": ["10.0.0.1"], "both.test": ["127.0.0.1", "10.0.0.1"]}
+
+
+@pytest.fixture
+def fetching(client_with):
+    """A client of a server for which 127.0.0.1 is the public internet."""
+
+    async def resolve(host: str, port: int) -> list[Any]:
+        if host not in ADDRESSES:
+            raise OSError("no such name")
+        return [ipaddress.ip_address(address) for address in ADDRESSES[host]]
+
+    fetcher = PublicFetcher(0.7, 200_000, is_allowed=lambda a: str(a) == "127.0.0.1", resolve=resolve)
+    return client_with(fetcher=fetcher, allow_urls=True)
+
+
+@pytest.mark.parametrize("path", ["/image.png", "/near"])
+def test_image_is_fetched_by_its_name(fetching, site, plain_model, images, path: str):
+    url = f"http://images.test:{site.server_port}{path}"
+    answer = fetching.post("/v1/embeddings", json={"input": [url], "modality": "image"})
+    found = answer.json()["data"][0]["embedding"]
+    assert np.allclose(found, encode_images(*plain_model, images[:1])[0], rtol=0, atol=1e-6)
+    assert site.hosts[-1] == f"images.test:{site.server_port}"
+    messages = [{"content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    assert fetching.post("/v1/embeddings", json={"messages": messages}).json()["data"][0]["embedding"] == found
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://inside.test/", "does not lead to the public internet"),
+        ("http://both.test/", "does not lead to the public internet"),
+        ("http://images.test:{port}/inside", "does not lead to the public internet"),
+        ("http://images.test:{port}/file", "only http and https are fetched"),
+        ("http://images.test:{port}/loop", "redirected more than 3 times"),
+        ("http://images.test:{port}/missing", "the server answered 404"),
+        ("http://images.test:{port}/large", "larger than 200,000 bytes"),
+        ("http://images.test:{port}/slow", "did not arrive within 0.7 s"),
+        ("http://user:word@images.test:{port}/image.png", "holds a user or a password"),
+        ("http://nowhere.test/", "there is no such address, or it does not answer"),
+        ("http://", "only http and https are fetched"),
+        ("http://[::1/", "there is no such address"),
+    ],
+)
+def test_what_is_not_fetched(fetching, site, url: str, message: str):
+    body = {"input": [url.format(port=site.server_port)], "modality": "image"}
+    answer = fetching.post("/v1/embeddings", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("input[0] cannot be fetched: ")
+    assert message in answer.json()["error"]["message"]
+
+
+def test_machine_itself_is_not_fetched(client_with, site):
+    client = client_with(allow_urls=True)
+    for host in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0x7f.1", "2130706433"):
+        body = {"input": f"http://{host}:{site.server_port}/image.png", "modality": "image"}
+        answer = client.post("/v1/embeddings", json=body)
+        assert answer.status_code == 400, host
+        assert "cannot be fetched" in answer.json()["error"]["message"]
