@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -54,31 +54,38 @@ def check_content_type(request: Request, wanted: str) -> None:
         raise RequestError(415, f"The header Content-Type {said}, but {wanted} is needed.", "unsupported_media_type")
 
 
-async def _forget_rest(request: Request) -> None:
-    async def read() -> None:
-        message = {"more_body": True}
-        while message.get("more_body") and message.get("type") != "http.disconnect":
-            message = await request.receive()  # type: ignore[assignment]
+class _Incoming:
+    """The parts of a request's body.
 
-    try:
-        await asyncio.wait_for(read(), LINGER_SECONDS)
-    except Exception:  # gone, or slow: either way it has had its chance
-        return
+    Attributes:
+        is_done: Whether the last part has arrived.
+    """
 
+    def __init__(self, request: Request):
+        self._request, self.is_done = request, False
 
-async def _collect(request: Request, options: ServeOptions, memory: BodyMemory, content: bytearray) -> None:
-    """Append a body to `content`. What is appended counts as held."""
-    is_last = False
-    while not is_last:
-        message = await request.receive()
+    async def next(self) -> bytes:
+        """The next part. Raises ClientGoneError if the client is gone."""
+        message = await self._request.receive()
         if message["type"] == "http.disconnect":
             raise ClientGoneError
-        chunk = message.get("body", b"")
-        if len(content) + len(chunk) > options.most_bytes:
+        self.is_done = not message.get("more_body", False)
+        return message.get("body", b"")
+
+    async def forget_rest(self) -> None:
+        """Read what is left, for a short time, and keep nothing of it."""
+        while not self.is_done:
+            await self.next()
+
+
+async def _collect(incoming: _Incoming, options: ServeOptions, memory: BodyMemory, content: bytearray) -> None:
+    """Append a body to `content`. What is appended counts as held."""
+    while not incoming.is_done:
+        part = await incoming.next()
+        if len(content) + len(part) > options.most_bytes:
             raise _too_large(options)
-        memory.take(len(chunk))
-        content += chunk
-        is_last = not message.get("more_body", False)
+        memory.take(len(part))
+        content += part
 
 
 def _too_large(options: ServeOptions) -> RequestError:
@@ -91,11 +98,12 @@ def _too_large(options: ServeOptions) -> RequestError:
 
 
 async def _read(request: Request, options: ServeOptions, memory: BodyMemory, content: bytearray) -> None:
+    incoming = _Incoming(request)
     try:
         claimed = request.headers.get("content-length", "")
         if claimed.isdecimal() and (len(claimed) > 18 or int(claimed) > options.most_bytes):
             raise _too_large(options)
-        await asyncio.wait_for(_collect(request, options, memory, content), options.body_seconds)
+        await asyncio.wait_for(_collect(incoming, options, memory, content), options.body_seconds)
     except (asyncio.TimeoutError, TimeoutError):
         raise RequestError(
             408,
@@ -105,7 +113,8 @@ async def _read(request: Request, options: ServeOptions, memory: BodyMemory, con
         ) from None
     except RequestError as error:
         error.headers.update(CLOSE)
-        await _forget_rest(request)
+        with suppress(asyncio.TimeoutError, TimeoutError, ClientGoneError):
+            await asyncio.wait_for(incoming.forget_rest(), LINGER_SECONDS)
         raise
 
 

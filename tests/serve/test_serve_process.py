@@ -1,0 +1,240 @@
+"""The server as a process: its port, its clients' libraries, clients that stall, and its end."""
+
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import openai
+import pytest
+
+from hf_clip.commands.program import main
+from hf_clip.zero_shot.features import encode_images, encode_texts
+
+from .conftest import as_uri
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The program with shorter times, and with a text that takes long.
+PROGRAM = """
+import sys, time
+from hf_clip.serve import server_process, serve_options, served_model
+server_process.HEAD_SECONDS = 0.5
+serve_options.ServeOptions.__dataclass_fields__["body_seconds"].default = 0.5
+serve_options.ServeOptions.__init__.__defaults__ = tuple(
+    field.default for field in serve_options.ServeOptions.__dataclass_fields__.values()
+)
+encode = served_model.ServedModel.encode_texts
+def slowly(self, rows):
+    time.sleep(1.0 if any(len(row) > 15 for row in rows) else 0)
+    return encode(self, rows)
+served_model.ServedModel.encode_texts = slowly
+from hf_clip.commands.program import main
+sys.exit(main(sys.argv[1:]))
+"""
+SLOW_TEXT = "three " * 16
+
+
+@pytest.fixture(scope="module")
+def process(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`hf-clip serve` on a free port, with a key in its environment."""
+    environment = os.environ | {"HF_CLIP_API_KEY": "secret-key", "OMP_NUM_THREADS": "1"}
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with log.open("wb") as errors:
+        started = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", PROGRAM, "serve", str(digits / "vit"), "--port", "0"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    assert started.stdout is not None
+    line = started.stdout.readline()
+    found = re.match(r"(http://127.0.0.1:\d+) serves vit, 32 numbers; see /docs", line)
+    assert found, line + log.read_text()
+    started.address, started.log = found[1], log  # type: ignore[attr-defined]
+    yield started
+    if started.poll() is None:
+        started.kill()
+        started.wait()
+    started.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def openai_client(process: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{process.address}/v1", api_key="secret-key", max_retries=0) as found:
+        yield found
+
+
+def connect(process: Any) -> socket.socket:
+    place = urlsplit(process.address)
+    return socket.create_connection((place.hostname, place.port), timeout=5)
+
+
+def request_of(content: bytes, length: int | None = None, path: str = "/v1/embeddings") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret-key\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(content) if length is None else length}\r\n\r\n".encode() + content
+
+
+def read_all(connection: socket.socket) -> bytes:
+    found = b""
+    while part := connection.recv(65536):
+        found += part
+    return found
+
+
+def test_client_of_openai_gets_embeddings(openai_client, plain_model, images):
+    texts = ["three", "a photo of a green eight"]
+    found = openai_client.embeddings.create(model="vit", input=texts)  # asks for base64
+    assert np.allclose([row.embedding for row in found.data], encode_texts(*plain_model, texts), rtol=0, atol=1e-6)
+    assert found.usage.total_tokens > 4
+    found = openai_client.embeddings.create(
+        model="vit", input=[as_uri(image) for image in images], encoding_format="float", dimensions=32
+    )
+    assert np.allclose([row.embedding for row in found.data], encode_images(*plain_model, images), rtol=0, atol=1e-6)
+    assert [entry.id for entry in openai_client.models.list()] == ["vit"]
+
+
+def test_client_of_openai_gets_its_errors(openai_client, process):
+    with pytest.raises(openai.NotFoundError, match="The model 'gpt' is not served here: ask for 'vit'"):
+        openai_client.embeddings.create(model="gpt", input="x")
+    with pytest.raises(openai.BadRequestError, match="input is empty") as caught:
+        openai_client.embeddings.create(model="vit", input=[])
+    assert (caught.value.param, caught.value.code) == ("input", "empty_input")
+    with pytest.raises(openai.AuthenticationError, match="The API key is missing or wrong"):
+        openai_client.with_options(api_key="x").models.list()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"POST /v1/emb", b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n"],
+    ids=["nothing", "half a line", "half a head"],
+)
+def test_client_that_stalls_before_its_request_is_cut(process, sent: bytes):
+    with connect(process) as connection:
+        connection.sendall(sent)
+        start = time.monotonic()
+        assert read_all(connection) == b""
+        assert time.monotonic() - start < 4
+
+
+def test_client_that_stalls_within_its_request_is_told_so_and_cut(process, openai_client):
+    with connect(process) as connection:
+        connection.sendall(request_of(b'{"input": "', length=1000))
+        found = read_all(connection)
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408")
+    assert json.loads(body)["error"]["code"] == "request_timeout"
+    assert openai_client.embeddings.create(model="vit", input="one").data
+
+
+def test_connection_serves_several_requests(process):
+    content = json.dumps({"input": "one"})
+    headers = {"Authorization": "Bearer secret-key", "Content-Type": "application/json"}
+    connection = HTTPConnection(urlsplit(process.address).netloc, timeout=5)
+    places = []
+    for _ in range(2):
+        connection.request("POST", "/v1/embeddings", content, headers)
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        assert json.loads(answer.read())["data"]
+        places.append(connection.sock.getsockname())
+        time.sleep(0.6)  # longer than a head may take: none is on its way
+    assert places[0] == places[1]
+    connection.close()
+
+
+def test_work_of_a_client_that_is_gone_is_dropped(process, openai_client):
+    slow = request_of(json.dumps({"input": [SLOW_TEXT + str(n) for n in range(300)], "truncate": True}).encode())
+    with connect(process) as connection:
+        connection.sendall(slow)
+        time.sleep(0.3)
+    start = time.monotonic()
+    openai_client.embeddings.create(model="vit", input="one")
+    assert time.monotonic() - start < 3  # 300 texts are five batches, of a second each
+    with connect(process) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nX-Api-Key: secret-key\r\nConnection: close\r\n\r\n")
+        assert b'status="499"' in read_all(connection)
+
+
+def test_sigterm_finishes_what_was_begun(process):
+    """The last test of the process."""
+    answers: list[bytes] = []
+
+    def ask() -> None:
+        with connect(process) as connection:
+            connection.sendall(request_of(json.dumps({"input": SLOW_TEXT, "encoding_format": "base64"}).encode()))
+            answers.append(read_all(connection))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.4)
+    process.send_signal(signal.SIGTERM)
+    asking.join(10)
+    assert process.wait(10) == 0
+    [answer] = answers
+    body = json.loads(answer.partition(b"\r\n\r\n")[2])
+    assert len(base64.b64decode(body["data"][0]["embedding"])) == 32 * 4
+    with pytest.raises(ConnectionError):
+        connect(process)
+    log = process.log.read_text()
+    assert "Traceback" not in log
+    assert "three" not in log
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["{model}", "--port", "{taken}"], "error: port {taken} of 127.0.0.1 is taken by another program: stop it, or"),
+        (["{model}", "--host", "192.0.2.1", "--port", "0"], "error: --host 192.0.2.1 cannot be listened on ("),
+        (["{model}", "--host", "no.such.name.invalid"], "error: --host no.such.name.invalid is no address or name of"),
+        (["{folder}/none", "--port", "0"], "error: "),
+        (["{folder}", "--port", "0"], "error: {folder} is a folder without a model"),
+        (["{model}", "--index", "{folder}/none", "--port", "0"], "error: There is no index at {folder}/none"),
+        (["{model}", "--device", "gpu", "--port", "0"], "error: device='gpu' is no device"),
+    ],
+    ids=["port", "host", "name", "missing", "no-model", "no-index", "device"],
+)
+def test_what_keeps_a_server_from_starting(words, line, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "notes.txt").write_text("")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        names = {"model": digits / "vit", "folder": tmp_path, "taken": taken.getsockname()[1]}
+        assert main(["serve", *[word.format(**names) for word in words]]) == 1
+    [last] = [one for one in capsys.readouterr().err.splitlines() if "error" in one]
+    assert last.startswith(line.format(**names))
+
+
+def test_index_of_another_model_is_refused_by_its_name(digits: Path, tmp_path: Path, plain_model, images, capsys):
+    pytest.importorskip("lancedb")
+    from hf_clip.search.image_index import ImageIndex
+
+    (tmp_path / "photos").mkdir()
+    images[0].save(tmp_path / "photos" / "a.png")
+    ImageIndex.open(tmp_path / "index", model=plain_model[0], processor=plain_model[1]).add(tmp_path / "photos")
+    assert main(["serve", str(digits / "resnet"), "--index", str(tmp_path / "index"), "--port", "0"]) == 1
+    error = capsys.readouterr().err
+    assert "was made of another model" in error
+    assert f"{digits / 'vit'}" in error
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr("hf_clip.extras.is_there", lambda module: module != "uvicorn")
+    assert main(["serve", "nothing"]) == 1
+    assert 'hf-clip serve needs uvicorn, which this Python does not have: pip install "hf-clip[serve]"' in (
+        capsys.readouterr().err
+    )
