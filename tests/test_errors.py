@@ -22,6 +22,8 @@ from hf_clip.model.repair_text import TextError
 from hf_clip.model.text_ends import EndOfTextError
 from hf_clip.search.embedding_place import EmbeddingFilesError
 from hf_clip.search.index_table import SearchIndexError
+from hf_clip.serve.batching import QueueFullError
+from hf_clip.serve.request_error import RequestError
 from hf_clip.training.checkpoint import UnwrittenCheckpointError
 from hf_clip.training.data.loader import WorkerKilledError
 from hf_clip.training.feature_store import StaleFeaturesError
@@ -54,6 +56,8 @@ MADE: list[BaseException] = [
     ProcessGoneError("process 1"),
     SearchIndexError("there is no index", "photos-index"),
     EmbeddingFilesError("a file is damaged", "embeddings-00000.parquet"),
+    QueueFullError("text", 3),
+    RequestError(429, "too much waits", "overloaded", "input", {"Retry-After": "3"}),
 ]
 
 

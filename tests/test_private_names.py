@@ -193,7 +193,7 @@ def members_of(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             for inner in node.body:
-                if isinstance(inner, (ast.FunctionDef, ast.ClassDef)):
+                if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                     found.add(inner.name)
                 elif isinstance(inner, (ast.Assign, ast.AnnAssign)):
                     targets = inner.targets if isinstance(inner, ast.Assign) else [inner.target]
@@ -207,7 +207,8 @@ def members_of(tree: ast.AST) -> set[str]:
 
 def names_in(tree: ast.AST) -> set[str]:
     """Every function, class and variable of a file, and what it imports of ours."""
-    found = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    found = {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
     found |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     return found
 
