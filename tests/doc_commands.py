@@ -1,6 +1,7 @@
 """The command lines of the pages, read by the parsers of the programs that they name, and never carried out here."""
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -109,12 +110,27 @@ def read_by_python(words: Sequence[str]) -> None:
     read_by_argparse(words[1], words[2:])
 
 
+def read_by_curl(words: Sequence[str]) -> None:
+    """Raises ValidationError for a body that the server would refuse. What `echo` writes for curl is read by it too."""
+    from hf_clip.serve.classify_request import ClassifyRequest
+    from hf_clip.serve.embedding_request import EmbeddingRequest
+    from hf_clip.serve.search_request import SearchRequest
+
+    kinds = {"embeddings": EmbeddingRequest, "classify": ClassifyRequest, "search": SearchRequest}
+    kind = kinds[words[0].rpartition("/")[2]]
+    body = words[words.index("-d") + 1]
+    if not body.startswith("@"):
+        kind.model_validate_json(body)
+
+
 READERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "hf-clip": read_by_hf_clip,
     "accelerate": lambda words: read_by_accelerate(words[1:]),
     "pip": read_by_pip,
     "make": read_by_make,
     "python": read_by_python,
+    "curl": read_by_curl,
+    "echo": lambda words: json.loads(words[0]),
 }
 
 
