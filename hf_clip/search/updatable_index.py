@@ -19,6 +19,10 @@ from .unchanged_folders import remember_unchanged
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+OPTIMIZED_FROM = 500
+"""Images to encode from which on a model is optimized first: that takes seconds, and a fifth or so of each image's time
+is saved (ViT-B/32 on 2 cores of an AMD EPYC: 5 s, and 10 to 15 ms of 65)."""
+
 
 class UpdatableIndex:
     """An index of images.
@@ -34,6 +38,7 @@ class UpdatableIndex:
         self.tables = tables
         self._model, self._processor = model, processor
         self._model_place = name or tables.description.model
+        self._is_own_model = False  # loaded here, and in nobody else's hands
 
     @classmethod
     def open(
@@ -65,7 +70,9 @@ class UpdatableIndex:
             model, processor = load(name) if is_named else (model, processor)
             tables = IndexTables.create(str(place), describe(model, processor, name))
             tables.note(MODEL_FILES, model_files(name))
-            return cls(tables, model, processor)
+            made = cls(tables, model, processor)
+            made._is_own_model = is_named
+            return made
         if not is_named:
             if model is not None:
                 check_model(tables, describe(model, processor, name))
@@ -109,7 +116,18 @@ class UpdatableIndex:
         if not is_same_model(self.tables, name):
             check_model(self.tables, describe(model, processor, name))
             self.tables.note(MODEL_FILES, model_files(name))
-        self._model, self._processor = model, processor
+        self._model, self._processor, self._is_own_model = model, processor, True
+
+    def _optimize_model(self, count: int) -> None:
+        """Optimize the model if it has many images to encode. Its embeddings stay the same up to rounding.
+
+        Only a model that was loaded here, onto the CPU: whoever passed one may want to train it.
+        """
+        self.load_model()
+        if self._is_own_model and count >= OPTIMIZED_FROM and self._model.device.type == "cpu":
+            from ..evaluation.feature_cache import optimize_and_remember
+
+            optimize_and_remember(self._model)
 
     def add(
         self,
@@ -151,6 +169,7 @@ class UpdatableIndex:
             if plan.to_encode:
                 from .index_encoding import encode_planned
 
+                self._optimize_model(len(plan.to_encode))
                 with progress_bar("Indexing images", "image", len(plan.to_encode), progress) as advance:
                     changes = encode_planned(
                         self.tables,

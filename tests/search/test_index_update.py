@@ -275,3 +275,23 @@ def test_index_of_another_version(photos: Path, new_index: NewIndex, tmp_path: P
     monkeypatch.setattr("hf_clip.search.index_table.FORMAT", 2)
     with pytest.raises(SearchIndexError, match="has layout 1, and this version reads layout 2"):
         new_index()
+
+
+def test_optimized_model_gives_the_same_embeddings(
+    photos: Path, tmp_path: Path, new_index: NewIndex, small_model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("hf_clip.search.updatable_index.OPTIMIZED_FROM", 6)
+    plain = new_index("plain")
+    plain.add(photos)
+    assert plain.model.optimizations is None, "a model that was passed is its owner's"
+    index = ImageIndex.open(tmp_path / "optimized", model=small_model[2])
+    index.add(photos)
+    assert index.model.optimizations is not None
+    assert index.tables.description == plain.tables.description
+    expected, found = paths_of(plain), paths_of(index)
+    for path, row in expected.items():
+        assert row["embedding"] == pytest.approx(
+            found[path]["embedding"], abs=1e-3
+        )  # float16 rounds to 2.4e-4 near 0.5
+    make_image(70).save(photos / "new.png")
+    assert ImageIndex.open(tmp_path / "optimized", model=index.model, processor=index.processor).add(photos).added == 1
