@@ -123,12 +123,14 @@ def test_other_programs_get_everything_at_once():
 
     assert _is_without_torch(["/usr/bin/hf-clip", "classify", "m", "i", "--onnx"])
     assert _is_without_torch(["hf-clip.exe", "--traceback", "classify", "--onnx", "m"])
+    for words in (["hf-clip"], ["hf-clip", "--help"], ["hf-clip", "finetune", "--help"], ["hf-clip", "search", "x"]):
+        assert _is_without_torch(words)
     for words in (
         ["script.py", "classify", "--onnx"],
         ["hf-clip", "classify", "m"],
         ["hf-clip", "classify", "m", "--", "--onnx"],
         ["hf-clip", "export-onnx", "classify", "--onnx"],
-        ["hf-clip"],
+        ["hf-clip", "finetune", "--", "--help"],
         [],
     ):
         assert not _is_without_torch(words)
