@@ -46,6 +46,10 @@ def search(
             show_default=False,
         ),
     ] = None,
+    quantized: Annotated[
+        str | None,
+        typer.Option(help="Search what `hf-clip quantize` wrote: int8, bits, or its file.", metavar="KIND|FILE"),
+    ] = None,
     all_copies: Annotated[bool, typer.Option("--all-copies", help="Show near duplicates by themselves.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     page: Annotated[str | None, typer.Option("--html", help="Write a page with thumbnails.", metavar="PAGE")] = None,
@@ -81,7 +85,10 @@ def search(
     from ..search import result_output  # imports torch, for which a missing index need not wait
     from ..search.image_index import ImageIndex
 
-    found = ImageIndex(tables).search(parts, top=top, where=filter, templates=templates or None, folded=not all_copies)
+    searched = ImageIndex(tables)
+    if quantized is not None:
+        searched.use_quantized(quantized)
+    found = searched.search(parts, top=top, where=filter, templates=templates or None, folded=not all_copies)
     title = " ".join(
         [*(queries or ()), *(f"more like {id}" for id in more_like or ()), *(f"− {word}" for word in minus or ())]
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .exact_scan import EmbeddingMatrix, sample_places
 from .near_duplicates import LEAST_SIMILARITY, MOST_BITS, fold, group_duplicates, known_hashes
+from .quantized_files import read_quantized
 from .query import QueryPart, combine_parts, encode_parts, parse_query
 from .updatable_index import UpdatableIndex
 
@@ -65,13 +66,29 @@ class ImageIndex(UpdatableIndex):
     """An index of images: what `UpdatableIndex` does, and search."""
 
     _matrix: EmbeddingMatrix | None = None
+    _quantized: str | None = None
 
     def matrix(self) -> EmbeddingMatrix:
         """All embeddings in memory, read again where the index has changed."""
         self.tables.images.checkout_latest()
         if self._matrix is None or self._matrix.version != self.tables.images.version:
-            self._matrix = EmbeddingMatrix.read(self.tables)
+            which = self._quantized
+            self._matrix = EmbeddingMatrix.read(self.tables) if which is None else read_quantized(self.tables, which)
         return self._matrix
+
+    def use_quantized(self, which: str | None) -> None:
+        """Search quantized embeddings from now on: faster, and in less memory.
+
+        Args:
+            which: "int8" or "bits", which `hf-clip quantize` wrote into the index, or a file of it. None: search exact
+                embeddings again.
+
+        Raises:
+            QuantizedFileError: There is no such file, or it is damaged. A ValueError; its `path` is the file.
+            SearchIndexError: The index has changed since it was quantized.
+        """
+        self._quantized, self._matrix = which, None
+        self.matrix()
 
     def direction(self, query: str | Sequence[QueryPart], templates: Any = None) -> Tensor:
         """Encode a query as one direction (D,) of length one; see `query`."""

@@ -242,7 +242,7 @@ class QuantizedMatrix(EmbeddingMatrix):
     def similarities(self, queries: Tensor) -> Tensor:
         """Cosine similarities of queries with all images: of the best `rescored` by float16, of others by their codes.
 
-        No other image is above the best.
+        All others are below these.
 
         Args:
             queries: (Q, D) float32, of length one.
@@ -252,7 +252,8 @@ class QuantizedMatrix(EmbeddingMatrix):
         """
         found = self.codes.similarities(queries)
         scores, places = self._rescore(found, queries, min(self.rescored, len(self)))
-        found.clamp_(max=scores.amin(1, keepdim=True))
+        worst = scores.amin(1, keepdim=True)
+        found = torch.minimum(found, worst.nextafter(torch.full_like(worst, -torch.inf)))
         return found.scatter_(1, places, scores)
 
     def nearest(self, queries: Tensor, top: int, oversample: int | None = None) -> tuple[Tensor, Tensor]:
@@ -328,7 +329,8 @@ def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
             state.update(f"{name}={value}\0".encode())
     for name, tensor in sorted(tensors.items()):
         state.update(f"{name} {tuple(tensor.shape)}\0".encode())
-        state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        content: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        state.update(content)
     return state.hexdigest()
 
 
