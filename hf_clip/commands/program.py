@@ -24,7 +24,7 @@ from ..model.checked_files import LONGEST_LINE, one_line
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Use a model": ("classify", "evaluate", "info"),
-    "Search": ("index", "search", "embed", "quantize", "duplicates", "tag", "caption"),
+    "Search": ("index", "search", "embed", "quantize", "duplicates", "tag", "caption", "curate"),
     "Server": ("serve",),
     "Checkpoints": ("convert", "publish", "export-onnx"),
     "Training": ("finetune", "mine-negatives"),

@@ -1,0 +1,137 @@
+"""`hf-clip curate`: scores of a data set's images, and the rows that are worth keeping."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+SOME_FAILED = 2
+"""Exit status: the result is written, but some images could not be opened."""
+
+
+def curate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of images; or a data set: a repository on the Hub, a saved one, CSV, JSON lines, parquet or "
+            "webdataset files, which are streamed.",
+            metavar="DATASET",
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Argument(
+            help="A table NAME.parquet, or a new folder, which is filled with webdataset tars.", metavar="OUT"
+        ),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names.",
+            show_default=False,
+        ),
+    ],
+    head: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A head of scores, such as aesthetic: its name beside the model, its file, or the .pth file of a "
+            "LAION-Aesthetics predictor.",
+            metavar="HEAD",
+        ),
+    ] = None,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="Look for near duplicates; all images are compared with one another.")
+    ] = False,
+    labels: Annotated[
+        str | None, typer.Option(help="Labels that may become tags: A,B,… or a file with one on each line.")
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help='Keep the rows that fulfil this condition, in SQL over the columns, such as "clip_score > 0.28 AND '
+            'NOT duplicate".',
+            metavar="CONDITION",
+        ),
+    ] = None,
+    top_fraction: Annotated[
+        tuple[str, float] | None,
+        typer.Option(help="Of what --keep leaves, keep the part with the highest scores.", metavar="SCORE PART"),
+    ] = None,
+    images: Annotated[bool, typer.Option("--images", help="Write the images into the table too.")] = False,
+    picture: Annotated[str | None, typer.Option(help="Draw histograms of the scores, a PNG.", metavar="FILE")] = None,
+    split: Annotated[str | None, typer.Option(help="The split of a data set; by default train.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="The column of a data set that holds the images.")] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="The column of a data set that holds captions, or a template over its columns.")
+    ] = None,
+    image_folders: Annotated[
+        list[str] | None,
+        typer.Option(help="More folders whose images the rows of a data set may name; only for rows you trust."),
+    ] = None,
+    tar_rows: Annotated[int, typer.Option(help="Rows of a tar.", min=1)] = 10_000,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Decode large JPEGs in full, and not at a half, a quarter or an eighth of their size."
+        ),
+    ] = False,
+    errors: Annotated[bool, typer.Option("--errors", help="List the images that cannot be opened, and why.")] = False,
+    batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 16,
+    threads: Annotated[
+        int | None, typer.Option(help="How many threads open images; by default one for each core, at most 8.", min=1)
+    ] = None,
+) -> None:
+    """Score the images of a data set, and write the rows that are worth keeping.
+
+    clip_score is the cosine similarity of an image and its caption. A head gives any score that it was trained for. A
+    summary in JSON stands beside the result. The result appears when it is whole.
+
+    Exit status: 0, all images were scored; 2, some could not be opened; 1, an error.
+
+    Examples:
+
+        hf-clip curate pairs/ scores.parquet --model clip-vit-l14/ --picture scores.png
+
+        hf-clip curate "shards/{000..099}.tar" best/ --model clip-vit-l14/ --top-fraction clip_score 0.3
+
+        hf-clip curate org/pairs kept.parquet --model clip-vit-l14/ --keep "clip_score > 0.28 AND NOT duplicate"
+
+        hf-clip curate photos/ good.parquet --model clip-vit-l14/ --head aesthetic --keep "aesthetic > 5"
+    """
+    from ..search.curation import curate as curate_source
+    from ..zero_shot.prompts import parse_labels
+
+    done = curate_source(
+        source,
+        out,
+        model=model,
+        heads=head or (),
+        duplicates=duplicates,
+        labels=None if labels is None else parse_labels(labels),
+        keep=keep,
+        top_fraction=top_fraction,
+        images=images,
+        picture=picture,
+        tar_rows=tar_rows,
+        split=split,
+        image_column=image_column,
+        caption_column=caption_column,
+        image_folders=image_folders or (),
+        batch_size=batch_size,
+        exact=exact,
+        threads=threads,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"{source}: {done.images:,} images, {done.kept:,} kept in {out}")
+    for name, found in done.summary["scores"].items():
+        if found["all"]["count"]:
+            values = "  ".join(f"{part} {found['all'][part]:.3f}" for part in ("5%", "50%", "95%"))
+            print(f"{name}: {values}")
+    if done.duplicates is not None:
+        print(f"near duplicates: {done.duplicates:,}")
+    if done.unreadable:
+        for path, problem in done.problems if errors else ():
+            print(f"{path}: {problem}", file=sys.stderr)
+        advice = "" if errors else "; --errors lists them"
+        print(f"{done.unreadable:,} images could not be opened{advice}", file=sys.stderr)
+        raise typer.Exit(SOME_FAILED)
