@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, Image, Value
@@ -15,13 +15,13 @@ IMAGE_SIZE = 24
 TRAINING = {"learning_rate": 2e-3, "weight_decay": 0.1, "augmentation": "none", "mask_duplicates": "on"}
 
 
-def pairs_of(images: Sequence, captions: Sequence[str]) -> Dataset:
+def pairs_of(images: Iterable, captions: Sequence[str]) -> Dataset:
     """A data set of images (arrays) and captions."""
     rows = {"image": [{"bytes": encode_png(image), "path": None} for image in images], "caption": list(captions)}
     return Dataset.from_dict(rows, features=Features({"image": Image(), "caption": Value("string")}))
 
 
-def train_model(folder: Path, images: Sequence, captions: Sequence[str], steps: int) -> Path:
+def train_model(folder: Path, images: Iterable, captions: Sequence[str], steps: int) -> Path:
     """Train the demo's ViT on pairs with the package's own trainer, once: what is there is taken.
 
     Args:
@@ -42,6 +42,10 @@ def train_model(folder: Path, images: Sequence, captions: Sequence[str], steps: 
     write_fresh_model(fresh, "larger", captions, seed=0)
     flags = {"model": fresh, "dataset": data, "output_dir": trained, "max_steps": steps, **TRAINING}
     program = Path(__file__).resolve().parents[2] / "finetune.py"
-    command = [sys.executable, str(program), *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+    command = [
+        sys.executable,
+        str(program),
+        *(str(word) for name, value in flags.items() for word in (f"--{name}", value)),
+    ]
     subprocess.run(command, check=True)
     return trained

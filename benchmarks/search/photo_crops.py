@@ -37,7 +37,7 @@ GROUPS = {
     "the sky": ("galaxies", "the moon"),
     "a person": ("an astronaut", "a man with a camera"),
 }
-FLIPS = {"": None, " upside down": Image.Transpose.FLIP_TOP_BOTTOM}
+FLIPS = ("", " upside down")
 TINTS = {"": (255, 255, 255), " in red light": (255, 90, 90), " in blue light": (90, 120, 255)}
 PHRASES = ("a photo of {}", "{}", "a close-up of {}")
 
@@ -56,7 +56,7 @@ def make_crop(photo: Image.Image, held_out: bool, flip: str, tint: str, choose: 
     left = min(left, width - side)
     top = choose.randint(0, height - side)
     crop = photo.crop((left, top, left + side, top + side)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
-    turned = crop if FLIPS[flip] is None else crop.transpose(FLIPS[flip])
+    turned = crop.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if flip else crop
     return Image.fromarray((np.asarray(turned) * (np.array(TINTS[tint]) / 255)).astype(np.uint8))
 
 

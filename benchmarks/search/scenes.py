@@ -126,8 +126,8 @@ def draw_scene(scene: Scene, choose: random.Random) -> Image.Image:
         r = side * (choose.uniform(0.19, 0.24) if len(things) == 2 else choose.uniform(0.22, 0.34))
         x = side * (0.5 if len(things) == 1 else 0.26 + 0.48 * number) + choose.uniform(-0.04, 0.04) * side
         y = side * (0.5 + choose.uniform(-0.18, 0.18))
-        tint = tuple(min(255, max(0, level + choose.randint(-12, 12))) for level in COLOURS[thing.colour])
-        _draw_shape(pen, thing.shape, x, y, r, tint)
+        red, green, blue = (min(255, max(0, level + choose.randint(-12, 12))) for level in COLOURS[thing.colour])
+        _draw_shape(pen, thing.shape, x, y, r, (red, green, blue))
     return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 

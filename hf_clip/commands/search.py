@@ -1,7 +1,7 @@
 """`hf-clip search`: find images of an index by text and by image."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +34,14 @@ def search(
         list[int] | None, typer.Option(help="The id of an image of the index, as a search shows it, to look for.")
     ] = None,
     top: Annotated[int, typer.Option(help="How many images to show at most.", min=1)] = 20,
+    cutoff: Annotated[
+        str,
+        typer.Option(
+            help="Where results end: auto, judged for each query by the index itself; a least score, such as 0.25; or "
+            "off, at --top.",
+            metavar="auto|off|SCORE",
+        ),
+    ] = "auto",
     filter: Annotated[
         str | None,
         typer.Option(help="A condition on columns of the index, such as \"path LIKE '%2023%' AND width > 1000\"."),
@@ -59,7 +67,8 @@ def search(
 ) -> None:
     """Search an index by text, by image, or by both.
 
-    Each line has a score (cosine similarity), the image's id, and its path.
+    Each line has a score (cosine similarity), the image's id, and its path. Results end where images no longer fit
+    the query, at --top at the latest; --cutoff off shows more.
 
     Exit status: 0, images were found; 2, none fits; 1, an error.
 
@@ -76,11 +85,13 @@ def search(
     from pathlib import Path
 
     from ..search.index_table import IndexTables, default_index
-    from ..search.query import parse_queries
+    from ..search.query import parse_queries, read_cutoff
 
     parts = parse_queries(queries or (), minus or (), more_like or ())
     if open_page and page is None:
         raise ValueError("--open opens the page that --html writes: give --html PAGE too.")
+    settings: dict[str, Any] = {"top": top, "where": filter, "templates": templates or None}
+    settings |= {"folded": not all_copies, "cutoff": read_cutoff(cutoff)}
     tables = IndexTables.open(os.path.expanduser(index or default_index()))
     from ..search import result_output  # imports torch, for which a missing index need not wait
     from ..search.image_index import ImageIndex
@@ -88,7 +99,7 @@ def search(
     searched = ImageIndex(tables)
     if quantized is not None:
         searched.use_quantized(quantized)
-    found = searched.search(parts, top=top, where=filter, templates=templates or None, folded=not all_copies)
+    found = searched.search(parts, **settings)
     title = " ".join(
         [*(queries or ()), *(f"more like {id}" for id in more_like or ()), *(f"− {word}" for word in minus or ())]
     )
@@ -106,5 +117,7 @@ def search(
     if failed:
         raise OSError(f"{len(failed)} of {len(found)} files could not be copied: {'; '.join(failed[:3])}")
     if not found:
-        print("no image of the index fits", file=sys.stderr)
+        best = found.best_score
+        nearest = "" if best is None else f": the nearest has a score of {best:.4f}, and --cutoff off shows it"
+        print(f"no image of the index fits{nearest}", file=sys.stderr)
         raise typer.Exit(NOTHING_FOUND)

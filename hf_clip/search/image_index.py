@@ -12,6 +12,7 @@ Example::
 Dimensions: I images, D embedding.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from torch import Tensor
 from .exact_scan import EmbeddingMatrix, sample_places
 from .near_duplicates import LEAST_SIMILARITY, MOST_BITS, fold, group_duplicates, known_hashes
 from .quantized_files import read_quantized
-from .query import QueryPart, combine_parts, encode_parts, parse_query
+from .query import AUTO, QueryPart, combine_parts, encode_parts, parse_query
+from .result_cutoff import ResultCutoff
 from .updatable_index import UpdatableIndex
 
 SAMPLE = 4096
@@ -62,11 +64,25 @@ class SearchResult:
     duplicates: list[str] = field(default_factory=list)
 
 
+class SearchResults(list[SearchResult]):
+    """What a search found, best first.
+
+    Attributes:
+        least_score: The score at which results end; infinite if no image fits.
+        best_score: The highest score of an image that the filter lets through. None: there is no such image.
+    """
+
+    def __init__(self, found: Sequence[SearchResult] = (), least_score: float = -math.inf, best: float | None = None):
+        super().__init__(found)
+        self.least_score, self.best_score = least_score, best
+
+
 class ImageIndex(UpdatableIndex):
     """An index of images: what `UpdatableIndex` does, and search."""
 
     _matrix: EmbeddingMatrix | None = None
     _quantized: str | None = None
+    _cutoff: ResultCutoff | None = None
 
     def matrix(self) -> EmbeddingMatrix:
         """All embeddings in memory, read again where the index has changed."""
@@ -93,11 +109,15 @@ class ImageIndex(UpdatableIndex):
     def direction(self, query: str | Sequence[QueryPart], templates: Any = None) -> Tensor:
         """Encode a query as one direction (D,) of length one; see `query`."""
         parts = parse_query(query) if isinstance(query, str) else query
-        matrix = self.matrix()
+        return self._combine(parts, self._encode(parts, templates))
+
+    def _encode(self, parts: Sequence[QueryPart], templates: Any) -> Tensor:
         of_ids = all(part.kind == "id" for part in parts)  # then no model is needed
-        vectors = encode_parts(
-            None if of_ids else self.model, None if of_ids else self.processor, parts, matrix.of, templates
-        )
+        model, processor = (None, None) if of_ids else (self.model, self.processor)
+        return encode_parts(model, processor, parts, self.matrix().of, templates)
+
+    def _combine(self, parts: Sequence[QueryPart], vectors: Tensor) -> Tensor:
+        matrix = self.matrix()
         sample = matrix.embeddings[sample_places(len(matrix), SAMPLE)]
         return combine_parts(vectors, [part.weight for part in parts], sample)
 
@@ -109,7 +129,8 @@ class ImageIndex(UpdatableIndex):
         where: str | None = None,
         templates: Any = None,
         folded: bool = True,
-    ) -> list[SearchResult]:
+        cutoff: str | float | None = None,
+    ) -> SearchResults:
         """Find images.
 
         Args:
@@ -119,9 +140,11 @@ class ImageIndex(UpdatableIndex):
             where: A condition on the index's columns, such as `path LIKE '%2023%'`.
             templates: What a text is put into, see `encode_text_query`.
             folded: Whether near duplicates are shown once.
+            cutoff: Where results end: "auto", judged for each query by the index itself (see `ResultCutoff`); a least
+                score; or None, at `top`.
 
         Returns:
-            Results, best first.
+            Results, best first. There are none if no image fits.
 
         Raises:
             QueryError: The query is empty or cannot be read.
@@ -129,19 +152,45 @@ class ImageIndex(UpdatableIndex):
         """
         if top < 1:
             raise ValueError(f"top is {top}, but must be at least 1.")
-        direction = query if isinstance(query, Tensor) else self.direction(query, templates)
+        if isinstance(cutoff, str) and cutoff != AUTO:
+            raise ValueError(f'cutoff is {cutoff!r}, but must be "{AUTO}", a score, or None.')
+        parts = vectors = None
+        if isinstance(query, Tensor):
+            direction = query
+        else:
+            parts = parse_query(query) if isinstance(query, str) else query
+            vectors = self._encode(parts, templates)
+            direction = self._combine(parts, vectors)
         matrix = self.matrix()
         if len(matrix) == 0:
-            return []
+            return SearchResults()
         scores = matrix.similarities(direction[None])[0]
+        least = self._least_score(cutoff, matrix, scores, parts, vectors, templates)
         if where is not None:
             allowed = self.tables.rows(["id"], where)["id"].to_pylist()
             mask = torch.ones(len(matrix), dtype=torch.bool)
             mask[matrix.places_of(allowed)] = False
             scores = scores.masked_fill(mask, -torch.inf)
         found = scores.topk(min(len(scores), top * (EXTRA_RESULTS if folded else 1)))
-        places = found.indices[found.values > -torch.inf]
-        return self._results(matrix, places, scores, folded)[:top]
+        best = float(found.values[0])
+        places = found.indices[(found.values > -torch.inf) & (found.values >= least)]
+        results = self._results(matrix, places, scores, folded)[:top]
+        return SearchResults(results, least, best if best > -math.inf else None)
+
+    def _least_score(
+        self,
+        cutoff: str | float | None,
+        matrix: EmbeddingMatrix,
+        scores: Tensor,
+        parts: Sequence[QueryPart] | None,
+        vectors: Tensor | None,
+        templates: Any,
+    ) -> float:
+        if cutoff is None or isinstance(cutoff, (int, float)):
+            return -math.inf if cutoff is None else float(cutoff)
+        self._cutoff = self._cutoff or ResultCutoff(self.tables)
+        encoder = lambda: (self.model, self.processor)  # noqa: E731  (loaded only if it is called)
+        return self._cutoff.least_score(matrix, scores, parts, vectors, encoder, templates)
 
     def _results(self, matrix: EmbeddingMatrix, places: Tensor, scores: Tensor, folded: bool) -> list[SearchResult]:
         ids = matrix.ids[places].tolist()
@@ -194,4 +243,4 @@ class ImageIndex(UpdatableIndex):
         return found
 
 
-__all__ = ["ImageIndex", "SearchResult"]
+__all__ = ["ImageIndex", "SearchResult", "SearchResults"]

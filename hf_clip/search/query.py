@@ -34,6 +34,10 @@ MINUS_WEIGHT = 0.5
 """Weight of what is subtracted with `--minus`: enough to push it down without changing what is searched."""
 
 
+AUTO = "auto"
+"""The cutoff that an index judges by itself."""
+
+
 class QueryError(ValueError):
     """A query cannot be read, or has nothing in it."""
 
@@ -208,7 +212,27 @@ def combine_parts(vectors: "Tensor", weights: Sequence[float], sample: "Tensor")
     return total / length
 
 
+def read_cutoff(word: str) -> str | float | None:
+    """Read the cutoff of a command line: auto, off (None), or a score.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if word.strip().lower() in ("auto", "off"):
+        return AUTO if word.strip().lower() == "auto" else None
+    try:
+        score = float(word)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(
+            f"The cutoff is {word!r}, but must be auto, off, or a score (cosine similarity), such as 0.25."
+        )
+    return score
+
+
 __all__ = [
+    "AUTO",
     "TEMPLATES",
     "QueryError",
     "QueryPart",
@@ -218,4 +242,5 @@ __all__ = [
     "is_short_noun",
     "parse_queries",
     "parse_query",
+    "read_cutoff",
 ]

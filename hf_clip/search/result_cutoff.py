@@ -1,0 +1,250 @@
+"""Where the results of a search end: judged by the index itself, since no score means the same for two queries.
+
+1. Reference queries tell what scores over this index are like: general nouns for texts, images of the index for
+   images. The spread of scores is the median of their standard deviations over the index.
+2. A query fits the index if the level of its scores, the logarithm of their mean exponential, stands out among the
+   levels of the reference queries. At a low sharpness the level tells of many images that fit somewhat, at a high one
+   of few that fit well.
+3. The images that fit hold the weight of a softmax over the index. Results end a few weighted standard deviations below
+   the weighted mean, where hardly any of that weight is left. A query for many images has lower and wider scores than
+   one for few, and its results end lower accordingly.
+
+Invariant: adding a number to all scores, or multiplying them, changes no result. The gap between texts and images
+(Liang et al. 2022) and the temperature of the model therefore do not matter.
+
+Dimensions: I images, Q queries, D embedding.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..zero_shot.features import encode_texts
+from ..zero_shot.prompts import read_templates
+from .exact_scan import EmbeddingMatrix, sample_places
+from .index_table import IndexTables
+from .query import TEMPLATES, QueryPart, is_short_noun
+from .reference_nouns import NOUNS
+
+SHARPNESS = 6.0
+"""Factor of a score, in units of the spread, before the softmax that gives images their weight."""
+
+REACH = 3.5
+"""Weighted standard deviations below the weighted mean at which results end."""
+
+LEAST_REACH = 3.0
+"""The same in logarithms of the weight, for few images of nearly equal scores."""
+
+TEXT_GATES = ((1.5, 1.5), (10.0, 0.75))
+"""Sharpness of a level, and how many steps above the median of the reference texts it has to be. One is enough."""
+
+IMAGE_GATES = ((40.0, -1.5),)
+"""The same for images. The reference images fit the index themselves: only what is far below them does not."""
+
+LEAST_STEP = 0.02
+"""Of the sharpness: levels of reference queries that are all alike tell nothing finer."""
+
+FEWEST_IMAGES = 20
+"""With fewer images nothing can be said about what scores are like, and all are results."""
+
+REFERENCE_IMAGES = 64
+SAMPLE = 4096
+"""Images by which the spread is measured."""
+
+BLOCK = 16
+"""Reference queries that are compared with all images at once."""
+
+NOTE = "reference scores"
+SIMILAR_COUNT = 0.1
+"""The reference scores are measured anew when the number of images has changed by this part."""
+
+
+@dataclass(frozen=True)
+class ReferenceScores:
+    """What the scores of reference queries over an index are like.
+
+    Attributes:
+        images: How many images the index had.
+        spread: Median standard deviation of a query's scores.
+        medians: For each gate the median of the levels.
+        steps: For each gate the distance from there to the level that 16 % of the reference queries lie below, which is
+            a standard deviation if levels are normally distributed.
+    """
+
+    images: int
+    spread: float
+    medians: list[float]
+    steps: list[float]
+
+    def lets_through(self, scores: Tensor, gates: Sequence[tuple[float, float]]) -> bool:
+        """Whether a query's scores (I,) stand out at one of the gates."""
+        levels = [float(level(scores[None] / self.spread, sharpness)) for sharpness, _ in gates]
+        return any(
+            found > median + least * step
+            for found, median, step, (_, least) in zip(levels, self.medians, self.steps, gates, strict=True)
+        )
+
+
+def level(scores: Tensor, sharpness: float) -> Tensor:
+    """Logarithm of the mean of exp(sharpness · score) over the images: (Q, I) → (Q,). Scores of -inf do not count."""
+    count = (scores > -torch.inf).sum(dim=1)
+    return torch.logsumexp(sharpness * scores, dim=1) - count.log()
+
+
+def end_of_results(scores: Tensor, spread: float) -> float:
+    """The least score of a result.
+
+    Args:
+        scores: (I,) of a query with all images.
+        spread: Of the scores of such queries.
+    """
+    scaled = scores * (SHARPNESS / spread)
+    weights = torch.softmax(scaled, dim=0)
+    mean = (weights * scaled).sum()
+    deviation = (weights * (scaled - mean) ** 2).sum().sqrt()
+    least = (mean - (REACH * deviation).clamp(min=LEAST_REACH)) * (spread / SHARPNESS)
+    return min(float(least), float(scores.max()))  # of rounding
+
+
+def least_score(scores: Tensor, reference: ReferenceScores, gates: Sequence[tuple[float, float]]) -> float:
+    """The least score of a result of one text or one image: inf if it does not fit the index."""
+    return end_of_results(scores, reference.spread) if reference.lets_through(scores, gates) else math.inf
+
+
+def measure_references(
+    matrix: EmbeddingMatrix, queries: Tensor, gates: Sequence[tuple[float, float]], places: Tensor | None = None
+) -> ReferenceScores:
+    """Compare reference queries with all images.
+
+    Args:
+        matrix: The embeddings of the index.
+        queries: (Q, D) of length one.
+        gates: Of their kind.
+        places: Rows of the index that the queries are, which are not compared with themselves.
+    """
+    sample = matrix.embeddings[sample_places(len(matrix), SAMPLE)].float()
+    spread = float((queries @ sample.T).std(dim=1).median().clamp(min=1e-6))
+    found = []
+    for first in range(0, len(queries), BLOCK):
+        scores = matrix.similarities(queries[first : first + BLOCK]) / spread
+        if places is not None:
+            scores[torch.arange(len(scores)), places[first : first + BLOCK]] = -torch.inf
+        found.append(torch.stack([level(scores, sharpness) for sharpness, _ in gates]))
+    levels = torch.cat(found, dim=1)  # (gates, Q)
+    medians = levels.median(dim=1).values
+    least_steps = torch.tensor([LEAST_STEP * sharpness for sharpness, _ in gates])
+    steps = torch.maximum(medians - levels.quantile(0.16, dim=1), least_steps)
+    return ReferenceScores(len(matrix), spread, medians.tolist(), steps.tolist())
+
+
+class ResultCutoff:
+    """Says for each query over one index where its results end.
+
+    What the reference queries gave is kept in the index, if it can be written to.
+
+    Args:
+        tables: The tables of the index.
+    """
+
+    def __init__(self, tables: IndexTables):
+        self.tables = tables
+        self._known: dict[str, ReferenceScores] = {}
+
+    def references(
+        self, kind: str, matrix: EmbeddingMatrix, model_and_processor: Callable[[], tuple[Any, Any]]
+    ) -> ReferenceScores:
+        """The scores of reference queries of a kind, "texts" or "images"; measured if they are not known."""
+        if not self._known:
+            self._known = {name: ReferenceScores(**values) for name, values in self.tables.noted(NOTE, {}).items()}
+        known = self._known.get(kind)
+        if known is not None and abs(known.images - len(matrix)) <= SIMILAR_COUNT * known.images:
+            return known
+        if kind == "texts":
+            prompts = [TEMPLATES[0].format(noun) for noun in NOUNS]
+            model, processor = model_and_processor()
+            features = encode_texts(model, processor, prompts, truncation=True).float().cpu()
+            measured = measure_references(matrix, features, TEXT_GATES)
+        else:
+            places = sample_places(len(matrix), REFERENCE_IMAGES)
+            measured = measure_references(matrix, matrix.embeddings[places].float(), IMAGE_GATES, places)
+        self._known[kind] = measured
+        self._keep()
+        return measured
+
+    def _keep(self) -> None:
+        # Where nobody may write, the next process measures it again. These are the errors that LanceDB has.
+        with suppress(OSError, RuntimeError, ValueError):
+            self.tables.note(NOTE, {name: asdict(values) for name, values in self._known.items()})
+
+    def least_score(
+        self,
+        matrix: EmbeddingMatrix,
+        scores: Tensor,
+        parts: Sequence[QueryPart] | None,
+        vectors: Tensor | None,
+        model_and_processor: Callable[[], tuple[Any, Any]],
+        templates: Any = None,
+    ) -> float:
+        """The least score of a result: -inf if all are results, inf if nothing fits.
+
+        A query of several parts fits if one of those that are not subtracted does. What an image of the index is
+        searched by, and a direction of which nothing else is known, always fits.
+
+        Args:
+            matrix: The embeddings of the index.
+            scores: (I,) of the query with all images.
+            parts: Of the query. None: of a direction that the caller gave.
+            vectors: (parts, D), a vector for each part.
+            model_and_processor: Called if texts have to be encoded.
+            templates: What the texts of the query were put into.
+        """
+        deviation = float(scores.std()) if len(scores) > 1 else 0.0
+        if len(matrix) < FEWEST_IMAGES or not math.isfinite(deviation) or deviation < 1e-5:
+            return -math.inf
+        if parts is None or vectors is None:
+            return end_of_results(scores, deviation)
+        kinds = ["texts" if part.kind == "text" else "images" for part in parts]
+        added = [place for place, part in enumerate(parts) if part.weight > 0]
+        known = {kind: self.references(kind, matrix, model_and_processor) for kind in {kinds[place] for place in added}}
+        is_single = len(parts) == 1
+        fits = any(parts[place].kind == "id" for place in added)
+        for place in added if not fits else ():
+            if is_single and not _is_put_into_templates(parts[place], templates):
+                own = scores
+            else:
+                vector = _as_reference(parts[place], vectors[place], model_and_processor, templates)
+                own = matrix.similarities(vector[None])[0]
+            gates = TEXT_GATES if kinds[place] == "texts" else IMAGE_GATES
+            fits = fits or known[kinds[place]].lets_through(own, gates)
+        if not fits:
+            return math.inf
+        return end_of_results(scores, known[kinds[0]].spread if is_single else deviation)
+
+
+def _is_put_into_templates(part: QueryPart, templates: Any) -> bool:
+    return part.kind == "text" and (templates is not None or is_short_noun(part.value))
+
+
+def _as_reference(
+    part: QueryPart, vector: Tensor, model_and_processor: Callable[[], tuple[Any, Any]], templates: Any
+) -> Tensor:
+    """A part's vector as the reference queries have theirs: of one prompt, since a mean of several scores higher."""
+    if not _is_put_into_templates(part, templates):
+        return vector
+    functions, _ = read_templates(TEMPLATES if templates is None else templates)
+    model, processor = model_and_processor()
+    return encode_texts(model, processor, [functions[0](part.value)], truncation=True)[0].float().cpu()
+
+
+__all__ = [
+    "ReferenceScores",
+    "ResultCutoff",
+    "end_of_results",
+    "least_score",
+    "measure_references",
+]
