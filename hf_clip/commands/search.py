@@ -111,7 +111,7 @@ def search(
     if as_json:
         print(result_output.as_json(found))
     else:
-        print(*result_output.format_lines(found, links=sys.stdout.isatty()), sep="\n")
+        print(*result_output.format_lines(found, links=sys.stdout.isatty()), sep="\n", end="\n" if found else "")
     if open_page and page is not None:
         webbrowser.open(Path(page).resolve().as_uri())
     if failed:
