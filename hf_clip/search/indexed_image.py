@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 THUMBNAIL_SIDE = 160
 """Longer side of a thumbnail in pixels, of which a page shows many."""
 THUMBNAIL_QUALITY = 55
+TINY_SIDE, TINY_QUALITY = 64, 95
+"""An image of so few pixels is shown enlarged, and takes few bytes anyway."""
 
 MOST_BYTES = 512 << 20
 """Largest file that is read."""
@@ -95,7 +97,10 @@ def make_thumbnail(image: Image.Image) -> bytes:
         small = small.convert("RGBA")
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
     file = BytesIO()
-    small.convert("RGB").save(file, "JPEG", quality=THUMBNAIL_QUALITY)
+    how = (
+        {"quality": TINY_QUALITY, "subsampling": 0} if max(small.size) <= TINY_SIDE else {"quality": THUMBNAIL_QUALITY}
+    )
+    small.convert("RGB").save(file, "JPEG", **how)
     return file.getvalue()
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .image_index import SearchResult
 from .index_table import shown_path
 from .indexed_image import THUMBNAIL_SIDE, make_thumbnail
 
-CELL, MARGIN, CAPTION_HEIGHT, COLUMNS = 160, 8, 16, 6
+CELL, MARGIN, CAPTION_HEIGHT, COLUMNS = 160, 8, 30, 6
 """Of a sheet, in pixels and cells."""
 
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
@@ -37,6 +37,7 @@ ul {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)
 li {{ list-style: none }}
 a {{ color: inherit; text-decoration: none }}
 img {{ width: 100%; height: 160px; object-fit: contain; background: #eee; border-radius: 6px }}
+img.tiny {{ display: block; border-radius: 0; image-rendering: pixelated }}
 small {{ display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }}
 </style>
 <h1>{title}</h1>
@@ -97,6 +98,23 @@ def thumbnail_of(result: SearchResult) -> bytes:
         return b""
 
 
+def whole_factor(width: int, height: int) -> int:
+    """By how much a tiny image is enlarged to be seen: the largest whole factor with which it fits a cell."""
+    return max(1, min(CELL // max(width, 1), CELL // max(height, 1)))
+
+
+def _enlarged_on_page(thumbnail: bytes) -> str:
+    """Attributes of a page's image that show a tiny one in whole pixels. Empty for others."""
+    if not thumbnail:
+        return ""
+    with Image.open(BytesIO(thumbnail)) as image:
+        width, height = (side * whole_factor(*image.size) for side in image.size)
+        if image.size == (width, height):
+            return ""
+    above, beneath = (CELL - height) // 2, CELL - height - (CELL - height) // 2
+    return f' class="tiny" style="width: {width}px; height: {height}px; margin: {above}px auto {beneath}px"'
+
+
 def write_page(path: str | Path, results: Sequence[SearchResult], title: str) -> None:
     """Write a page with all thumbnails in it, which needs no other file."""
     items = []
@@ -108,14 +126,15 @@ def write_page(path: str | Path, results: Sequence[SearchResult], title: str) ->
         more = f" (+{len(result.duplicates)})" if result.duplicates else ""
         items.append(
             f'<li><a href="{html.escape(where)}" title="{html.escape(shown_path(result.path))}">'
-            f'<img src="{source}" alt="{name}"><small>{result.score:.3f}{more} {name}</small></a></li>'
+            f'<img src="{source}" alt="{name}"{_enlarged_on_page(thumbnail)}>'
+            f"<small>{result.score:.3f}{more} {name}</small></a></li>"
         )
     with whole_file(path) as unfinished:
         unfinished.write_text(PAGE.format(title=html.escape(title), items="\n".join(items)), encoding="utf-8")
 
 
 def draw_sheet(results: Sequence[SearchResult]) -> Image.Image:
-    """A sheet of thumbnails with their scores, in rows."""
+    """A sheet of thumbnails with their scores and the names of their files, in rows."""
     columns = min(COLUMNS, max(1, len(results)))
     rows = -(-len(results) // columns)
     step = CELL + MARGIN
@@ -125,11 +144,24 @@ def draw_sheet(results: Sequence[SearchResult]) -> Image.Image:
         left = MARGIN + number % columns * step
         top = MARGIN + number // columns * (step + CAPTION_HEIGHT)
         content = thumbnail_of(result)
-        with Image.open(BytesIO(content)) if content else Image.new("RGB", (CELL, CELL), "#eee") as thumbnail:
-            sheet.paste(thumbnail, (left + (CELL - thumbnail.width) // 2, top + (CELL - thumbnail.height) // 2))
+        with Image.open(BytesIO(content)) if content else Image.new("RGB", (CELL, CELL), "#eee") as image:
+            factor = whole_factor(*image.size)
+            thumbnail = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        sheet.paste(thumbnail, (left + (CELL - thumbnail.width) // 2, top + (CELL - thumbnail.height) // 2))
         more = f" +{len(result.duplicates)}" if result.duplicates else ""
         pen.text((left, top + CELL + 1), f"{result.score:.3f}{more}", fill="black")
+        name = _short_name(printable(os.path.basename(result.path)), pen.textlength)
+        pen.text((left, top + CELL + 14), name, fill="#555")
     return sheet
+
+
+def _short_name(name: str, length_of: Callable[[str], float]) -> str:
+    """A name that fits a cell: its middle is left out, since beginning and end tell files apart."""
+    kept, short = len(name), name
+    while length_of(short) > CELL and kept > 2:
+        kept -= 1
+        short = f"{name[: kept - kept // 2]}…{name[len(name) - kept // 2 :]}"
+    return short
 
 
 def write_sheet(path: str | Path, results: Sequence[SearchResult]) -> None:

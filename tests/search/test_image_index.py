@@ -148,7 +148,7 @@ def test_what_a_search_writes(photos: Path, index: ImageIndex, tmp_path: Path, c
     assert "&lt;b&gt; &amp; &quot;c&quot;.png" in page
     result_output.write_sheet(tmp_path / "sheet.png", found)
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (6 * 168 + 8, 184 + 8)
+        assert sheet.size == (6 * 168 + 8, 198 + 8)
     assert result_output.copy_results(tmp_path / "copies", found[:2]) == []
     copied = sorted(path.name for path in (tmp_path / "copies").iterdir())
     assert copied == [f"{rank}-{Path(result.path).name}" for rank, result in enumerate(found[:2], start=1)]
@@ -189,3 +189,25 @@ def test_folder_that_is_not_there(photos: Path, index: ImageIndex, tmp_path: Pat
         status, _, err = run(capsys, "index", folder, "--into", tmp_path / "index")
         assert (status, err.count("\n")) == (1, 1)
         assert message in err
+
+
+def test_tiny_images_are_shown_in_whole_pixels(tmp_path: Path):
+    """An image of 16 x 10 pixels becomes one of 160 x 100, on sheets and on pages."""
+    from hf_clip.search import result_output
+    from hf_clip.search.image_index import SearchResult
+    from hf_clip.search.indexed_image import make_thumbnail
+
+    levels = np.full((10, 16, 3), 255, dtype=np.uint8)
+    levels[:, 8:] = (200, 0, 0)
+    long = "a-very-long-name-of-a-photograph-from-the-north-of-the-island-0042.jpg"
+    found = [SearchResult(1, f"/x/{long}", 0.5, 16, 10, thumbnail=make_thumbnail(Image.fromarray(levels)))]
+    sheet = np.asarray(result_output.draw_sheet(found)).astype(int)[38:138, 8:168]
+    assert abs(sheet - levels.repeat(10, axis=0).repeat(10, axis=1)).max() < 16
+    name = result_output._short_name(long, lambda text: 5.0 * len(text))
+    assert (len(name), name[:6], name[-8:]) == (32, "a-very", "0042.jpg")
+    assert result_output._short_name("a.jpg", lambda text: 5.0 * len(text)) == "a.jpg"
+    result_output.write_page(tmp_path / "page.html", found, "tiny")
+    assert (
+        'class="tiny" style="width: 160px; height: 100px; margin: 30px auto 30px"'
+        in (tmp_path / "page.html").read_text()
+    )
