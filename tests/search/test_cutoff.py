@@ -189,3 +189,15 @@ def test_search_and_command(tmp_path: Path, digits: Path, capsys: pytest.Capture
     assert len(capsys.readouterr().out.splitlines()) == 24
     assert main([*by_id, "--cutoff", "often"]) == 1
     assert capsys.readouterr().err.startswith("error: The cutoff is 'often', but must be auto, off, or a score")
+
+
+def test_an_index_that_nobody_may_write_to_is_searched_all_the_same():
+    class ReadOnly(Notes):
+        def note(self, name: str, value: Any) -> None:
+            raise OSError("read-only file system")
+
+    matrix, _ = make_matrix([40, 40])
+    cutoff = ResultCutoff(ReadOnly())  # type: ignore[arg-type]
+    found = cutoff.references("images", matrix, lambda: (None, None))
+    assert found.images == 80
+    assert cutoff.references("images", matrix, lambda: (None, None)) is found
