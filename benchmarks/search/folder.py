@@ -156,6 +156,7 @@ def measure(work: Path, rclip: str | None, threads: int, count: int) -> list[Tab
             seconds = run()
             table.rows.append(Row(name, "float32", count, [seconds]))
             table.notes.append(f"{name}: {seconds:.1f} s")
+            print(f"{table.title}, {table.notes[-1]}", file=sys.stderr, flush=True)
     if rclip is not None:
         least, images = compare_embeddings(index, database)
         if least < LEAST_COSINE or images != count:
