@@ -29,7 +29,7 @@ from .embedding_layouts import DTYPES, LAYOUTS
 from .embedding_place import FilePlace
 from .image_rows import EmbeddedRow, ImageRows, embed_captions, embed_rows, open_image_rows, rows_from
 from .index_model import describe, load
-from .index_table import only_writer
+from .index_writer import only_writer
 
 SHARD_ROWS = 10_000
 """Images of a shard: 10 MB in float16 at D = 512."""

@@ -12,7 +12,7 @@ Dimensions: D embedding.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.whole_file import whole_file
 from ..extras import require
+from .index_errors import SearchIndexError, damaged, in_words, known_problem, reason_of
+from .index_writer import only_writer
+from .row_filter import FilterError, check_filter
 
 if TYPE_CHECKING:
     import pyarrow  # type: ignore[import-untyped]
@@ -37,21 +40,6 @@ INDEX_VARIABLE = "HF_CLIP_INDEX"
 
 COMMITS_KEPT_APART = 100
 """Commits after which the pieces that they left are joined, since each piece takes time in every search."""
-
-
-class SearchIndexError(ValueError):
-    """An index is missing, of another model, of another version, or in use.
-
-    Attributes:
-        index: The index's folder or address.
-    """
-
-    def __init__(self, message: str, index: str = ""):
-        super().__init__(message, index)
-        self.index = index
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -148,13 +136,17 @@ def connect(place: str) -> Any:
     try:
         return lancedb.connect(place)
     except Exception as error:  # Rust's errors come as RuntimeError, OSError or ValueError
-        raise SearchIndexError(f"The index {place} cannot be reached ({error}).", place) from error
+        problem = known_problem(place, error) or f"The index {place} cannot be reached ({reason_of(error)})."
+        raise SearchIndexError(problem, place) from error
 
 
 def _check_folder(folder: Path) -> None:
     if folder.is_file():
         raise SearchIndexError(f"{folder} is a file, but an index is a folder: name another.", str(folder))
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
+    with in_words(str(folder)):
+        is_ours = (folder / MARK).is_file() or (folder / f"{IMAGES}.lance").is_dir()  # `open` looks into the table
+        is_of_others = folder.is_dir() and any(folder.iterdir()) and not is_ours
+    if is_of_others:
         raise SearchIndexError(
             f"The folder {folder} holds other files, and no index: name an empty or a new folder.", str(folder)
         )
@@ -166,26 +158,27 @@ class IndexTables:
     Args:
         place: Folder or address.
         description: What the embeddings were made of.
-        images: LanceDB's table of images.
-        problems: Of files that could not be opened.
-        notes: Of names and values.
+        database: LanceDB's connection.
+        tables: LanceDB's tables by their names: of images, of files that could not be opened, of names and values.
     """
 
-    def __init__(self, place: str, description: IndexDescription, images: Any, problems: Any, notes: Any):
-        self.place, self.description = place, description
-        self.images, self.problems, self.notes = images, problems, notes
+    def __init__(self, place: str, description: IndexDescription, database: Any, tables: Mapping[str, Any]):
+        self.place, self.description, self.database = place, description, database
+        self.images, self.problems, self.notes = (tables[name] for name in (IMAGES, PROBLEMS, NOTES))
         self.commits = 0
+        self._check_writer: Callable[[], None] = lambda: None
 
     @classmethod
     def create(cls, place: str, description: IndexDescription) -> "IndexTables":
         """Make an empty index. What a killed attempt left is taken over."""
         database = connect(place)
-        if not is_address(place):
-            with whole_file(Path(place) / MARK) as unfinished:
-                unfinished.write_text(json.dumps({"what": "an index of hf_clip", "format": FORMAT}) + "\n")
         schemas = {PROBLEMS: _problem_schema(), NOTES: _note_schema(), IMAGES: image_schema(description)}
-        tables = {name: database.create_table(name, schema=schema, exist_ok=True) for name, schema in schemas.items()}
-        return cls(place, description, tables[IMAGES], tables[PROBLEMS], tables[NOTES])
+        with in_words(place):
+            if not is_address(place):
+                with whole_file(Path(place) / MARK) as unfinished:
+                    unfinished.write_text(json.dumps({"what": "an index of hf_clip", "format": FORMAT}) + "\n")
+            tables = {name: database.create_table(name, schema=each, exist_ok=True) for name, each in schemas.items()}
+        return cls(place, description, database, tables)
 
     @classmethod
     def open(cls, place: str) -> "IndexTables":
@@ -197,23 +190,46 @@ class IndexTables:
         if not is_address(place) and not Path(place).exists():
             raise _missing(place)
         database = connect(place)
-        if IMAGES not in database.list_tables().tables:
-            raise _missing(place)
-        images = database.open_table(IMAGES)
-        stored = (images.schema.metadata or {}).get(DESCRIPTION)
-        values = json.loads(stored) if stored else {}
+        with in_words(place):
+            names = set(database.list_tables().tables)
+            if IMAGES not in names:
+                raise _missing(place)
+            if lost := {PROBLEMS, NOTES} - names:
+                raise damaged(place, f"its table {min(lost)} is missing")
+            tables = {name: database.open_table(name) for name in (IMAGES, PROBLEMS, NOTES)}
+            stored = (tables[IMAGES].schema.metadata or {}).get(DESCRIPTION)
+            values = json.loads(stored) if stored else {}
         if values.get("format") != FORMAT or values.keys() != {field.name for field in fields(IndexDescription)}:
             raise SearchIndexError(
                 f"The index {place} has layout {values.get('format', 'unknown')}, and this version reads layout "
                 f"{FORMAT}: make it anew with `hf-clip index`, into another folder.",
                 place,
             )
-        return cls(place, IndexDescription(**values), images, database.open_table(PROBLEMS), database.open_table(NOTES))
+        return cls(place, IndexDescription(**values), database, tables)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep other processes from writing while the block runs, see `only_writer`."""
+        with only_writer(self.place, database=self.database) as check:
+            self._check_writer = check
+            try:
+                self.refresh()
+                yield
+            finally:
+                self._check_writer = lambda: None
+
+    @contextmanager
+    def _write(self) -> Iterator[None]:
+        """Around each write: another process may have taken over, and errors are told in one line."""
+        self._check_writer()
+        with in_words(self.place):
+            yield
 
     def refresh(self) -> None:
         """See what other processes have written since."""
-        for table in (self.images, self.problems, self.notes):
-            table.checkout_latest()
+        with in_words(self.place):
+            for table in (self.images, self.problems, self.notes):
+                table.checkout_latest()
 
     def rows(self, columns: Sequence[str], where: str | None = None) -> "pyarrow.Table":
         """Columns of the images, in the order in which they were added.
@@ -221,17 +237,16 @@ class IndexTables:
         Raises:
             SearchIndexError: `where` is no condition that LanceDB reads.
         """
+        if where is not None:
+            check_filter(where)
         query = self.images.search().select(list(columns))
         try:
-            return (query.where(where) if where else query).to_arrow()
-        except (ValueError, RuntimeError) as error:
-            if where is None:
-                raise
-            raise SearchIndexError(
-                f"The filter {where!r} cannot be used ({_first_line(error)}); write a condition on columns, such as "
-                f"\"path LIKE '%2023%'\".",
-                self.place,
-            ) from None
+            return (query.where(where) if where is not None else query).to_arrow()
+        except Exception as error:
+            if where is None or known_problem(self.place, error):
+                with in_words(self.place):
+                    raise
+            raise FilterError(where, reason_of(error)) from None
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Add images, in one commit."""
@@ -243,7 +258,8 @@ class IndexTables:
     def add_table(self, rows: "pyarrow.Table") -> None:
         """Add images, whose columns are those of the table, in one commit."""
         if len(rows):
-            self.images.add(rows)
+            with self._write():
+                self.images.add(rows)
             self._committed()
 
     def put(self, rows: list[dict[str, Any]]) -> None:
@@ -256,14 +272,21 @@ class IndexTables:
     def put_table(self, rows: "pyarrow.Table") -> None:
         """Replace the rows of images that have the same ids, in one commit."""
         if len(rows):
-            self.images.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+            with self._write():
+                self.images.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
             self._committed()
 
     def remove(self, ids: Sequence[int]) -> None:
         """Remove images, in one commit."""
         if ids:
-            self.images.delete(f"id IN ({', '.join(map(str, ids))})")
+            with self._write():
+                self.images.delete(f"id IN ({', '.join(map(str, ids))})")
             self._committed()
+
+    def problem_rows(self) -> list[dict[str, Any]]:
+        """What is noted of files that could not be opened."""
+        with in_words(self.place):
+            return list(self.problems.search().to_arrow().to_pylist())
 
     def put_problems(self, rows: list[dict[str, Any]]) -> None:
         """Note files that could not be opened; an older note of the same file is replaced."""
@@ -271,14 +294,16 @@ class IndexTables:
             import pyarrow as pa
 
             given = pa.Table.from_pylist(rows, schema=self.problems.schema)
-            merge = self.problems.merge_insert("path_bytes")
-            merge.when_matched_update_all().when_not_matched_insert_all().execute(given)
+            with self._write():
+                merge = self.problems.merge_insert("path_bytes")
+                merge.when_matched_update_all().when_not_matched_insert_all().execute(given)
 
     def remove_problems(self, paths: Sequence[bytes]) -> None:
         """Forget that these files could not be opened."""
         for first in range(0, len(paths), 1000):
             listed = ", ".join(f"X'{path.hex()}'" for path in paths[first : first + 1000])
-            self.problems.delete(f"path_bytes IN ({listed})")
+            with self._write():
+                self.problems.delete(f"path_bytes IN ({listed})")
 
     def _committed(self) -> None:
         self.commits += 1
@@ -287,24 +312,23 @@ class IndexTables:
 
     def tidy(self) -> None:
         """Join the pieces that many commits left, and remove versions that are an hour old."""
-        self.images.optimize(cleanup_older_than=timedelta(hours=1))
+        with self._write():
+            self.images.optimize(cleanup_older_than=timedelta(hours=1))
 
     def note(self, name: str, value: Any) -> None:
         """Keep a value, as JSON, under a name."""
         import pyarrow as pa
 
         given = pa.Table.from_pylist([{"name": name, "value": json.dumps(value)}], schema=self.notes.schema)
-        merge = self.notes.merge_insert("name")
-        merge.when_matched_update_all().when_not_matched_insert_all().execute(given)
+        with self._write():
+            merge = self.notes.merge_insert("name")
+            merge.when_matched_update_all().when_not_matched_insert_all().execute(given)
 
     def noted(self, name: str, default: Any = None) -> Any:
         """The value under a name."""
-        found = {row["name"]: row["value"] for row in self.notes.search().to_arrow().to_pylist()}
+        with in_words(self.place):
+            found = {row["name"]: row["value"] for row in self.notes.search().to_arrow().to_pylist()}
         return json.loads(found[name]) if name in found else default
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def _missing(place: str) -> SearchIndexError:
@@ -315,32 +339,6 @@ def _missing(place: str) -> SearchIndexError:
     )
 
 
-@contextmanager
-def only_writer(place: str, what: str = "index") -> Iterator[None]:
-    """Keep other processes of this machine from writing to the same index, or what else it is, while the block runs.
-
-    Raises:
-        SearchIndexError: Another process writes to it.
-    """
-    if is_address(place):  # LanceDB itself refuses a commit that another writer has overtaken
-        yield
-        return
-    from filelock import FileLock, Timeout
-
-    Path(place).parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{os.path.abspath(place).rstrip(os.sep)}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise SearchIndexError(
-            f"Another process is writing to the {what} {place}: wait until it is done, or stop it.", place
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 __all__ = [
     "IndexDescription",
     "IndexTables",
@@ -348,6 +346,5 @@ __all__ = [
     "default_index",
     "image_schema",
     "is_address",
-    "only_writer",
     "shown_path",
 ]

@@ -148,7 +148,7 @@ def _as_known(row: dict[str, Any]) -> _Known:
 
 def _read_problems(tables: IndexTables, folder: str) -> dict[str, tuple[int, int, str]]:
     inside, found = os.path.join(folder, ""), {}
-    for row in tables.problems.search().to_arrow().to_pylist():
+    for row in tables.problem_rows():
         path = os.fsdecode(row["path_bytes"])
         if path.startswith(inside):
             found[path] = (row["size"], row["mtime_ns"], row["problem"])

@@ -6,13 +6,15 @@ torch and the model are loaded when the first image is to be encoded: an update 
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..zero_shot.progress import progress_bar
 from .folder_scan import FolderScan, scan_folder
+from .index_errors import in_words
 from .index_model import MODEL_FILES, check_model, describe, is_same_model, load, model_files
-from .index_table import IndexTables, SearchIndexError, default_index, is_address, only_writer
+from .index_table import IndexTables, SearchIndexError, default_index, is_address
 from .index_update import IndexChanges, apply_recognised, forget_missing, plan_update
 from .unchanged_folders import remember_unchanged
 
@@ -83,7 +85,8 @@ class UpdatableIndex:
         return found
 
     def __len__(self) -> int:
-        return int(self.tables.images.count_rows())
+        with in_words(self.tables.place):
+            return int(self.tables.images.count_rows())
 
     @property
     def model(self) -> Any:
@@ -115,7 +118,8 @@ class UpdatableIndex:
         model, processor = load(name)
         if not is_same_model(self.tables, name):
             check_model(self.tables, describe(model, processor, name))
-            self.tables.note(MODEL_FILES, model_files(name))
+            with suppress(SearchIndexError):  # an index that may only be read; the model is then compared each time
+                self.tables.note(MODEL_FILES, model_files(name))
         self._model, self._processor, self._is_own_model = model, processor, True
 
     def _optimize_model(self, count: int) -> None:
@@ -159,8 +163,7 @@ class UpdatableIndex:
         """
         progress = sys.stderr.isatty() if progress is None else progress
         scan = folder if isinstance(folder, FolderScan) else scan_folder(folder)
-        with only_writer(self.tables.place):
-            self.tables.refresh()
+        with self.tables.writing():
             with progress_bar("Comparing files", "file", len(scan.files), progress) as advance:
                 plan = plan_update(self.tables, scan, advance)
             refuse_to_empty(scan, len(plan.missing))
@@ -235,8 +238,7 @@ class UpdatableIndex:
         from .data_set_rows import update_data_set
 
         progress = sys.stderr.isatty() if progress is None else progress
-        with only_writer(self.tables.place), progress_bar("Indexing images", "image", None, progress) as advance:
-            self.tables.refresh()
+        with self.tables.writing(), progress_bar("Indexing images", "image", None, progress) as advance:
             changes = update_data_set(
                 self.tables,
                 source,
@@ -279,10 +281,9 @@ class UpdatableIndex:
         check_embeddings(self.tables, stored)
         progress = sys.stderr.isatty() if progress is None else progress
         with (
-            only_writer(self.tables.place),
+            self.tables.writing(),
             progress_bar("Reading embeddings", "image", stored.rows, progress) as advance,
         ):
-            self.tables.refresh()
             changes = update_from_embeddings(self.tables, stored, advance)
             if self.tables.commits:
                 self.tables.tidy()

@@ -14,7 +14,8 @@ from PIL import Image
 from hf_clip import encode_images
 from hf_clip.search import index_encoding, indexed_image
 from hf_clip.search.image_index import ImageIndex
-from hf_clip.search.index_table import IndexTables, SearchIndexError, only_writer
+from hf_clip.search.index_table import IndexTables, SearchIndexError
+from hf_clip.search.index_writer import only_writer
 
 from .conftest import make_image
 
