@@ -57,6 +57,14 @@ def index(
         list[str] | None,
         typer.Option(help="More folders whose images the rows of a data set may name; only for rows you trust."),
     ] = None,
+    approximate: Annotated[
+        bool,
+        typer.Option(
+            "--approximate",
+            help="Then let searches compare a part of the images only, which pays from about a million on. Its recall "
+            "is measured and printed.",
+        ),
+    ] = False,
     errors: Annotated[bool, typer.Option("--errors", help="List the files that cannot be opened, and why.")] = False,
     batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 16,
     threads: Annotated[
@@ -77,6 +85,8 @@ def index(
         hf-clip index
 
         hf-clip index embeddings/ --into pairs-index
+
+        hf-clip index --approximate
 
         hf-clip index org/pairs --split test --into pairs-index --model ViT-B/32
     """
@@ -99,7 +109,7 @@ def index(
     unchanged = None if embedded else UnchangedFolders.read(place)
     opened = None if unchanged else UpdatableIndex.open(place, model=model)
     known = unchanged.folders if unchanged else opened.tables.noted("folders", []) if opened else []
-    if not folders and not known:
+    if not folders and not known and not (approximate and opened):
         raise ValueError(f"The index {place} knows no folder yet: name one, such as hf-clip index ~/Pictures.")
     how: dict[str, Any] = {"batch_size": batch_size, "exact": exact, "keep_missing": keep_missing}
     how |= {"threads": threads, "progress": None}
@@ -122,7 +132,11 @@ def index(
         problems |= changes.problems
         print(f"{folder}: {changes.describe()}", flush=True)
     count = len(opened) if opened else unchanged.images if unchanged else 0
-    print(f"{count:,} images in {place}")
+    print(f"{count:,} images in {place}", flush=True)
+    if approximate:
+        from ..search.image_index import ImageIndex
+
+        print(f"approximate scan: {ImageIndex.open(place, model=model).build_approximate_scan().describe()}")
     if problems:
         for path, problem in problems.items() if errors else ():
             shown = os.fsencode(path).decode(errors="replace")

@@ -59,6 +59,10 @@ def search(
         typer.Option(help="Search what `hf-clip quantize` wrote: int8, bits, or its file.", metavar="KIND|FILE"),
     ] = None,
     all_copies: Annotated[bool, typer.Option("--all-copies", help="Show near duplicates by themselves.")] = False,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Compare all images, even if `hf-clip index --approximate` was run."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     page: Annotated[str | None, typer.Option("--html", help="Write a page with thumbnails.", metavar="PAGE")] = None,
     montage: Annotated[str | None, typer.Option(help="Write a sheet of thumbnails.", metavar="FILE")] = None,
@@ -91,15 +95,19 @@ def search(
     if open_page and page is None:
         raise ValueError("--open opens the page that --html writes: give --html PAGE too.")
     settings: dict[str, Any] = {"top": top, "where": filter, "templates": templates or None}
-    settings |= {"folded": not all_copies, "cutoff": read_cutoff(cutoff)}
+    settings |= {"folded": not all_copies, "cutoff": read_cutoff(cutoff), "exact": exact}
     tables = IndexTables.open(os.path.expanduser(index or default_index()))
     from ..search import result_output  # imports torch, for which a missing index need not wait
+    from ..search.approximate_scan import EXACT_UP_TO
     from ..search.image_index import ImageIndex
 
     searched = ImageIndex(tables)
     if quantized is not None:
         searched.use_quantized(quantized)
     found = searched.search(parts, **settings)
+    scan = None if exact else searched.approximate_scan()
+    if scan is None and not exact and quantized is None and len(searched) > EXACT_UP_TO:
+        print(f"{len(searched):,} images were compared; hf-clip index --approximate is faster", file=sys.stderr)
     title = " ".join(
         [*(queries or ()), *(f"more like {id}" for id in more_like or ()), *(f"− {word}" for word in minus or ())]
     )
@@ -109,7 +117,7 @@ def search(
         result_output.write_sheet(montage, found)
     failed = result_output.copy_results(copy_to, found) if copy_to is not None else []
     if as_json:
-        print(result_output.as_json(found))
+        print(result_output.as_json(found, scan))
     else:
         print(*result_output.format_lines(found, links=sys.stdout.isatty()), sep="\n", end="\n" if found else "")
     if open_page and page is not None:

@@ -5,6 +5,7 @@ Embeddings are kept in float16, as they are stored, and widened block by block w
 Dimensions: I images, D embedding, Q queries.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    import pyarrow  # type: ignore[import-untyped]
+
     from .index_table import IndexTables
 
 BLOCK = 2048
@@ -33,17 +36,30 @@ class EmbeddingMatrix:
 
     @classmethod
     def read(cls, tables: "IndexTables") -> "EmbeddingMatrix":
-        """Read the embeddings of all images."""
-        version = tables.images.version
-        found = tables.rows(["id", "embedding"])
-        ids = torch.from_numpy(found["id"].to_numpy().copy())
-        embeddings = torch.empty(len(ids), tables.description.width, dtype=torch.float16)
+        """Read the embeddings of all images, piece by piece, so that they are in memory once."""
+        version, count = tables.images.version, tables.count()
+        ids = torch.empty(count, dtype=torch.int64)
+        embeddings = torch.empty(count, tables.description.width, dtype=torch.float16)
         first = 0
-        for chunk in found["embedding"].chunks:
-            values = chunk.flatten().to_numpy().reshape(len(chunk), -1)
-            embeddings[first : first + len(chunk)] = torch.from_numpy(values.copy())
-            first += len(chunk)
+        for part in cls.parts(tables):
+            ids[first : first + len(part)] = part.ids
+            embeddings[first : first + len(part)] = part.embeddings
+            first += len(part)
         return cls(ids, embeddings, version)
+
+    @classmethod
+    def parts(cls, tables: "IndexTables") -> Iterator["EmbeddingMatrix"]:
+        """The embeddings of all images, some thousands at a time, in the order in which they were added."""
+        for batch in tables.batches(["id", "embedding"]):
+            yield cls.of_table(batch)
+
+    @classmethod
+    def of_table(cls, table: "pyarrow.Table | pyarrow.RecordBatch") -> "EmbeddingMatrix":
+        """The embeddings of rows that were read, with their ids."""
+        column = table["embedding"]
+        whole = column.combine_chunks() if hasattr(column, "combine_chunks") else column
+        values = whole.flatten().to_numpy(zero_copy_only=False).reshape(len(table["id"]), whole.type.list_size)
+        return cls(torch.from_numpy(table["id"].to_numpy().copy()), torch.from_numpy(values.copy()))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,6 +91,14 @@ class EmbeddingMatrix:
     def of(self, ids: list[int]) -> Tensor:
         """The embeddings of images by their ids, float32."""
         return self.embeddings[self.places_of(ids)].float()
+
+    def whole(self) -> "EmbeddingMatrix":
+        """Itself; `EstimatedScores` reads all embeddings here."""
+        return self
+
+    def sample(self, most: int) -> Tensor:
+        """At most `most` embeddings, at random but always the same, (n, D) float16."""
+        return self.embeddings[sample_places(len(self), most)]
 
 
 def sample_places(count: int, most: int, seed: int = 0) -> Tensor:

@@ -21,6 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..zero_shot.features import encode_texts
+from .approximate_scan import (
+    QUERIES,
+    TEXTS,
+    ApproximateScan,
+    EmbeddingsOfTables,
+    EstimatedScores,
+    build,
+    candidates,
+    read_scan,
+)
 from .exact_scan import EmbeddingMatrix, sample_places
 from .near_duplicates import LEAST_SIMILARITY, MOST_BITS, fold, group_duplicates, known_hashes
 from .quantized_files import read_quantized
@@ -86,7 +97,7 @@ class ImageIndex(UpdatableIndex):
 
     def matrix(self) -> EmbeddingMatrix:
         """All embeddings in memory, read again where the index has changed."""
-        self.tables.images.checkout_latest()
+        self.tables.refresh()
         if self._matrix is None or self._matrix.version != self.tables.images.version:
             which = self._quantized
             self._matrix = EmbeddingMatrix.read(self.tables) if which is None else read_quantized(self.tables, which)
@@ -106,19 +117,47 @@ class ImageIndex(UpdatableIndex):
         self._quantized, self._matrix = which, None
         self.matrix()
 
-    def direction(self, query: str | Sequence[QueryPart], templates: Any = None) -> Tensor:
+    def approximate_scan(self) -> ApproximateScan | None:
+        """How the index is searched without comparing every image; None if it is searched exactly, or quantized."""
+        self.tables.refresh()
+        return None if self._quantized is not None else read_scan(self.tables)
+
+    def build_approximate_scan(self) -> ApproximateScan:
+        """Let searches compare a part of the images only, which pays from about a million images on.
+
+        Recall@10 is measured against the exact scan, with images of the index and with texts: captions of images, or
+        common ones if there are none.
+
+        Raises:
+            SearchIndexError: The index has too few images, recall was below 0.95, or another process writes to it.
+        """
+        self.tables.refresh()
+        places = sample_places(len(self), QUERIES, seed=2).tolist()
+        captions = self.tables.rows_at(places, ["caption"])["caption"].to_pylist()
+        texts = [caption for caption in captions if caption] or list(TEXTS)
+        encoded = encode_texts(self.model, self.processor, texts, truncation=True).cpu()
+        return build(self.tables, encoded)
+
+    def direction(self, query: str | Sequence[QueryPart], templates: Any = None, exact: bool = False) -> Tensor:
         """Encode a query as one direction (D,) of length one; see `query`."""
         parts = parse_query(query) if isinstance(query, str) else query
-        return self._combine(parts, self._encode(parts, templates))
+        known = self._known(None if exact else self.approximate_scan())
+        return self._combine(parts, self._encode(parts, templates, known), known)
 
-    def _encode(self, parts: Sequence[QueryPart], templates: Any) -> Tensor:
+    def _known(self, scan: ApproximateScan | None) -> EmbeddingMatrix | EmbeddingsOfTables:
+        return self.matrix() if scan is None else EmbeddingsOfTables(self.tables)
+
+    def _encode(
+        self, parts: Sequence[QueryPart], templates: Any, known: EmbeddingMatrix | EmbeddingsOfTables
+    ) -> Tensor:
         of_ids = all(part.kind == "id" for part in parts)  # then no model is needed
         model, processor = (None, None) if of_ids else (self.model, self.processor)
-        return encode_parts(model, processor, parts, self.matrix().of, templates)
+        return encode_parts(model, processor, parts, known.of, templates)
 
-    def _combine(self, parts: Sequence[QueryPart], vectors: Tensor) -> Tensor:
-        matrix = self.matrix()
-        sample = matrix.embeddings[sample_places(len(matrix), SAMPLE)]
+    def _combine(
+        self, parts: Sequence[QueryPart], vectors: Tensor, known: EmbeddingMatrix | EmbeddingsOfTables
+    ) -> Tensor:
+        sample = known.sample(SAMPLE if len(parts) > 1 else 0)
         return combine_parts(vectors, [part.weight for part in parts], sample)
 
     def search(
@@ -130,6 +169,7 @@ class ImageIndex(UpdatableIndex):
         templates: Any = None,
         folded: bool = True,
         cutoff: str | float | None = None,
+        exact: bool = False,
     ) -> SearchResults:
         """Find images.
 
@@ -142,6 +182,7 @@ class ImageIndex(UpdatableIndex):
             folded: Whether near duplicates are shown once.
             cutoff: Where results end: "auto", judged for each query by the index itself (see `ResultCutoff`); a least
                 score; or None, at `top`.
+            exact: Whether to compare all images even if the index has an approximate scan.
 
         Returns:
             Results, best first. There are none if no image fits.
@@ -154,24 +195,31 @@ class ImageIndex(UpdatableIndex):
             raise ValueError(f"top is {top}, but must be at least 1.")
         if isinstance(cutoff, str) and cutoff != AUTO:
             raise ValueError(f'cutoff is {cutoff!r}, but must be "{AUTO}", a score, or None.')
+        scan = None if exact else self.approximate_scan()
+        known = self._known(scan)
         parts = vectors = None
         if isinstance(query, Tensor):
             direction = query
         else:
             parts = parse_query(query) if isinstance(query, str) else query
-            vectors = self._encode(parts, templates)
-            direction = self._combine(parts, vectors)
-        matrix = self.matrix()
+            vectors = self._encode(parts, templates, known)
+            direction = self._combine(parts, vectors, known)
+        wanted = top * (EXTRA_RESULTS if folded else 1)
+        matrix = self.matrix() if scan is None else candidates(self.tables, scan, direction, wanted, where)
         if len(matrix) == 0:
             return SearchResults()
         scores = matrix.similarities(direction[None])[0]
-        least = self._least_score(cutoff, matrix, scores, parts, vectors, templates)
-        if where is not None:
+        if scan is None or cutoff != AUTO:
+            least = self._least_score(cutoff, matrix, scores, parts, vectors, templates)
+        else:
+            whole = EstimatedScores(self.tables, scan)
+            least = self._least_score(cutoff, whole, whole.similarities(direction[None])[0], parts, vectors, templates)
+        if where is not None and scan is None:
             allowed = self.tables.rows(["id"], where)["id"].to_pylist()
             mask = torch.ones(len(matrix), dtype=torch.bool)
             mask[matrix.places_of(allowed)] = False
             scores = scores.masked_fill(mask, -torch.inf)
-        found = scores.topk(min(len(scores), top * (EXTRA_RESULTS if folded else 1)))
+        found = scores.topk(min(len(scores), wanted))
         best = float(found.values[0])
         places = found.indices[(found.values > -torch.inf) & (found.values >= least)]
         results = self._results(matrix, places, scores, folded)[:top]
@@ -180,7 +228,7 @@ class ImageIndex(UpdatableIndex):
     def _least_score(
         self,
         cutoff: str | float | None,
-        matrix: EmbeddingMatrix,
+        matrix: EmbeddingMatrix | EstimatedScores,
         scores: Tensor,
         parts: Sequence[QueryPart] | None,
         vectors: Tensor | None,

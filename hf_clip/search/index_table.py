@@ -38,6 +38,8 @@ MARK = "hf_clip_index.json"
 
 INDEX_VARIABLE = "HF_CLIP_INDEX"
 
+ROWS_OF_A_BATCH = 4096
+
 COMMITS_KEPT_APART = 100
 """Commits after which the pieces that they left are joined, since each piece takes time in every search."""
 
@@ -219,7 +221,7 @@ class IndexTables:
                 self._check_writer = lambda: None
 
     @contextmanager
-    def _write(self) -> Iterator[None]:
+    def committing(self) -> Iterator[None]:
         """Around each write: another process may have taken over, and errors are told in one line."""
         self._check_writer()
         with in_words(self.place):
@@ -237,11 +239,32 @@ class IndexTables:
         Raises:
             SearchIndexError: `where` is no condition that LanceDB reads.
         """
+        query = self.images.search().select(list(columns))
+        with self._filtering(where):
+            return (query.where(where) if where is not None else query).to_arrow()
+
+    def count(self, where: str | None = None) -> int:
+        """How many images there are, or meet a condition. Raises as `rows` does."""
+        with self._filtering(where):
+            return int(self.images.count_rows(where))
+
+    def rows_at(self, places: Sequence[int], columns: Sequence[str]) -> "pyarrow.Table":
+        """Columns of some images by their places, which are those of `rows`; in no certain order."""
+        with in_words(self.place):
+            return self.images.take_offsets(list(places)).select(list(columns)).to_arrow()
+
+    def batches(self, columns: Sequence[str]) -> "Iterator[pyarrow.RecordBatch]":
+        """Columns of all images, some thousand rows at a time."""
+        with in_words(self.place):
+            yield from self.images.search().select(list(columns)).to_batches(ROWS_OF_A_BATCH)
+
+    @contextmanager
+    def _filtering(self, where: str | None) -> Iterator[None]:
+        """Around each read with a condition: errors of the condition are told apart from those of the tables."""
         if where is not None:
             check_filter(where)
-        query = self.images.search().select(list(columns))
         try:
-            return (query.where(where) if where is not None else query).to_arrow()
+            yield
         except Exception as error:
             if where is None or known_problem(self.place, error):
                 with in_words(self.place):
@@ -258,7 +281,7 @@ class IndexTables:
     def add_table(self, rows: "pyarrow.Table") -> None:
         """Add images, whose columns are those of the table, in one commit."""
         if len(rows):
-            with self._write():
+            with self.committing():
                 self.images.add(rows)
             self._committed()
 
@@ -272,14 +295,14 @@ class IndexTables:
     def put_table(self, rows: "pyarrow.Table") -> None:
         """Replace the rows of images that have the same ids, in one commit."""
         if len(rows):
-            with self._write():
+            with self.committing():
                 self.images.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
             self._committed()
 
     def remove(self, ids: Sequence[int]) -> None:
         """Remove images, in one commit."""
         if ids:
-            with self._write():
+            with self.committing():
                 self.images.delete(f"id IN ({', '.join(map(str, ids))})")
             self._committed()
 
@@ -294,7 +317,7 @@ class IndexTables:
             import pyarrow as pa
 
             given = pa.Table.from_pylist(rows, schema=self.problems.schema)
-            with self._write():
+            with self.committing():
                 merge = self.problems.merge_insert("path_bytes")
                 merge.when_matched_update_all().when_not_matched_insert_all().execute(given)
 
@@ -302,7 +325,7 @@ class IndexTables:
         """Forget that these files could not be opened."""
         for first in range(0, len(paths), 1000):
             listed = ", ".join(f"X'{path.hex()}'" for path in paths[first : first + 1000])
-            with self._write():
+            with self.committing():
                 self.problems.delete(f"path_bytes IN ({listed})")
 
     def _committed(self) -> None:
@@ -312,7 +335,7 @@ class IndexTables:
 
     def tidy(self) -> None:
         """Join the pieces that many commits left, and remove versions that are an hour old."""
-        with self._write():
+        with self.committing():
             self.images.optimize(cleanup_older_than=timedelta(hours=1))
 
     def note(self, name: str, value: Any) -> None:
@@ -320,7 +343,7 @@ class IndexTables:
         import pyarrow as pa
 
         given = pa.Table.from_pylist([{"name": name, "value": json.dumps(value)}], schema=self.notes.schema)
-        with self._write():
+        with self.committing():
             merge = self.notes.merge_insert("name")
             merge.when_matched_update_all().when_not_matched_insert_all().execute(given)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..zero_shot.features import encode_texts
 from ..zero_shot.prompts import read_templates
+from .approximate_scan import EstimatedScores
 from .exact_scan import EmbeddingMatrix, sample_places
 from .index_table import IndexTables
 from .query import TEMPLATES, QueryPart, is_short_noun
@@ -156,7 +157,7 @@ class ResultCutoff:
         self._known: dict[str, ReferenceScores] = {}
 
     def references(
-        self, kind: str, matrix: EmbeddingMatrix, model_and_processor: Callable[[], tuple[Any, Any]]
+        self, kind: str, matrix: EmbeddingMatrix | EstimatedScores, model_and_processor: Callable[[], tuple[Any, Any]]
     ) -> ReferenceScores:
         """The scores of reference queries of a kind, "texts" or "images"; measured if they are not known."""
         if not self._known:
@@ -164,6 +165,7 @@ class ResultCutoff:
         known = self._known.get(kind)
         if known is not None and abs(known.images - len(matrix)) <= SIMILAR_COUNT * known.images:
             return known
+        matrix = matrix.whole()
         if kind == "texts":
             prompts = [TEMPLATES[0].format(noun) for noun in NOUNS]
             model, processor = model_and_processor()
@@ -183,7 +185,7 @@ class ResultCutoff:
 
     def least_score(
         self,
-        matrix: EmbeddingMatrix,
+        matrix: EmbeddingMatrix | EstimatedScores,
         scores: Tensor,
         parts: Sequence[QueryPart] | None,
         vectors: Tensor | None,

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from ..checkpoints.whole_file import whole_file
 from ..model.fetch import is_web_address
 from ..model.open_image import UnreadableImageError, open_image
+from .approximate_scan import ApproximateScan
 from .image_index import SearchResult
 from .index_table import shown_path
 from .indexed_image import THUMBNAIL_SIDE, make_thumbnail
@@ -75,8 +76,8 @@ def format_lines(results: Sequence[SearchResult], links: bool) -> list[str]:
     return lines
 
 
-def as_json(results: Sequence[SearchResult]) -> str:
-    """`{"results": [{"path", "score", "id", "width", "height", "duplicates", …}]}`."""
+def as_json(results: Sequence[SearchResult], scan: ApproximateScan | None = None) -> str:
+    """`{"results": [{"path", "score", "id", "width", "height", "duplicates", …}]}`; `"scan"` if not all were compared."""
     rows: list[dict[str, Any]] = []
     for result in results:
         row = {"path": shown_path(result.path), "score": round(result.score, 6), "id": result.id}
@@ -85,7 +86,8 @@ def as_json(results: Sequence[SearchResult]) -> str:
         row |= {"caption": result.caption} if result.caption is not None else {}
         row |= {"metadata": json.loads(result.metadata)} if result.metadata is not None else {}
         rows.append(row)
-    return json.dumps({"results": rows}, ensure_ascii=False, indent=2)
+    how = {} if scan is None else {"scan": {"kind": "approximate", "recall": scan.recall}}
+    return json.dumps({"results": rows} | how, ensure_ascii=False, indent=2)
 
 
 def thumbnail_of(result: SearchResult) -> bytes:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..zero_shot.progress import progress_bar
 from .folder_scan import FolderScan, scan_folder
-from .index_errors import in_words
 from .index_model import MODEL_FILES, check_model, describe, is_same_model, load, model_files
 from .index_table import IndexTables, SearchIndexError, default_index, is_address
 from .index_update import IndexChanges, apply_recognised, forget_missing, plan_update
@@ -85,8 +84,7 @@ class UpdatableIndex:
         return found
 
     def __len__(self) -> int:
-        with in_words(self.tables.place):
-            return int(self.tables.images.count_rows())
+        return self.tables.count()
 
     @property
     def model(self) -> Any:

@@ -112,13 +112,17 @@ class ObjectStore:
             content = self.objects.get(unquote(source).lstrip("/"))
             if content is None:
                 return _error(404, "NoSuchKey")
-            return self._write(name, headers, content, f"<CopyObjectResult><ETag>{_tag(content)}</ETag></CopyObjectResult>")
+            return self._write(
+                name, headers, content, f"<CopyObjectResult><ETag>{_tag(content)}</ETag></CopyObjectResult>"
+            )
         return self._write(name, headers, body)
 
     def _post(self, name: str, query: dict[str, str], headers: dict[str, str], body: bytes) -> Answer:
         bucket = name.partition("/")[0]
         if "delete" in query:
-            keys = [element.text or "" for element in ElementTree.fromstring(body).iter() if element.tag.endswith("Key")]
+            keys = [
+                element.text or "" for element in ElementTree.fromstring(body).iter() if element.tag.endswith("Key")
+            ]
             for key in keys:
                 self.objects.pop(f"{bucket}/{key}", None)
             deleted = "".join(f"<Deleted><Key>{escape(key)}</Key></Deleted>" for key in keys)
@@ -131,7 +135,9 @@ class ObjectStore:
         parts = self.parts.pop(query["uploadId"])
         content = b"".join(parts[number] for number in sorted(parts))
         found = f"<ETag>{_tag(content)}</ETag><Key>{escape(name)}</Key><Bucket>{bucket}</Bucket><Location>{escape(name)}</Location>"
-        return self._write(name, headers, content, f"<CompleteMultipartUploadResult>{found}</CompleteMultipartUploadResult>")
+        return self._write(
+            name, headers, content, f"<CompleteMultipartUploadResult>{found}</CompleteMultipartUploadResult>"
+        )
 
     def _list(self, bucket: str, query: dict[str, str]) -> Answer:
         bucket, prefix, delimiter = bucket.strip("/"), query.get("prefix", ""), query.get("delimiter", "")
