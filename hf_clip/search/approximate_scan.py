@@ -1,7 +1,7 @@
-"""Search without comparing every image: LanceDB's IVF with RabitQ codes, built on request, and measured before it is used.
+"""Search without comparing every image: LanceDB's IVF with RabitQ codes, built on request, measured before it is used.
 
-1. k-means divides the embeddings into partitions. In a partition each is kept as one bit per dimension (Gao & Long 2024,
-   "RabitQ"), 32 times smaller than in float32, whose rotation is random, so that no codebook has to be trained.
+1. k-means divides the embeddings into partitions. In a partition each is kept as one bit per dimension (Gao & Long
+   2024, "RabitQ"), 16 times smaller than in float16. The rotation before that is random: no codebook has to be trained.
 2. A query looks into the `probes` nearest partitions, and takes the `rescored` images whose codes are nearest.
 3. Their embeddings are read, and compared exactly. Scores are therefore those of the exact scan.
 
@@ -15,7 +15,7 @@ Dimensions: Q queries, D embedding.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch

@@ -134,7 +134,7 @@ class ObjectStore:
             return Answer(200, f"<InitiateMultipartUploadResult>{found}</InitiateMultipartUploadResult>".encode())
         parts = self.parts.pop(query["uploadId"])
         content = b"".join(parts[number] for number in sorted(parts))
-        found = f"<ETag>{_tag(content)}</ETag><Key>{escape(name)}</Key><Bucket>{bucket}</Bucket><Location>{escape(name)}</Location>"
+        found = f"<ETag>{_tag(content)}</ETag><Key>{escape(name)}</Key><Bucket>{bucket}</Bucket>"
         return self._write(
             name, headers, content, f"<CompleteMultipartUploadResult>{found}</CompleteMultipartUploadResult>"
         )
@@ -184,7 +184,7 @@ def serve_object_store() -> Iterator[ObjectStore]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def handle_request(self) -> None:
+        def carry_out(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             headers = {name.lower(): value for name, value in self.headers.items()}
             found = store.answer(self.command, self.path, headers, body)
@@ -196,10 +196,11 @@ def serve_object_store() -> Iterator[ObjectStore]:
             if self.command != "HEAD":
                 self.wfile.write(found.body)
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
-
         def log_message(self, *arguments: object) -> None:
             pass
+
+    for method in ("GET", "HEAD", "PUT", "POST", "DELETE"):
+        setattr(Handler, f"do_{method}", Handler.carry_out)
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
