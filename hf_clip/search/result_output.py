@@ -77,7 +77,7 @@ def format_lines(results: Sequence[SearchResult], links: bool) -> list[str]:
 
 
 def as_json(results: Sequence[SearchResult], scan: ApproximateScan | None = None) -> str:
-    """`{"results": [{"path", "score", "id", "width", "height", "duplicates", …}]}`, and `"scan"` if it was no exact one."""
+    """`{"results": [{"path", "score", "id", "width", "height", "duplicates", …}]}` and `"scan"` if it was not exact."""
     rows: list[dict[str, Any]] = []
     for result in results:
         row = {"path": shown_path(result.path), "score": round(result.score, 6), "id": result.id}

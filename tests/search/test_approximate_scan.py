@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from hf_clip.commands.program import main
 from hf_clip.search import approximate_scan
-from hf_clip.search.approximate_scan import StoredEmbeddings, build, candidates, forget, read_scan
+from hf_clip.search.approximate_scan import EmbeddingsOfTables, build, candidates, forget, read_scan
 from hf_clip.search.image_index import ImageIndex
 from hf_clip.search.index_table import IndexDescription, IndexTables, SearchIndexError
 
@@ -137,7 +137,7 @@ def test_updates_are_seen_at_once_and_after_they_were_joined(changing: ImageInde
 
 def test_sample_is_of_rows_that_are_there(changing: ImageIndex):
     changing.tables.remove(list(range(0, COUNT, 2)))
-    found = StoredEmbeddings(changing.tables).sampled(200)
+    found = EmbeddingsOfTables(changing.tables).sampled(200)
     assert len(set(found.ids.tolist())) == 200
     assert (found.ids % 2 == 1).all()
     assert torch.equal(found.embeddings, embeddings_of(found.ids.tolist()).half())
