@@ -23,6 +23,7 @@ from hf_clip.model.text_ends import EndOfTextError
 from hf_clip.search.embedding_place import EmbeddingFilesError
 from hf_clip.search.index_table import SearchIndexError
 from hf_clip.search.quantized_scan import QuantizedFileError
+from hf_clip.search.row_filter import FilterError
 from hf_clip.serve.batching import QueueFullError
 from hf_clip.serve.request_error import RequestError
 from hf_clip.training.checkpoint import UnwrittenCheckpointError
@@ -57,6 +58,7 @@ MADE: list[BaseException] = [
     ProcessGoneError("process 1"),
     SearchIndexError("there is no index", "photos-index"),
     QuantizedFileError("a file is damaged", "quantized-bits.safetensors"),
+    FilterError("colour = 3", "no such column"),
     EmbeddingFilesError("a file is damaged", "embeddings-00000.parquet"),
     QueueFullError("text", 3),
     RequestError(429, "too much waits", "overloaded", "input", {"Retry-After": "3"}),
