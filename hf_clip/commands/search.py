@@ -27,6 +27,10 @@ def search(
             show_default=False,
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Where the index's model is now, if it was moved.", metavar="MODEL", show_default=False),
+    ] = None,
     minus: Annotated[
         list[str] | None, typer.Option(help="A text or an image that is subtracted, with half of its weight.")
     ] = None,
@@ -101,7 +105,7 @@ def search(
     from ..search.approximate_scan import EXACT_UP_TO
     from ..search.image_index import ImageIndex
 
-    searched = ImageIndex(tables)
+    searched = ImageIndex(tables, name=model)
     if quantized is not None:
         searched.use_quantized(quantized)
     found = searched.search(parts, **settings)

@@ -15,6 +15,9 @@ from .index_table import IndexDescription, IndexTables, SearchIndexError
 MODEL_FILES = "model files"
 """The note by which a model is known without a hash of its weights."""
 
+MODEL_PLACE = "model"
+"""The note of where the model was found last. The description of an index says where it was first."""
+
 
 def model_files(name: str) -> list[list[Any]]:
     """The files of a model with their sizes and times, or where they lie in the Hub's cache. Empty if nothing is known.
@@ -90,4 +93,4 @@ def check_model(tables: IndexTables, found: IndexDescription) -> None:
         )
 
 
-__all__ = ["MODEL_FILES", "check_model", "describe", "is_same_model", "load", "model_files"]
+__all__ = ["MODEL_FILES", "MODEL_PLACE", "check_model", "describe", "is_same_model", "load", "model_files"]

@@ -202,10 +202,11 @@ class IndexTables:
             stored = (tables[IMAGES].schema.metadata or {}).get(DESCRIPTION)
             values = json.loads(stored) if stored else {}
         if values.get("format") != FORMAT or values.keys() != {field.name for field in fields(IndexDescription)}:
+            found = values.get("format", "unknown")
+            is_newer = isinstance(found, int) and found > FORMAT
+            advice = "update hf-clip" if is_newer else "make it anew with `hf-clip index`, into another folder"
             raise SearchIndexError(
-                f"The index {place} has layout {values.get('format', 'unknown')}, and this version reads layout "
-                f"{FORMAT}: make it anew with `hf-clip index`, into another folder.",
-                place,
+                f"The index {place} has layout {found}, and this version reads layout {FORMAT}: {advice}.", place
             )
         return cls(place, IndexDescription(**values), database, tables)
 

@@ -111,6 +111,8 @@ def parse_query(text: str) -> list[QueryPart]:
 
 def _part_of(word: str, weight: float) -> QueryPart:
     """A word without quotation marks: an image, or a text."""
+    if os.sep in word and os.path.isdir(os.path.expanduser(word)):
+        raise QueryError(f"{word} is a folder, but a query is a text or an image: name an image in it.")
     is_path = os.path.isfile(os.path.expanduser(word)) or is_web_address(word)
     looks_like_one = is_image_name(word) and (os.sep in word or " " not in word)
     return QueryPart("image" if is_path or looks_like_one else "text", word, weight)

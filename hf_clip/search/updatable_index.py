@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..zero_shot.progress import progress_bar
 from .folder_scan import FolderScan, scan_folder
-from .index_model import MODEL_FILES, check_model, describe, is_same_model, load, model_files
+from .index_model import MODEL_FILES, MODEL_PLACE, check_model, describe, is_same_model, load, model_files
 from .index_table import IndexTables, SearchIndexError, default_index, is_address
 from .index_update import IndexChanges, apply_recognised, forget_missing, plan_update
 from .unchanged_folders import remember_unchanged
@@ -38,7 +38,7 @@ class UpdatableIndex:
     def __init__(self, tables: IndexTables, model: Any = None, processor: Any = None, name: str | None = None):
         self.tables = tables
         self._model, self._processor = model, processor
-        self._model_place = name or tables.description.model
+        self._named_model = name
         self._is_own_model = False  # loaded here, and in nobody else's hands
 
     @classmethod
@@ -106,18 +106,28 @@ class UpdatableIndex:
         """
         if self._model is not None:
             return
-        name = self._model_place
+        name = self._named_model or self.tables.noted(MODEL_PLACE) or self.tables.description.model
         if not name:
             raise SearchIndexError(
                 f"The index {self.tables.place} was made of a model in memory, and does not know where that is: pass "
                 f"model=.",
                 self.tables.place,
             )
-        model, processor = load(name)
+        try:
+            model, processor = load(name)
+        except FileNotFoundError as error:
+            if self._named_model:
+                raise
+            raise SearchIndexError(
+                f"The model of the index {self.tables.place} is no longer at {name}: say with --model where it is.",
+                self.tables.place,
+            ) from error
         if not is_same_model(self.tables, name):
-            check_model(self.tables, describe(model, processor, name))
+            found = describe(model, processor, name)
+            check_model(self.tables, found)
             with suppress(SearchIndexError):  # an index that may only be read; the model is then compared each time
                 self.tables.note(MODEL_FILES, model_files(name))
+                self.tables.note(MODEL_PLACE, found.model)
         self._model, self._processor, self._is_own_model = model, processor, True
 
     def _optimize_model(self, count: int) -> None:
