@@ -42,6 +42,20 @@ def reason_of(error: BaseException) -> str:
     return text[:LONGEST_REASON].strip(" ,.:") or type(error).__name__
 
 
+def is_overtaken(error: BaseException) -> bool:
+    """Whether another process wrote to a table at the same moment."""
+    return any(word in str(error).lower() for word in OVERTAKEN)
+
+
+def is_of_condition(error: BaseException) -> bool:
+    """Whether an error of LanceDB is about the condition of a read, and not about the tables."""
+    text = str(error)
+    if "ColumnEncoding" in text:  # a damaged file
+        return False
+    at_work = ("applying filter expression", "Physical plan does not support")
+    return text.startswith("Invalid input") or any(words in text for words in at_work)
+
+
 def known_problem(place: str, error: BaseException) -> str | None:
     """What happened to an index and what to do about it; None if the words of the error say nothing that is known."""
     text = str(error).lower()
@@ -66,7 +80,7 @@ def known_problem(place: str, error: BaseException) -> str | None:
             f"Access to the index {place} was denied: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
             f"AWS_SESSION_TOKEN, and what they allow."
         )
-    if says(OVERTAKEN):
+    if is_overtaken(error):
         return f"Another process wrote to the index {place} at the same moment: run the same command again."
     if "nosuchbucket" in text or "failed to resolve region" in text:
         return f"There is no bucket of the index {place}, or it is in another region: check the address and AWS_REGION."
@@ -99,4 +113,12 @@ def in_words(place: str) -> Iterator[None]:
         raise (damaged(place, reason_of(error)) if problem is None else SearchIndexError(problem, place)) from error
 
 
-__all__ = ["SearchIndexError", "damaged", "in_words", "known_problem", "reason_of"]
+__all__ = [
+    "SearchIndexError",
+    "damaged",
+    "in_words",
+    "is_of_condition",
+    "is_overtaken",
+    "known_problem",
+    "reason_of",
+]

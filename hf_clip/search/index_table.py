@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.whole_file import whole_file
 from ..extras import require
-from .index_errors import SearchIndexError, damaged, in_words, known_problem, reason_of
+from .index_errors import SearchIndexError, damaged, in_words, is_of_condition, known_problem, reason_of
 from .index_writer import only_writer
 from .row_filter import FilterError, check_filter
 
@@ -267,7 +267,7 @@ class IndexTables:
         try:
             yield
         except Exception as error:
-            if where is None or known_problem(self.place, error):
+            if where is None or not is_of_condition(error):
                 with in_words(self.place):
                     raise
             raise FilterError(where, reason_of(error)) from None
@@ -343,8 +343,8 @@ class IndexTables:
         """Keep a value, as JSON, under a name."""
         import pyarrow as pa
 
-        given = pa.Table.from_pylist([{"name": name, "value": json.dumps(value)}], schema=self.notes.schema)
         with self.committing():
+            given = pa.Table.from_pylist([{"name": name, "value": json.dumps(value)}], schema=self.notes.schema)
             merge = self.notes.merge_insert("name")
             merge.when_matched_update_all().when_not_matched_insert_all().execute(given)
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .index_errors import SearchIndexError, in_words
+from .index_errors import SearchIndexError, is_overtaken, known_problem
 
 WRITER = "writer"
 """The table, which only an index on object storage has."""
@@ -51,8 +51,7 @@ def only_writer(place: str, what: str = "index", database: Any = None) -> Iterat
         yield lambda: None
         return
     claim = _Claim(place, database)
-    with in_words(place):
-        claim.take()
+    claim.take()
     try:
         yield claim.check
     finally:
@@ -99,6 +98,18 @@ class _Claim:
 
     def take(self) -> None:
         """Raises SearchIndexError if another process has it."""
+        try:
+            self._take()
+        except SearchIndexError:
+            raise
+        except Exception as error:
+            problem = known_problem(self.place, error)
+            if problem is None or is_overtaken(error):  # of two that make or change the table, one fails
+                raise self._in_use("", time.time()) from error
+            raise SearchIndexError(problem, self.place) from error
+        self._thread.start()
+
+    def _take(self) -> None:
         start = [{"holder": "", "renewed": 0.0}]
         self.table = self.database.create_table(WRITER, data=start, exist_ok=True)
         rows = self.table.search().to_arrow().to_pylist()
@@ -107,7 +118,6 @@ class _Claim:
             raise self._in_use(other, renewed)
         if not self._replace(other, self.holder):
             raise self._in_use("", time.time())
-        self._thread.start()
 
     def _replace(self, old: str, new: str) -> bool:
         """Whether the row held `old`; it holds `new` then."""

@@ -232,7 +232,7 @@ def test_queries_that_are_wrong(
     monkeypatch.setattr(ImageIndex, "model", property(lambda self: index._model))
     monkeypatch.setattr(ImageIndex, "processor", property(lambda self: index._processor))
     for words, message in [
-        (["three", "--top", 0], "Invalid value for '--top': 0 is not in the range"),
+        (["three", "--top", 0], "Invalid value for '--top': Input should be greater than or equal to 1"),
         (["--more-like", 999], "The index has no image with the id 999; a search shows ids."),
         (['nan:"three"'], "cannot be read"),
         (['inf:"three" + "two"'], "cannot be read"),
