@@ -172,10 +172,8 @@ def main() -> None:
     from hf_clip.search.image_index import ImageIndex
     from hf_clip.search.index_table import IndexTables
 
-    print(
-        f"{headline(describe(torch.get_num_threads()))}\n{given.images:,} images, {WIDTH} numbers each; {torch.get_num_threads()} threads",
-        flush=True,
-    )
+    print(headline(describe(torch.get_num_threads())))
+    print(f"{given.images:,} images, {WIDTH} numbers each", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         place = str(Path(folder) / "index")
         start = time.perf_counter()

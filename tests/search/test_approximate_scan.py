@@ -88,6 +88,17 @@ def test_scores_are_exact_and_all_that_is_asked_for_is_found(built: IndexTables,
         assert [result.score for result in found] == pytest.approx([exact[result.id] for result in found], abs=1e-6)
 
 
+def test_cutoff_is_nearly_that_of_all_scores(built: IndexTables, texts: Tensor, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(approximate_scan, "SAMPLE", 600)
+    monkeypatch.setattr(approximate_scan, "HIGHEST", 100)
+    index = ImageIndex(built)
+    for direction in (*texts[:5], *embeddings_of([3, 8])):
+        exact = index.search(direction, top=5, cutoff="auto", exact=True)
+        found = index.search(direction, top=5, cutoff="auto")
+        assert found.least_score == pytest.approx(exact.least_score, abs=0.03)
+        assert found.best_score == pytest.approx(exact.best_score, abs=0.01)
+
+
 def test_no_matrix_of_all_images_is_read(built: IndexTables, texts: Tensor, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ImageIndex, "matrix", lambda self: pytest.fail("all embeddings were read"))
     index = ImageIndex(built)
