@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..model.open_image import UnreadableImageError
 from ..zero_shot.files import MOST_THREADS
 from .batching import IMAGES, TEXTS, Batcher, DroppedError, Job, QueueFullError
 from .public_fetch import PublicFetcher
@@ -206,13 +207,22 @@ class Encoder:
         for item in texts:
             if not item.text.strip():
                 raise RequestError(400, f"{item.name} is empty: send a text.", "empty_input", "input")
-        plain = [item.text for item in texts]
+        plain, names = [item.text for item in texts], [item.name for item in texts]
+        letters = sum(map(len, plain))
+        if letters > self.options.most_letters:
+            raise RequestError(
+                413,
+                f"The texts have {letters:,} letters together, but at most {self.options.most_letters:,} are allowed: "
+                f"send several requests, or shorter texts.",
+                "too_many_letters",
+                "input",
+            )
         found: list[np.ndarray] = []
-        if sum(map(len, plain)) > LETTERS_AT_ONCE:
+        if letters > LETTERS_AT_ONCE:
             loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(self.pool, self.served.token_ids, plain, truncate)
+            found = await loop.run_in_executor(self.pool, self.served.token_ids, plain, names, truncate)
         elif plain:
-            found = self.served.token_ids(plain, truncate)
+            found = self.served.token_ids(plain, names, truncate)
         tokenized = iter(found)
         return [
             self.served.check_token_ids(item.ids, place) if isinstance(item, TokensItem) else next(tokenized)
@@ -238,7 +248,11 @@ class Encoder:
             raise DroppedError("nobody waits for it")
         content = decode_image_text(source, name) if isinstance(source, str) else source
         image: Image.Image = open_untrusted(content, name, self.options.most_pixels)
-        self.batcher.put(job, place, [self.served.pixels_of(image)])
+        try:
+            pixels = self.served.pixels_of(image)
+        except UnreadableImageError as error:
+            raise RequestError(400, f"{name}{error.problem}", "invalid_image", "input") from None
+        self.batcher.put(job, place, [pixels])
         return image.size
 
 

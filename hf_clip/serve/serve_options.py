@@ -15,6 +15,7 @@ class ServeOptions:
         truncate: Whether texts that are too long are cut. Otherwise they are an error.
         most_items: Texts and images in one request.
         most_images: Images in one request.
+        most_letters: Letters of all texts of one request, which are tokenized before they are cut.
         most_bytes: Bytes of one request's body.
         most_pixels: Pixels of one image.
         most_waiting_texts: Texts of all requests that may wait. A request that would make more is refused.
@@ -33,6 +34,7 @@ class ServeOptions:
     truncate: bool = False
     most_items: int = 2048
     most_images: int = 64
+    most_letters: int = 1_000_000
     most_bytes: int = 32 * MIB
     most_pixels: int = 64_000_000
     most_waiting_texts: int = 8192

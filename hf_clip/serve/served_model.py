@@ -64,13 +64,13 @@ class ServedModel:
             "model",
         )
 
-    def token_ids(self, texts: list[str], truncate: bool, field: str = "input") -> list[np.ndarray]:
+    def token_ids(self, texts: list[str], names: Sequence[str], truncate: bool) -> list[np.ndarray]:
         """Tokenize texts.
 
         Args:
             texts: The texts.
+            names: What the request calls each of them.
             truncate: Whether texts that are too long are cut. Otherwise they are an error.
-            field: What the request calls them.
 
         Returns:
             For each text its ids (L,), with start and end.
@@ -83,14 +83,14 @@ class ServedModel:
         except TextTooLongError as error:
             raise RequestError(
                 400,
-                f"{field}[{error.index}] has {error.length} tokens, start and end included, but the model takes "
+                f"{names[error.index]} has {error.length} tokens, start and end included, but the model takes "
                 f'{error.limit}: shorten it, or send "truncate": true.',
                 "context_length_exceeded",
-                field,
+                "input",
             ) from None
         except TextError as error:
-            place = "" if error.index is None else f"[{error.index}]"
-            raise RequestError(400, f"{field}{place} is no text that can be tokenized.", param=field) from None
+            name = names[error.index or 0]
+            raise RequestError(400, f"{name} is no text that can be tokenized.", param="input") from None
         return [row[:length] for row, length in zip(ids, lengths.tolist(), strict=True)]
 
     def check_token_ids(self, ids: Sequence[int], place: int) -> np.ndarray:

@@ -108,6 +108,7 @@ def serve_forever(app: Any, bound: socket.socket) -> None:
     """
     # Large images are refused by our own limit; Pillow's warning would only name a file of ours.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs letters of broken forms
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     config = uvicorn.Config(
         app,

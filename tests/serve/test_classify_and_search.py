@@ -58,6 +58,7 @@ def test_threshold_leaves_labels_out(client, images):
         ({"templates": ["imagenet_7"]}, 400, "A template must hold {}"),
         ({"templates": []}, 400, "There are no templates"),
         ({"labels": [str(n) for n in range(40)], "templates": "imagenet_80"}, 413, "make 3,200 prompts, but at most"),
+        ({"labels": ["three " * 30]}, 400, "a label in its template has"),
         ({"images": []}, 400, "input is empty"),
         ({"images": ["no image"]}, 400, "images[0] is no image"),
         ({"top_k": 0}, 400, "top_k cannot be used"),

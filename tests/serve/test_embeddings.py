@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from torch.nn.functional import normalize
 
 from hf_clip.zero_shot.features import encode_images, encode_texts
@@ -140,7 +141,7 @@ def test_models(client):
         ({"input": "a", "modality": "audio"}, 400, "modality", "Input should be 'text', 'image' or 'auto'"),
         ({"input": "a", "normalized": False}, 400, "normalized", "have length one"),
         ({"input": [[9906, 1917]]}, 400, "input", "check_embedding_ctx_length=False"),
-        ({"input": "three " * 99}, 400, "input", 'tokens, start and end included, but the model takes 24: shorten it'),
+        ({"input": "three " * 99}, 400, "input", "input has 101 tokens, start and end included, but"),
         ({"input": ["http://x/y.png"], "modality": "image"}, 400, "input", "input[0] is an address, and this server"),
         ({"input": "data:image/png;base64,!!!"}, 400, "input", "input is no image: send a data URI"),
         ({"input": "data:image/png;base64,AAAA"}, 400, "input", "input is no image in a known format (JPEG, PNG"),
@@ -150,6 +151,8 @@ def test_models(client):
         ({"input": "a", "messages": []}, 400, "messages", "send one of them"),
         ({"input": ["a"] * 2049}, 413, "input", "input has 2,049 items, but at most 2,048 are allowed"),
         ({"input": ["data:image/png;base64,A"] * 65}, 413, "input", "input has 65 images, but at most 64 are allowed"),
+        ({"input": ["a b " * 300_000]}, 413, "input", "The texts have 1,200,000 letters together, but"),
+        ({"input": ["a", "three " * 99]}, 400, "input", "input[1] has"),
         ({"input": "a", "truncate_prompt_tokens": 5}, 400, "truncate_prompt_tokens", "only -1 is known"),
     ],
 )  # fmt: skip
@@ -198,3 +201,13 @@ def test_unknown_paths_and_methods(client):
     for answer, status in ((client.get("/nothing"), 404), (client.get("/v1/embeddings"), 405)):
         assert answer.status_code == status
         assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F", "RGBX", "LAB"])
+def test_images_of_every_mode_have_the_features_of_a_direct_call(client, plain_model, images, mode: str):
+    image = images[0].convert("L").convert(mode) if mode in ("I", "F", "I;16") else images[0].convert("RGB")
+    image = image if image.mode == mode else image.convert(mode) if mode != "LAB" else Image.new("LAB", (40, 30), 99)
+    content = as_file(image, "TIFF")
+    body = {"input": base64.b64encode(content).decode(), "modality": "image"}
+    answer = client.post("/v1/embeddings", json=body)
+    assert close(rows_of(answer), encode_images(*plain_model, content))
