@@ -103,7 +103,8 @@ def embed(
         ray=RayOptions(ray_address, ray_workers) if ray else None,
     )
     earlier = f", {done.rows - done.added:,} before" if done.added < done.rows else ""
-    print(f"{source}: {done.added:,} embedded{earlier}; {done.shards:,} shards in {out}")
+    shards = f"{done.shards:,} shard{'s' * (done.shards != 1)}"
+    print(f"{source}: {done.added:,} embedded{earlier}; {shards} in {out}")
     if done.problems:
         for path, problem in done.reasons if errors else ():
             print(f"{path}: {problem}", file=sys.stderr)
