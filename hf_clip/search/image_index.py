@@ -195,7 +195,7 @@ class ImageIndex(UpdatableIndex):
             raise ValueError(f"top is {top}, but must be at least 1.")
         if isinstance(cutoff, str) and cutoff != AUTO:
             raise ValueError(f'cutoff is {cutoff!r}, but must be "{AUTO}", a score, or None.')
-        scan = None if exact else self.approximate_scan()
+        scan = None if exact or self._quantized is not None else self.approximate_scan()
         known = self._known(scan)
         parts = vectors = None
         if isinstance(query, Tensor):
@@ -218,7 +218,7 @@ class ImageIndex(UpdatableIndex):
             allowed = self.tables.rows(["id"], where)["id"].to_pylist()
             mask = torch.ones(len(matrix), dtype=torch.bool)
             mask[matrix.places_of(allowed)] = False
-            scores = scores.masked_fill(mask, -torch.inf)
+            scores = matrix.refine(scores.masked_fill(mask, -torch.inf)[None], direction[None])[0]
         found = scores.topk(min(len(scores), wanted))
         best = float(found.values[0])
         places = found.indices[(found.values > -torch.inf) & (found.values >= least)]

@@ -250,11 +250,16 @@ class QuantizedMatrix(EmbeddingMatrix):
         Returns:
             (Q, I) float32.
         """
-        found = self.codes.similarities(queries)
+        return self.refine(self.codes.similarities(queries), queries)
+
+    def refine(self, scores: Tensor, queries: Tensor) -> Tensor:
+        """Compare the best of estimates (Q, I) again. Those of -inf stay what they are."""
+        found, is_out = scores, scores == -torch.inf
         scores, places = self._rescore(found, queries, min(self.rescored, len(self)))
+        scores = scores.masked_fill(is_out.gather(1, places), torch.inf)
         worst = scores.amin(1, keepdim=True)
         found = torch.minimum(found, worst.nextafter(torch.full_like(worst, -torch.inf)))
-        return found.scatter_(1, places, scores)
+        return found.scatter_(1, places, scores).masked_fill_(is_out, -torch.inf)
 
     def nearest(self, queries: Tensor, top: int, oversample: int | None = None) -> tuple[Tensor, Tensor]:
         """The most similar images.

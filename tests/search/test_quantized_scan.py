@@ -108,6 +108,18 @@ def test_the_best_are_as_the_exact_scan_has_them(kind: str, matrix: EmbeddingMat
     assert found.code_bytes < {"int8": 0.6, "bits": 1}[kind] * matrix.embeddings.numel() * 2 + len(matrix) * 10 + 2**17
 
 
+@pytest.mark.parametrize("kind", ["int8", "bits"])
+def test_what_is_left_by_a_filter_is_compared_again(kind: str, matrix: EmbeddingMatrix):
+    found, queries = QuantizedMatrix.quantize(matrix, kind), queries_for(matrix)
+    found.rescored = 50
+    is_out = torch.arange(len(matrix)) % 20 != 3  # 25 are left
+    left = found.refine(found.similarities(queries).masked_fill(is_out, -torch.inf), queries)
+    exact = matrix.similarities(queries).masked_fill(is_out, -torch.inf)
+    assert torch.equal(left.isinf(), exact.isinf())
+    assert torch.allclose(left[:, ~is_out], exact[:, ~is_out], atol=1e-6)
+    assert torch.equal(matrix.refine(exact, queries), exact)
+
+
 def test_ones_are_counted_by_table_as_by_numpy():
     words = np.random.default_rng(0).integers(0, 2**64, 1000, dtype=np.uint64)
     expected = [bin(int(word)).count("1") for word in words]
