@@ -195,7 +195,7 @@ class ImageIndex(UpdatableIndex):
             raise ValueError(f"top is {top}, but must be at least 1.")
         if isinstance(cutoff, str) and cutoff != AUTO:
             raise ValueError(f'cutoff is {cutoff!r}, but must be "{AUTO}", a score, or None.')
-        scan = None if exact or self._quantized is not None else self.approximate_scan()
+        scan = None if exact else self.approximate_scan()
         known = self._known(scan)
         parts = vectors = None
         if isinstance(query, Tensor):
