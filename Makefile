@@ -2,12 +2,13 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TOWER ?= vit
+DIGITS := demo-output/clip-digits-$(TOWER)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format docs parity cards bench clean
+.PHONY: help demo app test test-all check format docs parity cards bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
@@ -17,7 +18,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each set of extras, made again when the pins change.
-$(VENV)/.demo-installed $(VENV)/.dev-installed $(VENV)/.bench-installed $(VENV)/.docs-installed: $(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo-installed $(VENV)/.app-installed $(VENV)/.dev-installed $(VENV)/.bench-installed $(VENV)/.docs-installed: $(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned versions into $(VENV) (a minute or two) ..."
 	$(INSTALL) --editable ".[$*]"
 	@# open_clip asks for torchvision, which its model class does not need and nothing here may depend on.
@@ -26,6 +27,13 @@ $(VENV)/.demo-installed $(VENV)/.dev-installed $(VENV)/.bench-installed $(VENV)/
 
 demo: $(VENV)/.demo-installed  ## train a small CLIP on digits and look at it (TOWER=vit or resnet; 3 to 5 minutes)
 	$(BIN)/python -m demo --tower $(TOWER)
+
+app: $(VENV)/.demo-installed $(VENV)/.app-installed  ## open a page with the demo's model (TOWER=vit or resnet); trains it if it is missing
+	test -f $(DIGITS)/model.safetensors || $(BIN)/python -m demo --tower $(TOWER)
+	@# An index of an earlier run's model is made anew.
+	test $(DIGITS)-index/hf_clip_index.json -nt $(DIGITS)/model.safetensors || rm -rf $(DIGITS)-index
+	$(BIN)/hf-clip index demo-output/data --split held_out_images --into $(DIGITS)-index --model $(DIGITS)
+	$(BIN)/hf-clip app $(DIGITS) --index $(DIGITS)-index --open
 
 test: $(VENV)/.dev-installed  ## run the tests (two workers)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -13,6 +13,7 @@ EXTRAS = {
     "eval": ("datasets",),
     "search": ("lancedb", "pyarrow"),
     "ray": ("ray",),
+    "app": ("gradio",),
     "serve": ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "demo": ("accelerate", "datasets", "matplotlib", "sklearn"),

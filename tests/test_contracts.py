@@ -107,7 +107,7 @@ def test_configuration_imports_no_torch():
 
 ORDER = (
     ("commands",),
-    ("serve",),
+    ("serve", "app"),
     ("search",),
     ("training",),
     ("evaluation",),

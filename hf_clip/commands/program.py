@@ -23,7 +23,7 @@ import typer
 from ..model.checked_files import LONGEST_LINE, one_line
 
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "Use a model": ("classify", "evaluate", "info"),
+    "Use a model": ("classify", "app", "evaluate", "info"),
     "Search": ("index", "search", "embed", "quantize", "duplicates", "tag", "caption", "curate"),
     "Server": ("serve",),
     "Checkpoints": ("convert", "publish", "export-onnx"),

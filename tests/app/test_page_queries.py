@@ -1,0 +1,89 @@
+"""Queries of a page: texts, uploads, more of the same; and files of the machine, which it never opens."""
+
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hf_clip.app import page_queries
+from hf_clip.app.page_model import PageError, PageModel
+from hf_clip.app.page_queries import find_images, find_like, large_copy, name_of, query_parts, text_parts
+from hf_clip.search.query import QueryPart
+
+
+def test_text_that_reads_as_a_path_is_a_text(page_files: Path):
+    path = str(page_files / "photos" / "photo-0.png")
+    for text in (path, "https://example.org/cat.jpg"):
+        assert text_parts(text) == [QueryPart("text", text)]
+    assert text_parts(f'"a cat" - {path}') == [QueryPart("text", "a cat"), QueryPart("text", path, -1.0)]
+
+
+def test_text_image_and_minus_are_added_up(page_files: Path):
+    path = str(page_files / "photos" / "photo-0.png")
+    parts, title = query_parts(" a cat ", path, "a dog")
+    assert parts == [QueryPart("text", "a cat"), QueryPart("image", path), QueryPart("text", "a dog", -0.5)]
+    assert title == "a cat + photo-0.png − a dog"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "There is nothing to look for: write a text, such as a dog on a beach, or drop an image."),
+        ({"minus": "snow"}, "There is nothing to look for: write a text, such as a dog on a beach, or drop an image."),
+        ({"text": '- "snow"'}, "The query only subtracts: write what to look for, too."),
+        ({"text": "a" * 2001}, "The query has 2,001 letters, and the page takes 2,000: write less."),
+        ({"text": '"a cat" "a dog"'}, 'The query \'"a cat" "a dog"\' cannot be read from \'"a dog"\' on: write parts '),
+    ],
+)
+def test_queries_that_cannot_be_used(given: dict[str, str], said: str):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        query_parts(**given)
+    assert str(error.value).startswith(said)
+
+
+def test_image_is_found_by_itself(page: PageModel, page_files: Path):
+    path = str(page_files / "photos" / "photo-3.png")
+    found = find_images(page, *query_parts(image=path), top=3)
+    assert Path(found.results[0].path).name == "photo-3.png"
+    assert found.title == "photo-3.png"
+    assert len(found.results) == 3
+
+
+def test_more_like_an_image(page: PageModel):
+    found = find_images(page, *query_parts("a red one"), top=100)
+    assert sorted(len(result.duplicates) for result in found.results) == [0, 0, 0, 0, 0, 1]
+    like = find_like(page, found.results[2])
+    assert like.results[0].id == found.results[2].id
+    assert like.results[0].score == pytest.approx(1, abs=1e-3)
+    assert like.title == f"more like {name_of(found.results[2])}"
+
+
+def test_as_many_results_as_a_page_shows(page: PageModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(page_queries, "MOST_RESULTS", 2)
+    assert len(find_images(page, *query_parts("a"), top=50).results) == 2
+    assert len(find_images(page, *query_parts("a"), top=-5).results) == 1
+
+
+def test_page_without_an_index(page: PageModel):
+    with pytest.raises(PageError, match="^This page has no index to search: start it with --index.$"):
+        find_images(PageModel(page.model, page.processor, "small"), *query_parts("a"))
+
+
+def test_index_without_images(page: PageModel, tmp_path: Path):
+    from hf_clip.search.image_index import ImageIndex
+
+    empty = ImageIndex.open(tmp_path / "empty", model=page.model, processor=page.processor)
+    with pytest.raises(PageError, match="has no images yet: `hf-clip index FOLDER` adds some.$"):
+        find_images(PageModel(page.model, page.processor, "small", empty), *query_parts("a"))
+
+
+def test_large_copy_is_of_the_file_or_the_thumbnail(page: PageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    result = find_images(page, *query_parts("a red one"), top=1).results[0]
+    assert Image.open(BytesIO(large_copy(result))).size == (240, 160)
+    assert large_copy(replace(result, path="data:train#3")) == result.thumbnail
+    (tmp_path / "now-text.png").write_text("")
+    assert large_copy(replace(result, path=str(tmp_path / "now-text.png"))) == result.thumbnail
+    monkeypatch.setattr(page_queries, "MOST_PIXELS", 100)
+    assert large_copy(result) == result.thumbnail
