@@ -35,7 +35,10 @@ SECTION = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dep
 EXTRAS = set(re.findall(r"^(\w+) = \[", SECTION, flags=re.MULTILINE))
 TARGETS = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
-ELSEWHERE = {"--help", "--strategy", "--no-deps", "--no-index"}
+ELSEWHERE = {
+    *("--help", "--strategy", "--no-deps", "--no-index"),
+    *("--build-arg", "--env", "--file", "--publish", "--tag", "--volume"),  # docker's
+}
 """Options of programs that are none of ours."""
 
 
@@ -123,6 +126,13 @@ def read_by_curl(words: Sequence[str]) -> None:
         kind.model_validate_json(body)
 
 
+def read_by_docker(words: Sequence[str]) -> None:
+    """What stands behind the image's name is read as the server reads it."""
+    assert words[0] in ("build", "run"), words
+    if words[0] == "run":
+        read_by_hf_clip(["serve", "/model", *words[words.index("hf-clip") + 1 :]])
+
+
 READERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "hf-clip": read_by_hf_clip,
     "accelerate": lambda words: read_by_accelerate(words[1:]),
@@ -130,6 +140,7 @@ READERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "make": read_by_make,
     "python": read_by_python,
     "curl": read_by_curl,
+    "docker": read_by_docker,
     "echo": lambda words: json.loads(words[0]),
 }
 
