@@ -64,6 +64,11 @@ class Graph(nn.Module):
         super().__init__()
         self.model = model
 
+    def random_batch(self, texts: int, length: int, images: int, seed: int = 0) -> dict[str, Tensor]:
+        """Inputs of this graph, as many and as long as it takes."""
+        given = random_inputs(self.model.config, texts, length, images, seed)
+        return {name: given[name] for name in self.inputs}
+
 
 class WholeModel(Graph):
     name = "model"
@@ -132,10 +137,26 @@ def quiet() -> Iterator[None]:
 
 
 def free_dimensions(graph: Graph) -> dict[str, dict[int, Any]]:
-    """Which dimensions of the graph's inputs are free, for `torch.export` and `torch.onnx.export`."""
+    """Which dimensions of the graph's inputs are free, for `torch.export` and `torch.onnx.export`.
+
+    An input that `FREE` does not name has fixed dimensions.
+    """
     limit = graph.model.config.text_config.max_position_embeddings
     known = {name: torch.export.Dim(name, max=limit if name == LENGTH else None) for name in (TEXTS, LENGTH, IMAGES)}
-    return {name: {axis: known[free] for axis, free in FREE[name].items()} for name in graph.inputs}
+    return {name: {axis: known[free] for axis, free in FREE.get(name, {}).items()} for name in graph.inputs}
+
+
+def give_other_names(graph: Any) -> None:
+    """Rename values and weights that are called as one of the graph's outputs is, which the exporter leaves so."""
+    outputs = {value.name: value for value in graph.outputs}
+    for name in outputs.keys() & set(graph.initializers):
+        weight = graph.initializers.pop(name)
+        weight.name = f"{name}_weight"
+        graph.register_initializer(weight)
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value is not outputs.get(value.name, value):
+                value.name += "_within"
 
 
 @torch.no_grad()
@@ -145,7 +166,7 @@ def write_graph(graph: Graph, path: Path) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     limit = graph.model.config.text_config.max_position_embeddings
-    given = random_inputs(graph.model.config, texts=2, length=min(7, limit), images=3)
+    given = graph.random_batch(texts=2, length=min(7, limit), images=3)
     with quiet():
         program = torch.onnx.export(
             graph,
@@ -160,6 +181,7 @@ def write_graph(graph: Graph, path: Path) -> None:
         assert program is not None
         exported = program.model
         ClearMetadataAndDocStringPass()(exported)  # stack traces with this machine's paths
+        give_other_names(exported.graph)
         exported.metadata_props.update(facts_of(graph.model))
         weights = [value.const_value for value in exported.graph.initializers.values()]
         large = sum(weight.nbytes for weight in weights if weight is not None) > LARGEST_FILE

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .onnx_graphs import Graph, quiet, random_inputs
+from .onnx_graphs import Graph, quiet
 
 FLOAT32_OPERATORS = ("LayerNormalization", "ReduceL2", "Softmax")
 LARGEST_CONSTANT = 1e4
@@ -66,8 +66,7 @@ class Comparison:
         self.outputs = graph.outputs
         self.scale = graph.model.logit_scale.exp().item()
         sizes = sizes_to_compare(config.text_config.max_position_embeddings)
-        given = [random_inputs(config, *size, seed=seed) for seed, size in enumerate(sizes)]
-        self.batches = [{name: batch[name] for name in graph.inputs} for batch in given]
+        self.batches = [graph.random_batch(*size, seed=seed) for seed, size in enumerate(sizes)]
         self.expected = [graph(**batch) for batch in self.batches]
 
     def measure(self, path: Path) -> Deviation:

@@ -1,12 +1,21 @@
 """`hf-clip export-onnx`: a CLIP as ONNX graphs, for browsers and inference servers."""
 
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..checkpoints.onnx_export import LEAST_COSINE, PRECISIONS, Written
+
+
+class GraphLayout(str, Enum):
+    """Whose folder is written."""
+
+    onnx = "onnx"
+    immich = "immich"
+    infinity = "infinity"
 
 
 def split_words(words: list[str], precisions: list[str]) -> tuple[str, str | None, list[str]]:
@@ -41,6 +50,33 @@ def left_over(folder: Path, written: list[Written]) -> list[str]:
     return sorted(path.name for path in folder.glob("*.onnx") if path.name not in names)
 
 
+def write_for_server(
+    layout: GraphLayout, source: str, out: str | None, precisions: list[str], is_chosen: bool, force: bool
+) -> None:
+    """Write the folder of another server, and print what it holds.
+
+    is_chosen: whether `precisions` were given
+    """
+    try:
+        if layout == GraphLayout.infinity:
+            if is_chosen:
+                raise typer.BadParameter("--precision is of graphs, and infinity loads weights; leave it out")
+            from ..checkpoints.infinity_folder import export_infinity
+
+            export_infinity(source, out)
+            print(f"{out}: the model in the layout of transformers' CLIPModel, which infinity loads")
+            return
+        if len(precisions) > 1:
+            raise typer.BadParameter(f"Immich loads one graph for each tower; choose one of {', '.join(precisions)}")
+        from ..checkpoints.immich_folder import export_immich
+
+        written = export_immich(source, out, precision=precisions[0], force=force)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; nothing was written") from None
+    print(f"{out}, against the model on random inputs:")
+    print(report(written))
+
+
 def export_onnx(
     words: Annotated[
         list[str],
@@ -60,6 +96,13 @@ def export_onnx(
     force: Annotated[
         bool, typer.Option("--force", help=f"Write smaller graphs with cosines below {LEAST_COSINE} too.")
     ] = False,
+    layout: Annotated[
+        GraphLayout,
+        typer.Option(
+            help="onnx: for transformers.js and optimum. immich: the folder of Immich's machine-learning service. "
+            "infinity: what the server infinity loads, which is a ViT's weights and no graph."
+        ),
+    ] = GraphLayout.onnx,
 ) -> None:
     """Write a CLIP as ONNX graphs with the names that transformers.js and optimum give a stock one.
 
@@ -70,10 +113,15 @@ def export_onnx(
         hf-clip export-onnx clip-vit-b32/
 
         hf-clip export-onnx clip-vit-b32/ web/ --precision fp32 fp16 int8
+
+        hf-clip export-onnx clip-vit-b32/ immich/ --layout immich
     """
     from ..checkpoints.onnx_export import export_onnx as export
 
     source, out, precisions = split_words(words, precision or [])
+    if layout != GraphLayout.onnx:
+        write_for_server(layout, source, out, precisions, precision is not None, force)
+        return
     try:
         written = export(source, out, precisions=precisions, force=force)
     except KeyboardInterrupt:
