@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,13 +161,13 @@ def peers(
             yield "LanceDB, IVF-PQ with refinement", partial(by_lancedb, indexed=True), time.perf_counter() - start
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--thumbnail", type=int, default=2000, help="bytes of each thumbnail")
     parser.add_argument("--approximate", action="store_true", help="build and measure the approximate scan")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["numpy", "lancedb", "faiss"])
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     from hf_clip.search.approximate_scan import build
     from hf_clip.search.image_index import ImageIndex
     from hf_clip.search.index_table import IndexTables

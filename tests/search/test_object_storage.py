@@ -221,6 +221,11 @@ def test_storage_that_is_lost_at_every_write_in_turn(
     assert len(paths_of(index)) == 6
 
 
+def commits_of(store: ObjectStore) -> int:
+    with store.lock:
+        return sum("/images.lance/_versions/" in name for name in store.objects)
+
+
 @pytest.mark.slow
 def test_kills(tmp_path: Path, store: ObjectStore, new_index: Callable[..., ImageIndex], small_model: Any):
     folder = tmp_path / "many"
@@ -231,11 +236,11 @@ def test_kills(tmp_path: Path, store: ObjectStore, new_index: Callable[..., Imag
     expected.add(folder)
     words = [sys.executable, "-c", PROGRAM, PLACE, small_model[2], str(folder)]
     kept = 0
-    for kill in range(10):
-        with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(0.3 + 0.15 * kill)
+    for kill in range(5):
+        written = commits_of(store)
+        with subprocess.Popen(words) as process:
+            while process.poll() is None and commits_of(store) < written + 1 + kill % 2:
+                time.sleep(0.005)
             process.send_signal(signal.SIGKILL)
         try:
             count = len(ImageIndex.open(PLACE))
