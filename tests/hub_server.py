@@ -1,7 +1,7 @@
 """A Hub for tests: the part of its protocol that pushing and pulling models uses, on this machine, in memory.
 
 Tokens: "writer" may do everything with repositories of `org`; all others are unknown. Repositories of `others` are
-forbidden; those named `org/answers-403` and so on answer with that status.
+forbidden; those named `org/answers-403` and so on answer with that status. A Space is a repository named `spaces/…`.
 `fail_after` uploads of large files the connection is cut, once.
 """
 
@@ -16,6 +16,16 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 TOKEN = "writer-of-secrets"
+
+REPO = r"((?:spaces/)?[^/]+/[^/]+?)"
+
+README_OF_SPACES = b"---\nsdk: gradio\n---\n\nSee https://huggingface.co/docs/hub/spaces-config-reference\n"
+"""What a new Space has, as on the Hub."""
+
+
+def as_of_models(path: str) -> str:
+    """The path of a request for a Space, as if it were one for a model that is named `spaces/…`."""
+    return path.replace("/api/spaces/", "/api/models/spaces/", 1)
 
 
 @dataclass
@@ -97,15 +107,15 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(urlparse(self.path).path)
+        path = as_of_models(unquote(urlparse(self.path).path))
         self.hub.requests.append(f"{self.command} {path}")
         if match := re.match(r"/(?:api/models/)?org/answers-(\d+)/", f"{path}/"):
             return self.refuse(int(match[1]), "Not now")
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(rf"/{REPO}/resolve/([^/]+)/(.+)", path):
             return self.send_file(*match.groups())
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
+        if match := re.fullmatch(rf"/api/models/{REPO}(?:/revision/([^/]+))?", path):
             return self.describe(match[1], match[2] or "main")
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/.*)?", path):
+        if match := re.fullmatch(rf"/api/models/{REPO}/tree/([^/]+)(?:/.*)?", path):
             return self.list_tree(match[1], match[2])
         if path == "/api/whoami-v2":
             return self.answer({"name": "org", "type": "user", "orgs": []})
@@ -159,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def do_POST(self) -> None:
-        path, content = unquote(urlparse(self.path).path), self.body()
+        path, content = as_of_models(unquote(urlparse(self.path).path)), self.body()
         self.hub.requests.append(f"POST {path}")
         if path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
@@ -167,31 +177,34 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(401, "Invalid credentials in Authorization header")
         if path == "/api/repos/create":
             return self.create(json.loads(content))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", path):
+        if match := re.fullmatch(rf"/api/models/{REPO}/preupload/([^/]+)", path):
             return self.preupload(match[1], match[2], json.loads(content))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", path):
+        if match := re.fullmatch(rf"/api/models/{REPO}/commit/([^/]+)", path):
             return self.commit(match[1], match[2], content)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(tag|branch)/([^/]+)", path):
+        if match := re.fullmatch(rf"/api/models/{REPO}/(tag|branch)/([^/]+)", path):
             repository = self.hub.repositories[match[1]]
             named = json.loads(content or b"{}")
             name = named["tag"] if match[2] == "tag" else match[3]
             start = match[3] if match[2] == "tag" else named.get("startingPoint", "main")
             repository.refs[name] = str(repository.resolve(start))
             return self.answer({})
-        if re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        if re.fullmatch(rf"/{REPO}\.git/info/lfs/objects/batch", path):
             return self.lfs_batch(json.loads(content))
         return self.refuse(404, f"No such path: {path}")
 
     def create(self, asked: dict) -> None:
         owner, name = asked.get("organization") or "org", asked["name"]
+        kind = asked.get("type", "model")
         if owner == "others":
-            return self.refuse(403, "You don't have the rights to create a model under the namespace others")
-        repo_id = f"{owner}/{name}"
+            return self.refuse(403, f"You don't have the rights to create a {kind} under the namespace others")
+        if kind == "space" and asked.get("sdk") != "gradio":
+            return self.refuse(400, "A Space needs an sdk")
+        repo_id = f"{'spaces/' if kind == 'space' else ''}{owner}/{name}"
         url = f"http://{self.headers['Host']}/{repo_id}"
         if repo_id in self.hub.repositories or name == "taken":
             return self.refuse(409, "You already created this repo", url=url)
         repository = Repository(private=bool(asked.get("private")) or asked.get("visibility") == "private")
-        repository.commit({}, "main", "initial commit")
+        repository.commit({"README.md": README_OF_SPACES} if kind == "space" else {}, "main", "initial commit")
         self.hub.repositories[repo_id] = repository
         return self.answer({"url": url, "name": repo_id})
 

@@ -40,6 +40,26 @@ def beginning(card: str) -> str:
     return "\n".join(f"  {line if len(line) <= WIDTH else line[: WIDTH - 1] + '…'}" for line in lines)
 
 
+def indented(code: str) -> str:
+    """A program without its last line, which is a checksum."""
+    return "\n".join(f"  {line}".rstrip() for line in code.rstrip().splitlines()[:-1]).rstrip()
+
+
+def push_space(repo_id: str, space_id: str, page: dict[str, str], private: bool, is_there: bool) -> None:
+    """Push the page of a published model, and say where it is and what is left to do."""
+    from ..hub.space import is_private, publish_space
+
+    is_hidden = private or is_private(repo_id)
+    # A new Space is not shown to more people than the model.
+    address = publish_space(repo_id, space_id, page, private=(is_hidden or None) if not is_there else (private or None))
+    print(address)
+    if is_hidden:
+        print(
+            f"{repo_id} is private, and the Space cannot load it yet: at {address}/settings add the secret HF_TOKEN, a "
+            f"token that may read {repo_id}."
+        )
+
+
 def publish(
     folder: Annotated[str, typer.Argument(help="Folder that convert or the trainer has written.")],
     repo_id: Annotated[str, typer.Argument(help="owner/name of the repository, which is created unless it is there.")],
@@ -59,28 +79,59 @@ def publish(
             metavar="NAME",
         ),
     ] = None,
+    space: Annotated[
+        bool, typer.Option("--space", help="Publish a Space, too: a page on which visitors try the model.")
+    ] = False,
+    space_repo: Annotated[
+        str | None,
+        typer.Option(help="Name of the Space (default: as that of the model).", metavar="OWNER/NAME"),
+    ] = None,
+    replace_space: Annotated[
+        bool,
+        typer.Option("--replace-space", help="Overwrite app.py, README.md and requirements.txt of another's hand."),
+    ] = False,
 ) -> None:
     """Publish a model on the Hub, with the code that loads it and a model card, in one commit.
 
     The folder itself stays as it is. After an error the same command goes on where it stopped.
+
+    With --space, a page for the model follows, which the Hub runs with Gradio. A Space that is there is not overwritten
+    where somebody else wrote or changed it.
 
     Examples:
 
         hf-clip publish clip-vit-l14-336/ org/clip-vit-l14-336 --dry-run
 
         hf-clip publish clip-vit-l14-336/ org/clip-vit-l14-336 --private
-    """
-    from ..hub.stage import publish as publish_model
 
+        hf-clip publish clip-vit-l14-336/ org/clip-vit-l14-336 --space
+    """
+    from .. import __version__
+    from ..hub.space import check_space, list_files, space_files
+    from ..hub.stage import publish as publish_model
+    from ..hub.upload import check_repo_id
+
+    space_id = check_repo_id(space_repo or repo_id) if space or space_repo else ""
+    if replace_space and not space_id:
+        raise ValueError("--replace-space says what becomes of a Space; give --space, too.")
+    page = space_files(check_repo_id(repo_id), space_id, __version__) if space_id else {}
+    is_there = False
     try:
+        if space_id and not dry_run:  # before the weights are sent
+            is_there = check_space(space_id, page, private=private, replace=replace_space)
         found = publish_model(
             folder, repo_id, private=private or None, dry_run=dry_run, layout=layout.value, variant_name=variant
         )
+        if not dry_run:
+            print(found.address, flush=True)
+            if space_id:
+                push_space(repo_id, space_id, page, private, is_there)
+            return
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
-    if not dry_run:
-        print(found.address)
-        return
     kind = "private " if private else ""
     print(f"Would push to the {kind}model repository {repo_id}, in one commit:\n{listing(found.uploads)}")
     print(f"Its card, {CARD}:\n{beginning(found.card)}")
+    if space_id:
+        print(f"Would push to the {kind}Space {space_id}, in one commit:\n{listing(list_files(page))}")
+        print(f"Its program, app.py:\n{indented(page['app.py'])}")

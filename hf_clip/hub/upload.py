@@ -105,7 +105,7 @@ def explain(error: BaseException, repo_id: str, token: str | None = None) -> Pub
     elif status == 403:
         reason = f"your token may not write to {repo_id.split('/')[0]} ({said}); take one that may, or another name"
     elif status == 404 or isinstance(error, RepositoryNotFoundError):
-        reason = "there is no such model repository, or your token may not see it"
+        reason = "there is no such repository, or your token may not see it"
     elif status is not None:
         reason = f"the Hub answered {status} ({said}); try again later"
     else:
@@ -124,6 +124,7 @@ def publish_folder(
     token: str | None = None,
     message: str = "Upload model",
     revision: str | None = None,
+    repo_type: str = "model",
 ) -> str:
     """Push a folder to the Hub in one commit. The repository is created if it is missing.
 
@@ -136,6 +137,7 @@ def publish_folder(
         token: A token that may write. None: that of `hf auth login`, or of `HF_TOKEN`.
         message: Message of the commit.
         revision: Branch. None: main.
+        repo_type: "model", or "space" for a Space that Gradio runs.
 
     Returns:
         The address of the commit, or of the repository if nothing had changed.
@@ -144,10 +146,11 @@ def publish_folder(
         PublishingError: Nothing, or not everything, was published.
     """
     api = HfApi(token=token)
+    sdk = "gradio" if repo_type == "space" else None
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
         try:
-            is_private = api.model_info(repo_id).private
+            is_private = api.repo_info(repo_id, repo_type=repo_type).private
             if private and not is_private:
                 raise PublishingError(
                     f"{repo_id} was not published: it is there already and public, though a private one was asked for. "
@@ -155,13 +158,14 @@ def publish_folder(
                 )
         except RepositoryNotFoundError as error:
             raise PublishingError(
-                f"{repo_id} was not published: the name is taken, and not by a model repository that your token may "
-                f"see; choose another."
+                f"{repo_id} was not published: the name is taken, and not by a {repo_type} repository that your token "
+                f"may see; choose another."
             ) from error
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
         commit = api.upload_folder(
             repo_id=repo_id,
+            repo_type=repo_type,
             folder_path=folder,
             commit_message=message,
             revision=revision,
