@@ -1,5 +1,6 @@
 """`hf-clip publish`: a model onto the Hub, with the code that loads it and a model card."""
 
+import sys
 from enum import Enum
 from typing import Annotated
 
@@ -106,7 +107,6 @@ def publish(
 
         hf-clip publish clip-vit-l14-336/ org/clip-vit-l14-336 --space
     """
-    from .. import __version__
     from ..hub.space import check_space, list_files, space_files
     from ..hub.stage import publish as publish_model
     from ..hub.upload import check_repo_id
@@ -114,7 +114,7 @@ def publish(
     space_id = check_repo_id(space_repo or repo_id) if space or space_repo else ""
     if replace_space and not space_id:
         raise ValueError("--replace-space says what becomes of a Space; give --space, too.")
-    page = space_files(check_repo_id(repo_id), space_id, __version__) if space_id else {}
+    page = space_files(check_repo_id(repo_id), space_id, sys.modules["hf_clip"].__version__) if space_id else {}
     is_there = False
     try:
         if space_id and not dry_run:  # before the weights are sent
