@@ -34,11 +34,12 @@ from ..zero_shot.embedding_head import EmbeddingHead, load_head
 from ..zero_shot.laion_head import read_laion_head
 from ..zero_shot.progress import progress_bar
 from .curated_files import TAR_ROWS, draw_scores, summary_of, write_parquet, write_tars
-from .image_rows import EmbeddedRow, ImageRows, embed_captions, embed_rows, open_image_rows
+from .image_rows import ImageRows, open_image_rows
 from .image_tags import ImageTagger
 from .index_model import load
 from .index_table import shown_path
-from .indexed_image import perceptual_hash
+from .indexed_image import full_size, perceptual_hash
+from .row_encoding import EmbeddedRow, embed_captions, embed_rows
 from .scored_rows import ScoredRows, check_column
 
 CLIP_SCORE = "clip_score"
@@ -304,12 +305,8 @@ def _read_head(head: Any, model: Any, processor: Any, source: str) -> EmbeddingH
 
 
 def _look(data: bytes, image: Image.Image) -> tuple[int, int, int]:
-    """Perceptual hash, width and height of an image; a draft of a JPEG has the size of its file."""
-    with Image.open(io.BytesIO(data)) as whole:
-        width, height = whole.size
-    if (width > height) != (image.width > image.height):  # it was turned upright
-        width, height = height, width
-    return perceptual_hash(image), width, height
+    """Perceptual hash, width and height of an image, which may be a draft."""
+    return perceptual_hash(image), *full_size(data, image)
 
 
 def _score(rows: ImageRows, scored: ScoredRows, scorer: _Scorer, encoding: dict[str, Any], progress: bool) -> None:

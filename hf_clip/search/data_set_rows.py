@@ -5,19 +5,19 @@ read again. Otherwise each row's image is compared by a hash of its content, and
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from ..data.columns import UnusableRowError
 from ..data.sources import readable
 from ..evaluation.fingerprint import fingerprint_of
-from ..model.checked_files import one_line
-from ..model.open_image import UnreadableImageError
 from ..zero_shot.features import image_processor_of
 from .image_rows import RowReader, open_rows, row_path
-from .index_encoding import UnreadableFileError, draft_for, encode_rows
+from .index_encoding import encode_rows
 from .index_table import IndexTables
 from .index_update import IndexChanges
 from .indexed_image import IndexedImage, content_hash, prepare
+from .row_encoding import draft_for
 
 
 class _RowsToEncode:
@@ -98,19 +98,18 @@ def update_data_set(
     fingerprint, note = fingerprint_of(source, chosen), f"data set {name}"
     is_same = fingerprint is not None and tables.noted(note) == fingerprint
     rows = _RowsToEncode(tables, name, table, reader, is_same)
-    model, processor = load()
-    image_processor = image_processor_of(processor)
-    draft = draft_for(image_processor, exact)
+    to_encode = iter(rows)
+    changes = IndexChanges()
+    if (first := next(to_encode, None)) is not None:
+        model, processor = load()
+        image_processor = image_processor_of(processor)
+        draft = draft_for(image_processor, exact)
 
-    def make(stored: Any) -> IndexedImage:
-        try:
+        def make(stored: Any) -> IndexedImage:
             return prepare(reader.content(stored), image_processor, draft)
-        except UnusableRowError as error:
-            raise UnreadableFileError(one_line(error)) from error
-        except UnreadableImageError as error:
-            raise UnreadableFileError(one_line(error.problem.lstrip(": "))) from error
 
-    changes = encode_rows(tables, rows, make, model, batch_size=batch_size, threads=threads, advance=advance)
+        items = chain([first], to_encode)
+        changes = encode_rows(tables, items, make, model, batch_size=batch_size, threads=threads, advance=advance)
     changes.unchanged = rows.unchanged
     gone = [id for path, (id, _) in rows.known.items() if path not in rows.seen]
     broken = [id for path, (id, _) in rows.known.items() if path in changes.problems]

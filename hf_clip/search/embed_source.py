@@ -9,11 +9,8 @@ Dimensions: D embedding.
 
 import hashlib
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,9 +24,11 @@ from ..zero_shot.progress import progress_bar
 from .embedding_files import EmbeddingDescription, EmbeddingWriter, Position
 from .embedding_layouts import DTYPES, LAYOUTS
 from .embedding_place import FilePlace
-from .image_rows import EmbeddedRow, ImageRows, embed_captions, embed_rows, open_image_rows, rows_from
+from .image_rows import ImageRows, open_image_rows, rows_from
 from .index_model import describe, load
 from .index_writer import only_writer
+from .interruption import interruption
+from .row_encoding import EmbeddedRow, embed_captions, embed_rows
 
 SHARD_ROWS = 10_000
 """Images of a shard: 10 MB in float16 at D = 512."""
@@ -216,25 +215,6 @@ def _write_all(found: Iterator[EmbeddedRow], writer: EmbeddingWriter, total: int
                     f"there"
                 )
         writer.write(is_complete=True)
-
-
-@contextmanager
-def interruption() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that a block ends where nothing is half done. The second ends at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def note(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 __all__ = ["EmbeddedSource", "RayOptions", "embed_source"]

@@ -22,10 +22,11 @@ import torch
 
 from ..model.checked_files import one_line
 from .embedding_files import Position
-from .image_rows import DataSetRows, EmbeddedRow, FolderRows, ImageRow, ImageRows, embed_captions, embed_rows, row_path
+from .image_rows import DataSetRows, FolderRows, ImageRow, ImageRows, row_path
 from .index_model import describe, load
 from .index_table import IndexDescription
 from .indexed_image import register_formats
+from .row_encoding import EmbeddedRow, embed_captions, embed_rows
 
 if TYPE_CHECKING:
     import pyarrow  # type: ignore[import-untyped]

@@ -22,8 +22,8 @@ import numpy as np
 from ..extras import require
 from .embedding_layouts import Shard, read_shard, write_shard
 from .embedding_place import RECORD, EmbeddingFilesError, FilePlace
-from .image_rows import EmbeddedRow
 from .index_table import shown_path
+from .row_encoding import EmbeddedRow
 
 FORMAT = 1
 """Number of the record's layout."""

@@ -1,16 +1,13 @@
-"""The images of a folder or a data set, row by row, with their captions and other columns; and their embeddings.
+"""The images of a folder or a data set, row by row, with their captions and other columns.
 
 A source is read in units: some files of a folder, some rows of a saved data set, one file of a streamed data set such
 as a webdataset tar. Units in their order hold all rows in their order, and each can be read by itself: whoever goes on
 after an interruption leaves out whole units, and several machines take a unit each.
 
-    rows = open_image_rows("shards/{000..099}.tar")
-    for found in embed_rows(rows, rows.content, model, processor):
-        found.row.path, found.row.caption, found.row.metadata, found.embedding, found.problem
+    for row in open_image_rows("shards/{000..099}.tar"):
+        row.path, row.caption, row.metadata
 
-Only a few batches are in memory at once, however large the source is.
-
-Dimensions: B batch, D embedding, C channels, Y × X pixels.
+Images are opened, and encoded, by `row_encoding`.
 """
 
 import glob
@@ -18,26 +15,17 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
 from ..data.columns import CaptionReader, UnusableRowError, column_of, field_of, find_caption_column, find_image_column
 from ..data.images import find_image_places, image_content
 from ..data.sources import describe_columns, expand_braces, folder_of, leave_undecoded, open_source, readable
 from ..evaluation.fingerprint import fingerprint_of
-from ..model.checked_files import one_line
-from ..model.open_image import UnreadableImageError, open_image
 from ..training.data.image_stream import SAVED, is_data_set
-from ..zero_shot.features import encode_pixels, encode_texts, image_processor_of
-from ..zero_shot.files import MOST_THREADS, in_order
 from .folder_scan import scan_folder
 from .indexed_image import MOST_BYTES, register_formats
 
@@ -46,10 +34,6 @@ LONGEST_TEXT = 2000
 
 UNIT_ROWS = 256
 """Files of a folder, or rows of a saved data set, that are a unit."""
-
-
-CAPTIONS_AHEAD = 256
-"""Rows whose captions are encoded together, those of about one length in a batch."""
 
 
 @dataclass(frozen=True)
@@ -71,25 +55,6 @@ class ImageRow:
     caption: str | None
     metadata: str | None
     stored: Any
-
-
-@dataclass(frozen=True)
-class EmbeddedRow:
-    """An image with its embedding, or with the reason why it has none.
-
-    Attributes:
-        row: The image.
-        embedding: (D,) float32, of length one; None if the image cannot be opened.
-        problem: What is wrong with the image, in one line; None if nothing is.
-        seen: What `look` returned.
-        text_embedding: (D,) float32 of the caption, of length one; None without a caption, or if none was asked for.
-    """
-
-    row: ImageRow
-    embedding: np.ndarray | None
-    problem: str | None = None
-    seen: Any = None
-    text_embedding: np.ndarray | None = None
 
 
 class RowReader:
@@ -336,105 +301,15 @@ def _digest(parts: Iterable[tuple[Any, ...]]) -> str:
     return state.hexdigest()
 
 
-def problem_of(error: Exception) -> str:
-    """What is wrong with an image whose name stands beside this, in one line."""
-    if isinstance(error, UnreadableImageError):
-        return one_line(error.problem.lstrip(": ").removesuffix("; replace it, or leave it out.").removesuffix("."))
-    return one_line(getattr(error, "strerror", None) or error)
-
-
-@torch.no_grad()
-def embed_rows(
-    rows: Iterable[ImageRow],
-    content: Callable[[Any], bytes],
-    model: Any,
-    processor: Any,
-    *,
-    batch_size: int = 16,
-    exact: bool = False,
-    threads: int | None = None,
-    look: Callable[[bytes, Image.Image], Any] | None = None,
-) -> Iterator[EmbeddedRow]:
-    """Open images in threads, and encode one batch after the other.
-
-    Args:
-        rows: The images; read as they are needed.
-        content: Reads the bytes of what a row stores: the method `content` of the opened source.
-        model: HfClipModel.
-        processor: HfClipProcessor or HfClipImageProcessor.
-        batch_size: Images encoded at once.
-        exact: Whether to decode large JPEGs in full, and not at a half, a quarter or an eighth of their size.
-        threads: How many open images. None: one for each core, at most 8.
-        look: Called in a thread with each image's bytes and the opened image; what it returns comes with the row.
-
-    Yields:
-        Each row in its order, with its embedding or with what is wrong with it.
-    """
-    threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
-    image_processor = image_processor_of(processor)
-    draft = None if exact else image_processor.steps().draft_side()
-
-    def make(stored: Any) -> tuple[Tensor, Any]:
-        data = content(stored)
-        image = open_image(data, draft=draft)
-        seen = None if look is None else look(data, image)
-        return image_processor([image], return_tensors="pt")["pixel_values"][0], seen
-
-    waiting = in_order(((row, row.stored) for row in rows), make, threads, ahead=2 * batch_size + threads)
-    while batch := list(islice(waiting, batch_size)):
-        made: list[tuple[Tensor, Any] | None] = []
-        problems: list[str | None] = []
-        for _, future in batch:
-            try:
-                made.append(future.result())
-                problems.append(None)
-            except (ValueError, OSError) as error:
-                made.append(None)
-                problems.append(problem_of(error))
-        opened = [image for image in made if image is not None]
-        if opened:
-            embeddings = iter(encode_pixels(model, torch.stack([pixels for pixels, _ in opened])).cpu().numpy())
-        for (row, _), image, problem in zip(batch, made, problems, strict=True):
-            if image is None:
-                yield EmbeddedRow(row, None, problem)
-            else:
-                yield EmbeddedRow(row, next(embeddings), None, image[1])
-
-
-def embed_captions(
-    found: Iterable[EmbeddedRow], model: Any, processor: Any, *, batch_size: int = 64
-) -> Iterator[EmbeddedRow]:
-    """The same rows with the embeddings of their captions. Captions that are too long for the model are cut off.
-
-    Args:
-        found: What `embed_rows` yields.
-        model: HfClipModel.
-        processor: HfClipProcessor.
-        batch_size: Captions encoded at once, of `CAPTIONS_AHEAD` rows that are read for it.
-    """
-    waiting = iter(found)
-    while part := list(islice(waiting, CAPTIONS_AHEAD)):
-        places = [place for place, one in enumerate(part) if one.embedding is not None and one.row.caption is not None]
-        texts = [part[place].row.caption or "" for place in places]
-        vectors = encode_texts(model, processor, texts, batch_size=batch_size, truncation=True).cpu().numpy()
-        for place, vector in zip(places, vectors, strict=True):
-            part[place] = replace(part[place], text_embedding=vector)
-        yield from part
-
-
 __all__ = [
     "DataSetRows",
-    "EmbeddedRow",
     "FolderRows",
     "ImageRow",
     "ImageRows",
     "RowReader",
-    "embed_captions",
-    "embed_rows",
     "fingerprint_of_source",
     "open_image_rows",
     "open_rows",
-    "problem_of",
     "row_path",
     "rows_from",
 ]

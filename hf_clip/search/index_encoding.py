@@ -7,41 +7,25 @@ Dimensions: B batch, D embedding.
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..model.checked_files import one_line
-from ..model.open_image import UnreadableImageError
 from ..zero_shot.features import encode_pixels, image_processor_of
 from ..zero_shot.files import MOST_THREADS, in_order
 from .folder_scan import FileState
+from .image_rows import read_file
 from .index_table import IndexTables
 from .index_update import COMMIT_AT, PLACE, IndexChanges, UpdatePlan, columns_of_place, next_free_id
-from .indexed_image import MOST_BYTES, IndexedImage, prepare
+from .indexed_image import IndexedImage, prepare
+from .interruption import interruption
+from .row_encoding import draft_for, problem_of
 
 OF_THE_IMAGE = ("content", "width", "height", "perceptual_hash", "thumbnail")
 """Columns that are found by opening an image."""
-
-
-class UnreadableFileError(ValueError):
-    """A file cannot be read, or is no image."""
-
-
-def _read_and_prepare(file: FileState, image_processor: Any, draft: int | None) -> IndexedImage:
-    """Raises UnreadableFileError with what is wrong, in one line."""
-    try:
-        if file.size > MOST_BYTES:
-            raise UnreadableFileError(f"it has {file.size:,} bytes, and at most {MOST_BYTES:,} are read")
-        return prepare(Path(file.path).read_bytes(), image_processor, draft)
-    except UnreadableImageError as error:
-        problem = error.problem.lstrip(": ").removesuffix("; replace it, or leave it out.").removesuffix(".")
-        raise UnreadableFileError(one_line(problem)) from error
-    except OSError as error:
-        raise UnreadableFileError(one_line(error.strerror or error)) from error
 
 
 def encode_planned(
@@ -60,15 +44,10 @@ def encode_planned(
     draft = draft_for(image_processor, exact)
 
     def make(file: FileState) -> IndexedImage:
-        return _read_and_prepare(file, image_processor, draft)
+        return prepare(read_file(file.path), image_processor, draft)
 
     items = ((columns_of_place(file), replaced, file) for file, replaced in plan.to_encode)
     return encode_rows(tables, items, make, model, batch_size=batch_size, threads=threads, advance=advance)
-
-
-def draft_for(image_processor: Any, exact: bool) -> int | None:
-    """The shorter side that a JPEG needs, or None if it is to be decoded in full."""
-    return None if exact else image_processor.steps().draft_side()
 
 
 @torch.no_grad()
@@ -88,11 +67,14 @@ def encode_rows(
         tables: The index.
         items: For each image the columns that are known of it, the id of the row that it replaces or None, and what
             `make` opens.
-        make: Opens an image, in a thread. Raises UnreadableFileError.
+        make: Opens an image, in a thread. Raises ValueError or OSError.
         model: HfClipModel.
         batch_size: Images encoded at once.
         threads: How many open images. None: one for each core, at most 8.
         advance: Called with a number of images as they are encoded.
+
+    Raises:
+        KeyboardInterrupt: It was interrupted: the batch was ended, and what was encoded is written.
     """
     threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
     changes, next_id = IndexChanges(), next_free_id(tables)
@@ -101,27 +83,38 @@ def encode_rows(
     added: list[dict[str, Any]] = []
     replaced_rows: list[dict[str, Any]] = []
     problems: list[dict[str, Any]] = []
-    while batch := list(islice(waiting, batch_size)):
-        opened = []
-        for (row, replaced), future in batch:
-            try:
-                opened.append((row, replaced, future.result()))
-            except UnreadableFileError as error:
-                changes.problems[os.fsdecode(row["path_bytes"])] = str(error)
-                problems.append({name: row.get(name) for name in PLACE} | {"problem": str(error)})
-        if opened:
-            pixels = torch.stack([image.pixels for _, _, image in opened])
-            embeddings = encode_pixels(model, pixels).cpu().numpy().astype(np.float16)
-            for (known, replaced, image), embedding in zip(opened, embeddings, strict=True):
+    with interruption() as interrupted, closing(waiting):
+        while not interrupted.is_set() and (batch := list(islice(waiting, batch_size))):
+            opened = []
+            for (row, replaced), future in batch:
+                try:
+                    opened.append((row, replaced, future.result()))
+                except (ValueError, OSError) as error:
+                    problem = problem_of(error)
+                    changes.problems[os.fsdecode(row["path_bytes"])] = problem
+                    problems.append({name: row.get(name) for name in PLACE} | {"problem": problem})
+            for (known, replaced, image), embedding in zip(opened, _embeddings_of(model, opened), strict=True):
                 id = next_id if replaced is None else replaced
                 found = {name: getattr(image, name) for name in OF_THE_IMAGE} | {"embedding": embedding}
                 (added if replaced is None else replaced_rows).append({"id": id} | known | found)
                 next_id += replaced is None
-        if len(added) + len(replaced_rows) + len(problems) >= COMMIT_AT:
-            _write(tables, changes, added, replaced_rows, problems)
-        advance(len(batch))
-    _write(tables, changes, added, replaced_rows, problems)
+            if len(added) + len(replaced_rows) + len(problems) >= COMMIT_AT:
+                _write(tables, changes, added, replaced_rows, problems)
+            advance(len(batch))
+        _write(tables, changes, added, replaced_rows, problems)
+        if interrupted.is_set():
+            raise KeyboardInterrupt(
+                f"interrupted after {changes.added + changes.updated:,} images, which are indexed; the same command "
+                f"goes on there"
+            )
     return changes
+
+
+def _embeddings_of(model: Any, opened: list[tuple[Any, Any, IndexedImage]]) -> np.ndarray:
+    """Encode a batch of images, which may be empty: (B, D) float16."""
+    if not opened:
+        return np.empty((0, 0), np.float16)
+    return encode_pixels(model, torch.stack([image.pixels for _, _, image in opened])).cpu().numpy().astype(np.float16)
 
 
 def _write(
@@ -136,4 +129,4 @@ def _write(
         waiting.clear()
 
 
-__all__ = ["UnreadableFileError", "draft_for", "encode_planned", "encode_rows"]
+__all__ = ["encode_planned", "encode_rows"]

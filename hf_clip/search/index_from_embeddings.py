@@ -15,7 +15,7 @@ from .embedding_layouts import Shard
 from .embedding_place import EmbeddingFilesError
 from .index_model import check_model
 from .index_table import IndexDescription, IndexTables
-from .index_update import IndexChanges
+from .index_update import IndexChanges, next_free_id
 
 if TYPE_CHECKING:
     import pyarrow  # type: ignore[import-untyped]
@@ -59,8 +59,7 @@ def update_from_embeddings(
     ids = dict(zip(known["path"].to_pylist(), known["id"].to_pylist(), strict=True))
     if stored.fingerprint and tables.noted(note) == stored.fingerprint:
         return IndexChanges(unchanged=stored.rows or 0)
-    all_ids = tables.rows(["id"])["id"].to_numpy()
-    next_id = int(all_ids.max()) + 1 if len(all_ids) else 1
+    next_id = next_free_id(tables)
     changes, width = IndexChanges(), tables.description.width
     for number, shard in enumerate(stored):
         if shard.embeddings.shape[1] != width:

@@ -76,6 +76,7 @@ class UpdatePlan:
         missing: Rows whose files are gone.
         problems: Files that could not be opened before and have not changed since, and why.
         mended: Files that could not be opened before, and that changed or are gone.
+        broken: Ids of rows whose files cannot be opened any more, as a run noted that was interrupted after it.
     """
 
     unchanged: int = 0
@@ -84,6 +85,7 @@ class UpdatePlan:
     missing: list[_Known] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
     mended: list[str] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
 
 
 def plan_update(
@@ -116,6 +118,7 @@ def plan_update(
             size, mtime_ns, problem = old_problems[file.path]
             if (size, mtime_ns) == state:
                 plan.problems[file.path] = problem
+                plan.broken += [] if row is None else [row.id]
             else:
                 plan.mended.append(file.path)
                 plan.to_encode.append((file, None if row is None else row.id))
@@ -194,7 +197,7 @@ def forget_missing(tables: IndexTables, plan: UpdatePlan, keep_missing: bool, un
     tables.remove_problems([os.fsencode(path) for path in plan.mended if path not in unreadable])
     broken = [replaced for file, replaced in plan.to_encode if replaced is not None and file.path in unreadable]
     gone = [] if keep_missing else [row.id for row in plan.missing]
-    tables.remove([*gone, *broken])
+    tables.remove([*gone, *broken, *plan.broken])
     return len(gone)
 
 

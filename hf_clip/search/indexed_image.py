@@ -9,10 +9,10 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..extras import is_there
-from ..model.open_image import open_image
+from ..model.open_image import open_image, open_raster
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +116,7 @@ def prepare(content: bytes, image_processor: Any, draft: int | None) -> IndexedI
         UnreadableImageError: It is no image, or damaged.
     """
     image = open_image(content, draft=draft)
-    width, height = image.size if draft is None else _full_size(content, image)
+    width, height = image.size if draft is None else full_size(content, image)
     return IndexedImage(
         content=content_hash(content),
         width=width,
@@ -127,18 +127,26 @@ def prepare(content: bytes, image_processor: Any, draft: int | None) -> IndexedI
     )
 
 
-def _full_size(content: bytes, image: Image.Image) -> tuple[int, int]:
-    """The size that a JPEG has if it is decoded in full; `image` says whether it stands upright or lies."""
-    with Image.open(BytesIO(content)) as whole:
-        sides = whole.size
-    is_turned = (image.width > image.height) != (sides[0] > sides[1])
-    return (sides[1], sides[0]) if is_turned else sides
+def full_size(content: bytes, image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image, upright, that was opened as a draft perhaps.
+
+    Which side is longer is read from the file, and not from the draft: a draft of 1000 × 999 pixels may be a square.
+    """
+    with open_raster(BytesIO(content)) as whole:
+        if whole.format not in ("JPEG", "MPO"):  # of others there are no drafts
+            return image.size
+        try:
+            is_on_its_side = whole.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        except Exception:  # a damaged block, see `turn_upright`
+            is_on_its_side = False
+        return (whole.height, whole.width) if is_on_its_side else whole.size
 
 
 __all__ = [
     "IndexedImage",
     "content_hash",
     "file_hash",
+    "full_size",
     "hamming_distances",
     "make_thumbnail",
     "perceptual_hash",

@@ -9,7 +9,7 @@ Dimensions: B images of a batch, C channels, Y × X pixels.
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -115,7 +115,7 @@ def _in_words(error: ValueError) -> str:
 
 def in_order(
     items: Iterable[tuple[Named, Any]], make: Callable[[Any], Made], threads: int, ahead: int
-) -> Iterator[tuple[Named, "Future[Made]"]]:
+) -> Generator[tuple[Named, "Future[Made]"], None, None]:
     """Let threads make something of images, such as pixel values, and yield it in order.
 
     Args:

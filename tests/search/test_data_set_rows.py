@@ -44,6 +44,8 @@ def test_rows_come_with_captions_and_columns(tmp_path: Path, new_index: Callable
     index = new_index()
     changes = index.add_data_set(source)
     assert (changes.added, list(changes.problems)) == (2, [f"{source}#1"])
+    assert changes.problems[f"{source}#1"].startswith("cannot be opened (cannot identify image file")
+    assert "replace it" not in changes.problems[f"{source}#1"]
     found = index.search(str(save_image(tmp_path, 3)), top=1)[0]
     assert (found.path, found.caption) == (f"{source}#2", "image 3")
     assert json.loads(found.metadata or "") == {"kind": "odd", "year": 2003}
@@ -60,11 +62,14 @@ def test_only_rows_that_changed_are_encoded(
     tmp_path: Path,
     new_index: Callable[..., ImageIndex],
     opened: list[bytes],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ):
     index = new_index()
     source = save(tmp_path / "data", [1, 2, 3])
     index.add_data_set(source)
-    assert index.add_data_set(source).unchanged == 3
+    without_model = ImageIndex.open(index.tables.place)
+    monkeypatch.setattr(without_model, "load_model", lambda: pytest.fail("the model was loaded"))
+    assert without_model.add_data_set(source).unchanged == 3
     save(tmp_path / "data", [1, 9])
     changes = index.add_data_set(source)
     assert (changes.unchanged, changes.updated, changes.removed) == (1, 1, 1)

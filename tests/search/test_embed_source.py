@@ -19,7 +19,7 @@ from hf_clip.search import embed_source as module
 from hf_clip.search.embed_source import embed_source
 from hf_clip.search.embedding_files import RECORD, StoredEmbeddings
 from hf_clip.search.embedding_place import EmbeddingFilesError
-from hf_clip.search.image_rows import EmbeddedRow
+from hf_clip.search.row_encoding import EmbeddedRow
 
 from .conftest import make_image
 from .test_data_set_rows import png, save

@@ -12,7 +12,8 @@ from datasets import load_from_disk
 
 from hf_clip import encode_images
 from hf_clip.search import image_rows
-from hf_clip.search.image_rows import embed_rows, open_image_rows, rows_from
+from hf_clip.search.image_rows import open_image_rows, rows_from
+from hf_clip.search.row_encoding import embed_rows
 
 from .conftest import make_image
 from .test_data_set_rows import png, save

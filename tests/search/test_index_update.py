@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from hf_clip import encode_images
+from hf_clip.model.open_image import open_image
 from hf_clip.search import index_encoding, indexed_image
 from hf_clip.search.image_index import ImageIndex
 from hf_clip.search.index_table import IndexTables, SearchIndexError
 from hf_clip.search.index_writer import only_writer
+from hf_clip.search.indexed_image import full_size
 
 from .conftest import make_image
 
@@ -234,6 +236,17 @@ def test_large_jpeg_is_drafted_and_keeps_its_size(
     assert (row["width"], row["height"]) == (900, 700)
     exact = encode_images(*small_model[:2], folder / "a.jpg")[0]
     assert torch.tensor(row["embedding"]).float() @ exact > 0.999
+
+
+@pytest.mark.parametrize("size", [(1000, 999), (999, 1000), (1000, 1000), (900, 700)])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_size_of_a_draft_is_that_of_the_upright_image(size: tuple[int, int], orientation: int, tmp_path: Path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    make_image(1, size).save(tmp_path / "a.jpg", exif=exif)
+    draft = open_image(tmp_path / "a.jpg", draft=24)
+    assert draft.width < 300
+    assert full_size((tmp_path / "a.jpg").read_bytes(), draft) == open_image(tmp_path / "a.jpg").size
 
 
 def test_links_in_a_circle_end(photos: Path, new_index: NewIndex):

@@ -1,5 +1,6 @@
 """Whatever kills an update, the index holds whole commits, and the next run ends where an uninterrupted one does."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -68,6 +69,46 @@ def test_commits_are_whole_at_every_point(
     limit = 1000
     index.add(many, batch_size=2)
     check_equal(index, expected)
+
+
+def test_ctrl_c_ends_at_a_batch(many: Path, new_index: Callable[..., ImageIndex], monkeypatch: pytest.MonkeyPatch):
+    """What was encoded is written, and the next run encodes the rest only."""
+    encode, calls = index_encoding.encode_pixels, 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return encode(*arguments)
+
+    index = new_index()
+    with monkeypatch.context() as patch:
+        patch.setattr(index_encoding, "encode_pixels", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="interrupted after 6 images, which are indexed; the same command"):
+            index.add(many, batch_size=2)
+    assert (calls, len(index)) == (3, 6)
+    assert index.add(many, batch_size=2).describe() == "34 added, 6 unchanged"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_file_that_broke_leaves_the_index_after_an_interruption(
+    photos: Path, new_index: Callable[..., ImageIndex], monkeypatch: pytest.MonkeyPatch
+):
+    """It was noted that the file cannot be opened, and the run ended before its row was removed."""
+    index = new_index()
+    index.add(photos)
+    (photos / "a.png").write_bytes(b"none")
+
+    def end(ids: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index.tables, "remove", end)
+        with pytest.raises(KeyboardInterrupt):
+            index.add(photos)
+    assert str(photos / "a.png") in index.add(photos).problems
+    assert str(photos / "a.png") not in paths_of(index)
 
 
 @pytest.mark.slow
