@@ -242,9 +242,7 @@ def _measure(tables: "IndexTables", texts: Tensor, count: int, partitions: int) 
         queries["texts"] = (texts, torch.full((len(texts),), -1))  # of no image
     expected = _exact_neighbours(tables, torch.cat([vectors for vectors, _ in queries.values()]))
     best: ApproximateScan | None = None
-    probes = sorted(
-        {min(value, partitions) for value in PROBES} | {partitions if partitions < PROBES[-1] else PROBES[-1]}
-    )
+    probes = sorted({min(value, partitions) for value in PROBES})
     for rescored in RESCORED:
         for number in probes:
             scan = ApproximateScan(number, rescored, {}, count)

@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ SAMPLE = 4096
 """Images of the index by which the spread of similarities is measured."""
 
 SHOWN_COLUMNS = ("id", "path", "path_bytes", "width", "height", "caption", "metadata", "thumbnail", "perceptual_hash")
+
+ROWS_AT_ONCE = 1000
+"""Images whose columns are read at once."""
 
 EXTRA_RESULTS = 4
 """How many times as many images are looked at as are shown, for near duplicates that take no place of their own."""
@@ -244,8 +248,10 @@ class ImageIndex(UpdatableIndex):
         ids = matrix.ids[places].tolist()
         if not ids:
             return []
-        stored = self.tables.rows(SHOWN_COLUMNS, f"id IN ({', '.join(map(str, ids))})").to_pylist()
-        by_id = {row["id"]: row for row in stored}
+        by_id: dict[int, dict[str, Any]] = {}
+        for first in range(0, len(ids), ROWS_AT_ONCE):
+            listed = ", ".join(map(str, ids[first : first + ROWS_AT_ONCE]))
+            by_id |= {row["id"]: row for row in self.tables.rows(SHOWN_COLUMNS, f"id IN ({listed})").to_pylist()}
         hashes = known_hashes([by_id[id]["perceptual_hash"] for id in ids])
         shown: list[tuple[int, list[int]]] = [(position, []) for position in range(len(ids))]
         if folded:
@@ -280,15 +286,14 @@ class ImageIndex(UpdatableIndex):
         by_id = dict(zip(stored["id"].to_pylist(), stored["perceptual_hash"].to_pylist(), strict=True))
         hashes = known_hashes([by_id[id] for id in matrix.ids.tolist()])
         groups = group_duplicates(matrix.embeddings, hashes, similarity, bits)
-        found = []
+        scores = torch.zeros(len(matrix))
         for group in groups:
-            places = torch.tensor(group)
-            first = matrix.embeddings[places[:1]].float()
-            scores = torch.zeros(len(matrix))
-            scores[places] = (matrix.embeddings[places].float() @ first.T)[:, 0]
-            results = self._results(matrix, places, scores, folded=False)
-            found.append(sorted(results, key=lambda result: (-result.width * result.height, result.path)))
-        return found
+            vectors = matrix.embeddings[group].float()
+            scores[group] = vectors @ vectors[0]
+        grouped = [place for group in groups for place in group]
+        results = iter(self._results(matrix, torch.tensor(grouped, dtype=torch.int64), scores, folded=False))
+        by_size = lambda result: (-result.width * result.height, result.path)  # noqa: E731
+        return [sorted(islice(results, len(group)), key=by_size) for group in groups]
 
 
 __all__ = ["ImageIndex", "SearchResult", "SearchResults"]

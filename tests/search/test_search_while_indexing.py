@@ -25,7 +25,9 @@ def make_folder(folder: Path, count: int) -> Path:
     return folder
 
 
-def search_until(reader: ImageIndex, is_done: Callable[[], bool]) -> list[int]:
+def search_until(
+    reader: ImageIndex, is_done: Callable[[], bool], advance: Callable[[], object] = lambda: None
+) -> list[int]:
     """Search again and again, and once more after the end. Returns how many images each search found."""
     found = []
     going = True
@@ -35,6 +37,7 @@ def search_until(reader: ImageIndex, is_done: Callable[[], bool]) -> list[int]:
         assert len({result.path for result in results}) == len(results)
         assert all(result.thumbnail for result in results)
         found.append(len(results))
+        advance()
     return found
 
 
@@ -47,6 +50,18 @@ def test_searches_see_whole_commits(
     folder = make_folder(tmp_path / "many", 40)
     writer, reader = new_index(), new_index()
     errors: list[BaseException] = []
+    searched, add = threading.Semaphore(0), writer.tables.add
+
+    def add_and_wait(rows: list[Any]) -> None:
+        """After each commit a search ends, so that what it shows is seen."""
+        add(rows)
+        if rows:
+            while searched.acquire(blocking=False):
+                pass
+            assert searched.acquire(timeout=60)
+            assert searched.acquire(timeout=60)  # the first may have begun before the commit
+
+    monkeypatch.setattr(writer.tables, "add", add_and_wait)
 
     def write() -> None:
         try:
@@ -62,12 +77,12 @@ def test_searches_see_whole_commits(
 
     thread = threading.Thread(target=write)
     thread.start()
-    found = search_until(reader, lambda: not thread.is_alive())
+    found = search_until(reader, lambda: not thread.is_alive(), searched.release)
     thread.join()
     assert errors == []
     assert found[-1] == 20
     assert all(count % 4 == 0 for count in found)
-    assert len(set(found)) > 2
+    assert set(found) >= {*range(4, 44, 4)}
 
 
 @pytest.mark.slow
