@@ -194,13 +194,13 @@ def search_tab(page: PageModel) -> None:
 
         return or_problem(answer, lambda line: (line, [], None, gr.update(visible=False), ""))
 
-    def run(text: str, image: str | None, minus: str, top: float, cutoff: float) -> tuple[Any, ...]:
-        return answer_of(lambda: find_images(page, *query_parts(text, image, minus), top=int(top)), cutoff)
+    def run(text: str, image: str | None, minus: str, top: float, cutoff: float, only_fitting: bool) -> tuple[Any, ...]:
+        return answer_of(lambda: find_images(page, *query_parts(text, image, minus), int(top), only_fitting), cutoff)
 
-    def run_like(selected: Any, top: float, cutoff: float) -> tuple[Any, ...]:
+    def run_like(selected: Any, top: float, cutoff: float, only_fitting: bool) -> tuple[Any, ...]:
         if selected is None:
             return hint("Choose an image first."), [], None, gr.update(visible=False), ""
-        return answer_of(lambda: find_like(page, selected, int(top)), cutoff)
+        return answer_of(lambda: find_like(page, selected, int(top), only_fitting), cutoff)
 
     def select(results: list[Any], event: gr.EventData) -> tuple[Any, ...]:
         place = event.place
@@ -228,6 +228,12 @@ def search_tab(page: PageModel) -> None:
                 info="Percent of the best score below which an image is hidden.",
                 elem_id="cutoff",
             )
+            fitting = gr.Checkbox(
+                True,
+                label="Only images that fit",
+                info="Judged for each query by the index itself.",
+                elem_id="only-fitting",
+            )
         with gr.Column(scale=3, min_width=280):
             with gr.Column(visible=False, elem_id="selected") as panel:
                 details = gr.HTML("", elem_id="details")
@@ -237,7 +243,7 @@ def search_tab(page: PageModel) -> None:
     gr.on(
         [run_button.click, text.submit, minus.submit],
         run,
-        [text, image, minus, top, cutoff],
+        [text, image, minus, top, cutoff, fitting],
         outputs,
         concurrency_id=ON_MODEL,
         concurrency_limit=1,
@@ -245,7 +251,7 @@ def search_tab(page: PageModel) -> None:
     ).then(None, None, None, js=SHOW_ANSWER, api_visibility="private")
     like_button.click(
         run_like,
-        [selected, top, cutoff],
+        [selected, top, cutoff, fitting],
         outputs,
         concurrency_id=ON_MODEL,
         concurrency_limit=1,

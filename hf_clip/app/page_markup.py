@@ -10,6 +10,7 @@ from ..model.checked_files import LONGEST_MESSAGE, one_line
 from ..search.image_index import SearchResult
 from ..search.index_table import shown_path
 from ..search.indexed_image import TINY_SIDE
+from ..search.result_output import BLANK, thumbnail_of
 from .page_heat import HeatMap
 from .page_labels import LabelledImage
 from .page_queries import Found, name_of
@@ -21,7 +22,9 @@ NONE_OF_THESE = "none of these"
 
 
 def image_source(content: bytes) -> str:
-    """An image as an address that holds it."""
+    """An image as an address that holds it. Of an empty one nothing is shown, not even a sign that it is missing."""
+    if not content:
+        return BLANK
     kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{b64encode(content).decode()}"
 
@@ -74,17 +77,22 @@ def count_of(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def share_of(result: SearchResult, best: float) -> float:
+    """A result's score as a part of the best one's, which the cutoff is compared with."""
+    return result.score / best if best > 0 else 1.0
+
+
 def _hit(place: int, result: SearchResult, best: float, cutoff: float) -> str:
     """A thumbnail as a button, with its score and the number of its near duplicates."""
     name, copies = name_of(result), len(result.duplicates)
     said = f"{name}, score {result.score:.3f}" + (f", {count_of(copies, 'near duplicate')}" if copies else "")
     badge = f'<span class="copies" title="{count_of(copies, "near duplicate")}">+{copies}</span>' if copies else ""
     kind = "pixels" if max(result.width, result.height) <= TINY_SIDE else ""
-    share = result.score / best if best > 0 else 1.0
+    share = share_of(result, best)
     return (
         f'<li data-share="{share:.6f}"{" hidden" if share < cutoff else ""}><button type="button" '
         f'data-place="{place}" aria-pressed="false" aria-label="{escape(said)}">'
-        f'{image_tag(result.thumbnail, "", kind)}{badge}<span class="score">{result.score:.3f}</span>'
+        f'{image_tag(thumbnail_of(result), "", kind)}{badge}<span class="score">{result.score:.3f}</span>'
         f'<span class="name">{escape(name)}</span></button></li>'
     )
 
@@ -100,7 +108,7 @@ def result_grid(found: Found, cutoff: float = 0.0) -> str:
         return hint(f"No image of the index fits {found.title}.")
     best = found.results[0].score
     hits = [_hit(place, result, best, cutoff) for place, result in enumerate(found.results)]
-    hidden = sum('" hidden><' in hit for hit in hits)
+    hidden = sum(share_of(result, best) < cutoff for result in found.results)
     left_out = f", {hidden} hidden" if hidden else ""
     return (
         f'<h3 class="found" role="status">{count_of(len(hits), "image")} for {escape(found.title)}'
@@ -119,7 +127,8 @@ def _metadata(result: SearchResult) -> list[tuple[str, str]]:
 
 def selected_image(result: SearchResult, shown: bytes) -> str:
     """The selected image, and what the index knows of it."""
-    facts: list[tuple[str, Any]] = [("File", shown_path(result.path)), ("Size", f"{result.width} × {result.height}")]
+    facts: list[tuple[str, Any]] = [("File", shown_path(result.path))]
+    facts += [("Size", f"{result.width} × {result.height}")] if result.width else []
     facts += [("Caption", result.caption)] if result.caption else []
     facts += _metadata(result)
     facts += [("Score", f"{result.score:.4f}"), ("Number in the index", str(result.id))]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from ..model.open_image import UNREADABLE, UnreadableImageError, open_image, open_raster
 from ..search.image_index import ImageIndex, SearchResult
 from ..search.index_table import shown_path
-from ..search.query import MINUS_WEIGHT, QueryPart, parse_query
+from ..search.query import AUTO, MINUS_WEIGHT, QueryPart, parse_query
 from .page_labels import MOST_PIXELS, open_upload, small_copy
 from .page_model import PageError, PageModel
 
@@ -87,8 +87,17 @@ def index_of(page: PageModel) -> ImageIndex:
     return page.index
 
 
-def find_images(page: PageModel, parts: Sequence[QueryPart], title: str, top: int = 20) -> Found:
-    """Search the index; see `query_parts`.
+def find_images(
+    page: PageModel, parts: Sequence[QueryPart], title: str, top: int = 20, only_fitting: bool = True
+) -> Found:
+    """Search the index.
+
+    Args:
+        page: The model and its index.
+        parts: Of the query, see `query_parts`.
+        title: What is looked for, in words.
+        top: Largest number of results.
+        only_fitting: Whether results end where images no longer fit the query, see `ResultCutoff`.
 
     Raises:
         PageError: The page has no index, or the index no images.
@@ -97,12 +106,13 @@ def find_images(page: PageModel, parts: Sequence[QueryPart], title: str, top: in
     index = index_of(page)
     if len(index) == 0:
         raise PageError(f"The index {index.tables.place} has no images yet: `hf-clip index FOLDER` adds some.")
-    return Found(title, index.search(list(parts), top=max(1, min(int(top), MOST_RESULTS))))
+    cutoff = AUTO if only_fitting else None
+    return Found(title, index.search(list(parts), top=max(1, min(int(top), MOST_RESULTS)), cutoff=cutoff))
 
 
-def find_like(page: PageModel, result: SearchResult, top: int = 20) -> Found:
-    """Find the images of the index that are most like one of it, which is the first."""
-    return find_images(page, [QueryPart("id", str(result.id))], f"more like {name_of(result)}", top)
+def find_like(page: PageModel, result: SearchResult, top: int = 20, only_fitting: bool = True) -> Found:
+    """Find the images of the index that are most like one of it, which is the first; see `find_images`."""
+    return find_images(page, [QueryPart("id", str(result.id))], f"more like {name_of(result)}", top, only_fitting)
 
 
 def name_of(result: SearchResult) -> str:

@@ -153,6 +153,7 @@ def build_server(page: Any, host: str) -> Any:
         return response
 
     if is_loopback(host):
+        # Starlette takes what stands before the first colon, which is "[" of [::1].
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[", host])
     return app
 

@@ -200,4 +200,14 @@ def copy_results(folder: str | Path, results: Sequence[SearchResult]) -> list[st
     return failed
 
 
-__all__ = ["as_json", "copy_results", "draw_sheet", "format_lines", "printable", "write_page", "write_sheet"]
+__all__ = [
+    "BLANK",
+    "as_json",
+    "copy_results",
+    "draw_sheet",
+    "format_lines",
+    "printable",
+    "thumbnail_of",
+    "write_page",
+    "write_sheet",
+]

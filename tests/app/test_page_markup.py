@@ -2,12 +2,16 @@
 
 import json
 from html.parser import HTMLParser
+from pathlib import Path
+
+from PIL import Image
 
 from hf_clip.app.page_heat import HeatMap
 from hf_clip.app.page_labels import LabelledImage
 from hf_clip.app.page_markup import heat_cards, how_to_index, label_cards, problem, result_grid, selected_image
 from hf_clip.app.page_queries import Found
 from hf_clip.search.image_index import SearchResult
+from hf_clip.search.result_output import BLANK
 
 EVIL = '<img src=x onerror="alert(1)">'
 PNG = b"\x89PNG"
@@ -58,6 +62,16 @@ def test_results_are_buttons_with_their_near_duplicates():
 
 def test_scores_below_zero_are_shown():
     assert " hidden" not in result_grid(Found("a cat", [result(1, -0.1), result(2, -0.2)]), cutoff=0.6)
+
+
+def test_image_without_a_thumbnail_is_made_of_its_file_or_blank(tmp_path: Path):
+    """As in an index that was made of embeddings."""
+    Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
+    known = [SearchResult(1, str(tmp_path / "a.png"), 0.5, 0, 0), SearchResult(2, "data#1", 0.4, 0, 0)]
+    html = result_grid(Found("a cat", known))
+    assert 'src="data:image/jpeg;base64,/9j' in html
+    assert f'src="{BLANK}"' in html
+    assert "<dt>Size</dt>" not in selected_image(known[1], b"")
 
 
 def test_nothing_found():

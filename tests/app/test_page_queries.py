@@ -60,6 +60,15 @@ def test_more_like_an_image(page: PageModel):
     assert like.title == f"more like {name_of(found.results[2])}"
 
 
+def test_results_end_where_images_no_longer_fit(page: PageModel, monkeypatch: pytest.MonkeyPatch):
+    given: list[object] = []
+    assert page.index is not None
+    monkeypatch.setattr(page.index, "search", lambda parts, top, cutoff: given.append(cutoff) or [])
+    for only_fitting in (True, False):
+        assert find_images(page, *query_parts("a"), only_fitting=only_fitting).results == []
+    assert given == ["auto", None]
+
+
 def test_as_many_results_as_a_page_shows(page: PageModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(page_queries, "MOST_RESULTS", 2)
     assert len(find_images(page, *query_parts("a"), top=50).results) == 2
