@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .program import Dtype
+
 SOME_FAILED = 2
 """Exit status: the index is up to date, but some files could not be opened."""
 
@@ -70,6 +72,10 @@ def index(
     threads: Annotated[
         int | None, typer.Option(help="How many threads open images; by default one for each core, at most 8.", min=1)
     ] = None,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(help="The dtype to compute in. bfloat16 is faster where a processor computes in it."),
+    ] = Dtype.float32,
 ) -> None:
     """Index the images of folders and data sets, so that they can be searched by text and by image.
 
@@ -107,7 +113,7 @@ def index(
     if embedded and model is None and not holds_an_index(place):
         model = model_of_embeddings(embedded[0])
     unchanged = None if embedded else UnchangedFolders.read(place)
-    opened = None if unchanged else UpdatableIndex.open(place, model=model)
+    opened = None if unchanged else UpdatableIndex.open(place, model=model, dtype=dtype.value)
     known = unchanged.folders if unchanged else opened.tables.noted("folders", []) if opened else []
     if not folders and not known and not (approximate and opened):
         raise ValueError(f"The index {place} knows no folder yet: name one, such as hf-clip index ~/Pictures.")
@@ -117,7 +123,7 @@ def index(
     columns |= {"image_folders": image_folders or ()}
     problems: dict[str, str] = {}
     for folder in embedded:
-        opened = opened or UpdatableIndex.open(place, model=model)
+        opened = opened or UpdatableIndex.open(place, model=model, dtype=dtype.value)
         put = opened.add_embeddings(folder, progress=None)
         problems |= put.problems
         print(f"{folder}: {put.describe()}", flush=True)
@@ -126,7 +132,7 @@ def index(
         scan = scans.get(folder) or scan_folder(folder) if is_folder else None
         changes = unchanged.changes(scan, model) if unchanged and scan else None
         if changes is None:
-            opened = opened or UpdatableIndex.open(place, model=model)
+            opened = opened or UpdatableIndex.open(place, model=model, dtype=dtype.value)
             changes = opened.add_data_set(folder, **columns, **how) if scan is None else opened.add(scan, **how)
             unchanged = UnchangedFolders.read(place)
         problems |= changes.problems

@@ -33,17 +33,31 @@ class UpdatableIndex:
         model: HfClipModel. None: loaded when it is first needed.
         processor: Its processor.
         name: Where the model is. None: where the index was made of it.
+        dtype: The name of the dtype in which a model computes that is loaded here.
     """
 
-    def __init__(self, tables: IndexTables, model: Any = None, processor: Any = None, name: str | None = None):
+    def __init__(
+        self,
+        tables: IndexTables,
+        model: Any = None,
+        processor: Any = None,
+        name: str | None = None,
+        dtype: str = "float32",
+    ):
         self.tables = tables
         self._model, self._processor = model, processor
-        self._named_model = name
+        self._named_model, self._dtype = name, dtype
         self._is_own_model = False  # loaded here, and in nobody else's hands
 
     @classmethod
     def open(
-        cls, place: str | Path | None = None, *, model: Any = None, processor: Any = None, make: bool = True
+        cls,
+        place: str | Path | None = None,
+        *,
+        model: Any = None,
+        processor: Any = None,
+        make: bool = True,
+        dtype: str = "float32",
     ) -> "Self":
         """Open an index, or make one.
 
@@ -53,6 +67,8 @@ class UpdatableIndex:
                 which the index was made.
             processor: HfClipProcessor, if `model` is a model.
             make: Whether to make an index if there is none.
+            dtype: "float32", "bfloat16" or "float16": what the model computes in, if it is loaded here. The index is
+                the same index in all of them, and its embeddings are stored in float16.
 
         Raises:
             SearchIndexError: There is no index and no model to make one of; or it is of another model or version.
@@ -71,14 +87,15 @@ class UpdatableIndex:
             model, processor = load(name) if is_named else (model, processor)
             tables = IndexTables.create(str(place), describe(model, processor, name))
             tables.note(MODEL_FILES, model_files(name))
-            made = cls(tables, model, processor)
-            made._is_own_model = is_named
+            made = cls(tables, None if is_named else model, processor, name, dtype)
+            if is_named:
+                made._keep(model, processor)
             return made
         if not is_named:
             if model is not None:
                 check_model(tables, describe(model, processor, name))
-            return cls(tables, model, processor)
-        found = cls(tables, name=name)
+            return cls(tables, model, processor, dtype=dtype)
+        found = cls(tables, name=name, dtype=dtype)
         if not is_same_model(tables, name):
             found.load_model()
         return found
@@ -128,7 +145,14 @@ class UpdatableIndex:
             with suppress(SearchIndexError):  # an index that may only be read; the model is then compared each time
                 self.tables.note(MODEL_FILES, model_files(name))
                 self.tables.note(MODEL_PLACE, found.model)
-        self._model, self._processor, self._is_own_model = model, processor, True
+        self._keep(model, processor)
+
+    def _keep(self, model: Any, processor: Any) -> None:
+        """Keep a model that was loaded here, once its weights are compared."""
+        import torch
+
+        self._model = model.to(getattr(torch, self._dtype))
+        self._processor, self._is_own_model = processor, True
 
     def _optimize_model(self, count: int) -> None:
         """Optimize the model if it has many images to encode. Its embeddings stay the same up to rounding.

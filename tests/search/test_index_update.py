@@ -309,3 +309,20 @@ def test_optimized_model_gives_the_same_embeddings(
         )  # float16 rounds to 2.4e-4 near 0.5
     make_image(70).save(photos / "new.png")
     assert ImageIndex.open(tmp_path / "optimized", model=index.model, processor=index.processor).add(photos).added == 1
+
+
+def test_dtype_to_compute_in_leaves_the_index_the_same(photos: Path, tmp_path: Path, new_index: NewIndex, small_model: Any):
+    plain = new_index("plain")
+    plain.add(photos)
+    index = ImageIndex.open(tmp_path / "bfloat16", model=small_model[2], dtype="bfloat16")
+    index.add(photos)
+    assert index.model.dtype == torch.bfloat16
+    assert index.tables.description == plain.tables.description
+    expected, found = paths_of(plain), paths_of(index)
+    assert expected.keys() == found.keys()
+    cosines = [float(np.dot(np.float32(expected[p]["embedding"]), np.float32(found[p]["embedding"]))) for p in expected]
+    assert min(cosines) > 0.999
+    assert any(expected[path]["embedding"] != found[path]["embedding"] for path in expected), "it computed in float32"
+    again = ImageIndex.open(tmp_path / "bfloat16", model=small_model[2])
+    assert again.add(photos).unchanged == len(expected)
+    assert again.model.dtype == torch.float32
