@@ -13,9 +13,9 @@ indexes of the same data set, which lack other classes, and `others` with those 
 Dimensions: I images, Q queries, D embedding.
 """
 
+import argparse
 import itertools
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,8 +258,10 @@ def print_hubs(runs: list[list[Judged]]) -> None:
         print(f"{same[0].name:18}", "   ".join(found))
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for the data and the models, which a second run finds there")
+    folder = parser.parse_args(arguments).folder
     makers = {"digits": show_digits, "scenes": show_scenes, "photos": show_photos}
     by_text: list[list[Judged]] = []
     by_image: list[list[Judged]] = []

@@ -4,7 +4,7 @@
     listing by prefix and delimiter, in pages; deleting many at once
     `If-None-Match: *`: an object is written only if there is none of its name, which is how two writers meet
 
-Who asks must sign with the known key; the signature itself is not computed again. Answers were compared with moto's.
+Who asks must sign with the known key; the signature itself is not computed again.
 """
 
 import hashlib

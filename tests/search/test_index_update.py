@@ -311,7 +311,9 @@ def test_optimized_model_gives_the_same_embeddings(
     assert ImageIndex.open(tmp_path / "optimized", model=index.model, processor=index.processor).add(photos).added == 1
 
 
-def test_dtype_to_compute_in_leaves_the_index_the_same(photos: Path, tmp_path: Path, new_index: NewIndex, small_model: Any):
+def test_dtype_to_compute_in_leaves_the_index_the_same(
+    photos: Path, tmp_path: Path, new_index: NewIndex, small_model: Any
+):
     plain = new_index("plain")
     plain.add(photos)
     index = ImageIndex.open(tmp_path / "bfloat16", model=small_model[2], dtype="bfloat16")
