@@ -9,7 +9,8 @@ weights of the mean's query over the cells.
 The queries and keys are computed here, beside the layers, since no kind of attention but `eager` returns weights. So
 the model is neither changed nor hooked, and several threads may use it.
 
-Dimensions: H attention heads, P patches and class token, L mean and cells, W tower width, C channels, Y × X cells.
+Dimensions: H attention heads, P patches and class token (of a ResNet: cells and their mean), Q queries, W tower width,
+C channels, Y × X cells.
 """
 
 from typing import Any
@@ -21,7 +22,8 @@ from ..model.linear_map import apply_linear
 from ..model.optimized import OptimizedModelError
 from ..model.position_table import resize_position_table
 from .features import image_processor_of
-from .seen_square import check_map_size, settings_of_square
+from .relevance import last_feature_map
+from .seen_square import cell_of, check_map_size, settings_of_square
 
 
 def _mean_weights(attention: Any, queries: Tensor, keys: Tensor) -> Tensor:
@@ -29,14 +31,14 @@ def _mean_weights(attention: Any, queries: Tensor, keys: Tensor) -> Tensor:
 
     Args:
         attention: The attention module, with `num_heads`.
-        queries: Projected queries (1, Lq, W).
-        keys: Projected keys (1, L, W).
+        queries: Projected queries (1, Q, W), of all positions or of the first alone.
+        keys: Projected keys (1, P, W).
 
     Returns:
-        (Lq, L), float32. Each row sums to 1.
+        (Q, P), float32. Each row sums to 1.
     """
     heads = (attention.num_heads, queries.shape[-1] // attention.num_heads)
-    query, key = (part[0].float().unflatten(-1, heads).transpose(0, 1) for part in (queries, keys))  # (H, L, W / H)
+    query, key = (part[0].float().unflatten(-1, heads).transpose(0, 1) for part in (queries, keys))  # (H, P, W / H)
     return (query @ key.transpose(1, 2) * heads[1] ** -0.5).softmax(dim=-1).mean(dim=0)
 
 
@@ -60,12 +62,10 @@ def _vit_rollout(tower: Any, pixels: Tensor) -> Tensor:
 
 def _resnet_weights(tower: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """Return the attention pool's weights of the cells, (Y · X,), and (Y, X)."""
-    feature_map = tower.stem(pixels)
-    for name in ("layer1", "layer2", "layer3", "layer4"):
-        feature_map = tower.get_submodule(name)(feature_map)
+    feature_map = last_feature_map(tower, pixels)
     pool, (height, width) = tower.attnpool, feature_map.shape[-2:]
     cells = feature_map.flatten(2).transpose(1, 2)
-    tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1)  # (1, L, W)
+    tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1)  # (1, P, W)
     positions = pool.positional_embedding
     if (height, width) != (pool.grid_size, pool.grid_size):
         positions = resize_position_table(positions, pool.grid_size, height, width)
@@ -107,8 +107,7 @@ def attention_rollout(model: Any, processor: Any, image: Any, *, image_size: int
         raise OptimizedModelError(
             "This model was optimized for inference and shows no attention; load it again for that."
         )
-    is_vit = hasattr(tower, "encoder")
-    cell = model.vision_model.config.patch_size if is_vit else tower.config.total_stride
+    is_vit, cell = hasattr(tower, "encoder"), cell_of(tower)
     check_map_size(image_size, cell)
     settings = settings_of_square(image_size)
     pixels = image_processor_of(processor)([image], return_tensors="pt", **settings)["pixel_values"]

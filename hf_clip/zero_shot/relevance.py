@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from ..model.linear_map import apply_linear
 from ..model.optimized import OptimizedModelError
 from .features import encode_texts, image_processor_of
-from .seen_square import check_map_size, settings_of_square
+from .seen_square import cell_of, check_map_size, settings_of_square
 
 
 def _vit_values(tower: Any, pixels: Tensor) -> Tensor:
@@ -32,13 +32,19 @@ def _vit_values(tower: Any, pixels: Tensor) -> Tensor:
     return tower.post_layernorm(apply_linear(attention.out_proj, values))
 
 
+def last_feature_map(tower: Any, pixels: Tensor) -> Tensor:
+    """The last feature map of a ResNet, (1, C, Y, X), without its attention pool, whose positions fit one size."""
+    feature_map = tower.stem(pixels)
+    for stage in (tower.layer1, tower.layer2, tower.layer3, tower.layer4):
+        feature_map = stage(feature_map)
+    return feature_map
+
+
 def _resnet_values(tower: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """What the attention pool gathers from each cell, (1, Y · X, W), and (Y, X)."""
-    feature_map = tower.stem(pixels)
-    for name in ("layer1", "layer2", "layer3", "layer4"):
-        feature_map = tower.get_submodule(name)(feature_map)
-    cells = feature_map.flatten(2).transpose(1, 2)
-    return apply_linear(tower.attnpool.v_proj, cells), tuple(feature_map.shape[-2:])
+    feature_map = last_feature_map(tower, pixels)
+    height, width = feature_map.shape[-2:]
+    return apply_linear(tower.attnpool.v_proj, feature_map.flatten(2).transpose(1, 2)), (height, width)
 
 
 @torch.no_grad()
@@ -76,13 +82,10 @@ def relevance_map(
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
         raise ValueError("There are no texts; pass at least one, such as 'a photo of a dog'.")
-    config = model.config.vision_config
-    is_vit = hasattr(model.vision_model, "encoder")
-    cell = config.patch_size if is_vit else 32
+    is_vit, cell = hasattr(model.vision_model, "encoder"), cell_of(model.vision_model)
     check_map_size(image_size, cell)
-    pixels = image_processor_of(processor)([image], return_tensors="pt", **settings_of_square(image_size))[
-        "pixel_values"
-    ]
+    settings = settings_of_square(image_size)
+    pixels = image_processor_of(processor)([image], return_tensors="pt", **settings)["pixel_values"]
     pixels = pixels.to(model.device, model.dtype)
     if is_vit:
         grid = (pixels.shape[-2] // cell, pixels.shape[-1] // cell)
@@ -93,4 +96,4 @@ def relevance_map(
     return (encode_texts(model, processor, texts) @ places.T).unflatten(1, grid)
 
 
-__all__ = ["relevance_map"]
+__all__ = ["last_feature_map", "relevance_map"]

@@ -18,6 +18,11 @@ def settings_of_square(image_size: int | None) -> dict[str, Any]:
     return {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
 
 
+def cell_of(tower: Any) -> int:
+    """Side of a cell of a tower's maps, in pixels: a ViT's patch, or what a ResNet's strides come to."""
+    return tower.config.patch_size if hasattr(tower, "encoder") else tower.config.total_stride
+
+
 def check_map_size(image_size: int | None, cell: int) -> None:
     """Raise ValueError for a side in pixels that is no multiple of a cell's."""
     if image_size is not None and (image_size < cell or image_size % cell):
@@ -55,4 +60,4 @@ def seen_region(
     return left * across, top * down, right * across, bottom * down
 
 
-__all__ = ["seen_region"]
+__all__ = ["cell_of", "check_map_size", "seen_region", "settings_of_square"]

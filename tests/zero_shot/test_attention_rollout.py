@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 from transformers.modeling_utils import AttentionInterface
 
-from hf_clip import VARIANTS, HfClipConfig, HfClipImageProcessor, HfClipModel
+from hf_clip import VARIANTS, HfClipConfig, HfClipImageProcessor, HfClipModel, HfClipProcessor
 from hf_clip.model.optimized import OptimizedModelError
 from hf_clip.zero_shot.attention_rollout import attention_rollout
+from hf_clip.zero_shot.relevance import relevance_map
 
 from ..small import IMAGE_SIZES
 
@@ -92,14 +93,17 @@ def test_resnet_equals_the_weights_of_the_reference(references: dict[str, nn.Mod
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_all_nine_architectures(name: str):
-    """On the meta device, which computes shapes and no numbers."""
+def test_all_nine_architectures(name: str, digits: Path):
+    """Of rollout and of `relevance_map`, on the meta device, which computes shapes and no numbers."""
     with torch.device("meta"):
         model = HfClipModel(HfClipConfig.from_variant(name)).eval()
     size = model.config.vision_config.image_size
-    shares = attention_rollout(model, HfClipImageProcessor.for_image_size(size), Image.new("RGB", (300, 200)))
+    tokenizer = HfClipProcessor.from_pretrained(digits / "vit").tokenizer
+    processor = HfClipProcessor(HfClipImageProcessor.for_image_size(size), tokenizer)
+    image = Image.new("RGB", (300, 200))
     cell = 32 if name.startswith("RN") else int(name.split("/")[1].split("@")[0])
-    assert shares.shape == (size // cell, size // cell)
+    assert attention_rollout(model, processor, image).shape == (size // cell, size // cell)
+    assert relevance_map(model, processor, image, ["a", "b"]).shape == (2, size // cell, size // cell)
 
 
 def test_finer_map(model: HfClipModel, tower: str):
