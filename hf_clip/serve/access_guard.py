@@ -39,7 +39,18 @@ def has_key(headers: Headers, key: str) -> bool:
     """Whether a request carries the key, compared in a time that does not tell how much of it is right."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
     given = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode())
+    return hmac.compare_digest(given.encode("latin-1"), key.encode())  # header's bytes, as they were sent
+
+
+def check_framing(headers: Headers) -> None:
+    """Refuse a request whose length is given in two ways: a proxy in front may choose the other one."""
+    if "transfer-encoding" in headers and "content-length" in headers:
+        raise RequestError(
+            400,
+            "The request has both Content-Length and Transfer-Encoding: send one of them.",
+            "invalid_framing",
+            headers={"Connection": "close"},
+        )
 
 
 def place_of(error: BaseException) -> str:
@@ -58,6 +69,8 @@ class AccessGuard:
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None, metrics: ServerMetrics):
+        if api_key is not None and (not api_key.strip() or api_key != api_key.strip()):
+            raise ValueError("api_key is empty, or has spaces at an end, which no header can hold: choose another key.")
         self.app, self._api_key, self._metrics = app, api_key, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,6 +89,7 @@ class AccessGuard:
             answer: Any = None
             try:
                 self._check_key(scope)
+                check_framing(Headers(scope=scope))
                 await self.app(scope, receive, counted)
             except RequestError as error:
                 answer = error_answer(error, scope["path"])

@@ -4,6 +4,7 @@ Dimensions: K labels, U background labels, D embedding.
 """
 
 from collections import OrderedDict
+from hashlib import sha256
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from ..zero_shot.matrix import ClassifierMatrix
 from ..zero_shot.prompts import DEFAULT_TEMPLATE, read_labels, read_templates
 from ..zero_shot.template_sets import TEMPLATE_SETS
 from .encoder import Encoder, ImageItem, Item, TextItem
+from .json_values import Several
 from .request_error import RequestError
 
 MOST_KEPT = 32
@@ -36,10 +38,10 @@ class ClassifyRequest(BaseModel):
     """
 
     model: str | None = None
-    images: str | list[str]
-    labels: list[str] | dict[str, str | list[str]]
-    templates: str | list[str] = DEFAULT_TEMPLATE
-    background: list[str] = Field(default_factory=list)
+    images: str | Several[str]
+    labels: Several[str] | dict[str, str | Several[str]]
+    templates: str | Several[str] = DEFAULT_TEMPLATE
+    background: Several[str] = Field(default_factory=list)
     scores: Literal["softmax", "sigmoid", "cosine"] | None = None
     top_k: int | None = Field(default=None, ge=1)
     threshold: float | None = None
@@ -79,7 +81,7 @@ class Classifiers:
 
     def __init__(self, encoder: Encoder):
         self._encoder = encoder
-        self._kept: OrderedDict[str, ClassifierMatrix] = OrderedDict()
+        self._kept: OrderedDict[bytes, ClassifierMatrix] = OrderedDict()
 
     async def of(self, request: ClassifyRequest) -> ClassifierMatrix:
         """The classifier of a request's labels.
@@ -88,7 +90,8 @@ class Classifiers:
             RequestError: Labels or templates cannot be used, or are too many.
         """
         check_templates(request.templates)
-        key = request.model_dump_json(include={"labels", "templates", "background", "scores"})
+        used = request.model_dump_json(include={"labels", "templates", "background", "scores"})
+        key = sha256(used.encode()).digest()  # labels may have megabytes
         if (found := self._kept.get(key)) is not None:
             self._kept.move_to_end(key)
             return found
@@ -97,20 +100,13 @@ class Classifiers:
             names = read_labels(request.labels)
             others = read_labels(request.background) if request.background else {}
         except ValueError as error:
-            raise RequestError(400, str(error), param="labels") from None
+            raise RequestError(400, str(error)[:300], param="labels") from None
         if both := names.keys() & others.keys():
             raise RequestError(400, f"{min(both)[:60]!r} is both a label and a background label.", param="background")
         columns = [*names.values(), *others.values()]
+        self._check_prompts([name for column in columns for name in column], texts or [])
         prompts = [function(name) for column in columns for name in column for function in functions]
         counts = [len(column) * len(functions) for column in columns]
-        most = self._encoder.options.most_items
-        if len(prompts) > most:
-            raise RequestError(
-                413,
-                f"labels and templates make {len(prompts):,} prompts, but at most {most:,} are allowed.",
-                "too_many_items",
-                "labels",
-            )
         items = [TextItem(prompt, "a label in its template") for prompt in prompts]
         features = torch.from_numpy((await self._encoder.encode(items)).features)
         sums = torch.stack([part.sum(dim=0) for part in features.split(counts)])
@@ -128,6 +124,28 @@ class Classifiers:
         while len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
         return made
+
+    def _check_prompts(self, names: list[str], templates: list[str]) -> None:
+        """Refuse more prompts, or longer ones, than are allowed before they are made: a name in each placeholder."""
+        options, count = self._encoder.options, len(names) * len(templates)
+        if count > options.most_items:
+            raise RequestError(
+                413,
+                f"labels and templates make {count:,} prompts, but at most {options.most_items:,} are allowed.",
+                "too_many_items",
+                "labels",
+            )
+        placeholders = sum(template.count("{}") for template in templates)
+        around = sum(map(len, templates)) - 2 * placeholders
+        letters = around * len(names) + placeholders * sum(map(len, names))
+        if letters > options.most_letters:
+            raise RequestError(
+                413,
+                f"labels and templates make prompts with {letters:,} letters together, but at most "
+                f"{options.most_letters:,} are allowed.",
+                "too_many_letters",
+                "labels",
+            )
 
 
 async def classify(request: ClassifyRequest, encoder: Encoder, classifiers: Classifiers) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from ..zero_shot.features import truncated
 from .encoder import Encoded, ImageItem, Item, TextItem, TokensItem
 from .jina_items import JinaItem, item_of
+from .json_values import Several
 from .request_error import RequestError
 from .untrusted_image import is_data_uri
 from .vllm_messages import Message, item_of_messages
@@ -36,8 +37,10 @@ class EmbeddingRequest(BaseModel):
     """
 
     model: str | None = None
-    input: str | list[int] | list[str] | list[list[int]] | list[JinaItem | str] | JinaItem | None = Field(default=None)
-    messages: list[Message] | None = None
+    input: str | Several[int] | Several[str] | Several[Several[int]] | Several[JinaItem | str] | JinaItem | None = (
+        Field(default=None)
+    )
+    messages: Several[Message] | None = None
     modality: Literal["text", "image", "auto"] = "auto"
     encoding_format: Literal["float", "base64"] | None = None
     embedding_type: Literal["float", "base64"] | None = None
@@ -61,7 +64,7 @@ class EmbeddingRequest(BaseModel):
         if self.truncate_prompt_tokens != -1:
             raise RequestError(
                 400,
-                f"truncate_prompt_tokens is {self.truncate_prompt_tokens}, but only -1 is known: to what the model "
+                f"truncate_prompt_tokens is {str(self.truncate_prompt_tokens)[:20]}, but only -1 is known: to what the model "
                 f"takes.",
                 param="truncate_prompt_tokens",
             )
@@ -106,7 +109,7 @@ def check_dimensions(dimensions: int | None, full: int) -> None:
     if dimensions and not 0 < dimensions <= full:  # infinity's clients send 0 for all
         raise RequestError(
             400,
-            f"dimensions is {dimensions}, but embeddings of this model have {full} numbers: a number from 1 to {full} "
+            f"dimensions is {str(dimensions)[:20]}, but embeddings of this model have {full} numbers: a number from 1 to {full} "
             f"is needed.",
             param="dimensions",
         )

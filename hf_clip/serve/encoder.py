@@ -27,6 +27,10 @@ LETTERS_AT_ONCE = 20_000
 milliseconds."""
 
 
+MOST_FETCHED = 16
+"""Images of addresses that are fetched, or wait to be opened, at the same time: their bytes are in memory."""
+
+
 @dataclass(frozen=True)
 class TextItem:
     """A text to encode.
@@ -111,6 +115,7 @@ class Encoder:
             on_batch=on_batch,
         )
         self._threads = options.threads or min(os.cpu_count() or 1, MOST_THREADS)
+        self._fetching = asyncio.Semaphore(MOST_FETCHED)
         self._pool: ThreadPoolExecutor | None = None
 
     @property
@@ -235,13 +240,15 @@ class Encoder:
         try:
             source = item.source
             if self.fetcher is not None and isinstance(source, str) and is_url(source):
-                source = await self.fetcher.fetch(source, item.name)
-            return await asyncio.get_running_loop().run_in_executor(
-                self.pool, self._open_and_put, job, place, source, item.name
-            )
+                async with self._fetching:
+                    return await self._opened(job, place, await self.fetcher.fetch(source, item.name), item.name)
+            return await self._opened(job, place, source, item.name)
         except Exception as error:
             self.batcher.drop(job, error)
             raise DroppedError from error
+
+    async def _opened(self, job: Job, place: int, source: str | bytes, name: str) -> tuple[int, int]:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, self._open_and_put, job, place, source, name)
 
     def _open_and_put(self, job: Job, place: int, source: str | bytes, name: str) -> tuple[int, int]:
         if job.is_dropped:

@@ -20,7 +20,11 @@ from pydantic_core import to_json
 
 from ..model.variants import VARIANTS
 from .encoder import Encoded, ImageItem, Item, TextItem
+from .json_values import check_values
 from .request_error import RequestError
+
+MOST_VALUES = 1000
+"""Values in `entries`, of which one is used."""
 
 TASK, VISUAL, TEXTUAL = "clip", "visual", "textual"
 
@@ -52,6 +56,7 @@ def read_entries(text: str | bytes | None) -> tuple[str, str]:
     """
     if text is None:
         raise RequestError(422, "The field entries is missing.", param="entries")
+    check_values(text.encode() if isinstance(text, str) else text, MOST_VALUES)
     try:
         entries = Entries.model_validate_json(text).root
     except ValidationError:

@@ -18,7 +18,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 MOST_REDIRECTS = 3
 CONNECT_SECONDS = 5.0
 
-EMBEDDING = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96"))
+EMBEDDING = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "::/96", "::ffff:0:0:0/96")))
 """IPv6 networks whose last 32 bits are an IPv4 address that is reached in the end."""
 
 
@@ -128,9 +128,9 @@ class PublicFetcher:
             raise refused("it is compressed, which was not asked for")
         content = bytearray()
         async for chunk in response.aiter_raw():
-            content += chunk
-            if len(content) > self._most_bytes:
+            if len(content) + len(chunk) > self._most_bytes:
                 raise refused(f"it is larger than {self._most_bytes:,} bytes")
+            content += chunk
         return bytes(content)
 
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -140,8 +141,17 @@ class _InMemory(MultiPartParser):
     spool_max_size = 2**40
 
 
+def _check_charset(request: Request) -> None:
+    """Texts of a form are UTF-8. Python's other codecs may take long, or make letters that are none."""
+    found = parse_options_header(request.headers.get("content-type"))[1].get(b"charset", b"utf-8")
+    if found.lower() not in (b"utf-8", b"utf8", b"us-ascii"):
+        raise RequestError(415, "The form has another charset than utf-8.", "unsupported_media_type")
+
+
 async def read_form(request: Request, body: bytes | bytearray) -> dict[str, str | bytes]:
     """Read the fields of a multipart body: texts, and the content of files."""
+
+    _check_charset(request)
 
     async def stream() -> AsyncIterator[bytes]:
         yield bytes(body)

@@ -55,8 +55,8 @@ def _place(parts: Iterable[int | str]) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         elif part.isidentifier() and part not in ("str", "list", "int"):
-            text += f".{part}" if text else part
-    return text
+            text += f".{part[:40]}" if text else part[:40]
+    return text[:200]
 
 
 def from_validation(error: ValidationError) -> RequestError:

@@ -9,7 +9,8 @@ Dimensions: D embedding.
 import asyncio
 import base64
 import os
-from typing import Any, Literal
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,10 +21,17 @@ from ..search.exact_scan import sample_places
 from ..search.image_index import SAMPLE, ImageIndex, SearchResult
 from ..search.query import MINUS_WEIGHT, TEMPLATES, QueryError, combine_parts, is_short_noun
 from .encoder import Encoder, ImageItem, Item, TextItem
+from .json_values import Several
 from .request_error import RequestError
 
 MOST_RESULTS = 200
 MOST_PARTS = 16
+
+
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""What a column or an id may hold."""
+
+ShortText = Annotated[str, Field(max_length=1000)]
 
 
 class Comparison(BaseModel):
@@ -40,12 +48,12 @@ class Comparison(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    eq: int | str | None = None
-    gt: int | None = None
-    gte: int | None = None
-    lt: int | None = None
-    lte: int | None = None
-    contains: str | None = None
+    eq: Integer | ShortText | None = None
+    gt: Integer | None = None
+    gte: Integer | None = None
+    lt: Integer | None = None
+    lte: Integer | None = None
+    contains: ShortText | None = None
 
 
 class SearchRequest(BaseModel):
@@ -67,10 +75,10 @@ class SearchRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
-    query: str | list[str] = Field(default_factory=list)
-    image: str | list[str] = Field(default_factory=list)
-    minus: str | list[str] = Field(default_factory=list)
-    more_like: int | list[int] = Field(default_factory=list)
+    query: str | Several[str] = Field(default_factory=list)
+    image: str | Several[str] = Field(default_factory=list)
+    minus: str | Several[str] = Field(default_factory=list)
+    more_like: Integer | Several[Integer] = Field(default_factory=list)
     top: int = Field(default=20, ge=1, le=MOST_RESULTS)
     filter: dict[Literal["width", "height", "size", "caption"], Comparison] = Field(default_factory=dict)
     templates: bool = True
@@ -128,7 +136,13 @@ class IndexSearch:
 
     def __init__(self, index: ImageIndex, encoder: Encoder):
         self._index, self._encoder = index, encoder
-        self._lock = asyncio.Lock()
+        # One after the other, since the index reads itself anew where it has changed. A search whose client is gone
+        # may still run when the next one comes, so that a lock in the event loop is not enough.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hf_clip search")
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
 
     async def search(self, request: SearchRequest) -> dict[str, Any]:
         """Find images. Returns the body of the answer.
@@ -144,11 +158,9 @@ class IndexSearch:
             vectors = [normalize(part.mean(dim=0), dim=0) for part in features.split(groups)]
         ids = _listed(request.more_like)
         weights += [1.0] * len(ids)
-        async with self._lock:  # the index reads itself anew where it has changed
-            loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(
-                self._encoder.pool, self._search, vectors, ids, weights, condition, request
-            )
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._search, vectors, ids, weights, condition, request
+        )
         results = [_shown(result, request.thumbnails) for result in found]
         return {"object": "list", "results": results, "model": self._encoder.served.name}
 

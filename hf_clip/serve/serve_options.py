@@ -47,5 +47,9 @@ class ServeOptions:
     image_batch: int = 16
     threads: int | None = None
 
+    def most_values(self, *, takes_ids: bool) -> int:
+        """Values in one request's JSON: for each item its keys, or up to a hundred token ids."""
+        return 1000 + self.most_items * (100 if takes_ids else 4)
+
 
 __all__ = ["MIB", "ServeOptions"]

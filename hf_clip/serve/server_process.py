@@ -11,12 +11,19 @@ import socket
 import warnings
 from typing import Any
 
+import h11
 import uvicorn
 from PIL import Image
+from pydantic_core import to_json
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .request_error import RequestError
 
 HEAD_SECONDS = 10.0
 """How long a client may take for the head of a request. uvicorn itself waits for ever."""
+
+ANSWER_SECONDS = 30.0
+"""How long a client may take to read an answer that is larger than the buffers of the connection."""
 
 GRACE_SECONDS = 60
 """How long requests that were begun may take once the process is asked to end."""
@@ -30,6 +37,7 @@ class PatientProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, which closes connections whose clients begin a request and do not go on."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _answer_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Start the time for the first request."""
@@ -45,9 +53,31 @@ class PatientProtocol(H11Protocol):
             self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the time."""
+        """Stop the times."""
         self._stop_waiting()
+        if self._answer_timer is not None:
+            self._answer_timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Start the time for a client to take its answer, which is in memory until then."""
+        super().pause_writing()
+        self._answer_timer = self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop the time, since most of the answer is taken."""
+        if self._answer_timer is not None:
+            self._answer_timer.cancel()
+            self._answer_timer = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP as everything else is answered."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # and no answer is under way
+            body = to_json(RequestError(400, "This is no HTTP request.", "invalid_http").as_openai())
+            head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            self.transport.write(b"%sContent-Length: %d\r\n\r\n%s" % (head, len(body), body))
+        self.transport.close()
 
     def _wait_for_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)

@@ -20,6 +20,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 MOST_STRETCHED = 100
 """The longer side is at most so many times as long as the shorter one, which is scaled to the model's size first."""
 
+URL_SAFE, WHITESPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v"
+PART = 65536
+
 DATA_URI = re.compile(r"\s*data:(?P<about>[^,]{0,200}),", re.IGNORECASE)
 
 
@@ -31,6 +34,19 @@ def is_data_uri(text: str) -> bool:
 def is_url(text: str) -> bool:
     """Whether a text is an http or https address."""
     return text.lstrip()[:8].lower().startswith(("http://", "https://"))
+
+
+def unquoted(text: str) -> bytes:
+    """Replace escapes such as %2F. In parts, since `unquote_to_bytes` takes many times the memory of its text."""
+    content, found, place = text.encode("utf-8", "replace"), bytearray(), 0
+    while place < len(content):
+        part = content[place : place + PART]
+        cut = part.rfind(b"%", -2)  # an escape whose letters are in the next part
+        if cut > 0:
+            part = part[:cut]
+        found += unquote_to_bytes(part)
+        place += len(part)
+    return bytes(found)
 
 
 def decode_image_text(text: str, name: str) -> bytes:
@@ -46,12 +62,11 @@ def decode_image_text(text: str, name: str) -> bytes:
     found = DATA_URI.match(text)
     content = text[found.end() :] if found else text
     if found and not found["about"].rstrip().lower().endswith(";base64"):
-        return unquote_to_bytes(content)
-    if "%" in content:
-        content = unquote_to_bytes(content).decode("latin-1")
-    letters = "".join(content.split()).rstrip("=").replace("-", "+").replace("_", "/")
+        return unquoted(content)
     try:
-        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+        letters = unquoted(content) if "%" in content else content.encode("ascii")
+        letters = letters.translate(URL_SAFE, WHITESPACE).rstrip(b"=")
+        return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise RequestError(
             400,

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from .encoder import ImageItem, Item, TextItem
+from .json_values import Several
 from .request_error import RequestError
 
 
@@ -47,7 +48,7 @@ class Message(BaseModel):
     """
 
     role: str = "user"
-    content: str | list[ContentPart]
+    content: str | Several[ContentPart]
 
 
 def item_of_messages(messages: list[Message]) -> Item:

@@ -19,6 +19,7 @@ from .batching import IMAGES, TEXTS
 from .classify_request import Classifiers, ClassifyRequest, classify
 from .embedding_request import EmbeddingRequest
 from .encoder import Encoder
+from .json_values import check_values
 from .public_fetch import PublicFetcher
 from .request_body import BodyMemory, ClientGoneError, check_content_type, read_body, read_form
 from .request_error import RequestError, from_validation
@@ -65,12 +66,18 @@ def as_json(content: Any) -> Response:
     return Response(to_json(content), media_type="application/json")
 
 
-def parsed(kind: type[Body], content: bytes | bytearray) -> Body:
+def parsed(kind: type[Body], content: bytes | bytearray, most_values: int) -> Body:
     """Read a body of JSON.
+
+    Args:
+        kind: What it should hold.
+        content: The body.
+        most_values: Values that are allowed, the numbers of a list included.
 
     Raises:
         RequestError: It is no JSON, or has other fields than are needed.
     """
+    check_values(content, most_values)
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
@@ -116,7 +123,7 @@ class Server:
         """Read a body of JSON, check the model's name, and answer."""
         check_content_type(request, "application/json")
         async with read_body(request, self.options, self.memory) as content:
-            body = parsed(kind, content)
+            body = parsed(kind, content, self.options.most_values(takes_ids=kind is EmbeddingRequest))
             self.served.check_name(getattr(body, "model", None))
             return as_json(await unless_gone(request, make(body)))
 
@@ -178,6 +185,11 @@ class Server:
         """What this is."""
         return as_json({"message": f"hf_clip serves {self.served.name}; see /docs"})
 
+    def _close(self) -> None:
+        self.encoder.close()
+        if self.search is not None:
+            self.search.close()
+
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
         """Threads run while the app does."""
@@ -185,7 +197,7 @@ class Server:
         try:
             yield
         finally:
-            await asyncio.get_running_loop().run_in_executor(None, self.encoder.close)
+            await asyncio.get_running_loop().run_in_executor(None, self._close)
 
 
 def build_app(
@@ -210,7 +222,7 @@ def build_app(
         app = build_app(load_served("clip-vit-b32"))
     """
     server = Server(served, options, index, fetcher)
-    app = FastAPI(title="hf_clip", description=SUMMARY, lifespan=server.running, redoc_url=None)
+    app = FastAPI(title="hf_clip", description=SUMMARY, lifespan=server.running, redoc_url=None, redirect_slashes=False)
     app.state.server = server
     posts: list[tuple[str, Any, type[BaseModel] | None]] = [
         ("/v1/embeddings", server.embeddings, EmbeddingRequest),
