@@ -64,8 +64,8 @@ class EmbeddingRequest(BaseModel):
         if self.truncate_prompt_tokens != -1:
             raise RequestError(
                 400,
-                f"truncate_prompt_tokens is {str(self.truncate_prompt_tokens)[:20]}, but only -1 is known: to what the model "
-                f"takes.",
+                f"truncate_prompt_tokens is {str(self.truncate_prompt_tokens)[:20]}, but only -1 is known: "
+                f"to what the model takes.",
                 param="truncate_prompt_tokens",
             )
         return True
@@ -109,8 +109,8 @@ def check_dimensions(dimensions: int | None, full: int) -> None:
     if dimensions and not 0 < dimensions <= full:  # infinity's clients send 0 for all
         raise RequestError(
             400,
-            f"dimensions is {str(dimensions)[:20]}, but embeddings of this model have {full} numbers: a number from 1 to {full} "
-            f"is needed.",
+            f"dimensions is {str(dimensions)[:20]}, but embeddings of this model have {full} numbers: "
+            f"a number from 1 to {full} is needed.",
             param="dimensions",
         )
 
