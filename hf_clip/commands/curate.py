@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from .classify import BatchSizeOption, ImageColumnOption, ImageFoldersOption, SplitOption
+from .index import CaptionColumnOption, ExactOption, ThreadsOption
+
 SOME_FAILED = 2
 """Exit status: the result is written, but some images could not be opened."""
 
@@ -59,27 +62,15 @@ def curate(
     ] = None,
     images: Annotated[bool, typer.Option("--images", help="Write the images into the table too.")] = False,
     picture: Annotated[str | None, typer.Option(help="Draw histograms of the scores, a PNG.", metavar="FILE")] = None,
-    split: Annotated[str | None, typer.Option(help="The split of a data set; by default train.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="The column of a data set that holds the images.")] = None,
-    caption_column: Annotated[
-        str | None, typer.Option(help="The column of a data set that holds captions, or a template over its columns.")
-    ] = None,
-    image_folders: Annotated[
-        list[str] | None,
-        typer.Option(help="More folders whose images the rows of a data set may name; only for rows you trust."),
-    ] = None,
+    split: SplitOption = None,
+    image_column: ImageColumnOption = None,
+    caption_column: CaptionColumnOption = None,
+    image_folders: ImageFoldersOption = None,
     tar_rows: Annotated[int, typer.Option(help="Rows of a tar.", min=1)] = 10_000,
-    exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact", help="Decode large JPEGs in full, and not at a half, a quarter or an eighth of their size."
-        ),
-    ] = False,
+    exact: ExactOption = False,
     errors: Annotated[bool, typer.Option("--errors", help="List the images that cannot be opened, and why.")] = False,
-    batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 16,
-    threads: Annotated[
-        int | None, typer.Option(help="How many threads open images; by default one for each core, at most 8.", min=1)
-    ] = None,
+    batch_size: BatchSizeOption = 16,
+    threads: ThreadsOption = None,
 ) -> None:
     """Score the images of a data set, and write the rows that are worth keeping.
 

@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from .classify import BatchSizeOption, ImageColumnOption, ImageFoldersOption, SplitOption
+from .index import CaptionColumnOption, ExactOption, ThreadsOption
+
 SOME_FAILED = 2
 """Exit status: the embeddings are written, but some images could not be opened."""
 
@@ -33,21 +36,11 @@ def embed(
     dtype: Annotated[str, typer.Option(help="float16 or float32.", metavar="DTYPE")] = "float16",
     texts: Annotated[bool, typer.Option("--texts", help="Embed the captions of a data set too.")] = False,
     shard_rows: Annotated[int, typer.Option(help="Images of a file.", min=1)] = 10_000,
-    split: Annotated[str | None, typer.Option(help="The split of a data set; by default train.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="The column of a data set that holds the images.")] = None,
-    caption_column: Annotated[
-        str | None, typer.Option(help="The column of a data set that holds captions, or a template over its columns.")
-    ] = None,
-    image_folders: Annotated[
-        list[str] | None,
-        typer.Option(help="More folders whose images the rows of a data set may name; only for rows you trust."),
-    ] = None,
-    exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact", help="Decode large JPEGs in full, and not at a half, a quarter or an eighth of their size."
-        ),
-    ] = False,
+    split: SplitOption = None,
+    image_column: ImageColumnOption = None,
+    caption_column: CaptionColumnOption = None,
+    image_folders: ImageFoldersOption = None,
+    exact: ExactOption = False,
     ray: Annotated[bool, typer.Option("--ray", help="Embed on many machines, through Ray Data.")] = False,
     ray_address: Annotated[
         str | None,
@@ -60,10 +53,8 @@ def embed(
         ),
     ] = None,
     errors: Annotated[bool, typer.Option("--errors", help="List the images that cannot be opened, and why.")] = False,
-    batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 16,
-    threads: Annotated[
-        int | None, typer.Option(help="How many threads open images; by default one for each core, at most 8.", min=1)
-    ] = None,
+    batch_size: BatchSizeOption = 16,
+    threads: ThreadsOption = None,
 ) -> None:
     """Write embeddings of images into files: parquet, safetensors, or as clip-retrieval does.
 

@@ -6,10 +6,24 @@ from typing import Annotated, Any
 
 import typer
 
+from .classify import BatchSizeOption, ImageColumnOption, ImageFoldersOption, SplitOption
 from .program import Dtype
 
 SOME_FAILED = 2
 """Exit status: the index is up to date, but some files could not be opened."""
+
+CaptionColumnOption = Annotated[
+    str | None, typer.Option(help="The column of a data set that holds captions, or a template over its columns.")
+]
+ExactOption = Annotated[
+    bool,
+    typer.Option(
+        "--exact", help="Decode large JPEGs in full, and not at a half, a quarter or an eighth of their size."
+    ),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(help="How many threads open images; by default one for each core, at most 8.", min=1)
+]
 
 
 def index(
@@ -44,21 +58,11 @@ def index(
     keep_missing: Annotated[
         bool, typer.Option("--keep-missing", help="Keep images in the index whose files are gone.")
     ] = False,
-    exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact", help="Decode large JPEGs in full, and not at a half, a quarter or an eighth of their size."
-        ),
-    ] = False,
-    split: Annotated[str | None, typer.Option(help="The split of a data set; by default train.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="The column of a data set that holds the images.")] = None,
-    caption_column: Annotated[
-        str | None, typer.Option(help="The column of a data set that holds captions, or a template over its columns.")
-    ] = None,
-    image_folders: Annotated[
-        list[str] | None,
-        typer.Option(help="More folders whose images the rows of a data set may name; only for rows you trust."),
-    ] = None,
+    exact: ExactOption = False,
+    split: SplitOption = None,
+    image_column: ImageColumnOption = None,
+    caption_column: CaptionColumnOption = None,
+    image_folders: ImageFoldersOption = None,
     approximate: Annotated[
         bool,
         typer.Option(
@@ -68,10 +72,8 @@ def index(
         ),
     ] = False,
     errors: Annotated[bool, typer.Option("--errors", help="List the files that cannot be opened, and why.")] = False,
-    batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 16,
-    threads: Annotated[
-        int | None, typer.Option(help="How many threads open images; by default one for each core, at most 8.", min=1)
-    ] = None,
+    batch_size: BatchSizeOption = 16,
+    threads: ThreadsOption = None,
     dtype: Annotated[
         Dtype,
         typer.Option(help="The dtype to compute in. bfloat16 is faster where a processor computes in it."),
