@@ -31,8 +31,7 @@ from demo.digits import COLOURS as INKS
 from demo.digits import COMBINATIONS, DIGITS, Combination, draw, load_split_digits, untrained_combinations
 from hf_clip import HfClipModel, HfClipProcessor, encode_images, encode_texts
 from hf_clip.search.exact_scan import EmbeddingMatrix, sample_places
-from hf_clip.search.query import TEMPLATES
-from hf_clip.search.reference_nouns import NOUNS
+from hf_clip.search.reference_nouns import REFERENCE_TEXTS
 from hf_clip.search.result_cutoff import IMAGE_GATES, REFERENCE_IMAGES, TEXT_GATES, least_score, measure_references
 
 from ..machine import describe, headline
@@ -186,7 +185,7 @@ def judge(name: str, given: Shown) -> tuple[Judged, Judged]:
     features = encode_images(model, processor, images, batch_size=256)
     matrix = EmbeddingMatrix(torch.arange(IMAGES), features.half())
     texts = encode_texts(model, processor, [query.text for query in queries], truncation=True)
-    nouns = encode_texts(model, processor, [TEMPLATES[0].format(noun) for noun in NOUNS], truncation=True)
+    nouns = encode_texts(model, processor, list(REFERENCE_TEXTS), truncation=True)
     right = torch.tensor([[query.facts <= facts for facts in shown] for query in queries])
     kinds = [query.kind if some else "none" for query, some in zip(queries, right.any(dim=1), strict=True)]
     scores, reference = matrix.similarities(texts), measure_references(matrix, nouns, TEXT_GATES)

@@ -62,24 +62,6 @@ QUERIES = 100
 FILTERED_EXACTLY = 100_000
 """Images that a filter may leave for them to be compared one by one."""
 
-TEXTS = (
-    *("a dog", "a cat", "a bird", "a horse", "a flower", "a tree", "a mountain", "a beach at sunset", "a river"),
-    *("a city street at night", "a house", "a kitchen", "a bedroom", "a church", "a bridge", "a car", "a bicycle"),
-    *("a train", "an airplane", "a boat", "a person smiling", "a crowd of people", "a child playing", "a wedding"),
-    *("a plate of food", "a cup of coffee", "a birthday cake", "fruit on a table", "snow", "a football match"),
-    *(
-        "a musician on a stage",
-        "a computer screen",
-        "a book",
-        "a map",
-        "a drawing",
-        "a painting",
-        "a black and white photo",
-    ),
-    *("a blurry photo", "a screenshot of text", "a red object on a white background"),
-)
-"""Queries for an index whose images have no captions."""
-
 
 @dataclass(frozen=True)
 class ApproximateScan:
@@ -285,7 +267,6 @@ def _exact_neighbours(tables: "IndexTables", queries: Tensor) -> Tensor:
 __all__ = [
     "EXACT_UP_TO",
     "QUERIES",
-    "TEXTS",
     "ApproximateScan",
     "EmbeddingsOfTables",
     "EstimatedScores",

@@ -25,7 +25,6 @@ from torch import Tensor
 from ..zero_shot.features import encode_texts
 from .approximate_scan import (
     QUERIES,
-    TEXTS,
     ApproximateScan,
     EmbeddingsOfTables,
     EstimatedScores,
@@ -37,6 +36,7 @@ from .exact_scan import EmbeddingMatrix, sample_places
 from .near_duplicates import LEAST_SIMILARITY, MOST_BITS, fold, group_duplicates, known_hashes
 from .quantized_files import read_quantized
 from .query import AUTO, QueryPart, combine_parts, encode_parts, parse_query
+from .reference_nouns import REFERENCE_TEXTS
 from .result_cutoff import ResultCutoff
 from .updatable_index import UpdatableIndex
 
@@ -130,7 +130,7 @@ class ImageIndex(UpdatableIndex):
         """Let searches compare a part of the images only, which pays from about a million images on.
 
         Recall@10 is measured against the exact scan, with images of the index and with texts: captions of images, or
-        common ones if there are none.
+        general nouns if there are none.
 
         Raises:
             SearchIndexError: The index has too few images, recall was below 0.95, or another process writes to it.
@@ -138,7 +138,7 @@ class ImageIndex(UpdatableIndex):
         self.tables.refresh()
         places = sample_places(len(self), QUERIES, seed=2).tolist()
         captions = self.tables.rows_at(places, ["caption"])["caption"].to_pylist()
-        texts = [caption for caption in captions if caption] or list(TEXTS)
+        texts = [caption for caption in captions if caption] or list(REFERENCE_TEXTS[::4])
         encoded = encode_texts(self.model, self.processor, texts, truncation=True).cpu()
         return build(self.tables, encoded)
 

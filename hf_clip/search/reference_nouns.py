@@ -1,5 +1,7 @@
 """General nouns: what people look for in images, most of which any one index does not show."""
 
+from .query import TEMPLATES
+
 WORDS = """
 aeroplane apple baby bag ball banana bathroom beach bear bed bee bicycle bird blanket boat book bottle bowl box boy
 bread bridge bus butterfly cake camera candle car castle cat cave chair chicken child church city clock cloud coat
@@ -15,7 +17,7 @@ table tank tea teacher telescope tent text theatre tiger tomato tool tower toy t
 vegetable village violin wall watch water waterfall wedding wheel window wine wolf woman wood worker zebra
 """
 
-NOUNS = tuple(WORDS.split())
-"""Reference queries of texts, see `result_cutoff`."""
+REFERENCE_TEXTS = tuple(TEMPLATES[0].format(noun) for noun in WORDS.split())
+"""Reference queries of texts, see `result_cutoff`; and queries by which an approximate scan is measured."""
 
-__all__ = ["NOUNS"]
+__all__ = ["REFERENCE_TEXTS"]

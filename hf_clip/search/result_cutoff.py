@@ -30,7 +30,7 @@ from .approximate_scan import EstimatedScores
 from .exact_scan import EmbeddingMatrix, sample_places
 from .index_table import IndexTables
 from .query import TEMPLATES, QueryPart, is_short_noun
-from .reference_nouns import NOUNS
+from .reference_nouns import REFERENCE_TEXTS
 
 SHARPNESS = 6.0
 """Factor of a score, in units of the spread, before the softmax that gives images their weight."""
@@ -167,9 +167,8 @@ class ResultCutoff:
             return known
         matrix = matrix.whole()
         if kind == "texts":
-            prompts = [TEMPLATES[0].format(noun) for noun in NOUNS]
             model, processor = model_and_processor()
-            features = encode_texts(model, processor, prompts, truncation=True).float().cpu()
+            features = encode_texts(model, processor, list(REFERENCE_TEXTS), truncation=True).float().cpu()
             measured = measure_references(matrix, features, TEXT_GATES)
         else:
             places = sample_places(len(matrix), REFERENCE_IMAGES)

@@ -84,7 +84,6 @@ def test_approximate_scan(at_address: Callable[[], ImageIndex], small_model: Any
     index.tables.add(rows_of(list(range(1000))))
     for name, value in (("IMAGES_OF_A_PARTITION", 250), ("QUERIES", 5), ("PROBES", (4,))):
         monkeypatch.setattr(approximate_scan, name, value)
-    monkeypatch.setattr("hf_clip.search.image_index.TEXTS", ("three",))
     scan = index.build_approximate_scan()
     opened = at_address()
     assert opened.approximate_scan() == scan
