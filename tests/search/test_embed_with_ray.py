@@ -34,6 +34,7 @@ def cluster() -> Any:
             ray.shutdown()
 
 
+@pytest.mark.slow  # half a minute and a dozen processes; what tasks and actors compute is tested below
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_two_workers_give_what_one_process_gives(tmp_path: Path, small_model: Any, cluster: Any):
     source = save_tars(tmp_path / "tars", [50, 40])

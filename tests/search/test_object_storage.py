@@ -59,6 +59,7 @@ def test_an_index_at_an_address_equals_one_in_a_folder(
     assert opened.duplicates() == expected.duplicates()
 
 
+@pytest.mark.slow  # each command opens the address anew; what they call is tested above
 def test_commands(photos: Path, store: ObjectStore, small_model: Any, capsys: pytest.CaptureFixture[str]):
     (photos / "broken.png").unlink()
     for words, expected in [
