@@ -99,10 +99,10 @@ def index(
         hf-clip index org/pairs --split test --into pairs-index --model ViT-B/32
     """
     from ..search.embedding_place import holds_embeddings, model_of_embeddings
-    from ..search.folder_scan import scan_folder
+    from ..search.folder_scan import refuse_to_empty, scan_folder
     from ..search.index_table import default_index
     from ..search.unchanged_folders import UnchangedFolders
-    from ..search.updatable_index import UpdatableIndex, holds_an_index, refuse_to_empty
+    from ..search.updatable_index import UpdatableIndex, holds_an_index
     from ..training.data.image_stream import is_data_set
 
     place = os.path.expanduser(into or default_index())

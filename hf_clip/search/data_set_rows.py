@@ -10,9 +10,8 @@ from typing import Any
 
 from ..data.columns import UnusableRowError
 from ..data.sources import readable
-from ..evaluation.fingerprint import fingerprint_of
 from ..zero_shot.features import image_processor_of
-from .image_rows import RowReader, open_rows, row_path
+from .image_rows import RowReader, fingerprint_of_source, open_rows, row_path
 from .index_encoding import encode_rows
 from .index_table import IndexTables
 from .index_update import IndexChanges
@@ -95,7 +94,7 @@ def update_data_set(
     """
     chosen = split or "train"
     name, table, reader = open_rows(source, split, image_column, caption_column, image_folders)
-    fingerprint, note = fingerprint_of(source, chosen), f"data set {name}"
+    fingerprint, note = fingerprint_of_source(source, chosen), f"data set {name}"
     is_same = fingerprint is not None and tables.noted(note) == fingerprint
     rows = _RowsToEncode(tables, name, table, reader, is_same)
     to_encode = iter(rows)

@@ -95,4 +95,20 @@ def _files_of(folder: str, unread: dict[str, str]) -> Iterator[FileState]:
                     yield FileState(entry.path, state.st_size, state.st_mtime_ns)
 
 
-__all__ = ["FileState", "FolderScan", "scan_folder"]
+def refuse_to_empty(scan: FolderScan, missing: int = 0) -> None:
+    """Raise FileNotFoundError for a folder without images, which may be a disk that is not there.
+
+    Args:
+        scan: The folder.
+        missing: How many images of it the index has.
+    """
+    if scan.files:
+        return
+    stays = f" The {missing:,} images of it that the index has stay there." if missing else ""
+    raise FileNotFoundError(
+        f"The folder {scan.folder} has no images: no file in it, or in its folders, is named as one, such as .jpg or "
+        f".png.{stays} Name another folder."
+    )
+
+
+__all__ = ["FileState", "FolderScan", "refuse_to_empty", "scan_folder"]

@@ -26,7 +26,7 @@ from ..data.images import find_image_places, image_content
 from ..data.sources import describe_columns, expand_braces, folder_of, leave_undecoded, open_source, readable
 from ..evaluation.fingerprint import fingerprint_of
 from ..training.data.image_stream import SAVED, is_data_set
-from .folder_scan import scan_folder
+from .folder_scan import refuse_to_empty, scan_folder
 from .indexed_image import MOST_BYTES, register_formats
 
 LONGEST_TEXT = 2000
@@ -158,11 +158,7 @@ class FolderRows:
 
     def __init__(self, folder: str):
         scan = scan_folder(folder)
-        if not scan.files:
-            raise FileNotFoundError(
-                f"The folder {folder} has no images: no file in it, or in its folders, is named as one, such as .jpg "
-                f"or .png. Name another folder, or a data set."
-            )
+        refuse_to_empty(scan)
         self.name, self.unread = scan.folder, scan.unread
         self._files, self.total = scan.files, len(scan.files)
         self.units = -(-len(scan.files) // UNIT_ROWS)

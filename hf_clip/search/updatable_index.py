@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..zero_shot.progress import progress_bar
-from .folder_scan import FolderScan, scan_folder
+from .folder_scan import FolderScan, refuse_to_empty, scan_folder
 from .index_model import MODEL_FILES, MODEL_PLACE, check_model, describe, is_same_model, load, model_files
 from .index_table import IndexTables, SearchIndexError, default_index, is_address
 from .index_update import IndexChanges, apply_recognised, forget_missing, plan_update
@@ -327,20 +327,4 @@ def holds_an_index(place: str) -> bool:
     return not is_address(place) and (Path(place) / "images.lance").exists()
 
 
-def refuse_to_empty(scan: FolderScan, missing: int = 0) -> None:
-    """Raise FileNotFoundError for a folder without images, which may be a disk that is not there.
-
-    Args:
-        scan: The folder.
-        missing: How many images of it the index has.
-    """
-    if scan.files:
-        return
-    stays = f" The {missing:,} images of it that the index has stay there." if missing else ""
-    raise FileNotFoundError(
-        f"The folder {scan.folder} has no images: no file in it, or in its folders, is named as one, such as .jpg or "
-        f".png.{stays} Name another folder."
-    )
-
-
-__all__ = ["UpdatableIndex", "holds_an_index", "refuse_to_empty"]
+__all__ = ["UpdatableIndex", "holds_an_index"]

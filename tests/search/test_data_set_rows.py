@@ -1,6 +1,7 @@
 """Data sets in an index: rows with captions and columns, kept up to date."""
 
 import json
+import os
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -76,6 +77,21 @@ def test_only_rows_that_changed_are_encoded(
     assert len(index) == 2
     save(tmp_path / "data", [1, 9, 4])
     assert index.add_data_set(source, keep_missing=True).describe() == "1 added, 2 unchanged"
+
+
+def test_rows_of_files_by_a_pattern_are_not_read_again(
+    tmp_path: Path, new_index: Callable[..., ImageIndex], monkeypatch: pytest.MonkeyPatch
+):
+    from .test_image_rows import save_tars
+
+    index, source = new_index(), save_tars(tmp_path / "tars", [3, 2])
+    added = index.add_data_set(source).added
+    assert added >= 4
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_clip.search.data_set_rows.content_hash", lambda content: pytest.fail("it was read"))
+        assert index.add_data_set(source).unchanged == added
+    os.utime(next((tmp_path / "tars").iterdir()), ns=(0, 0))
+    assert index.add_data_set(source).unchanged == added  # compared by hashes
 
 
 def test_folders_and_data_sets_lie_side_by_side(tmp_path: Path, photos: Path, new_index: Callable[..., ImageIndex]):
