@@ -30,6 +30,7 @@ PROGRAMS: dict[str, list[str]] = {
     "benchmarks.search.folder": ["--work", "folder"],
     "benchmarks.search.quantized": [],
     "benchmarks.search.vectors": [],
+    "benchmarks.serve": [],
     "conversion.parity": [],
     "demo": [],
     "model_cards": [],

@@ -1,7 +1,10 @@
 """The benchmarks as programs: who takes part, what is refused, what is written. No test asserts a time."""
 
 import json
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -455,6 +458,50 @@ def test_ranks_of_retrieval_agree(monkeypatch: pytest.MonkeyPatch):
         module.same_ranks(module.rank_both_ways(**module.embeddings(40, 120)))(broken)
         == "1.25% of its ranks are others"
     )
+
+
+@contextmanager
+def served_here(folder: Path, threads: int) -> Iterator[tuple[str, int]]:
+    """The server in a thread of this process, which takes no time to start."""
+    uvicorn = pytest.importorskip("uvicorn")
+    from hf_clip.serve.served_model import load_served
+    from hf_clip.serve.server_process import bind
+    from hf_clip.serve.web_app import build_app
+
+    bound = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(build_app(load_served(str(folder), ["model"])), log_config=None))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    while thread.is_alive() and not server.started:
+        time.sleep(0.01)
+    try:
+        yield bound.getsockname()[:2]
+    finally:
+        server.should_exit = True
+        thread.join()
+        bound.close()
+
+
+def test_servers_are_checked_and_loaded(digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    program = import_module("benchmarks.serve.__main__")
+    monkeypatch.setattr(program, "hf_clip_server", served_here)
+    monkeypatch.setattr(program, "run_alone", lambda function, **arguments: function(**arguments))
+    given = ["--model", str(digits / "vit"), "--clients", "2", "--seconds", "0.2"]
+    assert program.main([*given, "--threads", str(torch.get_num_threads())]) == 0
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[:1] == "|"]
+    assert [row[:2] for row in rows if row[0] == "hf_clip"] == [["hf_clip", "1"], ["hf_clip", "2"]] * 2
+    assert all(float(cell) > 0 for row in rows if row[0] == "hf_clip" for cell in (row[2], row[4], row[5]))
+    assert "infinity is left out: name the Python that has it with --infinity" in printed
+
+    with served_here(digits / "vit", 1) as (host, port):
+        message = r"RuntimeError: the server answered 404: .*The model 'other' is not served here"
+        with pytest.raises(LeftOutError, match=message):
+            program.load_with(host, port, b'{"model": "other", "input": "x"}', 1, 0.1)
+        found = program.ask_once(host, port, program.body_of("text"))
+    program.check_features("hf_clip", "text", found, found.tolist())
+    with pytest.raises(LeftOutError, match="its embedding of the text has a cosine similarity of 0.0000 with a direct"):
+        program.check_features("infinity", "text", found, [0.0] * len(found))
 
 
 def test_image_processors_agree(monkeypatch: pytest.MonkeyPatch):

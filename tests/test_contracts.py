@@ -235,7 +235,7 @@ def test_registration_can_run_twice():
 
 
 PROGRAMS = [f"conversion.{name}" for name in ("convert", "export_onnx", "parity", "publish")]
-PROGRAMS += ["benchmarks", "benchmarks.gpu", "demo", "finetune", "model_cards"]
+PROGRAMS += ["benchmarks", "benchmarks.gpu", "benchmarks.serve", "demo", "finetune", "model_cards"]
 
 EXPLAIN = """
 import contextlib, io, json, runpy, sys
