@@ -70,7 +70,9 @@ def hf_clip_server(model: Path, threads: int) -> Iterator[tuple[str, int]]:
         if found is None:
             started.wait(20)
             raise LeftOutError(last_words(log))
-        yield found[1], int(found[2])
+        host, port = found[1], int(found[2])
+        _wait_until_there(host, port, started, log)
+        yield host, port
 
 
 @contextmanager
@@ -83,14 +85,19 @@ def infinity_server(model: Path, python: str, threads: int) -> Iterator[tuple[st
     words += ["--device", "cpu", "--dtype", "float32", "--engine", "torch", "--log-level", "error"]
     quiet = {"PYTHONPATH": "", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
     with _process([python, "-W", "ignore", "-c", INFINITY, *words], threads, **quiet) as (started, log):
-        end = time.monotonic() + START_SECONDS
-        while not _is_there(host, port):
-            if started.poll() is not None:
-                raise LeftOutError(last_words(log))
-            if time.monotonic() > end:
-                raise LeftOutError(f"it did not answer within {START_SECONDS:g} s")
-            time.sleep(0.2)
+        _wait_until_there(host, port, started, log)
         yield host, port
+
+
+def _wait_until_there(host: str, port: int, started: subprocess.Popen[str], log: IO[bytes]) -> None:
+    """Return once a server answers. Raises LeftOutError if it ends, or takes too long."""
+    end = time.monotonic() + START_SECONDS
+    while not _is_there(host, port):
+        if started.poll() is not None:
+            raise LeftOutError(last_words(log))
+        if time.monotonic() > end:
+            raise LeftOutError(f"it did not answer within {START_SECONDS:g} s")
+        time.sleep(0.2)
 
 
 def _is_there(host: str, port: int) -> bool:

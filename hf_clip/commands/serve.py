@@ -112,6 +112,7 @@ def serve(
     except BaseException:
         bound.close()
         raise
+    bound.listen()  # who connects as soon as the line is printed waits, and is not refused
     searched = "" if found is None else f", and searches {len(found):,} images"
     print(f"{address_of(bound)} serves {served.name}, {served.width} numbers{searched}; see /docs", flush=True)
     if api_key is None and not is_loopback(bound):
