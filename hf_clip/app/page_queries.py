@@ -44,9 +44,7 @@ def text_parts(text: str) -> list[QueryPart]:
     """
     if len(text) > MOST_LETTERS:
         raise PageError(f"The query has {len(text):,} letters, and the page takes {MOST_LETTERS:,}: write less.")
-    if '"' not in text:
-        return [QueryPart("text", text.strip())]
-    return [replace(part, kind="text") for part in parse_query(text)]
+    return parse_query(text, only_texts=True)  # a visitor is not told which files and folders there are
 
 
 def query_parts(text: str = "", image: str | None = None, minus: str = "") -> tuple[list[QueryPart], str]:

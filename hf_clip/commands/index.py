@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -115,9 +116,10 @@ def index(
     if embedded and model is None and not holds_an_index(place):
         model = model_of_embeddings(embedded[0])
     unchanged = None if embedded else UnchangedFolders.read(place)
-    opened = None if unchanged else UpdatableIndex.open(place, model=model, dtype=dtype.value)
-    known = unchanged.folders if unchanged else opened.tables.noted("folders", []) if opened else []
-    if not folders and not known and not (approximate and opened):
+    open_index = partial(UpdatableIndex.open, place, model=model, dtype=dtype.value)
+    opened = None if unchanged else open_index()
+    known = unchanged.folders if unchanged else opened.tables.noted("folders", []) if opened is not None else []
+    if not folders and not known and not (approximate and opened is not None):
         raise ValueError(f"The index {place} knows no folder yet: name one, such as hf-clip index ~/Pictures.")
     how: dict[str, Any] = {"batch_size": batch_size, "exact": exact, "keep_missing": keep_missing}
     how |= {"threads": threads, "progress": None}
@@ -125,7 +127,7 @@ def index(
     columns |= {"image_folders": image_folders or ()}
     problems: dict[str, str] = {}
     for folder in embedded:
-        opened = opened or UpdatableIndex.open(place, model=model, dtype=dtype.value)
+        opened = open_index() if opened is None else opened
         put = opened.add_embeddings(folder, progress=None)
         problems |= put.problems
         print(f"{folder}: {put.describe()}", flush=True)
@@ -134,12 +136,12 @@ def index(
         scan = scans.get(folder) or scan_folder(folder) if is_folder else None
         changes = unchanged.changes(scan, model) if unchanged and scan else None
         if changes is None:
-            opened = opened or UpdatableIndex.open(place, model=model, dtype=dtype.value)
+            opened = open_index() if opened is None else opened  # one without images is false
             changes = opened.add_data_set(folder, **columns, **how) if scan is None else opened.add(scan, **how)
             unchanged = UnchangedFolders.read(place)
         problems |= changes.problems
         print(f"{folder}: {changes.describe()}", flush=True)
-    count = len(opened) if opened else unchanged.images if unchanged else 0
+    count = len(opened) if opened is not None else unchanged.images if unchanged else 0
     print(f"{count:,} images in {place}", flush=True)
     if approximate:
         from ..search.image_index import ImageIndex

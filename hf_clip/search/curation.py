@@ -171,6 +171,11 @@ def curate(
         closing(ScoredRows(Path(work), scorer.scores, duplicates, labels is not None)) as scored,
     ):
         _check_choice(scored, keep, top_fraction)
+        if picture is not None and not scored.scores:
+            raise ValueError(
+                f"There is no score to draw into {picture}: {source} has no captions, and no head is given. Leave the "
+                f"picture out, or give a head."
+            )
         _score(rows, scored, scorer, encoding, progress)
         scored.mark_duplicates()
         scored.choose(keep, top_fraction)

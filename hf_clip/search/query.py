@@ -57,7 +57,9 @@ class QueryPart:
     weight: float = 1.0
 
 
-PART = re.compile(r"\s*(?P<sign>[+-])?\s*(?:(?P<weight>\d+(?:\.\d+)?):)?(?:\"(?P<quoted>[^\"]*)\"|(?P<bare>[^\s\"]+))")
+PART = re.compile(
+    r"\s*(?P<sign>[+-])?\s*(?:(?P<weight>\d+(?:\.\d+)?):)?(?:\"(?P<quoted>[^\"]*)\"|(?P<bare>(?:\\\s|[^\s\"])+))"
+)
 
 
 def parse_queries(words: Sequence[str], minus: Sequence[str] = (), more_like: Sequence[int] = ()) -> list[QueryPart]:
@@ -82,8 +84,12 @@ def parse_queries(words: Sequence[str], minus: Sequence[str] = (), more_like: Se
     return parts
 
 
-def parse_query(text: str) -> list[QueryPart]:
+def parse_query(text: str, only_texts: bool = False) -> list[QueryPart]:
     """Read one text, path, or expression.
+
+    Args:
+        text: What was written.
+        only_texts: Whether all parts are texts. No file is looked for then.
 
     Raises:
         QueryError: It is empty, or an expression that cannot be read.
@@ -91,7 +97,7 @@ def parse_query(text: str) -> list[QueryPart]:
     if not text.strip():
         raise QueryError('A query is empty: give a text, such as "a dog on a beach", or an image.')
     if '"' not in text:
-        return [_part_of(text.strip(), 1.0)]
+        return [QueryPart("text", text.strip()) if only_texts else _part_of(text.strip(), 1.0)]
     parts: list[QueryPart] = []
     place = 0
     while place < len(text.rstrip()):
@@ -100,11 +106,12 @@ def parse_query(text: str) -> list[QueryPart]:
         if found is None or not value.strip() or (parts and found["sign"] is None):
             raise QueryError(
                 f"The query {text!r} cannot be read from {text[place:].strip()[:40]!r} on: write parts with + or - "
-                f'between them, texts in quotation marks, such as 2:"a beach" + ./b.jpg - "people".'
+                f'between them, texts in quotation marks, and "\\ " for a space of a path, such as '
+                f'2:"a beach" + ./my\\ photo.jpg - "people".'
             )
         weight = float(found["weight"] or 1) * (-1 if found["sign"] == "-" else 1)
-        part = QueryPart("text", value, weight) if found["quoted"] is not None else _part_of(value, weight)
-        parts.append(part)
+        is_text = only_texts or found["quoted"] is not None
+        parts.append(QueryPart("text", value, weight) if is_text else _part_of(re.sub(r"\\(\s)", r"\1", value), weight))
         place = found.end()
     return parts
 

@@ -4,14 +4,16 @@ import html
 import json
 import os
 import shutil
+import unicodedata
 from base64 import b64encode
 from collections.abc import Callable, Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from ..checkpoints.whole_file import whole_file
 from ..model.fetch import is_web_address
@@ -23,6 +25,9 @@ from .indexed_image import THUMBNAIL_SIDE, make_thumbnail
 
 CELL, MARGIN, CAPTION_HEIGHT, COLUMNS = 160, 8, 30, 6
 """Of a sheet, in pixels and cells."""
+
+FONTS = ("DejaVuSans.ttf", "Arial.ttf", "Arial Unicode.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf")
+"""Of the system, for names of files on a sheet. The first that is there is taken."""
 
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
 """An image of one transparent pixel."""
@@ -71,7 +76,8 @@ def format_lines(results: Sequence[SearchResult], links: bool) -> list[str]:
     for result in results:
         path = printable(result.path)
         shown = f"\x1b]8;;{file_address(result.path)}\x1b\\{path}\x1b]8;;\x1b\\" if links else path
-        more = f"  (+{len(result.duplicates)} near duplicates)" if result.duplicates else ""
+        copies = len(result.duplicates)
+        more = f"  (+{copies} near duplicate{'s' * (copies > 1)})" if copies else ""
         lines.append(f"{result.score:.4f}  {result.id:>{width}}  {shown}{more}")
     return lines
 
@@ -142,6 +148,8 @@ def draw_sheet(results: Sequence[SearchResult]) -> Image.Image:
     step = CELL + MARGIN
     sheet = Image.new("RGB", (columns * step + MARGIN, rows * (step + CAPTION_HEIGHT) + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
+    font = _font()
+    length_of = lambda text: pen.textlength(text, font)  # noqa: E731
     for number, result in enumerate(results):
         left = MARGIN + number % columns * step
         top = MARGIN + number // columns * (step + CAPTION_HEIGHT)
@@ -151,10 +159,35 @@ def draw_sheet(results: Sequence[SearchResult]) -> Image.Image:
             thumbnail = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
         sheet.paste(thumbnail, (left + (CELL - thumbnail.width) // 2, top + (CELL - thumbnail.height) // 2))
         more = f" +{len(result.duplicates)}" if result.duplicates else ""
-        pen.text((left, top + CELL + 1), f"{result.score:.3f}{more}", fill="black")
-        name = _short_name(printable(os.path.basename(result.path)), pen.textlength)
-        pen.text((left, top + CELL + 14), name, fill="#555")
+        pen.text((left, top + CELL + 1), f"{result.score:.3f}{more}", fill="black", font=font)
+        name = _short_name(_drawable(printable(os.path.basename(result.path)), font), length_of)
+        pen.text((left, top + CELL + 14), name, fill="#555", font=font)
     return sheet
+
+
+@cache
+def _font() -> Any:
+    """A font of the system, or Pillow's own, which has little more than the letters of English."""
+    for name in FONTS:
+        try:
+            return ImageFont.truetype(name, 10)
+        except OSError:  # there is no such font, or Pillow was built without FreeType
+            continue
+    return ImageFont.load_default()
+
+
+def _drawable(name: str, font: Any) -> str:
+    """A name in letters that the font has: without their marks if it lacks them, and else as `?`."""
+    lacking = bytes(font.getmask("\uffff"))
+
+    def has(letter: str) -> bool:
+        return letter.isspace() or bytes(font.getmask(letter)) != lacking
+
+    shown = ""
+    for letter in unicodedata.normalize("NFC", name):  # macOS keeps marks apart from their letters
+        plain = "ss" if letter == "ß" else unicodedata.normalize("NFKD", letter)[0]
+        shown += letter if has(letter) else plain if all(map(has, plain)) else "?"
+    return shown
 
 
 def _short_name(name: str, length_of: Callable[[str], float]) -> str:

@@ -215,6 +215,10 @@ def test_other_weights_are_no_predictor(tmp_path: Path, state: dict[str, Tensor]
         ({"top_fraction": ("clip_score", 1.5)}, "The fraction of the best is 1.5"),
         ({"out": "photos"}, "photos holds files already; name a new or an empty folder"),
         ({"picture": "scores.jpg"}, "is written as PNG"),
+        (
+            {"source": "photos", "duplicates": True, "picture": "scores.png"},
+            r"There is no score to draw into .*scores\.png: .*photos has no captions, and no head is given",
+        ),
         ({"source": "photos"}, "There is nothing to score: .* has no captions"),
         ({"source": "photos", "keep": "clip_score > 0"}, "clip_score compares an image with its caption"),
         ({"source": "broken", "duplicates": True}, r"No image of .*broken can be opened: .*a\.png: "),

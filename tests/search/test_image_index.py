@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,42 @@ def test_what_a_search_writes(photos: Path, index: ImageIndex, tmp_path: Path, c
     lines = result_output.format_lines(found, links=True)
     assert "file://" in lines[0]
     assert lines[0].count("\x1b]8;;") == 2
+    for copies, said in (([], ""), (["b"], "  (+1 near duplicate)"), (["b", "c"], "  (+2 near duplicates)")):
+        result = result_output.SearchResult(1, "/a.jpg", 0.5, 1, 1, duplicates=copies)
+        assert result_output.format_lines([result], links=False) == [f"0.5000  1  /a.jpg{said}"]
+
+
+def test_names_on_a_sheet_have_letters_of_the_font(monkeypatch: pytest.MonkeyPatch):
+    """Pillow's own font lacks umlauts, which it would draw as boxes."""
+    from PIL import ImageFont
+
+    from hf_clip.search.result_output import _drawable, _font
+
+    class EnglishFont:
+        def getmask(self, letter: str) -> bytes:
+            return letter.encode("ascii", "replace").replace(b"?", b"box")
+
+    assert _drawable("Größe é café 山 1.jpg", EnglishFont()) == "Grosse e cafe ? 1.jpg"
+    with_dejavu = SimpleNamespace(getmask=lambda letter: letter.encode() if letter != "\uffff" else b"box")
+    assert _drawable("Gro\u0308ße.jpg", with_dejavu) == "Größe.jpg"
+    _font.cache_clear()
+    monkeypatch.setattr("hf_clip.search.result_output.FONTS", ("no-such-font.ttf",))
+    assert _font().getname() == ImageFont.load_default().getname()
+    _font.cache_clear()
+
+
+def test_model_is_loaded_once(
+    photos: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """An index that was just made is empty, and not to be opened again."""
+    from hf_clip.search import updatable_index
+
+    loaded: list[str] = []
+    load = updatable_index.load
+    monkeypatch.setattr(updatable_index, "load", lambda name: loaded.append(name) or load(name))
+    _, out, _ = run(capsys, "index", photos, "--model", digits / "vit", "--into", tmp_path / "new-index")
+    assert "6 added" in out
+    assert loaded == [str(digits / "vit")]
 
 
 @pytest.mark.parametrize(

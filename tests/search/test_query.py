@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from hf_clip.search.query import QueryError, QueryPart, combine_parts, encode_text_query, is_short_noun, parse_queries
+from hf_clip.search.query import (
+    QueryError,
+    QueryPart,
+    combine_parts,
+    encode_text_query,
+    is_short_noun,
+    parse_queries,
+    parse_query,
+)
 
 
 def part(kind: str, value: str, weight: float = 1.0) -> QueryPart:
@@ -24,6 +32,7 @@ def part(kind: str, value: str, weight: float = 1.0) -> QueryPart:
             ['2:"a beach" + ./b.jpg - "people"'],
             [part("text", "a beach", 2.0), part("image", "./b.jpg"), part("text", "people", -1.0)],
         ),
+        (['"a" - ./my\\ photo\\ 2.jpg'], [part("text", "a"), part("image", "./my photo 2.jpg", -1.0)]),
         (['"x.jpg" -0.5:"b"'], [part("text", "x.jpg"), part("text", "b", -0.5)]),
         (["what is a .jpg file?"], [part("text", "what is a .jpg file?")]),
         (["10:30 on a clock"], [part("text", "10:30 on a clock")]),
@@ -60,11 +69,21 @@ def test_minus_and_more_like():
         (['"a" + '], [], r"cannot be read from '\+' on"),
         (['"a" + ""'], [], "cannot be read from"),
         (['"a'], [], "cannot be read from"),
+        (['"a" + ./my photo.jpg'], [], r"from 'photo\.jpg' on: write .* and \"\\ \" for a space of a path"),
     ],
 )
 def test_what_cannot_be_read(words: list[str], minus: list[str], message: str):
     with pytest.raises(QueryError, match=message):
         parse_queries(words, minus)
+
+
+@pytest.mark.parametrize("text", ["{}", '"a" + {}', '"a" - 2:{}'])
+def test_texts_alone_tell_nothing_of_files(text: str, tmp_path: Path):
+    """What is there is read as what is not."""
+    (tmp_path / "x.jpg").write_bytes(b"")
+    for place in (tmp_path, tmp_path / "x.jpg", tmp_path / "missing"):
+        parts = parse_query(text.format(place), only_texts=True)
+        assert (parts[-1].kind, parts[-1].value) == ("text", str(place))
 
 
 @pytest.mark.parametrize(
