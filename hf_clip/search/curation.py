@@ -15,9 +15,10 @@ import io
 import json
 import os
 import re
+import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,8 +29,9 @@ import torch
 from PIL import Image
 
 from ..checkpoints.whole_file import whole_file, write_json
-from ..checkpoints.whole_folder import check_writable
+from ..checkpoints.whole_folder import check_writable, held_folder, whole_folder
 from ..extras import require
+from ..model.checked_files import one_line
 from ..zero_shot.embedding_head import EmbeddingHead, load_head
 from ..zero_shot.laion_head import read_laion_head
 from ..zero_shot.progress import progress_bar
@@ -146,6 +148,7 @@ def curate(
 
     Raises:
         OSError: There is no such source, model or head, or `out` cannot be written.
+        FolderInUseError: Another process writes to `out`. An OSError.
         ValueError: A condition, a column, a head or `out` cannot be used, the source has no captions for a score that
             is asked for, or no image can be opened.
         ImportError: A package is missing.
@@ -164,10 +167,11 @@ def curate(
     scorer = _Scorer(model, processor, rows.has_captions, heads, labels, name)
     settings = {"source": rows.name, "model": name, "keep": keep, "top_fraction": list(top_fraction or ()) or None}
     encoding = {"batch_size": batch_size, "exact": exact, "threads": threads}
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
+    place = out.resolve()
     with (
-        tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}-", suffix=".unfinished") as work,
+        _errors_of_disks(place),
+        held_folder(place),  # what a killed run left there is removed
+        tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-unfinished-") as work,
         closing(ScoredRows(Path(work), scorer.scores, duplicates, labels is not None)) as scored,
     ):
         _check_choice(scored, keep, top_fraction)
@@ -186,15 +190,24 @@ def curate(
                 write_parquet(unfinished, scored, chosen, images)
             write_json(_summary_path(out), summary)
         else:
-            folder = Path(work, "out")
-            folder.mkdir()
-            summary["tars"] = write_tars(folder, _with_images(scored, rows, progress), tar_rows)
-            write_json(folder / SUMMARY, summary)
-            os.replace(folder, out)
+            with whole_folder(place, is_held=True) as folder:
+                summary["tars"] = write_tars(folder, _with_images(scored, rows, progress), tar_rows)
+                write_json(folder / SUMMARY, summary)
         if picture is not None:
             with whole_file(picture) as unfinished:
                 draw_scores(unfinished, scored, f"{rows.name}: {summary['kept']:,} of {summary['images']:,} kept")
     return Curation(summary, _summary_path(out))
+
+
+@contextmanager
+def _errors_of_disks(place: Path) -> Iterator[None]:
+    """SQLite's errors, such as that of a full disk, are OSErrors."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise OSError(
+            f"The scores cannot be kept in {place.parent} ({one_line(error)}): make room there, or name another place."
+        ) from error
 
 
 def _is_table(out: Path) -> bool:
@@ -265,7 +278,7 @@ class _Scorer:
         for head in heads:
             read = _read_head(head, model, processor, source)
             column = check_column(read.labels[0])
-            if column in self.heads:
+            if column.lower() in map(str.lower, self.heads):  # SQL does not tell them apart
                 raise ValueError(f"Two heads have a score {column!r}, and a column has one: give one of them.")
             self.heads[column] = read
         self.scores = [*([CLIP_SCORE] if with_captions else []), *self.heads]
@@ -351,7 +364,9 @@ def _with_images(
                 break
             data = rows.content(image.stored)
             with Image.open(io.BytesIO(data)) as opened:
-                ending = {"JPEG": "jpg", "TIFF": "tif"}.get(str(opened.format), str(opened.format).lower())
+                ending = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}.get(
+                    str(opened.format), str(opened.format).lower()
+                )
             yield row, (data, ending)
             row = next(kept, None)
     if row is not None:

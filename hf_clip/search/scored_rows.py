@@ -34,6 +34,10 @@ DUPLICATES = {"duplicate": "INTEGER", "duplicate_of": "INTEGER"}
 TAGS = {"tags": "TEXT"}
 
 
+STEPS = 1_000_000
+"""Of SQLite between two looks at whether the user interrupts it: some milliseconds."""
+
+
 def check_column(name: str) -> str:
     """Return the name of a score as a column's name. Raises ValueError if a column has it already."""
     column = re.sub(r"\W+", "_", name).strip("_")
@@ -81,14 +85,23 @@ class ScoredRows:
 
     def check_condition(self, condition: str) -> None:
         """Raise ValueError if a condition cannot be evaluated, before there are rows."""
+        self._evaluate(condition, f"SELECT 1 FROM rows WHERE ({condition}\n)")
+
+    def _evaluate(self, condition: str, statement: str) -> None:
+        """Run a statement with a condition. Ctrl-C ends one that never ends by itself."""
+        self._connection.set_progress_handler(lambda: 0, STEPS)  # while Python runs, it hears of Ctrl-C
         try:
-            self._connection.execute(f"SELECT 1 FROM rows WHERE ({condition}\n)").fetchall()
+            self._connection.execute(statement).fetchall()
         except (sqlite3.Error, sqlite3.Warning) as error:
+            if str(error) == "interrupted":
+                raise KeyboardInterrupt from None
             names = ", ".join(name for name in self.columns)
             raise ValueError(
-                f"The condition {one_line(condition)!r} cannot be read ({one_line(error)}). It is SQL over the columns "
-                f"{names}, such as clip_score > 0.28 AND NOT duplicate."
+                f"The condition {one_line(condition)!r} cannot be evaluated ({one_line(error)}). It is SQL over the "
+                f"columns {names}, such as clip_score > 0.28 AND NOT duplicate."
             ) from error
+        finally:
+            self._connection.set_progress_handler(None, STEPS)
 
     def add(self, rows: Iterable[dict[str, Any]], embeddings: np.ndarray, hashes: Sequence[int]) -> None:
         """Add rows with all columns but those of duplicates.
@@ -135,7 +148,7 @@ class ScoredRows:
     def choose(self, condition: str | None, top_fraction: tuple[str, float] | None) -> None:
         """Say which rows are kept: those that fulfil a condition, and of them a fraction with the highest scores."""
         if condition is not None:
-            self._connection.execute(f"UPDATE rows SET kept = CASE WHEN ({condition}\n) THEN 1 ELSE 0 END")
+            self._evaluate(condition, f"UPDATE rows SET kept = CASE WHEN ({condition}\n) THEN 1 ELSE 0 END")
         if top_fraction is not None:
             name, fraction = top_fraction
             count = self._number(f'SELECT count("{name}") FROM rows WHERE kept')

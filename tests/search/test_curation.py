@@ -2,8 +2,12 @@
 
 import io
 import json
+import signal
+import sqlite3
 import tarfile
+import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from hf_clip import encode_images, encode_texts
+from hf_clip.checkpoints.whole_folder import FolderInUseError, held_folder
 from hf_clip.commands.program import main
 from hf_clip.search.curation import Curation, curate
-from hf_clip.search.scored_rows import check_column
+from hf_clip.search.scored_rows import ScoredRows, check_column
 from hf_clip.zero_shot.embedding_head import EmbeddingHead, reference_image
 from hf_clip.zero_shot.laion_head import read_laion_head
 
@@ -207,10 +212,10 @@ def test_other_weights_are_no_predictor(tmp_path: Path, state: dict[str, Tensor]
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep": "clip_scor > 1"}, r"The condition 'clip_scor > 1' cannot be read \(no such column: clip_scor\)"),
-        ({"keep": "clip_score >"}, "cannot be read"),
-        ({"keep": "1); DROP TABLE rows; --"}, "cannot be read"),
-        ({"keep": ""}, "cannot be read"),
+        ({"keep": "clip_scor > 1"}, r"The condition 'clip_scor > 1' cannot be evaluated \(no such column: clip_scor\)"),
+        ({"keep": "clip_score >"}, "cannot be evaluated"),
+        ({"keep": "1); DROP TABLE rows; --"}, "cannot be evaluated"),
+        ({"keep": ""}, "cannot be evaluated"),
         ({"top_fraction": ("aesthetic", 0.5)}, "There is no score 'aesthetic' to take the best of: the scores are"),
         ({"top_fraction": ("clip_score", 1.5)}, "The fraction of the best is 1.5"),
         ({"out": "photos"}, "photos holds files already; name a new or an empty folder"),
@@ -250,6 +255,7 @@ def test_heads_that_do_not_fit_are_refused(
     for heads, message in (
         ([tmp_path / "l14.pth"], "is for embeddings of 7 numbers, and this model's have"),
         ([label], "gives labels, but a column needs a score"),
+        ([score, head_of(model, processor, "Aesthetic")], "Two heads have a score 'Aesthetic'"),
         ([score, score], "Two heads have a score 'aesthetic'"),
         ([head_of(model, processor, "path")], "A score is called 'path', but columns have that name"),
     ):
@@ -293,7 +299,52 @@ def test_source_that_changes_between_the_passes_is_noticed(
     with pytest.raises(OSError, match=r"a\.png"):
         run(photos, photos.parent / "out", duplicates=True)
     assert not (photos.parent / "out").exists()
-    assert not list(photos.parent.glob(".*unfinished"))
+    assert not list(photos.parent.glob(".*unfinished*"))
+
+
+def test_result_goes_where_a_link_leads_and_what_a_killed_run_left_is_removed(
+    run: Callable[..., Curation], shards: str, tmp_path: Path
+):
+    left = tmp_path / ".disk-unfinished-abcdefgh"
+    for folder in (tmp_path / "disk", left):
+        folder.mkdir()
+    (left / "rows.sqlite").write_bytes(b"scores")
+    (tmp_path / "out").symlink_to("disk")
+    run(shards, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["00000.tar", "summary.json"]
+    assert (tmp_path / "out").is_symlink()
+    assert not left.exists()
+
+
+def test_second_run_into_the_same_place_is_refused(run: Callable[..., Curation], shards: str, tmp_path: Path):
+    with held_folder(tmp_path / "out.parquet"), pytest.raises(FolderInUseError, match="in use by another program"):
+        run(shards, tmp_path / "out.parquet")
+
+
+def test_condition_that_fails_on_some_row_is_one_line(run: Callable[..., Curation], shards: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"The condition .* cannot be evaluated \(integer overflow\)"):
+        run(shards, tmp_path / "out.parquet", keep="abs(id - 9223372036854775807 - 1) > 0")
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_ctrl_c_ends_a_condition_that_never_ends(tmp_path: Path):
+    rows = ScoredRows(tmp_path, [], with_duplicates=False, with_tags=False)
+    rows.add([dict.fromkeys(rows.columns, 0)], np.zeros((1, 4)), [0])
+    endless = "(WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n) > 0"
+    waiting = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    waiting.start()
+    with closing(rows), pytest.raises(KeyboardInterrupt):
+        rows.choose(endless, None)
+
+
+def test_full_disk_is_one_line(run: Callable[..., Curation], shards: str, tmp_path: Path, monkeypatch: Any):
+    def fail(*arguments: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(ScoredRows, "add", fail)
+    with pytest.raises(OSError, match=r"The scores cannot be kept in .* \(database or disk is full\): make room"):
+        run(shards, tmp_path / "out.parquet")
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_folder_without_captions_is_scored_by_heads(run: Callable[..., Curation], photos: Path, small_model: Small):
