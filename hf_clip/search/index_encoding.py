@@ -19,7 +19,7 @@ from ..zero_shot.files import MOST_THREADS, in_order
 from .folder_scan import FileState
 from .image_rows import read_file
 from .index_table import IndexTables
-from .index_update import COMMIT_AT, PLACE, IndexChanges, UpdatePlan, columns_of_place, next_free_id
+from .index_update import COMMIT_AT, NOT_READ, PLACE, IndexChanges, UpdatePlan, columns_of_place, next_free_id
 from .indexed_image import IndexedImage, prepare
 from .interruption import interruption
 from .row_encoding import draft_for, problem_of
@@ -92,7 +92,10 @@ def encode_rows(
                 except (ValueError, OSError) as error:
                     problem = problem_of(error)
                     changes.problems[os.fsdecode(row["path_bytes"])] = problem
-                    problems.append({name: row.get(name) for name in PLACE} | {"problem": problem})
+                    state = {name: row.get(name) for name in PLACE} | {"problem": problem}
+                    is_unread = isinstance(error, OSError) and error.errno is not None
+                    changes.unread += is_unread
+                    problems.append(state | ({"mtime_ns": NOT_READ} if is_unread else {}))
             for (known, replaced, image), embedding in zip(opened, _embeddings_of(model, opened), strict=True):
                 id = next_id if replaced is None else replaced
                 found = {name: getattr(image, name) for name in OF_THE_IMAGE} | {"embedding": embedding}

@@ -17,7 +17,7 @@ from typing import Any
 
 from .folder_scan import FileState, FolderScan
 from .index_table import IndexTables, shown_path
-from .indexed_image import file_hash
+from .indexed_image import can_be_read, file_hash
 
 COMMIT_AT = 256
 """Images that are encoded before they are written: what a kill can lose."""
@@ -26,6 +26,9 @@ PLACE = ("path", "path_bytes", "size", "mtime_ns")
 """Columns that say where an image is."""
 
 KNOWN = ("id", "path_bytes", "size", "mtime_ns", "content")
+
+NOT_READ = -1
+"""In place of the time of a file that could not be read: what kept it, such as permissions or a network, may pass."""
 
 
 @dataclass
@@ -40,6 +43,7 @@ class IndexChanges:
         removed: Gone, and removed from the index.
         kept: Gone, and kept by `keep_missing`.
         problems: Files that cannot be opened, and why; those of earlier runs too.
+        unread: How many of these could not even be read, and are tried again although they have not changed.
     """
 
     unchanged: int = 0
@@ -49,6 +53,7 @@ class IndexChanges:
     removed: int = 0
     kept: int = 0
     problems: dict[str, str] = field(default_factory=dict)
+    unread: int = 0
 
     def describe(self) -> str:
         """The numbers above 0, such as "12 added, 3 moved, 200 unchanged"."""
@@ -75,7 +80,8 @@ class UpdatePlan:
         to_encode: Files to encode, with the id of the row that they replace, or None.
         missing: Rows whose files are gone.
         problems: Files that could not be opened before and have not changed since, and why.
-        mended: Files that could not be opened before, and that changed or are gone.
+        unread: How many of these could not and cannot be read.
+        mended: Files that could not be opened before, and that changed, are gone, or can be read by now.
         broken: Ids of rows whose files cannot be opened any more, as a run noted that was interrupted after it.
     """
 
@@ -84,6 +90,7 @@ class UpdatePlan:
     to_encode: list[tuple[FileState, int | None]] = field(default_factory=list)
     missing: list[_Known] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
+    unread: int = 0
     mended: list[str] = field(default_factory=list)
     broken: list[int] = field(default_factory=list)
 
@@ -116,7 +123,9 @@ def plan_update(
             plan.unchanged += 1
         elif file.path in old_problems:
             size, mtime_ns, problem = old_problems[file.path]
-            if (size, mtime_ns) == state:
+            is_unread = mtime_ns == NOT_READ and not can_be_read(file.path)
+            plan.unread += is_unread
+            if is_unread or (size, mtime_ns) == state:
                 plan.problems[file.path] = problem
                 plan.broken += [] if row is None else [row.id]
             else:

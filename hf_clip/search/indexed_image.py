@@ -55,6 +55,16 @@ def content_hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
+def can_be_read(path: str) -> bool:
+    """Whether a file's first byte can be read."""
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError:
+        return False
+    return True
+
+
 def file_hash(path: str) -> str:
     """The content hash of a file, which is read in pieces."""
     state = hashlib.blake2b(digest_size=16)
@@ -144,6 +154,7 @@ def full_size(content: bytes, image: Image.Image) -> tuple[int, int]:
 
 __all__ = [
     "IndexedImage",
+    "can_be_read",
     "content_hash",
     "file_hash",
     "full_size",

@@ -78,7 +78,8 @@ def remember_unchanged(
     Args:
         place: The index.
         scan: The folder, as it was compared.
-        changes: What the update did. If it kept images whose files are gone, nothing is noted.
+        changes: What the update did. If it kept images whose files are gone, or met files that could not be read and
+            may be by now, nothing is noted.
         images: How many images the index has.
         folders: The folders that the index knows.
         model: The note of the model's files.
@@ -88,7 +89,7 @@ def remember_unchanged(
     before = UnchangedFolders.read(place)  # none if this update has changed the tables
     known = UnchangedFolders(_digest_of_tables(place), images, folders, model, before.updated if before else {})
     known.updated.pop(scan.folder, None)
-    if not changes.kept:
+    if not (changes.kept or changes.unread):
         count = changes.unchanged + changes.added + changes.updated + changes.moved
         known.updated[scan.folder] = (_digest_of_files(scan), count, changes.problems)
     with suppress(OSError), whole_file(Path(place) / NAME) as unfinished:  # it saves time, and nothing else

@@ -219,6 +219,7 @@ class UpdatableIndex:
             changes.removed = forget_missing(self.tables, plan, keep_missing, changes.problems)
             changes.kept = len(plan.missing) if keep_missing else 0
             changes.unchanged, changes.moved = plan.unchanged, moved
+            changes.unread += plan.unread
             changes.problems = {**plan.problems, **scan.unread, **changes.problems}
             folders = self.tables.noted("folders", [])
             if scan.folder not in folders:

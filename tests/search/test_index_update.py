@@ -1,5 +1,6 @@
 """An index follows its folder: what is unchanged is not opened, what was moved is not encoded, what is gone goes."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -14,10 +15,12 @@ from PIL import ExifTags, Image
 from hf_clip import encode_images
 from hf_clip.model.open_image import open_image
 from hf_clip.search import index_encoding, indexed_image
+from hf_clip.search.folder_scan import scan_folder
 from hf_clip.search.image_index import ImageIndex
 from hf_clip.search.index_table import IndexTables, SearchIndexError
 from hf_clip.search.index_writer import only_writer
 from hf_clip.search.indexed_image import full_size
+from hf_clip.search.unchanged_folders import UnchangedFolders
 
 from .conftest import make_image
 
@@ -175,6 +178,31 @@ def test_broken_file_that_is_mended_comes_in(photos: Path, new_index: NewIndex):
     changes = index.add(photos)
     assert (changes.added + changes.moved, changes.problems) == (1, {})
     assert index.add(photos).problems == {}
+
+
+def test_file_that_could_not_be_read_comes_in_when_it_can(
+    photos: Path, new_index: NewIndex, monkeypatch: pytest.MonkeyPatch
+):
+    """Permissions and networks change without the file's size and time."""
+    is_denied, read = True, Path.read_bytes
+
+    def check(path: Any) -> None:
+        if is_denied and str(path) == str(photos / "a.png"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (check(path), read(path))[1])
+    monkeypatch.setattr(indexed_image, "open", lambda *given: (check(given[0]), open(*given))[1], raising=False)  # noqa: SIM115
+    index = new_index()
+    for problems in range(1, 3):
+        changes = index.add(photos)
+        assert changes.problems[str(photos / "a.png")] == "Permission denied"
+        assert (len(index), changes.unread, len(changes.problems)) == (5, 1, 2), problems
+        assert UnchangedFolders.read(index.tables.place).changes(scan_folder(photos)) is None
+    is_denied = False
+    changes = index.add(photos)
+    assert (changes.added, changes.unread, list(changes.problems)) == (1, 0, [str(photos / "broken.png")])
+    assert len(index) == 6
+    assert index.add(photos).unchanged == 6
 
 
 def test_file_that_breaks_goes_out(photos: Path, new_index: NewIndex):
