@@ -228,7 +228,12 @@ def _vectors(path: str, table: "pyarrow.Table", name: str, is_needed: bool) -> n
     widths = set(pc.list_value_length(column).drop_null().to_pylist()) if is_list else set()
     if pa.types.is_fixed_size_list(kind):
         widths.add(kind.list_size)
-    if len(widths) != 1 or not pa.types.is_floating(kind.value_type) or (is_needed and column.null_count):
+    if (
+        len(widths) != 1
+        or 0 in widths
+        or not pa.types.is_floating(kind.value_type)
+        or (is_needed and column.null_count)
+    ):
         raise EmbeddingFilesError(
             f"{path}: the column {name!r} holds {kind}, but lists of floating-point numbers of one length are needed, "
             f"one in each row.",
