@@ -90,6 +90,7 @@ def curate(
         hf-clip curate photos/ good.parquet --model clip-vit-l14/ --head aesthetic --keep "aesthetic > 5"
     """
     from ..search.curation import curate as curate_source
+    from ..search.index_table import printable
     from ..zero_shot.prompts import parse_labels
 
     done = curate_source(
@@ -122,7 +123,7 @@ def curate(
         print(f"near duplicates: {done.duplicates:,}")
     if done.unreadable:
         for path, problem in done.problems if errors else ():
-            print(f"{path}: {problem}", file=sys.stderr)
+            print(f"{printable(path)}: {problem}", file=sys.stderr)
         advice = "" if errors else "; --errors lists them"
         print(f"{done.unreadable:,} images could not be opened{advice}", file=sys.stderr)
         raise typer.Exit(SOME_FAILED)

@@ -40,7 +40,7 @@ def duplicates(
 
     tables = IndexTables.open(os.path.expanduser(index or default_index()))
     from ..search.image_index import ImageIndex  # imports torch, for which a missing index need not wait
-    from ..search.result_output import printable
+    from ..search.index_table import printable
 
     groups = ImageIndex(tables).duplicates(similarity=similarity, bits=bits)
     if as_json:

@@ -71,6 +71,7 @@ def embed(
         hf-clip embed org/pairs embeddings --model org/clip-vit-l14 --ray --ray-address auto
     """
     from ..search.embed_source import RayOptions, embed_source
+    from ..search.index_table import printable
 
     if not ray and (ray_address is not None or ray_workers is not None):
         raise ValueError("--ray-address and --ray-workers say how Ray embeds: give --ray too.")
@@ -98,7 +99,7 @@ def embed(
     print(f"{source}: {done.added:,} embedded{earlier}; {shards} in {out}")
     if done.problems:
         for path, problem in done.reasons if errors else ():
-            print(f"{path}: {problem}", file=sys.stderr)
+            print(f"{printable(path)}: {problem}", file=sys.stderr)
         advice = "" if errors else "; --errors lists them"
         print(f"{done.problems:,} images could not be opened{advice}", file=sys.stderr)
         raise typer.Exit(SOME_FAILED)

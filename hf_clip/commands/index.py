@@ -101,7 +101,7 @@ def index(
     """
     from ..search.embedding_place import holds_embeddings, model_of_embeddings
     from ..search.folder_scan import refuse_to_empty, scan_folder
-    from ..search.index_table import default_index
+    from ..search.index_table import default_index, printable
     from ..search.unchanged_folders import UnchangedFolders
     from ..search.updatable_index import UpdatableIndex, holds_an_index
     from ..training.data.image_stream import is_data_set
@@ -149,8 +149,7 @@ def index(
         print(f"approximate scan: {ImageIndex.open(place, model=model).build_approximate_scan().describe()}")
     if problems:
         for path, problem in problems.items() if errors else ():
-            shown = os.fsencode(path).decode(errors="replace")
-            print(f"{shown}: {problem}", file=sys.stderr)
+            print(f"{printable(path)}: {problem}", file=sys.stderr)
         advice = "" if errors else "; --errors lists them"
         print(f"{len(problems):,} files could not be opened{advice}", file=sys.stderr)
         raise typer.Exit(SOME_FAILED)

@@ -4,8 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from .caption_bank import CaptionedImage
-from .index_table import shown_path
-from .result_output import printable
+from .index_table import printable, shown_path
 
 
 def format_captions(images: Sequence[CaptionedImage]) -> Iterator[str]:

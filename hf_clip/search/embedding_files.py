@@ -89,11 +89,23 @@ def _read_record(place: FilePlace) -> _Record:
                 path,
             )
         description = EmbeddingDescription(**{one.name: values[one.name] for one in fields(EmbeddingDescription)})
+        for shard in values["shards"]:
+            _check_shard(shard)
         return _Record(description, values["shards"], values["is_complete"])
     except EmbeddingFilesError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EmbeddingFilesError(f"{path} is damaged: remove {place.name}, and embed anew.", path) from error
+
+
+def _check_shard(shard: Any) -> None:
+    """Raise one of several errors if what a record says of a shard is not of its form."""
+    position = Position(*shard["position"])
+    numbers = [*position, shard["rows"], shard["problems"], *(state["bytes"] for state in shard["files"].values())]
+    if not all(isinstance(number, int) for number in numbers):
+        raise TypeError
+    if not all(isinstance(state["checksum"], str) for state in shard["files"].values()):
+        raise TypeError
 
 
 def _checksum(content: bytes) -> str:
@@ -195,7 +207,8 @@ class EmbeddingWriter:
         """The images that could not be opened, and why."""
         for number, shard in enumerate(self._record.shards):
             if shard["problems"]:
-                for line in self.place.read(f"_problems/{number:05}.jsonl").decode().splitlines():
+                # Names of files hold other ends of lines, such as U+2028, which JSON does not escape.
+                for line in self.place.read(f"_problems/{number:05}.jsonl").splitlines():
                     path, problem = json.loads(line)
                     yield path, problem
 

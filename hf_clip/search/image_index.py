@@ -35,7 +35,7 @@ from .approximate_scan import (
 from .exact_scan import EmbeddingMatrix, sample_places
 from .near_duplicates import LEAST_SIMILARITY, MOST_BITS, fold, group_duplicates, known_hashes
 from .quantized_files import read_quantized
-from .query import AUTO, QueryPart, combine_parts, encode_parts, parse_query
+from .query import AUTO, QueryError, QueryPart, combine_parts, encode_parts, parse_query
 from .reference_nouns import REFERENCE_TEXTS
 from .result_cutoff import ResultCutoff
 from .updatable_index import UpdatableIndex
@@ -204,6 +204,11 @@ class ImageIndex(UpdatableIndex):
         parts = vectors = None
         if isinstance(query, Tensor):
             direction = query
+            if direction.shape != (self.tables.description.width,):
+                raise QueryError(
+                    f"The direction has the shape {tuple(direction.shape)}, but the index needs "
+                    f"({self.tables.description.width},): encode it with the model of the index."
+                )
         else:
             parts = parse_query(query) if isinstance(query, str) else query
             vectors = self._encode(parts, templates, known)

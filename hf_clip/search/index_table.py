@@ -117,6 +117,11 @@ def shown_path(path: str) -> str:
     return os.fsencode(path).decode("utf-8", errors="replace")
 
 
+def printable(text: str) -> str:
+    """A text in one line of a terminal, whatever characters it has."""
+    return "".join(character if character.isprintable() else "�" for character in shown_path(text))
+
+
 def is_address(place: str) -> bool:
     """Whether a place is an address of object storage, such as s3://bucket/index."""
     return "://" in place
@@ -370,5 +375,6 @@ __all__ = [
     "default_index",
     "image_schema",
     "is_address",
+    "printable",
     "shown_path",
 ]

@@ -20,7 +20,7 @@ from ..model.fetch import is_web_address
 from ..model.open_image import UnreadableImageError, open_image
 from .approximate_scan import ApproximateScan
 from .image_index import SearchResult
-from .index_table import shown_path
+from .index_table import printable, shown_path
 from .indexed_image import THUMBNAIL_SIDE, make_thumbnail
 
 CELL, MARGIN, CAPTION_HEIGHT, COLUMNS = 160, 8, 30, 6
@@ -52,11 +52,6 @@ small {{ display: block; overflow: hidden; text-overflow: ellipsis; white-space:
 </ul>
 </html>
 """
-
-
-def printable(text: str) -> str:
-    """A text in one line of a terminal, whatever characters it has."""
-    return "".join(character if character.isprintable() else "�" for character in shown_path(text))
 
 
 def file_address(path: str) -> str:
@@ -138,7 +133,9 @@ def write_page(path: str | Path, results: Sequence[SearchResult], title: str) ->
             f"<small>{result.score:.3f}{more} {name}</small></a></li>"
         )
     with whole_file(path) as unfinished:
-        unfinished.write_text(PAGE.format(title=html.escape(title), items="\n".join(items)), encoding="utf-8")
+        unfinished.write_text(
+            PAGE.format(title=html.escape(shown_path(title)), items="\n".join(items)), encoding="utf-8"
+        )
 
 
 def draw_sheet(results: Sequence[SearchResult]) -> Image.Image:
@@ -239,7 +236,6 @@ __all__ = [
     "copy_results",
     "draw_sheet",
     "format_lines",
-    "printable",
     "thumbnail_of",
     "write_page",
     "write_sheet",

@@ -250,6 +250,17 @@ def test_damaged_files_are_refused(layout: str, tmp_path: Path, embed: Callable[
             shutil.rmtree(copy)
 
 
+def test_damaged_records_are_refused(tmp_path: Path, embed: Callable[..., Any]):
+    embed()
+    path = tmp_path / "out" / RECORD
+    whole = path.read_text()
+    for old, new in [("[", ""), ('"rows"', '"row"'), ('"files": {', '"files": 3, "x": {'), ('"bytes"', '"byte"')]:
+        path.write_text(whole.replace(old, new))
+        for act in (lambda: StoredEmbeddings(tmp_path / "out"), embed):
+            with pytest.raises(EmbeddingFilesError, match="is damaged: remove .*, and embed anew"):
+                act()
+
+
 def test_files_that_do_not_belong_together(tmp_path: Path, embed: Callable[..., Any]):
     embed(layout="clip-retrieval")
     (tmp_path / "out" / RECORD).unlink()
@@ -261,6 +272,21 @@ def test_files_that_do_not_belong_together(tmp_path: Path, embed: Callable[..., 
         StoredEmbeddings(tmp_path / "out")
     with pytest.raises(EmbeddingFilesError, match="data holds no embeddings: neither what"):
         StoredEmbeddings(tmp_path / "data")
+
+
+def test_names_of_broken_files_are_one_line_each(photos: Path, small_model: Any, capsys: pytest.CaptureFixture[str]):
+    """Whatever they hold: ends of lines of all kinds, signs to a terminal, bytes that are no UTF-8."""
+    (photos / "broken.png").unlink()
+    for name in ("a\u2028b.png", "c\x85d.png", "e\nf.png", "g\x1b[2Jh.png", os.fsdecode(b"i\xff.png")):
+        (photos / name).write_bytes(b"none")
+    shown = [f"{photos}/{name}.png: cannot be opened (" for name in ("a�b", "c�d", "e�f", "g�[2Jh", "i�")]
+    for words in (
+        ["embed", str(photos), str(photos.parent / "out")],
+        ["index", str(photos), "--into", f"{photos}-index"],
+    ):
+        assert main([*words, "--model", small_model[2], "--errors"]) == 2
+        lines = [line.partition("cannot identify")[0] for line in capsys.readouterr().err.split("\n")]
+        assert sorted(lines[:-2]) == sorted(shown), words
 
 
 def test_command(tmp_path: Path, source: str, small_model: Any, capsys: pytest.CaptureFixture[str]):

@@ -136,16 +136,21 @@ def test_commands(photos: Path, tmp_path: Path, small_model: tuple[Any, Any, str
     assert (status, out) == (0, "0 groups, 0 images beside the largest of each\n")
 
 
+def test_direction_of_another_width_is_refused(index: ImageIndex):
+    with pytest.raises(QueryError, match=r"The direction has the shape \(7,\), but the index needs"):
+        index.search(torch.zeros(7))
+
+
 def test_what_a_search_writes(photos: Path, index: ImageIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from hf_clip.search import result_output
 
     (photos / "a.png").rename(photos / '<b> & "c".png')
     index.add(photos)
     found = index.search(TEXT, folded=False)
-    result_output.write_page(tmp_path / "page.html", found, "a <title>")
+    result_output.write_page(tmp_path / "page.html", found, "a <title>\udcff")  # a query that is no UTF-8
     page = (tmp_path / "page.html").read_text()
     assert page.count("<img ") == 6
-    assert "<title>a &lt;title&gt;</title>" in page
+    assert "<title>a &lt;title&gt;�</title>" in page
     assert "&lt;b&gt; &amp; &quot;c&quot;.png" in page
     result_output.write_sheet(tmp_path / "sheet.png", found)
     with Image.open(tmp_path / "sheet.png") as sheet:
