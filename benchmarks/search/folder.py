@@ -3,10 +3,11 @@
     python -m venv rclip-venv && rclip-venv/bin/pip install rclip
     python -m benchmarks.search.folder --rclip rclip-venv/bin/python --work folder-benchmark
 
-Both index with one architecture, rclip's: ViT-B/32 at 256x256 pixels, with the same random weights, in float32. rclip
-gets them as the ONNX graphs that it would download; nothing else of it is changed. The embeddings of both are compared
-before anything is said of speed. rclip decodes JPEGs in full and keeps no thumbnails; hf_clip decodes large ones at a
-half or a quarter, and makes thumbnails. Each process may use as many cores as there are threads.
+Both index with one architecture, rclip's: ViT-B/32 at 256x256 pixels, with the same random weights, in float32; ours
+does it in bfloat16 too. rclip gets them as the ONNX graphs that it would download; nothing else of it is changed. The
+embeddings of both are compared before anything is said of speed. rclip decodes JPEGs in full and keeps no thumbnails;
+hf_clip decodes large ones at a half or a quarter, and makes thumbnails. Each process may use as many cores as there are
+threads.
 
 The work folder is kept: a second run finds the model and the photographs there. Files are in the page cache.
 """
@@ -42,6 +43,8 @@ IMAGE_SIZE = 256
 RCLIP_MODEL = "ViT-B-32-256-datacomp_s34b_b86k"
 INDEX_BY_RCLIP = "import os; from rclip.main import init_rclip; init_rclip(os.getcwd(), 8)"
 """What the program `rclip` does before it searches; 8 is its own batch size."""
+
+HALF = "bfloat16"
 
 LEAST_COSINE = 0.99
 """Of the two embeddings of an image. They differ since JPEGs are decoded, resized and cropped in other ways."""
@@ -133,13 +136,19 @@ def measure(work: Path, rclip: str | None, threads: int, count: int) -> list[Tab
     if not (data / RCLIP_MODEL / "textual.onnx").exists():
         shutil.rmtree(data, ignore_errors=True)
         write_models(model, data)
-    index, database, root = work / "index", data / "db.sqlite3", str(Path(__file__).resolve().parents[2])
-    shutil.rmtree(index, ignore_errors=True)
+    index, half, database = work / "index", work / f"index-{HALF}", data / "db.sqlite3"
+    root = str(Path(__file__).resolve().parents[2])
+    for place in (index, half):
+        shutil.rmtree(place, ignore_errors=True)
     database.unlink(missing_ok=True)
-    words = ["index", str(photographs), "--model", str(model), "--into", str(index)]
-    command = [sys.executable, "-W", "ignore", "-c", COMMAND, *words]
+
+    def index_it(place: Path, *more: str) -> float:
+        words = ["index", str(photographs), "--model", str(model), "--into", str(place), *more]
+        return run_process([sys.executable, "-W", "ignore", "-c", COMMAND, *words], threads, work, PYTHONPATH=root)
+
     runs: dict[str, Callable[[], float]] = {
-        OURS: lambda: run_process(command, threads, work, PYTHONPATH=root),
+        OURS: lambda: index_it(index),
+        f"{OURS}, {HALF}": lambda: index_it(half, "--dtype", HALF),
         "rclip": lambda: run_process(
             [str(rclip), "-c", INDEX_BY_RCLIP], threads, photographs, RCLIP_DATADIR=str(data), PYTHONPATH=""
         ),
@@ -150,18 +159,21 @@ def measure(work: Path, rclip: str | None, threads: int, count: int) -> list[Tab
     ]
     for table in tables:
         for name, run in runs.items():
-            if name != OURS and rclip is None:
+            if name == "rclip" and rclip is None:
                 table.left_out.append(f"{name} is left out: name the Python that has it with --rclip")
                 continue
             seconds = run()
-            table.rows.append(Row(name, "float32", count, [seconds]))
+            table.rows.append(Row(name, HALF if HALF in name else "float32", count, [seconds]))
             table.notes.append(f"{name}: {seconds:.1f} s")
             print(f"{table.title}, {table.notes[-1]}", file=sys.stderr, flush=True)
     if rclip is not None:
         least, images = compare_embeddings(index, database)
         if least < LEAST_COSINE or images != count:
             raise LeftOutError(f"the embeddings of {images} images differ: the smallest cosine similarity is {least}")
-        tables[0].notes.append(f"smallest cosine similarity of the two embeddings of an image: {least:.4f}")
+        rounded, _ = compare_embeddings(half, database)
+        tables[0].notes.append(
+            f"smallest cosine similarity of rclip's and our embedding of an image: {least:.4f}, in {HALF} {rounded:.4f}"
+        )
     return tables
 
 

@@ -41,7 +41,7 @@ from hf_clip.search.image_index import ImageIndex
 from hf_clip.search.index_table import IndexTables
 index = ImageIndex(IndexTables.open(sys.argv[1]))
 for query in torch.from_numpy(np.load(sys.argv[2]))[:5]:
-    index.search(query, top=20)
+    index.search(query, top=20, cutoff="auto")
 print(json.dumps({"torch": start, "now": memory("VmRSS"), "peak": memory("VmHWM")}))
 """
 
@@ -193,11 +193,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds, recall = measure(search, queries, best)
             print(f"| {name} | {1000 * seconds:.1f} ms | {recall:.3f} | {built:.0f} s |", flush=True)
 
-        def ours(query: np.ndarray, exact: bool = True) -> list[int]:
-            return [result.id for result in index.search(torch.from_numpy(query), top=TOP, folded=False, exact=exact)]
+        def ours(query: np.ndarray, exact: bool = True, cutoff: str | None = None) -> list[int]:
+            how: dict[str, Any] = {"top": TOP, "folded": False, "exact": exact, "cutoff": cutoff}
+            return [result.id for result in index.search(torch.from_numpy(query), **how)]
 
         print("| search of the best 20 | a query | recall@10 | build |\n|---|---|---|---|")
         say("hf_clip, exact", ours, 0.0)
+        say("hf_clip, exact, ended by the cutoff", partial(ours, cutoff="auto"), 0.0)
         if given.approximate:
             start = time.perf_counter()
             scan = build(index.tables, torch.from_numpy(draw(100, 3, of_texts=True)))
