@@ -152,6 +152,12 @@ def turn_upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def _shown(source: Any) -> str:
+    """A path, or the beginning and the end of what is longer than most paths, such as base64."""
+    text = str(source)
+    return text if len(text) <= 200 else f"{text[:100]}…{text[-60:]}"
+
+
 def open_image(source: Any, *, timeout: float | None = None, draft: int | None = None) -> Image.Image:
     """Open an image, turn it as its EXIF orientation says, and keep its mode.
 
@@ -175,13 +181,13 @@ def open_image(source: Any, *, timeout: float | None = None, draft: int | None =
             image.load()
             return turn_upright(image)
     except FileNotFoundError:
-        raise UnreadableImageError(f": there is no file {str(source)[:200]!r}; check the path.") from None
+        raise UnreadableImageError(f": there is no file {_shown(source)!r}; check the path.") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(
             f" is too large: {error} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS, or scale it down."
         ) from error
     except (*UNREADABLE, TypeError) as error:
-        described = f"{str(source)[:80]!r}, " if isinstance(source, (str, os.PathLike)) else ""
+        described = f"{_shown(source)!r}, " if isinstance(source, (str, os.PathLike)) else ""
         raise UnreadableImageError(f" cannot be opened ({described}{error}); replace it, or leave it out.") from error
 
 

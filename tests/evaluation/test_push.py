@@ -98,7 +98,9 @@ def test_repository_without_a_card_gets_one(server: HubServer):
 def test_what_the_hub_refuses_is_one_line(server: HubServer, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"The card of org/broken cannot be read \("):
         push_card("org/broken", [zero_shot_record()])
-    with pytest.raises(PublishingError, match="org/absent was not published: there is no such model repository"):
+    with pytest.raises(
+        PublishingError, match="org/absent was not published: there is no such repository, or your token may not see it"
+    ):
         push_card("org/absent", [zero_shot_record()])
     monkeypatch.setenv("HF_TOKEN", "somebodys-token")
     with pytest.raises(PublishingError, match="org/tiny was not published: the Hub doesn't know your token"):

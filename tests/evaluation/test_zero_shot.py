@@ -17,7 +17,8 @@ from transformers import SiglipConfig, SiglipModel
 
 from demo.digits import DIGITS
 from hf_clip import ZeroShotClassifier
-from hf_clip.evaluation import embed, feature_cache
+from hf_clip.evaluation import embedder as embedder_module
+from hf_clip.evaluation import feature_cache
 from hf_clip.evaluation.embedder import Embedder, NotFiniteFeaturesError, UnreadableImagesError
 from hf_clip.evaluation.zero_shot import ZeroShotResult, evaluate_zero_shot
 
@@ -189,7 +190,7 @@ def test_batch_of_images_that_does_not_fit_is_divided(small_clip: Clip, monkeypa
 
 @pytest.mark.parametrize("is_ours", [True, False])
 def test_batch_of_texts_that_does_not_fit_is_divided(is_ours: bool, small_clip: Clip, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(embed, "_is_ours", lambda model: is_ours)
+    monkeypatch.setattr(embedder_module, "_is_ours", lambda model: is_ours)
     embedder, seen = Embedder(*small_clip, batch_size=3), list[int]()
     texts = ["a red zero", "seven", "a photo of a nine", "one", "two", "three", "four on white paper"]
     expected = embedder.texts(texts)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tqdm
 from datasets import ClassLabel, Dataset
 from PIL import Image
 from safetensors import safe_open
@@ -18,7 +19,7 @@ from transformers import AutoModel, AutoProcessor
 
 from hf_clip import HfClipModel, HfClipVisionModelWithProjection, ZeroShotClassifier
 from hf_clip.model.repair_text import TextError
-from hf_clip.zero_shot import features, text_batches
+from hf_clip.zero_shot import text_batches
 from hf_clip.zero_shot.matrix import ClassifierMatrix
 from hf_clip.zero_shot.prompts import LabelError
 from hf_clip.zero_shot.text_batches import TextTooLongError
@@ -418,8 +419,8 @@ def test_bad_calls_are_refused(classifier: ZeroShotClassifier, model: HfClipMode
 
 def test_progress_is_shown_while_prompts_are_encoded(model: HfClipModel, processor, monkeypatch: pytest.MonkeyPatch):
     bars = []
-    real = features.tqdm
-    monkeypatch.setattr(features, "tqdm", lambda **settings: bars.append(settings) or real(**settings))
+    real = tqdm.tqdm
+    monkeypatch.setattr(tqdm, "tqdm", lambda **settings: bars.append(settings) or real(**settings))
     ZeroShotClassifier(model, processor, LABELS, progress=True)
     ZeroShotClassifier(model, processor, LABELS, progress=False)
     assert [bar["total"] for bar in bars] == [len(LABELS)]  # none where none is shown: see `progress_bar`
