@@ -134,7 +134,8 @@ def assert_same_scores(found: list[list[dict]], expected: list[list[dict]]) -> N
         assert [entry["score"] for entry in one] == pytest.approx([entry["score"] for entry in other], abs=1e-5)
 
 
-@pytest.mark.parametrize("tower", ["resnet", pytest.param("vit", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow  # the next ones push and pull, too
+@pytest.mark.parametrize("tower", ["resnet", "vit"], indirect=True)
 def test_push_list_and_pull(server: HubServer, repository: Path, tmp_path: Path, image: Path):
     folder, home = tmp_path / "model", tmp_path / "home"
     home.mkdir()

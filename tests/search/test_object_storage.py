@@ -130,6 +130,7 @@ def test_writers_that_begin_at_once(at_address: Callable[[], ImageIndex]):
         pass
 
 
+@pytest.mark.slow
 def test_claim_of_a_process_that_is_gone_or_silent_is_taken_over(
     photos: Path, at_address: Callable[[], ImageIndex], monkeypatch: pytest.MonkeyPatch
 ):
@@ -170,6 +171,7 @@ def test_writer_that_was_overtaken_writes_nothing_more(
     assert other.tables.noted("number") == 2
 
 
+@pytest.mark.slow
 def test_storage_that_answers_an_error_now_and_then(
     photos: Path, store: ObjectStore, at_address: Callable[[], ImageIndex]
 ):
