@@ -80,8 +80,10 @@ def serve(
     from ..zero_shot.pipeline import check_device
 
     check_device(device)
+    bound = bind(host, port)
     options = ServeOptions(
         api_key=api_key,
+        only_local_names=api_key is None and is_loopback(bound),
         allow_urls=allow_urls,
         truncate=truncate,
         most_items=max_items,
@@ -93,7 +95,6 @@ def serve(
         held_bytes=max(ServeOptions.held_bytes, 4 * max_mib * MIB),
         image_batch=batch_size,
     )
-    bound = bind(host, port)
     try:
         from ..search.indexed_image import register_formats
         from ..serve.served_model import load_served

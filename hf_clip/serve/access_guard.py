@@ -4,6 +4,7 @@ An error that nobody foresaw is logged by its type and place. Its message is not
 """
 
 import hmac
+import ipaddress
 import logging
 import time
 import traceback
@@ -42,6 +43,18 @@ def has_key(headers: Headers, key: str) -> bool:
     return hmac.compare_digest(given.encode("latin-1"), key.encode())  # header's bytes, as they were sent
 
 
+def is_local_name(host: str) -> bool:
+    """Whether a Host header is `localhost` or a numeric address, which no web page can give to a server of its own."""
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and not host.endswith("]") else host
+    if name.lower() == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
+
+
 def check_framing(headers: Headers) -> None:
     """Refuse a request whose length is given in two ways: a proxy in front may choose the other one."""
     if "transfer-encoding" in headers and "content-length" in headers:
@@ -66,12 +79,14 @@ class AccessGuard:
         app: The app.
         api_key: What clients have to send. None: nothing.
         metrics: Counts requests.
+        only_local_names: See `ServeOptions`.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, metrics: ServerMetrics):
+    def __init__(self, app: ASGIApp, api_key: str | None, metrics: ServerMetrics, only_local_names: bool = False):
         if api_key is not None and (not api_key.strip() or api_key != api_key.strip()):
             raise ValueError("api_key is empty, or has spaces at an end, which no header can hold: choose another key.")
         self.app, self._api_key, self._metrics = app, api_key, metrics
+        self._only_local_names = only_local_names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,6 +103,7 @@ class AccessGuard:
         try:
             answer: Any = None
             try:
+                self._check_name(scope)
                 self._check_key(scope)
                 check_framing(Headers(scope=scope))
                 await self.app(scope, receive, counted)
@@ -106,6 +122,16 @@ class AccessGuard:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.on_request(route, status, time.perf_counter() - start)
 
+    def _check_name(self, scope: Scope) -> None:
+        if self._only_local_names and not is_local_name(Headers(scope=scope).get("host", "")):
+            raise RequestError(
+                403,
+                "This server answers to localhost and to numeric addresses: ask it by one of them, or start it with "
+                "--api-key or another --host.",
+                "invalid_host",
+                headers={"Connection": "close"},
+            )
+
     def _check_key(self, scope: Scope) -> None:
         if self._api_key is None or scope["path"] in OPEN or has_key(Headers(scope=scope), self._api_key):
             return
@@ -117,4 +143,4 @@ class AccessGuard:
         )
 
 
-__all__ = ["AccessGuard", "error_answer", "has_key"]
+__all__ = ["AccessGuard", "error_answer", "has_key", "is_local_name"]

@@ -11,6 +11,8 @@ class ServeOptions:
 
     Attributes:
         api_key: What clients have to send. None: no key is needed.
+        only_local_names: Whether requests must name this machine by `localhost` or a numeric address. A web page that
+            a browser shows can point a name of its own at 127.0.0.1, and ask a server there that needs no key.
         allow_urls: Whether images are fetched from addresses that clients send.
         truncate: Whether texts that are too long are cut. Otherwise they are an error.
         most_items: Texts and images in one request.
@@ -30,6 +32,7 @@ class ServeOptions:
     """
 
     api_key: str | None = None
+    only_local_names: bool = False
     allow_urls: bool = False
     truncate: bool = False
     most_items: int = 2048

@@ -256,7 +256,13 @@ def build_app(
         return error_answer(found, request.url.path)
 
     app.add_exception_handler(HTTPException, refused)
-    app.add_middleware(AccessGuard, api_key=server.options.api_key, metrics=server.metrics)
+    options = server.options
+    app.add_middleware(
+        AccessGuard,
+        api_key=options.api_key,
+        metrics=server.metrics,
+        only_local_names=options.only_local_names,
+    )
     return app
 
 

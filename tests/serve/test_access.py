@@ -35,6 +35,20 @@ def test_key_is_taken_in_both_headers(client_with):
     assert {client.get(path).status_code for path in OPEN} == {200}
 
 
+def test_name_that_a_web_page_points_at_this_machine_is_refused(client_with):
+    client = client_with(only_local_names=True)
+    for host in ("localhost", "LOCALHOST:7997", "127.0.0.1:7997", "[::1]:7997", "[::1]", "127.0.0.1"):
+        answer = client.post("/v1/embeddings", json={"input": "one"}, headers={"Host": host})
+        assert answer.status_code == 200, host
+    for host in ("evil.example", "evil.example:7997", "localhost.evil.example", "127.0.0.1.evil.example:1", ""):
+        answer = client.post("/v1/embeddings", json={"input": "one"}, headers={"Host": host})
+        assert answer.status_code == 403, host
+        assert "localhost and to numeric addresses" in answer.json()["error"]["message"]
+    other = client_with(api_key="secret-key")
+    headers = {"Host": "models.example", "X-Api-Key": "secret-key"}
+    assert other.post("/v1/embeddings", json={"input": "one"}, headers=headers).status_code == 200
+
+
 def test_request_that_is_too_large(client_with):
     client = client_with(most_bytes=2000)
     known = client.post("/v1/embeddings", json={"input": "x" * 3000})
