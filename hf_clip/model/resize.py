@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-PILLOW_MAJOR = int(PIL.__version__.split(".")[0])
+PILLOW_RELEASE = tuple(int(number) for number in PIL.__version__.split(".")[:2])
 
 WEIGHT_BITS = 22
 """Pillow's weights for images of 8 bits are multiples of 2⁻²²."""
@@ -152,12 +152,15 @@ def is_much_longer(outputs: int, needed: int) -> bool:
 def height_comes_first(size: tuple[int, int], new_size: tuple[int, int]) -> bool | None:
     """Whether Pillow resizes along the columns first, which changes roundings. None if that is unknown.
 
-    Releases up to 12.3 never do. Release 13 does if the height loses more than twice as many pixels as the width.
+    Releases up to 12.1 never do. Release 12.2 does for a height of more than 100 widths that becomes smaller, release
+    13.0 if the height loses more than twice as many pixels as the width (python-pillow/Pillow#9524, #9549).
     """
     (width, height), (new_width, new_height) = size, new_size
-    if PILLOW_MAJOR <= 12:
+    if PILLOW_RELEASE < (12, 2):
         return False
-    if PILLOW_MAJOR == 13:
+    if PILLOW_RELEASE < (13, 0):
+        return height > 100 * width and height > new_height
+    if PILLOW_RELEASE < (14, 0):
         return height > new_height and height - new_height > 2 * (width - new_width)
     return None
 

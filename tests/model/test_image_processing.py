@@ -228,9 +228,30 @@ def test_scaling_a_part_gives_the_bits_of_scaling_everything(size, is_turned, si
     assert found.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("size", [(8, 800), (8, 801), (7, 701), (40, 4001), (40, 3999), (30, 90), (60, 300), (300, 60)])
+@pytest.mark.parametrize("new_size", [(7, 700), (16, 400), (40, 80), (29, 4002), (9, 5)])
+def test_passes_come_in_the_order_of_pillow(size: tuple[int, int], new_size: tuple[int, int]):
+    """Release 12.2 began to take the columns first, for the very tall alone, release 13.0 for more."""
+    noise = np.random.default_rng(1).integers(0, 256, size[::-1], dtype=np.uint8)
+    image, tall, wide = Image.fromarray(noise), (size[0], new_size[1]), (new_size[0], size[1])
+    between = tall if resize.height_comes_first(size, new_size) else wide
+    steps = image.resize(between, Image.Resampling.BICUBIC).resize(new_size, Image.Resampling.BICUBIC)
+    assert steps.tobytes() == image.resize(new_size, Image.Resampling.BICUBIC).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("release", "first"),
+    [((10, 0), (0, 0, 0)), ((12, 1), (0, 0, 0)), ((12, 2), (1, 0, 0)), ((12, 3), (1, 0, 0)), ((13, 0), (1, 1, 0))],
+)
+def test_order_of_the_passes_by_release(release: tuple[int, int], first: tuple, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(resize, "PILLOW_RELEASE", release)
+    sizes = [((8, 801), (7, 700)), ((8, 800), (7, 700)), ((400, 300), (298, 224))]
+    assert tuple(resize.height_comes_first(*pair) for pair in sizes) == first
+
+
 def test_unknown_release_of_pillow_scales_everything(monkeypatch: pytest.MonkeyPatch, photographs: dict):
     """The order of Pillow's passes, on which bits depend, has changed before."""
-    monkeypatch.setattr(resize, "PILLOW_MAJOR", 99)
+    monkeypatch.setattr(resize, "PILLOW_RELEASE", (99, 0))
     monkeypatch.setattr(resize, "_scale_along", None)
     found = HfClipImageProcessor()(photographs["chelsea"], return_tensors="pt").pixel_values[0]
     assert torch.equal(found, openai_transform(photographs["chelsea"], 224))
