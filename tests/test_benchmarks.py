@@ -465,10 +465,10 @@ def served_here(folder: Path, threads: int) -> Iterator[tuple[str, int]]:
     """The server in a thread of this process, which takes no time to start."""
     uvicorn = pytest.importorskip("uvicorn")
     from hf_clip.serve.served_model import load_served
-    from hf_clip.serve.server_process import bind
     from hf_clip.serve.web_app import build_app
+    from hf_clip.taken_port import take_port
 
-    bound = bind("127.0.0.1", 0)
+    bound = take_port("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(build_app(load_served(str(folder), ["model"])), log_config=None))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()

@@ -116,7 +116,7 @@ ORDER = (
     ("inference", "hub", "data"),
     ("checkpoints",),
     ("model",),
-    ("extras",),
+    ("extras", "taken_port"),
 )
 """The package's parts, from the top down. A part imports from those below it, never from one above or beside it."""
 

@@ -7,14 +7,14 @@
   this machine reads nothing.
 """
 
-import errno
 import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ipaddress import ip_address
 from typing import Any
+
+from ..taken_port import is_loopback
 
 LARGEST_FILE = "25mb"
 
@@ -37,64 +37,6 @@ SETTINGS = {
 """Gradio's switches, whatever the environment says: no calls to the outside, no second server."""
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine reach an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Take a port before anything slow is done.
-
-    Args:
-        host: Name or address of this machine.
-        port: The port. 0: any that is free.
-
-    Raises:
-        OSError: It is taken or not allowed, or the address is not this machine's.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError:
-        raise OSError(
-            f"{host} is no name or address of this machine: give --host 127.0.0.1 for this machine alone, or --host "
-            f"0.0.0.0 for its networks."
-        ) from None
-    taken = socket.socket(family, kind, protocol)
-    try:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
-        taken.listen(128)  # of two programs that bind, the second one fails here
-    except OSError as error:
-        taken.close()
-        if error.errno == errno.EADDRINUSE:
-            raise OSError(
-                f"Port {port} of {host} is taken by another program: end that, or give another port, such as --port "
-                f"{port + 1 if port < 65535 else port - 1}."
-            ) from None
-        if error.errno == errno.EACCES:
-            raise OSError(
-                f"Port {port} is not allowed for this user: give one above 1023, such as --port 7860."
-            ) from None
-        raise OSError(
-            f"{host} is no address of this machine ({error.strerror}): give --host 127.0.0.1 for this machine alone, "
-            f"or --host 0.0.0.0 for its networks."
-        ) from None
-    return taken
-
-
-def address_of(taken: socket.socket) -> str:
-    """The address at which this machine's browser finds the page."""
-    host, port = taken.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-
-
 @contextmanager
 def own_folder() -> Iterator[str]:
     """A folder for uploads, and Gradio's settings, inside a `with` block."""
@@ -108,12 +50,12 @@ def own_folder() -> Iterator[str]:
                 os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def build_server(page: Any, host: str) -> Any:
+def build_server(page: Any, only_name: str | None) -> Any:
     """The application that uvicorn serves.
 
     Args:
         page: PageModel.
-        host: What it is served on.
+        only_name: Requests are answered for this name and for localhost alone. None: for any name.
 
     Returns:
         A FastAPI application.
@@ -152,9 +94,9 @@ def build_server(page: Any, host: str) -> Any:
         response.headers["Referrer-Policy"] = "no-referrer"
         return response
 
-    if is_loopback(host):
+    if only_name is not None:
         # Starlette takes what stands before the first colon, which is "[" of [::1].
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[", host])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[", only_name])
     return app
 
 
@@ -183,12 +125,12 @@ def serve_page(page: Any, taken: socket.socket, host: str, started: Callable[[],
 
     Args:
         page: PageModel.
-        taken: What `listen` returned.
+        taken: What `take_port` returned.
         host: The host that was given to it.
         started: Called once the page is there.
     """
     with own_folder(), taken:
-        make_server(build_server(page, host), started).run(sockets=[taken])
+        make_server(build_server(page, host if is_loopback(taken) else None), started).run(sockets=[taken])
 
 
-__all__ = ["address_of", "build_server", "is_loopback", "listen", "make_server", "own_folder", "serve_page"]
+__all__ = ["build_server", "make_server", "own_folder", "serve_page"]

@@ -37,11 +37,12 @@ def app(
     import sys
     import webbrowser
 
-    from ..app.page_server import address_of, is_loopback, listen, serve_page
+    from ..app.page_server import serve_page
     from ..extras import require
+    from ..taken_port import address_of, is_loopback, take_port
 
     require("The page", "app")
-    taken = listen(host, port)  # before the model is loaded, which takes a while
+    taken = take_port(host, port)  # before the model is loaded, which takes a while
     try:
         from ..app.page_model import PageModel
 
@@ -49,12 +50,12 @@ def app(
     except BaseException:
         taken.close()
         raise
-    address = address_of(taken)
+    address = f"{address_of(taken)}/"
 
     def started() -> None:
         searched = f", with {len(page.index):,} images to search" if page.index is not None else ""
         print(f"{page.name}{searched}: {address}  (Ctrl-C ends it)", flush=True)
-        if not is_loopback(host):
+        if not is_loopback(taken):
             print("note: whoever reaches this machine sees the page and the images of its index", file=sys.stderr)
         if open_page:
             webbrowser.open(address)

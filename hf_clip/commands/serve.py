@@ -71,31 +71,36 @@ def serve(
 
         hf-clip serve clip-vit-b32/ --index photos-index --host 0.0.0.0 --api-key SECRET
     """
+    import os
+
     from ..extras import require
+    from ..taken_port import address_of, is_loopback, take_port
 
     require("hf-clip serve", "serve")
+    with take_port(host, port) as taken:  # before the model is loaded, which takes a while
+        from ..serve.serve_options import MIB, ServeOptions
+        from ..serve.server_process import serve_forever
+        from ..zero_shot.pipeline import check_device
 
-    from ..serve.serve_options import MIB, ServeOptions
-    from ..serve.server_process import address_of, bind, is_loopback, serve_forever
-    from ..zero_shot.pipeline import check_device
+        check_device(device)
+        options = ServeOptions(
+            api_key=api_key,
+            only_local_names=api_key is None and is_loopback(taken),
+            allow_urls=allow_urls,
+            truncate=truncate,
+            most_items=max_items,
+            most_images=min(max_images, max_items),
+            most_bytes=max_mib * MIB,
+            most_pixels=max_pixels,
+            most_waiting_texts=max(ServeOptions.most_waiting_texts, 4 * max_items),
+            most_waiting_images=max(ServeOptions.most_waiting_images, 4 * max_images),
+            held_bytes=max(ServeOptions.held_bytes, 4 * max_mib * MIB),
+            image_batch=batch_size,
+        )
+        if index is not None:
+            from ..search.index_table import IndexTables
 
-    check_device(device)
-    bound = bind(host, port)
-    options = ServeOptions(
-        api_key=api_key,
-        only_local_names=api_key is None and is_loopback(bound),
-        allow_urls=allow_urls,
-        truncate=truncate,
-        most_items=max_items,
-        most_images=min(max_images, max_items),
-        most_bytes=max_mib * MIB,
-        most_pixels=max_pixels,
-        most_waiting_texts=max(ServeOptions.most_waiting_texts, 4 * max_items),
-        most_waiting_images=max(ServeOptions.most_waiting_images, 4 * max_images),
-        held_bytes=max(ServeOptions.held_bytes, 4 * max_mib * MIB),
-        image_batch=batch_size,
-    )
-    try:
+            IndexTables.open(os.path.expanduser(index))  # one that is missing is told before the model is loaded
         from ..search.indexed_image import register_formats
         from ..serve.served_model import load_served
         from ..serve.web_app import build_app
@@ -110,12 +115,8 @@ def serve(
         if not no_optimize:
             served.model.optimize_for_inference()
         app = build_app(served, options, found)
-    except BaseException:
-        bound.close()
-        raise
-    bound.listen()  # who connects as soon as the line is printed waits, and is not refused
-    searched = "" if found is None else f", and searches {len(found):,} images"
-    print(f"{address_of(bound)} serves {served.name}, {served.width} numbers{searched}; see /docs", flush=True)
-    if api_key is None and not is_loopback(bound):
-        print("note: without --api-key, everyone who reaches this address can use it", flush=True)
-    serve_forever(app, bound)
+        searched = "" if found is None else f", and searches {len(found):,} images"
+        print(f"{address_of(taken)} serves {served.name}, {served.width} numbers{searched}; see /docs", flush=True)
+        if api_key is None and not is_loopback(taken):
+            print("note: without --api-key, everyone who reaches this address can use it", flush=True)
+        serve_forever(app, taken)

@@ -1,10 +1,9 @@
-"""A server as a process: its port, its signals, and the clients that stall.
+"""A server as a process: its signals, and the clients that stall.
 
 SIGTERM and SIGINT: no connection is accepted any more, what was begun is finished, and the process ends with status 0.
 """
 
 import asyncio
-import errno
 import logging
 import signal
 import socket
@@ -27,10 +26,6 @@ ANSWER_SECONDS = 30.0
 
 GRACE_SECONDS = 60
 """How long requests that were begun may take once the process is asked to end."""
-
-
-class ServeError(OSError):
-    """A server cannot start: its port is taken, or its address is none of this machine's."""
 
 
 class PatientProtocol(H11Protocol):
@@ -88,53 +83,12 @@ class PatientProtocol(H11Protocol):
             self._head_timer = None
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Take a port, on which nothing is accepted yet. It is taken before the model is loaded, which takes long.
-
-    Raises:
-        ServeError: It is taken, or the host is not of this machine.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror as error:
-        raise ServeError(f"--host {host} is no address or name of this machine ({error.strerror}).") from None
-    bound = socket.socket(family, kind, protocol)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ServeError(
-                f"port {port} of {host} is taken by another program: stop it, or choose another with --port."
-            ) from None
-        if error.errno == errno.EACCES:
-            raise ServeError(f"port {port} may not be used by this user: choose one above 1023 with --port.") from None
-        raise ServeError(f"--host {host} cannot be listened on ({error.strerror}).") from None
-    return bound
-
-
-def address_of(bound: socket.socket) -> str:
-    """The address of a server for people."""
-    host, port = bound.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{host}:{port}"
-
-
-def is_loopback(bound: socket.socket) -> bool:
-    """Whether only programs of this machine reach the server."""
-    host = bound.getsockname()[0]
-    return host.startswith("127.") or host == "::1"
-
-
-def serve_forever(app: Any, bound: socket.socket) -> None:
+def serve_forever(app: Any, taken: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         app: What `build_app` returned.
-        bound: What `bind` returned.
+        taken: What `take_port` returned.
     """
     # Large images are refused by our own limit; Pillow's warning would only name a file of ours.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -154,15 +108,14 @@ def serve_forever(app: Any, bound: socket.socket) -> None:
     # uvicorn raises a signal again once it is done. It then finds these, and the process ends by itself.
     before = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        uvicorn.Server(config).run(sockets=[bound])
+        uvicorn.Server(config).run(sockets=[taken])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        bound.close()
 
 
 def _ignore(number: int, frame: Any) -> None:
     return
 
 
-__all__ = ["ServeError", "address_of", "bind", "is_loopback", "serve_forever"]
+__all__ = ["serve_forever"]

@@ -9,6 +9,7 @@ import pytest
 
 from hf_clip.app import page_server
 from hf_clip.commands import program
+from hf_clip.taken_port import address_of
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def served(*words: str) -> Iterator[str]:
         started.wait(60)
         assert made, f"the command ended with {statuses}"
         try:
-            yield page_server.address_of(made[0].servers[0].sockets[0])
+            yield f"{address_of(made[0].servers[0].sockets[0])}/"
         finally:
             made[0].should_exit = True
             thread.join(30)

@@ -116,9 +116,8 @@ def test_its_command_starts_the_server(
     assert f"http://127.0.0.1:{port}/health" in one("HEALTHCHECK")
     served: list[Any] = []
 
-    def serve(app: Any, bound: Any) -> None:
-        served.append(({route.path for route in app.routes}, bound.getsockname()[0]))
-        bound.close()
+    def serve(app: Any, taken: Any) -> None:
+        served.append(({route.path for route in app.routes}, taken.getsockname()[0]))
 
     monkeypatch.setattr("hf_clip.serve.server_process.serve_forever", serve)
     words[words.index("--port") + 1] = "0"  # on this machine it may be taken

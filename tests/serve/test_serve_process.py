@@ -198,12 +198,21 @@ def test_sigterm_finishes_what_was_begun(process):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["{model}", "--port", "{taken}"], "error: port {taken} of 127.0.0.1 is taken by another program: stop it, or"),
-        (["{model}", "--host", "192.0.2.1", "--port", "0"], "error: --host 192.0.2.1 cannot be listened on ("),
-        (["{model}", "--host", "no.such.name.invalid"], "error: --host no.such.name.invalid is no address or name of"),
+        (
+            ["{folder}", "--port", "{taken}"],
+            "error: Port {taken} of 127.0.0.1 is taken by another program: end that, or",
+        ),
+        (
+            ["{folder}", "--host", "192.0.2.1", "--port", "0"],
+            "error: 192.0.2.1 is no name or address of this machine (",
+        ),
+        (
+            ["{folder}", "--host", "no.such.invalid"],
+            "error: no.such.invalid is no name or address of this machine: give",
+        ),
         (["{folder}/none", "--port", "0"], "error: "),
         (["{folder}", "--port", "0"], "error: {folder} is a folder without a model"),
-        (["{model}", "--index", "{folder}/none", "--port", "0"], "error: There is no index at {folder}/none"),
+        (["{folder}", "--index", "{folder}/none", "--port", "0"], "error: There is no index at {folder}/none"),
         (["{model}", "--device", "gpu", "--port", "0"], "error: device='gpu' is no device"),
     ],
     ids=["port", "host", "name", "missing", "no-model", "no-index", "device"],
@@ -217,6 +226,23 @@ def test_what_keeps_a_server_from_starting(words, line, digits: Path, tmp_path: 
         assert main(["serve", *[word.format(**names) for word in words]]) == 1
     [last] = [one for one in capsys.readouterr().err.splitlines() if "error" in one]
     assert last.startswith(line.format(**names))
+
+
+def test_port_is_listened_on_while_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Who connects meanwhile waits; the port goes with a model that cannot be loaded."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def load(*_: Any, **__: Any) -> None:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        raise ValueError("no model")
+
+    monkeypatch.setattr("hf_clip.serve.served_model.load_served", load)
+    assert main(["serve", "nothing", "--port", str(port)]) == 1
+    assert "error: no model" in capsys.readouterr().err
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
 def test_index_of_another_model_is_refused_by_its_name(digits: Path, tmp_path: Path, plain_model, images, capsys):
