@@ -3,7 +3,9 @@
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ import hf_clip
 from hf_clip.evaluation import metrics
 from hf_clip.model.image_processing_hf_clip import Steps
 from hf_clip.zero_shot import features
+
+from .doc_blocks import ROOT
 
 ALWAYS_EXPLAINED = {
     "encode_image",
@@ -75,6 +79,49 @@ def public_methods(kind: type) -> list[tuple[str, Callable[..., Any], bool]]:
     return [(name, function, any(name in vars(base) for base in foreign)) for name, function in sorted(found.items())]
 
 
+DIRECTIVE = re.compile(
+    r"^\.\. auto(?P<kind>function|class|exception|module):: (?P<path>\S+)(?P<rest>(?:\n +:.*)*)", re.M
+)
+
+
+def named(path: str) -> Any:
+    """The object of a dotted path, whose first parts are a module."""
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: Any = import_module(".".join(parts[:count]))
+        except ModuleNotFoundError as error:
+            if not ".".join(parts[:count]).startswith(str(error.name)):
+                raise
+        else:
+            for part in parts[count:]:
+                found = inspect.getattr_static(found, part)
+            return found
+    raise ModuleNotFoundError(path)
+
+
+def shown_on(page: Path) -> Iterator[str]:
+    """Paths of the functions, classes and methods of which a page of the reference is made."""
+    for found in DIRECTIVE.finditer(page.read_text(encoding="utf-8")):
+        path, members = found["path"], re.search(r":members:(.*)", found["rest"])
+        if found["kind"] != "module":
+            yield path
+        if members and members[1].strip():
+            yield from (f"{path}.{name.strip()}" for name in members[1].split(","))
+        elif members:
+            own = vars(named(path)).items()
+            yield from (f"{path}.{name}" for name, value in own if name[0] != "_" and is_public(value, path))
+
+
+def is_public(value: Any, path: str) -> bool:
+    function = getattr(value, "__func__", value)
+    is_code = inspect.isfunction(function) or inspect.isclass(function)
+    return is_code and path in (function.__module__, f"{function.__module__}.{function.__qualname__.partition('.')[0]}")
+
+
+REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
+
+
 def test_sections_are_read_as_written():
     docstring = """Do it.
 
@@ -122,6 +169,37 @@ def test_class_explains_what_it_is_made_of(kind: type):
         assert parameters(kind.__init__) - {"message"} <= attributes
     elif is_ours(kind) and "__init__" in vars(kind):
         assert parameters(kind.__init__) <= explained(kind.__doc__)
+
+
+def unexplained(found: Any) -> set[str]:
+    """Arguments, attributes and the result that a docstring leaves out."""
+    found = getattr(found, "__func__", found)
+    doc = found.__doc__
+    if not inspect.isclass(found):
+        result = inspect.signature(found).return_annotation
+        has_result = result in (None, "None") or section(doc, "Returns") or section(doc, "Yields")
+        return parameters(found) - explained(doc) | (set() if has_result else {"Returns"})
+    fields = {field.name for field in dataclasses.fields(found)} if dataclasses.is_dataclass(found) else set()
+    fields |= set(getattr(found, "model_fields", ()))  # pydantic's
+    if fields:
+        return fields - explained(doc, "Attributes")
+    return parameters(found.__init__) - explained(doc) if "__init__" in vars(found) else set()
+
+
+def test_pages_of_the_reference_are_read():
+    shown = {path for page in REFERENCE for path in shown_on(page)}
+    assert "hf_clip.HfClipModel.encode_image" in shown
+    assert "hf_clip.evaluation.metrics.recall_at_k" in shown
+    assert "hf_clip.zero_shot.embedding_head.EmbeddingHead.score" in shown
+
+
+@pytest.mark.parametrize("page", REFERENCE, ids=lambda page: page.stem)
+def test_what_the_reference_shows_is_explained(page: Path):
+    for path in shown_on(page):
+        found = named(path)
+        assert inspect.getdoc(getattr(found, "__func__", found)), path
+        if not (inspect.isclass(found) and issubclass(found, (PreTrainedConfig, Exception))):  # see above
+            assert not unexplained(found), path
 
 
 def test_image_processor_explains_its_settings():

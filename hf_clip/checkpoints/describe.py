@@ -63,7 +63,8 @@ class Description:
         dtypes: Floating-point dtypes and how many numbers are stored in each.
         embedding: The width D of the space that images and texts share.
         matryoshka_dims: Widths at which the first numbers of a feature are a feature too; None for the full width.
-        text, image: The sizes of the towers.
+        text: The sizes of the text tower, by the names of the configuration.
+        image: Those of the image tower.
         activation: That of the transformers.
         loss: What the model was trained by: "softmax" or "sigmoid".
         tokenizer: What is known of it, in words.

@@ -75,7 +75,16 @@ class CaptionedImages:
 
 @dataclass(frozen=True)
 class Choices:
-    """A test of compositionality. The attributes are those of `CaptionedImages`, and `layout` names the columns."""
+    """A test of compositionality: images with right and wrong captions.
+
+    Attributes:
+        name: As the user named it.
+        split: The split's name.
+        layout: The columns that were found, in words.
+        rows: A function that reads the rows from the first on.
+        count: Number of rows. None if it isn't known.
+        places: Where paths in the rows may lead.
+    """
 
     name: str
     split: str
@@ -160,6 +169,9 @@ def open_captioned(
         image_column: The column of images. None: the only one that can be it.
         caption_column: The column of captions, or a template over the columns. None: the only one that can be it.
         image_folders: Folders besides the source's own that paths in its rows may lead to.
+
+    Returns:
+        The data set, whose rows are read as a stream.
 
     Raises:
         FileNotFoundError: There is nothing of that name.
@@ -318,11 +330,14 @@ def open_choices(
         source: What the trainer opens, or from Python a `datasets.Dataset` or `IterableDataset`. A `Choices` is
             returned as it is.
         split: Name of the split. None: the only one, or `test`, or `validation`.
-        image_column: See `choices_table`.
-        right_column: See `choices_table`.
-        wrong_column: See `choices_table`.
-        right_index: See `choices_table`.
+        image_column: The column of images. None: the only one that can be it, or `image_0` and `image_1`.
+        right_column: The column of right captions. None: `caption`, `true_caption` and the like.
+        wrong_column: The column of wrong captions. None: `negative_caption`, `false_caption` and the like.
+        right_index: Where all captions stand in one column `caption_options`: the place of the right one, from 0.
         image_folders: Folders besides the source's own that paths in its rows may lead to.
+
+    Returns:
+        The test, whose rows are read as a stream.
 
     Raises:
         FileNotFoundError: There is nothing of that name.

@@ -79,6 +79,9 @@ def reliability(confidences: Tensor, is_right: Tensor, bins: int = 15) -> Reliab
         is_right: (I,) bool.
         bins: The number of bins M.
 
+    Returns:
+        Edges, counts, mean confidence and accuracy of the bins, float64 and int64, on the CPU.
+
     Raises:
         ValueError: The shapes do not fit, or a confidence is not from 0 to 1.
     """

@@ -76,7 +76,14 @@ def spearman(predicted: Tensor, true: Tensor) -> float:
 
 
 def mean_absolute_error(predicted: Tensor, true: Tensor) -> float:
-    """Compute the mean distance of two sets of numbers (I,), in the unit of the numbers.
+    """Compute the mean distance of the predicted and the true numbers.
+
+    Args:
+        predicted: (I,) numbers.
+        true: (I,) numbers.
+
+    Returns:
+        The distance, in the unit of the numbers.
 
     Raises:
         ValueError: The shapes differ, there are fewer than two numbers, or some are not finite.

@@ -577,7 +577,7 @@ class HfClipConfig(HfClipPreTrainedConfig):
         contrastive_loss: Loss that the model is trained by, which also says how its logits become scores. "softmax":
             over a batch, as in CLIP. "sigmoid": of each pair by itself, with a logit bias, as in SigLIP (Zhai et al.
             2023).
-        logit_bias_init_value: Logit bias before training, with the sigmoid loss (Zhai et al. 2023, section 3.1).
+        logit_bias_init_value: Logit bias before training, with the sigmoid loss (Zhai et al. 2023, section 3.2).
         initializer_factor: Factor of the standard deviations of fresh projections.
         return_tensors_from_features: Whether `get_text_features` and `get_image_features` return the features alone,
             tensors (B, D), as transformers 4 did. False (default): the tower's output with the features in its

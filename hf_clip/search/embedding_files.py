@@ -314,6 +314,12 @@ class StoredEmbeddings:
     def read(self, number: int) -> Shard:
         """Read one shard.
 
+        Args:
+            number: Its place among the shards, from 0.
+
+        Returns:
+            The shard.
+
         Raises:
             EmbeddingFilesError: A file is missing or damaged, or is another than was written.
         """

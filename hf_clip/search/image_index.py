@@ -80,7 +80,12 @@ class SearchResult:
 
 
 class SearchResults(list[SearchResult]):
-    """What a search found, best first.
+    """What a search found: a list, best first.
+
+    Args:
+        found: The results.
+        least_score: The score at which they end.
+        best: The highest score of an image that the filter lets through.
 
     Attributes:
         least_score: The score at which results end; infinite if no image fits.
@@ -93,7 +98,22 @@ class SearchResults(list[SearchResult]):
 
 
 class ImageIndex(UpdatableIndex):
-    """An index of images: what `UpdatableIndex` does, and search."""
+    """An index of images that are found by text and by image. `ImageIndex.open` opens or makes one.
+
+    Args:
+        tables: Its tables.
+        model: HfClipModel. None: loaded when it is first needed.
+        processor: Its processor.
+        name: Where the model is. None: where the index was made of it.
+        dtype: The name of the dtype in which a model computes that is loaded here.
+
+    Example::
+
+        index = ImageIndex.open("photos-index", model="clip-vit-b32")  # made if there is none
+        index.add("~/Pictures")
+        for result in index.search("a dog on a beach"):
+            print(result.score, result.path)
+    """
 
     _matrix: EmbeddingMatrix | None = None
     _quantized: str | None = None
@@ -143,7 +163,19 @@ class ImageIndex(UpdatableIndex):
         return build(self.tables, encoded)
 
     def direction(self, query: str | Sequence[QueryPart], templates: Any = None, exact: bool = False) -> Tensor:
-        """Encode a query as one direction (D,) of length one; see `query`."""
+        """Encode a query as one direction.
+
+        Args:
+            query: A text, the path of an image, an expression such as `2:"a beach" - "people"`; or parts of a query.
+            templates: What a text is put into, see `encode_text_query`.
+            exact: Whether to compare all images even if the index has an approximate scan.
+
+        Returns:
+            (D,) float32, of length one, which `search` takes as a query.
+
+        Raises:
+            QueryError: The query is empty or cannot be read.
+        """
         parts = parse_query(query) if isinstance(query, str) else query
         known = self._known(None if exact else self.approximate_scan())
         return self._combine(parts, self._encode(parts, templates, known), known)
@@ -285,6 +317,10 @@ class ImageIndex(UpdatableIndex):
         Args:
             similarity: Least cosine similarity of two near duplicates.
             bits: Most bits, of 64, in which their perceptual hashes differ.
+
+        Returns:
+            Groups of at least two images. An image is in one group at most. Scores are those with the group's first
+            image in the order of the index.
         """
         matrix = self.matrix()
         stored = self.tables.rows(["id", "perceptual_hash"])

@@ -262,6 +262,9 @@ def open_image_rows(
             is one.
         image_folders: Folders outside of the data set's own whose images its rows may name.
 
+    Returns:
+        The source. `embed_rows` takes its rows, and its method `content`.
+
     Raises:
         OSError: There is no such folder or data set, or the folder has no images.
         ValueError: The data set has no rows, or no such split or column.

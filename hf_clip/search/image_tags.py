@@ -112,6 +112,9 @@ class ImageTagger:
             processor: Its processor.
             threshold: One threshold of all labels instead.
 
+        Returns:
+            What gives images the classifier's labels.
+
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: It is no classifier, of another model, or has no thresholds and `threshold` is None.
@@ -138,7 +141,14 @@ class ImageTagger:
         return self.matrix.labels
 
     def scores_of(self, features: Tensor) -> Tensor:
-        """The scores of images, by which tags are given: features (I, D) → (I, K)."""
+        """The scores of images, by which tags are given.
+
+        Args:
+            features: (I, D) of any length.
+
+        Returns:
+            (I, K) float32.
+        """
         count = len(self.labels)
         if not self.is_against_background:
             return self.matrix.score(features)[:, :count]

@@ -225,6 +225,13 @@ class QuantizedMatrix(EmbeddingMatrix):
     def quantize(cls, matrix: EmbeddingMatrix, kind: str) -> "QuantizedMatrix":
         """Quantize embeddings.
 
+        Args:
+            matrix: The embeddings.
+            kind: "int8" or "bits".
+
+        Returns:
+            The same embeddings, with their codes.
+
         Raises:
             ValueError: `kind` is neither "int8" nor "bits", or there are no embeddings.
         """
@@ -301,6 +308,12 @@ class QuantizedMatrix(EmbeddingMatrix):
     def open(cls, path: str | Path) -> "QuantizedMatrix":
         """Open a file that `save` wrote. The float16 embeddings stay on disk until they are needed.
 
+        Args:
+            path: The file.
+
+        Returns:
+            The embeddings and their codes.
+
         Raises:
             QuantizedFileError: There is no such file, or it is damaged.
         """
@@ -349,6 +362,9 @@ def kept_recall(matrix: QuantizedMatrix, top: int = 10, queries: int = 256, seed
         top: How many images of the exact scan are looked for.
         queries: Largest number of queries.
         seed: Of the choice of queries.
+
+    Returns:
+        The part, from 0 to 1.
     """
     places = sample_places(len(matrix), queries, seed)
     vectors = torch.nn.functional.normalize(matrix.embeddings[places].float(), dim=1)

@@ -129,6 +129,9 @@ def embed_captions(
         model: HfClipModel.
         processor: HfClipProcessor.
         batch_size: Captions encoded at once, of `CAPTIONS_AHEAD` rows that are read for it.
+
+    Yields:
+        Each row in its order. `text_embedding` is None without a caption.
     """
     waiting = iter(found)
     while part := list(islice(waiting, CAPTIONS_AHEAD)):

@@ -70,8 +70,12 @@ class UpdatableIndex:
             dtype: "float32", "bfloat16" or "float16": what the model computes in, if it is loaded here. The index is
                 the same index in all of them, and its embeddings are stored in float16.
 
+        Returns:
+            The index.
+
         Raises:
             SearchIndexError: There is no index and no model to make one of; or it is of another model or version.
+            ValueError: A model is given without its processor.
             ImportError: LanceDB is not installed.
         """
         place = default_index() if place is None else os.path.expanduser(place)

@@ -219,6 +219,12 @@ def _put(plain: bytes, found: _Found, new: list[str]) -> bytes:
 def read_keywords(sidecar: str | Path) -> list[str]:
     """The keywords of a sidecar.
 
+    Args:
+        sidecar: The file.
+
+    Returns:
+        Its `dc:subject`, in the order of the file.
+
     Raises:
         FileNotFoundError: There is none.
         SidecarError: It cannot be read.

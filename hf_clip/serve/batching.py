@@ -171,6 +171,13 @@ class Batcher:
     def open(self, kind: str, count: int) -> Job:
         """Admit the texts or images of a request, which `put` brings one by one or together.
 
+        Args:
+            kind: "text" or "image".
+            count: How many there are.
+
+        Returns:
+            The job. Its `done` is a future of the features (count, D), float32.
+
         Raises:
             QueueFullError: There is no room for them.
         """
@@ -204,7 +211,12 @@ class Batcher:
             self._ready.notify()
 
     def drop(self, job: Job, error: BaseException | None = None) -> None:
-        """Compute no more of a job: nobody waits for it, or one of its images cannot be opened."""
+        """Compute no more of a job: nobody waits for it, or one of its images cannot be opened.
+
+        Args:
+            job: What `open` returned.
+            error: What `done` of the job raises. None: DroppedError.
+        """
         with self._ready:
             if job.is_dropped or job.done.done():
                 return

@@ -158,6 +158,13 @@ def load_served(
         device: Where it computes. None: a GPU if there is one.
         dtype: What it computes in.
         offline: Whether nothing may be downloaded.
+
+    Returns:
+        The model, in evaluation mode, with its processor and names.
+
+    Raises:
+        OSError: There is no such source, or a download failed.
+        ValueError: A file is damaged, or another model's.
     """
     from ..checkpoints.in_memory import load_model
     from ..zero_shot.pipeline import default_device

@@ -79,6 +79,9 @@ def split_batch(batch: Inputs, micro_batch_size: int) -> list[dict[str, Tensor]]
 
     Returns:
         The micro-batches in order. Each has its share of the negative texts behind its pairs' texts.
+
+    Raises:
+        ValueError: `micro_batch_size` is below 1.
     """
     if micro_batch_size < 1:
         raise ValueError(f"micro_batch_size is {micro_batch_size}, but must be at least 1.")

@@ -88,7 +88,13 @@ class EmbeddingHead:
         return self.layers[0][0].shape[1]
 
     def outputs(self, features: Tensor) -> Tensor:
-        """Compute what the last layer gives: features (I, D) of any length → (I, K), float32.
+        """Compute what the last layer gives.
+
+        Args:
+            features: (I, D) of any length.
+
+        Returns:
+            (I, K) float32: logits of the labels. Of scores: (I, 1), the scores.
 
         Raises:
             ValueError: The features have another width.
@@ -135,7 +141,11 @@ class EmbeddingHead:
         ]
 
     def check_reference(self, found: Tensor, name: str = "this head") -> None:
-        """Compare a model's feature of `reference_image` (D,) with that of the head's own model.
+        """Compare a model's feature of `reference_image` with that of the head's own model.
+
+        Args:
+            found: (D,) the model's feature, of length one.
+            name: What the head is called in the error.
 
         Raises:
             ValueError: It is another model's.
@@ -155,7 +165,12 @@ class EmbeddingHead:
             )
 
     def check_model(self, model: Any, processor: Any, name: str = "this head") -> None:
-        """Compare the embeddings of a model (ours) with those that the head was trained on.
+        """Compare the embeddings of a model with those that the head was trained on.
+
+        Args:
+            model: HfClipModel or HfClipVisionModelWithProjection, in evaluation mode.
+            processor: HfClipProcessor or HfClipImageProcessor.
+            name: What the head is called in the error.
 
         Raises:
             ValueError: They are others.
@@ -164,6 +179,9 @@ class EmbeddingHead:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all.
+
+        Args:
+            path: The file. Its folder is created if it is missing.
 
         Raises:
             IsADirectoryError: `path` is a folder.
@@ -181,6 +199,12 @@ class EmbeddingHead:
     @classmethod
     def load(cls, path: str | Path) -> "EmbeddingHead":
         """Read a file that `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The head. `check_model` says whether it is of a model.
 
         Raises:
             FileNotFoundError: There is no such file.

@@ -46,7 +46,11 @@ def _path(count: int) -> np.ndarray:
 
 @cache
 def heat_colours() -> np.ndarray:
-    """Return the colours from cold to hot, (256, 3), uint8, sRGB."""
+    """Make the colours of `overlay`.
+
+    Returns:
+        (256, 3) uint8, sRGB, from cold to hot. It cannot be written to.
+    """
     linear = (_path(LEVELS) @ np.array(OKLAB_TO_LMS).T) ** 3 @ np.array(LMS_TO_RGB).T
     linear = linear.clip(0, 1)
     encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

@@ -134,7 +134,18 @@ def row_writer(path: str | Path, columns: list[str]) -> Iterator[Callable[[Row],
 
 @contextmanager
 def table_writer(path: str | Path, top_k: int) -> Iterator[Callable[[Classified], Any]]:
-    """The same for results, each with as many labels. Yields a function that writes a result."""
+    """What writes one result of classification after the other to a table, as `row_writer` does rows.
+
+    Args:
+        path: Ends in .csv, .jsonl or .parquet.
+        top_k: Number of labels of a result, each with columns of its own: `label`, `score`, `label_2`, `score_2`.
+
+    Yields:
+        A function that writes a `Classified`.
+
+    Raises:
+        ValueError, IsADirectoryError, ImportError: See `check_table`.
+    """
     with row_writer(path, columns_of(top_k)) as write:
         yield lambda result: write(row_of(result, top_k))
 
