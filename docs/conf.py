@@ -3,6 +3,9 @@
 import sys
 from pathlib import Path
 
+from docutils import nodes
+from sphinx.application import Sphinx
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
@@ -52,3 +55,14 @@ pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 copybutton_selector = "div:not(.highlight-text) > div.highlight pre"  # what a program prints is not copied
 copybutton_prompt_text = "$ "  # of a block that shows commands with their output, the commands alone are copied
+
+
+def put_dashes(app: Sphinx, page: nodes.document, name: str) -> None:
+    """Sphinx writes two hyphens between an argument and its meaning, of which only smart quotes make a dash."""
+    for text in list(page.findall(nodes.Text)):
+        if text.astext() == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("doctree-resolved", put_dashes)
