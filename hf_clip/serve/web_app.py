@@ -11,9 +11,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
-from . import embedding_request, immich_predict
+from . import docs_page, embedding_request, immich_predict
 from .access_guard import AccessGuard, error_answer
 from .batching import IMAGES, TEXTS
 from .classify_request import Classifiers, ClassifyRequest, classify
@@ -23,6 +23,7 @@ from .json_values import check_values
 from .public_fetch import PublicFetcher
 from .request_body import BodyMemory, ClientGoneError, check_content_type, read_body, read_form
 from .request_error import RequestError, from_validation
+from .request_schema import described
 from .serve_options import ServeOptions
 from .served_model import ServedModel
 from .server_metrics import ServerMetrics
@@ -185,6 +186,14 @@ class Server:
         """What this is."""
         return as_json({"message": f"hf_clip serves {self.served.name}; see /docs"})
 
+    async def docs(self, request: Request) -> Response:
+        """How the server is used, for people."""
+        scope, host = request.scope, request.headers.get("host", "")
+        address = docs_page.address_in(scope["scheme"], host, scope.get("root_path", ""))
+        has_key = self.options.api_key is not None
+        page = docs_page.make_page(request.app.openapi(), address, self.served.names, self.served.width, has_key)
+        return HTMLResponse(page, headers=docs_page.HEADERS)
+
     def _close(self) -> None:
         self.encoder.close()
         if self.search is not None:
@@ -222,22 +231,28 @@ def build_app(
         app = build_app(load_served("clip-vit-b32"))
     """
     server = Server(served, options, index, fetcher)
-    app = FastAPI(title="hf_clip", description=SUMMARY, lifespan=server.running, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="hf_clip",
+        description=SUMMARY,
+        lifespan=server.running,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.server = server
     posts: list[tuple[str, Any, type[BaseModel] | None]] = [
         ("/v1/embeddings", server.embeddings, EmbeddingRequest),
         ("/embeddings", server.embeddings, EmbeddingRequest),
         ("/v1/classify", server.classify, ClassifyRequest),
-        ("/predict", server.predict, None),
     ]
     if index is not None:
         from .search_request import SearchRequest
 
         posts.append(("/v1/search", server.find, SearchRequest))
-    else:
-        posts.append(("/v1/search", server.find, None))
-    for path, endpoint, body in posts:
-        app.add_api_route(path, endpoint, methods=["POST"], openapi_extra=_described(body))
+    else:  # it says so, and stands in no list
+        app.add_api_route("/v1/search", server.find, methods=["POST"], include_in_schema=False)
+    for path, endpoint, body in [*posts, ("/predict", server.predict, None)]:
+        app.add_api_route(path, endpoint, methods=["POST"], openapi_extra=described(body))
     for path, endpoint in (
         ("/v1/models", server.models),
         ("/models", server.models),
@@ -247,6 +262,7 @@ def build_app(
         ("/", server.root),
     ):
         app.add_api_route(path, endpoint, methods=["GET"])
+    app.add_api_route("/docs", server.docs, methods=["GET"], include_in_schema=False)
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -264,39 +280,6 @@ def build_app(
         only_local_names=options.only_local_names,
     )
     return app
-
-
-FORM = {
-    "type": "object",
-    "required": ["entries"],
-    "properties": {
-        "entries": {"type": "string"},
-        "image": {"type": "string", "format": "binary"},
-        "text": {"type": "string"},
-    },
-}
-
-
-def _described(body: type[BaseModel] | None) -> dict[str, Any]:
-    """What `/docs` shows of a body."""
-    if body is None:
-        return {"requestBody": {"content": {"multipart/form-data": {"schema": FORM}}, "required": True}}
-    schema = _inlined(body.model_json_schema())
-    return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
-
-
-def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema with its definitions in their places, since OpenAPI looks for them elsewhere."""
-    definitions = schema.pop("$defs", {})
-
-    def replaced(part: Any) -> Any:
-        if isinstance(part, dict):
-            name = str(part.get("$ref", "")).rpartition("/")[2]
-            return replaced(definitions[name]) if name else {key: replaced(value) for key, value in part.items()}
-        return [replaced(entry) for entry in part] if isinstance(part, list) else part
-
-    found: dict[str, Any] = replaced(schema)
-    return found
 
 
 __all__ = ["Server", "build_app"]

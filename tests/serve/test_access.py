@@ -173,7 +173,7 @@ def test_figures(client_with, images):
 
 def test_schema_is_whole(client):
     schema = client.get("/openapi.json").json()
-    assert {"/v1/embeddings", "/v1/classify", "/v1/search", "/predict", "/v1/models"} <= schema["paths"].keys()
+    assert {"/v1/embeddings", "/v1/classify", "/predict", "/v1/models"} <= schema["paths"].keys()
     body = schema["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"model", "input", "messages", "dimensions"} <= body["properties"].keys()
     assert "$ref" not in json.dumps(body)
