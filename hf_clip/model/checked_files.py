@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,12 @@ def _refuse_pointer(path: Path, content: bytes) -> None:
 def nested_depth(values: Any) -> int:
     """Count the levels of nested lists and objects, without recursion."""
     depth, level = 0, [values]
-    while level := [item for item in level if isinstance(item, (dict, list))]:
+    while not {dict, list}.isdisjoint(map(type, level)):  # most of a tokenizer's hundred thousand values are neither
         depth += 1
         if depth > MOST_DEPTH:
             break
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        held = [item.values() if type(item) is dict else item for item in level if type(item) in (dict, list)]
+        level = list(chain.from_iterable(held))
     return depth
 
 
@@ -301,6 +303,18 @@ def read_vocabulary(path: str | Path) -> dict[str, int]:
     return vocabulary
 
 
+def _are_merges(values: Any) -> bool:
+    """Whether this is a list of merges: each two tokens, in one text or in a list."""
+    if not isinstance(values, list):
+        return False
+    pairs = [value for value in values if type(value) is not str]
+    return (
+        set(map(type, pairs)) <= {list}
+        and set(map(len, pairs)) <= {2}
+        and set(map(type, chain.from_iterable(pairs))) <= {str}
+    )
+
+
 def check_tokenizer_file(path: str | Path) -> None:
     """Raise ValueError for a tokenizer.json that is no byte-pair encoding, or whose ids would exhaust the memory."""
     path = Path(path)
@@ -309,11 +323,7 @@ def check_tokenizer_file(path: str | Path) -> None:
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise ValueError(f"{path} holds no byte-pair encoding, which CLIP's tokenizer is.")
     _check_vocabulary(path, model.get("vocab"))
-    merges = model.get("merges")
-    if not isinstance(merges, list) or not all(
-        isinstance(merge, str) or (isinstance(merge, list) and [type(part) for part in merge] == [str, str])
-        for merge in merges
-    ):
+    if not _are_merges(model.get("merges")):
         raise ValueError(f"{path} holds no list of merges, each of two tokens.")
     if not isinstance(added, list) or not all(
         isinstance(token, dict) and isinstance(token.get("content"), str) for token in added

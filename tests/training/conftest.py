@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch.distributed
+import torch.utils.data
 from transformers import AutoProcessor, ProcessorMixin
 
 from .sources import COUNT, broken, captions, corrupt_exif, jpeg, write_tar
@@ -21,13 +22,13 @@ def prepared_here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("prepared"))
     # After a stream of parquet files `datasets` sleeps for five seconds, for the sake of threads at the program's end.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05, raising=False)
+    # So long a loader waits for a worker that does not end by itself, after a run that failed.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     with warnings.catch_warnings():
         # `datasets` leaves tables open for the garbage collector, which would warn in the middle of another test.
         warnings.simplefilter("ignore", ResourceWarning)
-        gc.freeze()  # what was there before need not be looked at again: that would take a second for each test
         yield
         gc.collect()
-        gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
