@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -482,26 +483,47 @@ def served_here(folder: Path, threads: int) -> Iterator[tuple[str, int]]:
         bound.close()
 
 
+@contextmanager
+def direct_here(folder: Path, threads: int) -> Iterator[Any]:
+    """Direct calls in this process."""
+    yield import_module("benchmarks.serve.direct_call").DirectHere(str(folder))
+
+
 def test_servers_are_checked_and_loaded(digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     program = import_module("benchmarks.serve.__main__")
     monkeypatch.setattr(program, "hf_clip_server", served_here)
-    monkeypatch.setattr(program, "run_alone", lambda function, **arguments: function(**arguments))
+    monkeypatch.setattr(program, "direct_process", direct_here)
+    monkeypatch.setattr(program, "LEAST_PASSES", 1)
     given = ["--model", str(digits / "vit"), "--clients", "2", "--seconds", "0.2"]
-    assert program.main([*given, "--threads", str(torch.get_num_threads())]) == 0
+    threads = torch.get_num_threads()
+    assert program.main([*given, "--threads", str(threads)]) == 0
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[:1] == "|"]
     assert [row[:2] for row in rows if row[0] == "hf_clip"] == [["hf_clip", "1"], ["hf_clip", "2"]] * 2
     assert all(float(cell) > 0 for row in rows if row[0] == "hf_clip" for cell in (row[2], row[4], row[5]))
+    assert all(float(cell) > 0 for row in rows if row[:2] == ["hf_clip", "1"] for cell in row[6:])
     assert "infinity is left out: name the Python that has it with --infinity" in printed
 
     with served_here(digits / "vit", 1) as (host, port):
         message = r"RuntimeError: the server answered 404: .*The model 'other' is not served here"
         with pytest.raises(LeftOutError, match=message):
-            program.load_with(host, port, b'{"model": "other", "input": "x"}', 1, 0.1)
-        found = program.ask_once(host, port, program.body_of("text"))
+            program.load_with(host, port, [b'{"model": "other", "input": "x"}'], 1, threads, seconds=0.1)
+        answered = program.load_with(host, port, program.make_bodies("text"), 3, threads, answers=7)
+        assert len(answered["latencies"]) == 7
+        found = program.ask_once(host, port, program.make_bodies("text")[0])
     program.check_features("hf_clip", "text", found, found.tolist())
     with pytest.raises(LeftOutError, match="its embedding of the text has a cosine similarity of 0.0000 with a direct"):
         program.check_features("infinity", "text", found, [0.0] * len(found))
+
+
+def test_what_is_sent_varies_and_is_the_same_in_every_run():
+    sent = import_module("benchmarks.serve.sent_items")
+    texts, images = sent.make_texts(), sent.make_images()
+    assert texts == sent.make_texts()
+    lengths = sorted(len(text.split()) for text in texts)
+    assert (lengths[0], lengths[len(lengths) // 2] in range(6, 13), lengths[-1] > 24) == (2, True, True)
+    assert len({*images}) == sent.IMAGES
+    assert {Image.open(BytesIO(image)).size for image in images} == {*sent.SIZES}
 
 
 def test_image_processors_agree(monkeypatch: pytest.MonkeyPatch):

@@ -3,11 +3,15 @@
     python -m benchmarks.serve --quick
     python -m benchmarks.serve --model clip-vit-b32/ --infinity infinity-venv/bin/python
 
-Every client keeps its connection open, sends one text or image, reads the whole answer, and sends the next. The
-clients are one process, which runs beside the server on the same cores and takes little of them; how much is printed.
-First a process without any server calls the model itself, one text and one image at a time, and has the machine for
-itself. The embeddings of each server are compared with its own before anything is said of speed. By default the model
-is ViT-B/32 with random weights.
+Every client keeps its connection open, sends one text or image, reads the whole answer, and sends the next: texts of
+many lengths, and JPEGs of several sizes. All clients are one process. It has the cores that no server uses, or else
+those of the server, of which it takes little; how much is printed. By default the model is ViT-B/32 with random
+weights.
+
+A process without any server does the same: it calls the same optimized model with one text or image at a time, JPEG
+decoding and tokenizing included, on the same cores with as many threads. It and a lone client take turns, so that both
+meet the same state of the machine. What it gains from 16 at once is the most that a server can gain from many clients.
+The embeddings of each server are compared with its own before anything is said of speed.
 
 infinity gets the same weights in transformers' layout, if --infinity names a Python that has it. Version 0.0.77 needs
 older packages than hf_clip:
@@ -19,12 +23,14 @@ import argparse
 import base64
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -39,27 +45,49 @@ from hf_clip.checkpoints.vocabulary import find_vocabulary
 
 from ..__main__ import at_least_one, positive_seconds
 from ..machine import describe, headline
-from ..measuring import OURS, LeftOutError, first_line, run_alone
-from .direct_call import TEXT, call_directly, make_image
-from .servers import MODEL_NAME, hf_clip_server, infinity_server
+from ..measuring import OURS, LeftOutError, first_line
+from .direct_call import Direct, direct_process
+from .sent_items import IMAGES, KINDS, MODEL_NAME, TEXTS, make_bodies
+from .servers import cores_for, hf_clip_server, infinity_server
 
-KINDS = ("text", "image")
+COUNTS = {"text": TEXTS, "image": IMAGES}
 LEAST_COSINE = {OURS: 0.9999, "infinity": 0.99}
 """Of an embedding and that of a direct call. transformers resizes and crops images in a slightly other way."""
+
+LEAST_PASSES = 3
+"""Turns of a lone client and of direct calls, in each of which everything is sent once."""
+
+AT_ONCE = 16
 
 Server = Callable[[], AbstractContextManager[tuple[str, int]]]
 
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured with so many clients."""
+    """What was measured with so many clients.
+
+    Attributes:
+        server: Its name.
+        kind: "text" or "image".
+        clients: How many.
+        seconds: How long they were counted.
+        latencies: Seconds of each answer.
+        cpu: Seconds of the clients' process for an answer.
+        direct: Seconds of direct calls that took turns with a lone client.
+    """
 
     server: str
     kind: str
     clients: int
-    per_second: float
+    seconds: float
     latencies: list[float]
     cpu: float
+    direct: list[float] = field(default_factory=list)
+
+    @property
+    def per_second(self) -> float:
+        """Answers per second."""
+        return len(self.latencies) / self.seconds
 
     def milliseconds(self, share: float) -> float:
         """The latency that so many of the answers did not exceed."""
@@ -73,13 +101,6 @@ def write_model(folder: Path) -> Path:
     tokenizer = HfClipTokenizer.from_vocabulary_file(find_vocabulary(offline=True))
     HfClipProcessor(HfClipImageProcessor.for_image_size(224), tokenizer).save_pretrained(folder)
     return folder
-
-
-def body_of(kind: str) -> bytes:
-    """The request of a text or an image, which both servers understand."""
-    given = TEXT if kind == "text" else f"data:image/jpeg;base64,{base64.b64encode(make_image()).decode()}"
-    body = {"model": MODEL_NAME, "input": [given], "modality": kind, "encoding_format": "base64"}
-    return json.dumps(body).encode()
 
 
 def ask_once(host: str, port: int, body: bytes) -> np.ndarray:
@@ -104,64 +125,94 @@ def check_features(server: str, kind: str, found: np.ndarray, expected: Sequence
         raise LeftOutError(f"its embedding of the {kind} has a cosine similarity of {cosine:.4f} with a direct call's")
 
 
-def load_with(host: str, port: int, body: bytes, clients: int, seconds: float) -> dict[str, Any]:
-    """What the load generator found, see `generate` there."""
+def load_with(
+    host: str, port: int, bodies: Sequence[bytes], clients: int, threads: int, **until: Any
+) -> dict[str, Any]:
+    """What the load generator found, see `generate` there. `until` says for how many seconds, or answers."""
     head = f"POST /embeddings HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-    asked = {"host": host, "port": port, "request": request.decode(), "clients": clients, "seconds": seconds}
-    program = Path(__file__).with_name("load_generator.py")
+    requests = [f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in bodies]
+    asked = {"host": host, "port": port, "requests": [each.decode() for each in requests], "clients": clients} | until
+    _, cores = cores_for(threads)
     done = subprocess.run(
-        [sys.executable, "-S", str(program)],
+        [sys.executable, "-S", str(Path(__file__).with_name("load_generator.py"))],
         input=json.dumps(asked),
         capture_output=True,
         text=True,
         check=False,
-        timeout=seconds + 120,
+        timeout=until.get("seconds", 0) + 120,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
     if done.returncode:
         raise LeftOutError((done.stderr.strip().splitlines() or ["the load generator failed"])[-1][:200])
     return json.loads(done.stdout)
 
 
+def alone_in_turn(name: str, kind: str, load: Callable[..., dict[str, Any]], direct: Direct, seconds: float) -> Point:
+    """A lone client and direct calls in turn: everything is sent once, and encoded once. The first turn is warm-up."""
+    found, taken, passes = Point(name, kind, 1, 0.0, [], 0.0), 0.0, 0
+    while passes <= LEAST_PASSES or taken < 2 * seconds:
+        calls, answers = direct.measure(kind, 1), load(1, answers=COUNTS[kind])
+        passes, taken = passes + 1, taken + sum(calls) + answers["seconds"]
+        if passes > 1:
+            found = Point(
+                *(name, kind, 1, found.seconds + answers["seconds"], found.latencies + answers["latencies"]),
+                *(max(found.cpu, answers["cpu"]), found.direct + calls),
+            )
+    return found
+
+
 def measure_server(
-    name: str, server: Server, expected: dict[str, Any], clients: Sequence[int], seconds: float
+    name: str, server: Server, direct: Direct, clients: Sequence[int], seconds: float, threads: int
 ) -> list[Point]:
     """All points of one server."""
     points = []
     with server() as (host, port):
         for kind in KINDS:
-            body = body_of(kind)
-            check_features(name, kind, ask_once(host, port, body), expected[kind]["features"])
-            load_with(host, port, body, max(clients), min(seconds, 1.0))  # batches of every size are met once
-            for count in clients:
+            bodies = make_bodies(kind)
+            for body, expected in zip(bodies, direct.features[kind], strict=True):
+                check_features(name, kind, ask_once(host, port, body), expected)
+            load = partial(load_with, host, port, bodies, threads=threads)
+            load(max(clients), seconds=min(seconds, 1.0))  # batches of every size are met once
+            print(f"{name}: {kind}s, a lone client and direct calls", file=sys.stderr, flush=True)
+            points.append(alone_in_turn(name, kind, load, direct, seconds))
+            for count in clients[1:]:
                 print(f"{name}: {kind}s, {count} clients", file=sys.stderr, flush=True)
-                found = load_with(host, port, body, count, seconds)
-                points.append(Point(name, kind, count, **found))
+                points.append(Point(name, kind, count, **load(count, seconds=seconds)))
     return points
 
 
-def format_points(points: Sequence[Point], expected: dict[str, Any]) -> str:
+def gain_of_batches(direct: Direct, kind: str, seconds: float) -> float:
+    """How many times as many per second direct calls encode with `AT_ONCE` in a call, beside one in a call, in turn."""
+    taken: dict[int, list[float]] = {1: [], AT_ONCE: []}
+    while len(taken[1]) < LEAST_PASSES or sum(map(sum, taken.values())) < 2 * seconds:
+        for at_once, passes in taken.items():
+            passes.append(sum(direct.measure(kind, at_once)))
+    return statistics.median(taken[1]) / statistics.median(taken[AT_ONCE])
+
+
+def format_points(points: Sequence[Point], gains: dict[str, float], threads: int) -> str:
     """A table of Markdown for each kind."""
     lines = []
     for kind in KINDS:
-        own = [point for point in points if point.kind == kind]
-        direct = expected[kind]["seconds"]
-        lines += ["", f"One {kind} in a request; a direct call takes {1e3 * direct:.1f} ms:", ""]
+        lines += ["", f"One {kind} in a request:", ""]
         lines += [
             f"| server | clients | {kind}s per second | times those of one client | p50, ms | p95, ms "
-            f"| p50 by a direct call |"
+            f"| direct call, p50, ms | p50 by a direct call |"
         ]
-        lines += ["|---|---|---|---|---|---|---|"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        own = [point for point in points if point.kind == kind]
         for point in own:
             alone = next(other for other in own if other.server == point.server)
-            ratio = f"{point.per_second / alone.per_second:.2f}" if point is not alone else ""
-            by_direct = f"{point.milliseconds(0.5) / 1e3 / direct:.2f}" if point.clients == 1 else ""
-            lines.append(
-                f"| {point.server} | {point.clients} | {point.per_second:.1f} | {ratio} | "
-                f"{point.milliseconds(0.5):.1f} | {point.milliseconds(0.95):.1f} | {by_direct} |"
-            )
+            cells = [point.server, str(point.clients), f"{point.per_second:.1f}"]
+            cells += [f"{point.per_second / alone.per_second:.2f}" if point is not alone else ""]
+            cells += [f"{point.milliseconds(share):.1f}" for share in (0.5, 0.95)]
+            direct = 1e3 * statistics.median(point.direct) if point.direct else None
+            cells += ["", ""] if direct is None else [f"{direct:.1f}", f"{point.milliseconds(0.5) / direct:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", f"Direct calls of {AT_ONCE} {kind}s encode {gains[kind]:.2f} times as many as calls of one."]
+    where = "the servers' cores" if cores_for(threads)[0] == cores_for(threads)[1] else "cores of their own"
     most = max((point.cpu for point in points), default=0.0)
-    return "\n".join([*lines, "", f"The clients took at most {1e3 * most:.2f} ms of a core for an answer."])
+    return "\n".join([*lines, "", f"The clients ran on {where}, and took at most {1e3 * most:.2f} ms for an answer."])
 
 
 def why_no_infinity(python: str | None, config: HfClipConfig) -> str | None:
@@ -174,8 +225,8 @@ def why_no_infinity(python: str | None, config: HfClipConfig) -> str | None:
     return (asked.stderr.strip().splitlines() or ["it failed"])[-1][:200] if asked.returncode else None
 
 
-def measure(options: argparse.Namespace, work: Path) -> tuple[list[Point], dict[str, Any], list[str]]:
-    """The points of both servers, what a direct call found, and who is left out."""
+def measure(options: argparse.Namespace, work: Path) -> tuple[list[Point], dict[str, float], list[str]]:
+    """The points of both servers, what direct calls gain from batches, and who is left out."""
     model = Path(options.model).resolve() if options.model else write_model(work / MODEL_NAME)
     config = HfClipConfig.from_pretrained(model)
     servers: dict[str, Server] = {OURS: lambda: hf_clip_server(model, options.threads)}
@@ -187,16 +238,17 @@ def measure(options: argparse.Namespace, work: Path) -> tuple[list[Point], dict[
         servers["infinity"] = lambda: infinity_server(stock, options.infinity, options.threads)
     else:
         left_out.append(f"infinity is left out: {reason}")
-    expected = run_alone(call_directly, folder=str(model), seconds=options.seconds, threads=options.threads)
     points: list[Point] = []
-    for name, server in servers.items():
-        try:
-            points += measure_server(name, server, expected, options.clients, options.seconds)
-        except LeftOutError as error:
-            if name == OURS:
-                raise
-            left_out.append(f"{name} is left out: {error}")
-    return points, expected, left_out
+    with direct_process(model, options.threads) as direct:
+        for name, server in servers.items():
+            try:
+                points += measure_server(name, server, direct, options.clients, options.seconds, options.threads)
+            except LeftOutError as error:
+                if name == OURS:
+                    raise
+                left_out.append(f"{name} is left out: {error}")
+        gains = {kind: gain_of_batches(direct, kind, options.seconds) for kind in KINDS}
+    return points, gains, left_out
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -217,11 +269,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(headline(describe(options.threads)))
     try:
         with tempfile.TemporaryDirectory(prefix="hf_clip-benchmark-") as work:
-            points, expected, left_out = measure(options, Path(work))
+            points, gains, left_out = measure(options, Path(work))
     except (LeftOutError, OSError, ValueError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 1
-    print("\n".join([format_points(points, expected), *left_out]), flush=True)
+    print("\n".join([format_points(points, gains, options.threads), *left_out]), flush=True)
     return 0
 
 

@@ -9,6 +9,7 @@ import selectors
 import socket
 import sys
 import time
+from itertools import cycle
 from typing import Any
 
 WARM_UP = 0.25
@@ -16,18 +17,17 @@ WARM_UP = 0.25
 
 
 class Client:
-    """One connection: the request under way, and what has arrived of its answer."""
+    """One connection, and what has arrived of its answer."""
 
-    def __init__(self, host: str, port: int, request: bytes):
-        self.request = request
+    def __init__(self, host: str, port: int):
         self.connection = socket.create_connection((host, port))
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.start = 0.0
 
-    def send(self) -> None:
+    def send(self, request: bytes) -> None:
         self.arrived, self.needed = bytearray(), -1
         self.start = time.perf_counter()
-        self.connection.sendall(self.request)
+        self.connection.sendall(request)
 
     def receive(self) -> bool:
         """Take what has arrived. Returns whether it is the whole answer. Raises RuntimeError for an error."""
@@ -47,29 +47,34 @@ class Client:
         return True
 
 
-def generate(host: str, port: int, request: bytes, clients: int, seconds: float) -> dict[str, Any]:
-    """Send requests for some seconds.
+def generate(
+    host: str, port: int, requests: list[bytes], clients: int, seconds: float | None = None, answers: int | None = None
+) -> dict[str, Any]:
+    """Send requests, one after the other, each time the next one of a list.
 
     Args:
         host: The server's.
         port: The server's.
-        request: Head and body.
+        requests: Heads and bodies.
         clients: How many connections, each with one request under way.
-        seconds: How long, a quarter of it uncounted.
+        seconds: How long, a quarter of it uncounted. None: until there are so many `answers`.
+        answers: How many to count. None: those of `seconds`.
 
     Returns:
-        `per_second` answers, `latencies` in seconds, one for each answer that was counted, and `cpu`, the seconds of
-        this process for an answer.
+        `seconds` that were counted, `latencies` in seconds, one for each answer that was counted, and `cpu`, the
+        seconds of this process for an answer.
     """
-    everyone = [Client(host, port, request) for _ in range(clients)]
+    given = cycle(requests)
+    everyone = [Client(host, port) for _ in range(clients)]
     found: list[float] = []
     with selectors.DefaultSelector() as selector:
+        begin = time.perf_counter()
         for client in everyone:
             selector.register(client.connection, selectors.EVENT_READ, client)
-            client.send()
-        begin = time.perf_counter()
-        counted_from, end = begin + WARM_UP * seconds, begin + seconds
-        last, is_ending, left, cpu, answers = begin, False, clients, time.process_time(), 0
+            client.send(next(given))
+        counted_from = begin + WARM_UP * (seconds or 0.0)
+        end = float("inf") if seconds is None else begin + seconds
+        last, is_ending, left, cpu, received = begin, False, clients, time.process_time(), 0
         while left:
             ready = selector.select(timeout=60.0)
             if not ready:
@@ -78,27 +83,27 @@ def generate(host: str, port: int, request: bytes, clients: int, seconds: float)
                 client = key.data
                 if not client.receive():
                     continue
-                now, answers = time.perf_counter(), answers + 1
+                now, received = time.perf_counter(), received + 1
                 if now >= counted_from and not is_ending:
                     found.append(now - client.start)
                     last = now
-                is_ending = now >= end
+                is_ending = now >= end or len(found) == answers
                 if is_ending:
                     left -= 1  # what is under way is finished, and not counted
                     selector.unregister(client.connection)
                     client.connection.close()
                 else:
-                    client.send()
+                    client.send(next(given))
     if not found:
         raise RuntimeError(f"no answer could be counted in {seconds:g} s: give it more seconds")
-    taken = (time.process_time() - cpu) / max(answers, 1)
-    return {"per_second": len(found) / (last - counted_from), "latencies": found, "cpu": taken}
+    taken = (time.process_time() - cpu) / received
+    return {"seconds": last - counted_from, "latencies": found, "cpu": taken}
 
 
 def main() -> None:
     """Read what to do from standard input, and print what was found; both as JSON."""
     asked = json.load(sys.stdin)
-    asked["request"] = asked["request"].encode()
+    asked["requests"] = [request.encode() for request in asked["requests"]]
     print(json.dumps(generate(**asked)))
 
 

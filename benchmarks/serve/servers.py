@@ -1,4 +1,7 @@
-"""The servers that are measured, each as a process of its own on a free port of this machine."""
+"""The servers that are measured, each as a process of its own on a free port of this machine.
+
+All processes that compute have the same cores and as many threads. The clients have the other cores, if there are any.
+"""
 
 import os
 import re
@@ -15,9 +18,9 @@ from typing import IO
 
 from ..load import COMMAND
 from ..measuring import LeftOutError
+from .sent_items import MODEL_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL_NAME = "model"
 START_SECONDS = 120.0
 
 INFINITY = "from infinity_emb.cli import cli; cli()"
@@ -30,16 +33,25 @@ def last_words(log: IO[bytes]) -> str:
     return next((line[:200] for line in reversed(lines) if line), "it said nothing")
 
 
+def cores_for(threads: int) -> tuple[list[int], list[int]]:
+    """The cores of what computes, as many as threads, and those of the clients: the others, or the same."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[:threads], cores[threads:] or cores
+
+
 @contextmanager
-def _process(command: list[str], threads: int, **environment: str) -> Iterator[tuple[subprocess.Popen[str], IO[bytes]]]:
-    """A server on the first cores, which ends with the block."""
-    cores = sorted(os.sched_getaffinity(0))[:threads]
+def pinned_process(
+    command: list[str], threads: int, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], IO[bytes]]]:
+    """A process on the cores of what computes, which ends with the block."""
+    cores, _ = cores_for(threads)
     with tempfile.TemporaryFile() as log:
         started = subprocess.Popen(
             command,
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"} | environment,
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -53,15 +65,16 @@ def _process(command: list[str], threads: int, **environment: str) -> Iterator[t
             except subprocess.TimeoutExpired:
                 started.kill()
                 started.wait()
-            assert started.stdout is not None
-            started.stdout.close()
+            for pipe in (started.stdin, started.stdout):
+                assert pipe is not None
+                pipe.close()
 
 
 @contextmanager
 def hf_clip_server(model: Path, threads: int) -> Iterator[tuple[str, int]]:
     """`hf-clip serve` with its usual options. Yields host and port."""
     words = ["serve", str(model), "--port", "0", "--name", MODEL_NAME]
-    with _process([sys.executable, "-W", "ignore", "-c", COMMAND, *words], threads, PYTHONPATH=str(ROOT)) as (
+    with pinned_process([sys.executable, "-W", "ignore", "-c", COMMAND, *words], threads, PYTHONPATH=str(ROOT)) as (
         started,
         log,
     ):
@@ -84,7 +97,7 @@ def infinity_server(model: Path, python: str, threads: int) -> Iterator[tuple[st
     words = ["v2", "--model-id", str(model), "--served-model-name", MODEL_NAME, "--host", host, "--port", str(port)]
     words += ["--device", "cpu", "--dtype", "float32", "--engine", "torch", "--log-level", "error"]
     quiet = {"PYTHONPATH": "", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
-    with _process([python, "-W", "ignore", "-c", INFINITY, *words], threads, **quiet) as (started, log):
+    with pinned_process([python, "-W", "ignore", "-c", INFINITY, *words], threads, **quiet) as (started, log):
         _wait_until_there(host, port, started, log)
         yield host, port
 
