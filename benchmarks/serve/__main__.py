@@ -161,6 +161,17 @@ def alone_in_turn(name: str, kind: str, load: Callable[..., dict[str, Any]], dir
     return found
 
 
+def say_point(point: Point) -> None:
+    """Tell what was just measured, since the tables come at the end."""
+    direct = f", a direct call {1e3 * statistics.median(point.direct):.1f} ms" if point.direct else ""
+    print(
+        f"{point.server}: {point.kind}s, clients: {point.clients}, {point.per_second:.1f} per second, p50 "
+        f"{point.milliseconds(0.5):.1f} ms{direct}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def measure_server(
     name: str, server: Server, direct: Direct, clients: Sequence[int], seconds: float, threads: int
 ) -> list[Point]:
@@ -173,11 +184,11 @@ def measure_server(
                 check_features(name, kind, ask_once(host, port, body), expected)
             load = partial(load_with, host, port, bodies, threads=threads)
             load(max(clients), seconds=min(seconds, 1.0))  # batches of every size are met once
-            print(f"{name}: {kind}s, a lone client and direct calls", file=sys.stderr, flush=True)
             points.append(alone_in_turn(name, kind, load, direct, seconds))
+            say_point(points[-1])
             for count in clients[1:]:
-                print(f"{name}: {kind}s, {count} clients", file=sys.stderr, flush=True)
                 points.append(Point(name, kind, count, **load(count, seconds=seconds)))
+                say_point(points[-1])
     return points
 
 
