@@ -238,11 +238,20 @@ def say(text: str) -> None:
 
 
 def memory_of_this_process(field_name: str) -> int | None:
-    """Bytes from Linux's own account: VmHWM (the most that was in memory) or RssAnon (in no file); None elsewhere.
+    """As `memory_of_process`."""
+    return memory_of_process("self", field_name)
+
+
+def memory_of_process(number: int | str, field_name: str) -> int | None:
+    """Bytes from Linux's own account; None elsewhere.
 
     Not getrusage's ru_maxrss: a child's begins with what its parent has when it starts it.
+
+    Args:
+        number: The process; "self" is this one.
+        field_name: VmHWM (the most that was in memory), VmRSS (what is) or RssAnon (of that, what is in no file).
     """
-    status = Path("/proc/self/status")
+    status = Path(f"/proc/{number}/status")
     if not status.is_file():
         return None
     for line in status.read_text().splitlines():

@@ -31,6 +31,7 @@ PROGRAMS: dict[str, list[str]] = {
     "benchmarks.search.quantized": [],
     "benchmarks.search.vectors": [],
     "benchmarks.serve": [],
+    "benchmarks.serve.memory": [],
     "conversion.parity": [],
     "demo": [],
     "model_cards": [],

@@ -1,6 +1,8 @@
 """The benchmarks as programs: who takes part, what is refused, what is written. No test asserts a time."""
 
 import json
+import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -514,6 +516,37 @@ def test_servers_are_checked_and_loaded(digits: Path, monkeypatch: pytest.Monkey
     program.check_features("hf_clip", "text", found, found.tolist())
     with pytest.raises(LeftOutError, match="its embedding of the text has a cosine similarity of 0.0000 with a direct"):
         program.check_features("infinity", "text", found, [0.0] * len(found))
+
+
+def test_memory_of_a_server_is_read_while_it_answers_everything(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    program = import_module("benchmarks.serve.memory")
+
+    @contextmanager
+    def process_here(folder: Path, threads: int) -> Iterator[tuple[int, str, int]]:
+        with served_here(folder, threads) as (host, port):
+            yield os.getpid(), host, port
+
+    monkeypatch.setattr(program, "hf_clip_process", process_here)
+    given = ["--model", str(digits / "vit"), "--requests", "160", "--every", "40"]
+    assert program.main(given) == 0
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[:1] == "|"]
+    assert [row[0] for row in rows[2:]] == ["0", "40", "80", "120", "160"]
+    assert all(float(own) <= float(whole) for _, _, whole, own in rows[2:])
+    assert all(name in printed for name in ("new labels", "bad bodies", "bad images", "forms", "whose client left"))
+
+    monkeypatch.setattr(program.MixedRequests, "texts", lambda self: program.Sent("texts", "/v1/embeddings", b"{}"))
+    assert program.main(given) == 1
+    assert re.match(r"error: LeftOutError: after \d+ requests, texts: 400, not 200: ", capsys.readouterr().err)
+
+
+def test_slope_is_that_of_the_second_half():
+    program = import_module("benchmarks.serve.memory")
+    owns = [0, 5000, 9000, 9000, 9200, 9400, 9600]
+    readings = [program.Reading(100 * place, 0.0, own, own) for place, own in enumerate(owns)]
+    assert program.slope(readings) == pytest.approx(2.0)
 
 
 def test_what_is_sent_varies_and_is_the_same_in_every_run():

@@ -73,6 +73,13 @@ def pinned_process(
 @contextmanager
 def hf_clip_server(model: Path, threads: int) -> Iterator[tuple[str, int]]:
     """`hf-clip serve` with its usual options. Yields host and port."""
+    with hf_clip_process(model, threads) as (_, host, port):
+        yield host, port
+
+
+@contextmanager
+def hf_clip_process(model: Path, threads: int) -> Iterator[tuple[int, str, int]]:
+    """As `hf_clip_server`. Yields the number of the process, host and port."""
     words = ["serve", str(model), "--port", "0", "--name", MODEL_NAME]
     with pinned_process([sys.executable, "-W", "ignore", "-c", COMMAND, *words], threads, PYTHONPATH=str(ROOT)) as (
         started,
@@ -85,7 +92,7 @@ def hf_clip_server(model: Path, threads: int) -> Iterator[tuple[str, int]]:
             raise LeftOutError(last_words(log))
         host, port = found[1], int(found[2])
         _wait_until_there(host, port, started, log)
-        yield host, port
+        yield started.pid, host, port
 
 
 @contextmanager

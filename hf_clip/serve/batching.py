@@ -23,11 +23,9 @@ import numpy as np
 
 TEXTS, IMAGES = "text", "image"
 
-SHORT_TEXT = 16
-"""Texts up to so many tokens are put into one batch, whatever their lengths."""
-
-LONGEST_TO_SHORTEST = 1.5
-"""Of longer texts, the longest of a batch is at most so many times as long as the shortest."""
+MOST_PADDING = 24
+"""Positions of padding that a batch of texts may have. More would cost more than a batch of its own for the texts that
+need it: a batch of ViT-B/32 costs as much as its positions and about 24 more, since the weights are read anew."""
 
 LONGEST_WAIT = 60
 """Most seconds after which a client is told to ask again."""
@@ -94,20 +92,26 @@ class Waiting:
 
 
 def texts_of_one_length(waiting: Sequence[Waiting], most: int) -> list[Waiting]:
-    """The text that has waited longest, and those of about its length: at most `most`, the shortest first."""
-    first = waiting[0]
+    """The text that has waited longest, and those of about its length, which add the least padding.
+
+    Args:
+        waiting: All texts that wait, in the order of their arrival.
+        most: Texts in a batch, at most.
+
+    Returns:
+        At most `most` texts, the shortest first, with at most `MOST_PADDING` positions of padding.
+    """
     ordered = sorted(waiting, key=lambda item: len(item.value))  # stable: of equal length, the earlier first
-    place = ordered.index(first)
-    low = high = place
+    lengths = [len(item.value) for item in ordered]
+    low = high = ordered.index(waiting[0])
+    padding = 0.0
     while high - low + 1 < most:
-        shortest, longest = len(ordered[low].value), len(ordered[high].value)
-        longer = len(ordered[high + 1].value) if high + 1 < len(ordered) else None
-        if longer is not None and longer <= max(SHORT_TEXT, shortest * LONGEST_TO_SHORTEST):
-            high += 1
-        elif low > 0 and longest <= max(SHORT_TEXT, len(ordered[low - 1].value) * LONGEST_TO_SHORTEST):
-            low -= 1
-        else:
+        longer = (high - low + 1) * (lengths[high + 1] - lengths[high]) if high + 1 < len(lengths) else math.inf
+        shorter = lengths[high] - lengths[low - 1] if low > 0 else math.inf
+        padding += min(longer, shorter)
+        if padding > MOST_PADDING:
             break
+        low, high = (low, high + 1) if longer <= shorter else (low - 1, high)
     return ordered[low : high + 1]
 
 

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 import warnings
 from typing import Any
 
@@ -23,6 +24,11 @@ HEAD_SECONDS = 10.0
 
 ANSWER_SECONDS = 30.0
 """How long a client may take to read an answer that is larger than the buffers of the connection."""
+
+SWITCH_SECONDS = 0.0002
+"""How long a thread may keep Python from another one that waits for it. Python's own 5 ms are as long as a third of a
+text takes: the thread that computes waits so long after each matrix product, and the event loop after each system call,
+while other requests are read."""
 
 GRACE_SECONDS = 60
 """How long requests that were begun may take once the process is asked to end."""
@@ -107,11 +113,14 @@ def serve_forever(app: Any, taken: socket.socket) -> None:
     )
     # uvicorn raises a signal again once it is done. It then finds these, and the process ends by itself.
     before = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         uvicorn.Server(config).run(sockets=[taken])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.setswitchinterval(interval)
 
 
 def _ignore(number: int, frame: Any) -> None:

@@ -1,5 +1,6 @@
 """Which texts and images are computed together, in which order, and what happens to those nobody waits for."""
 
+import random
 import threading
 from concurrent.futures import Future
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from hf_clip.serve.batching import (
     IMAGES,
+    MOST_PADDING,
     TEXTS,
     Batcher,
     DroppedError,
@@ -90,6 +92,22 @@ def test_long_texts_are_not_padded_to_and_none_waits_for_ever(hold):
     assert [len(item.value) for item in texts_of_one_length(waiting[1:], 64)] == [5, 6, 16]
     assert [len(item.value) for item in texts_of_one_length(waiting[2:], 64)] == [77]
     assert [len(item.value) for item in texts_of_one_length(waiting[1:], 2)] == [5, 6]
+
+
+def test_padding_of_a_batch_is_bounded_and_no_text_that_fits_is_left():
+    chance, job = random.Random(0), Job(TEXTS, 0, 1)
+    for _ in range(300):
+        lengths = [chance.randint(3, chance.choice([8, 30, 77])) for _ in range(chance.randint(1, 40))]
+        waiting = [Waiting(job, place, [0] * length, place) for place, length in enumerate(lengths)]
+        most = chance.choice([1, 8, 64])
+        taken = texts_of_one_length(waiting, most)
+        found = [len(item.value) for item in taken]
+        assert waiting[0] in taken and found == sorted(found) and len(found) <= most
+        padding = sum(found[-1] - length for length in found)
+        assert padding <= MOST_PADDING
+        left = [len(item.value) for item in waiting if item not in taken]
+        added = [len(found) * max(0, length - found[-1]) + max(0, found[-1] - length) for length in left]
+        assert len(found) == most or not added or padding + min(added) > MOST_PADDING
 
 
 def test_what_nobody_waits_for_is_not_computed(hold):

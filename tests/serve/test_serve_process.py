@@ -19,8 +19,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import openai
 import pytest
+import uvicorn
 
 from hf_clip.commands.program import main
+from hf_clip.serve import server_process
 from hf_clip.zero_shot.features import encode_images, encode_texts
 
 from .conftest import as_uri
@@ -264,3 +266,12 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert 'hf-clip serve needs uvicorn, which this Python does not have: pip install "hf-clip[serve]"' in (
         capsys.readouterr().err
     )
+
+
+def test_threads_take_turns_more_often_while_it_serves(monkeypatch: pytest.MonkeyPatch):
+    seen: list[float] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: seen.append(sys.getswitchinterval()))
+    before = sys.getswitchinterval()
+    server_process.serve_forever(None, server_process.bind("127.0.0.1", 0))
+    assert seen == pytest.approx([server_process.SWITCH_SECONDS])
+    assert sys.getswitchinterval() == before > server_process.SWITCH_SECONDS
