@@ -102,7 +102,9 @@ def test_padding_of_a_batch_is_bounded_and_no_text_that_fits_is_left():
         most = chance.choice([1, 8, 64])
         taken = texts_of_one_length(waiting, most)
         found = [len(item.value) for item in taken]
-        assert waiting[0] in taken and found == sorted(found) and len(found) <= most
+        assert waiting[0] in taken
+        assert found == sorted(found)
+        assert len(found) <= most
         padding = sum(found[-1] - length for length in found)
         assert padding <= MOST_PADDING
         left = [len(item.value) for item in waiting if item not in taken]
