@@ -496,6 +496,8 @@ def test_servers_are_checked_and_loaded(digits: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(program, "hf_clip_server", served_here)
     monkeypatch.setattr(program, "direct_process", direct_here)
     monkeypatch.setattr(program, "LEAST_PASSES", 1)
+    for name in ("TEXTS", "IMAGES"):
+        monkeypatch.setattr(import_module("benchmarks.serve.sent_items"), name, 4)
     given = ["--model", str(digits / "vit"), "--clients", "2", "--seconds", "0.2"]
     threads = torch.get_num_threads()
     assert program.main([*given, "--threads", str(threads)]) == 0
@@ -519,7 +521,7 @@ def test_servers_are_checked_and_loaded(digits: Path, monkeypatch: pytest.Monkey
 
 
 def test_memory_of_a_server_is_read_while_it_answers_everything(
-    digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     program = import_module("benchmarks.serve.memory")
 
@@ -529,7 +531,7 @@ def test_memory_of_a_server_is_read_while_it_answers_everything(
             yield os.getpid(), host, port
 
     monkeypatch.setattr(program, "hf_clip_process", process_here)
-    given = ["--model", str(digits / "vit"), "--requests", "160", "--every", "40"]
+    given = ["--requests", "160", "--every", "40"]
     assert program.main(given) == 0
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[:1] == "|"]

@@ -47,10 +47,9 @@ from ..__main__ import at_least_one, positive_seconds
 from ..machine import describe, headline
 from ..measuring import OURS, LeftOutError, first_line
 from .direct_call import Direct, direct_process
-from .sent_items import IMAGES, KINDS, MODEL_NAME, TEXTS, make_bodies
+from .sent_items import KINDS, MODEL_NAME, make_bodies
 from .servers import cores_for, hf_clip_server, infinity_server
 
-COUNTS = {"text": TEXTS, "image": IMAGES}
 LEAST_COSINE = {OURS: 0.9999, "infinity": 0.99}
 """Of an embedding and that of a direct call. transformers resizes and crops images in a slightly other way."""
 
@@ -151,7 +150,7 @@ def alone_in_turn(name: str, kind: str, load: Callable[..., dict[str, Any]], dir
     """A lone client and direct calls in turn: everything is sent once, and encoded once. The first turn is warm-up."""
     found, taken, passes = Point(name, kind, 1, 0.0, [], 0.0), 0.0, 0
     while passes <= LEAST_PASSES or taken < 2 * seconds:
-        calls, answers = direct.measure(kind, 1), load(1, answers=COUNTS[kind])
+        calls, answers = direct.measure(kind, 1), load(1, answers=len(direct.features[kind]))
         passes, taken = passes + 1, taken + sum(calls) + answers["seconds"]
         if passes > 1:
             found = Point(

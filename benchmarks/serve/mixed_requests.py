@@ -15,7 +15,7 @@ from .sent_items import MODEL_NAME
 
 WORDS, IMAGES = 20_000, 300
 FORMATS = ("JPEG", "JPEG", "JPEG", "PNG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SMALLEST, LARGEST = 9, 850
+SMALLEST, LARGEST = 6, 500
 """Pixels of a side. What is more than a hundred times as long as wide would be refused."""
 
 JSON = "application/json"
@@ -154,7 +154,7 @@ class MixedRequests:
             ("/v1/embeddings", ours | {"input": " ".join(self.words[:200]), "truncate": False}, 400, JSON),
             ("/v1/embeddings", ours | {"dimensions": -1}, 400, JSON),
             ("/v1/embeddings", ours, 415, "text/plain"),
-            (f"/{self._text(1)}", ours, 404, JSON),
+            (f"/{self.chance.randrange(10**9)}", ours, 404, JSON),
             ("/v1/search", ours, 404, JSON),
             ("/v1/classify", {"images": self._uri(), "labels": ["a"], "templates": "{:>9}"}, 400, JSON),
             ("/predict", form_of(text=self._text().encode()), 422, FORM),

@@ -23,9 +23,9 @@ import numpy as np
 
 TEXTS, IMAGES = "text", "image"
 
-MOST_PADDING = 24
+MOST_PADDING = 16
 """Positions of padding that a batch of texts may have. More would cost more than a batch of its own for the texts that
-need it: a batch of ViT-B/32 costs as much as its positions and about 24 more, since the weights are read anew."""
+need it: a batch of ViT-B/32 costs as much as its positions and 10 to 20 more, since the weights are read anew."""
 
 LONGEST_WAIT = 60
 """Most seconds after which a client is told to ask again."""

@@ -87,9 +87,9 @@ def test_batches_have_a_size(hold):
 
 def test_long_texts_are_not_padded_to_and_none_waits_for_ever(hold):
     job = Job(TEXTS, 0, 1)
-    waiting = [Waiting(job, place, [0] * length, place) for place, length in enumerate([40, 5, 77, 6, 50, 16])]
+    waiting = [Waiting(job, place, [0] * length, place) for place, length in enumerate([40, 5, 77, 6, 50, 13])]
     assert [len(item.value) for item in texts_of_one_length(waiting, 64)] == [40, 50]
-    assert [len(item.value) for item in texts_of_one_length(waiting[1:], 64)] == [5, 6, 16]
+    assert [len(item.value) for item in texts_of_one_length(waiting[1:], 64)] == [5, 6, 13]
     assert [len(item.value) for item in texts_of_one_length(waiting[2:], 64)] == [77]
     assert [len(item.value) for item in texts_of_one_length(waiting[1:], 2)] == [5, 6]
 
