@@ -53,7 +53,7 @@ from .servers import cores_for, hf_clip_server, infinity_server
 LEAST_COSINE = {OURS: 0.9999, "infinity": 0.99}
 """Of an embedding and that of a direct call. transformers resizes and crops images in a slightly other way."""
 
-LEAST_PASSES = 3
+LEAST_PASSES = 2
 """Turns of a lone client and of direct calls, in each of which everything is sent once."""
 
 AT_ONCE = 16

@@ -13,7 +13,8 @@ from itertools import cycle
 from typing import Any
 
 WARM_UP = 0.25
-"""Share of the time that is not counted: the clients have to fall into step."""
+"""Share of the time that is not counted, nor are as many answers as there are clients: they have to fall into step, and
+those who ask first meet an empty queue."""
 
 
 class Client:
@@ -48,7 +49,7 @@ class Client:
 
 
 def generate(
-    host: str, port: int, requests: list[bytes], clients: int, seconds: float | None = None, answers: int | None = None
+    host: str, port: int, requests: list[bytes], clients: int, seconds: float = 0.0, answers: int | None = None
 ) -> dict[str, Any]:
     """Send requests, one after the other, each time the next one of a list.
 
@@ -57,8 +58,8 @@ def generate(
         port: The server's.
         requests: Heads and bodies.
         clients: How many connections, each with one request under way.
-        seconds: How long, a quarter of it uncounted. None: until there are so many `answers`.
-        answers: How many to count. None: those of `seconds`.
+        seconds: How long, a quarter of it uncounted; longer until as many answers as there are clients are counted.
+        answers: How many to count, from the first on, in place of `seconds`.
 
     Returns:
         `seconds` that were counted, `latencies` in seconds, one for each answer that was counted, and `cpu`, the
@@ -72,9 +73,15 @@ def generate(
         for client in everyone:
             selector.register(client.connection, selectors.EVENT_READ, client)
             client.send(next(given))
-        counted_from = begin + WARM_UP * (seconds or 0.0)
-        end = float("inf") if seconds is None else begin + seconds
-        last, is_ending, left, cpu, received = begin, False, clients, time.process_time(), 0
+        last, counted_from, is_counting, is_ending, left, cpu, received = (
+            begin,
+            begin,
+            answers is not None,
+            False,
+            clients,
+            time.process_time(),
+            0,
+        )
         while left:
             ready = selector.select(timeout=60.0)
             if not ready:
@@ -84,18 +91,18 @@ def generate(
                 if not client.receive():
                     continue
                 now, received = time.perf_counter(), received + 1
-                if now >= counted_from and not is_ending:
+                if is_counting and not is_ending:
                     found.append(now - client.start)
                     last = now
-                is_ending = now >= end or len(found) == answers
+                elif not is_counting and received >= clients and now - begin >= WARM_UP * seconds:
+                    counted_from, is_counting = now, True
+                is_ending = is_ending or (now - begin >= seconds and len(found) >= (answers or clients))
                 if is_ending:
                     left -= 1  # what is under way is finished, and not counted
                     selector.unregister(client.connection)
                     client.connection.close()
                 else:
                     client.send(next(given))
-    if not found:
-        raise RuntimeError(f"no answer could be counted in {seconds:g} s: give it more seconds")
     taken = (time.process_time() - cpu) / received
     return {"seconds": last - counted_from, "latencies": found, "cpu": taken}
 
