@@ -6,7 +6,7 @@ operators of its compiler, `torch.ops.mkldnn`, which are not public. They are th
 (`has_packed_operators`), and timed (`measure`). If they are missing, give other results, or are not faster, the public
 operators are used.
 
-Dimensions: B batch, L positions, C channels, Y × X pixels or cells, S patch side, W tower width, H heads, E = W / H.
+Dimensions: B batch, L positions, A positions of all texts together without padding, C channels, Y × X pixels or cells, S patch side, W tower width, H heads, E = W / H.
 """
 
 from collections.abc import Sequence
@@ -144,6 +144,26 @@ class PackedMLP(nn.Module):
         return self.fc2(self.fc1(hidden_states))
 
 
+class RowsOfTexts:
+    """Which positions of padded texts are no padding: A of B x L.
+
+    Args:
+        shown: (B, L) bool: false at padding.
+    """
+
+    def __init__(self, shown: Tensor):
+        self._shape, self._rows = shown.shape, shown.flatten().nonzero()[:, 0]
+
+    def together(self, padded: Tensor) -> Tensor:
+        """Leave out padding: (B, L, W) → (1, A, W)."""
+        return padded.flatten(0, 1).index_select(0, self._rows)[None]
+
+    def apart(self, rows: Tensor) -> Tensor:
+        """Put the texts into rows of their own, with zeros as padding: (1, A, W) → (B, L, W)."""
+        padded = rows.new_zeros(self._shape.numel(), rows.shape[-1])
+        return padded.index_copy_(0, self._rows, rows[0]).unflatten(0, tuple(self._shape))
+
+
 class PackedAttention(HfClipAttention):
     """An HfClipAttention that computes q, k and v as one product."""
 
@@ -158,10 +178,19 @@ class PackedAttention(HfClipAttention):
         del attention.q_proj, attention.k_proj, attention.v_proj
         attention.__class__ = cls
 
-    def mix(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Attend without the projection of the output: (B, L, W) → (B, L, W), and the weights."""
-        query, key, value = self.qkv_proj(hidden_states).chunk(3, dim=-1)
-        return attend(self, query, key, value, attention_mask, **kwargs)
+    def mix(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, rows: "RowsOfTexts | None" = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend without the projection of the output: (B, L, W) → (B, L, W), and the weights.
+
+        With `rows` the texts stand one after the other, (1, A, W) → (1, A, W), and each attends to itself.
+        """
+        mapped = self.qkv_proj(hidden_states)
+        if rows is not None:
+            mapped = rows.apart(mapped)
+        query, key, value = mapped.chunk(3, dim=-1)
+        mixed, weights = attend(self, query, key, value, attention_mask, **kwargs)
+        return (mixed if rows is None else rows.together(mixed)), weights
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any

@@ -1,7 +1,8 @@
 """`encode_image` and `encode_text`, without what no feature needs.
 
 A feature is taken at one position: a ViT's at the class token, a text's at its end. So the last layer is computed for
-that position alone, and padding after the longest text of a part is left out.
+that position alone. Padding after the longest text of a part is left out. Where the texts of a part differ in length,
+they stand one after the other in all products, without padding; only attention sees them apart.
 
 Dimensions: B batch, L text length, C channels, Y × X pixels, P patches and class token, W tower width, D embedding.
 """
@@ -16,8 +17,13 @@ from ..model.linear_map import apply_linear
 from ..model.matryoshka import truncate
 from ..model.text_ends import find_ends, find_starts
 from .batches import even_parts, is_of_own_size, join, positions_of
+from .layers import PackedEncoderLayer, RowsOfTexts
 from .parts import PartSize
 from .replace import has_hooks
+
+
+LEAST_PADDING = 1 / 16
+"""Share of padding below which texts are computed with it: to take them apart for attention costs time too."""
 
 
 def parts_around_the_last_layer(tower: Any) -> tuple[nn.Module, ...]:
@@ -41,7 +47,28 @@ def has_plain_last_layer(tower: Any) -> bool:
     return tuple(map(type, around[2:])) == (HfClipEncoderLayer, HfClipAttention) and not is_patched
 
 
-def encode_at(tower: Any, hidden_states: Tensor, places: Tensor | None, attention_mask: Tensor | None = None) -> Tensor:
+def takes_texts_together(tower: Any) -> bool:
+    """Whether the layers of a text tower before the last one can compute texts without padding.
+
+    Hooks would be called with other shapes than usual, so with hooks padding is computed.
+    """
+    layers = tower.encoder.layers[:-1]
+    is_packed = all(type(layer) is PackedEncoderLayer for layer in layers)
+    return is_packed and not any(has_hooks(part) for layer in layers for part in layer.modules())
+
+
+def skips_padding(model: Any) -> bool:
+    """Whether `encode_text` of a model costs about as much as its texts have positions, however they differ."""
+    return "encode_text" in vars(model) and hasattr(model, "text_model") and takes_texts_together(model.text_model)
+
+
+def encode_at(
+    tower: Any,
+    hidden_states: Tensor,
+    places: Tensor | None,
+    attention_mask: Tensor | None = None,
+    rows: RowsOfTexts | None = None,
+) -> Tensor:
     """Run all layers, the last one for one position of each row alone.
 
     Args:
@@ -49,13 +76,20 @@ def encode_at(tower: Any, hidden_states: Tensor, places: Tensor | None, attentio
         hidden_states: (B, L, W), the input of the first layer.
         places: (B,) the positions. None: the first.
         attention_mask: (B, 1, 1, L), true where the last layer's queries may look. None: everywhere.
+        rows: Where the layers before the last one have no padding. None: they compute it.
 
     Returns:
         (B, W), the output of the last layer.
     """
     *layers, last = tower.encoder.layers
-    for layer in layers:
-        hidden_states = layer(hidden_states)
+    if rows is None:
+        for layer in layers:
+            hidden_states = layer(hidden_states)
+    else:
+        together = rows.together(hidden_states)
+        for layer in layers:
+            together = layer(together, rows=rows)
+        hidden_states = rows.apart(together)
     states, attention = last.layer_norm1(hidden_states), last.self_attn
     if places is None:
         one, query = hidden_states[:, :1], states[:, :1]
@@ -83,10 +117,15 @@ def encode_texts_by_length_(model: Any, size: PartSize, by_end: bool) -> None:
         is_simple = by_end and attention_of(tower.config) == "sdpa" and not torch.compiler.is_compiling()
         if not is_simple or any(map(has_hooks, parts_around_the_last_layer(tower))):
             return whole(input_ids)
-        mask = None
+        mask = rows = None
         if int(lengths[0]) < input_ids.shape[1]:  # the shortest
-            mask = (torch.arange(input_ids.shape[1]) < lengths[:, None])[:, None, None]
-        ends = encode_at(tower, tower.embeddings(input_ids), lengths - 1, mask)
+            shown = torch.arange(input_ids.shape[1]) < lengths[:, None]
+            mask = shown[:, None, None]
+            padding = shown.numel() - int(lengths.sum())
+            rows = (
+                RowsOfTexts(shown) if padding > LEAST_PADDING * shown.numel() and takes_texts_together(tower) else None
+            )
+        ends = encode_at(tower, tower.embeddings(input_ids), lengths - 1, mask, rows)
         return model.text_projection(tower.final_layer_norm(ends))
 
     def encode_text(input_ids: Tensor, attention_mask: Tensor | None = None, truncate_dim: int | None = None) -> Tensor:

@@ -2,8 +2,8 @@
 
 1. The thread takes what is there, and never waits for more. A lone request is therefore computed at once, and while a
    batch is computed the next one gathers.
-2. Images are taken in the order of their arrival. Of the texts, the one that has waited longest is taken, and those of
-   about its length, so that a batch needs little padding.
+2. Images are taken in the order of their arrival. So are texts if the model computes no padding. Otherwise the text
+   that has waited longest is taken, and those of about its length, so that a batch needs little padding.
 3. What waits is bounded. A request that does not fit is refused, with the seconds after which it may.
 4. What nobody waits for any more is not computed.
 
@@ -91,15 +91,16 @@ class Waiting:
     ticket: int
 
 
-def texts_of_one_length(waiting: Sequence[Waiting], most: int) -> list[Waiting]:
+def texts_of_one_length(waiting: Sequence[Waiting], most: int, most_padding: int = MOST_PADDING) -> list[Waiting]:
     """The text that has waited longest, and those of about its length, which add the least padding.
 
     Args:
         waiting: All texts that wait, in the order of their arrival.
         most: Texts in a batch, at most.
+        most_padding: Positions of padding in a batch, at most.
 
     Returns:
-        At most `most` texts, the shortest first, with at most `MOST_PADDING` positions of padding.
+        At most `most` texts, the shortest first.
     """
     ordered = sorted(waiting, key=lambda item: len(item.value))  # stable: of equal length, the earlier first
     lengths = [len(item.value) for item in ordered]
@@ -109,7 +110,7 @@ def texts_of_one_length(waiting: Sequence[Waiting], most: int) -> list[Waiting]:
         longer = (high - low + 1) * (lengths[high + 1] - lengths[high]) if high + 1 < len(lengths) else math.inf
         shorter = lengths[high] - lengths[low - 1] if low > 0 else math.inf
         padding += min(longer, shorter)
-        if padding > MOST_PADDING:
+        if padding > most_padding:
             break
         low, high = (low, high + 1) if longer <= shorter else (low - 1, high)
     return ordered[low : high + 1]
@@ -126,6 +127,7 @@ class Batcher:
         image_batch: Images in a batch, at most.
         most_texts: Texts that may wait, those in the batch at work included.
         most_images: Images that may wait.
+        most_padding: Positions of padding in a batch of texts, at most. None: the model computes no padding.
         on_batch: Called after each batch with "text" or "image", its size and its seconds.
     """
 
@@ -139,13 +141,14 @@ class Batcher:
         image_batch: int = 16,
         most_texts: int = 8192,
         most_images: int = 256,
+        most_padding: int | None = MOST_PADDING,
         on_batch: Callable[[str, int, float], None] = lambda kind, size, seconds: None,
     ):
         self.width = width
         self._encode = {TEXTS: encode_texts, IMAGES: encode_images}
         self._batch = {TEXTS: text_batch, IMAGES: image_batch}
         self._most = {TEXTS: most_texts, IMAGES: most_images}
-        self._on_batch = on_batch
+        self._on_batch, self._most_padding = on_batch, most_padding
         self._queues: dict[str, deque[Waiting]] = {TEXTS: deque(), IMAGES: deque()}
         self._admitted = {TEXTS: 0, IMAGES: 0}
         self._pace = {TEXTS: 0.01, IMAGES: 0.05}  # seconds per item, of late
@@ -242,9 +245,9 @@ class Batcher:
         """Take the next batch: of the kind whose first has waited longest."""
         kind = min((kind for kind in self._queues if self._queues[kind]), key=lambda kind: self._queues[kind][0].ticket)
         queue, most = self._queues[kind], self._batch[kind]
-        if kind == IMAGES:
+        if kind == IMAGES or self._most_padding is None:
             return kind, [queue.popleft() for _ in range(min(most, len(queue)))]
-        batch = texts_of_one_length(queue, most) if len(queue) > 1 else list(queue)
+        batch = texts_of_one_length(queue, most, self._most_padding) if len(queue) > 1 else list(queue)
         taken = {item.ticket for item in batch}
         self._queues[kind] = deque(item for item in queue if item.ticket not in taken)
         return kind, batch

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..inference.needed_positions import skips_padding
 from ..model.open_image import UnreadableImageError
 from ..zero_shot.files import MOST_THREADS
-from .batching import IMAGES, TEXTS, Batcher, DroppedError, Job, QueueFullError
+from .batching import IMAGES, MOST_PADDING, TEXTS, Batcher, DroppedError, Job, QueueFullError
 from .public_fetch import PublicFetcher
 from .request_error import RequestError
 from .serve_options import ServeOptions
@@ -112,6 +113,7 @@ class Encoder:
             image_batch=options.image_batch,
             most_texts=options.most_waiting_texts,
             most_images=options.most_waiting_images,
+            most_padding=None if skips_padding(served.model) else MOST_PADDING,
             on_batch=on_batch,
         )
         self._threads = options.threads or min(os.cpu_count() or 1, MOST_THREADS)

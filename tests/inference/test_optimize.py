@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hf_clip import VARIANTS, HfClipConfig, HfClipModel
 from hf_clip.inference import layers, optimize, parts, replace
 from hf_clip.inference.layers import PackedMLP, SingleQueryAttentionPool, has_packed_operators
 from hf_clip.inference.measure import Comparison
+from hf_clip.inference.needed_positions import skips_padding
 from hf_clip.model import linear_map
 from hf_clip.model.attention import HfClipEncoderLayer, HfClipQuickGELU
 from hf_clip.model.linear_map import apply_linear, apply_patch_embedding
@@ -492,6 +494,42 @@ def test_last_layer_of_text_features_is_computed_at_the_ends(
         assert rows == [1 if hooked is None else 7]
     assert any("at the ends of texts alone" in line for line in done)
     assert bool(seen) == (hooked is not None)
+
+
+@pytest.mark.parametrize("hooked", [None, "0", "1.mlp.fc1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@needs_onednn
+def test_texts_that_differ_in_length_are_computed_without_padding(
+    repositories: dict[str, Path],
+    everything_pays: None,
+    monkeypatch: pytest.MonkeyPatch,
+    hooked: str | None,
+    dtype: torch.dtype,
+):
+    model = AutoModel.from_pretrained(repositories["vit"], dtype=dtype).eval()
+    lengths = (12, 3, CONTEXT_LENGTH, 7, 3)
+    ids = texts(lengths)
+    with torch.no_grad():
+        expected = model.encode_text(ids)
+    model.optimize_for_inference()
+    rows, seen, compute = [], [], layers.PackedLinear.forward
+
+    def counted(self: Any, input: Tensor) -> Tensor:
+        rows.append(input[..., 0].numel())
+        return compute(self, input)
+
+    monkeypatch.setattr(layers.PackedLinear, "forward", counted)
+    if hooked is not None:
+        part = model.text_model.encoder.layers.get_submodule(hooked)
+        part.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[:2]))
+    assert skips_padding(model) == (hooked is None)
+    with torch.no_grad():
+        assert distance(model.encode_text(ids), expected) < (1e-5 if dtype == torch.float32 else 3e-2)
+        assert rows.count(sum(lengths)) == (0 if hooked else 4)  # q, k, v and the MLP of all layers but the last
+        assert seen == ([(len(lengths), CONTEXT_LENGTH)] if hooked else [])
+        rows.clear()
+        model.encode_text(ids[[0, 0, 0, 0]])
+        assert 4 * lengths[0] in rows
 
 
 @pytest.mark.parametrize("change", ["adapter", "hook on a block", "hook on the stem"])

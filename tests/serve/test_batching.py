@@ -112,6 +112,16 @@ def test_padding_of_a_batch_is_bounded_and_no_text_that_fits_is_left():
         assert len(found) == most or not added or padding + min(added) > MOST_PADDING
 
 
+def test_texts_are_taken_as_they_arrive_where_no_padding_is_computed(hold):
+    model = hold(most_padding=None, text_batch=3)
+    asked = [model.ask(TEXTS, [1])]
+    assert model.is_at_work.wait(5)
+    asked += [model.ask(TEXTS, [length]) for length in (70, 3, 40, 2)]
+    model.may_go_on.set()
+    assert [done.result(5)[:, 0].tolist() for _, done in asked] == [[1], [70], [3], [40], [2]]
+    assert model.batches == [(TEXTS, [1]), (TEXTS, [70, 3, 40]), (TEXTS, [2])]
+
+
 def test_what_nobody_waits_for_is_not_computed(hold):
     model = hold()
     model.ask(TEXTS, [1])
