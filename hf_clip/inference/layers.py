@@ -6,7 +6,8 @@ operators of its compiler, `torch.ops.mkldnn`, which are not public. They are th
 (`has_packed_operators`), and timed (`measure`). If they are missing, give other results, or are not faster, the public
 operators are used.
 
-Dimensions: B batch, L positions, A positions of all texts together without padding, C channels, Y × X pixels or cells, S patch side, W tower width, H heads, E = W / H.
+Dimensions: B batch, L positions, A positions of all texts without padding, C channels, Y × X pixels or cells, S patch
+side, W tower width, H heads, E = W / H.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,6 @@ from .layers import PackedEncoderLayer, RowsOfTexts
 from .parts import PartSize
 from .replace import has_hooks
 
-
 LEAST_PADDING = 1 / 16
 """Share of padding below which texts are computed with it: to take them apart for attention costs time too."""
 
@@ -94,8 +93,8 @@ def encode_at(
     if places is None:
         one, query = hidden_states[:, :1], states[:, :1]
     else:
-        rows = torch.arange(len(places))
-        one, query = (part[rows, places][:, None] for part in (hidden_states, states))
+        each = torch.arange(len(places))
+        one, query = (part[each, places][:, None] for part in (hidden_states, states))
     query = apply_linear(attention.q_proj, query)
     key, value = apply_linear(attention.k_proj, states), apply_linear(attention.v_proj, states)
     one = one + apply_linear(attention.out_proj, attend(attention, query, key, value, attention_mask)[0])
