@@ -23,6 +23,7 @@ import uvicorn
 
 from hf_clip.commands.program import main
 from hf_clip.serve import server_process
+from hf_clip.taken_port import take_port
 from hf_clip.zero_shot.features import encode_images, encode_texts
 
 from .conftest import as_uri
@@ -272,6 +273,7 @@ def test_threads_take_turns_more_often_while_it_serves(monkeypatch: pytest.Monke
     seen: list[float] = []
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: seen.append(sys.getswitchinterval()))
     before = sys.getswitchinterval()
-    server_process.serve_forever(None, server_process.bind("127.0.0.1", 0))
+    with take_port("127.0.0.1", 0) as taken:
+        server_process.serve_forever(None, taken)
     assert seen == pytest.approx([server_process.SWITCH_SECONDS])
     assert sys.getswitchinterval() == before > server_process.SWITCH_SECONDS
