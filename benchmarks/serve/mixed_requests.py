@@ -14,6 +14,9 @@ from PIL import Image
 from .sent_items import MODEL_NAME
 
 WORDS, IMAGES = 20_000, 300
+"""How many there are. A word that no request had before would be remembered by the tokenizer, of which it has up to
+262,144: about 60 MB, which take more requests to fill."""
+
 FORMATS = ("JPEG", "JPEG", "JPEG", "PNG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SMALLEST, LARGEST = 6, 500
 """Pixels of a side. What is more than a hundred times as long as wide would be refused."""
@@ -138,7 +141,7 @@ class MixedRequests:
 
     def labels(self) -> Sent:
         """An image to be classified, by labels that no request had before."""
-        labels = [self._text(3) + f" {self.chance.randrange(10**9)}" for _ in range(self.chance.randint(2, 6))]
+        labels = [f"{self._text(1)} {self._text(1)} {self._text(1)}" for _ in range(self.chance.randint(2, 6))]
         body = {"images": [self._uri()], "labels": labels, "templates": ["a photo of a {}", "a {}"]}
         return Sent("new labels", "/v1/classify", json.dumps(body).encode())
 
