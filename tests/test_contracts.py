@@ -3,9 +3,7 @@
 import ast
 import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,8 @@ import pytest
 
 import hf_clip
 from hf_clip.checkpoints.remote_code import MODEL_FOLDER, TRAVELLING
+
+from .warm_python import run_warm
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_clip"
@@ -180,14 +180,7 @@ def test_package_never_imports_the_programs_around_it():
 
 
 def run_python(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_warm(code, cwd=ROOT, environment=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -255,13 +248,7 @@ print(json.dumps(explained))
 
 def test_programs_explain_themselves():
     """One after the other in one process: each imports for seconds what all of them need."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", EXPLAIN, *PROGRAMS],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_warm(EXPLAIN, *PROGRAMS, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     explained = json.loads(done.stdout)
     assert list(explained) == PROGRAMS

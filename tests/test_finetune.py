@@ -28,6 +28,7 @@ from hf_clip.training.summary import wait_in_words
 
 from .finetuning import ROOT, largest_difference, launch, options, records, train, weights, words
 from .two_processes import TwoProcesses
+from .warm_python import run_warm
 
 FIGURES = {
     "step",
@@ -412,8 +413,7 @@ except SystemExit as end:
 
 def test_help_and_refusal_without_the_extras(tmp_path: Path):
     needed = words({"model": "m", "dataset": "d", "output_dir": str(tmp_path / "out"), "max_steps": 1})
-    command = [sys.executable, "-c", WITHOUT_EXTRAS % needed]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    done = run_warm(WITHOUT_EXTRAS % needed, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "--mask_duplicates" in done.stdout
     missing = "needs accelerate, datasets, which this Python does not have: pip install"

@@ -1,10 +1,8 @@
 """The cards: their snippets run, their metadata is the Hub's, their figures are the sources'."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from importlib.metadata import requires
 from pathlib import Path
@@ -26,6 +24,7 @@ from model_cards import __main__ as command
 from model_cards.chart import draw, drawn_points
 
 from .test_contracts import PACKAGE, ROOT, imports_of, modules_of
+from .warm_python import run_warm
 from .without_hf_clip import BLOCK_HF_CLIP
 
 CARDS = ROOT / "model_cards"
@@ -51,15 +50,8 @@ def committed(variant: str) -> str:
 
 def run_without_hf_clip(blocks: list[str], folder: Path) -> None:
     code = BLOCK_HF_CLIP + "\n".join(blocks)
-    environment = os.environ | {"HF_HOME": str(folder / "cache"), "HF_MODULES_CACHE": str(folder / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        check=False,
-    )
+    environment = {"HF_HOME": str(folder / "cache"), "HF_MODULES_CACHE": str(folder / "modules")}
+    done = run_warm(code, cwd=folder, environment=environment)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from hf_clip import (
 )
 
 from ..small import random_images, texts
+from ..warm_python import run_warm
 from ..without_hf_clip import BLOCK_HF_CLIP
 
 TEXTS = ["a cat", "it’s “red”", "two dogs", "ﬁne ＡＢＣ"]
@@ -391,13 +389,12 @@ def in_stock_process(
         "pixel_values": random_images("vit"),
     }
     torch.save(given, folder / "exchange.pt")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STOCK_PROCESS, str(folder / "exchange.pt"), *map(str, written.values())],
-        capture_output=True,
-        text=True,
+    done = run_warm(
+        STOCK_PROCESS,
+        folder / "exchange.pt",
+        *written.values(),
         cwd=folder,
-        env=os.environ | {"HF_HOME": str(folder / "cache"), "HF_MODULES_CACHE": str(folder / "modules")},
-        check=False,
+        environment={"HF_HOME": str(folder / "cache"), "HF_MODULES_CACHE": str(folder / "modules")},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert not (folder / "modules").exists()  # no code was taken from anywhere

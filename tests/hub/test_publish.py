@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from hf_clip.hub.stage import Publication, publish
 from hf_clip.hub.upload import check_repo_id, list_uploads
 
 from ..hub_server import TOKEN, HubServer
+from ..warm_python import run_warm
 from ..without_hf_clip import BLOCK_HF_CLIP
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,14 +58,7 @@ def run(code: str, server: HubServer, home: Path, *arguments: object, **environm
         "HF_HOME": str(home),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PRELUDE + code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=home,
-        env=os.environ | settings | environment,
-        check=False,
-    )
+    done = run_warm(PRELUDE + code, *arguments, cwd=home, environment=settings | environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert TOKEN not in done.stdout + done.stderr
     return json.loads(done.stdout.rpartition("RESULT")[2])

@@ -1,10 +1,7 @@
 """Folders that carry their code: loaded in a process that has never heard of hf_clip, and by us without trust."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from hf_clip import HfClipModel, HfClipProcessor
 from hf_clip.checkpoints.remote_code import TRAVELLING, add_remote_code
 from hf_clip.zero_shot.pipeline import HfClipZeroShotPipeline
 
+from ..warm_python import run_warm
 from ..without_hf_clip import BLOCK_HF_CLIP
 
 LABELS = ["a cat", "it’s red"]
@@ -59,14 +57,13 @@ def published(repository: Path, tmp_path: Path, photographs: dict[str, Image.Ima
 
 def test_folder_loads_where_hf_clip_is_not_installed(published: Path, tmp_path: Path):
     """At the other end of the supported range of transformers by PYTHONPATH: the child process takes this one's."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_HF_CLIP, str(published), str(tmp_path / "saved")],
-        input=json.dumps(LABELS),
-        capture_output=True,
-        text=True,
+    done = run_warm(
+        WITHOUT_HF_CLIP,
+        published,
+        tmp_path / "saved",
         cwd=tmp_path,
-        env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        check=False,
+        environment={"HF_HOME": str(tmp_path / "cache"), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        given=json.dumps(LABELS),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     names, results = json.loads(done.stdout.rpartition("RESULT")[2])

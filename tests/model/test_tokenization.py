@@ -23,6 +23,8 @@ from hf_clip import HfClipConfig, HfClipImageProcessor, HfClipProcessor, HfClipT
 from hf_clip.model.bpe import byte_alphabet, read_merges
 from hf_clip.model.repair_text import TextError
 
+from ..warm_python import run_warm
+
 CAPTIONS = [
     "a photo of a cat",
     "A photo of a CAT.",
@@ -523,8 +525,7 @@ over.set()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_fork_while_other_threads_tokenize(vocabulary: Path):
-    command = [sys.executable, "-W", "ignore", "-c", FORKING_BESIDE_A_THREAD, str(vocabulary)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_warm(FORKING_BESIDE_A_THREAD, vocabulary, cwd=Path.cwd())
     assert done.returncode == 0, done.stderr
 
 

@@ -1,8 +1,6 @@
 """What a run leaves behind: a folder that loads anywhere, its card, its curve, and its publication."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +17,7 @@ from hf_clip.training.command_line import parse_config
 
 from ..finetuning import options, records, train, weights, words
 from ..hub_server import TOKEN, HubServer
+from ..warm_python import run_warm
 from ..without_hf_clip import BLOCK_HF_CLIP
 
 LABELS = ["a red seven", "a blue nine"]
@@ -81,13 +80,7 @@ def test_stock_layout_needs_no_code_of_ours(digits: Path, tmp_path: Path, image:
     chosen = {"max_steps": 2, "per_device_train_batch_size": 16}
     stock = train(digits, tmp_path / "stock", output_format="transformers", **chosen)
     ours = train(digits, tmp_path / "ours", **chosen)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_HF_CLIP, str(stock), str(image)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
+    done = run_warm(WITHOUT_HF_CLIP, stock, image, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.rpartition("RESULT")[2])
     expected = pipeline("zero-shot-image-classification", model=str(ours))(str(image), candidate_labels=LABELS)
