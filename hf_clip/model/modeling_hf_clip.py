@@ -201,7 +201,8 @@ class HfClipModel(HfClipPreTrainedModel):
             Features (B, D) or (B, truncate_dim), not normalised.
 
         Raises:
-            ValueError: `truncate_dim` is not a whole number from 1 to D.
+            ValueError: The images have a size, shape or dtype that the tower does not take; or `truncate_dim` is not a
+                whole number from 1 to D.
         """
         outputs = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True)
         return truncate(self.visual_projection(outputs.pooler_output), truncate_dim, self.config)
@@ -220,7 +221,9 @@ class HfClipModel(HfClipPreTrainedModel):
             Features (B, D) or (B, truncate_dim), not normalised.
 
         Raises:
-            ValueError: `truncate_dim` is not a whole number from 1 to D.
+            EndOfTextError: A text has no end-of-text id.
+            ValueError: The ids have another shape or dtype, are too many, or lie outside the vocabulary; or
+                `truncate_dim` is not a whole number from 1 to D.
         """
         outputs = self.text_model(input_ids, attention_mask=attention_mask, return_dict=True)
         return truncate(self.text_projection(outputs.pooler_output), truncate_dim, self.config)
@@ -247,7 +250,9 @@ class HfClipModel(HfClipPreTrainedModel):
             `config.return_tensors_from_features` the features alone, a tensor.
 
         Raises:
-            ValueError: `truncate_dim` is not a whole number from 1 to D.
+            EndOfTextError: A text has no end-of-text id.
+            ValueError: The ids have another shape or dtype, are too many, or lie outside the vocabulary; or
+                `truncate_dim` is not a whole number from 1 to D.
         """
         outputs = self._text_outputs(
             input_ids,
@@ -294,7 +299,8 @@ class HfClipModel(HfClipPreTrainedModel):
             `config.return_tensors_from_features` the features alone, a tensor.
 
         Raises:
-            ValueError: `truncate_dim` is not a whole number from 1 to D.
+            ValueError: The images have a size, shape or dtype that the tower does not take; or `truncate_dim` is not a
+                whole number from 1 to D.
         """
         outputs = self._image_outputs(
             pixel_values,
