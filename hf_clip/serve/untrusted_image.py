@@ -1,17 +1,20 @@
 """Open images that strangers send: decode data URIs and base64, and refuse what would take memory or time.
 
 Nothing here takes a path. Only common formats are opened, since each further one is a parser that strangers reach.
+What surrounds the pixels is bounded by `image_structure`.
 """
 
 import base64
 import binascii
 import re
+from contextlib import suppress
 from io import BytesIO
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image, UnidentifiedImageError
 
-from ..model.open_image import UNREADABLE, turn_upright
+from ..model.open_image import turn_upright
+from .image_structure import StructureError, check_exif, check_strips, check_structure, without_exif
 from .request_error import RequestError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
@@ -85,14 +88,17 @@ def open_untrusted(content: bytes, name: str, most_pixels: int) -> Image.Image:
         most_pixels: Pixels that are allowed. What has more is not decoded.
 
     Raises:
-        RequestError: It is no image in a known format, is damaged, or too large.
+        RequestError: It is no image in a known format, is damaged, too large, or would take too long.
     """
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]
     try:
-        with Image.open(BytesIO(content), formats=known) as image:
+        check_structure(content)
+        with Image.open(BytesIO(without_exif(content)), formats=known) as image:
             _check_size(image.size, name, most_pixels)
+            check_strips(image, len(content))
             image.load()
+            check_exif(_exif_of(image))
             return turn_upright(image)
     except UnidentifiedImageError:
         raise RequestError(
@@ -103,10 +109,21 @@ def open_untrusted(content: bytes, name: str, most_pixels: int) -> Image.Image:
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(name, most_pixels) from None
+    except StructureError as error:
+        raise RequestError(400, f"{name} {error}", "invalid_image", "input") from None
     except RequestError:
         raise
-    except (*UNREADABLE, TypeError, KeyError, IndexError, OverflowError, MemoryError):
+    except Exception:  # a damaged file can raise any error in a parser
         raise RequestError(400, f"{name} is an image that is damaged or cut off.", "invalid_image", "input") from None
+
+
+def _exif_of(image: Image.Image) -> bytes:
+    """EXIF that Pillow would read the orientation from. A PNG may hold it as hexadecimal letters in a text."""
+    exif = image.info.get("exif")
+    if exif is None and isinstance(text := image.info.get("Raw profile type exif"), str):
+        with suppress(ValueError):  # Pillow does not read it either
+            exif = bytes.fromhex("".join(text.split("\n")[3:]))
+    return exif if isinstance(exif, bytes) else b""
 
 
 def _too_large(name: str, most_pixels: int) -> RequestError:
