@@ -77,6 +77,8 @@ def serve(
     from ..taken_port import address_of, is_loopback, take_port
 
     require("hf-clip serve", "serve")
+    if api_key is None:
+        api_key = os.environ.get("HF_CLIP_API_KEY")  # an empty one, which Typer takes for none
     with take_port(host, port) as taken:  # before the model is loaded, which takes a while
         from ..serve.serve_options import MIB, ServeOptions
         from ..serve.server_process import serve_forever

@@ -83,8 +83,6 @@ class AccessGuard:
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None, metrics: ServerMetrics, only_local_names: bool = False):
-        if api_key is not None and (not api_key.strip() or api_key != api_key.strip()):
-            raise ValueError("api_key is empty, or has spaces at an end, which no header can hold: choose another key.")
         self.app, self._api_key, self._metrics = app, api_key, metrics
         self._only_local_names = only_local_names
 

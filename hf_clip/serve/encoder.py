@@ -7,21 +7,22 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..inference.needed_positions import skips_padding
 from ..model.open_image import UnreadableImageError
 from ..zero_shot.files import MOST_THREADS
 from .batching import IMAGES, MOST_PADDING, TEXTS, Batcher, DroppedError, Job, QueueFullError
+from .decoding_memory import DecodingMemory
 from .public_fetch import PublicFetcher
 from .request_error import RequestError
 from .serve_options import ServeOptions
 from .served_model import ServedModel
-from .untrusted_image import decode_image_text, is_url, open_untrusted
+from .untrusted_image import BYTES_FOR_PIXEL, allow_pixels, decode_image_text, is_url, open_untrusted
 
 LETTERS_AT_ONCE = 20_000
 """Texts with more letters together are tokenized in a thread, since the event loop would stand still for
@@ -119,6 +120,8 @@ class Encoder:
         self._threads = options.threads or min(os.cpu_count() or 1, MOST_THREADS)
         self._fetching = asyncio.Semaphore(MOST_FETCHED)
         self._pool: ThreadPoolExecutor | None = None
+        self._decoding = DecodingMemory(BYTES_FOR_PIXEL * options.most_pixels)
+        allow_pixels(options.most_pixels)
 
     @property
     def pool(self) -> ThreadPoolExecutor:
@@ -256,13 +259,22 @@ class Encoder:
         if job.is_dropped:
             raise DroppedError("nobody waits for it")
         content = decode_image_text(source, name) if isinstance(source, str) else source
-        image: Image.Image = open_untrusted(content, name, self.options.most_pixels)
-        try:
-            pixels = self.served.pixels_of(image)
-        except UnreadableImageError as error:
-            raise RequestError(400, f"{name}{error.problem}", "invalid_image", "input") from None
+        with ExitStack() as held:
+            image = open_untrusted(
+                content,
+                name,
+                self.options.most_pixels,
+                lambda count: held.enter_context(self._decoding.holding(count)),
+            )
+            size = image.size
+            try:
+                pixels = self.served.pixels_of(image)
+            except UnreadableImageError as error:
+                raise RequestError(400, f"{name}{error.problem}", "invalid_image", "input") from None
+            finally:
+                image.close()
         self.batcher.put(job, place, [pixels])
-        return image.size
+        return size
 
 
 __all__ = ["Encoded", "Encoder", "ImageItem", "Item", "TextItem", "TokensItem"]

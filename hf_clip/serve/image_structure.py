@@ -95,7 +95,7 @@ def check_exif(exif: bytes) -> None:
 
 
 def check_tags(content: bytes) -> None:
-    """Raise StructureError if the tags of a TIFF or of EXIF hold more bytes together than there are, or many numbers."""
+    """Raise StructureError if the tags of a TIFF or of EXIF hold more bytes than there are, or very many numbers."""
     order = {b"II": "<", b"MM": ">"}.get(content[:2])
     if order is None or len(content) < 16:
         return
@@ -281,7 +281,7 @@ def _check_items(content: bytes, most: int) -> None:
     version, [first, second] = content[0], content[4:6]
     sizes = [first >> 4, first & 15, second >> 4, second & 15 if version else 0]  # of offset, length, base, index
     wide = 4 if version == 2 else 2
-    place, held = 6 + wide, 0
+    place, held, left = 6 + wide, 0, MOST_PARTS
     count = int.from_bytes(content[6:place], "big")
     if count > MOST_ITEMS:
         raise StructureError(f"has more than {MOST_ITEMS:,} items: save it anew.")
@@ -289,10 +289,12 @@ def _check_items(content: bytes, most: int) -> None:
     for _ in range(count):
         place += wide + (2 if version else 0) + 2 + sizes[2]
         extents = int.from_bytes(content[place : place + 2], "big")
-        place += 2
+        place, left = place + 2, left - extents
+        if left < 0:
+            raise StructureError(f"has items in more than {MOST_PARTS:,} parts: save it anew.")
         for _ in range(extents):
             if place + entry > len(content):
-                return
+                break
             held += int.from_bytes(content[place + entry - sizes[1] : place + entry], "big") or most
             place += entry
     if held > 2 * most:
@@ -306,12 +308,13 @@ def without_exif(content: bytes) -> bytes:
     """
     if content[4:12] not in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"):
         return content
-    found = bytearray(content)
+    found: bytearray | None = None
     for kind, start, end in _boxes(content, 0, len(content)):
         part = content[start:end] if kind in (b"meta", b"moov") else b""
         if b"Exif" in part:  # XMP is hidden with it, where Pillow would look for the orientation then
+            found = bytearray(content) if found is None else found
             found[start:end] = part.replace(b"Exif", b"none").replace(b"cdsc", b"none")
-    return bytes(found)
+    return content if found is None else bytes(found)
 
 
 CHECKS: list[tuple[re.Pattern[bytes], Callable[[bytes], None]]] = [

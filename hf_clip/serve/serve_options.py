@@ -19,7 +19,8 @@ class ServeOptions:
         most_images: Images in one request.
         most_letters: Letters of all texts of one request, which are tokenized before they are cut.
         most_bytes: Bytes of one request's body.
-        most_pixels: Pixels of one image.
+        most_pixels: Pixels of one image. Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`, is raised to it. While
+            images are decoded, they may take eight bytes for each of these pixels, all of them together.
         most_waiting_texts: Texts of all requests that may wait. A request that would make more is refused.
         most_waiting_images: Images of all requests that may wait.
         held_bytes: Bytes of all requests' bodies together.
@@ -49,6 +50,15 @@ class ServeOptions:
     text_batch: int = 64
     image_batch: int = 16
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a key that no client could send."""
+        key = self.api_key
+        if key is not None and (not key.strip() or key != key.strip()):
+            raise ValueError(
+                "The API key is empty, or has spaces at an end, which no header can hold: choose another one, or leave "
+                "api_key (--api-key, HF_CLIP_API_KEY) out."
+            )
 
     def most_values(self, *, takes_ids: bool) -> int:
         """Values in one request's JSON: for each item its keys, or up to a hundred token ids."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import h11
 import uvicorn
-from PIL import Image
 from pydantic_core import to_json
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -96,8 +95,8 @@ def serve_forever(app: Any, taken: socket.socket) -> None:
         app: What `build_app` returned.
         taken: What `take_port` returned.
     """
-    # Large images are refused by our own limit; Pillow's warning would only name a file of ours.
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    # Warnings about strange images hold numbers of theirs: each would be a line of the log, and be remembered for ever.
+    warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\b")
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs letters of broken forms
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     config = uvicorn.Config(

@@ -7,8 +7,10 @@ What surrounds the pixels is bounded by `image_structure`.
 import base64
 import binascii
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image, UnidentifiedImageError
@@ -22,6 +24,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 
 MOST_STRETCHED = 100
 """The longer side is at most so many times as long as the shorter one, which is scaled to the model's size first."""
+
+BYTES_FOR_PIXEL = 8
+"""Bytes that may be in memory for each pixel that is allowed, while an image is decoded."""
+
+DECODED_BYTES = {"WEBP": 16, "AVIF": 10, "HEIF": 10}
+"""Bytes that decoding takes for each pixel, where it takes more than Pillow's image: WEBP and AVIF come with canvases
+and planes of their own."""
 
 URL_SAFE, WHITESPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v"
 PART = 65536
@@ -79,13 +88,35 @@ def decode_image_text(text: str, name: str) -> bytes:
         ) from None
 
 
-def open_untrusted(content: bytes, name: str, most_pixels: int) -> Image.Image:
+def decoding_bytes(image: Image.Image) -> int:
+    """About how many bytes decoding an image takes, which was opened and not loaded."""
+    each = DECODED_BYTES.get(image.format or "", 8)
+    if image.info.get("progressive"):  # coefficients of all pixels, in two bytes
+        each = 4 + 2 * len(image.getbands())
+    if image.format == "TIFF":  # a strip may hold the whole image
+        bits: Any = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined]
+        each = 4 + sum(bits if isinstance(bits, tuple) else (bits,)) // 8
+    if image.format in ("AVIF", "HEIF") and image.mode == "RGBA":
+        each += 3
+    return int(each * image.width * image.height)
+
+
+def allow_pixels(most_pixels: int) -> None:
+    """Let Pillow open images with so many pixels, if its own limit is lower. That limit is one for the process."""
+    if Image.MAX_IMAGE_PIXELS is not None and most_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = most_pixels
+
+
+def open_untrusted(
+    content: bytes, name: str, most_pixels: int, before: Callable[[int], object] = lambda count: None
+) -> Image.Image:
     """Open an image that a stranger sent, turned as its EXIF orientation says.
 
     Args:
         content: The file's bytes.
         name: Where in the request it was, for messages.
         most_pixels: Pixels that are allowed. What has more is not decoded.
+        before: Called with the bytes that decoding takes, before it begins.
 
     Raises:
         RequestError: It is no image in a known format, is damaged, too large, or would take too long.
@@ -97,6 +128,7 @@ def open_untrusted(content: bytes, name: str, most_pixels: int) -> Image.Image:
         with Image.open(BytesIO(without_exif(content)), formats=known) as image:
             _check_size(image.size, name, most_pixels)
             check_strips(image, len(content))
+            before(_checked_bytes(image, name, most_pixels))
             image.load()
             check_exif(_exif_of(image))
             return turn_upright(image)
@@ -135,6 +167,20 @@ def _too_large(name: str, most_pixels: int) -> RequestError:
     )
 
 
+def _checked_bytes(image: Image.Image, name: str, most_pixels: int) -> int:
+    needed, allowed = decoding_bytes(image), BYTES_FOR_PIXEL * most_pixels
+    if needed > allowed:
+        each = needed // (image.width * image.height)
+        raise RequestError(
+            413,
+            f"{name} has too many pixels for an image of its kind ({image.format}, {image.mode}): at most "
+            f"{allowed // each:,} are allowed; scale it down, or save it as a plain JPEG or PNG.",
+            "image_too_large",
+            "input",
+        )
+    return needed
+
+
 def _check_size(size: tuple[int, int], name: str, most_pixels: int) -> None:
     short, long = min(size), max(size)
     if short < 1:
@@ -151,4 +197,13 @@ def _check_size(size: tuple[int, int], name: str, most_pixels: int) -> None:
         )
 
 
-__all__ = ["FORMATS", "decode_image_text", "is_data_uri", "is_url", "open_untrusted"]
+__all__ = [
+    "BYTES_FOR_PIXEL",
+    "FORMATS",
+    "allow_pixels",
+    "decode_image_text",
+    "decoding_bytes",
+    "is_data_uri",
+    "is_url",
+    "open_untrusted",
+]
