@@ -27,12 +27,18 @@ OPEN = frozenset({"/", "/health", "/ping", "/docs", "/openapi.json"})
 IMMICH = frozenset({"/predict", "/ping"})
 """Paths whose errors have Immich's form."""
 
+EMBEDDINGS = frozenset({"/v1/embeddings", "/embeddings"})
+"""Paths of OpenAI's clients and Jina's, who look for the message in different places. Both are filled in, since it is
+not known whose request has a wrong key, or is too large."""
+
 CLIENT_GONE = 499
 
 
 def error_answer(error: RequestError, path: str) -> JSONResponse:
     """The answer for an error, in the dialect of the path."""
     body = error.as_detail() if path in IMMICH else error.as_openai()
+    if path in EMBEDDINGS:
+        body |= error.as_detail()
     return JSONResponse(body, error.status, error.headers)
 
 

@@ -51,12 +51,6 @@ class EmbeddingRequest(BaseModel):
     user: str | None = None
 
     @property
-    def is_jina(self) -> bool:
-        """Whether items are objects, as Jina's clients send them."""
-        given = self.input
-        return isinstance(given, JinaItem) or (isinstance(given, list) and any(isinstance(i, JinaItem) for i in given))
-
-    @property
     def is_truncated(self) -> bool | None:
         """Whether texts that are too long are cut. None: as the server was told."""
         if self.truncate is not None or self.truncate_prompt_tokens is None:

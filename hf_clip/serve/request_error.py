@@ -18,7 +18,6 @@ class RequestError(ValueError):
         code: A short name for programs.
         param: The field of the request that is wrong, or None.
         headers: Headers of the answer.
-        is_for_jina: Whether the message stands in "detail" too, where Jina's clients look for it.
     """
 
     def __init__(
@@ -32,7 +31,6 @@ class RequestError(ValueError):
         super().__init__(status, message, code, param, headers)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
-        self.is_for_jina = False
 
     def __str__(self) -> str:
         return self.message
@@ -40,11 +38,10 @@ class RequestError(ValueError):
     def as_openai(self) -> dict[str, Any]:
         """The body of an answer to OpenAI's clients."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        body = {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-        return body | self.as_detail() if self.is_for_jina else body
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def as_detail(self) -> dict[str, Any]:
-        """The body of an answer to Immich's clients."""
+        """The body of an answer to Immich's clients, and what Jina's look for."""
         return {"detail": self.message}
 
 

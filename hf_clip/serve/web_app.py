@@ -132,13 +132,9 @@ class Server:
         """Embeddings of texts and images."""
 
         async def make(body: EmbeddingRequest) -> dict[str, Any]:
-            try:
-                items = embedding_request.items_of(body)
-                embedding_request.check_dimensions(body.dimensions, self.served.width)
-                encoded = await self.encoder.encode(items, body.is_truncated)
-            except RequestError as error:
-                error.is_for_jina = body.is_jina
-                raise
+            items = embedding_request.items_of(body)
+            embedding_request.check_dimensions(body.dimensions, self.served.width)
+            encoded = await self.encoder.encode(items, body.is_truncated)
             return embedding_request.answer(body, encoded, self.served.name)
 
         return await self._answer(request, EmbeddingRequest, make)

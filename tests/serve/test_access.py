@@ -142,7 +142,8 @@ def test_fault_of_ours_tells_and_logs_nothing_of_the_request(client_with, served
             "type": "server_error",
             "param": None,
             "code": "internal_error",
-        }
+        },
+        "detail": "The server failed at this request.",
     }
     [line] = [record.getMessage() for record in caplog.records if record.name == "hf_clip.serve"]
     assert line.startswith("RuntimeError at test_access.py:")

@@ -173,11 +173,6 @@ def test_text_and_image_have_no_embedding_together(client, images):
     assert "texts and an image" in answer.json()["error"]["message"]
 
 
-def test_jinas_clients_find_the_message_in_detail(client):
-    body = client.post("/v1/embeddings", json={"input": [{"image": "nothing"}]}).json()
-    assert body["detail"] == body["error"]["message"]
-
-
 @pytest.mark.parametrize(
     ("content", "kind", "status", "message"),
     [

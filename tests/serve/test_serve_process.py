@@ -134,13 +134,20 @@ def test_client_that_stalls_before_its_request_is_cut(process, sent: bytes):
         assert time.monotonic() - start < 4
 
 
-def test_client_that_stalls_within_its_request_is_told_so_and_cut(process, openai_client):
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/predict"])
+def test_client_that_stalls_within_its_request_is_told_so_and_cut(process, openai_client, path: str):
+    sent = request_of(b'{"input": "', length=1000, path=path)
+    if path == "/predict":
+        sent = sent.replace(b"application/json", b"multipart/form-data; boundary=b")
     with connect(process) as connection:
-        connection.sendall(request_of(b'{"input": "', length=1000))
+        connection.sendall(sent)
         found = read_all(connection)
     head, _, body = found.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408")
-    assert json.loads(body)["error"]["code"] == "request_timeout"
+    message = "The request did not arrive within 0.5 s."
+    answer = json.loads(body)
+    assert answer["detail"] == message
+    assert path == "/predict" or answer["error"]["code"] == "request_timeout"
     assert openai_client.embeddings.create(model="vit", input="one").data
 
 
@@ -217,8 +224,9 @@ def test_sigterm_finishes_what_was_begun(process):
         (["{folder}", "--port", "0"], "error: {folder} is a folder without a model"),
         (["{folder}", "--index", "{folder}/none", "--port", "0"], "error: There is no index at {folder}/none"),
         (["{model}", "--device", "gpu", "--port", "0"], "error: device='gpu' is no device"),
+        (["{folder}", "--api-key", "", "--port", "0"], "error: The API key is empty, or has spaces at an end, which"),
     ],
-    ids=["port", "host", "name", "missing", "no-model", "no-index", "device"],
+    ids=["port", "host", "name", "missing", "no-model", "no-index", "device", "no-key"],
 )
 def test_what_keeps_a_server_from_starting(words, line, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "notes.txt").write_text("")
@@ -229,6 +237,13 @@ def test_what_keeps_a_server_from_starting(words, line, digits: Path, tmp_path: 
         assert main(["serve", *[word.format(**names) for word in words]]) == 1
     [last] = [one for one in capsys.readouterr().err.splitlines() if "error" in one]
     assert last.startswith(line.format(**names))
+
+
+def test_empty_key_of_the_environment_is_no_open_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """As of a container whose settings name a variable that is not set. It is said before a model is looked for."""
+    monkeypatch.setenv("HF_CLIP_API_KEY", "")
+    assert main(["serve", "nothing", "--port", "0"]) == 1
+    assert "error: The API key is empty" in capsys.readouterr().err
 
 
 def test_port_is_listened_on_while_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
