@@ -141,17 +141,23 @@ class _InMemory(MultiPartParser):
     spool_max_size = 2**40
 
 
-def _check_charset(request: Request) -> None:
-    """Texts of a form are UTF-8. Python's other codecs may take long, or make letters that are none."""
-    found = parse_options_header(request.headers.get("content-type"))[1].get(b"charset", b"utf-8")
-    if found.lower() not in (b"utf-8", b"utf8", b"us-ascii"):
+def _check_form(request: Request, body: bytes | bytearray) -> None:
+    """Raise RequestError if a form has another charset than UTF-8, or is cut off.
+
+    Python's other codecs may take long, or make letters that are none. Of a form that is cut off the parser would leave
+    out the last part, and leave its file open.
+    """
+    options = parse_options_header(request.headers.get("content-type"))[1]
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8", b"us-ascii"):
         raise RequestError(415, "The form has another charset than utf-8.", "unsupported_media_type")
+    end = b"--" + options.get(b"boundary", b"") + b"--"
+    if b"boundary" in options and not body.startswith(end) and b"\r\n" + end not in body:
+        raise RequestError(400, "The form is cut off: it does not end with its boundary.", "invalid_form")
 
 
 async def read_form(request: Request, body: bytes | bytearray) -> dict[str, str | bytes]:
     """Read the fields of a multipart body: texts, and the content of files."""
-
-    _check_charset(request)
+    _check_form(request, body)
 
     async def stream() -> AsyncIterator[bytes]:
         yield bytes(body)

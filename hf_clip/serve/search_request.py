@@ -111,7 +111,9 @@ def condition_of(filter: dict[Any, Comparison]) -> str | None:
             if name == "contains":
                 found.append(f"contains(lower(caption), {_quoted(value.lower())})")
             else:
-                found.append(f"{column} {SIGNS[name]} {_quoted(value) if is_text else int(value)}")
+                # In 64 bits: LanceDB reads no number that a column of 32 bits does not hold.
+                sides = (column, _quoted(value)) if is_text else (f"CAST({column} AS BIGINT)", str(int(value)))
+                found.append(f"{sides[0]} {SIGNS[name]} {sides[1]}")
     return " AND ".join(found) or None
 
 

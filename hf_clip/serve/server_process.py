@@ -88,6 +88,14 @@ class PatientProtocol(H11Protocol):
             self._head_timer = None
 
 
+def ignore_image_warnings() -> None:
+    """Ignore warnings about strange images: each would be a line of the log, and Python remembers all that differ.
+
+    They hold numbers of the images, and so may differ without end.
+    """
+    warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\b")
+
+
 def serve_forever(app: Any, taken: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -95,8 +103,7 @@ def serve_forever(app: Any, taken: socket.socket) -> None:
         app: What `build_app` returned.
         taken: What `take_port` returned.
     """
-    # Warnings about strange images hold numbers of theirs: each would be a line of the log, and be remembered for ever.
-    warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\b")
+    ignore_image_warnings()
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs letters of broken forms
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     config = uvicorn.Config(
@@ -126,4 +133,4 @@ def _ignore(number: int, frame: Any) -> None:
     return
 
 
-__all__ = ["serve_forever"]
+__all__ = ["ignore_image_warnings", "serve_forever"]

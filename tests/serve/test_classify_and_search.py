@@ -112,6 +112,17 @@ def test_search_by_image_and_more(client_with, index):
     assert none.json()["results"] == []
 
 
+def test_filter_takes_every_integer_of_64_bits(client_with, index):
+    """Although widths have 32 bits in the index."""
+    client = client_with(index=index)
+    for column in ("width", "height", "size"):
+        for value, is_low in ((2**31, False), (2**63 - 1, False), (-(2**31) - 1, True), (-(2**63), True)):
+            for sign, holds in (("gt", is_low), ("lte", not is_low), ("eq", False)):
+                answer = client.post("/v1/search", json={"query": "one", "filter": {column: {sign: value}}})
+                assert answer.status_code == 200, (column, sign, value)
+                assert bool(answer.json()["results"]) == holds
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
@@ -143,7 +154,7 @@ def test_search_refuses(client_with, index, body: dict, status: int, message: st
 def test_filter_cannot_leave_its_quotation_marks():
     filter = json.loads("""{"caption": {"eq": "x' OR path LIKE '%a"}, "width": {"gt": 3}}""")
     assert condition_of(SearchRequest(query="x", filter=filter).filter) == (
-        "caption = 'x'' OR path LIKE ''%a' AND width > 3"
+        "caption = 'x'' OR path LIKE ''%a' AND CAST(width AS BIGINT) > 3"
     )
     with pytest.raises(ValidationError):
         SearchRequest(query="x", filter={"width": {"gt": "3 OR 1=1"}})

@@ -3,17 +3,19 @@
 import json
 import struct
 import threading
+import warnings
 import zlib
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from hf_clip.serve.decoding_memory import DecodingMemory
 from hf_clip.serve.image_structure import MOST_PARTS, MOST_SCANS, StructureError, check_exif, check_structure
 from hf_clip.serve.request_error import RequestError
+from hf_clip.serve.server_process import ignore_image_warnings
 from hf_clip.serve.untrusted_image import decoding_bytes, open_untrusted
 from hf_clip.zero_shot.features import encode_images
 
@@ -348,6 +350,25 @@ def test_images_are_decoded_at_the_same_time_as_far_as_there_is_room():
     small.join(5)
     assert order == ["large", "small"]
     assert memory.held == 0
+
+
+def test_warnings_of_strange_images_are_neither_shown_nor_remembered():
+    """An orientation of several numbers, whose count Pillow puts into the warning."""
+    strange = [
+        in_jpeg(segment(0xE1, b"Exif\0\0" + tags((274, 3, count, 26), payload=2 * count))) for count in range(3, 9)
+    ]
+    known = TiffImagePlugin.__dict__.setdefault("__warningregistry__", {})
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for content in strange[:2]:
+            open_untrusted(content, "input", 10_000)
+        assert ["too many entries: 3" in str(one.message) for one in shown] == [True, False]
+        ignore_image_warnings()
+        known.clear()
+        for content in strange:
+            assert open_untrusted(content, "input", 10_000).size == (96, 64)
+        assert len(shown) == 2
+        assert known.keys() <= {"version"}
 
 
 def test_nothing_is_held_once_images_are_decoded_or_refused(client_with, images):

@@ -94,6 +94,19 @@ def test_what_is_no_form(client, content: bytes, kind: str, status: int):
     assert answer.json().keys() == {"detail"}
 
 
+def test_form_that_is_cut_off(client, images):
+    """Not as one that lacks its last field."""
+    part = b'--b\r\nContent-Disposition: form-data; name="%s"; filename="blob"\r\n\r\n%s\r\n'
+    form = part % (b"entries", json.dumps(VISUAL).encode()) + part % (b"image", as_file(images[0]))
+    form = form.replace(b'"entries"; filename="blob"', b'"entries"')
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    assert client.post("/predict", content=form + b"--b--\r\nwhat follows", headers=headers).status_code == 200
+    for end in (len(form), len(form) - 20, 90, 3):
+        answer = client.post("/predict", content=form[:end], headers=headers)
+        assert answer.status_code == 400
+        assert answer.json() == {"detail": "The form is cut off: it does not end with its boundary."}
+
+
 def test_immichs_names_of_openais_models_tell_the_width():
     check_width("ViT-L-14-336__openai", 768)
     check_width("ViT-B-32__laion2b_e16", 768)  # not one of ours to know

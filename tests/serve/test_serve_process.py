@@ -224,9 +224,10 @@ def test_sigterm_finishes_what_was_begun(process):
         (["{folder}", "--port", "0"], "error: {folder} is a folder without a model"),
         (["{folder}", "--index", "{folder}/none", "--port", "0"], "error: There is no index at {folder}/none"),
         (["{model}", "--device", "gpu", "--port", "0"], "error: device='gpu' is no device"),
-        (["{folder}", "--api-key", "", "--port", "0"], "error: The API key is empty, or has spaces at an end, which"),
+        (["{folder}", "--api-key", " ", "--port", "0"], "error: The API key is empty, or has spaces at an end, which"),
+        (["{folder}", "--api-key", "", "--port", "0"], "error: api-key is given as an empty text; write what is meant"),
     ],
-    ids=["port", "host", "name", "missing", "no-model", "no-index", "device", "no-key"],
+    ids=["port", "host", "name", "missing", "no-model", "no-index", "device", "blank-key", "no-key"],
 )
 def test_what_keeps_a_server_from_starting(words, line, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "notes.txt").write_text("")
