@@ -29,23 +29,17 @@ from pathlib import Path as _Path
 __version__ = "0.1.0.dev0"
 
 
-def _is_without_torch(command_line: list[str]) -> bool:
-    """Whether a command line need not wait for torch and transformers, or waits for them late.
+def _is_hf_clip_command(command_line: list[str]) -> bool:
+    """Whether this process is the program `hf-clip`, whose commands import what they need when they need it.
 
-    These are the help, `hf-clip classify … --onnx`, and the commands of an index, which say first what is wrong, or
-    that nothing has changed. Every other program gets everything at once: the classes have to be registered before
+    The help and what is wrong with a command line are then there at once, and `registration.register` is called before
+    a model is loaded. Every other program gets everything at once: the classes have to be registered before
     transformers looks for them.
     """
-    program, *words = command_line or [""]
-    words = words[: words.index("--")] if "--" in words else words
-    command = next((word for word in words if not word.startswith("-")), "")
-    is_ours = _Path(program).name.removesuffix(".exe") == "hf-clip"
-    is_help = not command or "--help" in words
-    is_late = command in ("index", "search", "duplicates")  # `search.index_model.load` registers the classes
-    return is_ours and (is_help or is_late or (command == "classify" and "--onnx" in words))
+    return bool(command_line) and _Path(command_line[0]).name.removesuffix(".exe") == "hf-clip"
 
 
-if not _is_without_torch(getattr(_sys, "argv", [])):
+if not _is_hf_clip_command(getattr(_sys, "argv", [])):
     from .checkpoints.conversion import convert
     from .model.configuration_hf_clip import (
         HfClipConfig,

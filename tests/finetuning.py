@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from demo.digits import COMBINATIONS, DIGITS, PHRASES, make_dataset
-from hf_clip.commands import finetune
+from hf_clip.training import run_steps
 from hf_clip.training.config import TrainingConfig
 from hf_clip.training.scratch import build_from_scratch
 
@@ -90,7 +90,7 @@ def train(digits: Path, output: Path, tower: str = "vit", **fields: Any) -> Path
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
     GradientState._reset_state()
     try:
-        finetune.train(TrainingConfig(**options(digits, output, tower, **fields)))
+        run_steps.train(TrainingConfig(**options(digits, output, tower, **fields)))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

@@ -14,7 +14,15 @@ import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["hf_clip.commands.finetune", "accelerate", "datasets", "torch._dynamo", "matplotlib.pyplot", __name__]
+    [
+        "hf_clip.commands.finetune",
+        "hf_clip.training.run_steps",
+        "accelerate",
+        "datasets",
+        "torch._dynamo",
+        "matplotlib.pyplot",
+        __name__,
+    ]
 )
 
 

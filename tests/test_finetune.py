@@ -24,6 +24,7 @@ from demo.digits import (
     untrained_combinations,
 )
 from hf_clip.commands import finetune
+from hf_clip.training import run_steps
 from hf_clip.training.summary import wait_in_words
 
 from .finetuning import ROOT, largest_difference, launch, options, records, train, weights, words
@@ -178,12 +179,13 @@ def test_error_of_another_process_alone_is_said_by_it(digits: Path, tmp_path: Pa
     program.write_text(
         "import os, sys\n"
         "from hf_clip.commands import finetune\n"
-        "check = finetune.check_run\n"
+        "from hf_clip.training import run_steps\n"
+        "check = run_steps.check_run\n"
         "def fail(*arguments):\n"
         "    if os.environ['RANK'] == '1':\n"
         "        raise ValueError('of the second')\n"
         "    return check(*arguments)\n"
-        "finetune.check_run = fail\n"
+        "run_steps.check_run = fail\n"
         "sys.exit(finetune.main())\n"
     )
     done = launch(options(digits, tmp_path / "out"), processes=2, program=program, PYTHONPATH=str(ROOT))
@@ -300,7 +302,7 @@ def test_faults_are_one_line(
     flags = options(digits, tmp_path / "out", **change)
     command = [word.replace("HERE", str(tmp_path)).replace("DIGITS", str(digits)) for word in words(flags)]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *command])
-    monkeypatch.setattr(finetune.Run, "batch_done", None)  # none of these gets as far as a step
+    monkeypatch.setattr(run_steps.Run, "batch_done", None)  # none of these gets as far as a step
     assert finetune.main() == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
@@ -371,7 +373,7 @@ def test_vocabulary_is_learned_past_a_caption_that_cannot_be_read(digits: Path, 
 def test_one_thread_is_noted_where_the_launcher_chose_it(
     launched: bool, threads_given: bool, is_said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setattr(finetune.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(run_steps.torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
@@ -380,7 +382,7 @@ def test_one_thread_is_noted_where_the_launcher_chose_it(
     environment = {"OMP_NUM_THREADS": "1"} if threads_given else {}
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, env={"PATH": os.environ["PATH"], **environment}) as parent:
         monkeypatch.setattr(os, "getppid", lambda: parent.pid)
-        finetune.warn_of_few_threads()
+        run_steps.warn_of_few_threads()
         parent.communicate()
     assert ("gives a process one CPU thread" in capsys.readouterr().err) is is_said
 

@@ -20,16 +20,14 @@ from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
 from ..model.variants import VARIANTS
 from .folders import in_one_line
+from .onnx_choices import LEAST_COSINE, PRECISIONS
 from .onnx_graphs import GRAPHS, Graph, write_graph
 from .onnx_int8 import write_quantized
-from .onnx_precision import LEAST_COSINE, MOST_ERROR, Comparison, Deviation, write_half
+from .onnx_precision import MOST_ERROR, Comparison, Deviation, write_half
 from .stock import stock_image_processor
 from .whole_file import write_json
 from .whole_folder import check_destination, whole_folder
 from .write import print_note
-
-PRECISIONS = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
-"""By the names that the command takes: what the files are called after the graph's name."""
 
 BESIDE = (
     "config.json",

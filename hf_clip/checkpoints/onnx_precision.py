@@ -22,8 +22,6 @@ LARGEST_CONSTANT = 1e4
 
 MOST_ERROR = 1e-4
 """What a graph in float32 may differ by from the model, relative to the length of the embedding."""
-LEAST_COSINE = 0.99
-"""Between an embedding of a smaller graph and the model's."""
 
 
 @dataclass

@@ -69,6 +69,13 @@ def caption(
     """
     import os
 
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    check_sources(bank, index, compose, model)
+    if index is not None:
+        from ..search.index_table import IndexTables
+
+        IndexTables.open(os.path.expanduser(index))  # what is wrong with it is said before torch is imported
     from ..model.open_image import open_image
     from ..search import caption_bank
     from ..search.caption_output import as_json_text, format_captions
@@ -78,9 +85,6 @@ def caption(
     from ..zero_shot.progress import progress_bar
     from ..zero_shot.prompts import format_template
 
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    check_sources(bank, index, compose, model)
     check_device(device)
     format_template(template)
     captions = [] if bank is None else caption_bank.read_lines(bank, "captions")
@@ -144,6 +148,8 @@ def _load(
             )
         return place_model(opened.model, device, dtype), opened.processor, captions
     from ..checkpoints.in_memory import load_model
+    from ..registration import register
 
+    register()
     loaded, processor = load_model(str(model), dtype=dtype, offline=offline)
     return loaded.to(device or default_device()), processor, []

@@ -125,10 +125,12 @@ def load_by_torch(
 ) -> "StreamClassifier":
     """Load a model and make its classifier of the labels, or of a head."""
     from ..checkpoints.in_memory import load_model
+    from ..registration import register
     from ..zero_shot.classifier import ZeroShotClassifier
     from ..zero_shot.embedding_head import EmbeddingHead, HeadClassifier, find_head
     from ..zero_shot.pipeline import default_device
 
+    register()
     stored = None if head is None else EmbeddingHead.load(find_head(head, model, local_files_only=offline))
     loaded, processor = load_model(model, dtype=dtype, offline=offline)
     loaded.to(device or default_device())

@@ -1,12 +1,12 @@
 """`hf-clip convert`: a checkpoint of any layout into a folder of any layout."""
 
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..checkpoints.keys import identify_variant
-from ..model.configuration_hf_clip import HfClipConfig
+if TYPE_CHECKING:
+    from ..model.configuration_hf_clip import HfClipConfig
 
 
 class Layout(str, Enum):
@@ -28,8 +28,10 @@ class Weights(str, Enum):
     ema = "ema"
 
 
-def describe(config: HfClipConfig) -> str:
+def describe(config: "HfClipConfig") -> str:
     """Which of OpenAI's models a configuration is, or which kind of model otherwise."""
+    from ..checkpoints.keys import identify_variant
+
     variant = identify_variant(config)
     vision = config.vision_config
     kind = "ResNet" if vision.model_type == "hf_clip_resnet" else "ViT"

@@ -3,11 +3,14 @@
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..checkpoints.onnx_export import LEAST_COSINE, PRECISIONS, Written
+from ..checkpoints.onnx_choices import LEAST_COSINE, PRECISIONS
+
+if TYPE_CHECKING:
+    from ..checkpoints.onnx_export import Written
 
 
 class GraphLayout(str, Enum):
@@ -34,7 +37,7 @@ def split_words(words: list[str], precisions: list[str]) -> tuple[str, str | Non
     return words[0], words[1] if len(words) == 2 else None, listed or ["fp32"]
 
 
-def report(written: list[Written]) -> str:
+def report(written: "list[Written]") -> str:
     """A table of the files, their sizes and deviations."""
     width = max(len(file.name) for file in written)
     lines = [f"{'':{width}}  {'size':>9}  {'error':>7}  cosine"]
@@ -44,7 +47,7 @@ def report(written: list[Written]) -> str:
     return "\n".join(lines)
 
 
-def left_over(folder: Path, written: list[Written]) -> list[str]:
+def left_over(folder: Path, written: "list[Written]") -> list[str]:
     """Graphs of an earlier export, which may be of other weights."""
     names = {file.name for file in written}
     return sorted(path.name for path in folder.glob("*.onnx") if path.name not in names)
@@ -116,9 +119,11 @@ def export_onnx(
 
         hf-clip export-onnx clip-vit-b32/ immich/ --layout immich
     """
-    from ..checkpoints.onnx_export import export_onnx as export
-
     source, out, precisions = split_words(words, precision or [])
+    from ..checkpoints.onnx_export import export_onnx as export  # imports torch
+    from ..registration import register
+
+    register()
     if layout != GraphLayout.onnx:
         write_for_server(layout, source, out, precisions, precision is not None, force)
         return

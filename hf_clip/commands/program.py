@@ -5,14 +5,16 @@
    traceback.
 
 A command is a function in a file, both named as the command, with underscores for hyphens. Its file imports typer at
-the top, and what does the work within the function: the help of all commands is then as fast as `import hf_clip`. A
-command with tasks is a folder with a file for each.
+the top, and what does the work within the function, so that neither the help nor a command line that cannot be read
+waits for torch. The classes are registered with transformers when a command begins; those of `LATE` have something to
+say before, and register them by themselves. A command with tasks is a folder with a file for each.
 """
 
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from functools import wraps
 from importlib import import_module
@@ -38,6 +40,10 @@ READ_ALIKE = ("finetune",)
 """Commands whose own parser takes an option's underscores and hyphens alike."""
 
 
+LATE = ("classify", "index", "search", "duplicates", "tag", "caption", "export-onnx", "finetune")
+"""Commands that say what is wrong, or that nothing has changed, before they import torch and transformers."""
+
+
 class Dtype(str, Enum):
     """What a command line may ask a model to compute in."""
 
@@ -54,6 +60,30 @@ UsageError: Any = typer.BadParameter.__base__
 
 INTERRUPTED = 130
 
+NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
+
+
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Within this block transformers and the Hub's client show bars, such as that of loading weights, for terminals.
+
+    A user who sets the Hub's variable for bars has the last word.
+    """
+    if sys.stderr.isatty() or NO_BARS in os.environ:
+        yield
+        return
+    logging = sys.modules.get("transformers.utils.logging")
+    was_shown = logging is not None and logging.is_progress_bar_enabled()
+    os.environ[NO_BARS] = "1"  # which is read when they are imported
+    if logging is not None and was_shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        del os.environ[NO_BARS]
+        if logging is not None and was_shown:
+            logging.enable_progress_bar()
+
 
 def check_not_empty(options: Mapping[str, Any]) -> None:
     """Refuse an empty text, such as a shell makes of "$OUT" if there is no OUT: as a path, it is the current folder."""
@@ -64,13 +94,22 @@ def check_not_empty(options: Mapping[str, Any]) -> None:
             )
 
 
-def in_one_line(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The same command, ending with `error: …` and status 1 where the user can do something about it."""
+def in_one_line(command: Callable[..., Any], is_late: bool = False) -> Callable[..., Any]:
+    """The same command, ending with `error: …` and status 1 where the user can do something about it.
+
+    Args:
+        command: The function.
+        is_late: Whether it registers the classes by itself.
+    """
 
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> Any:
         try:
             check_not_empty(options)
+            if not is_late:
+                from ..registration import register
+
+                register()
             return command(*arguments, **options)
         except BrokenPipeError:  # whoever reads our output has read enough
             raise
@@ -173,7 +212,7 @@ def build_app(only: str | None = None) -> typer.Typer:
                     continue
                 # A command that reads its own options, as the trainer does, says so in SETTINGS.
                 register = app.command(name, rich_help_panel=panel, **getattr(module, "SETTINGS", {}))
-                register(in_one_line(command))
+                register(in_one_line(command, is_late=name in LATE))
     return app
 
 
@@ -189,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_completion = "_HF_CLIP_COMPLETE" in os.environ
     try:
         app = build_app(only if only in names and not is_completion else None)
-        status = app(words, prog_name="hf-clip", standalone_mode=False)
+        with bars_on_terminals():
+            status = app(words, prog_name="hf-clip", standalone_mode=False)
     except UsageError as error:
         where = getattr(getattr(error, "ctx", None), "command_path", "hf-clip")
         problem = _in_words(error)

@@ -2,12 +2,12 @@
 
 import sys
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..hub.stage import CARD
-from ..hub.upload import Upload
+if TYPE_CHECKING:
+    from ..hub.upload import Upload
 
 WIDTH = 98
 CARD_LINES = 8
@@ -26,7 +26,7 @@ def _size(count: float) -> str:
     return f"{count:,.2f} GB"
 
 
-def listing(uploads: list[Upload]) -> str:
+def listing(uploads: "list[Upload]") -> str:
     """A table of files and their sizes."""
     width = max(len(upload.name) for upload in uploads)
     lines = [f"  {upload.name:<{width}}  {_size(upload.size):>9}" for upload in uploads]
@@ -108,6 +108,7 @@ def publish(
         hf-clip publish clip-vit-l14-336/ org/clip-vit-l14-336 --space
     """
     from ..hub.space import check_space, list_files, space_files
+    from ..hub.stage import CARD
     from ..hub.stage import publish as publish_model
     from ..hub.upload import check_repo_id
 

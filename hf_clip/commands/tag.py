@@ -152,16 +152,20 @@ def tag(
 
         hf-clip tag --index photos-index --labels labels.txt --top-k 3
     """
-    from ..search.image_tags import check_keywords, check_scores, write_sidecars
-    from ..zero_shot.pipeline import check_device
-    from ..zero_shot.prompts import DEFAULT_TEMPLATE, parse_labels, read_labels, read_templates
-    from ..zero_shot.tables import check_table
-
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for `datasets`, which is not imported yet
     check_choices(images, index, model, labels, classifier)
     if filter is not None and index is None:
         raise ValueError("--filter is a condition on the columns of an index: give --index too.")
+    if index is not None:
+        from ..search.index_table import IndexTables
+
+        IndexTables.open(os.path.expanduser(index))  # what is wrong with it is said before torch is imported
+    from ..search.image_tags import check_keywords, check_scores, write_sidecars
+    from ..zero_shot.pipeline import check_device
+    from ..zero_shot.prompts import DEFAULT_TEMPLATE, parse_labels, read_labels, read_templates
+    from ..zero_shot.tables import check_table
+
     if classifier is not None and (templates or background is not None or scores is not None):
         raise ValueError("A saved classifier has its scores, templates and background: leave those options out.")
     if background is not None and scores not in (None, Scores.background):
@@ -187,6 +191,9 @@ def tag(
         results, total, width = _results_of_images(images, model, columns, top_k, batch_size, how, where, write_xmp)
     with _taker(output, total, width) as take:
         done, failed = take_results(write_sidecars(results) if write_xmp else results, take)
+    if output is not None:
+        count = done - failed
+        print(f"{output}: the tags of {count:,} image{'s' * (count != 1)}")
     end_by_failures(done, failed, "tagged")
 
 
@@ -220,6 +227,7 @@ def _results_of_images(
     needs_files: bool,
 ) -> "tuple[Iterator[Classified], int | None, int]":
     from ..checkpoints.in_memory import load_model
+    from ..registration import register
     from ..search.indexed_image import register_formats
     from ..training.data.image_stream import find_image_items, is_data_set
     from ..zero_shot.files import classify_stream
@@ -229,6 +237,7 @@ def _results_of_images(
         raise ValueError("Sidecars stand beside image files, which a data set has none of: name folders or files.")
     register_formats()
     found = find_image_items(images, **columns)
+    register()
     loaded, processor = load_model(model, dtype=where["dtype"], offline=where["offline"])
     loaded.to(where["device"] or default_device())
     tagger = _make_tagger(loaded, processor, **how)

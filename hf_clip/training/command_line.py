@@ -1,18 +1,24 @@
-"""A run's options from a command line, or from a YAML or JSON file with a command line behind it."""
+"""A run's options from a command line, or from a YAML or JSON file with a command line behind it.
+
+Neither torch nor transformers is imported before the words are read, so that the help is there at once.
+"""
 
 import dataclasses
 import re
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .config import TrainingConfig
-from .option_checks import moved_repository
 from .option_file import OPTION_FILES, read_options, words_of
-from .option_names import hint
+from .option_names import hint, moved_repository
 from .options import GROUPS, OPTIONS
 from .recipes import check_filled, find_recipe, recipe_names
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
 
 EXAMPLES = """\
 examples:
@@ -81,7 +87,24 @@ def _check_words(parser: Any, words: list[str], path: Path) -> None:
         parser.error = before
 
 
-def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.py") -> TrainingConfig:
+def _argument_parser() -> Any:
+    """transformers' HfArgumentParser. Its file needs nothing of transformers, whose import takes most of a second."""
+    package = find_spec("transformers")
+    path = Path(package.origin or "").with_name("hf_argparser.py") if package is not None else Path()
+    spec = spec_from_file_location("transformers.hf_argparser", path)
+    if "transformers" not in sys.modules and path.is_file() and spec is not None and spec.loader is not None:
+        try:
+            module = module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module.HfArgumentParser
+        except (ImportError, AttributeError):  # a version whose file needs the package
+            pass
+    from transformers import HfArgumentParser
+
+    return HfArgumentParser
+
+
+def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.py") -> "TrainingConfig":
     """The configuration that a command line asks for.
 
     Args:
@@ -98,12 +121,8 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
             contradict each other.
         SystemExit: after --help.
     """
-    import sys
-
-    from transformers import HfArgumentParser
-
     words, recipe = list(sys.argv[1:] if arguments is None else arguments), None
-    parser = HfArgumentParser(
+    parser = _argument_parser()(
         GROUPS,
         prog=prog,
         description="Contrastive training of a CLIP on images with captions.",
@@ -133,4 +152,6 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
         values |= dataclasses.asdict(group)
     if recipe is not None:
         check_filled(recipe, values)
+    from .config import TrainingConfig
+
     return TrainingConfig(**values)

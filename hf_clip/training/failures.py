@@ -7,6 +7,8 @@ same command line and the same files, so the main process alone speaks.
 
 A launcher ends all processes when one has ended. So those that have nothing to say wait until the main process has
 spoken.
+
+torch is imported within functions, so that a command line that cannot be read is refused before that.
 """
 
 import io
@@ -18,10 +20,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
-
-import torch.distributed as dist
-
-from .stopping import ProcessGoneError, Stopped, wait_for_launchers_end
 
 KEY = "hf_clip_stopped"
 SECONDS = 3.0
@@ -49,10 +47,13 @@ def said_once() -> Iterator[None]:
 
 def _may_speak(error: Exception) -> bool:
     """Whether no other process says why the run ends."""
-    if not (dist.is_available() and dist.is_initialized()):
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not (dist.is_available() and dist.is_initialized()):
         if not _is_main():
             time.sleep(SECONDS)
         return _is_main()
+    from .stopping import ProcessGoneError
+
     try:
         store = dist.distributed_c10d._get_default_store()
         if not _is_main():
@@ -103,6 +104,8 @@ def report_stop(stop: KeyboardInterrupt) -> int:
     Returns:
         The exit status, 128 and the signal's number.
     """
+    from .stopping import Stopped, wait_for_launchers_end
+
     signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
     saved = stop.saved if isinstance(stop, Stopped) else ""
     if signum == signal.SIGINT:

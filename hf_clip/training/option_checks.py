@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .chosen_metric import parse_metric
 from .data.augment import Augmentation
+from .option_names import moved_repository
 from .options import GUARD, TRACKERS
 
 if TYPE_CHECKING:
@@ -251,11 +252,3 @@ def _check_cache(config: "TrainingConfig") -> None:
         raise ValueError("--cached_views would have no effect: the image tower is trained, so no views are stored.")
     if views != 1 and Augmentation.parse(config.augmentation) == Augmentation(crop=1.0):
         raise ValueError("--cached_views would have no effect: without an augmentation all views are one.")
-
-
-def moved_repository(name: Any) -> str:
-    """The line for a repository that was given to `--push_to_hub`, which is a switch."""
-    return (
-        f"--push_to_hub is a switch, but was given {str(name)!r}: name the repository with --hub_model_id, as in "
-        f"--push_to_hub --hub_model_id {name}."
-    )

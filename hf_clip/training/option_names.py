@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 RENAMED = {
     "batch_size": "per_device_train_batch_size",
@@ -136,3 +137,11 @@ def hint(given: str, known: Iterable[str], dashes: str = "") -> str:
         near = get_close_matches(name, [*known, *(habit for habit in habits if len(habit) > 3)], n=1, cutoff=0.7)
         meant = habits.get(near[0], near[0]) if near else None
     return f" Did you mean {dashes + meant!r}?" if meant else ""
+
+
+def moved_repository(name: Any) -> str:
+    """The line for a repository that was given to `--push_to_hub`, which is a switch."""
+    return (
+        f"--push_to_hub is a switch, but was given {str(name)!r}: name the repository with --hub_model_id, as in "
+        f"--push_to_hub --hub_model_id {name}."
+    )

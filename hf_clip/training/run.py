@@ -1,6 +1,6 @@
 """A run from its first batch to its last: what happens between the optimizer steps, and when.
 
-The steps themselves stand in `hf_clip/commands/finetune.py`. Around them each part has one job: `Counts` counts,
+The steps themselves stand in `run_steps`. Around them each part has one job: `Counts` counts,
 `Evaluations` measures, `BestWeights` keeps the best, `Checkpoints` writes and restores, `Records` notes, and
 `outcome`, `results` and `publishing` make what is left at the end. `Run` says when it is whose turn.
 

@@ -1,6 +1,9 @@
 """What all commands of `hf-clip` have in common: the help, the spelling of options, errors in one line."""
 
+import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -8,10 +11,12 @@ from typing import Annotated
 
 import pytest
 import typer
+from transformers.utils import logging
 
 from hf_clip import __version__
 from hf_clip.commands import program
 
+ROOT = Path(__file__).resolve().parents[2]
 ALL = [name for names in program.COMMANDS.values() for name in names]
 
 
@@ -176,6 +181,66 @@ def test_only_the_named_command_is_imported(scratch: list[object], monkeypatch: 
     monkeypatch.setattr(program, "import_module", lambda name: imported.append(name) or sys.modules[name])
     assert program.main(["--traceback", "scratch-pad"]) == 0
     assert imported == ["hf_clip.commands.scratch_pad"]
+
+
+HELP = """
+import contextlib, io, json, sys
+from hf_clip.commands.evaluate import TASKS
+from hf_clip.commands.program import COMMANDS, main
+
+names = [name for names in COMMANDS.values() for name in names]
+lines = [[], ["--help"], ["--version"], ["no-such-command"], ["finetune", "--max-step", "4"], ["finetune", "ltt"]]
+lines += [["classify", "--lebels", "a"], ["export-onnx", "m", "--precision", "fp8"], ["serve"]]
+lines += [["tag", "--index", "none", "--labels", "a"], ["caption", "a.png", "--index", "none"]]
+lines += [["search", "a", "--index", "none"], ["duplicates", "--index", "none"]]
+lines += [[name, "--help"] for name in names] + [["evaluate", task, "--help"] for task in TASKS]
+found = []
+for words in lines:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        status = main(words)
+    heavy = {"torch", "transformers", "lancedb", "gradio", "pandas", "datasets", "fastapi", "huggingface_hub"}
+    found.append([words, status, sorted(heavy & set(sys.modules)), out.getvalue()])
+print(json.dumps(found))
+"""
+
+
+def test_help_and_wrong_options_import_nothing_that_takes_long(tmp_path: Path):
+    program_file = tmp_path / "hf-clip"  # as it is called where it is installed
+    program_file.write_text(HELP)
+    done = subprocess.run(
+        [sys.executable, str(program_file)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for words, status, heavy, shown in json.loads(done.stdout):
+        assert heavy == [], f"{words} imports {heavy}, or what it has not imported does"
+        assert status == int("--help" not in words and words not in ([], ["--version"])), shown
+        assert shown
+
+
+def test_bars_of_transformers_are_for_terminals(scratch: list[object], monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.delenv(program.NO_BARS, raising=False)
+
+    def look() -> None:
+        seen.append((logging.is_progress_bar_enabled(), os.environ.get(program.NO_BARS)))
+
+    monkeypatch.setattr(sys.modules["hf_clip.commands.scratch_pad"], "scratch_pad", look)
+    was_shown = logging.is_progress_bar_enabled()
+    try:
+        logging.enable_progress_bar()
+        assert program.main(["scratch-pad"]) == 0
+        assert logging.is_progress_bar_enabled()
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        assert program.main(["scratch-pad"]) == 0
+    finally:
+        if not was_shown:
+            logging.disable_progress_bar()
+    assert seen == [(False, "1"), (True, None)]
+    assert program.NO_BARS not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -119,21 +119,12 @@ def test_process_without_torch_prints_the_same(
 
 
 def test_other_programs_get_everything_at_once():
-    from hf_clip import _is_without_torch
+    from hf_clip import _is_hf_clip_command
 
-    assert _is_without_torch(["/usr/bin/hf-clip", "classify", "m", "i", "--onnx"])
-    assert _is_without_torch(["hf-clip.exe", "--traceback", "classify", "--onnx", "m"])
-    for words in (["hf-clip"], ["hf-clip", "--help"], ["hf-clip", "finetune", "--help"], ["hf-clip", "search", "x"]):
-        assert _is_without_torch(words)
-    for words in (
-        ["script.py", "classify", "--onnx"],
-        ["hf-clip", "classify", "m"],
-        ["hf-clip", "classify", "m", "--", "--onnx"],
-        ["hf-clip", "export-onnx", "classify", "--onnx"],
-        ["hf-clip", "finetune", "--", "--help"],
-        [],
-    ):
-        assert not _is_without_torch(words)
+    assert _is_hf_clip_command(["/usr/bin/hf-clip", "classify", "m", "i", "--onnx"])
+    assert _is_hf_clip_command(["hf-clip.exe", "--traceback", "finetune", "run.yaml"])
+    for words in (["script.py", "classify", "--onnx"], ["/usr/lib/hf-clip/script.py", "--help"], ["-m"], [""], []):
+        assert not _is_hf_clip_command(words)
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])

@@ -96,7 +96,9 @@ def test_folder_becomes_a_table(
     shown = [float(score) for score in rows[names_in(photos)[several]]["scores"].split("; ")]
     right = [float(cosines[several, LABELS.index(tag)]) for tag in expected[several]]
     assert shown == pytest.approx(right, abs=1e-4)
-    assert "1 of 7 images could not be tagged" in capsys.readouterr().err
+    shown_lines = capsys.readouterr()
+    assert "1 of 7 images could not be tagged" in shown_lines.err
+    assert shown_lines.out == f"{table}: the tags of 6 images\n"
 
 
 def test_sidecars_are_merged_and_images_are_not_changed(

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from hf_clip.commands import finetune
-from hf_clip.training import sharding
+from hf_clip.training import run_steps, sharding
 from hf_clip.training.averaging import whole_tensor
 
 
@@ -40,7 +40,7 @@ def run(words: list[str], plugin: dict[str, Any], gradients: str) -> int:
     Returns:
         The exit status.
     """
-    make, prepare = finetune.make_accelerator, sharding.prepare
+    make, prepare = run_steps.make_accelerator, sharding.prepare
 
     def make_sharding(config: Any) -> Any:
         accelerator = make(config)
@@ -58,7 +58,7 @@ def run(words: list[str], plugin: dict[str, Any], gradients: str) -> int:
         return wrapped, optimizer
 
     with (
-        patch.object(finetune, "make_accelerator", make_sharding),
+        patch.object(run_steps, "make_accelerator", make_sharding),
         patch.object(sharding, "prepare", prepare_and_check),
         keeping_gradients(gradients),
     ):

@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import HfArgumentParser
 
-from hf_clip.training.command_line import parse_config
+from hf_clip.training.command_line import _argument_parser, parse_config
 from hf_clip.training.config import ADDED, MAY_CHANGE, TrainingConfig
 from hf_clip.training.option_names import KNOWN_AS, OF_THE_LAUNCHER, RENAMED, hint
 from hf_clip.training.options import DEFAULT_RATES, GROUPS, OPTIONS
@@ -410,6 +412,20 @@ def test_help_has_groups_and_every_option_says_what_it_does(capsys: pytest.Captu
         for name in group.__dataclass_fields__:
             assert f"--{name}" in out
     assert all(field.metadata["help"] for group in GROUPS for field in group.__dataclass_fields__.values())
+
+
+def test_parser_without_the_package_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch):
+    """Its file is loaded by itself, since the package takes most of a second."""
+    helps = []
+    for is_imported in (True, False):
+        with monkeypatch.context() as patch:
+            if not is_imported:
+                patch.delitem(sys.modules, "transformers")
+            parser = _argument_parser()
+            assert (parser is HfArgumentParser) is is_imported
+            assert is_imported or "transformers" not in sys.modules
+        helps.append(parser(GROUPS, prog="p").format_help())
+    assert helps[0] == helps[1]
 
 
 def test_flags_are_read():

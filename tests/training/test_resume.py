@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_clip.commands import finetune
-from hf_clip.training import stopping
+from hf_clip.training import run_steps, stopping
 from hf_clip.training.best import step_of_best
 from hf_clip.training.checkpoint import find_checkpoint, list_checkpoints, read_state
 from hf_clip.training.checksums import SUMS, write_checksums
@@ -64,14 +64,14 @@ def uninterrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    check = finetune.Run.check_loss
+    check = run_steps.Run.check_loss
 
-    def check_loss(run: finetune.Run, loss: torch.Tensor) -> None:
+    def check_loss(run: run_steps.Run, loss: torch.Tensor) -> None:
         check(run, loss)
         if run.state.step + 1 == at:
             raise Interrupted
 
-    monkeypatch.setattr(finetune.Run, "check_loss", check_loss)
+    monkeypatch.setattr(run_steps.Run, "check_loss", check_loss)
 
 
 def plain(folder: Path) -> list[dict[str, Any]]:
@@ -361,16 +361,16 @@ def test_states_that_no_run_wrote_are_refused(
 
 def send(monkeypatch: pytest.MonkeyPatch, signum: int, at: int, times: int = 1) -> None:
     """To this process, while batch number `at` is computed."""
-    check, seen = finetune.Run.check_loss, []
+    check, seen = run_steps.Run.check_loss, []
 
-    def check_loss(run: finetune.Run, loss: torch.Tensor) -> None:
+    def check_loss(run: run_steps.Run, loss: torch.Tensor) -> None:
         check(run, loss)
         seen.append(loss)
         if len(seen) == at:
             for _ in range(times):
                 os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(finetune.Run, "check_loss", check_loss)
+    monkeypatch.setattr(run_steps.Run, "check_loss", check_loss)
 
 
 @pytest.mark.parametrize(
@@ -453,7 +453,7 @@ def test_second_signal_ends_at_once_and_one_before_the_steps_too(
     def check_run(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(finetune, "check_run", check_run)
+    monkeypatch.setattr(run_steps, "check_run", check_run)
     with pytest.raises(stopping.Stopped) as stop:
         train(digits, tmp_path / "early", **chosen(digits))
     assert (stop.value.status, stop.value.saved) == (143, "")

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, pipeline
 
 from hf_clip.checkpoints.wise_ft import interpolate_weights
-from hf_clip.commands import finetune
+from hf_clip.training import run_steps
 from hf_clip.training.evaluating import Evaluations
 
 from ..finetuning import largest_difference, records, train, weights
@@ -299,15 +299,15 @@ def test_data_that_goes_away_lose_no_step(
     chosen = {"max_steps": 6, "per_device_train_batch_size": 32, "max_bad_fraction": 1.0}
     whole = train(digits, tmp_path / "whole", dataset=str(tmp_path / "kept"), **chosen)
 
-    def step_done(run: finetune.Run, rates: dict[str, float]) -> None:
+    def step_done(run: run_steps.Run, rates: dict[str, float]) -> None:
         original(run, rates)
         if run.state.step == 3:
             (tmp_path / "gone").rename(tmp_path / "elsewhere")
 
-    original = finetune.Run._step_done
+    original = run_steps.Run._step_done
     chosen |= {"dataset": str(tmp_path / "gone")}
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Run, "_step_done", step_done)
+        patch.setattr(run_steps.Run, "_step_done", step_done)
         message = r"The 3 steps so far are in .*step-00000003; --resume_from_checkpoint latest goes on from there"
         with pytest.raises(ValueError, match=message) as error:
             train(digits, tmp_path / "out", **chosen)

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from datasets import Image, load_from_disk
 
-from hf_clip.commands import finetune
-from hf_clip.training import checkpoint, failures, stopping
+from hf_clip.training import checkpoint, failures, run_steps, stopping
 from hf_clip.training.checkpoint import UnwrittenCheckpointError, list_checkpoints, read_state
 from hf_clip.training.config import TrainingConfig
 from hf_clip.training.records import Records, read_metrics
@@ -244,11 +243,11 @@ def test_room_is_looked_for_before_anything_is_written_and_a_signal_says_what_re
     monkeypatch.setattr(checkpoint, "free_bytes", lambda folder: 1000)
     monkeypatch.setattr(checkpoint, "save_states", None)  # it is not called
 
-    def check_loss(run: finetune.Run, loss: torch.Tensor) -> None:
+    def check_loss(run: run_steps.Run, loss: torch.Tensor) -> None:
         if run.state.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(finetune.Run, "check_loss", check_loss)
+    monkeypatch.setattr(run_steps.Run, "check_loss", check_loss)
     out = tmp_path / "out"
     with pytest.raises(stopping.Stopped) as stop:
         train(digits, out, per_device_train_batch_size=16, max_steps=4)

@@ -9,6 +9,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from hf_clip.commands import finetune
+from hf_clip.training import matryoshka_loss, run_steps
 
 
 def main() -> int:
@@ -17,28 +18,28 @@ def main() -> int:
 
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = use_cpu
-    finetune.sharding.LARGEST_KEPT_WHOLE = largest = int(os.environ["KEPT_WHOLE"])
-    original = finetune.sharding.prepare
+    run_steps.sharding.LARGEST_KEPT_WHOLE = largest = int(os.environ["KEPT_WHOLE"])
+    original = run_steps.sharding.prepare
 
     def prepare(accelerator: Any, model: Any, *arguments: Any) -> Any:
         wrapped, optimizer = original(accelerator, model, *arguments)
         assert type(wrapped).__name__ == "DeepSpeedEngine"
         assert accelerator.num_processes == 2
-        is_zero3 = finetune.sharding.is_zero3(accelerator)
+        is_zero3 = run_steps.sharding.is_zero3(accelerator)
         for parameter in model.vision_model.parameters():
             assert (parameter.numel() == 0) == is_zero3
             assert not is_zero3 or parameter.ds_persist == (parameter.ds_numel <= largest)
         return wrapped, optimizer
 
-    finetune.sharding.prepare = prepare
+    run_steps.sharding.prepare = prepare
     expected = {"bf16": torch.bfloat16, "no": torch.float32}[os.environ["ACCELERATE_MIXED_PRECISION"]]
-    contrast = finetune.global_contrastive_loss
+    contrast = matryoshka_loss.global_contrastive_loss
 
     def global_contrastive_loss(image_embeds: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
         assert image_embeds.dtype == expected
         return contrast(image_embeds, *arguments, **settings)
 
-    finetune.global_contrastive_loss = global_contrastive_loss
+    matryoshka_loss.global_contrastive_loss = global_contrastive_loss
     return finetune.main()
 
 
