@@ -34,7 +34,6 @@ from .approximate_scan import (
 )
 from .exact_scan import EmbeddingMatrix, sample_places
 from .near_duplicates import LEAST_SIMILARITY, MOST_BITS, fold, group_duplicates, known_hashes
-from .quantized_files import read_quantized
 from .query import AUTO, QueryError, QueryPart, combine_parts, encode_parts, parse_query
 from .reference_nouns import REFERENCE_TEXTS
 from .result_cutoff import ResultCutoff
@@ -123,8 +122,12 @@ class ImageIndex(UpdatableIndex):
         """All embeddings in memory, read again where the index has changed."""
         self.tables.refresh()
         if self._matrix is None or self._matrix.version != self.tables.images.version:
-            which = self._quantized
-            self._matrix = EmbeddingMatrix.read(self.tables) if which is None else read_quantized(self.tables, which)
+            if self._quantized is None:
+                self._matrix = EmbeddingMatrix.read(self.tables)
+            else:
+                from .quantized_files import read_quantized  # imports what reads data sets
+
+                self._matrix = read_quantized(self.tables, self._quantized)
         return self._matrix
 
     def use_quantized(self, which: str | None) -> None:

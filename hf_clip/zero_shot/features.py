@@ -21,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..model.image_processing_hf_clip import HfClipImageProcessorKwargs
 from ..model.matryoshka import check_truncate_dim
 from ..model.open_image import UNREADABLE, UnreadableImageError, at_place
 from . import text_batches
@@ -183,6 +182,17 @@ def check_single(item: Any) -> None:
         raise UnreadableImageError(" holds several images; pass one image or a flat list of images.")
 
 
+def _check_settings(settings: Iterable[str]) -> None:
+    """Raise TypeError for a name that is no setting of the image processor."""
+    from ..model.image_processing_hf_clip import HfClipImageProcessorKwargs  # imports transformers, for seconds
+
+    if unknown := set(settings) - HfClipImageProcessorKwargs.__annotations__.keys():
+        raise TypeError(
+            f"{min(unknown)!r} is neither an argument here nor a setting of the image processor, such as fit or "
+            f"backend."
+        )
+
+
 def as_read(images: Iterable[Any]) -> Iterator[Any]:
     """Yield the images one after the other. If the data set or iterator fails, the error names the image's place."""
     iterator = iter(images)
@@ -251,11 +261,8 @@ def encode_images(
 
         features = encode_images(model, processor, ["cat.jpg", "dog.jpg"])  # (2, 512) for ViT-B/32
     """
-    if unknown := settings.keys() - HfClipImageProcessorKwargs.__annotations__.keys():
-        raise TypeError(
-            f"{min(unknown)!r} is neither an argument here nor a setting of the image processor, such as fit or "
-            f"backend."
-        )
+    if settings:
+        _check_settings(settings)
     check_batch_size(batch_size)
     check_width(model, truncate_dim)
     check_images(images)

@@ -111,6 +111,10 @@ def test_processes_import_what_they_need(
     (Path(place) / NAME).unlink()
     assert run(again) == (expected, [lost, "2 ['lancedb']"])
 
+    out, err = run(["search", "--more-like", "1", "--index", place])  # which needs no model
+    assert err == ["0 ['lancedb', 'torch']"]
+    assert " 1  " in out.splitlines()[0]
+
     (tmp_path / "empty").mkdir()
     nowhere, missing = str(tmp_path / "nowhere"), str(tmp_path / "missing")
     wrong = [
