@@ -49,12 +49,14 @@ class LabelledImage:
         longer_side: In pixels.
         shown: A small copy as PNG or JPEG.
         scores: Labels with scores, best first. The label None is "none of these".
+        problem: Why the image cannot be opened, which has no scores then.
     """
 
     name: str
     longer_side: int
     shown: bytes
     scores: list[tuple[str | None, float]]
+    problem: str | None = None
 
 
 def split_labels(text: str) -> list[str]:
@@ -156,10 +158,10 @@ def label_images(
         with_none: Whether an image may show none of the labels.
 
     Returns:
-        One for each image.
+        One for each image. Of several, one that cannot be opened has a problem in place of scores.
 
     Raises:
-        PageError: Nothing, too much, or something unreadable was given.
+        PageError: Nothing or too much was given, or a single image that cannot be opened.
         ValueError: A label cannot be tokenized, or is too long.
     """
     if not paths:
@@ -172,7 +174,13 @@ def label_images(
     classifier = page.classifier(split_labels(labels), chosen_templates(choice, own), BACKGROUND if with_none else ())
     found = []
     for path in paths:
-        image = open_upload(path)
+        try:
+            image = open_upload(path)
+        except PageError as error:
+            if len(paths) == 1:
+                raise
+            found.append(LabelledImage(os.path.basename(path), 0, b"", [], str(error)))
+            continue
         ranked: list[dict[str, Any]] = classifier.classify([image])[0]
         scores = [(entry["label"], entry["score"]) for entry in ranked]
         found.append(LabelledImage(os.path.basename(path), max(image.size), small_copy(image), scores))

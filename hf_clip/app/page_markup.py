@@ -58,9 +58,14 @@ def bar(label: str | None, score: float, threshold: float, is_best: bool) -> str
 
 
 def label_cards(images: Sequence[LabelledImage], threshold: float) -> str:
-    """A card for each image: the image, its name, and the bars of its labels."""
+    """A card for each image: the image, its name, and the bars of its labels, or why it cannot be opened."""
     cards = []
     for image in images:
+        if image.problem is not None:
+            cards.append(
+                f'<article class="card"><div><h3>{escape(image.name)}</h3>{problem(image.problem)}</div></article>'
+            )
+            continue
         bars = [bar(label, score, threshold, is_best=place == 0) for place, (label, score) in enumerate(image.scores)]
         rest = bars[SHOWN_SCORES:]
         more = f"<details><summary>{len(rest)} more</summary><ul>{''.join(rest)}</ul></details>" if rest else ""

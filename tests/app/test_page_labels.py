@@ -10,6 +10,7 @@ from PIL import Image
 from hf_clip import ZeroShotClassifier
 from hf_clip.app import page_labels
 from hf_clip.app.page_labels import chosen_templates, label_images, open_upload, small_copy, split_labels
+from hf_clip.app.page_markup import label_cards
 from hf_clip.app.page_model import CLASSIFIERS_KEPT, PageError, PageModel
 
 from ..search.conftest import make_image
@@ -106,6 +107,23 @@ def test_scores_are_those_of_the_classifier(page: PageModel, page_files: Path):
     for image, scores in zip(found, expected, strict=True):
         assert [label for label, _ in image.scores] == [label for label, _ in scores]
         assert [score for _, score in image.scores] == pytest.approx([score for _, score in scores], abs=1e-5)
+
+
+def test_a_broken_upload_does_not_stop_the_others(page: PageModel, page_files: Path, tmp_path: Path):
+    (tmp_path / "<b>.png").write_text("no image")
+    paths = [str(page_files / "photos" / "photo-0.png"), str(tmp_path / "<b>.png")]
+    paths.append(str(page_files / "photos" / "photo-1.png"))
+    found = label_images(page, paths, "\n".join(LABELS), "{}")
+    line = "<b>.png cannot be opened: it is damaged, or no image. Choose another."
+    assert [(image.name, bool(image.scores), image.problem) for image in found] == [
+        *(("photo-0.png", True, None), ("<b>.png", False, line), ("photo-1.png", True, None))
+    ]
+    shown = label_cards(found, 0.0)
+    assert shown.count('<article class="card">') == 3
+    assert shown.count('<ul class="bars">') == 2
+    assert f'<p class="problem" role="alert">{line.replace("<b>", "&lt;b&gt;")}</p>' in shown
+    with pytest.raises(PageError, match="^<b>.png cannot be opened"):
+        label_images(page, paths[1:2], "\n".join(LABELS))
 
 
 def test_an_image_may_show_none_of_the_labels(page: PageModel, page_files: Path):
