@@ -115,7 +115,8 @@ def index(
             refuse_to_empty(found)
     if embedded and model is None and not holds_an_index(place):
         model = model_of_embeddings(embedded[0])
-    unchanged = None if embedded else UnchangedFolders.read(place)
+    # Whether images were decoded in full stands in the tables.
+    unchanged = None if embedded or exact else UnchangedFolders.read(place)
     open_index = partial(UpdatableIndex.open, place, model=model, dtype=dtype.value)
     opened = None if unchanged else open_index()
     known = unchanged.folders if unchanged else opened.tables.noted("folders", []) if opened is not None else []
@@ -138,7 +139,7 @@ def index(
         if changes is None:
             opened = open_index() if opened is None else opened  # one without images is false
             changes = opened.add_data_set(folder, **columns, **how) if scan is None else opened.add(scan, **how)
-            unchanged = UnchangedFolders.read(place)
+            unchanged = None if exact else UnchangedFolders.read(place)
         problems |= changes.problems
         print(f"{folder}: {changes.describe()}", flush=True)
     count = len(opened) if opened is not None else unchanged.images if unchanged else 0

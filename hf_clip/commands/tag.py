@@ -160,7 +160,9 @@ def tag(
     if index is not None:
         from ..search.index_table import IndexTables
 
-        IndexTables.open(os.path.expanduser(index))  # what is wrong with it is said before torch is imported
+        tables = IndexTables.open(os.path.expanduser(index))  # what is wrong with it is said before torch is imported
+        if filter is not None:
+            tables.check_condition(filter)
     from ..search.image_tags import check_keywords, check_scores, write_sidecars
     from ..zero_shot.pipeline import check_device
     from ..zero_shot.prompts import DEFAULT_TEMPLATE, parse_labels, read_labels, read_templates

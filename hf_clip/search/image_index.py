@@ -234,6 +234,8 @@ class ImageIndex(UpdatableIndex):
             raise ValueError(f"top is {top}, but must be at least 1.")
         if isinstance(cutoff, str) and cutoff != AUTO:
             raise ValueError(f'cutoff is {cutoff!r}, but must be "{AUTO}", a score, or None.')
+        if where is not None:
+            self.tables.check_condition(where)  # before a model is loaded and images are scored
         scan = None if exact else self.approximate_scan()
         known = self._known(scan)
         parts = vectors = None

@@ -249,6 +249,11 @@ class IndexTables:
         with self._filtering(where):
             return (query.where(where) if where is not None else query).to_arrow()
 
+    def check_condition(self, where: str) -> None:
+        """Raise SearchIndexError for a text that is no condition on the columns; no more than one row is read."""
+        with self._filtering(where):
+            self.images.search().select(["id"]).where(where).limit(1).to_arrow()
+
     def count(self, where: str | None = None) -> int:
         """How many images there are, or meet a condition. Raises as `rows` does."""
         with self._filtering(where):

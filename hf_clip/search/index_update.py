@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .exact_folders import is_exact, may_be_draft
 from .folder_scan import FileState, FolderScan
 from .index_table import IndexTables, shown_path
 from .indexed_image import can_be_read, file_hash
@@ -25,7 +26,7 @@ COMMIT_AT = 256
 PLACE = ("path", "path_bytes", "size", "mtime_ns")
 """Columns that say where an image is."""
 
-KNOWN = ("id", "path_bytes", "size", "mtime_ns", "content")
+KNOWN = ("id", "path_bytes", "size", "mtime_ns", "content", "width", "height")
 
 NOT_READ = -1
 """In place of the time of a file that could not be read: what kept it, such as permissions or a network, may pass."""
@@ -68,6 +69,8 @@ class _Known:
     size: int
     mtime_ns: int
     content: str
+    width: int
+    height: int
 
 
 @dataclass
@@ -96,7 +99,11 @@ class UpdatePlan:
 
 
 def plan_update(
-    tables: IndexTables, scan: FolderScan, advance: Callable[[int], Any] = lambda count: None
+    tables: IndexTables,
+    scan: FolderScan,
+    advance: Callable[[int], Any] = lambda count: None,
+    *,
+    draft_side: int | None = None,
 ) -> UpdatePlan:
     """Compare a folder with the index. Files are hashed where an image of their size is known, and else not opened.
 
@@ -104,7 +111,13 @@ def plan_update(
         tables: The index.
         scan: The folder.
         advance: Called with a number of files as they are compared.
+        draft_side: Images are to be decoded in full: those that are known and may be drafts of at least this shorter
+            side are encoded again. None: they are kept.
+
+    Returns:
+        What there is to do.
     """
+    are_exact = draft_side is None or is_exact(tables, scan.folder)
     rows = [_as_known(row) for row in tables.rows(KNOWN, "size IS NOT NULL").to_pylist()]
     inside = os.path.join(scan.folder, "")
     known = {row.path: row for row in rows if row.path.startswith(inside)}
@@ -120,7 +133,10 @@ def plan_update(
         advance(1)
         row, state = known.get(file.path), (file.size, file.mtime_ns)
         if row is not None and (row.size, row.mtime_ns) == state:
-            plan.unchanged += 1
+            if are_exact or not _may_be_draft(file, row, draft_side):
+                plan.unchanged += 1
+            else:
+                plan.to_encode.append((file, row.id))
         elif file.path in old_problems:
             size, mtime_ns, problem = old_problems[file.path]
             is_unread = mtime_ns == NOT_READ and not can_be_read(file.path)
@@ -131,7 +147,7 @@ def plan_update(
             else:
                 plan.mended.append(file.path)
                 plan.to_encode.append((file, None if row is None else row.id))
-        elif (same := _same_content(file, by_size[file.size], lost)) is not None:
+        elif (same := _same_content(file, by_size[file.size], lost)) and not _may_be_draft(file, same, draft_side):
             is_moved = lost.pop(same.path, None) is not None or not os.path.lexists(same.path)
             place = row.id if row is not None else same.id if is_moved and same.id not in moved else None
             moved.add(same.id)
@@ -140,6 +156,10 @@ def plan_update(
             plan.to_encode.append((file, None if row is None else row.id))
     plan.missing = list(lost.values())
     return plan
+
+
+def _may_be_draft(file: FileState, row: _Known, side: int | None) -> bool:
+    return side is not None and may_be_draft(file.path, row.width, row.height, side)
 
 
 def _same_content(file: FileState, candidates: list[_Known], lost: dict[str, _Known]) -> _Known | None:
@@ -155,7 +175,8 @@ def _same_content(file: FileState, candidates: list[_Known], lost: dict[str, _Kn
 
 
 def _as_known(row: dict[str, Any]) -> _Known:
-    return _Known(row["id"], os.fsdecode(row["path_bytes"]), row["size"], row["mtime_ns"], row["content"])
+    pixels = (row["width"] or 0, row["height"] or 0)
+    return _Known(row["id"], os.fsdecode(row["path_bytes"]), row["size"], row["mtime_ns"], row["content"], *pixels)
 
 
 def _read_problems(tables: IndexTables, folder: str) -> dict[str, tuple[int, int, str]]:

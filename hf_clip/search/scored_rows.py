@@ -85,7 +85,12 @@ class ScoredRows:
 
     def check_condition(self, condition: str) -> None:
         """Raise ValueError if a condition cannot be evaluated, before there are rows."""
+        # In two places: what closes a parenthesis and goes on, such as `a) ORDER BY (b`, fits only one of them.
         self._evaluate(condition, f"SELECT 1 FROM rows WHERE ({condition}\n)")
+        self._keep_where(condition)
+
+    def _keep_where(self, condition: str) -> None:
+        self._evaluate(condition, f"UPDATE rows SET kept = CASE WHEN ({condition}\n) THEN 1 ELSE 0 END")
 
     def _evaluate(self, condition: str, statement: str) -> None:
         """Run a statement with a condition. Ctrl-C ends one that never ends by itself."""
@@ -148,7 +153,7 @@ class ScoredRows:
     def choose(self, condition: str | None, top_fraction: tuple[str, float] | None) -> None:
         """Say which rows are kept: those that fulfil a condition, and of them a fraction with the highest scores."""
         if condition is not None:
-            self._evaluate(condition, f"UPDATE rows SET kept = CASE WHEN ({condition}\n) THEN 1 ELSE 0 END")
+            self._keep_where(condition)
         if top_fraction is not None:
             name, fraction = top_fraction
             count = self._number(f'SELECT count("{name}") FROM rows WHERE kept')

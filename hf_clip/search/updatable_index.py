@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..zero_shot.progress import progress_bar
+from .exact_folders import forget_exact, note_exact
 from .folder_scan import FolderScan, refuse_to_empty, scan_folder
 from .index_model import MODEL_FILES, MODEL_PLACE, check_model, describe, is_same_model, load, model_files
 from .index_table import IndexTables, SearchIndexError, default_index, is_address
@@ -19,6 +20,9 @@ from .unchanged_folders import remember_unchanged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+DRAFT_SIDE = "draft side"
+"""The note of `_draft_side`."""
 
 OPTIMIZED_FROM = 500
 """Images to encode from which on a model is optimized first: that takes seconds, and a fifth or so of each image's time
@@ -169,6 +173,16 @@ class UpdatableIndex:
 
             optimize_and_remember(self._model)
 
+    def _draft_side(self) -> int | None:
+        """The shorter side that the model needs; it is kept in the index, so that the model is loaded for it once."""
+        side = self.tables.noted(DRAFT_SIDE)
+        if side is None:
+            from ..zero_shot.features import image_processor_of
+
+            side = image_processor_of(self.processor).steps().draft_side() or 0
+            self.tables.note(DRAFT_SIDE, side)
+        return side or None
+
     def add(
         self,
         folder: str | Path | FolderScan,
@@ -184,8 +198,9 @@ class UpdatableIndex:
         Args:
             folder: The folder, or what a scan of it has just found.
             batch_size: Images encoded at once.
-            exact: Whether to decode large JPEGs in full. By default they are decoded at a half, a quarter or an eighth
-                of their size, but at twice the model's at least, which is several times as fast.
+            exact: Whether to decode large JPEGs in full; those that the index has of a run without it are encoded
+                again. By default they are decoded at a half, a quarter or an eighth of their size, but at twice the
+                model's at least, which is several times as fast.
             keep_missing: Whether images whose files are gone stay in the index.
             threads: How many open images. None: one for each core, at most 8.
             progress: Whether to show progress bars. None: if standard error is a terminal.
@@ -201,8 +216,10 @@ class UpdatableIndex:
         scan = folder if isinstance(folder, FolderScan) else scan_folder(folder)
         with self.tables.writing():
             with progress_bar("Comparing files", "file", len(scan.files), progress) as advance:
-                plan = plan_update(self.tables, scan, advance)
+                plan = plan_update(self.tables, scan, advance, draft_side=self._draft_side() if exact else None)
             refuse_to_empty(scan, len(plan.missing))
+            if not exact and (plan.recognised or plan.to_encode):
+                forget_exact(self.tables, scan.folder)
             moved = apply_recognised(self.tables, plan)
             changes = IndexChanges()
             if plan.to_encode:
@@ -220,6 +237,8 @@ class UpdatableIndex:
                         threads=threads,
                         advance=advance,
                     )
+            if exact:
+                note_exact(self.tables, scan.folder)
             changes.removed = forget_missing(self.tables, plan, keep_missing, changes.problems)
             changes.kept = len(plan.missing) if keep_missing else 0
             changes.unchanged, changes.moved = plan.unchanged, moved

@@ -215,6 +215,8 @@ def test_other_weights_are_no_predictor(tmp_path: Path, state: dict[str, Tensor]
         ({"keep": "clip_scor > 1"}, r"The condition 'clip_scor > 1' cannot be evaluated \(no such column: clip_scor\)"),
         ({"keep": "clip_score >"}, "cannot be evaluated"),
         ({"keep": "1); DROP TABLE rows; --"}, "cannot be evaluated"),
+        ({"keep": "clip_score > 1) ORDER BY (id"}, "cannot be evaluated"),
+        ({"keep": "1) THEN 1 ELSE 0 END, id = (CASE WHEN (1"}, "cannot be evaluated"),
         ({"keep": ""}, "cannot be evaluated"),
         ({"top_fraction": ("aesthetic", 0.5)}, "There is no score 'aesthetic' to take the best of: the scores are"),
         ({"top_fraction": ("clip_score", 1.5)}, "The fraction of the best is 1.5"),
@@ -230,7 +232,12 @@ def test_other_weights_are_no_predictor(tmp_path: Path, state: dict[str, Tensor]
     ],
 )
 def test_what_is_refused_leaves_nothing(
-    run: Callable[..., Curation], shards: str, photos: Path, settings: dict[str, Any], message: str
+    run: Callable[..., Curation],
+    shards: str,
+    photos: Path,
+    settings: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     here = photos.parent
     (here / "broken").mkdir()
@@ -241,6 +248,8 @@ def test_what_is_refused_leaves_nothing(
     out = here / settings.pop("out", "out.parquet")
     if "picture" in settings:
         settings["picture"] = here / settings["picture"]
+    if "keep" in settings:
+        monkeypatch.setattr("hf_clip.search.curation._score", None)  # they are refused before anything is scored
     with pytest.raises((ValueError, OSError), match=message):
         run(shards if source is None else str(here / source), out, **settings)
     assert sorted(here.iterdir()) == before

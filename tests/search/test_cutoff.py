@@ -1,9 +1,13 @@
 """Where results end: few for a query that few images fit, none for one that none fits, whatever the scores' scale."""
 
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +26,7 @@ from hf_clip.search.result_cutoff import (
     end_of_results,
     least_score,
     measure_references,
+    tells_apart,
 )
 
 from .conftest import make_image
@@ -30,10 +35,20 @@ WIDTH, KINDS = 48, 12
 
 
 class Notes:
-    """What an index keeps under names."""
+    """What an index keeps under names, and the rows of its images."""
 
-    def __init__(self) -> None:
+    def __init__(self, matrix: EmbeddingMatrix | None = None) -> None:
         self.kept: dict[str, Any] = {}
+        self.matrix = matrix
+        self.images = SimpleNamespace(version=1)
+
+    def rows(self, columns: list[str], where: str) -> Any:
+        assert self.matrix is not None
+        asked = [int(number) for number in re.findall(r"\d+", where)]
+        places = torch.isin(self.matrix.ids, torch.tensor(asked)).nonzero()[:, 0]
+        flat = pyarrow.array(self.matrix.embeddings[places].flatten().numpy())
+        column = pyarrow.FixedSizeListArray.from_arrays(flat, WIDTH)
+        return pyarrow.table({"id": self.matrix.ids[places].numpy(), "embedding": column}).select(columns)
 
     def noted(self, name: str, default: Any) -> Any:
         return self.kept.get(name, default)
@@ -103,7 +118,7 @@ def test_sums_of_parts_fit_if_one_part_does(monkeypatch: pytest.MonkeyPatch):
     matrix, texts = make_matrix([30, 40, 50])
     monkeypatch.setattr("hf_clip.search.result_cutoff.encode_texts", lambda *given, **named: random_texts())
     monkeypatch.setattr("hf_clip.search.result_cutoff._is_put_into_templates", lambda *given: False)
-    notes = Notes()
+    notes = Notes(matrix)
     cutoff = ResultCutoff(notes)  # type: ignore[arg-type]
 
     def least(parts: list[QueryPart], vectors: Tensor, direction: Tensor) -> float:
@@ -125,19 +140,64 @@ def test_sums_of_parts_fit_if_one_part_does(monkeypatch: pytest.MonkeyPatch):
     assert set(notes.kept[NOTE]) == {"texts", "images"}
 
 
-def test_reference_scores_are_kept_until_the_index_has_another_size(monkeypatch: pytest.MonkeyPatch):
+def test_reference_scores_are_measured_anew_when_the_index_holds_other_images(monkeypatch: pytest.MonkeyPatch):
     calls = []
     monkeypatch.setattr(
         "hf_clip.search.result_cutoff.encode_texts", lambda *given, **named: calls.append(1) or random_texts()
     )
     notes = Notes()
-    measured = []
-    for count, calls_since in ((40, 1), (43, 1), (60, 2), (60, 2)):
-        matrix, _ = make_matrix([count, count])
-        found = ResultCutoff(notes).references("texts", matrix, lambda: (None, None))  # type: ignore[arg-type]
-        assert len(calls) == calls_since
-        measured.append(found)
-    assert measured[0] == measured[1] != measured[2] == measured[3]
+
+    def measured_anew(matrix: EmbeddingMatrix) -> bool:
+        before, notes.matrix = len(calls), matrix
+        first = ResultCutoff(notes).references("texts", matrix, lambda: (None, None))  # type: ignore[arg-type]
+        assert ResultCutoff(notes).references("texts", matrix, lambda: (None, None)).spread == first.spread  # type: ignore[arg-type]
+        assert len(calls) <= before + 1
+        return len(calls) > before
+
+    whole, _ = make_matrix([60, 60])
+    ids, embeddings = torch.arange(len(whole)), whole.embeddings
+    assert measured_anew(EmbeddingMatrix(ids[:90], embeddings[:90]))
+    assert not measured_anew(EmbeddingMatrix(ids[:98], embeddings[:98]))  # a few were added
+    assert measured_anew(EmbeddingMatrix(ids[:100], embeddings[:100]))  # and a few more
+    assert not measured_anew(EmbeddingMatrix(ids[5:100], embeddings[5:100]))  # a few were removed
+    assert measured_anew(EmbeddingMatrix(ids[15:115], embeddings[15:115]))  # as many are others
+    written_anew = embeddings[15:115].clone()
+    written_anew[:20] = embeddings[100:120]
+    assert measured_anew(EmbeddingMatrix(ids[15:115], written_anew))  # of the same files
+    notes.kept[NOTE]["texts"].pop("rows")  # as an older version wrote it
+    assert measured_anew(EmbeddingMatrix(ids[15:115], written_anew))
+
+
+def test_what_scores_higher_than_any_reference_fits():
+    matrix, texts = make_matrix([30, 40, 50])
+    references = measure_references(matrix, random_texts(), TEXT_GATES)
+    scores = matrix.similarities(texts[5:6])[0]
+    assert references.highest == pytest.approx(float(matrix.similarities(random_texts()).max()))
+    assert least_score(scores, references, TEXT_GATES) == math.inf
+    scores[17] = references.highest + 1e-3
+    hidden = replace(references, medians=[math.inf, math.inf])
+    assert end_of_results(scores, references.spread) == least_score(scores, hidden, TEXT_GATES) <= scores[17]
+
+
+def test_every_text_fits_where_a_model_does_not_tell_nouns_apart():
+    """As one does that learned ten captions: nouns are then as near to its images as they are."""
+    matrix, texts = make_matrix([30, 40, 50])
+    generator = torch.Generator().manual_seed(2)
+    few = texts[torch.randint(3, (100,), generator=generator)]
+    few = normalize(few + 0.005 * torch.randn(few.shape, generator=generator), dim=1)
+    references = measure_references(matrix, few, TEXT_GATES)
+    assert not references.are_told_apart
+    levels = replace(references, are_told_apart=True, highest=1.0)
+    assert not all(levels.lets_through(row, TEXT_GATES) for row in matrix.similarities(texts[:3]))
+    for kind, row in enumerate(matrix.similarities(texts[:3])):
+        shown = (row >= least_score(row, references, TEXT_GATES)).nonzero()[:, 0].tolist()
+        first = sum([30, 40, 50][:kind])
+        assert set(shown) <= set(range(first, first + [30, 40, 50][kind]))
+        assert len(shown) >= 0.7 * [30, 40, 50][kind]
+    assert tells_apart(random_texts())
+    assert not tells_apart(texts[:1].expand(5, -1))
+    places = torch.arange(0, 120, 4)
+    assert measure_references(matrix, matrix.embeddings[places].float(), IMAGE_GATES, places).are_told_apart
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 19])
@@ -197,7 +257,7 @@ def test_an_index_that_nobody_may_write_to_is_searched_all_the_same():
             raise OSError("read-only file system")
 
     matrix, _ = make_matrix([40, 40])
-    cutoff = ResultCutoff(ReadOnly())  # type: ignore[arg-type]
+    cutoff = ResultCutoff(ReadOnly(matrix))  # type: ignore[arg-type]
     found = cutoff.references("images", matrix, lambda: (None, None))
     assert found.images == 80
     assert cutoff.references("images", matrix, lambda: (None, None)) is found

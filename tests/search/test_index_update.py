@@ -13,6 +13,7 @@ import torch
 from PIL import ExifTags, Image
 
 from hf_clip import encode_images
+from hf_clip.commands.program import main
 from hf_clip.model.open_image import open_image
 from hf_clip.search import index_encoding, indexed_image
 from hf_clip.search.folder_scan import scan_folder
@@ -264,6 +265,36 @@ def test_large_jpeg_is_drafted_and_keeps_its_size(
     assert (row["width"], row["height"]) == (900, 700)
     exact = encode_images(*small_model[:2], folder / "a.jpg")[0]
     assert torch.tensor(row["embedding"]).float() @ exact > 0.999
+
+
+def test_exact_run_decodes_in_full_what_the_index_has_as_drafts(
+    tmp_path: Path, new_index: NewIndex, small_model: tuple[Any, Any, str], capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "large"
+    folder.mkdir()
+    make_image(1, (900, 700)).save(folder / "a.jpg", quality=95)
+    make_image(2, (900, 700)).save(folder / "b.png")
+    make_image(3, (40, 30)).save(folder / "small.jpg")
+    index = new_index()
+    index.add(folder)
+    draft = paths_of(index)[str(folder / "a.jpg")]
+    expected = encode_images(*small_model[:2], folder / "a.jpg")[0].half()
+    assert not torch.equal(torch.tensor(draft["embedding"]).half(), expected)
+
+    changes = index.add(folder, exact=True)
+    assert (changes.updated, changes.unchanged) == (1, 2)
+    row = paths_of(index)[str(folder / "a.jpg")]
+    assert row["id"] == draft["id"]
+    assert torch.tensor(row["embedding"]).half().tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+    assert row["embedding"] != draft["embedding"]
+    assert index.add(folder, exact=True).describe() == "3 unchanged"
+    assert index.add(folder).describe() == "3 unchanged"  # and what is exact stays so
+    assert paths_of(index)[str(folder / "a.jpg")]["embedding"] == row["embedding"]
+
+    make_image(4, (900, 700)).save(folder / "new.jpg", quality=95)
+    assert index.add(folder).added == 1
+    assert main(["index", str(folder), "--exact", "--into", str(index.tables.place)]) == 0
+    assert "2 updated, 2 unchanged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [(1000, 999), (999, 1000), (1000, 1000), (900, 700)])
