@@ -227,6 +227,15 @@ def test_weights_that_the_last_step_broke_are_not_saved(
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_file_in_the_place_of_stored_features_is_refused(digits: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "frozen_features").write_text("mine")
+    chosen = {"cache_frozen_features": True, "lock": "image", "dataset": ["/no/data"]}  # before anything else
+    with pytest.raises(FileExistsError, match="out/frozen_features is no folder, but features of what is not trained"):
+        train(digits, tmp_path / "out", **chosen)
+    assert (tmp_path / "out" / "frozen_features").read_text() == "mine"
+
+
 def test_existing_output_is_refused_before_training(digits: Path, tmp_path: Path):
     (tmp_path / "model.safetensors").write_text("precious")
     with pytest.raises(FileExistsError, match="is not empty"):

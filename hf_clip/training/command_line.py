@@ -104,6 +104,21 @@ def _argument_parser() -> Any:
     return HfArgumentParser
 
 
+def _with_lists_joined(words: Sequence[str]) -> list[str]:
+    """A command line's words with a list that begins with a minus, such as `-1,32`, joined to its option by `=`.
+
+    argparse would take it for an option, and would say of the option in front of it that it has no value.
+    """
+    found: list[str] = []
+    for word in words:
+        is_value = re.fullmatch(r"-[\d.]*,[-\d.,]*", word) is not None
+        if is_value and found and re.fullmatch(r"--[A-Za-z][\w-]*", found[-1]):
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
 def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.py") -> "TrainingConfig":
     """The configuration that a command line asks for.
 
@@ -140,6 +155,7 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
         _check_push_to_hub(from_file)
         _check_words(parser, from_file, path)
         words = [*from_file, *words]
+    words = _with_lists_joined(words)
     _check_push_to_hub(words)
     parser.error = _refuse_with(words, after=f" See {prog} --help.")
     values: dict[str, Any] = {}

@@ -50,6 +50,23 @@ def holds_only_features(output_dir: str | Path) -> bool:
     return folder.is_dir() and [path.name for path in folder.iterdir() if not path.name.startswith(".")] == [FOLDER]
 
 
+def check_folder(output_dir: str | Path) -> None:
+    """Refuse an output folder in which something else is in the place of the features.
+
+    Args:
+        output_dir: The output folder, which need not be there.
+
+    Raises:
+        FileExistsError: There is a file, or a link that leads nowhere.
+    """
+    place = Path(output_dir, FOLDER)
+    if (place.exists() or place.is_symlink()) and not place.is_dir():
+        raise FileExistsError(
+            f"{place} is no folder, but features of what is not trained are stored in a folder of that name: move it, "
+            f"or name another --output_dir."
+        )
+
+
 class StaleFeaturesError(ValueError):
     """Stored features are not those that the model gives now.
 
@@ -212,6 +229,7 @@ def digest_of_tokenizer(tokenizer: Any) -> str:
 __all__ = [
     "FOLDER",
     "StaleFeaturesError",
+    "check_folder",
     "digest_of_module",
     "digest_of_tokenizer",
     "holds_only_features",

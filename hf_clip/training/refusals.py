@@ -28,7 +28,7 @@ from .checkpoint import find_checkpoint
 from .chosen_metric import Figure, parse_metric, read_figure
 from .config import TrainingConfig
 from .data.collator import check_image_processor
-from .feature_store import holds_only_features
+from .feature_store import check_folder, holds_only_features
 from .frozen_towers import check_cacheable, replace_towers_
 from .gradient_caching import check_batch_norm_is_frozen
 from .launching import launch_settings
@@ -93,6 +93,8 @@ def _check_output(config: TrainingConfig, accelerator: Any) -> Path | None:
         The checkpoint to go on from, if any.
     """
     start, is_main_process = None, accelerator.is_main_process
+    if is_main_process and (config.cache_frozen_features or config.teacher is not None):
+        check_folder(config.output_dir)
     if (resume := config.resume_from_checkpoint) is not None:
         start = of_main_process(accelerator, lambda: find_checkpoint(config.output_dir, resume))
         step_of_best(config.output_dir)

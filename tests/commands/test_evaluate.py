@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from PIL import Image
 from transformers import AutoModel
 
@@ -112,6 +113,20 @@ def test_optimized_model_has_the_same_figures_and_features(
 def test_stock_model_stays_as_it_is(digits: Path):
     model = stock_model(grid.load_model(str(digits / "vit"))[0])
     assert grid._optimized(model) == "not optimized, since CLIPModel has no optimize_for_inference"
+
+
+def test_images_that_cannot_be_opened_are_counted(
+    digits: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("hf_clip.evaluation.unreadable_images.MOST_UNREADABLE", 0.1)
+    rows = load_from_disk(data / "captions")
+    broken = [{"image": {"bytes": b"none", "path": None}, "caption": "nothing"}] * 2
+    broken[1] = {"image": {"bytes": b"no image", "path": None}, "caption": "nothing"}
+    concatenate_datasets([rows, Dataset.from_list(broken, features=rows.features)]).save_to_disk(tmp_path / "some")
+    assert run("retrieval", "--model", digits / "vit", "--dataset", tmp_path / "some", "--output", tmp_path / "r") == 0
+    out, err = capsys.readouterr()
+    assert f"{tmp_path / 'some'}: 2 images could not be opened and are left out\n" in err
+    assert "mean_recall@1" in out
 
 
 def test_retrieval_and_composition(digits: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

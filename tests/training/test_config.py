@@ -444,6 +444,13 @@ def test_what_cannot_be_read_names_the_option_as_it_was_typed(option: str):
         parse_config([*NEEDED, f"{option}s", "4"])
 
 
+def test_list_that_begins_with_a_minus_is_read_as_a_value():
+    with pytest.raises(ValueError, match=r"^--matryoshka_dims has '-1', but widths are needed, such as 512,256"):
+        parse_config([*NEEDED, "--matryoshka_dims", "-1,32"])
+    with pytest.raises(ValueError, match=r"^--matryoshka_weights has '-0.5', but positive numbers are needed"):
+        parse_config([*NEEDED, "--matryoshka_dims", "64,32", "--matryoshka-weights", "-0.5,1"])
+
+
 def test_file_of_options_comes_first():
     with pytest.raises(
         ValueError, match=r"^run.yaml is no option; a file of options comes first, before all options\."

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -154,6 +154,12 @@ def check_task(
             pass
 
 
+def lines_of_unreadable(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What is said of images that were left out of measurements, once for each data set."""
+    counts = {record["dataset"]: record["unreadable"] for record in records if record["unreadable"]}
+    return [f"{name}: {count:,} images could not be opened and are left out" for name, count in counts.items()]
+
+
 def run_task(
     task: str,
     models: list[str],
@@ -199,6 +205,8 @@ def run_task(
             say=lambda line: print(line, file=sys.stderr),
             needs_model=needs_model,
         )
+    for line in lines_of_unreadable(outcome.records):
+        print(line, file=sys.stderr)
     if outcome.records:
         print(text_table(*table_rows(outcome.records)))
         print(f"\n{Path(output) / 'results.json'}")
