@@ -68,7 +68,7 @@ SAME_TEXT = 0.95
 reference text and its nearest one is at most 0.93 on small models of digits, scenes and photographs that know what they
 were trained on, and at least 0.977 on models that know ten words."""
 
-NOTE = "reference scores"
+NOTE = "levels of reference queries"
 SAMPLED_ROWS = 100
 SIMILAR = 0.1
 """The reference scores are measured anew when this part of the index has changed: images that were added, removed or
