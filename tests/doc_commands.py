@@ -1,7 +1,6 @@
 """The command lines of the pages, read by the parsers of the programs that they name, and never carried out here."""
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -121,7 +120,7 @@ def read_by_python(words: Sequence[str]) -> None:
 
 
 def read_by_curl(words: Sequence[str]) -> None:
-    """Raises ValidationError for a body that the server would refuse. What `echo` writes for curl is read by it too."""
+    """Raises ValidationError for a body that the server would refuse."""
     from hf_clip.serve.classify_request import ClassifyRequest
     from hf_clip.serve.embedding_request import EmbeddingRequest
     from hf_clip.serve.search_request import SearchRequest
@@ -131,6 +130,13 @@ def read_by_curl(words: Sequence[str]) -> None:
     body = words[words.index("-d") + 1]
     if not body.startswith("@"):
         kind.model_validate_json(body)
+
+
+def read_by_printf(words: Sequence[str]) -> None:
+    """What is filled into a body, and sent by curl."""
+    assert words[2:4] == ["|", "curl"], words
+    body = words[0].replace("%s", "AAAA")
+    read_by_curl([body if word == "@-" else word for word in words[4:]])
 
 
 def read_by_docker(words: Sequence[str]) -> None:
@@ -148,7 +154,7 @@ READERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "python": read_by_python,
     "curl": read_by_curl,
     "docker": read_by_docker,
-    "echo": lambda words: json.loads(words[0]),
+    "printf": read_by_printf,
 }
 
 
