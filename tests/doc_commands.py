@@ -43,9 +43,9 @@ TARGETS = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), fl
 
 ELSEWHERE = {
     *("--help", "--strategy", "--no-deps", "--no-index"),
-    *("--build-arg", "--env", "--file", "--publish", "--tag", "--volume"),  # docker's
+    *("--build-arg", "--env", "--file", "--publish", "--read-only", "--tag", "--time", "--tmpfs", "--user", "--volume"),
 }
-"""Options of programs that are none of ours."""
+"""Options of programs that are none of ours, such as docker."""
 
 
 class ParsedError(Exception):

@@ -62,10 +62,11 @@ class DiskFullError(OSError):
 
     def __init__(self, folder: Path, needed: int | None, free: int | None):
         self.folder, self.needed, self.free = folder, needed, free
-        amount = "" if needed is None else f" needs {needed:,} bytes"
-        left = "" if free is None else f" and {free:,} are free"
+        said = folder.name if needed is None else f"{folder.name} needs {needed:,} bytes"
+        if free is not None:
+            said += f" needs more than {free:,} bytes, which are free" if needed is None else f" and {free:,} are free"
         super().__init__(
-            f"No space left in {folder.parent}: {folder.name}{amount}{left}; nothing was written. Make room there, or "
+            f"No space left in {folder.parent}: {said}; nothing was written. Make room there, or "
             f"name a folder on another disk."
         )
 

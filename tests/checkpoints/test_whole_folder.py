@@ -318,6 +318,19 @@ def test_full_disk_is_one_line_whichever_library_meets_it(tmp_path: Path, error:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("needed", "free", "said"),
+    [
+        (7000, 30, "out needs 7,000 bytes and 30 are free; nothing"),
+        (7000, None, "out needs 7,000 bytes; nothing"),
+        (None, 3000, "out needs more than 3,000 bytes, which are free; nothing"),
+        (None, None, "out; nothing"),
+    ],
+)
+def test_full_disk_is_told_in_whole_sentences(needed: int | None, free: int | None, said: str):
+    assert str(DiskFullError(Path("here/out"), needed, free)).startswith(f"No space left in here: {said} was written.")
+
+
 def test_room_is_looked_for_before_anything_is_written(tmp_path: Path):
     message = "needs 1,152,921,504,606,846,976 bytes and"
     with pytest.raises(DiskFullError, match=message), whole_folder(tmp_path / "out", needed=2**60):
