@@ -18,8 +18,8 @@ WORDS = (
     "bicycle train umbrella sunset winter photograph drawing three several sleeping running holding beside under "
     "skateboarder marketplace lighthouse windswept"
 )
-SHORTEST, MORE, LONGEST = 2, 10, 32
-"""Words of a text: at least, how many more on average, and at most."""
+SHORTEST, MORE, LONGEST = 2, 8, 15
+"""Words of a text: at least, how many more on average, and at most. infinity cuts texts after 20 tokens."""
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 SIZES = ((512, 512), (640, 480), (480, 640), (800, 600))
@@ -28,7 +28,7 @@ QUALITIES = (75, 85, 90)
 
 
 def make_texts() -> list[str]:
-    """Texts of 2 to 32 words, of which half have at most nine."""
+    """Texts of 2 to 15 words, of which half have at most eight."""
     chance = random.Random(26)
     lengths = [min(LONGEST, SHORTEST + int(chance.expovariate(1 / MORE))) for _ in range(TEXTS)]
     return [" ".join(chance.choices(WORDS.split(), k=length)) for length in lengths]
