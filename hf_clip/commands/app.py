@@ -37,7 +37,6 @@ def app(
     import sys
     import webbrowser
 
-    from ..app.page_server import serve_page
     from ..extras import require
     from ..taken_port import address_of, is_loopback, take_port
 
@@ -45,6 +44,10 @@ def app(
     taken = take_port(host, port)  # before the model is loaded, which takes a while
     try:
         from ..app.page_model import PageModel
+        from ..app.page_server import serve_page
+        from ..registration import register
+
+        register()
 
         page = PageModel.load(model, index)
     except BaseException:

@@ -79,7 +79,14 @@ def serve(
     require("hf-clip serve", "serve")
     if api_key is None:
         api_key = os.environ.get("HF_CLIP_API_KEY")  # an empty one, which Typer takes for none
-    with take_port(host, port) as taken:  # before the model is loaded, which takes a while
+    with take_port(host, port) as taken:  # before torch and the model are loaded, which takes a while
+        if index is not None:
+            from ..search.index_table import IndexTables
+
+            IndexTables.open(os.path.expanduser(index))  # one that is missing is told before the model is loaded
+        from ..registration import register
+
+        register()
         from ..serve.serve_options import MIB, ServeOptions
         from ..serve.server_process import serve_forever
         from ..zero_shot.pipeline import check_device
@@ -99,10 +106,6 @@ def serve(
             held_bytes=max(ServeOptions.held_bytes, 4 * max_mib * MIB),
             image_batch=batch_size,
         )
-        if index is not None:
-            from ..search.index_table import IndexTables
-
-            IndexTables.open(os.path.expanduser(index))  # one that is missing is told before the model is loaded
         from ..search.indexed_image import register_formats
         from ..serve.served_model import load_served
         from ..serve.web_app import build_app

@@ -247,6 +247,35 @@ def test_empty_key_of_the_environment_is_no_open_server(monkeypatch: pytest.Monk
     assert "error: The API key is empty" in capsys.readouterr().err
 
 
+WITHOUT_TORCH = """
+import sys
+sys.argv[0] = "hf-clip"
+sys.modules["torch"] = sys.modules["transformers"] = None
+from hf_clip.commands.program import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["serve", "model", "--port", "{taken}"], "error: Port {taken} of 127.0.0.1 is taken by another program"),
+        (["serve", "model", "--port", "0", "--index", "no-index"], "error: There is no index at no-index"),
+        (["app", "model", "--port", "{taken}"], "error: Port {taken} of 127.0.0.1 is taken by another program"),
+    ],
+    ids=["port", "index", "page"],
+)
+def test_what_needs_no_model_is_told_before_torch_is_imported(words: list[str], said: str):
+    pytest.importorskip("lancedb")
+    pytest.importorskip("gradio")
+    with take_port("127.0.0.1", 0) as taken:
+        names = {"taken": taken.getsockname()[1]}
+        given = [sys.executable, "-c", WITHOUT_TORCH, *(word.format(**names) for word in words)]
+        done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(said.format(**names))
+
+
 def test_port_is_listened_on_while_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Who connects meanwhile waits; the port goes with a model that cannot be loaded."""
     with socket.socket() as free:
