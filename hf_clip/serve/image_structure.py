@@ -21,9 +21,6 @@ MOST_PARTS = 20_000
 MOST_FILLING = 65_536
 """Bytes between the segments of a JPEG, which Pillow reads one by one."""
 
-MOST_COMMENTS = 2**20
-"""Bytes of extensions before the first frame of a GIF. Pillow joins comments in a time that is quadratic."""
-
 MOST_RUNS, MOST_RUN_PIXELS = 2 * 2**20, 2**23
 """Bytes and pixels of a BMP with run lengths, which Pillow decodes in Python."""
 
@@ -63,7 +60,9 @@ MOST_TIMES_READ = 16
 
 SEGMENT = re.compile(rb"\xff([\x01-\xfe])")
 AFTER_DATA = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
-BARE = frozenset({0x01, *range(0xD0, 0xD9)})
+BARE = frozenset({0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})
+"""Markers behind which Pillow reads no length. libjpeg refuses those that it does not take for bare too."""
+
 SCAN, END = 0xDA, 0xD9
 ARITHMETIC = frozenset({0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
 """Frames with arithmetic coding, whose bits may stand for thousands of coefficients each."""
@@ -183,7 +182,7 @@ def _check_jpeg(content: bytes) -> None:
         if kind == SCAN:
             scan = place
             break
-        if kind in BARE or kind == END:
+        if kind in BARE:
             continue
         if kind in ARITHMETIC:
             raise StructureError("is a JPEG with arithmetic coding, which few programs read: save it anew.")
@@ -225,22 +224,6 @@ def _check_png(content: bytes) -> None:
             return
         place += 12 + int.from_bytes(content[place : place + 4], "big")
     raise StructureError(f"has more than {MOST_PARTS:,} chunks: save it anew.")
-
-
-def _check_gif(content: bytes) -> None:
-    place = 13 + ((6 << (content[10] & 7)) if len(content) > 10 and content[10] & 128 else 0)
-    start, parts = place, 0
-    while content[place : place + 1] not in (b"", b",", b";"):
-        is_extension = content[place] == 0x21
-        place += 2 if is_extension else 1
-        while is_extension and place < len(content):
-            length = content[place]
-            place, parts = place + 1 + length, parts + 1
-            if length == 0 or parts > MOST_PARTS:
-                break
-        parts += 1
-        if parts > MOST_PARTS or place - start > MOST_COMMENTS:
-            raise StructureError("has too much before its first frame.")
 
 
 def _check_bmp(content: bytes) -> None:
@@ -301,13 +284,19 @@ def _check_items(content: bytes, most: int) -> None:
         raise StructureError("has items that name the same bytes again and again.")
 
 
-def without_exif(content: bytes) -> bytes:
-    """An AVIF whose EXIF is hidden from Pillow, which reads all of its tags, and then turns as the container says.
+def without_metadata(content: bytes) -> bytes:
+    """A file without what Pillow would spend its time on before the pixels: see `_without_exif`, `_without_comments`.
 
-    Other files are returned as they are.
+    Raises:
+        StructureError: There is too much of it.
     """
-    if content[4:12] not in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"):
-        return content
+    if content[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"):
+        return _without_exif(content)
+    return _without_comments(content) if content.startswith(b"GIF8") else content
+
+
+def _without_exif(content: bytes) -> bytes:
+    """An AVIF whose EXIF is hidden: Pillow reads all of its tags, and then turns as the container says."""
     found: bytearray | None = None
     for kind, start, end in _boxes(content, 0, len(content)):
         part = content[start:end] if kind in (b"meta", b"moov") else b""
@@ -317,14 +306,36 @@ def without_exif(content: bytes) -> bytes:
     return content if found is None else bytes(found)
 
 
+def _without_comments(content: bytes) -> bytes:
+    """A GIF of whose extensions before the first frame only the one about transparency is left.
+
+    Pillow joins the blocks of a comment in a time that is quadratic.
+    """
+    place = start = 13 + ((6 << (content[10] & 7)) if len(content) > 10 and content[10] & 128 else 0)
+    kept, parts = b"", 0
+    while content[place : place + 1] not in (b"", b",", b";"):
+        begin, is_extension = place, content[place] == 0x21
+        place += 2 if is_extension else 1
+        while is_extension and place < len(content) and parts <= MOST_PARTS:
+            length = content[place]
+            place, parts = place + 1 + length, parts + 1
+            if length == 0:
+                break
+        parts += 1
+        if parts > MOST_PARTS:
+            raise StructureError("has too much before its first frame.")
+        if content[begin : begin + 3] == b"!\xf9\4" and place - begin == 8:
+            kept += content[begin:place]
+    return content[:start] + kept + content[place:]
+
+
 CHECKS: list[tuple[re.Pattern[bytes], Callable[[bytes], None]]] = [
     (re.compile(rb"\xff\xd8"), _check_jpeg),
     (re.compile(rb"\x89PNG"), _check_png),
-    (re.compile(rb"GIF8"), _check_gif),
     (re.compile(rb"BM"), _check_bmp),
     (re.compile(rb"II|MM"), check_tags),
     (re.compile(rb"....ftyp", re.DOTALL), _check_boxes),
 ]
 
 
-__all__ = ["StructureError", "check_exif", "check_strips", "check_structure", "check_tags", "without_exif"]
+__all__ = ["StructureError", "check_exif", "check_strips", "check_structure", "check_tags", "without_metadata"]

@@ -16,7 +16,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, UnidentifiedImageError
 
 from ..model.open_image import turn_upright
-from .image_structure import StructureError, check_exif, check_strips, check_structure, without_exif
+from .image_structure import StructureError, check_exif, check_strips, check_structure, without_metadata
 from .request_error import RequestError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
@@ -125,7 +125,7 @@ def open_untrusted(
     known = [name for name in FORMATS if name in Image.OPEN]
     try:
         check_structure(content)
-        with Image.open(BytesIO(without_exif(content)), formats=known) as image:
+        with Image.open(BytesIO(without_metadata(content)), formats=known) as image:
             _check_size(image.size, name, most_pixels)
             check_strips(image, len(content))
             before(_checked_bytes(image, name, most_pixels))
