@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +87,22 @@ def options(digits: Path, output: Path, tower: str = "vit", **fields: Any) -> di
     return {name: value for name, value in (chosen | fields).items() if value is not None}
 
 
-def train(digits: Path, output: Path, tower: str = "vit", **fields: Any) -> Path:
-    """Train in this process; returns the folder of the result."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
+@contextmanager
+def as_in_a_new_process() -> Iterator[None]:
+    """Within this block accelerate knows of no earlier run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     try:
-        run_steps.train(TrainingConfig(**options(digits, output, tower, **fields)))
+        yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+def train(digits: Path, output: Path, tower: str = "vit", **fields: Any) -> Path:
+    """Train in this process; returns the folder of the result."""
+    with as_in_a_new_process():
+        run_steps.train(TrainingConfig(**options(digits, output, tower, **fields)))
     return output
 
 

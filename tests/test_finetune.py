@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, load_from_disk
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -27,7 +29,7 @@ from hf_clip.commands import finetune
 from hf_clip.training import run_steps
 from hf_clip.training.summary import wait_in_words
 
-from .finetuning import ROOT, largest_difference, launch, options, records, train, weights, words
+from .finetuning import ROOT, as_in_a_new_process, largest_difference, launch, options, records, train, weights, words
 from .two_processes import TwoProcesses
 from .warm_python import run_warm
 
@@ -519,12 +521,22 @@ def test_splits_share_neither_images_nor_combinations():
     assert pairs["train"][0]["image"].getpixel((0, 0)) in colours  # a corner shows the paper
 
 
+def launch_here(command: list[str], check: bool) -> None:
+    """Do in this process what the command of `accelerate launch` would have done in another one."""
+    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    launched = launch_command_parser().parse_args(command[3:])
+    assert Path(launched.training_script) == ROOT / "finetune.py"
+    with as_in_a_new_process():
+        assert finetune.main(launched.training_script_args) == 0
+
+
 @pytest.mark.parametrize("tower", ["vit", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_demo_runs_from_data_to_picture(tower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
     """The whole way with a short training, whose scores must already be far above chance."""
     short = {"max_steps": 50, "per_device_train_batch_size": 64}
     monkeypatch.setitem(demo.TRAINING, tower, demo.TRAINING[tower] | short)
     monkeypatch.setitem(demo.TRAIN_SIZE, tower, 2000)
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=launch_here))
     scores = demo.run(tower, tmp_path, seed=0)
     assert scores.keys() == {"held_out_images", "unseen_combinations"}
     assert scores["held_out_images"] > 10 / 560

@@ -18,6 +18,8 @@ from hf_clip.checkpoints.onnx_precision import Comparison, Deviation, open_sessi
 from hf_clip.commands.program import main
 from hf_clip.zero_shot.features import encode_images, encode_texts
 
+from .conftest import known_graph
+
 pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
@@ -33,7 +35,8 @@ def folders(shallow_repositories: dict[str, Path], tmp_path_factory: pytest.Temp
     """Both reduced models as folders for Immich, written once for all workers. Tests must not write there."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "immich"
-    with FileLock(f"{folder}.lock"):
+    text_graph = folder / "vit" / "textual" / "model.onnx"
+    with FileLock(f"{folder}.lock"), known_graph(immich_folder.ImmichText, text_graph):
         for tower, repository in shallow_repositories.items():
             if not (folder / tower).exists():
                 immich_folder.export_immich(repository, folder / tower)

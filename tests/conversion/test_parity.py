@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from conversion.parity import TEXT_LENGTHS, check_variant, compare, main, random_texts, relative_error, table
-from hf_clip import VARIANTS, HfClipModel
+from conversion.parity import TEXT_LENGTHS, Errors, check_variant, compare, main, random_texts, relative_error, table
+from hf_clip import VARIANTS, HfClipModel, Variant
 from hf_clip.checkpoints.keys import config_from_shapes, convert_names
 
 from ..small import random_images, texts
@@ -102,11 +102,22 @@ def test_gradients_of_every_parameter_equal_the_references(
             assert relative_error(tensor, theirs[name]) <= GRADIENT_TOLERANCE, name
 
 
-def test_command_prints_a_table_and_refuses_unknown_names(capsys: pytest.CaptureFixture):
-    assert main(["ViT-B/32"]) == 0
+def test_command_prints_a_table_and_refuses_unknown_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """With the errors of a comparison that is not done again here."""
+    asked: list[tuple[Variant, int]] = []
+
+    def check(variant: Variant, seed: int) -> Errors:
+        asked.append((variant, seed))
+        return Errors(1e-7, 2e-7, 3e-7, 4e-7, 5e-7)
+
+    monkeypatch.setattr("conversion.parity.check_variant", check)
+    assert main(["ViT-B/32", "--seed", "3"]) == 0
+    assert asked == [(VARIANTS["ViT-B/32"], 3)]
     out = capsys.readouterr().out
-    assert out.splitlines()[0].startswith("| model | image tower |")
-    assert "| ViT-B/32 |" in out
+    assert out.splitlines()[0] == "| model | image tower | image features | text tower | text features | logits |"
+    assert out.splitlines()[2] == "| ViT-B/32 | 1.0e-07 | 2.0e-07 | 3.0e-07 | 4.0e-07 | 5.0e-07 |"
     assert f"torch {torch.__version__}" in out
     assert main(["ViT-B-32"]) == 1
     assert "Did you mean 'ViT-B/32'?" in capsys.readouterr().err
