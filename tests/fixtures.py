@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import Phase, settings
 from PIL import Image
 from torch import nn
 from transformers import AutoModel
@@ -31,6 +32,12 @@ from .two_processes import TwoProcesses
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+if "CI" in os.environ:
+    # To look for a smaller example of a failure may take five minutes. The blob that is printed finds it at home.
+    phases = [Phase.explicit, Phase.reuse, Phase.generate]
+    settings.register_profile("as found", settings(), phases=phases, print_blob=True)
+    settings.load_profile("as found")
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) -> None:
