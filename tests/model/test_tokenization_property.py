@@ -148,14 +148,14 @@ def test_quick_repair_is_taken_and_right_for_every_pair_of_its_characters():
                 assert repair_text(text) == " ".join(straight.split())
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=QUIET, derandomize=True)
+@settings(max_examples=250, deadline=None, suppress_health_check=QUIET, derandomize=True)
 @given(texts=st.lists(spoilt_captions(), min_size=2, max_size=6))
 def test_ids_do_not_depend_on_company(tokenizer: HfClipTokenizer, texts: list[str]):
     together = tokenizer(texts, truncation=True, padding=False).input_ids
     assert together == [tokenizer(text, truncation=True).input_ids for text in texts]
 
 
-@settings(max_examples=800, deadline=None, suppress_health_check=QUIET, derandomize=True)
+@settings(max_examples=400, deadline=None, suppress_health_check=QUIET, derandomize=True)
 @given(text=spoilt_captions())
 def test_decoding_gives_what_the_references_decoding_gives(tokenizer: HfClipTokenizer, reference, text: str):
     ids = reference.encode(text)

@@ -16,8 +16,17 @@ from transformers import AutoProcessor, ProcessorMixin
 from .sources import COUNT, broken, captions, corrupt_exif, jpeg, write_tar
 
 
+@pytest.fixture(scope="module")
+def kept_until_now() -> None:
+    """What earlier files have imported and keep need not be looked at after each test, as in `fixtures.py`."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def prepared_here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def prepared_here(
+    kept_until_now: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """What `datasets` prepares goes into a folder of the test's own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("prepared"))
     # After a stream of parquet files `datasets` sleeps for five seconds, for the sake of threads at the program's end.
