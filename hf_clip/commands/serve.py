@@ -88,7 +88,7 @@ def serve(
 
         register()
         from ..serve.serve_options import MIB, ServeOptions
-        from ..serve.server_process import serve_forever
+        from ..serve.server_process import keep_loaded, serve_forever
         from ..zero_shot.pipeline import check_device
 
         check_device(device)
@@ -120,6 +120,7 @@ def serve(
         if not no_optimize:
             served.model.optimize_for_inference()
         app = build_app(served, options, found)
+        keep_loaded()
         searched = "" if found is None else f", and searches {len(found):,} images"
         print(f"{address_of(taken)} serves {served.name}, {served.width} numbers{searched}; see /docs", flush=True)
         if api_key is None and not is_loopback(taken):

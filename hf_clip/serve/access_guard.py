@@ -1,11 +1,13 @@
-"""What stands around every request: the key, the figures, and that each error is one JSON answer.
+"""What stands around every request: its path, the key, the figures, and that each error is one JSON answer.
 
 An error that nobody foresaw is logged by its type and place. Its message is not, since it may hold what a client sent.
 """
 
+import asyncio
 import hmac
 import ipaddress
 import logging
+import re
 import time
 import traceback
 from pathlib import Path
@@ -32,6 +34,18 @@ EMBEDDINGS = frozenset({"/v1/embeddings", "/embeddings"})
 not known whose request has a wrong key, or is too large."""
 
 CLIENT_GONE = 499
+
+
+def plain_path(scope: Scope) -> str:
+    """The path of a request below that of the app, without slashes at its end or several in a row.
+
+    Clients whose base URL ends in a slash ask for `//v1/embeddings` or `/v1//embeddings`. Most do not follow a redirect
+    of a POST.
+    """
+    path, root = scope["path"], scope.get("root_path", "")
+    if f"{path}/".startswith(f"{root}/"):
+        path = path[len(root) :]
+    return re.sub("/+", "/", f"/{path}").rstrip("/") or "/"
 
 
 def error_answer(error: RequestError, path: str) -> JSONResponse:
@@ -78,6 +92,12 @@ def place_of(error: BaseException) -> str:
     return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
 
 
+def _ending() -> RequestError:
+    return RequestError(
+        503, "The server was asked to end before this was done; ask again.", "ending", headers={"Connection": "close"}
+    )
+
+
 class AccessGuard:
     """ASGI middleware around the whole app.
 
@@ -96,6 +116,8 @@ class AccessGuard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        path = plain_path(scope)
+        scope = {**scope, "path": scope.get("root_path", "") + path}
         start, status = time.perf_counter(), 0
 
         async def counted(message: Message) -> None:
@@ -108,18 +130,18 @@ class AccessGuard:
             answer: Any = None
             try:
                 self._check_name(scope)
-                self._check_key(scope)
+                self._check_key(scope, path)
                 check_framing(Headers(scope=scope))
                 await self.app(scope, receive, counted)
             except RequestError as error:
-                answer = error_answer(error, scope["path"])
+                answer = error_answer(error, path)
             except ClientGoneError:
                 answer = Response(status_code=CLIENT_GONE)
+            except asyncio.CancelledError:  # by the process, whose time to end is over
+                answer = error_answer(_ending(), path)
             except Exception as error:
                 logger.error("%s at %s", type(error).__name__, place_of(error))
-                answer = error_answer(
-                    RequestError(500, "The server failed at this request.", "internal_error"), scope["path"]
-                )
+                answer = error_answer(RequestError(500, "The server failed at this request.", "internal_error"), path)
             if answer is not None and not status:
                 await answer(scope, receive, counted)
         finally:
@@ -136,8 +158,8 @@ class AccessGuard:
                 headers={"Connection": "close"},
             )
 
-    def _check_key(self, scope: Scope) -> None:
-        if self._api_key is None or scope["path"] in OPEN or has_key(Headers(scope=scope), self._api_key):
+    def _check_key(self, scope: Scope, path: str) -> None:
+        if self._api_key is None or path in OPEN or has_key(Headers(scope=scope), self._api_key):
             return
         raise RequestError(
             401,
@@ -147,4 +169,4 @@ class AccessGuard:
         )
 
 
-__all__ = ["AccessGuard", "error_answer", "has_key", "is_local_name"]
+__all__ = ["AccessGuard", "error_answer", "has_key", "is_local_name", "plain_path"]

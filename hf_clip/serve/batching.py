@@ -2,10 +2,14 @@
 
 1. The thread takes what is there, and never waits for more. A lone request is therefore computed at once, and while a
    batch is computed the next one gathers.
-2. Images are taken in the order of their arrival. So are texts if the model computes no padding. Otherwise the text
-   that has waited longest is taken, and those of about its length, so that a batch needs little padding.
-3. What waits is bounded. A request that does not fit is refused, with the seconds after which it may.
-4. What nobody waits for any more is not computed.
+2. Texts and images take turns, batch by batch. Of a kind, what has the lowest ranks is taken; if the model computes
+   padding, the text of the lowest rank and those of about its length, so that a batch needs little of it.
+3. The first text of a request has as its rank how many were computed when it came, and each further one `SHARE` more. A
+   small request therefore passes large ones that came before it. Nothing waits for ever, since later ones have higher
+   ranks.
+4. What waits is bounded. A request that does not fit is refused, with the seconds after which it may. A quarter of the
+   room is kept for small requests.
+5. What nobody waits for any more is not computed.
 
 Dimensions: B batch, D embedding.
 """
@@ -13,19 +17,23 @@ Dimensions: B batch, D embedding.
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 TEXTS, IMAGES = "text", "image"
+RANK = attrgetter("rank")
 
 MOST_PADDING = 16
 """Positions of padding that a batch of texts may have. More would cost more than a batch of its own for the texts that
 need it: a batch of ViT-B/32 costs as much as its positions and 10 to 20 more, since the weights are read anew."""
+
+SHARE = 8
+"""So many texts of later requests may be computed for each one of a large request that waits."""
 
 LONGEST_WAIT = 60
 """Most seconds after which a client is told to ask again."""
@@ -55,10 +63,11 @@ class Job:
         features: (count, D) float32, filled in as batches are done.
         done: Gets the features when all are there, or the error.
         is_dropped: Whether nobody waits for it any more.
+        start: How much of its kind had been computed when it came.
     """
 
-    def __init__(self, kind: str, count: int, width: int):
-        self.kind, self.count = kind, count
+    def __init__(self, kind: str, count: int, width: int, start: int = 0):
+        self.kind, self.count, self.start = kind, count, start
         self.features = np.empty((count, width), dtype=np.float32)
         self.done: Future[np.ndarray] = Future()
         self.done.set_running_or_notify_cancel()  # what awaits it may be cancelled, and this is not
@@ -83,19 +92,24 @@ class Waiting:
         place: Its place in the job.
         value: Token ids, or pixel values.
         ticket: How many arrived before it.
+        rank: What is of a lower rank is computed first; of equal ranks, what arrived first.
     """
 
     job: Job
     place: int
     value: Any
     ticket: int
+    rank: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rank = self.job.start + SHARE * self.place
 
 
 def texts_of_one_length(waiting: Sequence[Waiting], most: int, most_padding: int = MOST_PADDING) -> list[Waiting]:
-    """The text that has waited longest, and those of about its length, which add the least padding.
+    """The first text, and those of about its length, which add the least padding.
 
     Args:
-        waiting: All texts that wait, in the order of their arrival.
+        waiting: All texts that wait, in the order of their ranks.
         most: Texts in a batch, at most.
         most_padding: Positions of padding in a batch, at most.
 
@@ -149,8 +163,10 @@ class Batcher:
         self._batch = {TEXTS: text_batch, IMAGES: image_batch}
         self._most = {TEXTS: most_texts, IMAGES: most_images}
         self._on_batch, self._most_padding = on_batch, most_padding
-        self._queues: dict[str, deque[Waiting]] = {TEXTS: deque(), IMAGES: deque()}
+        self._queues: dict[str, list[Waiting]] = {TEXTS: [], IMAGES: []}
         self._admitted = {TEXTS: 0, IMAGES: 0}
+        self._computed = {TEXTS: 0, IMAGES: 0}
+        self._last = IMAGES  # the kind of the last batch
         self._pace = {TEXTS: 0.01, IMAGES: 0.05}  # seconds per item, of late
         self._tickets = 0
         self._ready = threading.Condition()
@@ -189,11 +205,12 @@ class Batcher:
             QueueFullError: There is no room for them.
         """
         with self._ready:
-            if self._admitted[kind] + count > self._most[kind]:
+            room = self._most[kind] if count <= self._batch[kind] else self._most[kind] * 3 // 4
+            if self._admitted[kind] + count > room:
                 seconds = math.ceil(self._pace[kind] * self._admitted[kind])
                 raise QueueFullError(kind, min(max(seconds, 1), LONGEST_WAIT))
             self._admitted[kind] += count
-        job = Job(kind, count, self.width)
+        job = Job(kind, count, self.width, self._computed[kind])
         job.done.add_done_callback(lambda _: self._leave(job))
         return job
 
@@ -228,7 +245,7 @@ class Batcher:
             if job.is_dropped or job.done.done():
                 return
             job.is_dropped = True
-            self._queues[job.kind] = deque(item for item in self._queues[job.kind] if item.job is not job)
+            self._queues[job.kind] = [item for item in self._queues[job.kind] if item.job is not job]
         job.done.set_exception(error or DroppedError("nobody waits for it"))
 
     def _run(self) -> None:
@@ -242,14 +259,18 @@ class Batcher:
             self._compute(kind, batch)
 
     def _take(self) -> tuple[str, list[Waiting]]:
-        """Take the next batch: of the kind whose first has waited longest."""
-        kind = min((kind for kind in self._queues if self._queues[kind]), key=lambda kind: self._queues[kind][0].ticket)
+        """Take the next batch: of the other kind than the last one, if something of it waits."""
+        kind = max((kind for kind in self._queues if self._queues[kind]), key=lambda kind: kind != self._last)
         queue, most = self._queues[kind], self._batch[kind]
+        ranked = sorted(queue, key=RANK) if len(queue) > 1 else queue
         if kind == IMAGES or self._most_padding is None:
-            return kind, [queue.popleft() for _ in range(min(most, len(queue)))]
-        batch = texts_of_one_length(queue, most, self._most_padding) if len(queue) > 1 else list(queue)
+            batch = ranked[:most]
+        else:
+            batch = texts_of_one_length(ranked, most, self._most_padding)
         taken = {item.ticket for item in batch}
-        self._queues[kind] = deque(item for item in queue if item.ticket not in taken)
+        self._queues[kind] = [item for item in queue if item.ticket not in taken]
+        self._computed[kind] += len(batch)
+        self._last = kind
         return kind, batch
 
     def _compute(self, kind: str, batch: list[Waiting]) -> None:

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from ..zero_shot.features import truncated
-from .encoder import Encoded, ImageItem, Item, TextItem, TokensItem
+from .encoder import Encoded, ImageItem, Item, TextItem, TokensItem, check_count
 from .jina_items import JinaItem, item_of
 from .json_values import Several
 from .request_error import RequestError
@@ -65,11 +65,15 @@ class EmbeddingRequest(BaseModel):
         return True
 
 
-def items_of(request: EmbeddingRequest) -> list[Item]:
+def items_of(request: EmbeddingRequest, most_items: int) -> list[Item]:
     """What to encode for a request.
 
+    Args:
+        request: The request.
+        most_items: Texts and images that are allowed.
+
     Raises:
-        RequestError: It holds nothing, or what has no embedding.
+        RequestError: It holds nothing, too much, or what has no embedding.
     """
     if not request.normalized:
         raise RequestError(
@@ -86,6 +90,7 @@ def items_of(request: EmbeddingRequest) -> list[Item]:
         return [TokensItem(given)]
     if not isinstance(given, list):
         return [_item(given, "input", request.modality)]
+    check_count(len(given), most_items)  # before an object is made of each
     return [_item(item, f"input[{place}]", request.modality) for place, item in enumerate(given)]
 
 
@@ -115,7 +120,7 @@ def as_base64(row: np.ndarray) -> str:
 
 
 def answer(request: EmbeddingRequest, encoded: Encoded, name: str) -> dict[str, Any]:
-    """The body of the answer.
+    """The body of the answer. Its numbers are rows of an array, which become lists when they are written.
 
     Args:
         request: The request.
@@ -124,7 +129,7 @@ def answer(request: EmbeddingRequest, encoded: Encoded, name: str) -> dict[str, 
     """
     features = truncated(torch.from_numpy(encoded.features), request.dimensions or None).numpy()
     in_base64 = (request.encoding_format or request.embedding_type) == "base64"
-    rows: list[Any] = [as_base64(row) for row in features] if in_base64 else features.tolist()
+    rows: list[Any] = [as_base64(row) if in_base64 else row for row in features]
     return {
         "object": "list",
         "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],

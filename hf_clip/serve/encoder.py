@@ -32,6 +32,9 @@ milliseconds."""
 MOST_FETCHED = 16
 """Images of addresses that are fetched, or wait to be opened, at the same time: their bytes are in memory."""
 
+MOST_OF_ONE = 8
+"""Images of one request that are fetched or opened at the same time. Those of other requests come between."""
+
 
 @dataclass(frozen=True)
 class TextItem:
@@ -88,6 +91,19 @@ class Encoded:
     sizes: list[tuple[int, int]]
 
 
+def check_count(count: int, most: int) -> None:
+    """Raise RequestError if a request has no items, or too many."""
+    if count == 0:
+        raise RequestError(400, "input is empty: send at least one text or image.", "empty_input", "input")
+    if count > most:
+        raise RequestError(
+            413,
+            f"input has {count:,} items, but at most {most:,} are allowed: send several requests.",
+            "too_many_items",
+            "input",
+        )
+
+
 class Encoder:
     """Encodes the items of requests.
 
@@ -126,11 +142,14 @@ class Encoder:
     @property
     def pool(self) -> ThreadPoolExecutor:
         """Threads that open images."""
-        assert self._pool is not None, "the encoder was not started"
+        self.start()
+        assert self._pool is not None
         return self._pool
 
     def start(self) -> None:
-        """Start the threads."""
+        """Start the threads, unless that was done. An app that is mounted in another one is not told when to."""
+        if self._pool is not None:
+            return
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="hf_clip images")
         self.batcher.start()
 
@@ -154,6 +173,7 @@ class Encoder:
             places[IMAGES if isinstance(item, ImageItem) else TEXTS].append(place)
         images = [item for item in items if isinstance(item, ImageItem)]
         self._check_counts(len(items), images)
+        self.start()
         rows = await self._tokenized(items, self.options.truncate if truncate is None else truncate)
         jobs: dict[str, Job] = {}
         opening: list[asyncio.Task[Any]] = []
@@ -163,8 +183,10 @@ class Encoder:
                     jobs[kind] = self.batcher.open(kind, len(own))
             if rows:
                 self.batcher.put(jobs[TEXTS], 0, rows)
+            turns = asyncio.Semaphore(MOST_OF_ONE)
             opening = [
-                asyncio.ensure_future(self._put_image(jobs[IMAGES], place, item)) for place, item in enumerate(images)
+                asyncio.ensure_future(self._put_image(jobs[IMAGES], place, item, turns))
+                for place, item in enumerate(images)
             ]
             features = np.empty((len(items), self.served.width), dtype=np.float32)
             for kind, job in jobs.items():
@@ -184,15 +206,7 @@ class Encoder:
 
     def _check_counts(self, count: int, images: Sequence[ImageItem]) -> None:
         options = self.options
-        if count == 0:
-            raise RequestError(400, "input is empty: send at least one text or image.", "empty_input", "input")
-        if count > options.most_items:
-            raise RequestError(
-                413,
-                f"input has {count:,} items, but at most {options.most_items:,} are allowed: send several requests.",
-                "too_many_items",
-                "input",
-            )
+        check_count(count, options.most_items)
         if len(images) > options.most_images:
             raise RequestError(
                 413,
@@ -240,14 +254,15 @@ class Encoder:
             if not isinstance(item, ImageItem)
         ]
 
-    async def _put_image(self, job: Job, place: int, item: ImageItem) -> tuple[int, int]:
+    async def _put_image(self, job: Job, place: int, item: ImageItem, turns: asyncio.Semaphore) -> tuple[int, int]:
         """Open an image, and let its pixels wait for their batch. Returns its width and height."""
         try:
             source = item.source
-            if self.fetcher is not None and isinstance(source, str) and is_url(source):
-                async with self._fetching:
-                    return await self._opened(job, place, await self.fetcher.fetch(source, item.name), item.name)
-            return await self._opened(job, place, source, item.name)
+            async with turns:
+                if self.fetcher is not None and isinstance(source, str) and is_url(source):
+                    async with self._fetching:
+                        return await self._opened(job, place, await self.fetcher.fetch(source, item.name), item.name)
+                return await self._opened(job, place, source, item.name)
         except Exception as error:
             self.batcher.drop(job, error)
             raise DroppedError from error
@@ -277,4 +292,4 @@ class Encoder:
         return size
 
 
-__all__ = ["Encoded", "Encoder", "ImageItem", "Item", "TextItem", "TokensItem"]
+__all__ = ["Encoded", "Encoder", "ImageItem", "Item", "TextItem", "TokensItem", "check_count"]

@@ -18,21 +18,60 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 MOST_REDIRECTS = 3
 CONNECT_SECONDS = 5.0
 
-EMBEDDING = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "::/96", "::ffff:0:0:0/96")))
-"""IPv6 networks whose last 32 bits are an IPv4 address that is reached in the end."""
+MOST_PARTS = 50_000
+"""Parts in which an image may arrive. A server can send each byte as a part of its own."""
+
+TURN = 64
+"""Parts after which the event loop turns. What was received is taken apart without a pause otherwise."""
+
+UNICAST = ipaddress.IPv6Network("2000::/3")
+"""The IPv6 addresses of the public internet, and those that stand for IPv4 addresses."""
+
+NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "192.0.0.0/24",  # protocols; one cloud's metadata. Python 3.11 takes most of them for public
+            "192.88.99.0/24",  # relays of 6to4
+            "168.63.129.16/32",  # Azure's own service for the machines in it
+            "3fff::/20",  # documentation
+        ),
+    )
+)
+
+ISATAP = (0x00005EFE, 0x02005EFE)
+"""Third quarters of IPv6 addresses whose last one is an IPv4 address that is reached in the end."""
 
 
 def is_public(address: Address) -> bool:
     """Whether an address belongs to the public internet, and so does any IPv4 address inside of it."""
+    if any(address.version == network.version and address in network for network in NOT_PUBLIC):
+        return False
     if isinstance(address, ipaddress.IPv6Address):
-        inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-        if any(address in network for network in EMBEDDING):
-            inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        if any(found is not None and not is_public(found) for found in inner):
-            return False
         if address.ipv4_mapped is not None:
-            return True
+            return is_public(address.ipv4_mapped)
+        inner = [address.sixtofour, *(address.teredo or ())]
+        if int(address) >> 32 & 0xFFFFFFFF in ISATAP:
+            inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        if address not in UNICAST or any(found is not None and not is_public(found) for found in inner):
+            return False
     return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+def is_own(address: Address) -> bool:
+    """Whether an address is one of this machine's, where a firewall would not be asked. Only those can be bound."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as trial:
+            trial.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
+
+
+def is_elsewhere(address: Address) -> bool:
+    """Whether an address is public, and not this machine's."""
+    return is_public(address) and not is_own(address)
 
 
 async def look_up(host: str, port: int) -> list[Address]:
@@ -55,7 +94,7 @@ class PublicFetcher:
         self,
         seconds: float,
         most_bytes: int,
-        is_allowed: Callable[[Address], bool] = is_public,
+        is_allowed: Callable[[Address], bool] = is_elsewhere,
         resolve: Callable[[str, int], Awaitable[list[Address]]] = look_up,
     ):
         from huggingface_hub.utils import httpx  # httpx, or its successor, as in `model.fetch`
@@ -83,9 +122,9 @@ class PublicFetcher:
             return await asyncio.wait_for(self._follow(url.strip(), refused), self._seconds)
         except (asyncio.TimeoutError, TimeoutError):
             raise refused(f"it did not arrive within {self._seconds:g} s") from None
-        except (self._httpx.HTTPError, self._httpx.InvalidURL, OSError, UnicodeError, ValueError) as error:
-            if isinstance(error, RequestError):
-                raise
+        except RequestError:
+            raise
+        except Exception:  # of what a stranger named and another stranger sent; it is none of ours
             raise refused("there is no such address, or it does not answer") from None
 
     async def _follow(self, url: str, refused: Callable[[str], RequestError]) -> bytes:
@@ -111,7 +150,9 @@ class PublicFetcher:
             raise refused("only http and https are fetched")
         if target.userinfo:
             raise refused("it holds a user or a password")
-        port = target.port or (443 if target.scheme == "https" else 80)
+        port = target.port if target.port is not None else 443 if target.scheme == "https" else 80
+        if not 0 < port < 2**16:
+            raise refused(f"there is no port {str(port)[:10]}")
         addresses = await self._resolve(target.host, port)
         if not addresses or not all(map(self._is_allowed, addresses)):
             raise refused("it does not lead to the public internet")
@@ -126,12 +167,17 @@ class PublicFetcher:
             raise refused(f"the server answered {response.status_code}")
         if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
             raise refused("it is compressed, which was not asked for")
-        content = bytearray()
+        content, parts = bytearray(), 0
         async for chunk in response.aiter_raw():
+            parts += 1
+            if parts > MOST_PARTS:
+                raise refused("it comes in too many parts")
+            if parts % TURN == 0:
+                await asyncio.sleep(0)
             if len(content) + len(chunk) > self._most_bytes:
                 raise refused(f"it is larger than {self._most_bytes:,} bytes")
             content += chunk
         return bytes(content)
 
 
-__all__ = ["PublicFetcher", "is_public", "look_up"]
+__all__ = ["PublicFetcher", "is_elsewhere", "is_own", "is_public", "look_up"]

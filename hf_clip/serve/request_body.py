@@ -20,6 +20,13 @@ LINGER_SECONDS = 2.0
 sent all."""
 
 
+SMALL_BODY = MIB
+"""Bytes of a body for which room is kept."""
+
+FORM_PART = 2**20
+"""Bytes of a form that are parsed at once."""
+
+
 class ClientGoneError(Exception):
     """The client has closed its connection; there is nobody to answer."""
 
@@ -28,15 +35,16 @@ class BodyMemory:
     """Counts the bytes of all bodies that are held at the same time.
 
     Args:
-        most: Bytes that are allowed.
+        most: Bytes that are allowed. The last quarter is kept for small bodies, so that a few clients with large ones
+            that stall do not keep everyone out.
     """
 
     def __init__(self, most: int):
         self._most, self.held = most, 0
 
-    def take(self, count: int) -> None:
-        """Hold more bytes. Raises RequestError if that are too many."""
-        if self.held + count > self._most:
+    def take(self, count: int, size: int) -> None:
+        """Hold more bytes, of a body that has `size` of them by now. Raises RequestError if that are too many."""
+        if self.held + count > (self._most if size <= SMALL_BODY else self._most * 3 // 4):
             raise RequestError(
                 429, "The server holds too many requests; ask again in 1 s.", "overloaded", headers={"Retry-After": "1"}
             )
@@ -48,11 +56,18 @@ class BodyMemory:
 
 
 def check_content_type(request: Request, wanted: str) -> None:
-    """Raise RequestError if a body is of another type."""
+    """Raise RequestError if a body is of another type, or compressed."""
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given != wanted:
         said = f"is {given[:60]!r}" if given else "is missing"
         raise RequestError(415, f"The header Content-Type {said}, but {wanted} is needed.", "unsupported_media_type")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise RequestError(
+            415,
+            f"The body has Content-Encoding {coding[:60]!r}, but is not decompressed here: send it as it is.",
+            "unsupported_media_type",
+        )
 
 
 class _Incoming:
@@ -85,7 +100,7 @@ async def _collect(incoming: _Incoming, options: ServeOptions, memory: BodyMemor
         part = await incoming.next()
         if len(content) + len(part) > options.most_bytes:
             raise _too_large(options)
-        memory.take(len(part))
+        memory.take(len(part), len(content) + len(part))
         content += part
 
 
@@ -160,7 +175,9 @@ async def read_form(request: Request, body: bytes | bytearray) -> dict[str, str 
     _check_form(request, body)
 
     async def stream() -> AsyncIterator[bytes]:
-        yield bytes(body)
+        for start in range(0, len(body), FORM_PART):  # the event loop turns between parts
+            yield bytes(body[start : start + FORM_PART])
+            await asyncio.sleep(0)
 
     parser = _InMemory(
         request.headers,

@@ -8,6 +8,13 @@ from pydantic import ValidationError
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 """OpenAI's names for kinds of errors. The others are a request's fault below 500, and the server's from there on."""
 
+SAID = {
+    "model_type": "Input should be an object",
+    "dict_type": "Input should be an object",
+    "list_type": "Input should be a valid array",
+}
+"""JSON's words for what Pydantic says in Python's."""
+
 
 class RequestError(ValueError):
     """A request cannot be answered.
@@ -57,14 +64,11 @@ def _place(parts: Iterable[int | str]) -> str:
 
 
 def from_validation(error: ValidationError) -> RequestError:
-    """The error for a body that is no JSON, or has other fields than are needed. Values of the body are not in it."""
+    """The error for a body that has other fields than are needed. Values of the body are not in it."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    first = found[0]
-    if first["type"] == "json_invalid":
-        said = first["msg"].removeprefix("Invalid JSON: ")
-        return RequestError(400, f"The body is no JSON ({said}).", "invalid_json")
-    place = _place(first["loc"]) or "the body"
-    alternatives = list(dict.fromkeys(entry["msg"] for entry in found if _place(entry["loc"]) == place))
+    place = _place(found[0]["loc"]) or "the body"
+    same = [entry for entry in found if (_place(entry["loc"]) or "the body") == place]
+    alternatives = list(dict.fromkeys(SAID.get(entry["type"], entry["msg"]) for entry in same))
     wanted = "; or ".join(alternatives[:3]).removeprefix("Value error, ")
     return RequestError(400, f"{place} cannot be used: {wanted}.", "invalid_type", place.split("[")[0].split(".")[0])
 

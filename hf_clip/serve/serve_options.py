@@ -64,5 +64,10 @@ class ServeOptions:
         """Values in one request's JSON: for each item its keys, or up to a hundred token ids."""
         return 1000 + self.most_items * (100 if takes_ids else 4)
 
+    @property
+    def most_lists(self) -> int:
+        """Lists and objects in one request's JSON, which take more memory and time than other values."""
+        return 1000 + self.most_items * 4
+
 
 __all__ = ["MIB", "ServeOptions"]

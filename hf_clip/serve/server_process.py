@@ -1,9 +1,13 @@
 """A server as a process: its signals, and the clients that stall.
 
 SIGTERM and SIGINT: no connection is accepted any more, what was begun is finished, and the process ends with status 0.
+
+A client that stalls is cut after a time, whatever it is late with: the head of a request, its body (`read_body`), or
+taking an answer. If there are too many connections before that, the one that has been silent longest makes room.
 """
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -16,6 +20,7 @@ import uvicorn
 from pydantic_core import to_json
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .access_guard import error_answer
 from .request_error import RequestError
 
 HEAD_SECONDS = 10.0
@@ -29,12 +34,33 @@ SWITCH_SECONDS = 0.0002
 text takes: the thread that computes waits so long after each matrix product, and the event loop after each system call,
 while other requests are read."""
 
+MOST_CONNECTIONS = 2000
+"""Connections at the same time, if the process may open twice as many files."""
+
 GRACE_SECONDS = 60
 """How long requests that were begun may take once the process is asked to end."""
 
 
+def most_connections() -> int:
+    """How many connections are held at the same time. The other files are for those that are accepted together, before
+    one of them can be closed, and for the index."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return MOST_CONNECTIONS
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_CONNECTIONS if files == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, files // 2)
+
+
+async def _refuse(scope: Any, receive: Any, send: Any) -> None:
+    """The app of a connection for which there is no room."""
+    headers = {"Retry-After": "1", "Connection": "close"}
+    error = RequestError(503, "The server has too many connections; ask again in 1 s.", "overloaded", headers=headers)
+    await error_answer(error, scope["path"])(scope, receive, send)
+
+
 class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which closes connections whose clients begin a request and do not go on."""
+    """uvicorn's HTTP/1.1, which closes connections whose clients do not go on."""
 
     _head_timer: asyncio.TimerHandle | None = None
     _answer_timer: asyncio.TimerHandle | None = None
@@ -42,10 +68,17 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Start the time for the first request."""
         super().connection_made(transport)
+        # `pause_writing` is called for the first byte that a client does not take, and not only for much: a connection
+        # whose last bytes nobody takes would stay for ever, even once it is closed.
+        transport.set_write_buffer_limits(high=0)
+        self._heard_at = self.loop.time()
+        if len(self.connections) > most_connections():
+            self._make_room()
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
         """Stop the time once a whole head has arrived, and start it with the first byte of the next one."""
+        self._heard_at = self.loop.time()
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
@@ -74,10 +107,26 @@ class PatientProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP as everything else is answered."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # and no answer is under way
-            body = to_json(RequestError(400, "This is no HTTP request.", "invalid_http").as_openai())
+            said = (
+                "This is no request in HTTP/1.1: its first line, its headers (16 KiB at most) or its chunks are wrong."
+            )
+            body = to_json(RequestError(400, said, "invalid_http").as_openai())
             head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
             self.transport.write(b"%sContent-Length: %d\r\n\r\n%s" % (head, len(body), body))
         self.transport.close()
+
+    def _is_waiting(self) -> bool:
+        """Whether it is the client's turn: to send a request, or the rest of one, or to take its answer."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def _make_room(self) -> None:
+        """Cut the connection that has been silent longest. If the server is at work for all, refuse this one."""
+        others = [one for one in self.connections if one is not self and not one.transport.is_closing()]
+        silent = [one for one in others if one._is_waiting()]
+        if silent:
+            min(silent, key=lambda one: one._heard_at).transport.abort()
+        else:
+            self.app = _refuse
 
     def _wait_for_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
@@ -94,6 +143,15 @@ def ignore_image_warnings() -> None:
     They hold numbers of the images, and so may differ without end.
     """
     warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\b")
+
+
+def keep_loaded() -> None:
+    """Let Python look for garbage only in what comes from now on, and no more in what was loaded.
+
+    It would take half a second each time, in which nothing is answered.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def serve_forever(app: Any, taken: socket.socket) -> None:
@@ -116,21 +174,25 @@ def serve_forever(app: Any, taken: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
         lifespan="on",
+        backlog=most_connections() // 4,  # so many are accepted together, some times before the first can be closed
     )
-    # uvicorn raises a signal again once it is done. It then finds these, and the process ends by itself.
-    before = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    server = uvicorn.Server(config)
+
+    def end(number: int, frame: Any) -> None:
+        server.should_exit = True
+
+    # uvicorn has handlers of its own while it runs. A signal that comes earlier finds these. So does the one that
+    # uvicorn raises again once it is done, and the process ends by itself.
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        uvicorn.Server(config).run(sockets=[taken])
+        server.run(sockets=[taken])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         sys.setswitchinterval(interval)
+        gc.unfreeze()
 
 
-def _ignore(number: int, frame: Any) -> None:
-    return
-
-
-__all__ = ["ignore_image_warnings", "serve_forever"]
+__all__ = ["ignore_image_warnings", "keep_loaded", "most_connections", "serve_forever"]

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 from fastapi import FastAPI
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
@@ -14,12 +15,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from . import docs_page, embedding_request, immich_predict
-from .access_guard import AccessGuard, error_answer
+from .access_guard import AccessGuard, error_answer, plain_path
 from .batching import IMAGES, TEXTS
 from .classify_request import Classifiers, ClassifyRequest, classify
 from .embedding_request import EmbeddingRequest
 from .encoder import Encoder
-from .json_values import check_values
+from .json_values import read_json
 from .public_fetch import PublicFetcher
 from .request_body import BodyMemory, ClientGoneError, check_content_type, read_body, read_form
 from .request_error import RequestError, from_validation
@@ -30,6 +31,9 @@ from .server_metrics import ServerMetrics
 
 Body = TypeVar("Body", bound=BaseModel)
 Found = TypeVar("Found")
+
+ROWS = 32
+"""Rows of an answer that are written at once."""
 
 SUMMARY = """Embeddings of texts and images by one CLIP model, for clients of OpenAI, infinity, Jina, vLLM and Immich.
 
@@ -62,25 +66,45 @@ async def _wait_until_gone(request: Request) -> None:
         pass
 
 
+def _listed(value: Any) -> Any:
+    """The numbers of an array, which JSON has no other form for."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
 def as_json(content: Any) -> Response:
     """An answer as JSON."""
-    return Response(to_json(content), media_type="application/json")
+    return Response(to_json(content, fallback=_listed), media_type="application/json")
 
 
-def parsed(kind: type[Body], content: bytes | bytearray, most_values: int) -> Body:
+async def rows_as_json(content: dict[str, Any]) -> Response:
+    """An answer as JSON, whose field `data` may be a long list. The event loop turns between parts of it."""
+    rows, parts = content.get("data", []), []
+    if len(rows) <= ROWS:
+        return as_json(content)
+    for start in range(0, len(rows), ROWS):
+        parts.append(to_json(rows[start : start + ROWS], fallback=_listed)[1:-1])
+        await asyncio.sleep(0)
+    head, _, tail = to_json(content | {"data": []}).partition(b'"data":[]')
+    return Response(b'%s"data":[%s]%s' % (head, b",".join(parts), tail), media_type="application/json")
+
+
+async def parsed(kind: type[Body], content: bytes | bytearray, options: ServeOptions) -> Body:
     """Read a body of JSON.
 
     Args:
         kind: What it should hold.
         content: The body.
-        most_values: Values that are allowed, the numbers of a list included.
+        options: How much it may hold.
 
     Raises:
         RequestError: It is no JSON, or has other fields than are needed.
     """
-    check_values(content, most_values)
+    most_values = options.most_values(takes_ids=kind is EmbeddingRequest)
+    found = await read_json(content, most_values, options.most_lists)
     try:
-        return kind.model_validate_json(content)
+        return kind.model_validate(found)
     except ValidationError as error:
         raise from_validation(error) from None
 
@@ -124,15 +148,15 @@ class Server:
         """Read a body of JSON, check the model's name, and answer."""
         check_content_type(request, "application/json")
         async with read_body(request, self.options, self.memory) as content:
-            body = parsed(kind, content, self.options.most_values(takes_ids=kind is EmbeddingRequest))
+            body = await parsed(kind, content, self.options)
             self.served.check_name(getattr(body, "model", None))
-            return as_json(await unless_gone(request, make(body)))
+            return await rows_as_json(await unless_gone(request, make(body)))
 
     async def embeddings(self, request: Request) -> Response:
         """Embeddings of texts and images."""
 
         async def make(body: EmbeddingRequest) -> dict[str, Any]:
-            items = embedding_request.items_of(body)
+            items = embedding_request.items_of(body, self.options.most_items)
             embedding_request.check_dimensions(body.dimensions, self.served.width)
             encoded = await self.encoder.encode(items, body.is_truncated)
             return embedding_request.answer(body, encoded, self.served.name)
@@ -258,14 +282,16 @@ def build_app(
         ("/", server.root),
     ):
         app.add_api_route(path, endpoint, methods=["GET"])
-    app.add_api_route("/docs", server.docs, methods=["GET"], include_in_schema=False)
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/docs", server.docs, methods=["GET", "HEAD"], include_in_schema=False)
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        said = {404: "There is no such path; see /docs.", 405: "This path takes another method; see /docs."}
-        message = said.get(error.status_code, str(error.detail))
-        found = RequestError(error.status_code, message, "not_found", headers=error.headers)
-        return error_answer(found, request.url.path)
+        headers = dict(error.headers or {})
+        said = {404: "There is no such path", 405: f"This path takes the method {headers.get('Allow', '')}"}
+        message = f"{said.get(error.status_code, error.detail)}; see /docs."
+        code = "method_not_allowed" if error.status_code == 405 else "not_found"
+        return error_answer(RequestError(error.status_code, message, code, headers=headers), plain_path(request.scope))
 
     app.add_exception_handler(HTTPException, refused)
     options = server.options

@@ -7,8 +7,15 @@ import zlib
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from hf_clip.serve.request_body import BodyMemory
+from hf_clip.serve.request_error import RequestError
+from hf_clip.serve.serve_options import MIB, ServeOptions
+from hf_clip.serve.web_app import build_app
 
 from .conftest import as_file, as_uri
 
@@ -74,6 +81,76 @@ def test_bodies_of_all_requests_are_limited_together(client_with):
     answer = client.post("/v1/embeddings", json={"input": "x" * 1000})
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert client.app.state.server.memory.held == 0
+
+
+def test_large_bodies_leave_room_for_small_ones():
+    memory = BodyMemory(8 * MIB)
+    memory.take(6 * MIB, 6 * MIB)
+    with pytest.raises(RequestError, match="holds too many requests"):
+        memory.take(1, MIB + 1)
+    memory.take(MIB, MIB)
+    assert memory.held == 7 * MIB
+
+
+def test_body_that_is_compressed_is_refused(client):
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = client.post("/v1/embeddings", content=b"\x1f\x8b", headers=headers)
+    assert answer.status_code == 415
+    assert "The body has Content-Encoding 'gzip', but is not decompressed here" in answer.json()["error"]["message"]
+    headers["content-encoding"] = "identity"
+    assert client.post("/v1/embeddings", content=b'{"input": "one"}', headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings/", "//v1/embeddings", "/v1//embeddings", "/embeddings//"])
+def test_slashes_of_a_base_url_do_no_harm(client_with, path: str):
+    client = client_with(api_key="secret-key")
+    assert client.post(path, json={"input": "one"}).status_code == 401
+    answer = client.post(path, json={"input": "one"}, headers={"X-Api-Key": "secret-key"}, follow_redirects=False)
+    assert answer.status_code == 200
+    assert len(answer.json()["data"]) == 1
+    assert client.get("/health/").json()["status"] == "ok"
+    assert 'route="/health",status="200"' in client.get("/metrics/", headers={"X-Api-Key": "secret-key"}).text
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/v1/models", "/metrics", "/", "/docs"])
+def test_paths_that_are_read_answer_to_head(client, path: str):
+    answer = client.head(path)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == client.get(path).headers["content-type"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code", "message"),
+    [
+        ("GET", "/v1/embeddings", 405, "method_not_allowed", "This path takes the method POST; see /docs."),
+        ("OPTIONS", "/v1/embeddings", 405, "method_not_allowed", "This path takes the method POST; see /docs."),
+        ("POST", "/health", 405, "method_not_allowed", "This path takes the method GET; see /docs."),
+        ("POST", "/v1", 404, "not_found", "There is no such path; see /docs."),
+        ("POST", "/v1/embeddings/x", 404, "not_found", "There is no such path; see /docs."),
+    ],
+)
+def test_other_paths_and_methods(client, method: str, path: str, status: int, code: str, message: str):
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"] == {
+        "message": message,
+        "type": "invalid_request_error",
+        "param": None,
+        "code": code,
+    }
+
+
+def test_app_within_another_app(served):
+    outer = FastAPI()
+    outer.mount("/clip", build_app(served, ServeOptions(api_key="secret-key")))
+    with TestClient(outer) as client:
+        headers = {"X-Api-Key": "secret-key"}
+        for path in ("/clip/v1/embeddings", "/clip//v1/embeddings/"):
+            answer = client.post(path, json={"input": "one"}, headers=headers)
+            assert len(answer.json()["data"]) == 1
+        assert client.get("/clip/health").status_code == 200
+        assert client.get("/clip/v1/models").status_code == 401
+        assert "API key" in client.post("/clip/predict").json()["detail"]
 
 
 def bomb(width: int, height: int) -> bytes:

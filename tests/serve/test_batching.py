@@ -74,7 +74,11 @@ def test_what_arrives_while_a_batch_is_computed_is_the_next_batch(hold):
     asked += [model.ask(TEXTS, [2]), model.ask(TEXTS, [4, 3]), model.ask(IMAGES, [9, 8]), model.ask(IMAGES, [7])]
     model.may_go_on.set()
     assert [done.result(5)[:, 0].tolist() for _, done in asked] == [[1], [2], [4, 3], [9, 8], [7]]
-    assert model.batches == [(TEXTS, [1]), (TEXTS, [2, 3, 4]), (IMAGES, [9, 8, 7])]
+    assert model.batches == [
+        (TEXTS, [1]),
+        (IMAGES, [9, 7, 8]),
+        (TEXTS, [2, 3, 4]),
+    ]  # second ones of a request come last
 
 
 def test_batches_have_a_size(hold):
@@ -147,6 +151,62 @@ def test_full_queue_refuses_and_says_when_to_ask_again(hold):
     model.may_go_on.set()
     last.result(5)
     model.ask(TEXTS, [1, 1])[1].result(5)
+
+
+def test_large_requests_leave_room_for_small_ones(hold):
+    model = hold(most_texts=400, most_images=40)
+    model.ask(TEXTS, [1] * 300)
+    with pytest.raises(QueueFullError):
+        model.ask(TEXTS, [1] * 65)
+    model.ask(TEXTS, [1] * 64)
+    model.ask(IMAGES, [1] * 30)
+    with pytest.raises(QueueFullError):
+        model.ask(IMAGES, [1] * 17)
+    model.ask(IMAGES, [1] * 10)
+
+
+@pytest.fixture
+def queues():
+    """A batcher whose batches are taken by the test."""
+    made = Batcher(len, len, 1, text_batch=4, image_batch=4)  # type: ignore[arg-type]
+
+    def ask(kind: str, count: int, length: int = 5) -> Job:
+        job = made.open(kind, count)
+        made.put(job, 0, [[0] * length] * count)
+        return job
+
+    return made, ask
+
+
+@pytest.mark.parametrize("length", [5, 77])
+@pytest.mark.parametrize("kind", [TEXTS, IMAGES])
+def test_small_request_passes_large_ones(queues, kind: str, length: int):
+    batcher, ask = queues
+    large = [ask(kind, 50) for _ in range(3)]
+    for _ in range(5):
+        assert {item.job for item in batcher._take()[1]} <= set(large)
+    small = ask(kind, 1, length)
+    soon = [item.job for _ in range(2) for item in batcher._take()[1]]
+    assert small in soon
+
+
+def test_large_request_does_not_wait_for_ever(queues):
+    batcher, ask = queues
+    large, left, batches = ask(TEXTS, 30), 30, 0
+    while left:
+        for _ in range(4):  # as many as a batch holds
+            ask(TEXTS, 1, 77 if batches % 2 else 5)
+        left -= sum(item.job is large for item in batcher._take()[1])
+        batches += 1
+        assert batches < 8 * 30
+    assert batches > 30 / 4
+
+
+def test_texts_and_images_take_turns(queues):
+    batcher, ask = queues
+    ask(TEXTS, 12)
+    ask(IMAGES, 8)
+    assert [batcher._take()[0] for _ in range(5)] == [TEXTS, IMAGES, TEXTS, IMAGES, TEXTS]
 
 
 def test_error_is_that_of_its_batch_alone(hold):

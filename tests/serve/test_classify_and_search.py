@@ -1,7 +1,9 @@
 """`/v1/classify` and `/v1/search`: the results of direct calls, and nothing that strangers should not see."""
 
+import asyncio
 import base64
 import json
+import threading
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -164,3 +166,49 @@ def test_server_without_an_index_says_so(client):
     answer = client.post("/v1/search", json={"query": "one"})
     assert answer.status_code == 404
     assert "--index" in answer.json()["error"]["message"]
+
+
+def test_search_whose_client_is_gone(client_with, index, monkeypatch: pytest.MonkeyPatch):
+    """One that runs comes to its end unheard, one that waits is not begun, and the server goes on."""
+    client = client_with(index=index)
+    search = client.app.state.server.search
+    begun, may_end, queries = threading.Event(), threading.Event(), []
+    run = search._search
+
+    def slowly(*given: Any) -> Any:
+        queries.append(given[-1].query)
+        begun.set()
+        assert may_end.wait(10)
+        return run(*given)
+
+    monkeypatch.setattr(search, "_search", slowly)
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+
+    async def leave(query: str, when: threading.Event) -> int:
+        """Ask, and close the connection. Returns the status that is counted."""
+        messages = [{"type": "http.request", "body": json.dumps({"query": query}).encode()}]
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            while not when.is_set():
+                await asyncio.sleep(0.01)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/search", "headers": headers, "query_string": b""}
+        await client.app(scope, receive, send)
+        return sent[0]["status"]
+
+    async def both() -> list[int]:
+        return await asyncio.gather(leave("three", begun), leave("eight", begun))
+
+    assert asyncio.run(both()) == [499, 499]
+    may_end.set()
+    found = client.post("/v1/search", json={"query": "one", "top": 1})
+    assert found.status_code == 200
+    assert len(queries) == 2
+    assert queries[1] == "one"

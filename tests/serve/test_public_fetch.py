@@ -1,5 +1,7 @@
 """Images by address: fetched from where that is allowed, and from nowhere else."""
 
+import asyncio
+import gzip
 import ipaddress
 import threading
 from collections.abc import Iterator
@@ -9,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_clip.serve.public_fetch import PublicFetcher, is_public
+from hf_clip.serve import encoder, public_fetch
+from hf_clip.serve.encoder import Encoder, ImageItem
+from hf_clip.serve.public_fetch import PublicFetcher, is_elsewhere, is_own, is_public
+from hf_clip.serve.serve_options import ServeOptions
 from hf_clip.zero_shot.features import encode_images
 
 from .conftest import as_file
@@ -21,14 +26,25 @@ from .conftest import as_file
         "127.0.0.1", "10.0.0.1", "172.16.3.4", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1",
         "224.0.0.1", "255.255.255.255", "240.0.0.1", "::1", "::", "fe80::1", "fc00::1", "ff02::1",
         "::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1", "::127.0.0.1",
-        "2001:0:4136:e378:8000:63bf:80ff:fffe",
+        "2001:0:4136:e378:8000:63bf:80ff:fffe", "::ffff:0:127.0.0.1", "::ffff:0:10.0.0.1", "64:ff9b:1::a00:1",
+        "2001:470:1:1:0:5efe:7f00:1", "2001:470:1:1:200:5efe:a00:1", "fec0::1", "fd00:ec2::254", "3fff::1",
+        "192.0.0.192", "192.88.99.1", "168.63.129.16", "::ffff:168.63.129.16", "2002:a83f:8110::",
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address: str):
     assert not is_public(ipaddress.ip_address(address))
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "93.184.216.34", "2606:2800:220:1::1", "::ffff:8.8.8.8"])
+def test_addresses_of_this_machine():
+    assert is_own(ipaddress.ip_address("127.0.0.1"))
+    assert not is_own(ipaddress.ip_address("192.0.2.1"))
+    assert not is_own(ipaddress.ip_address("2001:db8::1"))
+    assert not is_elsewhere(ipaddress.ip_address("127.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "2002:808:808::", "93.184.216.34", "2606:2800:220:1::1", "::ffff:8.8.8.8"]
+)
 def test_addresses_that_are_public(address: str):
     assert is_public(ipaddress.ip_address(address))
 
@@ -52,12 +68,26 @@ class Page(BaseHTTPRequestHandler):
             "/near": "/image.png",
             "/inside": f"http://inside.test:{port}/image.png",
             "/file": "file:///etc/passwd",
+            "/port": "http://images.test:99999/",
+            "/user": f"http://user:word@images.test:{port}/image.png",
             "/loop": "/loop",
         }
         if self.path in leads_to:
             self.send_response(302)
             self.send_header("Location", leads_to[self.path])
             self.end_headers()
+        elif self.path == "/crumbs":
+            self.protocol_version = "HTTP/1.1"
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"1\r\na\r\n" * 400 + b"0\r\n\r\n")
+        elif self.path == "/zipped":
+            self.send_response(200)
+            self.send_header("Content-Encoding", "identity")
+            self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+            self.wfile.write(gzip.compress(bytes(1000)))
         elif self.path == "/missing":
             self.send_error(404)
         elif self.path == "/slow":
@@ -125,11 +155,21 @@ def test_image_is_fetched_by_its_name(fetching, site, plain_model, images, path:
         ("http://images.test:{port}/slow", "did not arrive within 0.7 s"),
         ("http://user:word@images.test:{port}/image.png", "holds a user or a password"),
         ("http://nowhere.test/", "there is no such address, or it does not answer"),
+        ("http://images.test:{port}/crumbs", "comes in too many parts"),
+        ("http://images.test:{port}/zipped", "it is compressed, which was not asked for"),
+        ("http://images.test:{port}/port", "there is no port 99999"),
+        ("http://images.test:{port}/user", "holds a user or a password"),
+        ("http://images.test:65536/", "there is no port 65536"),
+        ("http://images.test:0/", "there is no port 0"),
+        ("http://images.test:-1/", "there is no port -1"),
+        ("http://images.test:80\\@inside.test/", "holds a user or a password"),
+        ("http://127。0。0。1/", "there is no such address"),
         ("http://", "only http and https are fetched"),
         ("http://[::1/", "there is no such address"),
     ],
 )
-def test_what_is_not_fetched(fetching, site, url: str, message: str):
+def test_what_is_not_fetched(fetching, site, monkeypatch: pytest.MonkeyPatch, url: str, message: str):
+    monkeypatch.setattr(public_fetch, "MOST_PARTS", 300)
     body = {"input": [url.format(port=site.server_port)], "modality": "image"}
     answer = fetching.post("/v1/embeddings", json=body)
     assert answer.status_code == 400
@@ -144,3 +184,30 @@ def test_machine_itself_is_not_fetched(client_with, site):
         answer = client.post("/v1/embeddings", json=body)
         assert answer.status_code == 400, host
         assert "cannot be fetched" in answer.json()["error"]["message"]
+
+
+def test_fetches_at_the_same_time_are_limited(served, images):
+    class Counting:
+        """Fetches once as many as are allowed are at it, and no more begin."""
+
+        now = most = 0
+
+        async def fetch(self, url: str, name: str) -> bytes:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            for _ in range(50):
+                await asyncio.sleep(0)
+            self.now -= 1
+            return as_file(images[0])
+
+    async def ask(*counts: int) -> int:
+        counting = Counting()
+        encoding = Encoder(served, ServeOptions(threads=1), counting)  # type: ignore[arg-type]
+        requests = [[ImageItem(f"http://images.test/{n}") for n in range(count)] for count in counts]
+        found = await asyncio.gather(*map(encoding.encode, requests))
+        assert [len(each.features) for each in found] == list(counts)
+        encoding.close()
+        return counting.most
+
+    assert asyncio.run(ask(20)) == encoder.MOST_OF_ONE == 8
+    assert asyncio.run(ask(20, 20, 20)) == encoder.MOST_FETCHED == 16

@@ -1,5 +1,6 @@
 """The server as a process: its port, its clients' libraries, clients that stall, and its end."""
 
+import asyncio
 import base64
 import json
 import os
@@ -23,6 +24,7 @@ import uvicorn
 
 from hf_clip.commands.program import main
 from hf_clip.serve import server_process
+from hf_clip.serve.server_process import PatientProtocol
 from hf_clip.taken_port import take_port
 from hf_clip.zero_shot.features import encode_images, encode_texts
 
@@ -35,6 +37,8 @@ PROGRAM = """
 import sys, time
 from hf_clip.serve import server_process, serve_options, served_model
 server_process.HEAD_SECONDS = 0.5
+server_process.ANSWER_SECONDS = 0.5
+server_process.MOST_CONNECTIONS = 60
 serve_options.ServeOptions.__dataclass_fields__["body_seconds"].default = 0.5
 serve_options.ServeOptions.__init__.__defaults__ = tuple(
     field.default for field in serve_options.ServeOptions.__dataclass_fields__.values()
@@ -151,6 +155,110 @@ def test_client_that_stalls_within_its_request_is_told_so_and_cut(process, opena
     assert openai_client.embeddings.create(model="vit", input="one").data
 
 
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"hello\r\n\r\n", 400, "invalid_http"),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400, "invalid_http"),  # without Host
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 20_000, 400, "invalid_http"),
+        (b"\x16\x03\x01\x00\xc8\x01\x00\x00\xc4\x03\x03" + bytes(200), 400, "invalid_http"),  # https
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400, "invalid_http"),
+        (
+            b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nX-Api-Key: secret-key\r\nContent-Type: application/json\r\n"
+            b'Transfer-Encoding: chunked\r\n\r\n5\r\n{"inp\r\nZZZ\r\n',
+            400,
+            "invalid_http",
+        ),
+        (
+            b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nX-Api-Key: secret-key\r\nContent-Length: 4\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+            400,
+            "invalid_framing",
+        ),
+        (
+            b"GET http://evil.example/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Api-Key: secret-key\r\n\r\n",
+            404,
+            "not_found",
+        ),
+        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Api-Key: secret-key\r\n\r\n", 404, "not_found"),
+    ],
+    ids=["words", "host", "large head", "https", "two lengths", "chunks", "two framings", "absolute", "star"],
+)
+def test_request_that_is_none_gets_one_error(process, sent: bytes, status: int, code: str):
+    with connect(process) as connection:
+        connection.sendall(sent)
+        found = read_all(connection)
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d" % status)
+    assert b"application/json" in head
+    assert json.loads(body)["error"]["code"] == code  # and nothing follows
+
+
+def test_requests_that_are_sent_together_are_answered_in_turn(process):
+    content = [json.dumps({"input": text, "encoding_format": "base64"}).encode() for text in ("one", "two", "one")]
+    last = b"GET /ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    with connect(process) as connection:
+        connection.sendall(b"".join(map(request_of, content)) + last)
+        found = read_all(connection)
+    assert found.count(b"HTTP/1.1 200 OK") == 4
+    assert found.endswith(b"pong")
+    first, second, third = re.findall(rb'"embedding":"([^"]+)"', found)
+    assert first == third != second
+
+
+def test_client_that_waits_for_leave_to_send_is_told_to_go_on(process):
+    content = b'{"input": "one"}'
+    head, _, body = request_of(content).partition(b"\r\n\r\n")
+    with connect(process) as connection:
+        connection.sendall(head + b"\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n")
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert read_all(connection).startswith(b"HTTP/1.1 200 OK")
+
+
+def files_of(process: Any) -> int:
+    return len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts the server's files")
+def test_client_that_does_not_take_its_answers_is_cut(process):
+    """Whether much of an answer waits, or little: also what waits when the connection is closed."""
+    before = files_of(process)
+    small = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+    connections = []
+    try:
+        for count in range(250, 410, 10):  # until the buffers of the connection are full, and some more
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((urlsplit(process.address).hostname, urlsplit(process.address).port))
+            connection.sendall(small * count)
+            connections.append(connection)
+        assert files_of(process) > before
+        until = time.monotonic() + 30
+        while files_of(process) > before and time.monotonic() < until:
+            time.sleep(0.1)
+        assert files_of(process) <= before
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts the server's files")
+def test_connections_that_stall_make_room_for_others(process, openai_client):
+    before, connections = files_of(process), []
+    sent = [b"", b"POST /v1/embeddings HTTP/1.1\r\n", request_of(b'{"input": "', length=1000)]
+    try:
+        for number in range(150):
+            connections.append(connect(process))
+            connections[-1].sendall(sent[number % 3])
+            if number % 10 == 9:
+                assert openai_client.embeddings.create(model="vit", input="one").data
+                assert files_of(process) <= before + 70
+    finally:
+        for connection in connections:
+            connection.close()
+
+
 def test_connection_serves_several_requests(process):
     content = json.dumps({"input": "one"})
     headers = {"Authorization": "Bearer secret-key", "Content-Type": "application/json"}
@@ -191,11 +299,18 @@ def test_sigterm_finishes_what_was_begun(process):
 
     asking = threading.Thread(target=ask)
     asking.start()
+    stalled = connect(process)
+    stalled.sendall(request_of(b'{"input": "', length=1000))
+    silent = connect(process)
     time.sleep(0.4)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
     asking.join(10)
     assert process.wait(10) == 0
     [answer] = answers
+    assert read_all(stalled).startswith(b"HTTP/1.1 408")
+    assert read_all(silent) == b""
+    stalled.close(), silent.close()
     body = json.loads(answer.partition(b"\r\n\r\n")[2])
     assert len(base64.b64decode(body["data"][0]["embedding"])) == 32 * 4
     with pytest.raises(ConnectionError):
@@ -203,6 +318,58 @@ def test_sigterm_finishes_what_was_begun(process):
     log = process.log.read_text()
     assert "Traceback" not in log
     assert "three" not in log
+
+
+def test_port_is_open_when_the_line_is_printed(digits: Path, monkeypatch: pytest.MonkeyPatch):
+    lines: list[str] = []
+
+    def printed(line: str, **options: Any) -> None:
+        lines.append(line)
+        if found := re.match(r"http://127.0.0.1:(\d+) serves", line):
+            socket.create_connection(("127.0.0.1", int(found[1])), timeout=5).close()
+
+    monkeypatch.setattr("builtins.print", printed)
+    monkeypatch.setattr("hf_clip.serve.server_process.keep_loaded", lambda: None)
+    monkeypatch.setattr("hf_clip.serve.server_process.serve_forever", lambda app, taken: None)
+    assert main(["serve", str(digits / "vit"), "--port", "0", "--no-optimize"]) == 0
+    assert sum(" serves vit, 32 numbers" in line for line in lines) == 1
+
+
+def test_server_that_is_at_work_for_all_refuses_further_connections():
+    class Connection:
+        response_complete = more_body = False
+
+        def __init__(self, heard_at: float, is_waiting: bool):
+            self.transport, self.app, self._heard_at = self, None, heard_at
+            self.cycle = None if is_waiting else self
+            self.is_cut = False
+
+        def is_closing(self) -> bool:
+            return self.is_cut
+
+        def abort(self) -> None:
+            self.is_cut = True
+
+        _is_waiting = PatientProtocol._is_waiting
+
+    new, old, older = Connection(9, True), Connection(2, True), Connection(1, True)
+    busy = Connection(0, False)
+    new.connections = {new, old, older, busy}  # type: ignore[attr-defined]
+    for expected in (older, old):
+        PatientProtocol._make_room(new)  # type: ignore[arg-type]
+        assert expected.is_cut
+        assert new.app is None
+    PatientProtocol._make_room(new)  # type: ignore[arg-type]
+    assert not busy.is_cut
+    sent: list[dict] = []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(new.app({"type": "http", "path": "/v1/embeddings"}, None, send))  # type: ignore[misc]
+    assert sent[0]["status"] == 503
+    assert (b"retry-after", b"1") in sent[0]["headers"]
+    assert json.loads(sent[1]["body"])["error"]["code"] == "overloaded"
 
 
 @pytest.mark.parametrize(
