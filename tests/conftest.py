@@ -1,6 +1,13 @@
 """Loads the fixtures, where tests are run."""
 
+import os
+
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network; set before transformers is imported
+os.environ["TQDM_DISABLE"] = "1"
+# Where several processes share the cores, their threads would wait for each other; children take this over.
+os.environ.update({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,12 +5,6 @@ conftest.py loads them.
 
 import gc
 import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network; set before transformers is imported
-os.environ["TQDM_DISABLE"] = "1"
-# Where several processes share the cores, their threads would wait for each other; children take this over.
-os.environ.update({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} if "PYTEST_XDIST_WORKER" in os.environ else {})
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
