@@ -1,5 +1,6 @@
 """Taking a port before anything slow is done, and the address that people are told."""
 
+import asyncio
 import re
 import socket
 
@@ -23,6 +24,31 @@ def test_second_program_is_told_at_once_and_the_first_keeps_its_connections():
                 connection.sendall(b"answer")
             assert waiting.recv(100) == b"answer"
     take_port("127.0.0.1", port).close()  # although the last connection has just ended
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_answers_leave_at_once(host: str):
+    """With Nagle's algorithm, the body of an answer waits 40 ms for the client to confirm its head."""
+    if ":" in host and not socket.has_ipv6:
+        pytest.skip("this machine has no IPv6")
+
+    async def is_without_delay() -> bool:
+        found = asyncio.get_running_loop().create_future()
+
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            found.set_result(bool(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+            writer.close()
+
+        taken = take_port(host, 0)
+        async with await asyncio.start_server(connected, sock=taken):
+            _, writer = await asyncio.open_connection(host, taken.getsockname()[1])
+            try:
+                return await found
+            finally:
+                writer.close()
+
+    assert asyncio.run(is_without_delay())
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a" * 64 + ".example"])
