@@ -1,6 +1,6 @@
 """`hf-clip serve`: one model over HTTP, for the clients of OpenAI, infinity, Jina, vLLM and Immich."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -108,17 +108,23 @@ def serve(
         )
         from ..search.indexed_image import register_formats
         from ..serve.served_model import load_served
+        from ..serve.thread_teams import in_own_thread
         from ..serve.web_app import build_app
 
         register_formats()
-        served = load_served(model, name or (), device=device, dtype=dtype.value, offline=offline)
-        found = None
-        if index is not None:
-            from ..search.image_index import ImageIndex
 
-            found = ImageIndex.open(index, model=served.model, processor=served.processor, make=False)
-        if not no_optimize:
-            served.model.optimize_for_inference()
+        def load() -> tuple[Any, Any]:
+            served = load_served(model, name or (), device=device, dtype=dtype.value, offline=offline)
+            found = None
+            if index is not None:
+                from ..search.image_index import ImageIndex
+
+                found = ImageIndex.open(index, model=served.model, processor=served.processor, make=False)
+            if not no_optimize:
+                served.model.optimize_for_inference()
+            return served, found
+
+        served, found = in_own_thread(load)
         app = build_app(served, options, found)
         keep_loaded()
         searched = "" if found is None else f", and searches {len(found):,} images"

@@ -143,6 +143,7 @@ class Batcher:
         most_images: Images that may wait.
         most_padding: Positions of padding in a batch of texts, at most. None: the model computes no padding.
         on_batch: Called after each batch with "text" or "image", its size and its seconds.
+        on_start: Called once in the thread, before the first batch.
     """
 
     def __init__(
@@ -157,8 +158,9 @@ class Batcher:
         most_images: int = 256,
         most_padding: int | None = MOST_PADDING,
         on_batch: Callable[[str, int, float], None] = lambda kind, size, seconds: None,
+        on_start: Callable[[], None] = lambda: None,
     ):
-        self.width = width
+        self.width, self._on_start = width, on_start
         self._encode = {TEXTS: encode_texts, IMAGES: encode_images}
         self._batch = {TEXTS: text_batch, IMAGES: image_batch}
         self._most = {TEXTS: most_texts, IMAGES: most_images}
@@ -249,6 +251,7 @@ class Batcher:
         job.done.set_exception(error or DroppedError("nobody waits for it"))
 
     def _run(self) -> None:
+        self._on_start()
         while True:
             with self._ready:
                 while not any(self._queues.values()):

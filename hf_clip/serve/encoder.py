@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..inference.needed_positions import skips_padding
 from ..model.open_image import UnreadableImageError
@@ -132,6 +134,7 @@ class Encoder:
             most_images=options.most_waiting_images,
             most_padding=None if skips_padding(served.model) else MOST_PADDING,
             on_batch=on_batch,
+            on_start=partial(torch.set_num_threads, torch.get_num_threads()),  # the event loop has another number
         )
         self._threads = options.threads or min(os.cpu_count() or 1, MOST_THREADS)
         self._fetching = asyncio.Semaphore(MOST_FETCHED)

@@ -22,6 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .access_guard import error_answer
 from .request_error import RequestError
+from .thread_teams import without_a_team
 
 HEAD_SECONDS = 10.0
 """How long a client may take for the head of a request. uvicorn itself waits for ever."""
@@ -187,7 +188,8 @@ def serve_forever(app: Any, taken: socket.socket) -> None:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        server.run(sockets=[taken])
+        with without_a_team():
+            server.run(sockets=[taken])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -20,10 +20,14 @@ from urllib.parse import urlsplit
 import numpy as np
 import openai
 import pytest
+import torch
 import uvicorn
 
+from hf_clip import HfClipModel
 from hf_clip.commands.program import main
 from hf_clip.serve import server_process
+from hf_clip.serve.encoder import Encoder
+from hf_clip.serve.serve_options import ServeOptions
 from hf_clip.serve.server_process import PatientProtocol
 from hf_clip.taken_port import take_port
 from hf_clip.zero_shot.features import encode_images, encode_texts
@@ -481,11 +485,41 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     )
 
 
-def test_threads_take_turns_more_often_while_it_serves(monkeypatch: pytest.MonkeyPatch):
-    seen: list[float] = []
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: seen.append(sys.getswitchinterval()))
-    before = sys.getswitchinterval()
+def test_threads_take_turns_more_often_and_the_event_loop_computes_alone(monkeypatch: pytest.MonkeyPatch):
+    def look() -> tuple[float, int]:
+        return sys.getswitchinterval(), torch.get_num_threads()
+
+    seen: list[tuple[float, int]] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: seen.append(look()))
+    before = look()
     with take_port("127.0.0.1", 0) as taken:
         server_process.serve_forever(None, taken)
-    assert seen == pytest.approx([server_process.SWITCH_SECONDS])
-    assert sys.getswitchinterval() == before > server_process.SWITCH_SECONDS
+    assert seen == [(pytest.approx(server_process.SWITCH_SECONDS), 1)]
+    assert look() == before
+    assert before[0] > server_process.SWITCH_SECONDS
+
+
+def test_model_is_loaded_and_optimized_in_a_thread_that_ends(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    threads: list[threading.Thread] = []
+
+    def optimize(model: HfClipModel) -> None:
+        threads.append(threading.current_thread())
+        raise ValueError("no room")
+
+    monkeypatch.setattr(HfClipModel, "optimize_for_inference", optimize)
+    assert main(["serve", str(digits / "vit"), "--port", "0"]) == 1
+    assert "no room" in capsys.readouterr().err
+    assert threads[0] is not threading.main_thread()
+    assert not threads[0].is_alive()
+
+
+def test_encoding_thread_has_as_many_threads_as_torch_had(served, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: seen.append((threading.current_thread().name, number)))
+    encoder = Encoder(served, ServeOptions())
+    encoder.start()
+    encoder.close()
+    assert seen == [("hf_clip batches", 3)]
