@@ -514,6 +514,7 @@ def test_servers_are_checked_and_loaded(digits: Path, monkeypatch: pytest.Monkey
             program.load_with(host, port, [b'{"model": "other", "input": "x"}'], 1, threads, seconds=0.1)
         answered = program.load_with(host, port, program.make_bodies("text"), 3, threads, answers=7)
         assert len(answered["latencies"]) == 7
+        assert answered["seconds"] == pytest.approx(sum(answered["latencies"]) / 3)
         found = program.ask_once(host, port, program.make_bodies("text")[0])
     program.check_features("hf_clip", "text", found, found.tolist())
     with pytest.raises(LeftOutError, match="its embedding of the text has a cosine similarity of 0.0000 with a direct"):
