@@ -4,9 +4,9 @@
    batch is computed the next one gathers.
 2. Texts and images take turns, batch by batch. Of a kind, what has the lowest ranks is taken; if the model computes
    padding, the text of the lowest rank and those of about its length, so that a batch needs little of it.
-3. The first text of a request has as its rank how many were computed when it came, and each further one `SHARE` more. A
-   small request therefore passes large ones that came before it. Nothing waits for ever, since later ones have higher
-   ranks.
+3. The rank of a request's first text or image is how many had been computed when it came, and each further one has a
+   rank that is `SHARE` higher. A small request therefore passes large ones that came before it. Nothing waits for
+   ever, since later ones have higher ranks.
 4. What waits is bounded. A request that does not fit is refused, with the seconds after which it may. A quarter of the
    room is kept for small requests.
 5. What nobody waits for any more is not computed.
@@ -33,7 +33,7 @@ MOST_PADDING = 16
 need it: a batch of ViT-B/32 costs as much as its positions and 10 to 20 more, since the weights are read anew."""
 
 SHARE = 8
-"""So many texts of later requests may be computed for each one of a large request that waits."""
+"""So many texts or images of later requests may be computed for each one of a large request that waits."""
 
 LONGEST_WAIT = 60
 """Most seconds after which a client is told to ask again."""
@@ -207,9 +207,10 @@ class Batcher:
             QueueFullError: There is no room for them.
         """
         with self._ready:
-            room = self._most[kind] if count <= self._batch[kind] else self._most[kind] * 3 // 4
-            if self._admitted[kind] + count > room:
-                seconds = math.ceil(self._pace[kind] * self._admitted[kind])
+            admitted, most = self._admitted[kind], self._most[kind]
+            is_small = count <= self._batch[kind] or not admitted  # alone, a large one keeps nobody out
+            if admitted + count > (most if is_small else most * 3 // 4):
+                seconds = math.ceil(self._pace[kind] * admitted)
                 raise QueueFullError(kind, min(max(seconds, 1), LONGEST_WAIT))
             self._admitted[kind] += count
         job = Job(kind, count, self.width, self._computed[kind])

@@ -20,7 +20,7 @@ import uvicorn
 from pydantic_core import to_json
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .access_guard import error_answer
+from .access_guard import error_answer, plain_path
 from .request_error import RequestError
 from .thread_teams import without_a_team
 
@@ -28,12 +28,16 @@ HEAD_SECONDS = 10.0
 """How long a client may take for the head of a request. uvicorn itself waits for ever."""
 
 ANSWER_SECONDS = 30.0
-"""How long a client may take to read an answer that is larger than the buffers of the connection."""
+"""How long a client may take to read an answer that is larger than the buffers of the connection, or `LEAST_TAKEN` of
+it. An answer may have 20 MB, for which an honest client behind a slow line needs longer."""
+
+LEAST_TAKEN = 2**20
+"""Bytes of a large answer that a client takes within `ANSWER_SECONDS`."""
 
 SWITCH_SECONDS = 0.0002
-"""How long a thread may keep Python from another one that waits for it. Python's own 5 ms are as long as a third of a
-text takes: the thread that computes waits so long after each matrix product, and the event loop after each system call,
-while other requests are read."""
+"""How long a thread may keep Python while another one waits for it. Python's own 5 ms are a third of the time of a
+text. While requests are read, the thread that computes would wait so long after each matrix product, and the event loop
+after each system call."""
 
 MOST_CONNECTIONS = 2000
 """Connections at the same time, if the process may open twice as many files."""
@@ -57,7 +61,7 @@ async def _refuse(scope: Any, receive: Any, send: Any) -> None:
     """The app of a connection for which there is no room."""
     headers = {"Retry-After": "1", "Connection": "close"}
     error = RequestError(503, "The server has too many connections; ask again in 1 s.", "overloaded", headers=headers)
-    await error_answer(error, scope["path"])(scope, receive, send)
+    await error_answer(error, plain_path(scope))(scope, receive, send)
 
 
 class PatientProtocol(H11Protocol):
@@ -96,7 +100,7 @@ class PatientProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """Start the time for a client to take its answer, which is in memory until then."""
         super().pause_writing()
-        self._answer_timer = self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
+        self._wait_for_client()
 
     def resume_writing(self) -> None:
         """Stop the time, since most of the answer is taken."""
@@ -128,6 +132,17 @@ class PatientProtocol(H11Protocol):
             min(silent, key=lambda one: one._heard_at).transport.abort()
         else:
             self.app = _refuse
+
+    def _wait_for_client(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._answer_timer = self.loop.call_later(ANSWER_SECONDS, self._cut_unless_taken, left)
+
+    def _cut_unless_taken(self, before: int) -> None:
+        """Cut a connection whose client took too little of its answer, of which so many bytes were left before."""
+        if before - self.transport.get_write_buffer_size() < LEAST_TAKEN:
+            self.transport.abort()
+        else:
+            self._wait_for_client()
 
     def _wait_for_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)

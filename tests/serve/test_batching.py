@@ -165,6 +165,14 @@ def test_large_requests_leave_room_for_small_ones(hold):
     model.ask(IMAGES, [1] * 10)
 
 
+def test_large_request_may_fill_the_queue_if_nothing_waits(hold):
+    """Otherwise its client would ask again for ever."""
+    model = hold(most_texts=400)
+    with pytest.raises(QueueFullError):
+        model.ask(TEXTS, [1] * 401)
+    model.ask(TEXTS, [1] * 400)
+
+
 @pytest.fixture
 def queues():
     """A batcher whose batches are taken by the test."""

@@ -12,8 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,7 +30,7 @@ from hf_clip.commands.program import main
 from hf_clip.serve import server_process
 from hf_clip.serve.encoder import Encoder
 from hf_clip.serve.serve_options import ServeOptions
-from hf_clip.serve.server_process import PatientProtocol
+from hf_clip.serve.server_process import ANSWER_SECONDS, LEAST_TAKEN, PatientProtocol
 from hf_clip.taken_port import take_port
 from hf_clip.zero_shot.features import encode_images, encode_texts
 
@@ -370,10 +372,33 @@ def test_server_that_is_at_work_for_all_refuses_further_connections():
     async def send(message: dict) -> None:
         sent.append(message)
 
-    asyncio.run(new.app({"type": "http", "path": "/v1/embeddings"}, None, send))  # type: ignore[misc]
-    assert sent[0]["status"] == 503
+    for path in ("/v1/embeddings", "/predict/"):
+        asyncio.run(new.app({"type": "http", "path": path}, None, send))  # type: ignore[misc]
+    assert sent[0]["status"] == sent[2]["status"] == 503
     assert (b"retry-after", b"1") in sent[0]["headers"]
     assert json.loads(sent[1]["body"])["error"]["code"] == "overloaded"
+    assert json.loads(sent[3]["body"]) == {"detail": "The server has too many connections; ask again in 1 s."}
+
+
+def test_client_that_takes_its_answer_slowly_and_steadily_is_not_cut():
+    left, waits, cut = [10 * LEAST_TAKEN], [], []
+
+    class Connection:
+        loop = SimpleNamespace(call_later=lambda seconds, *rest: waits.append((seconds, rest)))
+        transport = SimpleNamespace(get_write_buffer_size=lambda: left[0], abort=lambda: cut.append(left[0]))
+
+        def __getattr__(self, name: str) -> Any:
+            return partial(getattr(PatientProtocol, name), self)
+
+    Connection()._wait_for_client()
+    for taken in (LEAST_TAKEN, 5 * LEAST_TAKEN, LEAST_TAKEN - 1):
+        assert not cut
+        seconds, (check, before) = waits.pop()
+        assert seconds == ANSWER_SECONDS
+        left[0] -= taken
+        check(before)
+    assert cut == [3 * LEAST_TAKEN + 1]
+    assert not waits
 
 
 @pytest.mark.parametrize(
