@@ -190,6 +190,13 @@ class Server:
         """The model by its names."""
         return as_json(embedding_request.list_models(self.served.name, self.served.names, self.created))
 
+    async def one_model(self, request: Request) -> Response:
+        """The model by one of its names."""
+        asked = request.path_params["name"]
+        self.served.check_name(asked)
+        found = embedding_request.list_models(self.served.name, self.served.names, self.created)["data"]
+        return as_json(next((entry for entry in found if entry["id"] == asked), found[0]))
+
     async def figures(self, request: Request) -> Response:
         """Figures for Prometheus."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -276,6 +283,8 @@ def build_app(
     for path, endpoint in (
         ("/v1/models", server.models),
         ("/models", server.models),
+        ("/v1/models/{name:path}", server.one_model),
+        ("/models/{name:path}", server.one_model),
         ("/metrics", server.figures),
         ("/health", server.health),
         ("/ping", server.ping),

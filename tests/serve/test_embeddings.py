@@ -121,6 +121,10 @@ def test_models(client):
         body = client.get(path).json()
         assert [entry["id"] for entry in body["data"]] == [NAME, "digits-alias"]
         assert {entry["object"] for entry in body["data"]} == {"model"}
+        for entry in body["data"]:
+            assert client.get(f"{path}/{entry['id']}").json() == entry
+        missing = client.get(f"{path}/org/other")
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
     assert client.post("/v1/embeddings", json={"model": "digits-alias", "input": "one"}).json()["model"] == NAME
 
 

@@ -119,6 +119,7 @@ def test_client_of_openai_gets_embeddings(openai_client, plain_model, images):
     )
     assert np.allclose([row.embedding for row in found.data], encode_images(*plain_model, images), rtol=0, atol=1e-6)
     assert [entry.id for entry in openai_client.models.list()] == ["vit"]
+    assert openai_client.models.retrieve("vit").id == "vit"
 
 
 def test_client_of_openai_gets_its_errors(openai_client, process):
