@@ -39,7 +39,6 @@ HAVE_SEVERAL = ("evaluate",)
 READ_ALIKE = ("finetune",)
 """Commands whose own parser takes an option's underscores and hyphens alike."""
 
-
 LATE = ("classify", "index", "search", "duplicates", "tag", "caption", "export-onnx", "finetune", "serve", "app")
 """Commands that say what is wrong, or that nothing has changed, before they import torch and transformers."""
 

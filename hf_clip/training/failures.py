@@ -8,7 +8,7 @@ same command line and the same files, so the main process alone speaks.
 A launcher ends all processes when one has ended. So those that have nothing to say wait until the main process has
 spoken.
 
-torch is imported within functions, so that a command line that cannot be read is refused before that.
+No torch is imported here: a command line that cannot be read is refused before that.
 """
 
 import io
@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
+
+from .stopping import ProcessGoneError, Stopped, wait_for_launchers_end
 
 KEY = "hf_clip_stopped"
 SECONDS = 3.0
@@ -52,8 +54,6 @@ def _may_speak(error: Exception) -> bool:
         if not _is_main():
             time.sleep(SECONDS)
         return _is_main()
-    from .stopping import ProcessGoneError
-
     try:
         store = dist.distributed_c10d._get_default_store()
         if not _is_main():
@@ -104,8 +104,6 @@ def report_stop(stop: KeyboardInterrupt) -> int:
     Returns:
         The exit status, 128 and the signal's number.
     """
-    from .stopping import Stopped, wait_for_launchers_end
-
     signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
     saved = stop.saved if isinstance(stop, Stopped) else ""
     if signum == signal.SIGINT:

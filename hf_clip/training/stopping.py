@@ -11,6 +11,8 @@ So each process keeps counting in the store through which they found each other,
 A thread does this, also while a step takes long. The first that sees one stand still says so in the store, and all end.
 
 Where an exchange fails because another process is gone, the counts tell which: those of all others go on.
+
+torch is imported within functions: Ctrl-C is told in words also while torch is still being imported.
 """
 
 import os
@@ -23,9 +25,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
-
-import torch.distributed as dist
-from torch.utils.data import get_worker_info
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
@@ -101,6 +100,8 @@ class Signals:
 
     def _handle_in_child(self, signum: int) -> None:
         """Ctrl-C and batch systems send signals to workers too. Their process ends them when it is done with them."""
+        from torch.utils.data import get_worker_info
+
         if get_worker_info() is None or (signum != signal.SIGINT and self.received is not None):
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -295,11 +296,10 @@ def others_watched() -> Iterator[None]:
         ProcessGoneError: an exchange failed because another process is gone.
     """
     is_over = threading.Event()
-    threads, life = [], None
+    threads, life = [], _connect()
     if (launcher := find_launcher()) is not None:
         threads.append(threading.Thread(target=end_without_launcher, args=(launcher, is_over), daemon=True))
-    if (store := _connect()) is not None:
-        life = SignsOfLife(store, dist.get_rank(), dist.get_world_size())
+    if life is not None:
         threads.append(threading.Thread(target=life.watch, args=(_end_because_of, is_over), daemon=True))
     for thread in threads:
         thread.start()
@@ -317,15 +317,21 @@ def others_watched() -> Iterator[None]:
         raise ProcessGoneError(gone) from error
 
 
-def _connect() -> Any:
-    """A connection to the store of a run of several processes. None if they found each other in another way."""
+def _connect() -> SignsOfLife | None:
+    """What watches a run of several processes, with a connection to their store.
+
+    None if they found each other in another way.
+    """
+    import torch.distributed as dist
+
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1 or not address or not port:
         return None
     try:
-        return dist.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=30))
+        store = dist.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=30))
     except RuntimeError:
         return None
+    return SignsOfLife(store, dist.get_rank(), dist.get_world_size())
 
 
 def wait_for_launchers_end(seconds: float = 1.5) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import typer
@@ -201,12 +201,23 @@ for words in lines:
         status = main(words)
     heavy = {"torch", "transformers", "lancedb", "gradio", "pandas", "datasets", "fastapi", "huggingface_hub"}
     found.append([words, status, sorted(heavy & set(sys.modules)), out.getvalue()])
-print(json.dumps(found))
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+with contextlib.redirect_stderr(io.StringIO()) as out:
+    status = main(["finetune", "--model", "m", "--dataset", "d", "--output_dir", "o", "--max_steps", "1"])
+print(json.dumps([found, [status, out.getvalue()]]))
 """
 
 
-def test_help_and_wrong_options_import_nothing_that_takes_long(tmp_path: Path):
-    program_file = tmp_path / "hf-clip"  # as it is called where it is installed
+@pytest.fixture(scope="module")
+def shown_without_torch(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[Any]]:
+    """What `HELP` finds in a process whose program is called hf-clip."""
+    program_file = tmp_path_factory.mktemp("program") / "hf-clip"  # as it is called where it is installed
     program_file.write_text(HELP)
     done = subprocess.run(
         [sys.executable, str(program_file)],
@@ -215,10 +226,19 @@ def test_help_and_wrong_options_import_nothing_that_takes_long(tmp_path: Path):
         text=True,
         check=True,
     )
-    for words, status, heavy, shown in json.loads(done.stdout):
+    return json.loads(done.stdout)
+
+
+def test_help_and_wrong_options_import_nothing_that_takes_long(shown_without_torch: tuple[list[Any], list[Any]]):
+    for words, status, heavy, shown in shown_without_torch[0]:
         assert heavy == [], f"{words} imports {heavy}, or what it has not imported does"
         assert status == int("--help" not in words and words not in ([], ["--version"])), shown
         assert shown
+
+
+def test_ctrl_c_while_torch_is_imported_is_told_in_words(shown_without_torch: tuple[list[Any], list[Any]]):
+    """What was imported in part cannot be imported again."""
+    assert shown_without_torch[1] == [130, "\nended by SIGINT: no step was done that could be kept\n"]
 
 
 def test_bars_of_transformers_are_for_terminals(scratch: list[object], monkeypatch: pytest.MonkeyPatch):
