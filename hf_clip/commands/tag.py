@@ -157,6 +157,10 @@ def tag(
     check_choices(images, index, model, labels, classifier)
     if filter is not None and index is None:
         raise ValueError("--filter is a condition on the columns of an index: give --index too.")
+    if classifier is not None and (templates or background is not None or scores is not None):
+        raise ValueError("A saved classifier has its scores, templates and background: leave those options out.")
+    if background is not None and scores not in (None, Scores.background):
+        raise ValueError(f"--background is for background scores, and --scores is {scores.value}: leave one out.")
     if index is not None:
         from ..search.index_table import IndexTables
 
@@ -168,10 +172,6 @@ def tag(
     from ..zero_shot.prompts import DEFAULT_TEMPLATE, parse_labels, read_labels, read_templates
     from ..zero_shot.tables import check_table
 
-    if classifier is not None and (templates or background is not None or scores is not None):
-        raise ValueError("A saved classifier has its scores, templates and background: leave those options out.")
-    if background is not None and scores not in (None, Scores.background):
-        raise ValueError(f"--background is for background scores, and --scores is {scores.value}: leave one out.")
     check_device(device)
     names = read_labels(parse_labels(labels)) if labels is not None else None
     check_keywords(names or ())

@@ -87,7 +87,7 @@ class ReferenceScores:
             a standard deviation if levels are normally distributed.
         highest: The highest score of a reference query with an image.
         are_told_apart: Whether the model tells most reference texts from all others.
-        rows: Ids of some images with the checksums of their embeddings. Empty: the rows have no ids.
+        rows: Ids of some images with the checksums of their embeddings, by which an index that has changed is known.
     """
 
     images: int
