@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hf_clip.commands import finetune
-from hf_clip.training import stopping
+from hf_clip.training import run_steps, stopping
 
 from ..forked import fork
 
@@ -36,14 +36,14 @@ def count_writes(folder: str, kill_at: int | None) -> None:
 
 def at_step(step: int, signum: int) -> None:
     """Send this process a signal while that step is computed."""
-    check = finetune.Run.check_loss
+    check = run_steps.Run.check_loss
 
     def check_loss(run: Any, loss: torch.Tensor) -> None:
         check(run, loss)
         if run.state.step + 1 == step:
             os.kill(os.getpid(), signum)
 
-    finetune.Run.check_loss = check_loss  # type: ignore[method-assign]
+    run_steps.Run.check_loss = check_loss  # type: ignore[method-assign]
 
 
 def quicker(interval: float) -> None:
@@ -55,7 +55,7 @@ def watched(path: str, every: int) -> None:
     """Write down the memory and the open files of this process and its workers, every so many steps."""
     import psutil
 
-    done = finetune.Run.batch_done
+    done = run_steps.Run.batch_done
 
     def batch_done(run: Any, result: Any, rates: dict[str, float]) -> None:
         done(run, result, rates)
@@ -67,7 +67,7 @@ def watched(path: str, every: int) -> None:
             with open(path, "a") as file:
                 file.write(f"{run.state.step} {memory} {files}\n")
 
-    finetune.Run.batch_done = batch_done  # type: ignore[method-assign]
+    run_steps.Run.batch_done = batch_done  # type: ignore[method-assign]
 
 
 def _run(rank: int, words: list[str], logs: list[str], faults: dict[int, list[tuple]]) -> None:
