@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ..checkpoints.in_memory import load_model
+from ..checkpoints.in_memory import copy_to_memory, load_model
 from ..search.image_index import ImageIndex
 from ..search.indexed_image import register_formats
 from ..zero_shot.classifier import ZeroShotClassifier
@@ -67,9 +67,12 @@ class PageModel:
         name = path.resolve().name if path.exists() else model
         if index is not None:
             opened = ImageIndex.open(index, model=model, make=False)
+            copy_to_memory(opened.model)
             return cls(opened.model, opened.processor, name, opened, model)
         loaded, processor = load_model(model)
-        return cls(loaded.to(default_device()), processor, name, place=model)
+        loaded = loaded.to(default_device())
+        copy_to_memory(loaded)
+        return cls(loaded, processor, name, place=model)
 
     def classifier(self, labels: Sequence[str], templates: Sequence[str], background: Sequence[str]) -> Any:
         """A classifier of these labels, which are encoded if they are new.

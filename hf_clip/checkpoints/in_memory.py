@@ -33,6 +33,17 @@ def build_model(stored: StoredModel, dtype: torch.dtype = torch.float32) -> HfCl
     return model.eval()
 
 
+def copy_to_memory(model: torch.nn.Module) -> None:
+    """Take a model's tensors out of the file that they were read from.
+
+    On a CPU they are mapped: if a program overwrites the file, such as a training that saves its model anew, they
+    change, and if the file becomes shorter, the system ends the process that reads them.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def load_model(
     source: str | Path, *, dtype: str = "float32", offline: bool = False
 ) -> tuple[HfClipModel, HfClipProcessor]:
@@ -66,4 +77,4 @@ def load_model(
     return build_model(stored, getattr(torch, dtype)), processor
 
 
-__all__ = ["build_model", "load_model"]
+__all__ = ["build_model", "copy_to_memory", "load_model"]

@@ -59,6 +59,11 @@ class ServeOptions:
                 "The API key is empty, or has spaces at an end, which no header can hold: choose another one, or leave "
                 "api_key (--api-key, HF_CLIP_API_KEY) out."
             )
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise ValueError(
+                "The API key has other characters than ASCII's letters, digits and signs, which clients of OpenAI "
+                "cannot send in a header: choose another one."
+            )
 
     def most_values(self, *, takes_ids: bool) -> int:
         """Values in one request's JSON: for each item its keys, or up to a hundred token ids."""

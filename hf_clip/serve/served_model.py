@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from ..model.repair_text import TextError
 from ..model.variants import VARIANTS
+from ..search.index_table import printable
 from ..zero_shot.features import encode_pixels, image_processor_of, text_limit, tokenizer_of
 from ..zero_shot.text_batches import TextTooLongError, tokenize
 from .request_error import RequestError
@@ -25,11 +26,24 @@ UNNAMED = "default/not-specified"
 
 
 def public_name(source: str) -> str:
-    """What clients call a model: its name on the Hub or OpenAI's; of a folder or file the last part of its path."""
+    """What clients call a model: its name on the Hub or OpenAI's; of a folder or file the last part of its path.
+
+    What JSON cannot hold of a path, or a line of a terminal, is `�`.
+    """
     if source in VARIANTS or not (os.path.exists(source) or source.startswith((".", "/", "~"))):
         return source
     path = Path(os.path.abspath(os.path.expanduser(source)))
-    return path.stem if path.is_file() else path.name
+    return printable(path.stem if path.is_file() else path.name)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise ValueError for a name that no client could send, or nobody could read."""
+    for name in names:
+        if not name.strip() or name != printable(name):
+            raise ValueError(
+                f"The name {printable(name)!r} is blank, or has characters that cannot be shown: call the model "
+                f"otherwise."
+            )
 
 
 class ServedModel:
@@ -164,15 +178,18 @@ def load_served(
 
     Raises:
         OSError: There is no such source, or a download failed.
-        ValueError: A file is damaged, or another model's.
+        ValueError: A file is damaged, or another model's; or a name cannot be used.
     """
-    from ..checkpoints.in_memory import load_model
+    check_names(names)
+    from ..checkpoints.in_memory import copy_to_memory, load_model
     from ..zero_shot.pipeline import default_device
 
     model, processor = load_model(source, dtype=dtype, offline=offline)
     own = public_name(source)
     slugs = [VARIANTS[own].slug] if own in VARIANTS else []
-    return ServedModel(model.to(device or default_device()), processor, [*names] or [own, *slugs])
+    model = model.to(device or default_device())
+    copy_to_memory(model)
+    return ServedModel(model, processor, [*names] or [own, *slugs])
 
 
-__all__ = ["UNNAMED", "ServedModel", "load_served", "public_name"]
+__all__ = ["UNNAMED", "ServedModel", "check_names", "load_served", "public_name"]

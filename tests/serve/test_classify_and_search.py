@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import shutil
 import threading
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from hf_clip import ZeroShotClassifier
+from hf_clip import HfClipModel, ZeroShotClassifier
 from hf_clip.serve.search_request import SearchRequest, condition_of
 from tests.search.conftest import make_image
 
@@ -98,6 +99,39 @@ def test_search_by_text_is_that_of_the_index(client_with, index):
         assert [entry["name"] for entry in found] == [Path(result.path).name for result in expected]
         assert "secret-folder" not in answer.text
         assert "/" not in "".join(entry["name"] for entry in found)
+
+
+def test_index_that_is_removed_and_made_anew(client_with, plain_model, served, tmp_path: Path, caplog):
+    """Of as many images, by as many writes: only the folder tells the two apart."""
+    pytest.importorskip("lancedb")
+    from hf_clip.search.image_index import ImageIndex
+
+    def made(seed: int, model: Any, processor: Any) -> Any:
+        (tmp_path / str(seed)).mkdir()
+        make_image(seed).save(tmp_path / str(seed) / f"image-{seed}.png")
+        found = ImageIndex.open(tmp_path / "index", model=model, processor=processor)
+        found.add(tmp_path / str(seed))
+        return found
+
+    def search() -> Any:
+        return client.post("/v1/search", json={"query": "three"})
+
+    client = client_with(index=made(1, *plain_model))
+    assert search().json()["results"][0]["name"] == "image-1.png"
+    shutil.rmtree(tmp_path / "index")
+    answer = search()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "index_unavailable")
+    assert str(tmp_path) not in answer.text
+    assert f"The index {tmp_path / 'index'} cannot be read" in caplog.text
+    expected = made(2, *plain_model).search("three")
+    [found] = search().json()["results"]
+    assert found["name"] == "image-2.png"
+    assert found["score"] == pytest.approx(expected[0].score, abs=1e-5)
+    shutil.rmtree(tmp_path / "index")
+    other = HfClipModel(plain_model[0].config).eval()
+    made(3, other, plain_model[1])
+    assert search().status_code == 503
+    assert client.post("/v1/embeddings", json={"input": "three"}).status_code == 200
 
 
 def test_search_by_image_and_more(client_with, index):

@@ -2,9 +2,11 @@
 
 import asyncio
 import base64
+import gc
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,13 +26,16 @@ import openai
 import pytest
 import torch
 import uvicorn
+from starlette.testclient import TestClient
 
 from hf_clip import HfClipModel
 from hf_clip.commands.program import main
 from hf_clip.serve import server_process
 from hf_clip.serve.encoder import Encoder
 from hf_clip.serve.serve_options import ServeOptions
+from hf_clip.serve.served_model import load_served, public_name
 from hf_clip.serve.server_process import ANSWER_SECONDS, LEAST_TAKEN, PatientProtocol
+from hf_clip.serve.web_app import build_app
 from hf_clip.taken_port import take_port
 from hf_clip.zero_shot.features import encode_images, encode_texts
 
@@ -435,6 +440,44 @@ def test_what_keeps_a_server_from_starting(words, line, digits: Path, tmp_path: 
         assert main(["serve", *[word.format(**names) for word in words]]) == 1
     [last] = [one for one in capsys.readouterr().err.splitlines() if "error" in one]
     assert last.startswith(line.format(**names))
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a\nb", "k\udcff"])
+def test_key_that_clients_cannot_send_is_refused(key: str, capsys: pytest.CaptureFixture):
+    assert main(["serve", "nothing", "--port", "0", "--api-key", key]) == 1
+    assert "error: The API key has other characters than ASCII's letters, digits and signs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [" ", "a\nb", "x\udcff"])
+def test_name_that_no_answer_can_hold_is_refused(name: str, capsys: pytest.CaptureFixture):
+    assert main(["serve", "nothing", "--port", "0", "--name", name]) == 1
+    assert "is blank, or has characters that cannot be shown: call the model otherwise." in capsys.readouterr().err
+
+
+def test_name_of_a_folder_that_is_no_text(tmp_path: Path):
+    for name, shown in ((os.fsdecode(b"mod\xe4l"), "mod�l"), ("ne\nw", "ne�w"), ("日本 é", "日本 é")):
+        assert public_name(str(tmp_path / name)) == shown
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc/self/maps")
+@pytest.mark.parametrize("is_optimized", [False, True])
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_weights_that_are_overwritten_do_not_matter(
+    kind: str, is_optimized: bool, digits: Path, tmp_path: Path, images
+):
+    """A training saves its model anew where the served one came from. What is still mapped would end the process."""
+    folder = tmp_path / kind
+    shutil.copytree(digits / kind, folder)
+    served = load_served(str(folder))
+    if is_optimized:
+        served.model.optimize_for_inference()
+    gc.collect()  # as `keep_loaded`
+    body = {"input": ["one two", as_uri(images[0])]}
+    with TestClient(build_app(served)) as client:
+        assert str(folder) not in Path("/proc/self/maps").read_text()
+        before = client.post("/v1/embeddings", json=body).json()["data"]
+        os.truncate(folder / "model.safetensors", 100)
+        assert client.post("/v1/embeddings", json=body).json()["data"] == before
 
 
 def test_empty_key_of_the_environment_is_no_open_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
