@@ -8,11 +8,15 @@ imported by the server: a program imports that itself.
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+LONGEST_SECONDS = 240
+"""A program that runs longer is ended by SIGALRM."""
 
 
 class _Server:
@@ -49,7 +53,7 @@ def run_warm(
         given: What it reads from its standard input.
 
     Returns:
-        Its status and what it printed.
+        Its status, which is -14 if it ran too long, and what it printed.
     """
     if not _servers:
         _servers.append(_Server())
@@ -83,6 +87,7 @@ def _serve() -> dict[str, Any]:
 
 def _become(request: dict[str, Any]) -> None:
     """Make this process what `python -c` would have been."""
+    signal.alarm(LONGEST_SECONDS)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
