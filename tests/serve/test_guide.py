@@ -6,6 +6,7 @@ Only the port is another one, since 7997 may be taken. Blocks for clients that a
 
 import ast
 import contextlib
+import gc
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -127,8 +129,10 @@ def run(block: Block, port: str, folder: Path) -> str:
     """What a block prints."""
     text = block.text.replace("7997", port)
     if block.language == "python":
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings():
             exec(compile(text, block.place, "exec"), {"__name__": "__main__"})
+            warnings.simplefilter("ignore", ResourceWarning)  # a reader's program ends here, and closes its client
+            gc.collect()
         return printed.getvalue()
     if block.language == "bash":
         text = "\n".join(line for line in text.splitlines() if not line.startswith("hf-clip serve"))
