@@ -5,6 +5,9 @@ carries out `update … where holder = ''` for one of several processes only, si
 else wrote one of that number. The row names the process that writes, and when it was last known to be alive: a thread
 renews that while it writes. A row that was not renewed for `STALE_AFTER` seconds is taken over, at once if its process
 ran on this machine and is gone.
+
+Two processes may create the table at once, and LanceDB then puts the later one in the place of the earlier one, with
+whatever that says. So nobody takes a table that nobody ever took before `SETTLE_SECONDS` have passed.
 """
 
 import json
@@ -25,6 +28,12 @@ WRITER = "writer"
 
 RENEW_AFTER, STALE_AFTER = 60.0, 900.0
 """In seconds. Clocks of two machines may differ by minutes."""
+
+SETTLE_SECONDS = 3.0
+"""How long another process may take to create the table, once it has found none."""
+
+NEVER = 0.0
+"""When a row was renewed that nobody ever took."""
 
 
 @contextmanager
@@ -110,14 +119,22 @@ class _Claim:
         self._thread.start()
 
     def _take(self) -> None:
-        start = [{"holder": "", "renewed": 0.0}]
+        start = [{"holder": "", "renewed": NEVER}]
         self.table = self.database.create_table(WRITER, data=start, exist_ok=True)
-        rows = self.table.search().to_arrow().to_pylist()
-        other, renewed = rows[0]["holder"], rows[0]["renewed"]
+        other, renewed = self._read()
+        if renewed == NEVER:
+            time.sleep(SETTLE_SECONDS)
+            self.table = self.database.open_table(WRITER)
+            other, renewed = self._read()
         if other and not _is_gone(other) and time.time() - renewed < STALE_AFTER:
             raise self._in_use(other, renewed)
         if not self._replace(other, self.holder):
             raise self._in_use("", time.time())
+
+    def _read(self) -> tuple[str, float]:
+        """Who holds it, and when that was renewed."""
+        row = self.table.search().to_arrow().to_pylist()[0]
+        return row["holder"], row["renewed"]
 
     def _replace(self, old: str, new: str) -> bool:
         """Whether the row held `old`; it holds `new` then."""

@@ -31,6 +31,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
         for name, value in store.environment().items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("OBJECT_STORE_CLIENT_MAX_RETRIES", "1")
+        monkeypatch.setattr(index_writer, "SETTLE_SECONDS", 0.2)  # this store is near
         yield store
 
 
@@ -128,6 +129,42 @@ def test_writers_that_begin_at_once(at_address: Callable[[], ImageIndex]):
     assert all(text == "wrote" or "is writing to the index" in text for text in found)
     with IndexTables.open(PLACE).writing():
         pass
+
+
+def test_table_that_is_created_twice_forgets_nobody(store: ObjectStore, monkeypatch: pytest.MonkeyPatch):
+    """Of two that find none and create it, the slower one puts its own table in the place of the other's."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Event
+
+    import lancedb
+
+    monkeypatch.setattr(index_writer, "SETTLE_SECONDS", 1.0)
+    both_create, rows, taken = Event(), [], []
+
+    def before(method: str, name: str) -> Answer | None:
+        if method == "PUT" and "/writer.lance/data/" in name:
+            rows.append(name)
+            if len(rows) == 1:
+                assert both_create.wait(30)
+                time.sleep(0.5)  # in which the other would take it
+            both_create.set()
+        return None
+
+    def take() -> bool:
+        claim = index_writer._Claim(PLACE, lancedb.connect(PLACE))
+        try:
+            claim.take()
+        except SearchIndexError:
+            return False
+        taken.append(claim)
+        return True
+
+    store.before = before
+    with ThreadPoolExecutor(2) as pool:
+        found = [each.result() for each in (pool.submit(take), pool.submit(take))]
+    for claim in taken:
+        claim.release()
+    assert sorted(found) == [False, True]
 
 
 @pytest.mark.slow
