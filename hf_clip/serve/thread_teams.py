@@ -2,8 +2,8 @@
 
 torch computes on CPUs with OpenMP, which keeps a team of threads for every thread that has ever computed. As long as
 all teams have no more threads than there are cores, a thread that is ready before its team looks again and again for
-about a millisecond. Otherwise it sleeps until the system wakes it, at each of the hundreds of steps of a model. Beside
-other work, a text then took four times as long, and an image twice as long.
+about a millisecond. Otherwise it sleeps until the system wakes it, at each of the hundreds of steps of a model: a text
+took 19 to 22 ms with a second team, and 13 to 16 ms without (ViT-B/32, AMD EPYC, 2 cores).
 
 So the thread that loads and optimizes the model ends with that work, and the event loop computes without a team. What
 remains is the team of the thread that encodes.
