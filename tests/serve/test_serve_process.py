@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
+from select import select
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
@@ -244,7 +245,8 @@ def test_client_that_does_not_take_its_answers_is_cut(process):
             connection.connect((urlsplit(process.address).hostname, urlsplit(process.address).port))
             connection.sendall(small * count)
             connections.append(connection)
-        assert files_of(process) > before
+        for connection in connections:  # the server has accepted each, and begins to answer
+            assert select([connection], [], [], 30)[0]
         until = time.monotonic() + 30
         while files_of(process) > before and time.monotonic() < until:
             time.sleep(0.1)
