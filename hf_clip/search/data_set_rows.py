@@ -1,9 +1,11 @@
 """Index the images of a data set, with their captions and their other columns.
 
 A row is known by its number. While the data set's files, or its commit on the Hub, are the same, a known row is not
-read again. Otherwise each row's image is compared by a hash of its content, and encoded if that is another.
+read again. Otherwise each row's image is compared by a hash of its content, and encoded if that is another. So it is
+at the next run, too, if a file of the data set was written just before.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from ..data.columns import UnusableRowError
 from ..data.sources import readable
 from ..zero_shot.features import image_processor_of
-from .image_rows import RowReader, fingerprint_of_source, open_rows, row_path
+from .image_rows import RowReader, fingerprint_of_source, may_change_unseen, open_rows, row_path
 from .index_encoding import encode_rows
 from .index_table import IndexTables
 from .index_update import IndexChanges
@@ -92,7 +94,7 @@ def update_data_set(
         OSError: There is no such data set.
         ValueError: It has no such split or column.
     """
-    chosen = split or "train"
+    chosen, started = split or "train", time.time_ns()
     name, table, reader = open_rows(source, split, image_column, caption_column, image_folders)
     fingerprint, note = fingerprint_of_source(source, chosen), f"data set {name}"
     is_same = fingerprint is not None and tables.noted(note) == fingerprint
@@ -115,7 +117,7 @@ def update_data_set(
     tables.remove([*([] if keep_missing else gone), *broken])
     changes.removed, changes.kept = (0, len(gone)) if keep_missing else (len(gone), 0)
     tables.remove_problems([path.encode() for path in rows.seen if path not in changes.problems])
-    if fingerprint is not None:
+    if fingerprint is not None and not may_change_unseen(source, started):
         tables.note(note, fingerprint)
     return changes
 

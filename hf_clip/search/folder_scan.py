@@ -5,12 +5,17 @@ Links to files are followed, and links to folders are not, so that a scan ends. 
 
 import os
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..zero_shot.files import is_image_name
 from .indexed_image import register_formats
+
+SETTLED_AFTER_NS = 3_000_000_000
+"""Nanoseconds after which another change of a file changes its times too: the coarsest clock of a file system is that
+of FAT, with ticks of two seconds, and a server's clock may be a little behind."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,32 @@ class FileState:
     Attributes:
         path: Its absolute path. Bytes of the name that are no UTF-8 are surrogates, as Python reads them.
         size: In bytes.
-        mtime_ns: When it was last written, in nanoseconds.
+        mtime_ns: When it was last written, in nanoseconds. Programs set it, such as `cp -p`.
+        ctime_ns: When anything of it was last changed, its time of writing too. No program sets it.
     """
 
     path: str
     size: int
     mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, path: str, found: os.stat_result) -> "FileState":
+        """The state of a file of which a `stat` is known."""
+        return cls(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    def may_change_unseen(self, now_ns: int) -> bool:
+        """Whether it could be written anew, with the same size, and keep both of its times.
+
+        It could if it was last changed in the tick of its file system's clock that was not over at `now_ns`. A time of
+        writing that lies ahead was set by somebody, and tells nothing, if the other time is earlier.
+
+        Args:
+            now_ns: When it was looked at, or some time before.
+        """
+        last_safe = now_ns - SETTLED_AFTER_NS
+        was_set_ahead = self.ctime_ns < now_ns < self.mtime_ns
+        return self.ctime_ns >= last_safe or (self.mtime_ns >= last_safe and not was_set_ahead)
 
 
 @dataclass
@@ -34,13 +59,19 @@ class FolderScan:
 
     Attributes:
         folder: Its absolute path.
+        time_ns: When the scan began.
         files: Its images, in the order of their paths.
         unread: Folders and files in it that could not be looked at, and why. Nothing is known of what they hold.
     """
 
     folder: str
+    time_ns: int
     files: list[FileState] = field(default_factory=list)
     unread: dict[str, str] = field(default_factory=dict)
+
+    def is_settled(self, file: FileState) -> bool:
+        """Whether another change of a file that was found would change its size or a time of it."""
+        return not file.may_change_unseen(self.time_ns)
 
     def is_known(self, path: str) -> bool:
         """Whether a path in this folder would have been found if it still existed."""
@@ -61,7 +92,7 @@ def scan_folder(folder: str | Path) -> FolderScan:
         raise FileNotFoundError(f"There is no folder {folder}; check the path.")
     if not os.path.isdir(place):
         raise NotADirectoryError(f"{folder} is a file, but a folder of images is needed: name its folder.")
-    found = FolderScan(place)
+    found = FolderScan(place, time.time_ns())
     try:
         os.scandir(place).close()
     except OSError as error:
@@ -92,7 +123,7 @@ def _files_of(folder: str, unread: dict[str, str]) -> Iterator[FileState]:
                     unread[entry.path] = error.strerror or str(error)
                     continue
                 if stat.S_ISREG(state.st_mode):  # a pipe or a device might never end
-                    yield FileState(entry.path, state.st_size, state.st_mtime_ns)
+                    yield FileState.of(entry.path, state)
 
 
 def refuse_to_empty(scan: FolderScan, missing: int = 0) -> None:

@@ -26,7 +26,7 @@ from ..data.images import find_image_places, image_content
 from ..data.sources import describe_columns, expand_braces, folder_of, leave_undecoded, open_source, readable
 from ..evaluation.fingerprint import fingerprint_of
 from ..training.data.image_stream import SAVED, is_data_set
-from .folder_scan import refuse_to_empty, scan_folder
+from .folder_scan import FileState, refuse_to_empty, scan_folder
 from .indexed_image import MOST_BYTES, register_formats
 
 LONGEST_TEXT = 2000
@@ -293,6 +293,21 @@ def fingerprint_of_source(source: str, split: str) -> str | None:
     return _digest((split, file, (state := os.stat(file)).st_size, state.st_mtime_ns) for file in files)
 
 
+def may_change_unseen(source: str, now_ns: int) -> bool:
+    """Whether a file of a data set had changed so shortly before that another change might leave its fingerprint.
+
+    Args:
+        source: The data set.
+        now_ns: When its fingerprint was taken, or some time before.
+    """
+    if "://" in source:
+        return False
+    named = [os.path.expanduser(name) for name in expand_braces(source)]
+    found = (Path(path) for name in named for path in glob.glob(name, recursive=True))
+    files = (path for place in found for path in (place.rglob("*") if place.is_dir() else [place]))
+    return any(FileState.of(str(path), path.stat()).may_change_unseen(now_ns) for path in files if path.is_file())
+
+
 def _digest(parts: Iterable[tuple[Any, ...]]) -> str:
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -307,6 +322,7 @@ __all__ = [
     "ImageRows",
     "RowReader",
     "fingerprint_of_source",
+    "may_change_unseen",
     "open_image_rows",
     "open_rows",
     "row_path",

@@ -19,7 +19,7 @@ from ..zero_shot.files import MOST_THREADS, in_order
 from .folder_scan import FileState
 from .image_rows import read_file
 from .index_table import IndexTables
-from .index_update import COMMIT_AT, NOT_READ, PLACE, IndexChanges, UpdatePlan, columns_of_place, next_free_id
+from .index_update import COMMIT_AT, NOT_READ, PLACE, IndexChanges, UpdatePlan, next_free_id
 from .indexed_image import IndexedImage, prepare
 from .interruption import interruption
 from .row_encoding import draft_for, problem_of
@@ -46,7 +46,7 @@ def encode_planned(
     def make(file: FileState) -> IndexedImage:
         return prepare(read_file(file.path), image_processor, draft)
 
-    items = ((columns_of_place(file), replaced, file) for file, replaced in plan.to_encode)
+    items = ((plan.columns_of_place(file), replaced, file) for file, replaced in plan.to_encode)
     return encode_rows(tables, items, make, model, batch_size=batch_size, threads=threads, advance=advance)
 
 

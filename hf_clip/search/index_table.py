@@ -32,6 +32,9 @@ FORMAT = 1
 """Number of the layout that is described here."""
 
 IMAGES, PROBLEMS, NOTES = "images", "problems", "notes"
+CTIME = "ctime_ns"
+"""A column that indexes of earlier versions lack. It is added when a row is written that has a value for it."""
+
 DESCRIPTION = b"hf_clip.index"
 MARK = "hf_clip_index.json"
 """File in the folder of an index that says what the folder is. Not written on object storage."""
@@ -76,6 +79,7 @@ def image_schema(description: IndexDescription) -> "pyarrow.Schema":
 
     path is for people and filters; a byte of it that is no UTF-8 is `�`. path_bytes is what the system knows the file
     by, content a hash of the file's bytes, perceptual_hash 64 bits that differ little between copies of an image.
+    ctime_ns is -1 if the file may have changed after it was read, without a trace in its size and times.
     """
     import pyarrow as pa
 
@@ -86,6 +90,7 @@ def image_schema(description: IndexDescription) -> "pyarrow.Schema":
             pa.field("path_bytes", pa.binary(), nullable=False),
             pa.field("size", pa.int64()),
             pa.field("mtime_ns", pa.int64()),
+            pa.field(CTIME, pa.int64()),
             pa.field("content", pa.string()),
             pa.field("width", pa.int32()),
             pa.field("height", pa.int32()),
@@ -103,7 +108,7 @@ def _problem_schema() -> "pyarrow.Schema":
     import pyarrow as pa
 
     names = {"path": pa.string(), "path_bytes": pa.binary(), "size": pa.int64(), "mtime_ns": pa.int64()}
-    return pa.schema([*names.items(), ("problem", pa.string())])
+    return pa.schema([*names.items(), (CTIME, pa.int64()), ("problem", pa.string())])
 
 
 def _note_schema() -> "pyarrow.Schema":
@@ -240,12 +245,13 @@ class IndexTables:
                 table.checkout_latest()
 
     def rows(self, columns: Sequence[str], where: str | None = None) -> "pyarrow.Table":
-        """Columns of the images, in the order in which they were added.
+        """Columns of the images, in the order in which they were added. `ctime_ns` is left out where there is none.
 
         Raises:
             SearchIndexError: `where` is no condition that LanceDB reads.
         """
-        query = self.images.search().select(list(columns))
+        known = self.images.schema.names
+        query = self.images.search().select([name for name in columns if name != CTIME or name in known])
         with self._filtering(where):
             return (query.where(where) if where is not None else query).to_arrow()
 
@@ -287,6 +293,7 @@ class IndexTables:
         if rows:
             import pyarrow as pa
 
+            self._complete(self.images)
             self.add_table(pa.Table.from_pylist(rows, schema=self.images.schema))
 
     def add_table(self, rows: "pyarrow.Table") -> None:
@@ -301,6 +308,7 @@ class IndexTables:
         if rows:
             import pyarrow as pa
 
+            self._complete(self.images)
             self.put_table(pa.Table.from_pylist(rows, schema=self.images.schema))
 
     def put_table(self, rows: "pyarrow.Table") -> None:
@@ -317,6 +325,12 @@ class IndexTables:
                 self.images.delete(f"id IN ({', '.join(map(str, ids))})")
             self._committed()
 
+    def _complete(self, table: Any) -> None:
+        """Add the column `ctime_ns` to a table of an earlier version, of whose rows nothing is known then."""
+        if CTIME not in table.schema.names:
+            with self.committing():
+                table.add_columns({CTIME: "CAST(NULL AS BIGINT)"})
+
     def problem_rows(self) -> list[dict[str, Any]]:
         """What is noted of files that could not be opened."""
         with in_words(self.place):
@@ -327,6 +341,7 @@ class IndexTables:
         if rows:
             import pyarrow as pa
 
+            self._complete(self.problems)
             given = pa.Table.from_pylist(rows, schema=self.problems.schema)
             with self.committing():
                 merge = self.problems.merge_insert("path_bytes")
@@ -374,6 +389,7 @@ def _missing(place: str) -> SearchIndexError:
 
 
 __all__ = [
+    "CTIME",
     "IndexDescription",
     "IndexTables",
     "SearchIndexError",

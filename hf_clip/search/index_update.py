@@ -1,6 +1,9 @@
 """Bring an index up to date with a folder: only what is new or was written anew is encoded.
 
-1. Compare. A file with the size and time that the index knows is unchanged, and costs its `stat`.
+1. Compare. A file with the size and the times that the index knows is unchanged, and costs its `stat`. It costs a hash
+   if that `stat` cannot be trusted: the file had changed so shortly before it was read that it may have changed again
+   within the same tick of the clock, or another program gave it its old time of writing back, and not the time of its
+   last change.
 2. Recognise. A file that is new at its place, or was written anew, is hashed if the index knows an image of its size.
    If the content is known, the file was moved, copied or touched: the row is kept, or copied, and nothing is encoded.
 3. Encode, see `index_encoding`. A batch is one commit.
@@ -17,19 +20,22 @@ from typing import Any
 
 from .exact_folders import is_exact, may_be_draft
 from .folder_scan import FileState, FolderScan
-from .index_table import IndexTables, shown_path
+from .index_table import CTIME, IndexTables, shown_path
 from .indexed_image import can_be_read, file_hash
 
 COMMIT_AT = 256
 """Images that are encoded before they are written: what a kill can lose."""
 
-PLACE = ("path", "path_bytes", "size", "mtime_ns")
+PLACE = ("path", "path_bytes", "size", "mtime_ns", CTIME)
 """Columns that say where an image is."""
 
-KNOWN = ("id", "path_bytes", "size", "mtime_ns", "content", "width", "height")
+KNOWN = ("id", "path_bytes", "size", "mtime_ns", CTIME, "content", "width", "height")
 
 NOT_READ = -1
 """In place of the time of a file that could not be read: what kept it, such as permissions or a network, may pass."""
+
+UNSETTLED = -1
+"""In place of the time of the last change of a file that may have changed again unseen, see `may_change_unseen`."""
 
 
 @dataclass
@@ -37,14 +43,14 @@ class IndexChanges:
     """What an update did, in numbers of images.
 
     Attributes:
-        unchanged: Known, with the same size and time.
+        unchanged: Known, with the same size and time of writing.
         added: Encoded for the first time.
         updated: Encoded again, since the file was written anew.
         moved: Known by their content: renamed, moved, copied or touched.
         removed: Gone, and removed from the index.
         kept: Gone, and kept by `keep_missing`.
         problems: Files that cannot be opened, and why; those of earlier runs too.
-        unread: How many of these could not even be read, and are tried again although they have not changed.
+        unread: How many files could not even be read, and are tried again although they have not changed.
     """
 
     unchanged: int = 0
@@ -68,6 +74,7 @@ class _Known:
     path: str
     size: int
     mtime_ns: int
+    ctime_ns: int | None
     content: str
     width: int
     height: int
@@ -78,17 +85,21 @@ class UpdatePlan:
     """What there is to do for a folder.
 
     Attributes:
+        scan: The folder.
         unchanged: Number of files that the index knows as they are.
+        verified: Those of them that were hashed, and whose `stat` can be trusted from now on.
         recognised: Files with known content, with the row that is known and whether its own file is gone.
         to_encode: Files to encode, with the id of the row that they replace, or None.
         missing: Rows whose files are gone.
         problems: Files that could not be opened before and have not changed since, and why.
-        unread: How many of these could not and cannot be read.
+        unread: How many files could not and cannot be read.
         mended: Files that could not be opened before, and that changed, are gone, or can be read by now.
         broken: Ids of rows whose files cannot be opened any more, as a run noted that was interrupted after it.
     """
 
+    scan: FolderScan
     unchanged: int = 0
+    verified: list[tuple[FileState, _Known]] = field(default_factory=list)
     recognised: list[tuple[FileState, _Known, int | None]] = field(default_factory=list)
     to_encode: list[tuple[FileState, int | None]] = field(default_factory=list)
     missing: list[_Known] = field(default_factory=list)
@@ -96,6 +107,12 @@ class UpdatePlan:
     unread: int = 0
     mended: list[str] = field(default_factory=list)
     broken: list[int] = field(default_factory=list)
+
+    def columns_of_place(self, file: FileState) -> dict[str, Any]:
+        """The columns that say where an image is."""
+        ctime_ns = file.ctime_ns if self.scan.is_settled(file) else UNSETTLED
+        place = {"path": shown_path(file.path), "path_bytes": os.fsencode(file.path), "size": file.size}
+        return place | {"mtime_ns": file.mtime_ns, CTIME: ctime_ns}
 
 
 def plan_update(
@@ -105,7 +122,8 @@ def plan_update(
     *,
     draft_side: int | None = None,
 ) -> UpdatePlan:
-    """Compare a folder with the index. Files are hashed where an image of their size is known, and else not opened.
+    """Compare a folder with the index. Of the files that are not as the index knows them, those are hashed that have
+    the size of a known image.
 
     Args:
         tables: The index.
@@ -122,7 +140,7 @@ def plan_update(
     inside = os.path.join(scan.folder, "")
     known = {row.path: row for row in rows if row.path.startswith(inside)}
     old_problems = _read_problems(tables, scan.folder)
-    plan, paths = UpdatePlan(), {file.path for file in scan.files}
+    plan, paths = UpdatePlan(scan), {file.path for file in scan.files}
     lost = {row.path: row for row in known.values() if row.path not in paths and scan.is_known(row.path)}
     moved: set[int] = set()
     plan.mended = [path for path in old_problems if path not in paths and scan.is_known(path)]
@@ -131,18 +149,18 @@ def plan_update(
         by_size[other.size].append(other)
     for file in scan.files:
         advance(1)
-        row, state = known.get(file.path), (file.size, file.mtime_ns)
-        if row is not None and (row.size, row.mtime_ns) == state:
+        row = known.get(file.path)
+        if row is not None and _is_unchanged(file, row, plan):
             if are_exact or not _may_be_draft(file, row, draft_side):
                 plan.unchanged += 1
             else:
                 plan.to_encode.append((file, row.id))
         elif file.path in old_problems:
-            size, mtime_ns, problem = old_problems[file.path]
-            is_unread = mtime_ns == NOT_READ and not can_be_read(file.path)
+            noted = old_problems[file.path]
+            is_unread = noted["mtime_ns"] == NOT_READ and not can_be_read(file.path)
             plan.unread += is_unread
-            if is_unread or (size, mtime_ns) == state:
-                plan.problems[file.path] = problem
+            if is_unread or _has_state(file, noted["size"], noted["mtime_ns"], noted[CTIME]):
+                plan.problems[file.path] = noted["problem"]
                 plan.broken += [] if row is None else [row.id]
             else:
                 plan.mended.append(file.path)
@@ -156,6 +174,30 @@ def plan_update(
             plan.to_encode.append((file, None if row is None else row.id))
     plan.missing = list(lost.values())
     return plan
+
+
+def _has_state(file: FileState, size: int, mtime_ns: int, ctime_ns: int | None) -> bool:
+    """Whether a file has the size and times that were noted. Of the last, an index of an earlier version has none."""
+    return (file.size, file.mtime_ns) == (size, mtime_ns) and ctime_ns in (None, file.ctime_ns)
+
+
+def _is_unchanged(file: FileState, row: _Known, plan: UpdatePlan) -> bool:
+    """Whether a file is as its row says: by its size and times, else by its size, its time of writing and its content.
+
+    No program sets the time of the last change back, but many changes of a file leave its content.
+    """
+    if _has_state(file, row.size, row.mtime_ns, row.ctime_ns):
+        return True
+    if (file.size, file.mtime_ns) != (row.size, row.mtime_ns):
+        return False
+    try:
+        content = file_hash(file.path)
+    except OSError:  # nobody knows, and the next run asks again
+        plan.unread += 1
+        return True
+    if content == row.content and (plan.scan.is_settled(file) or row.ctime_ns != UNSETTLED):
+        plan.verified.append((file, row))
+    return content == row.content
 
 
 def _may_be_draft(file: FileState, row: _Known, side: int | None) -> bool:
@@ -176,41 +218,37 @@ def _same_content(file: FileState, candidates: list[_Known], lost: dict[str, _Kn
 
 def _as_known(row: dict[str, Any]) -> _Known:
     pixels = (row["width"] or 0, row["height"] or 0)
-    return _Known(row["id"], os.fsdecode(row["path_bytes"]), row["size"], row["mtime_ns"], row["content"], *pixels)
+    state = (row["size"], row["mtime_ns"], row.get(CTIME))
+    return _Known(row["id"], os.fsdecode(row["path_bytes"]), *state, row["content"], *pixels)
 
 
-def _read_problems(tables: IndexTables, folder: str) -> dict[str, tuple[int, int, str]]:
+def _read_problems(tables: IndexTables, folder: str) -> dict[str, dict[str, Any]]:
     inside, found = os.path.join(folder, ""), {}
     for row in tables.problem_rows():
         path = os.fsdecode(row["path_bytes"])
         if path.startswith(inside):
-            found[path] = (row["size"], row["mtime_ns"], row["problem"])
+            found[path] = {CTIME: None} | row
     return found
 
 
-def columns_of_place(file: FileState) -> dict[str, Any]:
-    """The columns that say where an image is."""
-    place = {"path": shown_path(file.path), "path_bytes": os.fsencode(file.path)}
-    return {**place, "size": file.size, "mtime_ns": file.mtime_ns}
-
-
 def apply_recognised(tables: IndexTables, plan: UpdatePlan) -> int:
-    """Write the rows of files whose content was known. Returns how many there are."""
-    if not plan.recognised:
+    """Write the rows of files whose content was known. Returns how many were moved, copied or touched."""
+    if not (plan.recognised or plan.verified):
         return 0
     columns = ("id", "content", "width", "height", "perceptual_hash", "embedding", "thumbnail", "caption", "metadata")
     next_id = next_free_id(tables)
-    for first in range(0, len(plan.recognised), COMMIT_AT):
-        part = plan.recognised[first : first + COMMIT_AT]
+    known = [*plan.recognised, *((file, row, row.id) for file, row in plan.verified)]
+    for first in range(0, len(known), COMMIT_AT):
+        part = known[first : first + COMMIT_AT]
         ids = ", ".join(str(same.id) for _, same, _ in part)
         stored = {row["id"]: row for row in tables.rows(columns, f"id IN ({ids})").to_pylist()}
         replaced, added = [], []
         for file, same, place in part:
             if place is None:
-                added.append(stored[same.id] | {"id": next_id} | columns_of_place(file))
+                added.append(stored[same.id] | {"id": next_id} | plan.columns_of_place(file))
                 next_id += 1
             else:
-                replaced.append(stored[same.id] | {"id": place} | columns_of_place(file))
+                replaced.append(stored[same.id] | {"id": place} | plan.columns_of_place(file))
         tables.put(replaced)
         tables.add(added)
     return len(plan.recognised)
@@ -235,7 +273,6 @@ __all__ = [
     "IndexChanges",
     "UpdatePlan",
     "apply_recognised",
-    "columns_of_place",
     "forget_missing",
     "next_free_id",
     "plan_update",

@@ -79,7 +79,7 @@ def remember_unchanged(
         place: The index.
         scan: The folder, as it was compared.
         changes: What the update did. If it kept images whose files are gone, or met files that could not be read and
-            may be by now, nothing is noted.
+            may be by now, nothing is noted; nor if a file changed so lately that it may change again unseen.
         images: How many images the index has.
         folders: The folders that the index knows.
         model: The note of the model's files.
@@ -89,7 +89,7 @@ def remember_unchanged(
     before = UnchangedFolders.read(place)  # none if this update has changed the tables
     known = UnchangedFolders(_digest_of_tables(place), images, folders, model, before.updated if before else {})
     known.updated.pop(scan.folder, None)
-    if not (changes.kept or changes.unread):
+    if not (changes.kept or changes.unread) and all(map(scan.is_settled, scan.files)):
         count = changes.unchanged + changes.added + changes.updated + changes.moved
         known.updated[scan.folder] = (_digest_of_files(scan), count, changes.problems)
     with suppress(OSError), whole_file(Path(place) / NAME) as unfinished:  # it saves time, and nothing else
@@ -109,7 +109,7 @@ def _digest_of_tables(place: str) -> str:
 def _digest_of_files(scan: FolderScan) -> str:
     state = hashlib.blake2b(digest_size=16)
     for file in scan.files:
-        state.update(os.fsencode(file.path) + f"\0{file.size} {file.mtime_ns}\0".encode())
+        state.update(os.fsencode(file.path) + f"\0{file.size} {file.mtime_ns} {file.ctime_ns}\0".encode())
     for place, problem in sorted(scan.unread.items()):
         state.update(os.fsencode(place) + f"\0{problem}\0".encode())
     return state.hexdigest()

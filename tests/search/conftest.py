@@ -46,3 +46,9 @@ def new_index(tmp_path: Path, small_model: tuple[Any, Any, str]) -> Callable[...
 
     model, processor, _ = small_model
     return lambda name="index": ImageIndex.open(tmp_path / name, model=model, processor=processor)
+
+
+@pytest.fixture
+def hour_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are looked at as if an hour had passed since they were written, so that none may change again unseen."""
+    monkeypatch.setattr("hf_clip.search.folder_scan.SETTLED_AFTER_NS", -3600 * 10**9)

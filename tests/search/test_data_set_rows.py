@@ -79,6 +79,7 @@ def test_only_rows_that_changed_are_encoded(
     assert index.add_data_set(source, keep_missing=True).describe() == "1 added, 2 unchanged"
 
 
+@pytest.mark.usefixtures("hour_later")
 def test_rows_of_files_by_a_pattern_are_not_read_again(
     tmp_path: Path, new_index: Callable[..., ImageIndex], monkeypatch: pytest.MonkeyPatch
 ):

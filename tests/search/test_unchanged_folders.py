@@ -17,6 +17,8 @@ from hf_clip.search.unchanged_folders import NAME, UnchangedFolders
 
 from .conftest import make_image
 
+pytestmark = pytest.mark.usefixtures("hour_later")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
