@@ -5,46 +5,42 @@
 3. Say which rows are kept, by a condition over the scores and by a fraction of the best.
 4. Write them. Only if images are written, the source is read a second time.
 
-Only some batches of images are in memory at once. The scores lie on disk beside the result, and so do the embeddings
-if duplicates are looked for: 2 D bytes an image. The result appears when it is whole.
+Only some batches of images are in memory at once. The scores lie on disk beside the result, in `.OUT-scores`, and so
+do the embeddings if duplicates are looked for: 2 D bytes an image. The result appears when it is whole. Until then the
+scores stay: a run that was interrupted goes on after the last row that is there, and another condition over the same
+scores costs no second pass.
 
 Dimensions: I images, D embedding.
 """
 
 import io
-import json
 import os
 import re
+import shutil
 import sqlite3
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 
 from ..checkpoints.whole_file import whole_file, write_json
 from ..checkpoints.whole_folder import check_writable, held_folder, whole_folder
 from ..extras import require
 from ..model.checked_files import one_line
-from ..zero_shot.embedding_head import EmbeddingHead, load_head
-from ..zero_shot.laion_head import read_laion_head
+from ..zero_shot.embedding_head import EmbeddingHead
 from ..zero_shot.progress import progress_bar
 from .curated_files import TAR_ROWS, draw_scores, summary_of, write_parquet, write_tars
-from .image_rows import ImageRows, open_image_rows
-from .image_tags import ImageTagger
-from .index_model import load
+from .image_rows import ImageRows, open_image_rows, rows_from
+from .index_model import describe, load
 from .index_table import shown_path
-from .indexed_image import full_size, perceptual_hash
+from .interruption import interruption
 from .row_encoding import EmbeddedRow, embed_captions, embed_rows
-from .scored_rows import ScoredRows, check_column
+from .row_scorer import CLIP_SCORE, RowScorer, look
+from .scored_rows import ScoredRows
 
-CLIP_SCORE = "clip_score"
 CHUNK = 1024
 """Rows that are scored and written together."""
 
@@ -143,6 +139,8 @@ def curate(
         threads: How many open images. None: one for each core, at most 8.
         progress: Whether to show a progress bar.
 
+    If an earlier run was interrupted, this one goes on after the last row that was scored.
+
     Returns:
         What was done.
 
@@ -155,24 +153,25 @@ def curate(
     """
     out, source = Path(os.path.expanduser(out)), os.path.expanduser(source)
     _check_output(out, source, picture)
-    rows = open_image_rows(
-        source, split=split, image_column=image_column, caption_column=caption_column, image_folders=image_folders
-    )
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    rows = open_image_rows(source, split=split, **columns, image_folders=image_folders)
     asked = f"{keep or ''} {top_fraction[0] if top_fraction else ''}"
     duplicates = duplicates or re.search(r"\bduplicate(_of)?\b", asked, re.IGNORECASE) is not None
     _check_captions(rows, source, asked, has_others=bool(heads or duplicates or labels))
     name = str(model) if isinstance(model, (str, os.PathLike)) else str(getattr(model, "name_or_path", "") or "")
     if isinstance(model, (str, os.PathLike)):
         model, processor = load(name)
-    scorer = _Scorer(model, processor, rows.has_captions, heads, labels, name)
+    scorer = RowScorer(model, processor, rows.has_captions, heads, labels, name)
+    identity = describe(model, processor, name)
+    made_of = {"weights": identity.weights, "processor": identity.processor, **scorer.made_of()}
+    made_of |= {"source": rows.name, "data": rows.fingerprint, "exact": exact, **columns}
     settings = {"source": rows.name, "model": name, "keep": keep, "top_fraction": list(top_fraction or ()) or None}
     encoding = {"batch_size": batch_size, "exact": exact, "threads": threads}
     place = out.resolve()
     with (
         _errors_of_disks(place),
         held_folder(place),  # what a killed run left there is removed
-        tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-unfinished-") as work,
-        closing(ScoredRows(Path(work), scorer.scores, duplicates, labels is not None)) as scored,
+        _scores_beside(place, scorer, duplicates, made_of) as scored,
     ):
         _check_choice(scored, keep, top_fraction)
         if picture is not None and not scored.scores:
@@ -180,7 +179,8 @@ def curate(
                 f"There is no score to draw into {picture}: {source} has no captions, and no head is given. Leave the "
                 f"picture out, or give a head."
             )
-        _score(rows, scored, scorer, encoding, progress)
+        if not scored.is_complete:
+            _score(rows, scored, scorer, encoding, progress)
         scored.mark_duplicates()
         scored.choose(keep, top_fraction)
         summary = summary_of(scored, settings)
@@ -197,6 +197,24 @@ def curate(
             with whole_file(picture) as unfinished:
                 draw_scores(unfinished, scored, f"{rows.name}: {summary['kept']:,} of {summary['images']:,} kept")
     return Curation(summary, _summary_path(out))
+
+
+@contextmanager
+def _scores_beside(place: Path, scorer: RowScorer, duplicates: bool, made_of: dict[str, Any]) -> Iterator[ScoredRows]:
+    """The scores that an earlier run left beside its result, or none yet. They stay if this run does not end well."""
+    folder = place.parent / f".{place.name}-scores"
+    folder.mkdir(exist_ok=True)
+    is_kept = False
+    try:
+        with closing(ScoredRows(folder, scorer.scores, duplicates, scorer.tagger is not None, made_of)) as scored:
+            try:
+                yield scored
+            except BaseException:
+                is_kept = scored.position.number > 0
+                raise
+    finally:
+        if not is_kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -269,82 +287,46 @@ def _check_choice(scored: ScoredRows, keep: str | None, top_fraction: tuple[str,
         raise ValueError(f"The fraction of the best is {fraction}, but a number above 0 and up to 1 is needed.")
 
 
-class _Scorer:
-    """All scores of rows: of captions, heads and labels."""
+def _score(rows: ImageRows, scored: ScoredRows, scorer: RowScorer, encoding: dict[str, Any], progress: bool) -> None:
+    """Go through what is left of the source, and commit each chunk of scores.
 
-    def __init__(self, model: Any, processor: Any, with_captions: bool, heads: Sequence[Any], labels: Any, source: str):
-        self.model, self.processor, self.with_captions = model, processor, with_captions
-        self.heads: dict[str, EmbeddingHead] = {}
-        for head in heads:
-            read = _read_head(head, model, processor, source)
-            column = check_column(read.labels[0])
-            if column.lower() in map(str.lower, self.heads):  # SQL does not tell them apart
-                raise ValueError(f"Two heads have a score {column!r}, and a column has one: give one of them.")
-            self.heads[column] = read
-        self.scores = [*([CLIP_SCORE] if with_captions else []), *self.heads]
-        self.tagger = None if labels is None else ImageTagger(model, processor, labels)
-
-    def columns_of(self, found: Sequence[EmbeddedRow]) -> tuple[list[dict[str, Any]], np.ndarray]:
-        """The columns of rows that were opened, and their embeddings (I, D)."""
-        embeddings = np.stack([one.embedding for one in found if one.embedding is not None])
-        features = torch.from_numpy(embeddings)
-        of_heads = {name: head.score(features)[:, 0].tolist() for name, head in self.heads.items()}
-        tags = self.tagger.tags_of(features.to(self.model.device)) if self.tagger else None
-        rows = []
-        for place, one in enumerate(found):
-            _, width, height = one.seen
-            row = {"id": one.row.number, "path": shown_path(one.row.path), "width": width, "height": height}
-            row |= {"caption": one.row.caption, "metadata": one.row.metadata}
-            if self.with_captions:
-                text = one.text_embedding
-                row[CLIP_SCORE] = None if text is None else float(embeddings[place] @ text)
-            row |= {name: values[place] for name, values in of_heads.items()}
-            if tags is not None:
-                row["tags"] = json.dumps([tag["label"] for tag in tags[place]], ensure_ascii=False)
-            rows.append(row)
-        return rows, embeddings
-
-
-def _read_head(head: Any, model: Any, processor: Any, source: str) -> EmbeddingHead:
-    if isinstance(head, EmbeddingHead):
-        found = head
-    elif str(head).lower().endswith((".pth", ".pt")):
-        found = read_laion_head(os.path.expanduser(head))
-    else:
-        found = load_head(head, model, processor, source=source)
-    if found.kind != "scores":
-        raise ValueError(f"The head {head} gives labels, but a column needs a score: train one with --score-column.")
-    if found.width != model.config.projection_dim:
-        raise ValueError(
-            f"The head {head} is for embeddings of {found.width} numbers, and this model's have "
-            f"{model.config.projection_dim}: take the head of this model."
-        )
-    return found
-
-
-def _look(data: bytes, image: Image.Image) -> tuple[int, int, int]:
-    """Perceptual hash, width and height of an image, which may be a draft."""
-    return perceptual_hash(image), *full_size(data, image)
-
-
-def _score(rows: ImageRows, scored: ScoredRows, scorer: _Scorer, encoding: dict[str, Any], progress: bool) -> None:
-    """Go through the source, and write the scores of each chunk."""
-    model, processor = scorer.model, scorer.processor
-    found = embed_rows(rows, rows.content, model, processor, look=_look, **encoding)
+    Raises:
+        KeyboardInterrupt: The user interrupted it. What was scored is kept.
+    """
+    found = embed_rows(
+        rows_from(rows, scored.position), rows.content, scorer.model, scorer.processor, look=look, **encoding
+    )
     if scorer.with_captions:
-        found = embed_captions(found, model, processor)
-    with progress_bar("Scoring images", "image", rows.total, progress) as advance:
-        while chunk := list(islice(found, CHUNK)):
-            scored.add_unreadable((shown_path(one.row.path), one.problem) for one in chunk if one.problem is not None)
-            if opened := [one for one in chunk if one.embedding is not None]:
-                columns, embeddings = scorer.columns_of(opened)
-                scored.add(columns, embeddings, [one.seen[0] for one in opened])
-            advance(len(chunk))
+        found = embed_captions(found, scorer.model, scorer.processor)
+    left = None if rows.total is None else max(0, rows.total - scored.position.number)
+    chunk: list[EmbeddedRow] = []
+    with progress_bar("Scoring images", "image", left, progress) as advance, interruption() as interrupted:
+        for one in found:
+            chunk.append(one)
+            advance(1)
+            if len(chunk) == CHUNK or interrupted.is_set():
+                _add(chunk, scored, scorer)
+                scored.commit(position=scored.position.after([one.row for one in chunk]))
+                chunk = []
+            if interrupted.is_set():
+                raise KeyboardInterrupt(
+                    f"interrupted after {scored.position.number:,} images, whose scores are kept; the same command "
+                    f"goes on there"
+                )
+    _add(chunk, scored, scorer)
     scored.add_unreadable((shown_path(path), problem) for path, problem in rows.unread.items())
     if not len(scored):
         first = next(scored.problems(), None)
         problem = f": {first[0]}: {first[1]}" if first else ""
         raise ValueError(f"No image of {rows.name} can be opened{problem}")
+    scored.commit(is_complete=True, position=scored.position.after([one.row for one in chunk]))
+
+
+def _add(chunk: Sequence[EmbeddedRow], scored: ScoredRows, scorer: RowScorer) -> None:
+    scored.add_unreadable((shown_path(one.row.path), one.problem) for one in chunk if one.problem is not None)
+    if opened := [one for one in chunk if one.embedding is not None]:
+        columns, embeddings = scorer.columns_of(opened)
+        scored.add(columns, embeddings, [one.seen[0] for one in opened])
 
 
 def _with_images(

@@ -7,7 +7,6 @@
 Dimensions: D embedding.
 """
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,16 +15,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..evaluation.feature_cache import TEXT_PARTS
 from ..extras import require
 from ..zero_shot.progress import progress_bar
-from .embedding_files import EmbeddingDescription, EmbeddingWriter, Position
+from .embedding_files import EmbeddingDescription, EmbeddingWriter
 from .embedding_layouts import DTYPES, LAYOUTS
 from .embedding_place import FilePlace
-from .image_rows import ImageRows, open_image_rows, rows_from
-from .index_model import describe, load
+from .image_rows import ImageRows, Position, open_image_rows, rows_from
+from .index_model import describe, hash_of_tensors, load, text_weights
 from .index_writer import only_writer
 from .interruption import interruption
 from .row_encoding import EmbeddedRow, embed_captions, embed_rows
@@ -152,7 +148,7 @@ def embed_source(
         weights=identity.weights,
         processor=identity.processor,
         model=identity.model,
-        text_weights=_text_weights_hash(model) if texts else None,
+        text_weights=hash_of_tensors(text_weights(model)) if texts else None,
         source=rows.name,
         data=rows.fingerprint,
         settings={"exact": exact, "image_column": image_column, "caption_column": caption_column},
@@ -175,16 +171,6 @@ def embed_source(
         return EmbeddedSource(writer.rows, added, problems, writer.shards, writer.is_complete, reasons)
 
 
-def _text_weights_hash(model: Any) -> str:
-    """A hash of the text tower's weights."""
-    state = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(TEXT_PARTS):
-            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return state.hexdigest()
-
-
 def _check_choices(layout: str, dtype: str, shard_rows: int) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"There is no format {layout!r}; embeddings are written as {', '.join(LAYOUTS)}.")
@@ -197,7 +183,7 @@ def _check_choices(layout: str, dtype: str, shard_rows: int) -> None:
 def _embedded_here(
     rows: ImageRows, position: Position, model: Any, processor: Any, texts: bool, encoding: dict[str, Any]
 ) -> Iterator[EmbeddedRow]:
-    found = embed_rows(rows_from(rows, *position), rows.content, model, processor, **encoding)
+    found = embed_rows(rows_from(rows, position), rows.content, model, processor, **encoding)
     return embed_captions(found, model, processor) if texts else found
 
 

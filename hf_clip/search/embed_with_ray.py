@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 from ..model.checked_files import one_line
-from .embedding_files import Position
-from .image_rows import DataSetRows, FolderRows, ImageRow, ImageRows, row_path
+from .image_rows import DataSetRows, FolderRows, ImageRow, ImageRows, Position, row_path
 from .index_model import describe, load
 from .index_table import IndexDescription
 from .indexed_image import register_formats

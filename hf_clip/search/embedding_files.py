@@ -15,26 +15,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..extras import require
 from .embedding_layouts import Shard, read_shard, write_shard
 from .embedding_place import RECORD, EmbeddingFilesError, FilePlace
+from .image_rows import Position
 from .index_table import shown_path
 from .row_encoding import EmbeddedRow
 
 FORMAT = 1
 """Number of the record's layout."""
-
-
-class Position(NamedTuple):
-    """Where a run goes on in its source: that many rows are done, of them `offset` in the unit `unit`."""
-
-    unit: int = 0
-    offset: int = 0
-    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,10 +190,7 @@ class EmbeddingWriter:
         if problems:
             lines = [json.dumps([shown_path(path), problem], ensure_ascii=False) for path, problem in problems]
             self.place.write(f"_problems/{number:05}.jsonl", "".join(f"{line}\n" for line in lines).encode())
-        last = self._waiting[-1].row
-        in_unit = sum(one.row.unit == last.unit for one in self._waiting)
-        offset = in_unit + (self.position.offset if self.position.unit == last.unit else 0)
-        position = Position(last.unit, offset, last.number + 1)
+        position = self.position.after([one.row for one in self._waiting])
         return {"rows": len(found), "problems": len(problems), "position": list(position), "files": files}
 
     def read_problems(self) -> Iterator[tuple[str, str]]:
@@ -370,4 +360,4 @@ def _find_shards(place: FilePlace, names: list[str]) -> tuple[str, list[list[str
     )
 
 
-__all__ = ["EmbeddingDescription", "EmbeddingWriter", "Position", "StoredEmbeddings"]
+__all__ = ["EmbeddingDescription", "EmbeddingWriter", "StoredEmbeddings"]

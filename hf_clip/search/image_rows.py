@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..data.columns import CaptionReader, UnusableRowError, column_of, field_of, find_caption_column, find_image_column
 from ..data.images import find_image_places, image_content
@@ -55,6 +55,22 @@ class ImageRow:
     caption: str | None
     metadata: str | None
     stored: Any
+
+
+class Position(NamedTuple):
+    """Where a run goes on in its source: that many rows are done, of them `offset` in the unit `unit`."""
+
+    unit: int = 0
+    offset: int = 0
+    number: int = 0
+
+    def after(self, rows: Sequence[ImageRow]) -> "Position":
+        """Where a run goes on that has done these rows too."""
+        if not rows:
+            return self
+        last = rows[-1]
+        before = self.offset if self.unit == last.unit else 0
+        return Position(last.unit, before + sum(row.unit == last.unit for row in rows), last.number + 1)
 
 
 class RowReader:
@@ -275,10 +291,11 @@ def open_image_rows(
     return FolderRows(source)
 
 
-def rows_from(rows: ImageRows, unit: int = 0, offset: int = 0, number: int = 0) -> Iterator[ImageRow]:
-    """The rows of a source from one on: that with `offset` rows of its unit, and `number` of the source, before it."""
-    for place in range(unit, rows.units):
-        skipped = offset if place == unit else 0
+def rows_from(rows: ImageRows, position: Position) -> Iterator[ImageRow]:
+    """The rows of a source from a position on."""
+    number = position.number
+    for place in range(position.unit, rows.units):
+        skipped = position.offset if place == position.unit else 0
         for row in islice(rows.rows_of(place, number - skipped), skipped, None):
             number += 1
             yield row
@@ -320,6 +337,7 @@ __all__ = [
     "FolderRows",
     "ImageRow",
     "ImageRows",
+    "Position",
     "RowReader",
     "fingerprint_of_source",
     "may_change_unseen",

@@ -5,8 +5,10 @@ Nothing here imports torch before a model is loaded, so that an index that has n
 Dimensions: D embedding.
 """
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,24 @@ def describe(model: Any, processor: Any, name: str) -> IndexDescription:
     return IndexDescription(model.config.projection_dim, weights_hash(model), settings, where)
 
 
+def text_weights(model: Any) -> dict[str, Any]:
+    """The weights of a model's text tower by their names."""
+    from ..evaluation.feature_cache import TEXT_PARTS
+
+    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_PARTS)}
+
+
+def hash_of_tensors(tensors: Mapping[str, Any]) -> str:
+    """A hash of tensors and their names."""
+    import torch
+
+    state = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
 def is_same_model(tables: IndexTables, name: str) -> bool:
     """Whether a model's files are those by which the index knows its model. Its weights need no hash then."""
     files = model_files(name)
@@ -93,4 +113,14 @@ def check_model(tables: IndexTables, found: IndexDescription) -> None:
         )
 
 
-__all__ = ["MODEL_FILES", "MODEL_PLACE", "check_model", "describe", "is_same_model", "load", "model_files"]
+__all__ = [
+    "MODEL_FILES",
+    "MODEL_PLACE",
+    "check_model",
+    "describe",
+    "hash_of_tensors",
+    "is_same_model",
+    "load",
+    "model_files",
+    "text_weights",
+]

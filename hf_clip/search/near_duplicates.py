@@ -118,7 +118,7 @@ def _have_near_hashes(rows: np.ndarray, columns: np.ndarray, bits: int) -> np.nd
 
 
 def _are_many(tile: np.ndarray) -> bool:
-    return np.count_nonzero(tile) > MOST_SINGLES * tile.size
+    return bool(np.count_nonzero(tile) > MOST_SINGLES * tile.size)
 
 
 def _pairs_in(tile: np.ndarray, first: int, start: int) -> np.ndarray:

@@ -11,8 +11,8 @@ import pytest
 from hf_clip.commands.program import main
 from hf_clip.search.embed_source import RayOptions, embed_source
 from hf_clip.search.embed_with_ray import _as_embedded, _as_table, _Encoder, _read_unit
-from hf_clip.search.embedding_files import Position, StoredEmbeddings
-from hf_clip.search.image_rows import open_image_rows
+from hf_clip.search.embedding_files import StoredEmbeddings
+from hf_clip.search.image_rows import Position, open_image_rows
 from hf_clip.search.index_model import describe
 
 from .test_data_set_rows import png

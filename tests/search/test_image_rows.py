@@ -12,7 +12,7 @@ from datasets import load_from_disk
 
 from hf_clip import encode_images
 from hf_clip.search import image_rows
-from hf_clip.search.image_rows import open_image_rows, rows_from
+from hf_clip.search.image_rows import Position, open_image_rows, rows_from
 from hf_clip.search.row_encoding import embed_rows
 
 from .conftest import make_image
@@ -70,7 +70,7 @@ def test_rows_can_be_taken_up_at_each_place(source: str):
     ]
     for number, row in enumerate(found):
         offset = sum(other.unit == row.unit for other in found[:number])
-        assert list(rows_from(rows, row.unit, offset, number)) == found[number:]
+        assert list(rows_from(rows, Position(row.unit, offset, number))) == found[number:]
     if rows.is_numbered:
         assert [row.path for row in found] == [f"{source}#{number}" for number in range(7)]
         assert [row.caption for row in found] == [f"image {number}" for number in range(7)]
