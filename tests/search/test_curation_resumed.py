@@ -163,9 +163,7 @@ def test_run_of_other_things_begins_anew(
     head, other = (head_of(*small_model[:2]) for _ in range(2))
     other.layers[0][0].add_(1)
     for before, after in [
-        ({}, {"exact": True}),
-        ({}, {"duplicates": True}),
-        ({}, {"labels": ["a red one"]}),
+        ({}, {"exact": True, "duplicates": True}),
         ({"labels": ["a red one"]}, {"labels": ["a red two"]}),
         ({"heads": [head]}, {"heads": [other]}),
     ]:
