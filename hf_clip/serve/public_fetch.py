@@ -1,8 +1,8 @@
 """Fetch an image from an address that a stranger named, and from public addresses only.
 
-A name is looked up once, and the connection goes to the very address that was checked: a second look-up might return
-another one. Redirects are followed one by one, each checked in the same way. Neither cookies nor the system's proxies
-are used.
+A name is looked up once, and connections go to the very addresses that were checked, one after the other until one
+answers: a second look-up might return others. Redirects are followed one by one, each checked in the same way. Neither
+cookies nor the system's proxies are used.
 """
 
 import asyncio
@@ -17,6 +17,9 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 MOST_REDIRECTS = 3
 CONNECT_SECONDS = 5.0
+
+MOST_ADDRESSES = 4
+"""Addresses of a name that are tried one after the other, such as one of IPv6, which this machine may not reach."""
 
 MOST_PARTS = 50_000
 """Parts in which an image may arrive. A server can send each byte as a part of its own."""
@@ -129,13 +132,11 @@ class PublicFetcher:
 
     async def _follow(self, url: str, refused: Callable[[str], RequestError]) -> bytes:
         httpx = self._httpx
-        timeout = httpx.Timeout(self._seconds, connect=CONNECT_SECONDS)
         # A client for each image: none shares cookies, or a connection that was checked for another name.
-        async with httpx.AsyncClient(trust_env=False, timeout=timeout, verify=self._certificates) as client:
+        async with httpx.AsyncClient(trust_env=False, verify=self._certificates) as client:
             target = httpx.URL(url)
             for _ in range(MOST_REDIRECTS + 1):
-                request = await self._request(client, target, refused)
-                response = await client.send(request, stream=True)
+                response = await self._ask(client, target, refused)
                 try:
                     if not response.has_redirect_location:
                         return await self._content(response, refused)
@@ -144,8 +145,28 @@ class PublicFetcher:
                     await response.aclose()
         raise refused(f"it is redirected more than {MOST_REDIRECTS} times")
 
-    async def _request(self, client: Any, target: Any, refused: Callable[[str], RequestError]) -> Any:
-        """A request to the address that a name has now, if that is allowed."""
+    async def _ask(self, client: Any, target: Any, refused: Callable[[str], RequestError]) -> Any:
+        """The answer of the first address of a name that can be connected to. Each of them must be allowed."""
+        addresses = await self._addresses_of(target, refused)
+        connect = min(CONNECT_SECONDS, self._seconds / (len(addresses) + 1))  # time is left for the last one's answer
+        failed: Exception | None = None
+        for address in addresses:
+            request = client.build_request(
+                "GET",
+                target.copy_with(host=str(address)),
+                headers={"Host": target.netloc.decode("ascii"), "User-Agent": "hf_clip", "Accept-Encoding": "identity"},
+                extensions={"sni_hostname": target.raw_host.decode("ascii")},
+                timeout=self._httpx.Timeout(self._seconds, connect=connect),
+            )
+            try:
+                return await client.send(request, stream=True)
+            except (self._httpx.ConnectError, self._httpx.ConnectTimeout) as error:
+                failed = error
+        assert failed is not None
+        raise failed
+
+    async def _addresses_of(self, target: Any, refused: Callable[[str], RequestError]) -> list[Address]:
+        """Those addresses of a name that are tried, in their order. Each that it has now must be allowed."""
         if target.scheme not in ("http", "https") or not target.host:
             raise refused("only http and https are fetched")
         if target.userinfo:
@@ -153,14 +174,10 @@ class PublicFetcher:
         port = target.port if target.port is not None else 443 if target.scheme == "https" else 80
         if not 0 < port < 2**16:
             raise refused(f"there is no port {str(port)[:10]}")
-        addresses = await self._resolve(target.host, port)
+        addresses = list(dict.fromkeys(await self._resolve(target.host, port)))
         if not addresses or not all(map(self._is_allowed, addresses)):
             raise refused("it does not lead to the public internet")
-        headers = {"Host": target.netloc.decode("ascii"), "User-Agent": "hf_clip", "Accept-Encoding": "identity"}
-        extensions = {"sni_hostname": target.raw_host.decode("ascii")}
-        return client.build_request(
-            "GET", target.copy_with(host=str(addresses[0])), headers=headers, extensions=extensions
-        )
+        return addresses[:MOST_ADDRESSES]
 
     async def _content(self, response: Any, refused: Callable[[str], RequestError]) -> bytes:
         if response.status_code != 200:

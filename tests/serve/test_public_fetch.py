@@ -13,7 +13,8 @@ import pytest
 
 from hf_clip.serve import encoder, public_fetch
 from hf_clip.serve.encoder import Encoder, ImageItem
-from hf_clip.serve.public_fetch import PublicFetcher, is_elsewhere, is_own, is_public
+from hf_clip.serve.public_fetch import MOST_ADDRESSES, PublicFetcher, is_elsewhere, is_own, is_public
+from hf_clip.serve.request_error import RequestError
 from hf_clip.serve.serve_options import ServeOptions
 from hf_clip.zero_shot.features import encode_images
 
@@ -175,6 +176,62 @@ def test_what_is_not_fetched(fetching, site, monkeypatch: pytest.MonkeyPatch, ur
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith("input[0] cannot be fetched: ")
     assert message in answer.json()["error"]["message"]
+
+
+def fetch_from(resolve: Any, port: int, is_allowed: Any = lambda address: address.is_loopback) -> bytes:
+    fetcher = PublicFetcher(2.0, 200_000, is_allowed=is_allowed, resolve=resolve)
+    return asyncio.run(fetcher.fetch(f"http://images.test:{port}/image.png", "image"))
+
+
+def test_addresses_of_a_name_are_tried_one_after_the_other(site):
+    """As of a host with an IPv6 address, where this machine has no IPv6."""
+    asked = []
+
+    async def resolve(host: str, port: int) -> list[Any]:
+        asked.append(host)
+        return list(map(ipaddress.ip_address, ("127.0.0.7", "127.0.0.7", "127.0.0.1")))
+
+    assert fetch_from(resolve, site.server_port) == site.image
+    assert asked == ["images.test"]
+    assert site.hosts[-1] == f"images.test:{site.server_port}"
+
+
+def test_of_a_name_with_many_addresses_a_few_are_tried(site):
+    async def resolve(host: str, port: int) -> list[Any]:
+        unanswered = [f"127.0.0.{place}" for place in range(2, 2 + MOST_ADDRESSES)]
+        return list(map(ipaddress.ip_address, [*unanswered, "127.0.0.1"]))
+
+    with pytest.raises(RequestError, match="there is no such address, or it does not answer"):
+        fetch_from(resolve, site.server_port)
+
+
+@pytest.mark.parametrize("answers", [["127.0.0.7", "127.0.0.1"], ["127.0.0.7"]], ids=["together", "in turn"])
+def test_name_that_is_public_and_then_private_leads_nowhere_private(site, answers: list[str]):
+    """127.0.0.7 stands for a public address that does not answer, 127.0.0.1 for a private one that does."""
+    asked = []
+
+    async def resolve(host: str, port: int) -> list[Any]:
+        asked.append(host)
+        return list(map(ipaddress.ip_address, answers if len(asked) == 1 else ["127.0.0.1"]))
+
+    before = len(site.hosts)
+    with pytest.raises(RequestError, match="cannot be fetched"):
+        fetch_from(resolve, site.server_port, is_allowed=lambda address: str(address) == "127.0.0.7")
+    assert asked == ["images.test"]
+    assert len(site.hosts) == before
+
+
+def test_redirect_to_a_name_that_has_become_private_is_refused(site):
+    asked = []
+
+    async def resolve(host: str, port: int) -> list[Any]:
+        asked.append(host)
+        return [ipaddress.ip_address("127.0.0.1" if len(asked) == 1 else "10.0.0.1")]
+
+    fetcher = PublicFetcher(2.0, 200_000, is_allowed=lambda address: address.is_loopback, resolve=resolve)
+    with pytest.raises(RequestError, match="does not lead to the public internet"):
+        asyncio.run(fetcher.fetch(f"http://images.test:{site.server_port}/near", "image"))
+    assert asked == ["images.test", "images.test"]
 
 
 def test_machine_itself_is_not_fetched(client_with, site):
