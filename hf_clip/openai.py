@@ -20,7 +20,6 @@ takes the names of the original as well as those of `model`.
 Dimensions: B batch, I images, T texts, L text length, W tower width, D embedding, C channels, Y × X pixels.
 """
 
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import attrgetter
@@ -41,10 +40,9 @@ from .model.configuration_hf_clip import CHECKPOINT_SUFFIXES
 from .model.image_processing_hf_clip import HfClipImageProcessor
 from .model.modeling_hf_clip import HfClipModel, HfClipResNetModel
 from .model.tokenization_hf_clip import HfClipTokenizer
-from .model.variants import VARIANTS, get_variant
+from .model.variants import VARIANTS, get_variant, refuse_unknown_variant
 
 UNLIMITED = 1 << 30
-LIKE_A_VARIANT = re.compile(r"(vit-[a-z]+[/-]|rn)\d+(x\d+)?(@\d+px)?$", re.IGNORECASE)
 
 
 def available_models() -> list[str]:
@@ -280,8 +278,7 @@ def load(
         raise ValueError("jit=True would run a program out of the checkpoint, which hf_clip never does; leave it out.")
     place = _usable_device(device)
     path, known, processor = Path(name), str(name), None
-    if LIKE_A_VARIANT.match(known) and not path.exists():
-        get_variant(known)  # raises with the nearest name, before the Hub is asked for what cannot be there
+    refuse_unknown_variant(known)
     if known in VARIANTS and not path.exists():
         model = _model_of_checkpoint(fetch_original(VARIANTS[known], folder=download_root), verify=False)
     elif path.is_file():

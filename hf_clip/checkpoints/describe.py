@@ -22,7 +22,7 @@ from ..model.configuration_hf_clip import (
 )
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.tokenization_hf_clip import HfClipTokenizer
-from ..model.variants import VARIANTS
+from ..model.variants import VARIANTS, refuse_unknown_variant
 from .download import originals_folder
 from .errors import CheckpointError
 from .folders import in_one_line
@@ -186,6 +186,7 @@ def describe(source: str | Path, *, offline: bool = False) -> Description:
         raise FileNotFoundError(f"{name} is no file and no folder, but a link to nowhere, a pipe or a device.")
     if (meant := find_meant(name)) is not None:
         raise FileNotFoundError(f"There is no checkpoint file or folder {name}; did you mean {meant}?")
+    refuse_unknown_variant(name)
     if name.startswith((".", "/", "~")) or path.suffix in CHECKPOINT_SUFFIXES or name.count("/") > 1:
         raise FileNotFoundError(f"There is no checkpoint file or folder {name}; check the path.")
     return _describe_hub(name, offline)

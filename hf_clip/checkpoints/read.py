@@ -35,7 +35,7 @@ from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
 from ..model.tokenization_hf_clip import HfClipTokenizer
-from ..model.variants import OPENAI_VOCAB_SIZE, VARIANTS
+from ..model.variants import OPENAI_VOCAB_SIZE, VARIANTS, refuse_unknown_variant
 from .archive import Checkpoint
 from .download import find_original
 from .errors import MOST_SHOWN, CheckpointError
@@ -350,6 +350,7 @@ def read(
     is_file = name in VARIANTS or path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or "/" not in name
     if name not in VARIANTS and not os.path.exists(source) and (meant := find_meant(name)) is not None:
         raise FileNotFoundError(f"There is no checkpoint file or folder {source}; did you mean {meant}?")
+    refuse_unknown_variant(source)
     if name.startswith((".", "/", "~")) and not path.exists():
         raise FileNotFoundError(f"There is no checkpoint file or folder {source}; check the path.")
     if path.is_dir() or not is_file:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from .checked_files import check_names, check_no_methods, find_file, one_line, read_object, writing_of
 from .matryoshka import check_dims
-from .variants import MOST_PIXELS, OPENAI_VOCAB_SIZE, VARIANTS, get_variant
+from .variants import MOST_PIXELS, OPENAI_VOCAB_SIZE, VARIANTS, get_variant, refuse_unknown_variant
 
 LEGACY_END_OF_TEXT_ID = 2
 """Stock CLIP repositories from before transformers 4.31 have `eos_token_id: 2`, which is not the end-of-text token.
@@ -82,13 +82,17 @@ def read_config_object(path: Any) -> dict[str, Any]:
 
 
 def refuse_checkpoint_file(source: Any) -> None:
-    """Raise ValueError for the path or name of a checkpoint file: `from_pretrained` takes a folder or a repository."""
+    """Raise ValueError for the path or name of a checkpoint file: `from_pretrained` takes a folder or a repository.
+
+    It is raised for a name like those of OpenAI's files that is none of them, too.
+    """
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
     if name in VARIANTS and not os.path.isdir(name):
         raise ValueError(
             f"{name} is the name of one of OpenAI's checkpoint files. Convert it once, by `hf-clip convert {name} "
             f"{VARIANTS[name].slug}/`, and pass that folder."
         )
+    refuse_unknown_variant(name)
     is_repository = os.path.isdir(name) or (name.count("/") == 1 and not name.startswith((".", "/", "~")))
     if not name.endswith(CHECKPOINT_SUFFIXES) or (is_repository and not os.path.isfile(name)):
         return

@@ -5,8 +5,11 @@ checkpoint's published address. All text towers have 12 layers, heads of width 6
 MLPs are four times as wide as their tower.
 """
 
+import os
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 OPENAI_VOCAB_SIZE = 49408
 """Number of ids of OpenAI's models. The published vocabulary file has more merges than this; the rest is ignored."""
@@ -80,6 +83,10 @@ VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
 """OpenAI's nine models by their exact names."""
 
 
+LIKE_A_VARIANT = re.compile(r"(vit-[a-z]+[/-]|rn)\d+(x\d+)?(@\d+px)?$", re.IGNORECASE)
+"""What the nine names look like, and others that are none of them."""
+
+
 def get_variant(name: str) -> Variant:
     """Look up a variant by OpenAI's exact name, e.g. "ViT-L/14@336px".
 
@@ -96,3 +103,13 @@ def get_variant(name: str) -> Variant:
     match = candidates[near[0]] if near else None
     hint = f" Did you mean {by_other_name.get(match, match)!r}?" if match else ""
     raise ValueError(f"Unknown CLIP variant {name!r}; the nine are {', '.join(VARIANTS)}.{hint}")
+
+
+def refuse_unknown_variant(source: Any) -> None:
+    """Raise ValueError, as `get_variant` does, for a name that looks like one of the nine and is none of them.
+
+    The Hub has no such model, and would be asked for it several times, for a minute or two without a network.
+    """
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
+    if isinstance(name, str) and LIKE_A_VARIANT.match(name) and not os.path.exists(name):
+        get_variant(name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..extras import require
 from ..model.checked_files import one_line
-from ..model.variants import VARIANTS
+from ..model.variants import VARIANTS, refuse_unknown_variant
 
 ENDINGS = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 """By the names that `hf-clip export-onnx` takes: what the files are called after the graph's name."""
@@ -29,6 +29,7 @@ def find_graphs(model: str, precision: str) -> dict[str, Path]:
         FileNotFoundError: It is no folder, or has no such graphs. The error names the command that makes them.
     """
     folder = Path(model)
+    refuse_unknown_variant(model)
     if not folder.is_dir():
         if model in VARIANTS or folder.is_file():
             raise FileNotFoundError(
