@@ -9,8 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, StrictDataclassError
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 
 from ..model.checked_files import TOKENIZER_CHECKS, in_one_kind, one_line, read_object
 from ..model.configuration_hf_clip import read_config_object
@@ -76,6 +82,22 @@ def check_folder(folder: str | Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def check_reached(repository: str) -> None:
+    """Raise OSError if the Hub cannot be reached for a repository that was not loaded before.
+
+    The Hub's client asks for a file again and again for half a minute, and transformers asks for ten files. Whatever
+    else is wrong is told when they are loaded.
+    """
+    try:
+        if isinstance(try_to_load_from_cache(repository, "config.json"), str) or constants.HF_HUB_OFFLINE:
+            return
+        hf_hub_download(repository, "config.json")
+    except LocalEntryNotFoundError as error:
+        raise OSError(f"{constants.ENDPOINT} cannot be reached.") from error
+    except (OSError, HFValidationError, HTTPError):
+        return
+
+
 def _refused_by_the_hub(source: str | Path, error: BaseException) -> OSError | None:
     """Return the error that explains the Hub's answer. None if the answer is that there is no such repository."""
     causes: list[BaseException] = []
@@ -139,4 +161,4 @@ def in_one_line(source: str | Path) -> Iterator[None]:
         raise ConnectionError(f"{name} could not be loaded from the Hub ({one_line(error)}); try again.") from error
 
 
-__all__ = ["DESCRIPTIONS", "IMAGE_PROCESSOR_FILES", "check_folder", "check_kind", "in_one_line"]
+__all__ = ["DESCRIPTIONS", "IMAGE_PROCESSOR_FILES", "check_folder", "check_kind", "check_reached", "in_one_line"]

@@ -9,7 +9,7 @@ from ..model.configuration_hf_clip import CHECKPOINT_SUFFIXES
 from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
 from ..model.variants import VARIANTS
-from .folders import check_folder, in_one_line
+from .folders import check_folder, check_reached, in_one_line
 from .read import StoredModel, read
 
 
@@ -71,6 +71,8 @@ def load_model(
         if path.is_dir():
             check_folder(path)
         with in_one_line(source):
+            if not path.is_dir() and not offline:
+                check_reached(name)
             processor = HfClipProcessor.from_pretrained(source, **hub)
             return HfClipModel.from_pretrained(source, dtype=getattr(torch, dtype), **hub).eval(), processor
     stored, processor = read(source, offline=offline)

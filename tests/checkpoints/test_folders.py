@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 
 from conversion.convert import main as convert
 from conversion.publish import main as publish
+from hf_clip.checkpoints import folders
 from hf_clip.checkpoints.folders import check_folder, in_one_line
+from hf_clip.checkpoints.in_memory import load_model
 from hf_clip.checkpoints.read import check_model
 from hf_clip.model.checked_files import read_object
 
@@ -132,3 +134,24 @@ def test_cut_checkpoint_files(part: float, archives: dict[str, Path], tmp_path: 
     assert ("cut.pt is empty" if part == 0 else "cut.pt is truncated or damaged") in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_hub_that_cannot_be_reached_is_asked_for_one_file(monkeypatch: pytest.MonkeyPatch):
+    """Its client tries for half a minute each time."""
+    asked = []
+
+    def fail(*given: str) -> str:
+        asked.append(given)
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(folders, "hf_hub_download", fail)
+    monkeypatch.setattr(folders.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(folders.constants, "ENDPOINT", "https://hub.example")
+    with pytest.raises(FileNotFoundError) as error:
+        load_model("org/none")
+    assert str(error.value) == (
+        "There is no folder 'org/none', and no model of that name could be loaded from the Hub (https://hub.example "
+        "cannot be reached.) Check the path or the name; without a network only models are found that were downloaded "
+        "before."
+    )
+    assert asked == [("org/none", "config.json")]
