@@ -24,6 +24,7 @@ What is public:
 """
 
 import sys as _sys
+import typing as _typing
 from pathlib import Path as _Path
 
 __version__ = "0.1.0.dev0"
@@ -75,6 +76,17 @@ if not _is_hf_clip_command(getattr(_sys, "argv", [])):
     from .zero_shot.text_batches import TextTooLongError
 
     _register()
+elif not _typing.TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Say why a program that happens to be called `hf-clip` finds none of the names."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise ImportError(
+            f"hf_clip.{name} is missing since this program is called hf-clip, as the package's own command, which "
+            f"imports what it needs by itself: rename {_sys.argv[0]}."
+        )
+
 
 __all__ = [
     "VARIANTS",

@@ -54,6 +54,15 @@ def test_what_a_person_sees_of_the_package_is_its_own():
     assert set(re.findall(r"\w+", overview)) >= set(hf_clip.__all__) - {"__version__"}
 
 
+def test_program_that_is_called_as_the_command_is_told_so():
+    """The command imports what it needs by itself, so that the package has no names in a program of its name."""
+    said = "hf_clip.HfClipModel is missing since this program is called hf-clip, as the package's own command, which "
+    said += "imports what it needs by itself: rename /home/me/hf-clip."
+    code = "import sys\nsys.argv = ['/home/me/hf-clip']\nimport hf_clip\nassert not hasattr(hf_clip, 'other')\n"
+    done = run_warm(f"{code}from hf_clip import HfClipModel", cwd=ROOT, environment={})
+    assert done.stderr.splitlines()[-1] == f"ImportError: {said}"
+
+
 def test_version_is_in_the_changelog():
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", hf_clip.__version__)
     assert f"({hf_clip.__version__})" in (ROOT / "CHANGELOG.md").read_text()
