@@ -11,6 +11,7 @@ from PIL import Image
 from ..zero_shot.attention_rollout import attention_rollout
 from ..zero_shot.heat_overlay import overlay
 from ..zero_shot.relevance import relevance_map
+from ..zero_shot.text_batches import TextTooLongError
 from .page_labels import open_upload, small_copy
 from .page_model import PageError, PageModel
 
@@ -64,8 +65,8 @@ def look_inside(page: PageModel, path: str | None, texts: str, detail: str = "as
         detail: A key of `DETAILS`.
 
     Raises:
-        PageError: There is no image, it cannot be opened, or there are too many texts.
-        ValueError: A text cannot be tokenized, or is too long.
+        PageError: There is no image, it cannot be opened, or there are too many texts, or too long ones.
+        ValueError: A text cannot be tokenized.
     """
     if path is None:
         raise PageError("There is no image: drop one, or choose a file.")
@@ -77,7 +78,13 @@ def look_inside(page: PageModel, path: str | None, texts: str, detail: str = "as
     found = [HeatMap("the image", small_copy(view, VIEW_SIDE), "the model sees what is not dark in the maps")]
     view = view.convert("L")  # so that all colours are the map's
     if looked_for:
-        maps = relevance_map(page.model, page.processor, image, looked_for, image_size=size).cpu()
+        try:
+            maps = relevance_map(page.model, page.processor, image, looked_for, image_size=size).cpu()
+        except TextTooLongError as error:
+            raise PageError(
+                f"The text {error.text[:80]!r} has {error.length:,} tokens, start and end included, but the model "
+                f"takes {error.limit}: shorten it."
+            ) from None
         low, high = float(maps.min()), float(maps.max())
         for text, heat in zip(looked_for, maps, strict=True):
             drawn = overlay(view, heat, **how, low=low, high=high)

@@ -29,6 +29,8 @@ MOST_PIXELS = 64_000_000
 SHOWN_SIDE = 320
 """Longer side of an uploaded image in the page, in pixels."""
 
+BYTE_ORDER_MARK = "\ufeff"
+
 OWN = "own"
 TEMPLATE_CHOICES = {
     "simple": "a photo of a {}.",
@@ -59,17 +61,25 @@ class LabelledImage:
     problem: str | None = None
 
 
+def is_visible(letter: str) -> bool:
+    """Whether a letter is more than a space, a mark of direction, or another that has no form."""
+    return letter.isprintable() and not letter.isspace()
+
+
 def split_labels(text: str) -> list[str]:
-    """Read labels: one a line, or with commas between them if all stand in one line. Repetitions are dropped.
+    """Read labels: one a line, or with commas between them if all stand in one line.
+
+    Repetitions are dropped, and so is what nobody would see, such as the mark with which a text file of Windows begins.
 
     Raises:
         PageError: There are none, or too many.
     """
     if len(text) > MOST_LETTERS:
         raise PageError(f"The labels have {len(text):,} letters, and the page takes {MOST_LETTERS:,}: give fewer.")
+    text = text.replace(BYTE_ORDER_MARK, "")
     lines = text.strip().splitlines()
     parts = lines if len(lines) > 1 else text.split(",")
-    labels = list(dict.fromkeys(filter(None, map(str.strip, parts))))
+    labels = list(dict.fromkeys(label.strip() for label in parts if any(map(is_visible, label))))
     if not labels:
         raise PageError("There are no labels: write some, one on each line or with commas between them.")
     if len(labels) > MOST_LABELS:
@@ -125,6 +135,10 @@ def open_upload(path: str) -> Image.Image:
         return open_image(path)
     except PageError:
         raise
+    except Image.DecompressionBombError:  # Pillow's own limit, from which on it does not tell the size
+        raise PageError(
+            f"{name} has more than the {MOST_PIXELS / 1e6:.0f} million pixels that the page takes: scale it down."
+        ) from None
     except (UnreadableImageError, *UNREADABLE):
         raise PageError(f"{name} cannot be opened: it is damaged, or no image. Choose another.") from None
 

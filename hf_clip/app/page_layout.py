@@ -1,8 +1,8 @@
 """The page: three tabs of Gradio's components, and what happens when one is used.
 
 What is done stands in `page_labels`, `page_queries` and `page_heat`, which know nothing of Gradio. All that needs the
-model waits in one queue, since one computation takes all cores. What a visitor can mend is a line in the page; anything
-else is a fault of ours, of which the page says no more than that there was one.
+model waits in one queue and has its turn in one thread, since one computation takes all cores. What a visitor can mend
+is a line in the page; anything else is a fault of ours, of which the page says no more than that there was one.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,14 @@ from typing import Any
 
 import gradio as gr
 
+from ..search.image_index import SearchResult
 from ..zero_shot.prompts import DEFAULT_TEMPLATE
 from .page_heat import DETAILS, MOST_TEXTS, look_inside
 from .page_labels import MOST_IMAGES, OWN, TEMPLATE_CHOICES, label_images
-from .page_markup import heat_cards, hint, how_to_index, label_cards, problem, result_grid, selected_image
+from .page_markup import count_of, heat_cards, hint, how_to_index, label_cards, problem, result_grid, selected_image
 from .page_model import PageModel
-from .page_queries import MOST_RESULTS, find_images, find_like, large_copy, query_parts
+from .page_queries import MOST_RESULTS, Found, find_images, find_like, large_copy, query_parts
+from .page_scripts import HIDE_BELOW, MARK_BELOW, ON_HIT, SHOW_ANSWER, SHOW_SELECTED
 
 STYLE = Path(__file__).with_name("page_style.css")
 
@@ -39,49 +41,6 @@ NO_IMAGES_YET = "Drop an image and write labels. Each label gets a bar."
 NOTHING_FOUND_YET = "Write a text or drop an image. The images of the index that fit best stand here."
 NO_MAPS_YET = "Drop an image and write what to look for. Each text gets a map of where in the image it is."
 
-MARK_BELOW = """threshold => {
-  const cards = document.querySelector('#labelled .cards');
-  if (!cards) return;
-  cards.style.setProperty('--threshold', `${100 * threshold}%`);
-  cards.querySelectorAll('[data-score]').forEach(bar =>
-    bar.classList.toggle('below', Number(bar.dataset.score) < threshold));
-}"""
-"""Labels below the threshold turn pale, without asking the server."""
-
-HIDE_BELOW = """cutoff => {
-  let hidden = 0;
-  document.querySelectorAll('#results [data-share]').forEach(hit => {
-    hit.hidden = Number(hit.dataset.share) < cutoff / 100;
-    hidden += hit.hidden ? 1 : 0;
-  });
-  const said = document.querySelector('#results .left-out');
-  if (said) said.textContent = hidden ? `, ${hidden} hidden` : '';
-}"""
-"""Images below the cutoff are hidden, without asking the server."""
-
-ON_HIT = """element.addEventListener('click', event => {
-  const hit = event.target.closest('button[data-place]');
-  if (!hit) return;
-  element.querySelectorAll('button[data-place]').forEach(other =>
-    other.setAttribute('aria-pressed', String(other === hit)));
-  trigger('select', {place: Number(hit.dataset.place)});
-});"""
-
-SHOW_SELECTED = """() => setTimeout(() => {
-  const button = document.querySelector('#more-like');
-  if (!button) return;
-  document.querySelector('#selected').scrollIntoView({block: 'nearest'});
-  button.focus({preventScroll: true});
-}, 50)"""
-"""The selected image comes into view, and Enter looks for more like it."""
-
-SHOW_ANSWER = """() => setTimeout(() => {
-  const answers = [...document.querySelectorAll('#labelled, #results, #maps')].filter(each => each.offsetParent);
-  if (answers.length && answers[0].getBoundingClientRect().top > 0.6 * innerHeight)
-    answers[0].scrollIntoView({block: 'start'});
-}, 50)"""
-"""On a phone, where an answer stands below what was asked, it comes into view."""
-
 
 def theme() -> Any:
     """The page's colours and fonts. White letters stand on a teal that is dark enough to read them."""
@@ -96,26 +55,69 @@ def theme() -> Any:
     )
 
 
-def or_problem(answer: Callable[[], Any], otherwise: Callable[[str], Any] = lambda line: line) -> Any:
+def or_problem(page: PageModel, answer: Callable[[], Any], otherwise: Callable[[str], Any] = lambda line: line) -> Any:
     """What `answer` returns; or, where a visitor can mend what went wrong, the line that says so.
 
     Args:
-        answer: Computes the answer.
+        page: Its thread computes the answer.
+        answer: Computes it.
         otherwise: Makes an answer of the line.
     """
     try:
-        return answer()
+        return page.computing.run(answer)
     except (ValueError, OSError, ImportError) as error:
         return otherwise(problem(error))
 
 
-def classify_tab(page: PageModel) -> None:
+def on_model(triggers: list[Any], run: Callable[..., Any], inputs: Any, outputs: Any, name: str | None = None) -> None:
+    """Let the model answer, one visitor after the other, and bring the answer into view.
+
+    Args:
+        triggers: What asks for it, such as a button's click.
+        run: Computes the answer.
+        inputs: Gradio's components of its arguments.
+        outputs: Those of its results.
+        name: What programs call it. None: they cannot.
+    """
+    told = {"api_visibility": "private"} if name is None else {"api_name": name}
+    answered = gr.on(triggers, run, inputs, outputs, concurrency_id=ON_MODEL, concurrency_limit=1, **told)
+    answered.then(None, None, None, js=SHOW_ANSWER, api_visibility="private")
+
+
+def _template_inputs(has_captions: bool) -> tuple[Any, Any]:
+    """The choice of a template, and the visitor's own, which are shown if they are chosen."""
+    choice = gr.Dropdown(
+        [(said, name) for name, said in TEMPLATE_CHOICES.items()],
+        value="{}" if has_captions else "simple",
+        label="Template",
+        info="What a label is put into. A model is used best with texts as it was trained on.",
+        elem_id="templates",
+    )
+    own = gr.Textbox(
+        label="My templates",
+        info="One on each line, each with {} where the label belongs.",
+        value=DEFAULT_TEMPLATE,
+        lines=2,
+        visible=False,
+        elem_id="own-templates",
+    )
+    choice.change(
+        lambda name: gr.update(visible=name == OWN),
+        choice,
+        own,
+        queue=False,
+        api_visibility="private",
+        show_progress="hidden",
+    )
+    return choice, own
+
+
+def classify_tab(page: PageModel, examples: list[str]) -> None:
     """Images and labels on the left, bars on the right."""
 
     def run(files: Any, labels: str, choice: str, own: str, with_none: bool, threshold: float) -> str:
-        return or_problem(
-            lambda: label_cards(label_images(page, files, labels, choice, own, with_none), float(threshold))
-        )
+        labelled = lambda: label_images(page, files, labels, choice, own, with_none)  # noqa: E731
+        return or_problem(page, lambda: label_cards(labelled(), float(threshold)))
 
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -126,7 +128,6 @@ def classify_tab(page: PageModel) -> None:
                 elem_id="classify-images",
                 height=150,
             )
-            examples = page.examples()
             labels = gr.Textbox(
                 label="Labels",
                 info="One on each line, or with commas between them.",
@@ -140,75 +141,82 @@ def classify_tab(page: PageModel) -> None:
                 0, 1, value=0, step=0.01, label="Threshold", info="Labels below it turn pale.", elem_id="threshold"
             )
             none = gr.Checkbox(True, label="An image may show none of these", elem_id="with-none")
-            choice = gr.Dropdown(
-                [(said, name) for name, said in TEMPLATE_CHOICES.items()],
-                value="{}" if examples else "simple",
-                label="Template",
-                info="What a label is put into. A model is used best with texts as it was trained on.",
-                elem_id="templates",
-            )
-            own = gr.Textbox(
-                label="My templates",
-                info="One on each line, each with {} where the label belongs.",
-                value=DEFAULT_TEMPLATE,
-                lines=2,
-                visible=False,
-                elem_id="own-templates",
-            )
+            choice, own = _template_inputs(has_captions=bool(examples))
         with gr.Column(scale=3, min_width=280):
             answer = gr.HTML(hint(NO_IMAGES_YET), elem_id="labelled")
-    choice.change(
-        lambda name: gr.update(visible=name == OWN),
-        choice,
-        own,
-        queue=False,
-        api_visibility="private",
-        show_progress="hidden",
-    )
     inputs = [files, labels, choice, own, none, threshold]
-    gr.on(
-        [run_button.click, labels.submit],
-        run,
-        inputs,
-        answer,
-        concurrency_id=ON_MODEL,
-        concurrency_limit=1,
-        api_name="classify",
-    ).then(None, None, None, js=SHOW_ANSWER, api_visibility="private")
+    on_model([run_button.click, labels.submit], run, inputs, answer, "classify")
     threshold.change(None, threshold, None, js=MARK_BELOW, queue=False, api_visibility="private")
 
 
-def search_tab(page: PageModel) -> None:
-    """The query on the left; the selected image and the results on the right."""
-    if page.index is None:
-        gr.HTML(how_to_index(page.place), elem_id="no-index")
-        return
-    examples = page.examples()
+class Searches:
+    """What the search tab does. An answer is the grid, the results behind it, and a selection of none.
 
-    def answer_of(find: Callable[[], Any], cutoff: float) -> tuple[Any, ...]:
-        """The grid, the results behind it, and a selection of none."""
+    Args:
+        page: The model and its index.
+    """
+
+    def __init__(self, page: PageModel):
+        self.page = page
+
+    def _answer(self, find: Callable[[], Found], cutoff: float) -> tuple[Any, ...]:
+        nothing = (None, gr.update(visible=False), "")
 
         def answer() -> tuple[Any, ...]:
             found = find()
-            return result_grid(found, cutoff / 100), found.results, None, gr.update(visible=False), ""
+            return result_grid(found, cutoff / 100), found.results, *nothing
 
-        return or_problem(answer, lambda line: (line, [], None, gr.update(visible=False), ""))
+        return or_problem(self.page, answer, lambda line: (line, [], *nothing))
 
-    def run(text: str, image: str | None, minus: str, top: float, cutoff: float, only_fitting: bool) -> tuple[Any, ...]:
-        return answer_of(lambda: find_images(page, *query_parts(text, image, minus), int(top), only_fitting), cutoff)
+    def run(
+        self, text: str, image: str | None, minus: str, top: float, cutoff: float, only_fitting: bool
+    ) -> tuple[Any, ...]:
+        """Search by what a visitor wrote and sent."""
+        find = lambda: find_images(self.page, *query_parts(text, image, minus), int(top), only_fitting)  # noqa: E731
+        return self._answer(find, cutoff)
 
-    def run_like(selected: Any, top: float, cutoff: float, only_fitting: bool) -> tuple[Any, ...]:
+    def run_like(self, selected: SearchResult | None, top: float, cutoff: float, only_fitting: bool) -> tuple[Any, ...]:
+        """Search by the selected image."""
         if selected is None:
             return hint("Choose an image first."), [], None, gr.update(visible=False), ""
-        return answer_of(lambda: find_like(page, selected, int(top), only_fitting), cutoff)
+        return self._answer(lambda: find_like(self.page, selected, int(top), only_fitting), cutoff)
 
-    def select(results: list[Any], event: gr.EventData) -> tuple[Any, ...]:
+    def select(self, results: list[SearchResult], event: gr.EventData) -> tuple[Any, ...]:
+        """Select a result: the result, and what is shown of it."""
         place = event.place
         if not isinstance(place, int) or not 0 <= place < len(results):
             return None, gr.update(visible=False), ""
         result = results[place]
         return result, gr.update(visible=True), selected_image(result, large_copy(result))
 
+
+def _result_limits() -> tuple[Any, Any, Any]:
+    """How many images are shown at most, the cutoff, and whether results end where images no longer fit."""
+    top = gr.Slider(1, MOST_RESULTS, value=20, step=1, label="Most images", elem_id="top")
+    cutoff = gr.Slider(
+        0,
+        100,
+        value=0,
+        step=1,
+        label="Cutoff",
+        info="Percent of the best score below which an image is hidden.",
+        elem_id="cutoff",
+    )
+    fitting = gr.Checkbox(
+        True,
+        label="Only images that fit",
+        info="Judged for each query by the index itself.",
+        elem_id="only-fitting",
+    )
+    return top, cutoff, fitting
+
+
+def search_tab(page: PageModel, examples: list[str]) -> None:
+    """The query on the left; the selected image and the results on the right."""
+    if not page.has_index:
+        gr.HTML(how_to_index(page.place), elem_id="no-index")
+        return
+    searches = Searches(page)
     results, selected = gr.State([], time_to_live=FILES_KEPT), gr.State(None, time_to_live=FILES_KEPT)
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -218,58 +226,30 @@ def search_tab(page: PageModel) -> None:
             image = gr.File(label="Image", file_types=IMAGE_FILES, elem_id="query-image", height=120)
             minus = gr.Textbox(label="Minus", info="What the images should not show.", elem_id="minus", max_lines=3)
             run_button = gr.Button("Search", variant="primary", elem_id="search")
-            top = gr.Slider(1, MOST_RESULTS, value=20, step=1, label="Most images", elem_id="top")
-            cutoff = gr.Slider(
-                0,
-                100,
-                value=0,
-                step=1,
-                label="Cutoff",
-                info="Percent of the best score below which an image is hidden.",
-                elem_id="cutoff",
-            )
-            fitting = gr.Checkbox(
-                True,
-                label="Only images that fit",
-                info="Judged for each query by the index itself.",
-                elem_id="only-fitting",
-            )
+            limits = _result_limits()
         with gr.Column(scale=3, min_width=280):
             with gr.Column(visible=False, elem_id="selected") as panel:
                 details = gr.HTML("", elem_id="details")
                 like_button = gr.Button("More like this", variant="primary", elem_id="more-like")
             grid = gr.HTML(hint(NOTHING_FOUND_YET), elem_id="results", js_on_load=ON_HIT)
     outputs = [grid, results, selected, panel, details]
-    gr.on(
-        [run_button.click, text.submit, minus.submit],
-        run,
-        [text, image, minus, top, cutoff, fitting],
-        outputs,
-        concurrency_id=ON_MODEL,
-        concurrency_limit=1,
-        api_name="search",
-    ).then(None, None, None, js=SHOW_ANSWER, api_visibility="private")
-    like_button.click(
-        run_like,
-        [selected, top, cutoff, fitting],
-        outputs,
-        concurrency_id=ON_MODEL,
-        concurrency_limit=1,
-        api_visibility="private",
-    ).then(None, None, None, js=SHOW_ANSWER, api_visibility="private")
+    asked = [run_button.click, text.submit, minus.submit]
+    on_model(asked, searches.run, [text, image, minus, *limits], outputs, "search")
+    on_model([like_button.click], searches.run_like, [selected, *limits], outputs)
+    _, cutoff, _ = limits
     cutoff.change(None, cutoff, None, js=HIDE_BELOW, queue=False, api_visibility="private")
-    grid.select(select, results, [selected, panel, details], api_visibility="private", show_progress="hidden").then(
-        None, None, None, js=SHOW_SELECTED, api_visibility="private"
+    chosen = grid.select(
+        searches.select, results, [selected, panel, details], api_visibility="private", show_progress="hidden"
     )
+    chosen.then(None, None, None, js=SHOW_SELECTED, api_visibility="private")
 
 
-def look_tab(page: PageModel) -> None:
+def look_tab(page: PageModel, examples: list[str]) -> None:
     """An image and texts on the left, maps on the right."""
 
     def run(file: str | None, texts: str, detail: str) -> str:
-        return or_problem(lambda: heat_cards(look_inside(page, file, texts, detail)))
+        return or_problem(page, lambda: heat_cards(look_inside(page, file, texts, detail)))
 
-    examples = page.examples()
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             file = gr.File(label="Image", file_types=IMAGE_FILES, elem_id="look-image", height=150)
@@ -285,15 +265,13 @@ def look_tab(page: PageModel) -> None:
             detail = gr.Radio(list(DETAILS), value=next(iter(DETAILS)), label="Cells", elem_id="look-detail")
         with gr.Column(scale=3, min_width=280):
             answer = gr.HTML(hint(NO_MAPS_YET), elem_id="maps")
-    gr.on(
-        [run_button.click, texts.submit],
-        run,
-        [file, texts, detail],
-        answer,
-        concurrency_id=ON_MODEL,
-        concurrency_limit=1,
-        api_name="look",
-    ).then(None, None, None, js=SHOW_ANSWER, api_visibility="private")
+    on_model([run_button.click, texts.submit], run, [file, texts, detail], answer, "look")
+
+
+def heading(page: PageModel) -> str:
+    """The page's first line: the model, and how many images its index has."""
+    index = page.index
+    return f"# {page.name}" + ("" if index is None else f" · {count_of(len(index), 'image')}")
 
 
 def build_page(page: PageModel) -> Any:
@@ -305,20 +283,28 @@ def build_page(page: PageModel) -> Any:
     Returns:
         Gradio's `Blocks`, which nothing serves yet.
     """
+    examples = page.examples()
     with gr.Blocks(
         title=f"{page.name} · hf_clip", analytics_enabled=False, delete_cache=(FILES_KEPT // 6, FILES_KEPT)
     ) as blocks:
-        about = f" · {len(page.index):,} images" if page.index is not None else ""
-        gr.Markdown(f"# {page.name}{about}", elem_id="title")
+        title = gr.Markdown(heading(page), elem_id="title")
         with gr.Tabs():
-            with gr.Tab("Classify", id="classify"):
-                classify_tab(page)
-            with gr.Tab("Search", id="search"):
-                search_tab(page)
-            with gr.Tab("Look inside", id="look"):
-                look_tab(page)
+            for name, tab in (("Classify", classify_tab), ("Search", search_tab), ("Look inside", look_tab)):
+                with gr.Tab(name, id=name.split()[0].lower()):
+                    tab(page, examples)
+        if page.has_index:  # which may have grown since
+            blocks.load(
+                lambda: or_problem(page, lambda: heading(page), lambda line: f"# {page.name}"),
+                None,
+                title,
+                queue=False,
+                api_visibility="private",
+                show_progress="hidden",
+            )
     blocks.queue(max_size=QUEUE)
     blocks.state_session_capacity = SESSIONS
+    # `launch` sets it, and mounting does not. Without it Gradio takes any path in a request for an upload.
+    blocks.has_launched = True
     return blocks
 
 

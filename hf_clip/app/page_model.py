@@ -8,6 +8,8 @@ from threading import Lock
 from typing import Any
 
 from ..checkpoints.in_memory import copy_to_memory, load_model
+from ..inference.computing_thread import ComputingThread
+from ..search.current_index import CurrentIndex
 from ..search.image_index import ImageIndex
 from ..search.indexed_image import register_formats
 from ..zero_shot.classifier import ZeroShotClassifier
@@ -34,10 +36,17 @@ class PageModel:
         name: What the page calls it.
         index: An index that was made of it.
         place: Where the model is, as a command line names it. None: `name`.
+        computing: The thread that computes with it. None: one of its own.
     """
 
     def __init__(
-        self, model: Any, processor: Any, name: str, index: ImageIndex | None = None, place: str | None = None
+        self,
+        model: Any,
+        processor: Any,
+        name: str,
+        index: ImageIndex | None = None,
+        place: str | None = None,
+        computing: ComputingThread | None = None,
     ):
         if not callable(image_processor_of(processor)) or not hasattr(processor, "tokenizer"):
             raise ValueError(
@@ -45,14 +54,15 @@ class PageModel:
                 f"pass the model's HfClipProcessor."
             )
         register_formats()
-        self.model, self.processor, self.name, self.index = model, processor, name, index
-        self.place = place or name
+        self.model, self.processor, self.name = model, processor, name
+        self.place, self.computing = place or name, computing or ComputingThread()
+        self._index = None if index is None else CurrentIndex(index)
         self._classifiers: OrderedDict[Any, ZeroShotClassifier] = OrderedDict()
         self._lock = Lock()
 
     @classmethod
     def load(cls, model: str, index: str | None = None) -> "PageModel":
-        """Load a model and open an index.
+        """Load a model and open an index, in the thread that computes with them later.
 
         Args:
             model: A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names.
@@ -65,14 +75,31 @@ class PageModel:
         """
         path = Path(os.path.expanduser(model))
         name = path.resolve().name if path.exists() else model
-        if index is not None:
-            opened = ImageIndex.open(index, model=model, make=False)
-            copy_to_memory(opened.model)
-            return cls(opened.model, opened.processor, name, opened, model)
-        loaded, processor = load_model(model)
-        loaded = loaded.to(default_device())
-        copy_to_memory(loaded)
-        return cls(loaded, processor, name, place=model)
+
+        def load() -> tuple[Any, Any, ImageIndex | None]:
+            opened = None if index is None else ImageIndex.open(index, model=model, make=False)
+            loaded, processor = load_model(model) if opened is None else (opened.model, opened.processor)
+            loaded = loaded.to(default_device())
+            copy_to_memory(loaded)
+            return loaded, processor, opened
+
+        computing = ComputingThread()
+        loaded, processor, opened = computing.run(load)
+        return cls(loaded, processor, name, opened, model, computing)
+
+    @property
+    def has_index(self) -> bool:
+        """Whether the page searches."""
+        return self._index is not None
+
+    @property
+    def index(self) -> ImageIndex | None:
+        """The index as it is now, or None if the page has none.
+
+        Raises:
+            SearchIndexError: It is gone, or another model's was made in its place.
+        """
+        return None if self._index is None else self._index.get()
 
     def classifier(self, labels: Sequence[str], templates: Sequence[str], background: Sequence[str]) -> Any:
         """A classifier of these labels, which are encoded if they are new.
@@ -104,9 +131,10 @@ class PageModel:
 
     def examples(self) -> list[str]:
         """A few captions of the index, which say what the model was shown. Empty if it has none."""
-        if self.index is None or len(self.index) == 0:
+        index = self.index
+        if index is None or len(index) == 0:
             return []
-        rows = self.index.tables.images.search().where("caption IS NOT NULL").select(["caption"]).limit(50).to_list()
+        rows = index.tables.images.search().where("caption IS NOT NULL").select(["caption"]).limit(50).to_list()
         return list(dict.fromkeys(row["caption"] for row in rows))[:EXAMPLES]
 
 

@@ -80,9 +80,9 @@ def query_parts(text: str = "", image: str | None = None, minus: str = "") -> tu
 
 def index_of(page: PageModel) -> ImageIndex:
     """The page's index. Raises PageError if it has none."""
-    if page.index is None:
+    if (index := page.index) is None:
         raise PageError("This page has no index to search: start it with --index.")
-    return page.index
+    return index
 
 
 def find_images(
@@ -109,7 +109,14 @@ def find_images(
 
 
 def find_like(page: PageModel, result: SearchResult, top: int = 20, only_fitting: bool = True) -> Found:
-    """Find the images of the index that are most like one of it, which is the first; see `find_images`."""
+    """Find the images of the index that are most like one of it, which is the first; see `find_images`.
+
+    Raises:
+        PageError: The index was made anew, and the image is another one there, or none.
+    """
+    known = index_of(page).tables.rows(["path_bytes"], f"id = {result.id}")["path_bytes"].to_pylist()
+    if known != [os.fsencode(result.path)]:
+        raise PageError("The index has changed since this search, and the image is no longer there: search again.")
     return find_images(page, [QueryPart("id", str(result.id))], f"more like {name_of(result)}", top, only_fitting)
 
 

@@ -66,12 +66,10 @@ def build_server(page: Any, only_name: str | None) -> Any:
 
     from .page_layout import STYLE, build_page, theme
 
-    app, blocks = FastAPI(openapi_url=None), build_page(page)
-    # `launch` sets it, and mounting does not. Without it Gradio takes any path in a request for an upload.
-    blocks.has_launched = True
+    app = FastAPI(openapi_url=None)
     mount_gradio_app(
         app,
-        blocks,
+        build_page(page),
         path="/",
         allowed_paths=[],
         max_file_size=LARGEST_FILE,

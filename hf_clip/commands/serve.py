@@ -1,11 +1,22 @@
 """`hf-clip serve`: one model over HTTP, for the clients of OpenAI, infinity, Jina, vLLM and Immich."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .classify import DeviceOption, DtypeOption, OfflineOption
 from .program import Dtype
+
+if TYPE_CHECKING:
+    from ..search.image_index import ImageIndex
+    from ..serve.served_model import ServedModel
+
+
+def open_index(place: str, served: "ServedModel") -> "ImageIndex":
+    """Open an index of the served model, by a hash of its weights."""
+    from ..search.image_index import ImageIndex
+
+    return ImageIndex.open(place, model=served.model, processor=served.processor, make=False)
 
 
 def serve(
@@ -72,6 +83,7 @@ def serve(
         hf-clip serve clip-vit-b32/ --index photos-index --host 0.0.0.0 --api-key SECRET
     """
     import os
+    from functools import partial
 
     from ..extras import require
     from ..taken_port import address_of, is_loopback, take_port
@@ -87,8 +99,11 @@ def serve(
         from ..registration import register
 
         register()
+        from ..search.indexed_image import register_formats
         from ..serve.serve_options import MIB, ServeOptions
+        from ..serve.served_model import load_served
         from ..serve.server_process import keep_loaded, serve_forever
+        from ..serve.web_app import build_app
         from ..zero_shot.pipeline import check_device
 
         check_device(device)
@@ -106,25 +121,11 @@ def serve(
             held_bytes=max(ServeOptions.held_bytes, 4 * max_mib * MIB),
             image_batch=batch_size,
         )
-        from ..search.indexed_image import register_formats
-        from ..serve.served_model import load_served
-        from ..serve.thread_teams import in_own_thread
-        from ..serve.web_app import build_app
-
         register_formats()
-
-        def load() -> tuple[Any, Any]:
-            served = load_served(model, name or (), device=device, dtype=dtype.value, offline=offline)
-            found = None
-            if index is not None:
-                from ..search.image_index import ImageIndex
-
-                found = ImageIndex.open(index, model=served.model, processor=served.processor, make=False)
-            if not no_optimize:
-                served.model.optimize_for_inference()
-            return served, found
-
-        served, found = in_own_thread(load)
+        served = load_served(model, name or (), device=device, dtype=dtype.value, offline=offline)
+        found = None if index is None else served.computing.run(partial(open_index, index, served))
+        if not no_optimize:
+            served.computing.run(served.model.optimize_for_inference)
         app = build_app(served, options, found)
         keep_loaded()
         searched = "" if found is None else f", and searches {len(found):,} images"

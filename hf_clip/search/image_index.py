@@ -16,12 +16,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..inference.computing_thread import ComputingThread
 from ..zero_shot.features import encode_texts
 from .approximate_scan import (
     QUERIES,
@@ -113,6 +115,9 @@ class ImageIndex(UpdatableIndex):
         for result in index.search("a dog on a beach"):
             print(result.score, result.path)
     """
+
+    computing: ComputingThread | None = None
+    """The thread that compares queries with all images. None: the one that searches."""
 
     _matrix: EmbeddingMatrix | None = None
     _quantized: str | None = None
@@ -254,12 +259,12 @@ class ImageIndex(UpdatableIndex):
         matrix = self.matrix() if scan is None else candidates(self.tables, scan, direction, wanted, where)
         if len(matrix) == 0:
             return SearchResults()
-        scores = matrix.similarities(direction[None])[0]
+        scores = self._scores(matrix, direction)
         if scan is None or cutoff != AUTO:
             least = self._least_score(cutoff, matrix, scores, parts, vectors, templates)
         else:
             whole = EstimatedScores(self.tables, scan)
-            least = self._least_score(cutoff, whole, whole.similarities(direction[None])[0], parts, vectors, templates)
+            least = self._least_score(cutoff, whole, self._scores(whole, direction), parts, vectors, templates)
         if where is not None and scan is None:
             allowed = self.tables.rows(["id"], where)["id"].to_pylist()
             mask = torch.ones(len(matrix), dtype=torch.bool)
@@ -270,6 +275,11 @@ class ImageIndex(UpdatableIndex):
         places = found.indices[(found.values > -torch.inf) & (found.values >= least)]
         results = self._results(matrix, places, scores, folded)[:top]
         return SearchResults(results, least, best if best > -math.inf else None)
+
+    def _scores(self, matrix: EmbeddingMatrix | EstimatedScores, direction: Tensor) -> Tensor:
+        """Similarities of a direction (D,) with all images, (I,)."""
+        compare = partial(matrix.similarities, direction[None])
+        return (compare() if self.computing is None else self.computing.run(compare))[0]
 
     def _least_score(
         self,

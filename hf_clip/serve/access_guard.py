@@ -128,6 +128,7 @@ class AccessGuard:
 
         try:
             answer: Any = None
+            cancelled: asyncio.CancelledError | None = None
             try:
                 self._check_name(scope)
                 self._check_key(scope, path)
@@ -137,13 +138,15 @@ class AccessGuard:
                 answer = error_answer(error, path)
             except ClientGoneError:
                 answer = Response(status_code=CLIENT_GONE)
-            except asyncio.CancelledError:  # by the process, whose time to end is over
-                answer = error_answer(_ending(), path)
+            except asyncio.CancelledError as error:  # by the process, whose time to end is over
+                answer, cancelled = error_answer(_ending(), path), error
             except Exception as error:
                 logger.error("%s at %s", type(error).__name__, place_of(error))
                 answer = error_answer(RequestError(500, "The server failed at this request.", "internal_error"), path)
             if answer is not None and not status:
                 await answer(scope, receive, counted)
+            if cancelled is not None:
+                raise cancelled
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.on_request(route, status, time.perf_counter() - start)

@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from ..inference.computing_thread import ComputingThread
+
 TEXTS, IMAGES = "text", "image"
 RANK = attrgetter("rank")
 
@@ -143,7 +145,7 @@ class Batcher:
         most_images: Images that may wait.
         most_padding: Positions of padding in a batch of texts, at most. None: the model computes no padding.
         on_batch: Called after each batch with "text" or "image", its size and its seconds.
-        on_start: Called once in the thread, before the first batch.
+        computing: The thread. None: one of its own.
     """
 
     def __init__(
@@ -158,9 +160,9 @@ class Batcher:
         most_images: int = 256,
         most_padding: int | None = MOST_PADDING,
         on_batch: Callable[[str, int, float], None] = lambda kind, size, seconds: None,
-        on_start: Callable[[], None] = lambda: None,
+        computing: ComputingThread | None = None,
     ):
-        self.width, self._on_start = width, on_start
+        self.width, self._computing = width, computing or ComputingThread()
         self._encode = {TEXTS: encode_texts, IMAGES: encode_images}
         self._batch = {TEXTS: text_batch, IMAGES: image_batch}
         self._most = {TEXTS: most_texts, IMAGES: most_images}
@@ -171,23 +173,14 @@ class Batcher:
         self._last = IMAGES  # the kind of the last batch
         self._pace = {TEXTS: 0.01, IMAGES: 0.05}  # seconds per item, of late
         self._tickets = 0
-        self._ready = threading.Condition()
-        self._is_closed = False
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread = threading.Thread(target=self._run, name="hf_clip batches", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._has_turn = False  # to come
 
     def close(self) -> None:
-        """Compute what waits, and end the thread."""
-        with self._ready:
-            self._is_closed = True
-            self._ready.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Compute what waits."""
+        self._computing.run(self._compute_next)  # has its turn once the batch at work is done
+        while any(self._queues.values()):
+            self._computing.run(self._compute_next)
 
     def waiting(self, kind: str) -> int:
         """How many texts or images are admitted and not done."""
@@ -206,7 +199,7 @@ class Batcher:
         Raises:
             QueueFullError: There is no room for them.
         """
-        with self._ready:
+        with self._lock:
             admitted, most = self._admitted[kind], self._most[kind]
             is_small = count <= self._batch[kind] or not admitted  # alone, a large one keeps nobody out
             if admitted + count > (most if is_small else most * 3 // 4):
@@ -218,7 +211,7 @@ class Batcher:
         return job
 
     def _leave(self, job: Job) -> None:
-        with self._ready:
+        with self._lock:
             self._admitted[job.kind] -= job.count
 
     def put(self, job: Job, first: int, values: Sequence[Any]) -> None:
@@ -231,11 +224,11 @@ class Batcher:
         """
         if job.is_dropped:
             return
-        with self._ready:
+        with self._lock:
             for place, value in enumerate(values, start=first):
                 self._queues[job.kind].append(Waiting(job, place, value, self._tickets))
                 self._tickets += 1
-            self._ready.notify()
+            self._ask_for_turn()
 
     def drop(self, job: Job, error: BaseException | None = None) -> None:
         """Compute no more of a job: nobody waits for it, or one of its images cannot be opened.
@@ -244,23 +237,28 @@ class Batcher:
             job: What `open` returned.
             error: What `done` of the job raises. None: DroppedError.
         """
-        with self._ready:
+        with self._lock:
             if job.is_dropped or job.done.done():
                 return
             job.is_dropped = True
             self._queues[job.kind] = [item for item in self._queues[job.kind] if item.job is not job]
         job.done.set_exception(error or DroppedError("nobody waits for it"))
 
-    def _run(self) -> None:
-        self._on_start()
-        while True:
-            with self._ready:
-                while not any(self._queues.values()):
-                    if self._is_closed:
-                        return
-                    self._ready.wait()
-                kind, batch = self._take()
-            self._compute(kind, batch)
+    def _ask_for_turn(self) -> None:
+        """Ask for one turn of the thread, however much waits: other work of it has its turn between two batches."""
+        if not self._has_turn and any(self._queues.values()):
+            self._has_turn = True
+            self._computing.submit(self._compute_next)
+
+    def _compute_next(self) -> None:
+        """Compute a batch, if anything still waits."""
+        with self._lock:
+            self._has_turn = False
+            if not any(self._queues.values()):
+                return
+            kind, batch = self._take()
+            self._ask_for_turn()
+        self._compute(kind, batch)
 
     def _take(self) -> tuple[str, list[Waiting]]:
         """Take the next batch: of the other kind than the last one, if something of it waits."""
@@ -296,7 +294,7 @@ class Batcher:
                 self._finish(job)
 
     def _finish(self, job: Job) -> None:
-        with self._ready:
+        with self._lock:
             if job.is_dropped:
                 return
             job.is_dropped = True  # from here on `drop` has nothing to do

@@ -3,9 +3,11 @@
 Dimensions: K labels, U background labels, D embedding.
 """
 
+import asyncio
 from collections import OrderedDict
+from collections.abc import Awaitable
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, Field
@@ -18,6 +20,9 @@ from ..zero_shot.template_sets import TEMPLATE_SETS
 from .encoder import Encoder, ImageItem, Item, TextItem
 from .json_values import Several
 from .request_error import RequestError
+
+First = TypeVar("First")
+Second = TypeVar("Second")
 
 MOST_KEPT = 32
 """How many classifiers are kept, those used last."""
@@ -148,14 +153,28 @@ class Classifiers:
             )
 
 
+async def both(first: Awaitable[First], second: Awaitable[Second]) -> tuple[First, Second]:
+    """Await both of two. If one of them fails, its error is raised at once, and the other one is cancelled."""
+    one, other = asyncio.ensure_future(first), asyncio.ensure_future(second)
+    try:
+        done, _ = await asyncio.wait({one, other}, return_when=asyncio.FIRST_EXCEPTION)
+        for task in (one, other):
+            if task in done:
+                task.result()
+        return one.result(), other.result()
+    finally:
+        one.cancel()
+        other.cancel()
+        await asyncio.gather(one, other, return_exceptions=True)
+
+
 async def classify(request: ClassifyRequest, encoder: Encoder, classifiers: Classifiers) -> dict[str, Any]:
     """Classify the images of a request. Returns the body of the answer.
 
     Raises:
         RequestError: An image, the labels or the templates cannot be used.
     """
-    matrix = await classifiers.of(request)
-    encoded = await encoder.encode(images_of(request))
+    matrix, encoded = await both(classifiers.of(request), encoder.encode(images_of(request)))
     ranked = matrix.rank(torch.from_numpy(encoded.features), request.top_k)
     least = request.threshold
     data = [

@@ -9,11 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..inference.needed_positions import skips_padding
 from ..model.open_image import UnreadableImageError
@@ -134,7 +132,7 @@ class Encoder:
             most_images=options.most_waiting_images,
             most_padding=None if skips_padding(served.model) else MOST_PADDING,
             on_batch=on_batch,
-            on_start=partial(torch.set_num_threads, torch.get_num_threads()),  # the event loop has another number
+            computing=served.computing,
         )
         self._threads = options.threads or min(os.cpu_count() or 1, MOST_THREADS)
         self._fetching = asyncio.Semaphore(MOST_FETCHED)
@@ -154,10 +152,9 @@ class Encoder:
         if self._pool is not None:
             return
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="hf_clip images")
-        self.batcher.start()
 
     def close(self) -> None:
-        """Finish what was begun, and end the threads."""
+        """Finish what was begun, and end the threads that open images."""
         self.pool.shutdown(wait=True)
         self.batcher.close()
 
@@ -188,8 +185,7 @@ class Encoder:
                 self.batcher.put(jobs[TEXTS], 0, rows)
             turns = asyncio.Semaphore(MOST_OF_ONE)
             opening = [
-                asyncio.ensure_future(self._put_image(jobs[IMAGES], place, item, turns))
-                for place, item in enumerate(images)
+                asyncio.ensure_future(self._put_image(jobs, place, item, turns)) for place, item in enumerate(images)
             ]
             features = np.empty((len(items), self.served.width), dtype=np.float32)
             for kind, job in jobs.items():
@@ -257,17 +253,23 @@ class Encoder:
             if not isinstance(item, ImageItem)
         ]
 
-    async def _put_image(self, job: Job, place: int, item: ImageItem, turns: asyncio.Semaphore) -> tuple[int, int]:
-        """Open an image, and let its pixels wait for their batch. Returns its width and height."""
+    async def _put_image(
+        self, jobs: dict[str, Job], place: int, item: ImageItem, turns: asyncio.Semaphore
+    ) -> tuple[int, int]:
+        """Open an image, and let its pixels wait for their batch. Returns its width and height.
+
+        If it cannot be opened, all jobs of its request are dropped: nothing more is computed before that is told.
+        """
+        job, source = jobs[IMAGES], item.source
         try:
-            source = item.source
             async with turns:
                 if self.fetcher is not None and isinstance(source, str) and is_url(source):
                     async with self._fetching:
                         return await self._opened(job, place, await self.fetcher.fetch(source, item.name), item.name)
                 return await self._opened(job, place, source, item.name)
         except Exception as error:
-            self.batcher.drop(job, error)
+            for each in jobs.values():
+                self.batcher.drop(each, error)
             raise DroppedError from error
 
     async def _opened(self, job: Job, place: int, source: str | bytes, name: str) -> tuple[int, int]:

@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..search.current_index import CurrentIndex
 from ..search.exact_scan import sample_places
 from ..search.image_index import SAMPLE, ImageIndex, SearchResult
-from ..search.index_model import check_model
-from ..search.index_table import MARK, IndexTables, SearchIndexError, is_address
+from ..search.index_table import SearchIndexError
 from ..search.query import MINUS_WEIGHT, TEMPLATES, QueryError, combine_parts, is_short_noun
 from ..search.row_filter import FilterError
 from .encoder import Encoder, ImageItem, Item, TextItem
@@ -134,15 +134,6 @@ def _prompts_of(text: str, with_templates: bool) -> list[str]:
     )
 
 
-def _made_at(index: ImageIndex) -> tuple[int, int] | None:
-    """What tells an index from another one that is made later in the same folder. None: it is gone, or elsewhere."""
-    try:
-        found = os.stat(os.path.join(index.tables.place, MARK))
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
 class IndexSearch:
     """Searches an index for requests, one after the other.
 
@@ -152,11 +143,13 @@ class IndexSearch:
     """
 
     def __init__(self, index: ImageIndex, encoder: Encoder):
-        self._index, self._encoder = index, encoder
-        self._made_at = _made_at(index)
+        self._current, self._encoder = CurrentIndex(index, encoder.served.computing), encoder
         # One after the other, since the index reads itself anew where it has changed. A search whose client is gone
-        # may still run when the next one comes, so that a lock in the event loop is not enough.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hf_clip search")
+        # may still run when the next one comes, so that a lock in the event loop is not enough. It waits for storage;
+        # what takes all cores has its turn in the thread that encodes.
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="hf_clip search", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def close(self) -> None:
         """End the thread."""
@@ -208,33 +201,28 @@ class IndexSearch:
         self, vectors: list[Tensor], ids: list[int], weights: list[float], condition: str | None, request: SearchRequest
     ) -> list[SearchResult]:
         try:
-            self._reopen_if_made_anew()
-            return self._found(vectors, ids, weights, condition, request)
+            return self._found(self._current.get(), vectors, ids, weights, condition, request)
         except FilterError as error:
             raise RequestError(400, "filter cannot be used with this index.", param="filter") from error
         except SearchIndexError as error:
             # The words of LanceDB may hold a client's filter. These are of the index alone.
-            logger.error("The index %s cannot be read, or is of another model.", self._index.tables.place)
+            logger.error("The index %s cannot be read, or is of another model.", self._current.place)
             raise RequestError(
                 503,
                 "The index cannot be read: whoever runs this server has to look after it.",
                 "index_unavailable",
             ) from error
 
-    def _reopen_if_made_anew(self) -> None:
-        """Open the index again where somebody has removed it and made another one in its place."""
-        place = self._index.tables.place
-        if is_address(place) or _made_at(self._index) == self._made_at:
-            return
-        tables = IndexTables.open(place)
-        check_model(tables, self._index.tables.description)
-        self._index = ImageIndex(tables, self._index.model, self._index.processor)
-        self._made_at = _made_at(self._index)
-
     def _found(
-        self, vectors: list[Tensor], ids: list[int], weights: list[float], condition: str | None, request: SearchRequest
+        self,
+        index: ImageIndex,
+        vectors: list[Tensor],
+        ids: list[int],
+        weights: list[float],
+        condition: str | None,
+        request: SearchRequest,
     ) -> list[SearchResult]:
-        matrix = self._index.matrix()
+        matrix = index.matrix()
         try:
             of_ids = normalize(matrix.of(ids), dim=-1) if ids else torch.empty(0, self._encoder.served.width)
         except KeyError:
@@ -244,7 +232,7 @@ class IndexSearch:
             direction = combine_parts(torch.stack([*vectors, *of_ids]), weights, sample)
         except QueryError as error:
             raise RequestError(400, str(error), param="query") from None
-        return self._index.search(direction, top=request.top, where=condition, folded=not request.all_copies)
+        return index.search(direction, top=request.top, where=condition, folded=not request.all_copies)
 
 
 def _shown(result: SearchResult, with_thumbnail: bool) -> dict[str, Any]:

@@ -23,7 +23,8 @@ class ServeOptions:
             images are decoded, they may take eight bytes for each of these pixels, all of them together.
         most_waiting_texts: Texts of all requests that may wait. A request that would make more is refused.
         most_waiting_images: Images of all requests that may wait.
-        held_bytes: Bytes of all requests' bodies together.
+        held_bytes: Bytes of all requests' bodies together. The last quarter is kept for small ones, so that these are
+            at least four thirds of `most_bytes`.
         body_seconds: How long a client may take to send a request.
         url_seconds: How long an address may take to send an image, redirects included.
         url_bytes: Largest image that is fetched.
@@ -52,7 +53,13 @@ class ServeOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a key that no client could send."""
+        """Refuse a key that no client could send, and memory in which the largest request would never have room."""
+        least = -(-4 * self.most_bytes // 3)
+        if self.held_bytes < least:
+            raise ValueError(
+                f"held_bytes is {self.held_bytes:,}, in three quarters of which a request of most_bytes, "
+                f"{self.most_bytes:,}, would never have room: at least {least:,} are needed."
+            )
         key = self.api_key
         if key is not None and (not key.strip() or key != key.strip()):
             raise ValueError(

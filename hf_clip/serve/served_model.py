@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..inference.computing_thread import ComputingThread
 from ..model.repair_text import TextError
 from ..model.variants import VARIANTS
 from ..search.index_table import printable
@@ -53,14 +54,16 @@ class ServedModel:
         model: HfClipModel in evaluation mode, optimized or not.
         processor: Its HfClipProcessor.
         names: What clients may call it; answers carry the first.
+        computing: The thread that computes with it. None: one of its own.
 
     Attributes:
         name: The first of its names.
         width: D.
     """
 
-    def __init__(self, model: Any, processor: Any, names: Sequence[str]):
+    def __init__(self, model: Any, processor: Any, names: Sequence[str], computing: ComputingThread | None = None):
         self.model, self.processor = model, processor
+        self.computing = computing or ComputingThread()
         self.name, self.names = names[0], list(dict.fromkeys(names))
         self.width: int = model.config.projection_dim
         self._tokenizer, self._image_processor = tokenizer_of(processor), image_processor_of(processor)
@@ -164,7 +167,7 @@ def load_served(
     dtype: str = "float32",
     offline: bool = False,
 ) -> ServedModel:
-    """Load a model to be served, see `load_model`.
+    """Load a model to be served, see `load_model`, in the thread that computes with it later.
 
     Args:
         source: A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's names.
@@ -184,12 +187,17 @@ def load_served(
     from ..checkpoints.in_memory import copy_to_memory, load_model
     from ..zero_shot.pipeline import default_device
 
-    model, processor = load_model(source, dtype=dtype, offline=offline)
+    def load() -> tuple[Any, Any]:
+        model, processor = load_model(source, dtype=dtype, offline=offline)
+        model = model.to(device or default_device())
+        copy_to_memory(model)
+        return model, processor
+
+    computing = ComputingThread()
+    model, processor = computing.run(load)
     own = public_name(source)
     slugs = [VARIANTS[own].slug] if own in VARIANTS else []
-    model = model.to(device or default_device())
-    copy_to_memory(model)
-    return ServedModel(model, processor, [*names] or [own, *slugs])
+    return ServedModel(model, processor, [*names] or [own, *slugs], computing)
 
 
 __all__ = ["UNNAMED", "ServedModel", "check_names", "load_served", "public_name"]

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import h11
@@ -20,9 +21,9 @@ import uvicorn
 from pydantic_core import to_json
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ..inference.computing_thread import without_a_team
 from .access_guard import error_answer, plain_path
 from .request_error import RequestError
-from .thread_teams import without_a_team
 
 HEAD_SECONDS = 10.0
 """How long a client may take for the head of a request. uvicorn itself waits for ever."""
@@ -170,6 +171,19 @@ def keep_loaded() -> None:
     gc.freeze()
 
 
+def quiet_when_cancelled(app: Any) -> Any:
+    """An app that ends without an error if the process cancels its requests, which have told their clients so.
+
+    uvicorn would log a traceback of each. Nothing else is around this app that waits for the cancellation.
+    """
+
+    async def run(scope: Any, receive: Any, send: Any) -> None:
+        with suppress(asyncio.CancelledError):
+            await app(scope, receive, send)
+
+    return run
+
+
 def serve_forever(app: Any, taken: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -181,7 +195,7 @@ def serve_forever(app: Any, taken: socket.socket) -> None:
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs letters of broken forms
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     config = uvicorn.Config(
-        app,
+        quiet_when_cancelled(app),
         http=PatientProtocol,
         ws="none",
         access_log=False,  # its lines hold what clients put into addresses

@@ -236,6 +236,46 @@ class Server:
             await asyncio.get_running_loop().run_in_executor(None, self._close)
 
 
+async def refused(request: Request, error: Exception) -> JSONResponse:
+    """The answer for a path or a method that there is not."""
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    said = {404: "There is no such path", 405: f"This path takes the method {headers.get('Allow', '')}"}
+    message = f"{said.get(error.status_code, error.detail)}; see /docs."
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    return error_answer(RequestError(error.status_code, message, code, headers=headers), plain_path(request.scope))
+
+
+def add_routes(app: FastAPI, server: Server) -> None:
+    """Add what the server answers, with the bodies that it reads."""
+    posts: list[tuple[str, Any, type[BaseModel] | None]] = [
+        ("/v1/embeddings", server.embeddings, EmbeddingRequest),
+        ("/embeddings", server.embeddings, EmbeddingRequest),
+        ("/v1/classify", server.classify, ClassifyRequest),
+    ]
+    if server.search is not None:
+        from .search_request import SearchRequest
+
+        posts.append(("/v1/search", server.find, SearchRequest))
+    else:  # it says so, and stands in no list
+        app.add_api_route("/v1/search", server.find, methods=["POST"], include_in_schema=False)
+    for path, endpoint, body in [*posts, ("/predict", server.predict, None)]:
+        app.add_api_route(path, endpoint, methods=["POST"], openapi_extra=described(body))
+    for path, endpoint in (
+        ("/v1/models", server.models),
+        ("/models", server.models),
+        ("/v1/models/{name:path}", server.one_model),
+        ("/models/{name:path}", server.one_model),
+        ("/metrics", server.figures),
+        ("/health", server.health),
+        ("/ping", server.ping),
+        ("/", server.root),
+    ):
+        app.add_api_route(path, endpoint, methods=["GET"])
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/docs", server.docs, methods=["GET", "HEAD"], include_in_schema=False)
+
+
 def build_app(
     served: ServedModel,
     options: ServeOptions | None = None,
@@ -267,48 +307,13 @@ def build_app(
         redirect_slashes=False,
     )
     app.state.server = server
-    posts: list[tuple[str, Any, type[BaseModel] | None]] = [
-        ("/v1/embeddings", server.embeddings, EmbeddingRequest),
-        ("/embeddings", server.embeddings, EmbeddingRequest),
-        ("/v1/classify", server.classify, ClassifyRequest),
-    ]
-    if index is not None:
-        from .search_request import SearchRequest
-
-        posts.append(("/v1/search", server.find, SearchRequest))
-    else:  # it says so, and stands in no list
-        app.add_api_route("/v1/search", server.find, methods=["POST"], include_in_schema=False)
-    for path, endpoint, body in [*posts, ("/predict", server.predict, None)]:
-        app.add_api_route(path, endpoint, methods=["POST"], openapi_extra=described(body))
-    for path, endpoint in (
-        ("/v1/models", server.models),
-        ("/models", server.models),
-        ("/v1/models/{name:path}", server.one_model),
-        ("/models/{name:path}", server.one_model),
-        ("/metrics", server.figures),
-        ("/health", server.health),
-        ("/ping", server.ping),
-        ("/", server.root),
-    ):
-        app.add_api_route(path, endpoint, methods=["GET"])
-        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
-    app.add_api_route("/docs", server.docs, methods=["GET", "HEAD"], include_in_schema=False)
-
-    async def refused(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        headers = dict(error.headers or {})
-        said = {404: "There is no such path", 405: f"This path takes the method {headers.get('Allow', '')}"}
-        message = f"{said.get(error.status_code, error.detail)}; see /docs."
-        code = "method_not_allowed" if error.status_code == 405 else "not_found"
-        return error_answer(RequestError(error.status_code, message, code, headers=headers), plain_path(request.scope))
-
+    add_routes(app, server)
     app.add_exception_handler(HTTPException, refused)
-    options = server.options
     app.add_middleware(
         AccessGuard,
-        api_key=options.api_key,
+        api_key=server.options.api_key,
         metrics=server.metrics,
-        only_local_names=options.only_local_names,
+        only_local_names=server.options.only_local_names,
     )
     return app
 

@@ -60,3 +60,6 @@ def test_what_cannot_be_used(page: PageModel, page_files: Path):
     with pytest.raises(PageError, match="^There are 7 texts, and the page shows 6 maps: give fewer.$"):
         look_inside(page, str(page_files / "photos" / "photo-0.png"), "\n".join(map(str, range(MOST_TEXTS + 1))))
     assert split_texts("a\n\na\nb") == ["a", "b"]
+    image = str(page_files / "photos" / "photo-0.png")
+    with pytest.raises(PageError, match="^The text 'a a .*' has 1,002 tokens, start and end included, but the model "):
+        look_inside(page, image, "a " * 1000)

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from hf_clip.app.page_layout import NO_IMAGES_YET
+from hf_clip.app.page_layout import NO_IMAGES_YET, build_page
+from hf_clip.app.page_model import PageModel
 
 from ..search.conftest import make_image
 from .conftest import LABELS
@@ -70,6 +71,21 @@ def test_file_of_the_machine_is_no_upload(address: str, page_files: Path, name: 
     file = {"path": str(page_files / "photos" / name), "meta": {"_type": "gradio.FileData"}}
     answer = httpx.post(f"{address}gradio_api/call/classify", json={"data": [[file], LABELS[0], "{}", "", True, 0.0]})
     ended = httpx.get(f"{address}gradio_api/call/classify/{answer.json()['event_id']}").text
+    assert "event: error" in ended
+    assert "card" not in ended
+
+
+def test_page_that_is_mounted_by_a_program_takes_no_file_of_the_machine(page: PageModel, page_files: Path):
+    from fastapi import FastAPI
+    from gradio import mount_gradio_app
+    from starlette.testclient import TestClient
+
+    app = mount_gradio_app(FastAPI(), build_page(page), path="/clip", ssr_mode=False)
+    file: Any = {"path": str(page_files / "photos" / "photo-0.png"), "meta": {"_type": "gradio.FileData"}}
+    with TestClient(app) as client:
+        asked = {"data": [[file], LABELS[0], "{}", "", True, 0.0]}
+        answer = client.post("/clip/gradio_api/call/classify", json=asked)
+        ended = client.get(f"/clip/gradio_api/call/classify/{answer.json()['event_id']}").text
     assert "event: error" in ended
     assert "card" not in ended
 
@@ -244,6 +260,86 @@ def test_problem_is_shown_as_a_line(tab: Any):
     tab.get_by_label("What to look for").fill("\n".join(map(str, range(7))))
     tab.get_by_role("button", name="Look", exact=True).click()
     tab.get_by_role("alert").get_by_text("There are 7 texts, and the page shows 6 maps: give fewer.").wait_for()
+
+
+@pytest.fixture
+def visit(browser: Any, address: str) -> Iterator[Any]:
+    """Opens the page for one more visitor."""
+    contexts = []
+
+    def new_visitor() -> Any:
+        contexts.append(browser.new_context(viewport={"width": 1280, "height": 860}))
+        contexts[-1].set_default_timeout(15_000)
+        opened = contexts[-1].new_page()
+        opened.goto(address)
+        opened.get_by_text(NO_IMAGES_YET).wait_for()
+        return opened
+
+    yield new_visitor
+    for context in contexts:
+        context.close()
+
+
+def search_for(tab: Any, text: str) -> None:
+    choose_tab(tab, "Search")
+    tab.get_by_label("Text", exact=True).fill(text)
+    tab.get_by_role("button", name="Search").click()
+
+
+def test_visitors_at_the_same_time_have_results_of_their_own(visit: Any):
+    asked = {"a red one": visit(), "a blue two": visit()}
+    for text, visitor in asked.items():
+        search_for(visitor, text)
+    names = {}
+    for text, visitor in asked.items():
+        visitor.get_by_text(f"6 images for {text}").wait_for()
+        hit = visitor.locator("#results button[data-place='1']")
+        names[text] = hit.locator(".name").inner_text()
+        hit.click()
+    for text, visitor in asked.items():
+        visitor.locator("#details .chosen").wait_for()
+        assert names[text] in visitor.locator("#details").inner_text()
+        visitor.get_by_role("button", name="More like this").click()
+        visitor.get_by_text(f"6 images for more like {names[text]}").wait_for()
+
+
+def test_names_of_files_are_no_tags_and_damaged_ones_are_told(visit: Any, upload: Path, tmp_path: Path):
+    visitor = visit()
+    evil = shutil.copy(upload, tmp_path / "<img src=x onerror=window.evil=1>.png")
+    (tmp_path / "no image.png").write_text("no image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    files = [evil, tmp_path / "no image.png", tmp_path / "empty.png"]
+    visitor.set_input_files("#classify-images input[type=file]", files)
+    visitor.locator("#classify-images a[download='empty.png']").wait_for()
+    visitor.get_by_label("Labels").fill(LABELS[0])
+    visitor.get_by_role("button", name="Classify").click()
+    visitor.locator("#labelled .card").nth(2).wait_for()
+    assert "onerror" in visitor.locator("#labelled h3").first.inner_text()
+    assert visitor.locator("#labelled h3").all_inner_texts()[1:] == ["no image.png", "empty.png"]
+    assert visitor.locator("#labelled .problem").all_inner_texts() == [
+        "no image.png cannot be opened: it is damaged, or no image. Choose another.",
+        "empty.png cannot be opened: it is damaged, or no image. Choose another.",
+    ]
+    assert visitor.evaluate("window.evil") is None
+
+
+def test_index_that_goes_and_comes_back_while_the_page_is_open(visit: Any, page_files: Path):
+    visitor = visit()
+    search_for(visitor, "a red one")
+    visitor.get_by_text("6 images for a red one").wait_for()
+    index = page_files / "index"
+    index.rename(page_files / "elsewhere")
+    try:
+        visitor.get_by_role("button", name="Search").click()
+        visitor.get_by_role("alert").get_by_text(f"There is no index at {index}").wait_for()
+        visitor.reload()
+        visitor.get_by_role("heading", name="vit", exact=True).wait_for()
+    finally:
+        (page_files / "elsewhere").rename(index)
+    visitor.reload()
+    visitor.get_by_role("heading", name="vit · 7 images").wait_for()
+    search_for(visitor, "a red one")
+    visitor.get_by_text("6 images for a red one").wait_for()
 
 
 def test_phone_scrolls_one_way_alone(tab: Any):

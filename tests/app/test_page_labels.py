@@ -24,6 +24,7 @@ from .conftest import LABELS
         ("a cat, a dog,", ["a cat", "a dog"]),
         ("a cat, black\na dog", ["a cat, black", "a dog"]),
         ("a cat\na cat\na dog", ["a cat", "a dog"]),
+        ("\ufeffa cat\n\u200b\na dog", ["a cat", "a dog"]),
     ],
 )
 def test_labels_stand_on_lines_or_between_commas(text: str, labels: list[str]):
@@ -92,6 +93,9 @@ def test_images_that_cannot_be_used(page: PageModel, tmp_path: Path, monkeypatch
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
     with pytest.raises(PageError, match="^cut.png cannot be opened"):
         open_upload(str(tmp_path / "cut.png"))
+    Image.new("1", (15_000, 12_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(PageError, match="^bomb.png has more than the 64 million pixels that the page takes: scale it "):
+        open_upload(str(tmp_path / "bomb.png"))
     monkeypatch.setattr(page_labels, "MOST_PIXELS", 1_000_000)
     Image.new("1", (2000, 1000)).save(tmp_path / "large.png")
     with pytest.raises(PageError, match="^large.png has 2 million pixels, and the page takes 1: scale it down.$"):

@@ -1,5 +1,6 @@
 """Queries of a page: texts, uploads, more of the same; and files of the machine, which it never opens."""
 
+import shutil
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -9,8 +10,12 @@ from PIL import Image
 
 from hf_clip.app import page_queries
 from hf_clip.app.page_model import PageError, PageModel
-from hf_clip.app.page_queries import find_images, find_like, large_copy, name_of, query_parts, text_parts
+from hf_clip.app.page_queries import Found, find_images, find_like, large_copy, name_of, query_parts, text_parts
+from hf_clip.search.image_index import ImageIndex
+from hf_clip.search.index_table import SearchIndexError
 from hf_clip.search.query import QueryPart
+
+from ..search.conftest import make_image
 
 
 def test_text_that_reads_as_a_path_is_a_text(page_files: Path):
@@ -96,3 +101,56 @@ def test_large_copy_is_of_the_file_or_the_thumbnail(page: PageModel, monkeypatch
     assert large_copy(replace(result, path=str(tmp_path / "now-text.png"))) == result.thumbnail
     monkeypatch.setattr(page_queries, "MOST_PIXELS", 100)
     assert large_copy(result) == result.thumbnail
+
+
+@pytest.fixture
+def own_page(page: PageModel, tmp_path: Path) -> PageModel:
+    """A page with an index of its own, of no images yet."""
+    return PageModel(page.model, page.processor, "small", index_in(tmp_path / "index", page))
+
+
+def index_in(folder: Path, page: PageModel, *seeds: int) -> ImageIndex:
+    """An index, as another process makes or updates it."""
+    photos = folder.with_name(f"photos-{'-'.join(map(str, seeds))}")
+    photos.mkdir()
+    for seed in seeds:
+        make_image(seed).save(photos / f"photo-{seed}.png")
+    found = ImageIndex.open(folder, model=page.model, processor=page.processor)
+    if seeds:
+        found.add(photos)
+    return found
+
+
+def names_of(found: Found) -> list[str]:
+    return sorted(name_of(result) for result in found.results)
+
+
+def test_what_is_added_to_the_index_is_found(own_page: PageModel, tmp_path: Path):
+    with pytest.raises(PageError, match="has no images yet"):
+        find_images(own_page, *query_parts("a"))
+    index_in(tmp_path / "index", own_page, 1)
+    assert names_of(find_images(own_page, *query_parts("a"))) == ["photo-1.png"]
+    index_in(tmp_path / "index", own_page, 2, 3)
+    assert names_of(find_images(own_page, *query_parts("a"))) == ["photo-1.png", "photo-2.png", "photo-3.png"]
+
+
+def test_index_that_goes_and_is_made_anew(own_page: PageModel, tmp_path: Path):
+    index_in(tmp_path / "index", own_page, 1)
+    known = find_images(own_page, *query_parts("a")).results[0]
+    shutil.rmtree(tmp_path / "index")
+    with pytest.raises(SearchIndexError, match=f"^There is no index at {tmp_path / 'index'}: "):
+        find_images(own_page, *query_parts("a"))
+    index_in(tmp_path / "index", own_page, 2)
+    found = find_images(own_page, *query_parts("a"))
+    assert names_of(found) == ["photo-2.png"]
+    assert found.results[0].id == known.id
+    with pytest.raises(PageError, match="^The index has changed since this search, and the image is no longer there: "):
+        find_like(own_page, known)
+    assert names_of(find_like(own_page, found.results[0])) == ["photo-2.png"]
+
+
+def test_index_that_another_model_makes_in_its_place(own_page: PageModel, digits: Path, tmp_path: Path):
+    shutil.rmtree(tmp_path / "index")
+    ImageIndex.open(tmp_path / "index", model=digits / "resnet")
+    with pytest.raises(SearchIndexError, match="was made of another model"):
+        find_images(own_page, *query_parts("a"))

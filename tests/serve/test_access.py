@@ -1,5 +1,6 @@
 """Who may ask, how much, and what nobody is told: keys, limits, errors, figures."""
 
+import asyncio
 import json
 import logging
 import struct
@@ -12,9 +13,12 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from hf_clip.serve.access_guard import AccessGuard
 from hf_clip.serve.request_body import BodyMemory
 from hf_clip.serve.request_error import RequestError
 from hf_clip.serve.serve_options import MIB, ServeOptions
+from hf_clip.serve.server_metrics import ServerMetrics
+from hf_clip.serve.server_process import quiet_when_cancelled
 from hf_clip.serve.web_app import build_app
 
 from .conftest import as_file, as_uri
@@ -77,10 +81,26 @@ def test_request_that_is_too_large(client_with):
 
 
 def test_bodies_of_all_requests_are_limited_together(client_with):
-    client = client_with(held_bytes=1000)
+    client = client_with(held_bytes=2000, most_bytes=1500)
+    memory = client.app.state.server.memory
+    memory.take(1000, 1000)
     answer = client.post("/v1/embeddings", json={"input": "x" * 1000})
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-    assert client.app.state.server.memory.held == 0
+    assert memory.held == 1000
+    memory.give(1000)
+    assert client.post("/v1/embeddings", json={"input": ["three"] * 120}).status_code == 200
+    assert memory.held == 0
+
+
+def test_memory_in_which_the_largest_request_has_no_room_is_refused():
+    """It would be told to ask again, for ever."""
+    assert ServeOptions(most_bytes=1500, held_bytes=2000)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        ServeOptions(most_bytes=1501, held_bytes=2000)
+    assert str(error.value) == (
+        "held_bytes is 2,000, in three quarters of which a request of most_bytes, 1,501, would never have room: at "
+        "least 2,002 are needed."
+    )
 
 
 def test_large_bodies_leave_room_for_small_ones():
@@ -227,6 +247,31 @@ def test_fault_of_ours_tells_and_logs_nothing_of_the_request(client_with, served
     assert "secret" not in line
     monkeypatch.undo()
     assert client.post("/v1/embeddings", json={"input": "one"}).status_code == 200
+
+
+def test_request_that_the_process_cancels_is_told_so_and_is_cancelled():
+    """Whoever cancels may wait for it, as a program around the app does, or asyncio's own timeouts."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def slowly(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def end(app: Any) -> bool:
+        scope = {"type": "http", "path": "/v1/embeddings", "headers": []}
+        working = asyncio.ensure_future(app(scope, None, send))
+        await asyncio.sleep(0)
+        working.cancel()
+        await asyncio.wait({working})
+        return working.cancelled()
+
+    guard = AccessGuard(slowly, None, ServerMetrics())
+    assert asyncio.run(end(guard))
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"])["error"]["code"] == "ending"
+    assert not asyncio.run(end(quiet_when_cancelled(guard)))  # uvicorn's own log has nothing to say
 
 
 def test_figures(client_with, images):

@@ -3,11 +3,13 @@
 import random
 import threading
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hf_clip.inference.computing_thread import ComputingThread
 from hf_clip.serve.batching import (
     IMAGES,
     MOST_PADDING,
@@ -30,7 +32,6 @@ class Model:
         self.batcher = Batcher(
             lambda rows: self.encode(TEXTS, rows), lambda rows: self.encode(IMAGES, rows), 1, **options
         )
-        self.batcher.start()
 
     def encode(self, kind: str, rows: list[Any]) -> np.ndarray:
         self.batches.append((kind, [len(row) for row in rows]))
@@ -176,7 +177,8 @@ def test_large_request_may_fill_the_queue_if_nothing_waits(hold):
 @pytest.fixture
 def queues():
     """A batcher whose batches are taken by the test."""
-    made = Batcher(len, len, 1, text_batch=4, image_batch=4)  # type: ignore[arg-type]
+    nobody = SimpleNamespace(submit=lambda work: None)
+    made = Batcher(len, len, 1, text_batch=4, image_batch=4, computing=nobody)  # type: ignore[arg-type]
 
     def ask(kind: str, count: int, length: int = 5) -> Job:
         job = made.open(kind, count)
@@ -215,6 +217,17 @@ def test_texts_and_images_take_turns(queues):
     ask(TEXTS, 12)
     ask(IMAGES, 8)
     assert [batcher._take()[0] for _ in range(5)] == [TEXTS, IMAGES, TEXTS, IMAGES, TEXTS]
+
+
+def test_other_work_of_the_thread_waits_for_two_batches_at_most(hold):
+    """Such as the search of an index, whatever waits to be encoded."""
+    computing = ComputingThread()
+    model = hold(text_batch=1, computing=computing)
+    model.ask(TEXTS, [1] * 10)
+    assert model.is_at_work.wait(5)
+    batches = computing.submit(lambda: len(model.batches))
+    model.may_go_on.set()
+    assert batches.result(5) <= 2
 
 
 def test_error_is_that_of_its_batch_alone(hold):

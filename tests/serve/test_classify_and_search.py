@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from pydantic import ValidationError
 
@@ -132,6 +133,31 @@ def test_index_that_is_removed_and_made_anew(client_with, plain_model, served, t
     made(3, other, plain_model[1])
     assert search().status_code == 503
     assert client.post("/v1/embeddings", json={"input": "three"}).status_code == 200
+
+
+def test_search_compares_in_the_thread_that_encodes(client_with, served, index, monkeypatch: pytest.MonkeyPatch):
+    """What else is computed takes no team of threads."""
+    from hf_clip.search import exact_scan, image_index
+
+    seen: list[tuple[str, threading.Thread, int]] = []
+
+    def watch(kind: Any, name: str) -> None:
+        run = getattr(kind, name)
+
+        def watched(*given: Any, **named: Any) -> Any:
+            seen.append((name, threading.current_thread(), torch.get_num_threads()))
+            return run(*given, **named)
+
+        monkeypatch.setattr(kind, name, watched)
+
+    watch(exact_scan.EmbeddingMatrix, "similarities")
+    watch(image_index.ImageIndex, "search")
+    assert client_with(index=index).post("/v1/search", json={"query": "one"}).status_code == 200
+    (_, searching, alone), (_, comparing, _) = seen
+    assert [name for name, _, _ in seen] == ["search", "similarities"]
+    assert comparing is served.computing.run(threading.current_thread)
+    assert searching not in (comparing, threading.main_thread())
+    assert alone == 1
 
 
 def test_search_by_image_and_more(client_with, index):

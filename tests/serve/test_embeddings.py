@@ -1,6 +1,7 @@
 """`/v1/embeddings` in the forms of OpenAI, infinity, Jina and vLLM: features are those of direct calls."""
 
 import base64
+import threading
 from typing import Any
 
 import numpy as np
@@ -210,3 +211,30 @@ def test_images_of_every_mode_have_the_features_of_a_direct_call(client, plain_m
     body = {"input": base64.b64encode(content).decode(), "modality": "image"}
     answer = client.post("/v1/embeddings", json=body)
     assert close(rows_of(answer), encode_images(*plain_model, content))
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/classify"])
+def test_bad_image_is_told_before_the_texts_are_computed(client_with, monkeypatch: pytest.MonkeyPatch, path: str):
+    client = client_with()
+    batcher = client.app.state.server.encoder.batcher
+    encode, may_go_on, batches = batcher._encode["text"], threading.Event(), []
+
+    def slowly(rows: Any) -> Any:
+        batches.append(len(rows))
+        assert may_go_on.wait(10)
+        return encode(rows)
+
+    monkeypatch.setitem(batcher._encode, "text", slowly)
+    texts, image = [f"text {number}" for number in range(200)], "data:image/png;base64,AAAA"
+    bodies = {
+        "/v1/embeddings": {"input": [*({"text": text} for text in texts), {"image": image}]},
+        "/v1/classify": {"images": [image], "labels": texts},
+    }
+    try:
+        answer = client.post(path, json=bodies[path])
+    finally:
+        may_go_on.set()
+    assert answer.status_code == 400
+    assert "no image in a known format" in answer.json()["error"]["message"]
+    assert client.post("/v1/embeddings", json={"input": "one"}).status_code == 200
+    assert sum(batches) < 200

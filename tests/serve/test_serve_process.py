@@ -29,10 +29,9 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from hf_clip import HfClipModel
+from hf_clip.checkpoints import in_memory
 from hf_clip.commands.program import main
 from hf_clip.serve import server_process
-from hf_clip.serve.encoder import Encoder
-from hf_clip.serve.serve_options import ServeOptions
 from hf_clip.serve.served_model import load_served, public_name
 from hf_clip.serve.server_process import ANSWER_SECONDS, LEAST_TAKEN, PatientProtocol
 from hf_clip.serve.web_app import build_app
@@ -567,7 +566,7 @@ def test_threads_take_turns_more_often_and_the_event_loop_computes_alone(monkeyp
     assert before[0] > server_process.SWITCH_SECONDS
 
 
-def test_model_is_loaded_and_optimized_in_a_thread_that_ends(
+def test_model_is_loaded_and_optimized_in_one_thread(
     digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     threads: list[threading.Thread] = []
@@ -576,18 +575,18 @@ def test_model_is_loaded_and_optimized_in_a_thread_that_ends(
         threads.append(threading.current_thread())
         raise ValueError("no room")
 
+    monkeypatch.setattr(in_memory, "copy_to_memory", lambda model: threads.append(threading.current_thread()))
     monkeypatch.setattr(HfClipModel, "optimize_for_inference", optimize)
     assert main(["serve", str(digits / "vit"), "--port", "0"]) == 1
     assert "no room" in capsys.readouterr().err
-    assert threads[0] is not threading.main_thread()
-    assert not threads[0].is_alive()
+    assert len(threads) == 2
+    assert len({threading.main_thread(), *threads}) == 2
 
 
-def test_encoding_thread_has_as_many_threads_as_torch_had(served, monkeypatch: pytest.MonkeyPatch):
-    seen: list[tuple[str, int]] = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: seen.append((threading.current_thread().name, number)))
-    encoder = Encoder(served, ServeOptions())
-    encoder.start()
-    encoder.close()
-    assert seen == [("hf_clip batches", 3)]
+def test_thread_that_loads_is_the_one_that_encodes(served, monkeypatch: pytest.MonkeyPatch):
+    threads: list[threading.Thread] = []
+    encode = served.encode_texts
+    monkeypatch.setattr(served, "encode_texts", lambda rows: threads.append(threading.current_thread()) or encode(rows))
+    with TestClient(build_app(served)) as client:
+        assert client.post("/v1/embeddings", json={"input": "one"}).status_code == 200
+    assert threads == [served.computing.run(threading.current_thread)]
