@@ -43,15 +43,16 @@ NO_MAPS_YET = "Drop an image and write what to look for. Each text gets a map of
 
 
 def theme() -> Any:
-    """The page's colours and fonts. White letters stand on a teal that is dark enough to read them."""
+    """The page's colours and fonts. White letters stand on a teal that is dark enough, and grey letters are, too."""
     fonts = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
     return gr.themes.Default(
         primary_hue="teal", secondary_hue="teal", neutral_hue="slate", radius_size="md", font=fonts
     ).set(
+        body_text_color_subdued="*neutral_500",
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",
-        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_800",
     )
 
 

@@ -7,6 +7,7 @@ import gc
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,24 @@ pytestmark = [
 WRITTEN = "<b>1</b> ${2} {{3}}"
 """A label that is shown as it is written."""
 PHONE = {"width": 390, "height": 844}
+
+LEAST_CONTRAST = """selector => {
+  const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+  const linear = part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const ground = node => {
+    for (; node; node = node.parentElement) {
+      const colour = numbers(getComputedStyle(node).backgroundColor);
+      if (colour.length < 4 || colour[3] > 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  return Math.min(...[...document.querySelectorAll(selector)].filter(node => node.offsetParent).map(node => {
+    const found = [light(numbers(getComputedStyle(node).color)), light(ground(node))];
+    return (Math.max(...found) + 0.05) / (Math.min(...found) + 0.05);
+  }));
+}"""
+"""Of letters with what is behind them, as WCAG 2 has it; 4.5 is needed."""
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +99,8 @@ def test_page_that_is_mounted_by_a_program_takes_no_file_of_the_machine(page: Pa
     from gradio import mount_gradio_app
     from starlette.testclient import TestClient
 
-    app = mount_gradio_app(FastAPI(), build_page(page), path="/clip", ssr_mode=False)
+    with ThreadPoolExecutor(1) as aside:  # Gradio gives the thread an event loop, and leaves it there
+        app = aside.submit(lambda: mount_gradio_app(FastAPI(), build_page(page), path="/clip", ssr_mode=False)).result()
     file: Any = {"path": str(page_files / "photos" / "photo-0.png"), "meta": {"_type": "gradio.FileData"}}
     with TestClient(app) as client:
         asked = {"data": [[file], LABELS[0], "{}", "", True, 0.0]}
@@ -267,11 +287,11 @@ def visit(browser: Any, address: str) -> Iterator[Any]:
     """Opens the page for one more visitor."""
     contexts = []
 
-    def new_visitor() -> Any:
+    def new_visitor(query: str = "") -> Any:
         contexts.append(browser.new_context(viewport={"width": 1280, "height": 860}))
         contexts[-1].set_default_timeout(15_000)
         opened = contexts[-1].new_page()
-        opened.goto(address)
+        opened.goto(f"{address}{query}")
         opened.get_by_text(NO_IMAGES_YET).wait_for()
         return opened
 
@@ -301,6 +321,19 @@ def test_visitors_at_the_same_time_have_results_of_their_own(visit: Any):
         assert names[text] in visitor.locator("#details").inner_text()
         visitor.get_by_role("button", name="More like this").click()
         visitor.get_by_text(f"6 images for more like {names[text]}").wait_for()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_letters_can_be_read(visit: Any, theme: str):
+    visitor = visit(f"?__theme={theme}")
+    assert visitor.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    assert visitor.evaluate(LEAST_CONTRAST, "p.hint, label span, #classify, [data-testid='block-info'] + div") >= 4.5
+    search_for(visitor, "a red one")
+    visitor.get_by_text("6 images for a red one").wait_for()
+    assert visitor.evaluate(LEAST_CONTRAST, "#results .name, #results .score, #results .copies, #search") >= 4.5
+    visitor.locator("#results button[data-place='0']").click()
+    visitor.locator("#details .chosen").wait_for()
+    assert visitor.evaluate(LEAST_CONTRAST, "#details dt, #details dd, #more-like") >= 4.5
 
 
 def test_names_of_files_are_no_tags_and_damaged_ones_are_told(visit: Any, upload: Path, tmp_path: Path):
