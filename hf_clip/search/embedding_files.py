@@ -314,9 +314,8 @@ class StoredEmbeddings:
             EmbeddingFilesError: A file is missing or damaged, or is another than was written.
         """
         names = self._shards[number]
-        for name in names:
-            self._check(name)
-        shard = read_shard(self.place, self.layout, names)
+        contents = {name: self._checked(name) for name in names if name in self._states}
+        shard = read_shard(self.place, self.layout, names, contents)
         width = shard.embeddings.shape[1]
         if self.description is not None and width != self.description.width:
             raise EmbeddingFilesError(
@@ -325,16 +324,16 @@ class StoredEmbeddings:
             )
         return shard
 
-    def _check(self, name: str) -> None:
-        if (state := self._states.get(name)) is None:
-            return
-        content = self.place.read(name)
+    def _checked(self, name: str) -> bytes:
+        """The content of a file, which is what the record says."""
+        content, state = self.place.read(name), self._states[name]
         if len(content) != state["bytes"] or _checksum(content) != state["checksum"]:
             raise EmbeddingFilesError(
                 f"{self.place.path(name)} is damaged: it has {len(content):,} bytes, and {state['bytes']:,} were "
                 f"written. Copy it again, or remove {self.place.name} and embed anew.",
                 self.place.path(name),
             )
+        return content
 
 
 def _find_shards(place: FilePlace, names: list[str]) -> tuple[str, list[list[str]]]:

@@ -15,8 +15,10 @@ Dimensions: I images of a shard, D embedding.
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,22 +89,31 @@ def write_shard(layout: str, number: int, shard: Shard, dtype: str) -> dict[str,
     return dict(zip(names, [*contents, _parquet(_metadata_table(shard))], strict=True))
 
 
-def read_shard(place: FilePlace, layout: str, names: list[str]) -> Shard:
+def read_shard(
+    place: FilePlace, layout: str, names: list[str], contents: Mapping[str, bytes] = MappingProxyType({})
+) -> Shard:
     """Read a shard of its files.
+
+    Args:
+        place: Where they are.
+        layout: How they are written.
+        names: The shard's files.
+        contents: What is in memory of them already. Others are read.
 
     Raises:
         EmbeddingFilesError: A file is missing or damaged, or their lengths differ.
     """
     if layout == "parquet":
-        table = read_parquet(place, names[0])
+        table = read_parquet(place, names[0], contents.get(names[0]))
         shard = _of_table(place.path(names[0]), table, _vectors(place.path(names[0]), table, IMAGES, True))
     elif layout == "safetensors":
-        arrays = _tensors(place, names[0])
-        shard = _of_table(place.path(names[0]), read_parquet(place, names[1]), arrays[IMAGES], arrays.get(TEXTS))
+        arrays = _tensors(place, names[0], contents.get(names[0]))
+        table = read_parquet(place, names[1], contents.get(names[1]))
+        shard = _of_table(place.path(names[0]), table, arrays[IMAGES], arrays.get(TEXTS))
     else:
-        images = read_npy(place, names[0])
-        texts = read_npy(place, names[1]) if len(names) == 3 else None
-        shard = _of_metadata(place.path(names[0]), read_parquet(place, names[-1]), images, texts)
+        images, *texts = (read_npy(place, name, contents.get(name)) for name in names[:-1])
+        table = read_parquet(place, names[-1], contents.get(names[-1]))
+        shard = _of_metadata(place.path(names[0]), table, images, texts[0] if texts else None)
     return shard
 
 
@@ -157,27 +168,31 @@ def _npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def read_parquet(place: FilePlace, name: str) -> "pyarrow.Table":
-    """A parquet file. Raises EmbeddingFilesError if it is missing or damaged."""
+def read_parquet(place: FilePlace, name: str, content: bytes | None = None) -> "pyarrow.Table":
+    """A parquet file, of its content if that is given. Raises EmbeddingFilesError if it is missing or damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    content = place.read(name) if content is None and place.is_address else content
     try:
-        return pq.read_table(BytesIO(place.read(name)) if place.is_address else place.path(name), partitioning=None)
+        return pq.read_table(place.path(name) if content is None else pa.BufferReader(content), partitioning=None)
     except (OSError, pa.ArrowException) as error:
         raise damaged(place.path(name), "parquet", error) from error
 
 
-def read_npy(place: FilePlace, name: str) -> np.ndarray:
-    """An array of rows. Of a folder's file only what is used is read. Raises EmbeddingFilesError if it is damaged."""
+def read_npy(place: FilePlace, name: str, content: bytes | None = None) -> np.ndarray:
+    """An array of rows, of its content if that is given. Else of a folder's file only what is used is read.
+
+    Raises:
+        EmbeddingFilesError: It is missing or damaged.
+    """
+    content = place.read(name) if content is None and place.is_address else content
     try:
-        if place.is_address:
-            found = np.load(BytesIO(place.read(name)), allow_pickle=False)
+        if content is not None:
+            found = np.load(BytesIO(content), allow_pickle=False)
         else:
             found = np.load(place.path(name), mmap_mode="r", allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
-        if isinstance(error, EmbeddingFilesError):
-            raise
         raise damaged(place.path(name), "npy", error) from error
     if found.ndim != 2 or found.dtype.kind != "f":
         raise EmbeddingFilesError(
@@ -188,12 +203,12 @@ def read_npy(place: FilePlace, name: str) -> np.ndarray:
     return found
 
 
-def _tensors(place: FilePlace, name: str) -> dict[str, np.ndarray]:
+def _tensors(place: FilePlace, name: str, content: bytes | None = None) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
-        found = load(place.read(name))
+        found = load(place.read(name) if content is None else content)
     except SafetensorError as error:
         raise damaged(place.path(name), "safetensors", error) from error
     if IMAGES not in found:

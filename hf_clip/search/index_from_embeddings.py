@@ -32,6 +32,7 @@ def check_embeddings(tables: IndexTables, stored: StoredEmbeddings) -> None:
     """
     if (made := stored.description) is not None:
         check_model(tables, IndexDescription(made.width, made.weights, made.processor, made.model))
+        return  # each shard is compared with this width as it is read
     width = stored.read(0).embeddings.shape[1]
     if width != tables.description.width:
         raise EmbeddingFilesError(

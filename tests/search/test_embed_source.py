@@ -121,6 +121,9 @@ def test_files_are_as_other_programs_read_them(tmp_path: Path, source: str, embe
     ]
 
 
+load, table = np.load, pq.read_table
+
+
 class KilledError(Exception):
     pass
 
@@ -248,6 +251,32 @@ def test_damaged_files_are_refused(layout: str, tmp_path: Path, embed: Callable[
                 list(StoredEmbeddings(copy))
             assert caught.value.place == str(cut)
             shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "safetensors", "clip-retrieval"])
+def test_files_are_read_once(
+    layout: str, tmp_path: Path, embed: Callable[..., Any], new_index: Callable[..., Any], monkeypatch: Any
+):
+    """Their checksums are those of what becomes of them, and nothing opens them by their paths."""
+    embed(layout=layout, texts=True)
+    expected = all_of(tmp_path / "out")
+    whole = sorted(str(path) for path in (tmp_path / "out").rglob("*0000*") if path.parent.name != "_problems")
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(str(path)), read_bytes(path))[1])
+    monkeypatch.setattr(
+        np, "load", lambda file, **how: load(file, **how) if hasattr(file, "read") else pytest.fail("a path")
+    )
+    monkeypatch.setattr(
+        pq, "read_table", lambda file, **how: pytest.fail("a path") if isinstance(file, str) else table(file)
+    )
+    found = all_of(tmp_path / "out")
+    assert np.array_equal(found.pop("embeddings"), expected.pop("embeddings"))
+    assert np.array_equal(found.pop("text_embeddings"), expected.pop("text_embeddings"))
+    assert found == expected
+    assert sorted(name for name in read if RECORD not in name) == whole
+    read.clear()
+    assert new_index().add_embeddings(tmp_path / "out").added == 6
+    assert sorted(name for name in read if RECORD not in name) == whole
 
 
 def test_damaged_records_are_refused(tmp_path: Path, embed: Callable[..., Any]):
