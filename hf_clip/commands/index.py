@@ -103,7 +103,7 @@ def index(
     from ..search.folder_scan import refuse_to_empty, scan_folder
     from ..search.index_table import default_index, printable
     from ..search.unchanged_folders import UnchangedFolders
-    from ..search.updatable_index import UpdatableIndex, holds_an_index
+    from ..search.updatable_index import UpdatableIndex, holds_an_index, without_an_empty_index
     from ..training.data.image_stream import is_data_set
 
     place = os.path.expanduser(into or default_index())
@@ -115,39 +115,40 @@ def index(
             refuse_to_empty(found)
     if embedded and model is None and not holds_an_index(place):
         model = model_of_embeddings(embedded[0])
-    # Whether images were decoded in full stands in the tables.
-    unchanged = None if embedded or exact else UnchangedFolders.read(place)
-    open_index = partial(UpdatableIndex.open, place, model=model, dtype=dtype.value)
-    opened = None if unchanged else open_index()
-    known = unchanged.folders if unchanged else opened.tables.noted("folders", []) if opened is not None else []
-    if not folders and not known and not (approximate and opened is not None):
-        raise ValueError(f"The index {place} knows no folder yet: name one, such as hf-clip index ~/Pictures.")
-    how: dict[str, Any] = {"batch_size": batch_size, "exact": exact, "keep_missing": keep_missing}
-    how |= {"threads": threads, "progress": None}
-    columns: dict[str, Any] = {"split": split, "image_column": image_column, "caption_column": caption_column}
-    columns |= {"image_folders": image_folders or ()}
-    problems: dict[str, str] = {}
-    for folder in embedded:
-        opened = open_index() if opened is None else opened
-        put = opened.add_embeddings(folder, progress=None)
-        problems |= put.problems
-        print(f"{folder}: {put.describe()}", flush=True)
-    for folder in others if folders else known:
-        is_folder = not is_data_set(os.path.expanduser(folder))
-        scan = scans.get(folder) or scan_folder(folder) if is_folder else None
-        changes = unchanged.changes(scan, model) if unchanged and scan else None
-        if changes is None:
-            opened = open_index() if opened is None else opened  # one without images is false
-            changes = opened.add_data_set(folder, **columns, **how) if scan is None else opened.add(scan, **how)
-            unchanged = None if exact else UnchangedFolders.read(place)
-        problems |= changes.problems
-        print(f"{folder}: {changes.describe()}", flush=True)
-    count = len(opened) if opened is not None else unchanged.images if unchanged else 0
-    print(f"{count:,} images in {place}", flush=True)
-    if approximate:
-        from ..search.image_index import ImageIndex
+    with without_an_empty_index(place):
+        # Whether images were decoded in full stands in the tables.
+        unchanged = None if embedded or exact else UnchangedFolders.read(place)
+        open_index = partial(UpdatableIndex.open, place, model=model, dtype=dtype.value)
+        opened = None if unchanged else open_index()
+        known = unchanged.folders if unchanged else opened.tables.noted("folders", []) if opened is not None else []
+        if not folders and not known and not (approximate and opened is not None):
+            raise ValueError(f"The index {place} knows no folder yet: name one, such as hf-clip index ~/Pictures.")
+        how: dict[str, Any] = {"batch_size": batch_size, "exact": exact, "keep_missing": keep_missing}
+        how |= {"threads": threads, "progress": None}
+        columns: dict[str, Any] = {"split": split, "image_column": image_column, "caption_column": caption_column}
+        columns |= {"image_folders": image_folders or ()}
+        problems: dict[str, str] = {}
+        for folder in embedded:
+            opened = open_index() if opened is None else opened
+            put = opened.add_embeddings(folder, progress=None)
+            problems |= put.problems
+            print(f"{folder}: {put.describe()}", flush=True)
+        for folder in others if folders else known:
+            is_folder = not is_data_set(os.path.expanduser(folder))
+            scan = scans.get(folder) or scan_folder(folder) if is_folder else None
+            changes = unchanged.changes(scan, model) if unchanged and scan else None
+            if changes is None:
+                opened = open_index() if opened is None else opened  # one without images is false
+                changes = opened.add_data_set(folder, **columns, **how) if scan is None else opened.add(scan, **how)
+                unchanged = None if exact else UnchangedFolders.read(place)
+            problems |= changes.problems
+            print(f"{folder}: {changes.describe()}", flush=True)
+        count = len(opened) if opened is not None else unchanged.images if unchanged else 0
+        print(f"{count:,} images in {place}", flush=True)
+        if approximate:
+            from ..search.image_index import ImageIndex
 
-        print(f"approximate scan: {ImageIndex.open(place, model=model).build_approximate_scan().describe()}")
+            print(f"approximate scan: {ImageIndex.open(place, model=model).build_approximate_scan().describe()}")
     if problems:
         for path, problem in problems.items() if errors else ():
             print(f"{printable(path)}: {problem}", file=sys.stderr)

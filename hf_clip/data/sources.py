@@ -346,7 +346,7 @@ def readable(path: str) -> Iterator[None]:
         raise ImportError(f"The data set {path!r} cannot be read: {_first_line(error).rstrip('.')}.") from error
     except Exception as error:  # its builders raise what the libraries below them do
         cause = _first_line(error.__cause__ or error)
-        if "corresponds to no data" in cause:
+        if "corresponds to no data" in cause or "BatchSize must be greater than 0" in cause:  # parquet without a row
             cause = "it has no rows"
         if missing := re.match(r"BuilderConfig '(.*)' not found\. Available: \[(.*)\]", cause):
             names = missing[2].replace("'", "")

@@ -140,7 +140,7 @@ class EmbeddingWriter:
             )
         else:
             self._record = _Record(description)
-            place.write(RECORD, self._record.dumped())
+        self._is_recorded = RECORD in names
         shards = self._record.shards
         self.position = Position(*shards[-1]["position"]) if shards else Position()
         self.rows = sum(shard["rows"] for shard in shards)
@@ -166,6 +166,9 @@ class EmbeddingWriter:
     def write(self, is_complete: bool = False) -> None:
         """Write what waits as a shard. `is_complete`: whether the source has no more rows."""
         if self._waiting or is_complete:
+            if not self._is_recorded:  # before the first shard, whose files a killed run would leave without it
+                self.place.write(RECORD, self._record.dumped())
+                self._is_recorded = True
             record = _Record(self._record.description, list(self._record.shards), is_complete)
             if self._waiting:
                 record.shards.append(self._write_shard())

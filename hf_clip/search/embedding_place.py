@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoints.whole_file import whole_file
 from ..model.checked_files import one_line
-from .index_table import is_address
+from .index_table import file_in_the_way, is_address
 
 RECORD = "_hf_clip_embeddings.json"
 """File that says what embeddings were made of, see `embedding_files`."""
@@ -51,8 +51,8 @@ class FilePlace:
                 self._files, self._root = fsspec.core.url_to_fs(self.name)
             except (ImportError, ValueError) as error:
                 raise EmbeddingFilesError(f"{place} cannot be opened ({one_line(error)}).", self.name) from error
-        elif os.path.isfile(self.name):
-            raise EmbeddingFilesError(f"{place} is a file, but a folder is needed: name another.", self.name)
+        elif (file := file_in_the_way(Path(self.name))) is not None:
+            raise EmbeddingFilesError(f"{file} is a file, but a folder is needed: name another.", self.name)
 
     def path(self, name: str) -> str:
         """The path or address of a file."""

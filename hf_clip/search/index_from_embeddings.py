@@ -72,7 +72,8 @@ def update_from_embeddings(
         for first in range(0, len(shard), ROWS_OF_A_COMMIT):
             places = range(first, min(first + ROWS_OF_A_COMMIT, len(shard)))
             vectors = np.asarray(shard.embeddings[first : places.stop], dtype=np.float32)
-            lengths = np.linalg.norm(vectors, axis=1)
+            with np.errstate(over="ignore"):  # a length that is not finite is told below
+                lengths = np.linalg.norm(vectors, axis=1)
             is_usable = np.isfinite(lengths) & (lengths > 0)
             chosen: dict[str, int] = {}  # a path that comes twice counts once
             for place in places:

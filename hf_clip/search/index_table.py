@@ -127,6 +127,12 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "�" for character in shown_path(text))
 
 
+def file_in_the_way(folder: Path) -> Path | None:
+    """What stands where a folder is, or would be made, and is none: a file, a pipe, a device."""
+    nearest = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
+    return nearest if nearest.exists() and not nearest.is_dir() else None
+
+
 def is_address(place: str) -> bool:
     """Whether a place is an address of object storage, such as s3://bucket/index."""
     return "://" in place
@@ -153,8 +159,8 @@ def connect(place: str) -> Any:
 
 
 def _check_folder(folder: Path) -> None:
-    if folder.is_file():
-        raise SearchIndexError(f"{folder} is a file, but an index is a folder: name another.", str(folder))
+    if (file := file_in_the_way(folder)) is not None:
+        raise SearchIndexError(f"{file} is a file, but an index is a folder: name another.", str(folder))
     with in_words(str(folder)):
         is_ours = (folder / MARK).is_file() or (folder / f"{IMAGES}.lance").is_dir()  # `open` looks into the table
         is_of_others = folder.is_dir() and any(folder.iterdir()) and not is_ours
@@ -394,6 +400,7 @@ __all__ = [
     "IndexTables",
     "SearchIndexError",
     "default_index",
+    "file_in_the_way",
     "image_schema",
     "is_address",
     "printable",

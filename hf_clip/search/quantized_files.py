@@ -84,7 +84,7 @@ def read_stored(stored: StoredEmbeddings) -> tuple[EmbeddingMatrix, dict[str, st
     """All embeddings of files in memory, of length one, their ids being their places in the files; and their model."""
     parts: list[torch.Tensor] = []
     for shard in stored:
-        part = torch.from_numpy(np.asarray(shard.embeddings, dtype=np.float32))
+        part = torch.from_numpy(np.array(shard.embeddings, dtype=np.float32))  # a copy: a mapped file is read-only
         if parts and part.shape[1] != parts[0].shape[1]:
             raise EmbeddingFilesError(
                 f"{stored.place.name} holds embeddings of {parts[0].shape[1]} numbers, and of {part.shape[1]}: they do "

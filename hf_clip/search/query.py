@@ -120,6 +120,8 @@ def _part_of(word: str, weight: float) -> QueryPart:
     """A word without quotation marks: an image, or a text."""
     if os.sep in word and os.path.isdir(os.path.expanduser(word)):
         raise QueryError(f"{word} is a folder, but a query is a text or an image: name an image in it.")
+    if os.sep in word and os.path.exists(place := os.path.expanduser(word)) and not os.path.isfile(place):
+        raise QueryError(f"{word} is a pipe or a device, which may never end, but an image is needed: name its file.")
     is_path = os.path.isfile(os.path.expanduser(word)) or is_web_address(word)
     looks_like_one = is_image_name(word) and (os.sep in word or " " not in word)
     return QueryPart("image" if is_path or looks_like_one else "text", word, weight)

@@ -4,9 +4,10 @@ torch and the model are loaded when the first image is to be encoded: an update 
 """
 
 import os
+import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from .folder_scan import FolderScan, refuse_to_empty, scan_folder
 from .index_model import MODEL_FILES, MODEL_PLACE, check_model, describe, is_same_model, load, model_files
 from .index_table import IndexTables, SearchIndexError, default_index, is_address
 from .index_update import IndexChanges, apply_recognised, forget_missing, plan_update
+from .index_writer import only_writer
 from .unchanged_folders import remember_unchanged
 
 if TYPE_CHECKING:
@@ -346,9 +348,26 @@ class UpdatableIndex:
         return changes
 
 
+@contextmanager
+def without_an_empty_index(place: str) -> Iterator[None]:
+    """Around making and filling an index: if that fails, an index that is new and has no image is removed.
+
+    It would keep the place for a model that may have been named by mistake.
+    """
+    is_new = not is_address(place) and not (os.path.isdir(place) and os.listdir(place))
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        if is_new and holds_an_index(place):
+            with suppress(SearchIndexError), only_writer(place):  # nobody else fills it
+                if IndexTables.open(place).count() == 0:
+                    shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
 def holds_an_index(place: str) -> bool:
     """Whether a folder holds an index, of another version perhaps."""
     return not is_address(place) and (Path(place) / "images.lance").exists()
 
 
-__all__ = ["UpdatableIndex", "holds_an_index"]
+__all__ = ["UpdatableIndex", "holds_an_index", "without_an_empty_index"]

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hf_clip.commands.program import main
 from hf_clip.search.image_index import ImageIndex
 from hf_clip.search.index_table import IndexTables, SearchIndexError
+from hf_clip.search.quantized_files import quantize
 from hf_clip.search.row_filter import FilterError, check_filter
 
 from .conftest import make_image
@@ -253,3 +255,120 @@ def test_queries_that_are_wrong(
         (["http://127.0.0.1:1/x.png"], "http://127.0.0.1:1/x.png"),
     ]:
         assert message in error_of(capsys, "search", *words, "--index", index.tables.place)
+
+
+@pytest.mark.parametrize("command", ["index", "embed"])
+def test_what_stands_in_the_way_of_a_folder(
+    command: str, photos: Path, small_model: Any, capsys: pytest.CaptureFixture[str]
+):
+    os.mkfifo(photos.parent / "pipe")
+    for file in (photos / "a.png", photos.parent / "pipe"):
+        for out in (file, file / "inner", file / "inner" / "more"):
+            words = [command, photos, *(["--into"] if command == "index" else []), out, "--model", small_model[2]]
+            assert error_of(capsys, *words).startswith(f"{file} is a file, but a")
+
+
+def test_pipe_is_no_query(photos: Path, index: ImageIndex, capsys: pytest.CaptureFixture[str]):
+    os.mkfifo(photos / "pipe.png")
+    assert error_of(capsys, "search", photos / "pipe.png", "--index", index.tables.place) == (
+        f"{photos / 'pipe.png'} is a pipe or a device, which may never end, but an image is needed: name its file."
+    )
+
+
+def test_names_and_kinds_of_files_in_a_folder(
+    tmp_path: Path, small_model: Any, capfd: pytest.CaptureFixture[str], new_index: Callable[..., ImageIndex]
+):
+    """What is no file is left out, and does not hang; a name may hold anything but a slash."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    names = ["new\nline.png", "\N{GRINNING FACE}.png", "x" * 250 + ".png", os.fsdecode(b"\xe9.png"), "#17.png", "-.png"]
+    for seed, name in enumerate(names):
+        make_image(seed).save(folder / name)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "linked.png").symlink_to("pipe.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "folder.png").mkdir()
+    (folder / "circle.png").symlink_to("circle.png")
+    for words in (
+        ["index", folder, "--into", tmp_path / "index"],
+        ["embed", folder, tmp_path / "embeddings"],
+        ["curate", folder, tmp_path / "scores.parquet", "--duplicates"],
+        ["tag", folder, "--labels", "one,two", "--output", tmp_path / "tags.csv"],
+    ):
+        assert main([str(word) for word in [*words, "--model", small_model[2]]]) == 2, "the circle cannot be opened"
+        out, err = capfd.readouterr()
+        assert "6 " in out
+        assert err.count("\n") == 1
+    assert len(ImageIndex.open(tmp_path / "index")) == len(names)
+
+
+@pytest.mark.parametrize("kind", ["empty", "another", "no table", "nothing"])
+def test_tables_without_images_leave_nothing(
+    kind: str, tmp_path: Path, small_model: Any, capsys: pytest.CaptureFixture[str]
+):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = tmp_path / "data.parquet"
+    columns = {"empty": {"image": pa.array([], pa.binary())}, "another": {"text": ["a", "b"]}}
+    if kind in columns:
+        pq.write_table(pa.table(columns[kind]), source)
+    else:
+        source.write_bytes(b"PAR1 and so on" if kind == "no table" else b"")
+    problem = {
+        "empty": "it has no rows",
+        "another": "no column looks like the images; its columns are text",
+        "no table": "Parquet magic bytes not found",
+        "nothing": "is empty",
+    }
+    for words in (
+        ["index", source, "--into", tmp_path / "index"],
+        ["embed", source, tmp_path / "embeddings"],
+        ["curate", source, tmp_path / "scores.parquet", "--duplicates"],
+    ):
+        assert problem[kind] in error_of(capsys, *words, "--model", small_model[2])
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == {"data.parquet"}
+
+
+@pytest.mark.parametrize("kind", ["width", "whole numbers", "flat"])
+def test_embeddings_that_are_none_leave_nothing(
+    kind: str, tmp_path: Path, small_model: Any, capsys: pytest.CaptureFixture[str]
+):
+    width = small_model[0].config.projection_dim
+    arrays = {"width": np.ones((2, width + 1), "f4"), "whole numbers": np.ones((2, width), int), "flat": np.ones(2)}
+    place = foreign_embeddings(tmp_path / "theirs", arrays[kind])
+    problem = f"embeddings of {width + 1} numbers" if kind == "width" else "but embeddings are rows of floating-point"
+    words = ["index", place, "--model", small_model[2], "--into", tmp_path / "index"]
+    assert problem in error_of(capsys, *words)
+    assert not (tmp_path / "index").exists()
+
+
+def foreign_embeddings(place: Path, vectors: np.ndarray) -> Path:
+    """Embeddings in clip-retrieval's layout, of images that are named by their numbers."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for folder in ("img_emb", "metadata"):
+        (place / folder).mkdir(parents=True)
+    np.save(place / "img_emb" / "img_emb_0.npy", vectors)
+    pq.write_table(
+        pa.table({"image_path": [f"{row}.png" for row in range(len(vectors))]}), place / "metadata/0.parquet"
+    )
+    return place
+
+
+@pytest.mark.filterwarnings("error")
+def test_embeddings_that_are_not_finite_are_told_and_left_out(
+    tmp_path: Path, small_model: Any, new_index: Callable[..., ImageIndex]
+):
+    vectors = np.random.default_rng(0).standard_normal((5, small_model[0].config.projection_dim)).astype(np.float32)
+    vectors[1, 3], vectors[2], vectors[3] = np.nan, 0, 1e38
+    place = foreign_embeddings(tmp_path / "theirs", vectors)
+    index = new_index()
+    changes = index.add_embeddings(place)
+    assert (changes.added, changes.problems) == (
+        2,
+        {f"{row}.png": "its embedding is zero or not finite" for row in (1, 2, 3)},
+    )
+    assert [result.path for result in index.search("three", folded=False)] in (["0.png", "4.png"], ["4.png", "0.png"])
+    assert quantize(place, "bits").images == 5
