@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from .whole_folder import DiskFullError, is_full
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
@@ -24,6 +26,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
     Raises:
         IsADirectoryError: `path` is a folder.
+        DiskFullError: There is no room for it.
     """
     path = Path(path)
     if path.is_dir():
@@ -33,6 +36,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         yield unfinished
         os.replace(unfinished, path)
+    except Exception as error:  # libraries that are not written in Python raise what they like
+        if is_full(error) and not isinstance(error, DiskFullError):
+            raise DiskFullError(path.absolute(), None, None) from error
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 

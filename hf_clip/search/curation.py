@@ -344,7 +344,14 @@ def _with_images(
                 continue
             if image.number != row["id"] or shown_path(image.path) != row["path"]:
                 break
-            data = rows.content(image.stored)
+            try:
+                data = rows.content(image.stored)
+            except OSError as error:
+                reason = error.strerror or one_line(error)
+                raise OSError(
+                    f"{rows.name} changed while it was read: {row['path']} cannot be read any more ({reason}). Start "
+                    f"again."
+                ) from error
             with Image.open(io.BytesIO(data)) as opened:
                 ending = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}.get(
                     str(opened.format), str(opened.format).lower()

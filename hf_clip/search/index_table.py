@@ -224,7 +224,10 @@ class IndexTables:
             raise SearchIndexError(
                 f"The index {place} has layout {found}, and this version reads layout {FORMAT}: {advice}.", place
             )
-        return cls(place, IndexDescription(**values), database, tables)
+        description = IndexDescription(**values)
+        if lost := {*image_schema(description).names} - {*tables[IMAGES].schema.names, CTIME}:
+            raise damaged(place, f"its table {IMAGES} has no column {min(lost)}")
+        return cls(place, description, database, tables)
 
     @contextmanager
     def writing(self) -> Iterator[None]:

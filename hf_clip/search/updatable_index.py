@@ -354,7 +354,7 @@ def without_an_empty_index(place: str) -> Iterator[None]:
 
     It would keep the place for a model that may have been named by mistake.
     """
-    is_new = not is_address(place) and not (os.path.isdir(place) and os.listdir(place))
+    is_new = not is_address(place) and not os.path.lexists(place)
     try:
         yield
     except (ValueError, OSError, ImportError):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -122,6 +123,14 @@ def test_tables_that_are_gone(table: str, index: ImageIndex, capsys: pytest.Capt
     assert error_of(capsys, "search", "three", "--index", place).startswith(expected)
 
 
+def test_column_that_is_gone(index: ImageIndex, capsys: pytest.CaptureFixture[str]):
+    index.tables.images.drop_columns(["thumbnail"])
+    for words in (["search", "three"], ["duplicates"]):
+        assert error_of(capsys, *words, "--index", index.tables.place).startswith(
+            f"The index {index.tables.place} is damaged (its table images has no column thumbnail): take it from a copy"
+        )
+
+
 def test_mark_that_is_gone(index: ImageIndex):
     (Path(index.tables.place) / "hf_clip_index.json").unlink()
     assert len(IndexTables.open(index.tables.place).rows(["id"])) == 6
@@ -133,20 +142,25 @@ def test_index_of_a_newer_version(index: ImageIndex, monkeypatch: pytest.MonkeyP
         IndexTables.open(index.tables.place)
 
 
-@pytest.mark.parametrize("room", [20_000, 500, 0])
-def test_disk_that_is_full(room: int, photos: Path, index: ImageIndex):
+@contextmanager
+def files_of_at_most(room: int) -> Iterator[None]:
     """The system refuses to write more than some bytes into a file, as a disk does that is full."""
-    before = paths_of(index)
-    for seed in range(30):
-        make_image(100 + seed).save(photos / f"new-{seed}.png")
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        with pytest.raises(SearchIndexError) as found:
-            index.add(photos)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("room", [20_000, 500, 0])
+def test_disk_that_is_full(room: int, photos: Path, index: ImageIndex):
+    before = paths_of(index)
+    for seed in range(30):
+        make_image(100 + seed).save(photos / f"new-{seed}.png")
+    with files_of_at_most(room), pytest.raises(SearchIndexError) as found:
+        index.add(photos)
     assert str(found.value) == (
         f"There is no space left for the index {index.tables.place}: it holds what was written before. Make room "
         f"there, and run the same command again."
@@ -154,6 +168,29 @@ def test_disk_that_is_full(room: int, photos: Path, index: ImageIndex):
     reader = IndexTables.open(index.tables.place)
     assert reader.rows(["path"])["path"].to_pylist() == list(before)
     assert index.add(photos).added == 30
+
+
+def test_results_for_which_there_is_no_room(
+    photos: Path, index: ImageIndex, small_model: Any, capsys: pytest.CaptureFixture[str]
+):
+    """Each is one line that names the file, and nothing half-written is left."""
+    out, model = photos.parent / "out", ["--model", small_model[2]]
+    out.mkdir()
+    found = ["search", "--more-like", "1", "--index", index.tables.place]
+    for name, words in {
+        "q.safetensors": ["quantize", index.tables.place, "--to", "int8", "--into", out / "q.safetensors"],
+        "page.html": [*found, "--html", out / "page.html"],
+        "sheet.png": [*found, "--montage", out / "sheet.png"],
+        "embeddings": ["embed", photos, out / "embeddings", *model],
+        "scores.parquet": ["curate", photos, out / "scores.parquet", "--duplicates", *model],
+    }.items():
+        with files_of_at_most(200):
+            message = error_of(capsys, *words)
+        if name == "scores.parquet":
+            assert message.startswith(f"The scores cannot be kept in {out} (")
+        else:
+            assert re.match(rf"No space left in {out}.*: .*; nothing was written\. Make room there", message), name
+        assert {path.name for path in out.rglob("*") if path.is_file()} <= {"embeddings.lock"}
 
 
 @contextmanager
