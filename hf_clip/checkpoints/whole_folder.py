@@ -62,12 +62,15 @@ class DiskFullError(OSError):
 
     def __init__(self, folder: Path, needed: int | None, free: int | None):
         self.folder, self.needed, self.free = folder, needed, free
-        said = folder.name if needed is None else f"{folder.name} needs {needed:,} bytes"
-        if free is not None:
-            said += f" needs more than {free:,} bytes, which are free" if needed is None else f" and {free:,} are free"
+        said = ""
+        if needed is None and free is not None:
+            said = f": it needs more than the {free:,} bytes that are free"
+        elif needed is not None and free is None:
+            said = f": it needs {needed:,} bytes"
+        elif needed is not None and free is not None and needed > free:  # under a quota, more may seem to be free
+            said = f": it needs {needed:,} bytes, and {free:,} are free"
         super().__init__(
-            f"No space left in {folder.parent}: {said}; nothing was written. Make room there, or "
-            f"name a folder on another disk."
+            f"No space left for {folder}{said}. Nothing was written. Make room there, or name a folder on another disk."
         )
 
     def __reduce__(self) -> tuple[type, tuple[Path, int | None, int | None]]:

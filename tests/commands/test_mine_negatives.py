@@ -144,9 +144,9 @@ def test_full_disk_and_another_writer_are_one_line(
     monkeypatch.setattr(mined_table, "free_bytes", lambda place: 100)
     assert main(words) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"error: No space left in {tmp_path / 'out'}: mined.parquet needs ")
+    assert said.startswith(f"error: No space left for {tmp_path / 'out' / 'mined.parquet'}: it needs ")
     assert said.endswith(
-        " bytes and 100 are free; nothing was written. Make room there, or name a folder on another disk.\n"
+        " bytes, and 100 are free. Nothing was written. Make room there, or name a folder on another disk.\n"
     )
     assert list(tmp_path.iterdir()) == []
     with held_folder(tmp_path / "out" / "mined.parquet"):

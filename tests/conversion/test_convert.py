@@ -504,8 +504,8 @@ def test_full_disk_is_one_line_and_leaves_nothing(
         monkeypatch.setattr(whole_folder_module, "free_bytes", lambda place: None)
     assert main([str(archives["vit"]), str(small_disk / "out"), "--format", format_name]) == 1
     err = capsys.readouterr().err
-    assert "error: No space left in " in err
-    assert re.search(r"out needs [\d,]+ bytes", err)
+    assert "error: No space left for " in err
+    assert re.search(r"out: it needs [\d,]+ bytes", err)
     assert err.rstrip().endswith("Make room there, or name a folder on another disk.")
     assert "Traceback" not in err
     assert list(small_disk.iterdir()) == []

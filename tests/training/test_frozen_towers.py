@@ -312,7 +312,7 @@ def test_full_disk_is_said_before_anything_is_computed(
     setting: Setting, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(feature_shards, "free_bytes", lambda place: 1000)
-    with pytest.raises(DiskFullError, match=r"image-\w+ needs [\d,]+ bytes and 1,000 are free; nothing was written"):
+    with pytest.raises(DiskFullError, match=r"image-\w+: it needs [\d,]+ bytes, and 1,000 are free\. Nothing"):
         setting.store()
     assert not encoded
 
