@@ -219,6 +219,14 @@ def find_label_column(source: str, features: Mapping[str, Any], named: str | Non
     )
 
 
+def _distinct_texts(source: str, table: Any, column: str) -> list[str] | None:
+    """Return the texts of a column in alphabetical order. None if there are none."""
+    rows = table.select_columns([column])
+    is_table = hasattr(rows, "__len__")
+    values = rows.with_format(None)[column] if is_table else (row.values[column] for row in numbered_rows(source, rows))
+    return sorted({value for value in values if isinstance(value, str) and value.strip()}) or None
+
+
 def _inner(feature: Any) -> Any:
     """Return the feature of a list's items. Any other feature is returned as it is."""
     if isinstance(feature, list) and len(feature) == 1:
@@ -235,6 +243,7 @@ def labelled_table(
     image_column: str | None = None,
     label_column: str | None = None,
     places: ImagePlaces = NOWHERE,
+    reads_labels: bool = False,
 ) -> LabelledImages:
     """Find images, labels and class names in a table or stream of `datasets`.
 
@@ -242,11 +251,12 @@ def labelled_table(
         table: A `datasets.Dataset` or `IterableDataset`.
         name: Its name, for messages and results.
         split: Name of its split, for results.
-        class_names: See `read_class_names`. None: those of its `ClassLabel`, or the distinct texts of a table's labels
-            in alphabetical order.
+        class_names: See `read_class_names`. None: those of its `ClassLabel`, or the distinct texts of its labels in
+            alphabetical order.
         image_column: The column of images. None: the only one that can be it.
         label_column: The column of labels. None: the only one that can be it.
         places: Where paths in the rows may lead.
+        reads_labels: Whether a stream may be read for the texts of its labels. A table always is.
 
     Returns:
         The data set.
@@ -261,9 +271,8 @@ def labelled_table(
     inner = _inner(feature)
     own = list(inner.names) if describe_feature(inner) == "label" else None
     is_multi_label = inner is not feature
-    if own is None and class_names is None and count is not None and not is_multi_label:
-        values = set(table.select_columns([labels]).with_format(None)[labels])
-        own = sorted(values) if values and all(isinstance(value, str) for value in values) else None
+    if class_names is None and describe_feature(feature) == "text" and (count is not None or reads_labels):
+        own = _distinct_texts(name, table, labels)
     names = resolve_names(name, own, class_names)
     read_label = label_reader(names, is_multi_label)
     chosen = table.select_columns([column_of(images, features), labels])
@@ -317,7 +326,16 @@ def open_labelled(
         return _open_shards(source, shards, split, class_names)
     chosen, table = open_source_of(source, split)
     places = find_image_places(source, folder_of(source), image_folders)
-    found = labelled_table(table, name=source, split=chosen, class_names=class_names, places=places, **columns)
+    is_here = folder_of(source) is not None  # a second reading of an address would be a second download
+    found = labelled_table(
+        table,
+        name=source,
+        split=chosen,
+        class_names=class_names,
+        places=places,
+        reads_labels=is_here,
+        **columns,
+    )
     return replace(found, fingerprint=fingerprint_of(source, chosen))
 
 

@@ -86,6 +86,31 @@ def test_file_of_paths_and_numbers(tmp_path: Path, rows: list[dict[str, Any]]):
         open_labelled(source)
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_texts_of_a_file_are_the_names_of_the_classes(tmp_path: Path, rows: list[dict[str, Any]], ending: str):
+    names = [DIGITS[row["label"]] for row in rows[:8]]
+    paths = [f"{place}.png" for place in range(8)]
+    for path, row in zip(paths, rows, strict=False):
+        (tmp_path / path).write_bytes(row["bytes"])
+    data = Dataset.from_dict({"image": paths, "label": names})
+    getattr(data, {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[ending])(tmp_path / f"test.{ending}")
+    found = open_labelled(str(tmp_path / f"test.{ending}"))
+    assert found.labels == sorted({*names})
+    assert labels_of(found) == names
+    assert [row.image for row in found.rows()] == paths
+    with pytest.raises(ValueError, match=r"the data set does not name its classes: pass class names"):
+        open_labelled(data.to_iterable_dataset())  # which may come from anywhere
+
+
+def test_row_without_a_text_among_labels_is_named(tmp_path: Path):
+    (tmp_path / "test.csv").write_text("image,label\na.png,cat\nb.png,\nc.png,dog\n")
+    data = open_labelled(str(tmp_path / "test.csv"))
+    assert data.labels == ["cat", "dog"]
+    with pytest.raises(LabelError, match=r"row 1 of .*test\.csv has the label None, but there are 2 classes") as caught:
+        list(data.rows())
+    assert caught.value.index == 1
+
+
 def test_shards(tmp_path: Path, rows: list[dict[str, Any]]):
     data = open_labelled(write_shards(tmp_path / "wds", rows))
     assert data.labels == DIGITS
