@@ -104,14 +104,15 @@ def _argument_parser() -> Any:
     return HfArgumentParser
 
 
-def _with_lists_joined(words: Sequence[str]) -> list[str]:
-    """A command line's words with a list that begins with a minus, such as `-1,32`, joined to its option by `=`.
+def _with_negatives_joined(words: Sequence[str]) -> list[str]:
+    """A command line's words with a value that begins with a minus, as `-1,32` or `-1e-5`, joined to its option by `=`.
 
-    argparse would take it for an option, and would say of the option in front of it that it has no value.
+    argparse takes it for an option unless it is a plain number, and says of the option in front of it that it has no
+    value.
     """
     found: list[str] = []
     for word in words:
-        is_value = re.fullmatch(r"-[\d.]*,[-\d.,]*", word) is not None
+        is_value = re.match(r"-[\d.]", word) is not None and not re.fullmatch(r"-\d+|-\d*\.\d+", word)
         if is_value and found and re.fullmatch(r"--[A-Za-z][\w-]*", found[-1]):
             found[-1] += f"={word}"
         else:
@@ -155,7 +156,7 @@ def parse_config(arguments: Sequence[str] | None = None, prog: str = "finetune.p
         _check_push_to_hub(from_file)
         _check_words(parser, from_file, path)
         words = [*from_file, *words]
-    words = _with_lists_joined(words)
+    words = _with_negatives_joined(words)
     _check_push_to_hub(words)
     parser.error = _refuse_with(words, after=f" See {prog} --help.")
     values: dict[str, Any] = {}

@@ -451,6 +451,13 @@ def test_list_that_begins_with_a_minus_is_read_as_a_value():
         parse_config([*NEEDED, "--matryoshka_dims", "64,32", "--matryoshka-weights", "-0.5,1"])
 
 
+@pytest.mark.parametrize("rate", ["-1e-5", "-1e-5,temperature=1e-3", "-1", "-.5"])
+def test_rate_that_begins_with_a_minus_is_read_as_a_value(rate: str):
+    with pytest.raises(ValueError, match=rf"^The learning rate '{rate.split(',')[0]}' must be finite and not negative"):
+        parse_config([*NEEDED, "--learning_rate", rate])
+    assert parse_config([*NEEDED, "--dataset", "a", "b", "--weight_decay", "0"]).dataset == ["a", "b"]
+
+
 def test_file_of_options_comes_first():
     with pytest.raises(
         ValueError, match=r"^run.yaml is no option; a file of options comes first, before all options\."
