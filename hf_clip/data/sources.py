@@ -343,7 +343,13 @@ def readable(path: str) -> Iterator[None]:
     except ImportError as error:
         if "pip install" in str(error):  # our own line
             raise
-        raise ImportError(f"The data set {path!r} cannot be read: {_first_line(error).rstrip('.')}.") from error
+        cause = _first_line(error).rstrip(".")
+        if "aiohttp" in cause:  # fsspec's, which `datasets` does not bring any more
+            cause = (
+                "an address needs aiohttp, which this Python does not have: pip install aiohttp, or download the data "
+                "and name the file"
+            )
+        raise ImportError(f"The data set {path!r} cannot be read: {cause}.") from error
     except Exception as error:  # its builders raise what the libraries below them do
         cause = _first_line(error.__cause__ or error)
         if "corresponds to no data" in cause or "BatchSize must be greater than 0" in cause:  # parquet without a row

@@ -543,6 +543,18 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch):
         load_pairs("user/pairs")
 
 
+def test_address_without_what_opens_addresses_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    from fsspec import registry
+
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+    for protocol in ("http", "https"):
+        monkeypatch.delitem(registry._registry, protocol, raising=False)
+    message = r"data set 'http://127\.0\.0\.1:9/a\.csv' cannot be read: an address needs aiohttp, .* pip install aiohttp, or"
+    with pytest.raises(ImportError, match=message):
+        load_pairs("http://127.0.0.1:9/a.csv")
+
+
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
