@@ -26,6 +26,7 @@ What is public:
 import sys as _sys
 import typing as _typing
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 __version__ = "0.1.0.dev0"
 
@@ -86,6 +87,29 @@ elif not _typing.TYPE_CHECKING:
             f"hf_clip.{name} is missing since this program is called hf-clip, as the package's own command, which "
             f"imports what it needs by itself: rename {_sys.argv[0]}."
         )
+
+
+_NAMES_OF_TRANSFORMERS = {
+    "CLIPImageProcessorFast": "HfClipImageProcessor",
+    "CLIPTokenizerFast": "HfClipTokenizer",
+    "CLIPVisionConfig": "HfClipViTConfig",
+    "CLIPVisionModel": "HfClipViTModel",
+}
+"""Classes of transformers whose name here is not the same with `HfClip` in front."""
+
+if not _TYPE_CHECKING:  # a type checker would take every name for one that there is
+
+    def __getattr__(name: str) -> None:
+        """Say what a class of transformers is called here.
+
+        Raises:
+            ImportError: It is called otherwise. `from hf_clip import` would drop the words of an AttributeError.
+            AttributeError: There is nothing of that name.
+        """
+        ours = _NAMES_OF_TRANSFORMERS.get(name, name.replace("CLIP", "HfClip", 1))
+        if name.startswith("CLIP") and ours in globals():
+            raise ImportError(f"hf_clip has no {name}: the class is called {ours} here.")
+        raise AttributeError(f"module 'hf_clip' has no attribute {name!r}")
 
 
 __all__ = [

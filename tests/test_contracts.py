@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 import hf_clip
 from hf_clip.checkpoints.remote_code import MODEL_FOLDER, TRAVELLING
@@ -37,6 +38,18 @@ def test_exported_names_are_sorted_and_exist():
     assert all(hasattr(hf_clip, name) for name in names)
     public = {name for name, value in vars(hf_clip).items() if isinstance(value, type) and name.startswith("HfClip")}
     assert public <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("CLIPModel", "HfClipModel"), ("CLIPTokenizerFast", "HfClipTokenizer"), ("CLIPVisionModel", "HfClipViTModel")],
+)
+def test_names_of_transformers_are_told_what_they_are_called_here(name: str, ours: str):
+    with pytest.raises(ImportError, match=rf"^hf_clip has no {name}: the class is called {ours} here\.$"):
+        exec(f"from hf_clip import {name}")
+    assert not hasattr(hf_clip, "CLIPNothing")
+    assert set(hf_clip._NAMES_OF_TRANSFORMERS.values()) <= set(hf_clip.__all__)
+    assert all(hasattr(transformers, known) for known in hf_clip._NAMES_OF_TRANSFORMERS)
 
 
 def test_what_a_person_sees_of_the_package_is_its_own():
