@@ -336,8 +336,8 @@ def readable(path: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"There is no data set {path!r}: name a repository on the Hub, a folder of images with metadata.csv, "
-            f".jsonl or .parquet, a CSV, JSON, parquet or webdataset (.tar) file, or a folder written by "
+            f"There is no data set {path!r}{_near_file(path)}: name a repository on the Hub, a folder of images with "
+            f"metadata.csv, .jsonl or .parquet, a CSV, JSON, parquet or webdataset (.tar) file, or a folder written by "
             f"Dataset.save_to_disk ({_first_line(error)})."
         ) from error
     except ImportError as error:
@@ -362,6 +362,18 @@ def readable(path: str) -> Iterator[None]:
         ) from error
     finally:
         logger.setLevel(level)
+
+
+def _near_file(path: str) -> str:
+    """A question that names the file or folder whose name is nearest, or an empty text."""
+    folder, name = os.path.split(path.rstrip(os.sep))
+    if is_pattern(path) or "://" in path or os.path.exists(path):
+        return ""
+    try:
+        near = get_close_matches(name, os.listdir(os.path.expanduser(folder) or "."), n=1, cutoff=0.7)
+    except OSError:
+        return ""
+    return f" (did you mean {os.path.join(folder, near[0])}?)" if near else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -487,6 +487,17 @@ def test_data_set_that_is_not_there(name: str):
         load_pairs(name)
 
 
+def test_name_that_is_mistyped_is_told_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "flowers").mkdir()
+    (tmp_path / "flowers.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    for given, meant in (("flower", "flowers"), ("flower.csv", "flowers.csv"), (f"{tmp_path}/flowrs/", "flowers")):
+        with pytest.raises(
+            FileNotFoundError, match=rf"There is no data set '{given}' \(did you mean .*{meant}\?\): name"
+        ):
+            load_pairs(given)
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
 @pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet", "tar", "arrow"])
 def test_file_that_is_something_else_is_refused(
@@ -550,7 +561,9 @@ def test_address_without_what_opens_addresses_is_one_line(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
     for protocol in ("http", "https"):
         monkeypatch.delitem(registry._registry, protocol, raising=False)
-    message = r"data set 'http://127\.0\.0\.1:9/a\.csv' cannot be read: an address needs aiohttp, .* pip install aiohttp, or"
+    message = (
+        r"data set 'http://127\.0\.0\.1:9/a\.csv' cannot be read: an address needs aiohttp, .* pip install aiohttp, or"
+    )
     with pytest.raises(ImportError, match=message):
         load_pairs("http://127.0.0.1:9/a.csv")
 
