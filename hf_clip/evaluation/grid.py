@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.folders import check_holds_model
+from ..checkpoints.folders import check_holds_model, in_one_line
 from ..checkpoints.open_clip import CONFIG_FILE
 from ..checkpoints.whole_file import write_json
 from ..checkpoints.whole_folder import held_folder
@@ -66,8 +66,10 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
     refuse_checkpoint_file(name)
     _check_folder(name)
     device = device or ("cuda" if torch.cuda.is_available() and not is_cpu_wanted() else "cpu")
-    model = AutoModel.from_pretrained(name, dtype=kind).to(device).eval()
-    return model, AutoProcessor.from_pretrained(name)
+    with in_one_line(name):
+        model = AutoModel.from_pretrained(name, dtype=kind)
+        processor = AutoProcessor.from_pretrained(name)
+    return model.to(device).eval(), processor
 
 
 def _check_folder(name: str) -> None:
