@@ -181,9 +181,11 @@ class CaptionReader:
             self.columns = list(dict.fromkeys(re.split(r"[.\[]", field)[0] for field in fields))
             for name in self.columns:
                 if name not in features:
+                    meant = [field for field in with_fields(features) if field.rpartition(".")[2] == name]
+                    hint = f" Did you mean {{{meant[0]}}}?" if meant else ""
                     raise ValueError(
                         f"The template {column!r} asks for {name!r}, but the columns of {source} are "
-                        f"{', '.join(features)}. Write columns in braces, and other braces twice."
+                        f"{', '.join(features)}. Write columns in braces, and other braces twice.{hint}"
                     )
                 if describe_feature(features[name]) == "label":
                     self.names[name] = features[name].names

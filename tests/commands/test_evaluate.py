@@ -226,7 +226,9 @@ def test_checkpoint_file_is_to_be_converted_first(tmp_path: Path):
 
 
 def test_name_of_no_model_is_one_line():
-    message = r"^There is no folder 'clip-vit-b33', and no model of that name could be loaded from the Hub \(.*Check the"
+    message = (
+        r"^There is no folder 'clip-vit-b33', and no model of that name could be loaded from the Hub \(.*Check the"
+    )
     with pytest.raises(FileNotFoundError, match=message):
         grid.load_model("clip-vit-b33")
 

@@ -375,6 +375,8 @@ def test_captions_are_fields_of_a_tars_json(column: str, streaming: bool, tmp_pa
     assert [row.captions for row in rows_of(pairs)] == [["a long a cat"], ["a long a dog"]]
     with pytest.raises(ValueError, match="has no column 'json.short'; its columns are .*json.id, json.long"):
         load_pairs(source, caption_column="json.short", streaming=streaming)
+    with pytest.raises(ValueError, match=r"asks for 'long', but the columns of .* Did you mean \{json\.long\}\?$"):
+        load_pairs(source, caption_column="a {long}", streaming=streaming)
     with pytest.raises(ValueError, match="the column 'json.id' holds .*int64.*, but texts are needed"):
         load_pairs(source, caption_column="json.id", streaming=streaming)
 
