@@ -103,10 +103,13 @@ def test_texts_of_a_file_are_the_names_of_the_classes(tmp_path: Path, rows: list
 
 
 def test_row_without_a_text_among_labels_is_named(tmp_path: Path):
-    (tmp_path / "test.csv").write_text("image,label\na.png,cat\nb.png,\nc.png,dog\n")
-    data = open_labelled(str(tmp_path / "test.csv"))
+    labelled = [{"image": f"{name}.png", "label": name} for name in ("cat", None, "dog")]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, labelled)))
+    data = open_labelled(str(tmp_path / "test.jsonl"))
     assert data.labels == ["cat", "dog"]
-    with pytest.raises(LabelError, match=r"row 1 of .*test\.csv has the label None, but there are 2 classes") as caught:
+    with pytest.raises(
+        LabelError, match=r"row 1 of .*test\.jsonl has the label None, but there are 2 classes"
+    ) as caught:
         list(data.rows())
     assert caught.value.index == 1
 
