@@ -27,6 +27,7 @@ from demo.digits import (
 )
 from hf_clip.commands import finetune
 from hf_clip.training import run_steps
+from hf_clip.training.run_state import STATE
 from hf_clip.training.summary import wait_in_words
 
 from .finetuning import ROOT, as_in_a_new_process, largest_difference, launch, options, records, train, weights, words
@@ -245,6 +246,19 @@ def test_existing_output_is_refused_before_training(digits: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_output_with_checkpoints_names_the_way_to_go_on(digits: Path, tmp_path: Path):
+    for step in (4, 12):
+        state = tmp_path / "checkpoints" / f"step-{step:08}" / STATE
+        state.parent.mkdir(parents=True)
+        state.touch()
+    message = (
+        "holds checkpoints of an earlier run, the last of step 12: go on with it by --resume_from_checkpoint latest,"
+    )
+    with pytest.raises(FileExistsError, match=message):
+        train(digits, tmp_path, dataset=["/no/data"])
+    assert state.exists()
+
+
 def test_failed_run_leaves_an_earlier_ones_model_as_it_was(digits: Path, tmp_path: Path):
     out = train(digits, tmp_path / "out", max_steps=2)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -410,6 +424,7 @@ WITHOUT_EXTRAS = """
 import runpy, sys
 sys.modules |= dict.fromkeys(("accelerate", "datasets", "peft"))  # as if they were not installed
 from hf_clip.commands import finetune
+from hf_clip.training.run_state import STATE
 from hf_clip.training.summary import wait_in_words
 for words in (["--help"], %r):
     sys.argv = ["finetune.py", *words]

@@ -24,7 +24,7 @@ from ..model.processing_hf_clip import HfClipProcessor
 from .agreement import of_main_process
 from .best import step_of_best
 from .build import build_optimizer, build_scheduler, change_model_, load_image_processor, prepare_training_
-from .checkpoint import find_checkpoint
+from .checkpoint import find_checkpoint, list_checkpoints, step_of
 from .chosen_metric import Figure, parse_metric, read_figure
 from .config import TrainingConfig
 from .data.collator import check_image_processor
@@ -100,6 +100,12 @@ def _check_output(config: TrainingConfig, accelerator: Any) -> Path | None:
         step_of_best(config.output_dir)
     elif is_main_process:
         may_hold_files = config.overwrite_output_dir or holds_only_features(config.output_dir)
+        if not may_hold_files and (before := list_checkpoints(config.output_dir)):
+            raise FileExistsError(
+                f"{config.output_dir} holds checkpoints of an earlier run, the last of step {step_of(before[-1])}: go "
+                f"on with it by --resume_from_checkpoint latest, name another folder, or pass --overwrite_output_dir to "
+                f"replace it."
+            )
         check_destination(config.output_dir, may_hold_files, "--overwrite_output_dir")
     if config.push_to_hub and is_main_process:
         config.hub_model_id = name_repository(config)
