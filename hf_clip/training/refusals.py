@@ -103,8 +103,8 @@ def _check_output(config: TrainingConfig, accelerator: Any) -> Path | None:
         if not may_hold_files and (before := list_checkpoints(config.output_dir)):
             raise FileExistsError(
                 f"{config.output_dir} holds checkpoints of an earlier run, the last of step {step_of(before[-1])}: go "
-                f"on with it by --resume_from_checkpoint latest, name another folder, or pass --overwrite_output_dir to "
-                f"replace it."
+                f"on with it by --resume_from_checkpoint latest, name another folder, or pass --overwrite_output_dir "
+                f"to replace it."
             )
         check_destination(config.output_dir, may_hold_files, "--overwrite_output_dir")
     if config.push_to_hub and is_main_process:
