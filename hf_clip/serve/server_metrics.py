@@ -10,9 +10,14 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class ServerMetrics:
-    """The figures of one server."""
+    """The figures of one server.
+
+    Attributes:
+        answered: How many requests were answered.
+    """
 
     def __init__(self) -> None:
+        self.answered = 0
         self.registry = CollectorRegistry()
         options: dict[str, Any] = {"registry": self.registry}
         self._requests = Counter("hf_clip_requests", "Requests answered.", ["route", "status"], **options)
@@ -38,6 +43,7 @@ class ServerMetrics:
 
     def on_request(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""
+        self.answered += 1
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from ..model.freed_memory import return_freed_memory
 from . import docs_page, embedding_request, immich_predict
 from .access_guard import AccessGuard, error_answer, plain_path
 from .batching import IMAGES, TEXTS
@@ -34,6 +35,11 @@ Found = TypeVar("Found")
 
 ROWS = 32
 """Rows of an answer that are written at once."""
+
+KEPT_SECONDS = 30.0
+"""How long the allocator keeps memory that requests have freed. An optimized model asks glibc to keep freed memory for
+the next layer, and glibc itself never gives back what lies below something that stays. Bodies, images and batches have
+all sizes: each time that no free piece is large enough for one, the process grows."""
 
 SUMMARY = """Embeddings of texts and images by one CLIP model, for clients of OpenAI, infinity, Jina, vLLM and Immich.
 
@@ -226,13 +232,26 @@ class Server:
         if self.search is not None:
             self.search.close()
 
+    async def _return_memory(self) -> None:
+        """Return freed memory to the system from time to time, if there were requests."""
+        answered = 0
+        while True:
+            await asyncio.sleep(KEPT_SECONDS)
+            if answered != self.metrics.answered:
+                answered = self.metrics.answered
+                await asyncio.get_running_loop().run_in_executor(self.encoder.pool, return_freed_memory)
+
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
         """Threads run while the app does."""
         self.encoder.start()
+        returning = asyncio.ensure_future(self._return_memory())
         try:
             yield
         finally:
+            returning.cancel()
+            with suppress(asyncio.CancelledError):
+                await returning
             await asyncio.get_running_loop().run_in_executor(None, self._close)
 
 

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import random
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -129,3 +131,20 @@ def test_event_loop_turns_while_a_large_form_is_read(monkeypatch: pytest.MonkeyP
     turns, found = turns_during(request_body.read_form(request, form))
     assert found == {"image": image}
     assert turns >= 50
+
+
+def test_freed_memory_is_returned_after_requests_and_only_then(client_with: Any, monkeypatch: pytest.MonkeyPatch):
+    threads: list[str] = []
+    monkeypatch.setattr(web_app, "KEPT_SECONDS", 0.02)
+    monkeypatch.setattr(web_app, "return_freed_memory", lambda: threads.append(threading.current_thread().name))
+    client = client_with()
+    time.sleep(0.1)
+    assert not threads
+    for count in (1, 2):
+        assert client.post("/v1/embeddings", content=b"[").status_code == 415  # a bad request frees memory too
+        until = time.monotonic() + 10
+        while len(threads) < count and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(threads) == count
+    assert all(name.startswith("hf_clip images") for name in threads)  # the event loop goes on meanwhile
