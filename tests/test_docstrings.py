@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 import hf_clip
 from hf_clip.evaluation import metrics
-from hf_clip.model.image_processing_hf_clip import Steps
+from hf_clip.model.tensor_steps import Steps
 from hf_clip.zero_shot import features
 
 from .doc_blocks import ROOT

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...model.image_processing_hf_clip import TORCH_FILTERS, Steps
 from ...model.resize import BICUBIC_A, SUPPORT, WEIGHT_BITS, height_comes_first
 from ...model.resize_tensors import PIXELS_AT_ONCE
+from ...model.tensor_steps import TORCH_FILTERS, Steps
 
 LOW_BITS = WEIGHT_BITS // 2
 

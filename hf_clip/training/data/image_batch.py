@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ...model.image_processing_hf_clip import Steps
+from ...model.tensor_steps import Steps
 from .augment import shift_colours
 from .device_scaling import Placement, scale_on_device
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...model.image_processing_hf_clip import TORCH_FILTERS
+from ...model.tensor_steps import TORCH_FILTERS
 from .augment import Augmentation, AugmentedPixels
 from .image_batch import DecodedImages, ImageBatch, Normalisation, PreparedImage, ScaledImages
 
