@@ -36,7 +36,7 @@ from .checkpoints.keys import convert_names
 from .checkpoints.original import read_original
 from .checkpoints.read import StoredModel
 from .checkpoints.vocabulary import find_vocabulary
-from .model.configuration_hf_clip import CHECKPOINT_SUFFIXES
+from .model.hub_repository import CHECKPOINT_SUFFIXES
 from .model.image_processing_hf_clip import HfClipImageProcessor
 from .model.modeling_hf_clip import HfClipModel, HfClipResNetModel
 from .model.tokenization_hf_clip import HfClipTokenizer

@@ -10,14 +10,8 @@ import transformers
 from .checkpoints.open_clip import find_open_clip
 from .hub.upload import prepare_for_hub
 from .inference.optimize import optimize_for_inference
-from .model.configuration_hf_clip import (
-    BEFORE_UPLOAD,
-    FOREIGN_LAYOUTS,
-    HfClipConfig,
-    HfClipResNetConfig,
-    HfClipTextConfig,
-    HfClipViTConfig,
-)
+from .model.configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+from .model.hub_repository import BEFORE_UPLOAD, FOREIGN_LAYOUTS
 from .model.image_processing_hf_clip import HfClipImageProcessor
 from .model.modeling_hf_clip import (
     HfClipForImageClassification,

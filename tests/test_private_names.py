@@ -84,7 +84,7 @@ NAMES = [
     Private(
         "transformers.utils.hub.PushToHubMixin",
         "_upload_modified_files",
-        ("configuration_hf_clip.py",),
+        ("hub_repository.py",),
         "the last step of push_to_hub, before which code and card are added",
     ),
     Private(

@@ -13,13 +13,8 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..model.checked_files import WEIGHT_FILES, leads_outside, list_shards, one_line, read_object
-from ..model.configuration_hf_clip import (
-    CHECKPOINT_SUFFIXES,
-    HfClipConfig,
-    HfClipResNetConfig,
-    HfClipTextConfig,
-    HfClipViTConfig,
-)
+from ..model.configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
+from ..model.hub_repository import CHECKPOINT_SUFFIXES
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.tokenization_hf_clip import HfClipTokenizer
 from ..model.variants import VARIANTS, refuse_unknown_variant

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from ..model.checked_files import TOKENIZER_CHECKS, in_one_kind, one_line, read_object
-from ..model.configuration_hf_clip import read_config_object
+from ..model.hub_repository import read_config_object
 from .open_clip import CONFIG_FILE
 
 WHOLE_MODELS = ("hf_clip", "clip")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..model.configuration_hf_clip import CHECKPOINT_SUFFIXES
+from ..model.hub_repository import CHECKPOINT_SUFFIXES
 from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
 from ..model.variants import VARIANTS

@@ -19,14 +19,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from ..model.checked_files import one_line
-from ..model.configuration_hf_clip import (
-    HfClipConfig,
-    HfClipResNetConfig,
-    HfClipTextConfig,
-    HfClipViTConfig,
-    last_special_ids,
-)
+from ..model.configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
 from ..model.modeling_hf_clip import HfClipModel
+from ..model.stock_config import last_special_ids
 from ..model.variants import VARIANTS, Variant
 from .errors import MOST_SHOWN, CheckpointError
 

@@ -16,16 +16,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from ..model.checked_files import find_file, one_line, read_object
-from ..model.configuration_hf_clip import (
-    MOST_WIDTH,
-    HfClipConfig,
-    HfClipResNetConfig,
-    HfClipTextConfig,
-    HfClipViTConfig,
-    last_special_ids,
-)
+from ..model.config_checks import MOST_WIDTH
+from ..model.configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig, HfClipViTConfig
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.image_steps import OPENAI_MEAN, OPENAI_STD
+from ..model.stock_config import last_special_ids
 from ..model.tokenization_hf_clip import HfClipTokenizer
 from ..model.variants import OPENAI_VOCAB_SIZE
 from .keys import HEAD_WIDTH

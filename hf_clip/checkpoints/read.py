@@ -22,18 +22,12 @@ from typing import Any, cast
 from torch import Tensor
 
 from ..model.checked_files import WEIGHT_FILES, find_file, list_shards, one_line, read_object, read_unchanged
-from ..model.configuration_hf_clip import (
-    CHECKPOINT_SUFFIXES,
-    HfClipConfig,
-    HfClipResNetConfig,
-    HfClipTextConfig,
-    named_as_ours,
-    read_config_object,
-    refuse_checkpoint_file,
-)
+from ..model.configuration_hf_clip import HfClipConfig, HfClipResNetConfig, HfClipTextConfig
+from ..model.hub_repository import CHECKPOINT_SUFFIXES, read_config_object, refuse_checkpoint_file
 from ..model.image_processing_hf_clip import HfClipImageProcessor
 from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
+from ..model.stock_config import named_as_ours
 from ..model.tokenization_hf_clip import HfClipTokenizer
 from ..model.variants import OPENAI_VOCAB_SIZE, VARIANTS, refuse_unknown_variant
 from .archive import Checkpoint

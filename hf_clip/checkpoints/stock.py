@@ -11,8 +11,9 @@ from typing import Any
 from transformers import CLIPConfig
 
 from ..model.checked_files import read_object
-from ..model.configuration_hf_clip import LEGACY_END_OF_TEXT_ID, HfClipConfig, HfClipResNetConfig
+from ..model.configuration_hf_clip import HfClipConfig, HfClipResNetConfig
 from ..model.image_processing_hf_clip import HfClipImageProcessor
+from ..model.stock_config import LEGACY_END_OF_TEXT_ID
 from ..model.tokenization_hf_clip import HfClipTokenizer
 from .whole_file import write_json
 

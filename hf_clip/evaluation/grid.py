@@ -29,7 +29,7 @@ from ..checkpoints.open_clip import CONFIG_FILE
 from ..checkpoints.whole_file import write_json
 from ..checkpoints.whole_folder import held_folder
 from ..model.checked_files import one_line, read_object
-from ..model.configuration_hf_clip import refuse_checkpoint_file
+from ..model.hub_repository import refuse_checkpoint_file
 from ..zero_shot.embedding_head import FOLDER as HEADS
 from .architecture import architecture_of
 from .device import check_computes, dtype_named

@@ -11,7 +11,8 @@ from transformers.utils import TransformersKwargs
 
 from .attention import BUILT_IN_ATTENTION, attention_of
 from .checked_files import DamagedWeightsError, FolderReplacedError, check_weights, read_unchanged
-from .configuration_hf_clip import HUB_ARGUMENTS, HfClipConfig, HfClipPreTrainedConfig, HubUpload, find_foreign
+from .configuration_hf_clip import HfClipConfig, HfClipPreTrainedConfig
+from .hub_repository import HUB_ARGUMENTS, HubUpload, find_foreign
 from .optimized import Optimizable
 
 POSITION_COUNTERS = r"embeddings\.position_ids$"  # in stock repositories from before transformers 4.31

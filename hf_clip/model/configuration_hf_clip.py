@@ -11,179 +11,28 @@ ResNet if there is a field `depths`.
 import copy
 import math
 import os
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .checked_files import check_names, check_no_methods, find_file, one_line, read_object, writing_of
+from .checked_files import check_no_methods, one_line, read_object, writing_of
+from .config_checks import (
+    MOST_BLOCKS,
+    MOST_CHANNELS,
+    MOST_IDS,
+    check_kind,
+    require_divisible,
+    require_layers,
+    require_positive,
+)
+from .hub_repository import find_foreign, read_config_object
 from .matryoshka import check_dims
-from .variants import MOST_PIXELS, OPENAI_VOCAB_SIZE, VARIANTS, get_variant, refuse_unknown_variant
-
-LEGACY_END_OF_TEXT_ID = 2
-"""Stock CLIP repositories from before transformers 4.31 have `eos_token_id: 2`, which is not the end-of-text token.
-
-For this value stock CLIP takes the text feature at the highest id of each text, as OpenAI's code does.
-"""
-
-CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-
-STOCK_TYPES = {"clip": "hf_clip", "clip_text_model": "hf_clip_text", "clip_vision_model": "hf_clip_vit"}
-"""Model types of stock CLIP, and our types that read them."""
-
-STOCK_TEXT = "clip_text_model"
-
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-STOCK_TOWERS = {"text_config": "hf_clip_text", "vision_config": "hf_clip_vit"}
-"""Fields of a whole stock CLIP configuration that hold a tower, and our types of these towers."""
-
-MOST_LAYERS = 1000
-MOST_BLOCKS = 200
-MOST_WIDTH = 1 << 20
-MOST_IDS = 1 << 24
-MOST_CHANNELS = 1 << 10
-"""Upper limits, far beyond any real model. A larger number is damage, or an attempt to exhaust memory and time."""
+from .stock_config import SPECIAL_IDS, STOCK_TEXT, named_as_ours, repair_special_ids
+from .variants import MOST_PIXELS, OPENAI_VOCAB_SIZE, get_variant
 
 BOOKKEEPING = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 """Fields that do not change what a model computes."""
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-FOREIGN_LAYOUTS: list[Callable[..., Any]] = []
-"""Readers of other libraries' repositories. The package adds them when it is imported; remote code has none.
-
-A reader takes a folder or repository and the Hub's arguments. It returns None if the layout is not its own, else an
-object with `config`, `tensors()`, `image_processor_values()` and `tokenizer()`.
-"""
-
-BEFORE_UPLOAD: list[Callable[[str, str], None]] = []
-"""Functions that prepare a folder for a push to the Hub, called with the folder and the repository's name.
-
-The package adds its own when it is imported.
-"""
-
-
-class HubUpload:
-    """Base of all classes with `push_to_hub`: adds the code that loads the model without this package to each push."""
-
-    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        for prepare in BEFORE_UPLOAD:
-            prepare(working_dir, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
-
-
-def read_config_object(path: Any) -> dict[str, Any]:
-    """Read a config.json. Raises ValueError for a damaged file, and for one that names files outside its folder."""
-    values = read_object(path)
-    check_names(path, values, ("configuration_files", "transformers_weights"))
-    return values
-
-
-def refuse_checkpoint_file(source: Any) -> None:
-    """Raise ValueError for the path or name of a checkpoint file: `from_pretrained` takes a folder or a repository.
-
-    It is raised for a name like those of OpenAI's files that is none of them, too.
-    """
-    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
-    if name in VARIANTS and not os.path.isdir(name):
-        raise ValueError(
-            f"{name} is the name of one of OpenAI's checkpoint files. Convert it once, by `hf-clip convert {name} "
-            f"{VARIANTS[name].slug}/`, and pass that folder."
-        )
-    refuse_unknown_variant(name)
-    is_repository = os.path.isdir(name) or (name.count("/") == 1 and not name.startswith((".", "/", "~")))
-    if not name.endswith(CHECKPOINT_SUFFIXES) or (is_repository and not os.path.isfile(name)):
-        return
-    folder = os.path.dirname(name) or "."
-    if os.path.isfile(name) and os.path.isfile(os.path.join(folder, "config.json")):
-        raise ValueError(
-            f"{name} is a file, but from_pretrained takes the folder that describes it too: pass {folder}."
-        )
-    raise ValueError(
-        f"{name} is a checkpoint file, but from_pretrained takes a folder or a repository. Convert it once, by "
-        f"`hf-clip convert {name} FOLDER`, and pass that folder."
-    )
-
-
-def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
-    """Find the reader for a repository in another library's layout.
-
-    Args:
-        source: A folder, or the name of a repository.
-        arguments: Arguments of `from_pretrained`. Those of the Hub are used.
-
-    Returns:
-        An object as described at `FOREIGN_LAYOUTS`. None for a repository whose config.json has a `model_type`, which
-        transformers reads itself.
-
-    Raises:
-        ValueError: `source` is a checkpoint file.
-    """
-    refuse_checkpoint_file(source)
-    if source is None or os.path.isfile(source):
-        return None
-    hub = {name: arguments[name] for name in HUB_ARGUMENTS if arguments.get(name) is not None}
-    try:
-        path = find_file(source, "config.json", hub)
-    except OSError:
-        return None  # transformers looks for the file next, and reports this error itself
-    if path is not None and "model_type" in read_config_object(path):
-        return None
-    return next((found for layout in FOREIGN_LAYOUTS if (found := layout(source, hub)) is not None), None)
-
-
-def repair_special_ids(values: dict[str, Any]) -> dict[str, Any]:
-    """Repair the special ids of a stock text configuration that says `eos_token_id: 2`.
-
-    With OpenAI's vocabulary the ids become OpenAI's, since the end of text is the highest id there. With another
-    vocabulary they become None, which means that the text feature is taken at the highest id of each text.
-    """
-    if values.get("eos_token_id") != LEGACY_END_OF_TEXT_ID:
-        return values
-    is_openai = values.get("vocab_size", OPENAI_VOCAB_SIZE) == OPENAI_VOCAB_SIZE
-    return values | (last_special_ids(OPENAI_VOCAB_SIZE) if is_openai else dict.fromkeys(SPECIAL_IDS))
-
-
-def last_special_ids(vocab_size: int) -> dict[str, int | None]:
-    """Return the special ids of a vocabulary in OpenAI's order, in which the last two ids are start and end.
-
-    For more ids than OpenAI's vocabulary has, all are None: it is unknown which of the further ids are tokens.
-    """
-    if vocab_size > OPENAI_VOCAB_SIZE:
-        return dict.fromkeys(SPECIAL_IDS)
-    return dict(zip(SPECIAL_IDS, (vocab_size - 2, vocab_size - 1, vocab_size - 1), strict=True))
-
-
-def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace the model types in a stock CLIP configuration by ours. Otherwise transformers warns of another model.
-
-    A single tower may be read out of a whole configuration, so each tower's fields are made complete. Repositories of
-    2022 have the real fields under `text_config_dict` and `vision_config_dict`, and `projection_dim` of the whole
-    overrides that of a tower.
-    """
-    if not isinstance(kind := values.get("model_type"), str) or kind not in STOCK_TYPES:
-        return values
-    for name in STOCK_TOWERS:
-        for written in (name, f"{name}_dict"):
-            if not isinstance(values.get(written) or {}, dict):
-                raise ValueError(f"its {written} is a {type(values[written]).__name__}, but an object is needed.")
-    values = values | {"model_type": STOCK_TYPES[values["model_type"]]}
-    for name, model_type in STOCK_TOWERS.items():
-        if nested := (values.get(name) or {}) | (values.get(f"{name}_dict") or {}):
-            shared = {"projection_dim": values["projection_dim"]} if "projection_dim" in values else {}
-            nested = repair_special_ids(nested) if name == "text_config" else nested
-            values[name] = nested | shared | {"model_type": model_type}
-    return repair_special_ids(values) if values["model_type"] == "hf_clip_text" else values
-
-
-def named_as_ours(values: dict[str, Any], source: Any) -> dict[str, Any]:
-    """Replace stock CLIP's model types in a config.json's fields by ours. Raises ValueError that names `source`."""
-    try:
-        return _renamed(values)
-    except ValueError as error:
-        raise ValueError(f"The configuration of {source} is refused: {error}") from None
 
 
 def _essence(config: PreTrainedConfig) -> dict[str, Any]:
@@ -294,52 +143,6 @@ class HfClipPreTrainedConfig(PreTrainedConfig):
                 raise ValueError(f"{type(self).__name__}: {name} is {value}, but a finite number is needed.")
 
 
-def _require_positive(config: PreTrainedConfig, *names: str, most: int = MOST_WIDTH) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is None or value <= 0:
-            raise ValueError(f"{type(config).__name__}: {name} is {value!r:.80}, but it must be a positive number.")
-        _require_at_most(config, name, value, most)
-
-
-def _require_at_most(config: PreTrainedConfig, name: str, value: int, most: int) -> None:
-    if value > most:
-        raise ValueError(
-            f"{type(config).__name__}: {name} is {float(min(value, 10**300)):.4g}, but at most {most:,} can be built."
-        )
-
-
-def _require_layers(config: Any) -> None:
-    from transformers.activations import ACT2FN
-
-    if (layers := config.num_hidden_layers) < 0:
-        raise ValueError(f"{type(config).__name__}: num_hidden_layers is {layers}, but it must not be negative.")
-    _require_at_most(config, "num_hidden_layers", layers, MOST_LAYERS)
-    if (activation := config.hidden_act) not in ACT2FN:
-        raise ValueError(
-            f"{type(config).__name__}: hidden_act is {activation!r:.80}, but transformers has no activation of that "
-            f"name; OpenAI's models have 'quick_gelu'."
-        )
-
-
-def _require_divisible(config: PreTrainedConfig, whole: str, part: str, reason: str) -> None:
-    dividend, divisor = getattr(config, whole), getattr(config, part)
-    if dividend % divisor:
-        raise ValueError(
-            f"{type(config).__name__}: {whole} is {dividend} and {part} is {divisor}, but {whole} must be a "
-            f"multiple of {part} ({reason})."
-        )
-
-
-def _check_kind(config: PreTrainedConfig, given: str | None, stock: str = "") -> None:
-    """Raise ValueError for the configuration of another kind of tower: no weight would be read, without an error."""
-    if given not in (None, config.model_type, stock):
-        raise ValueError(
-            f"This is the configuration of a {given!r}, but {type(config).__name__} describes a "
-            f"{config.model_type!r}. Load it with AutoConfig or AutoModel, which take the right class."
-        )
-
-
 @strict
 class HfClipTextConfig(HfClipPreTrainedConfig):
     """Configuration of the causal text tower (Radford et al. 2021, section 2.4).
@@ -384,7 +187,7 @@ class HfClipTextConfig(HfClipPreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         kind = kwargs.pop("model_type", None)
-        _check_kind(self, kind, stock=STOCK_TEXT)
+        check_kind(self, kind, stock=STOCK_TEXT)
         if kind == STOCK_TEXT or self.vocab_size == OPENAI_VOCAB_SIZE:
             ids = {name: getattr(self, name) for name in ("vocab_size", *SPECIAL_IDS)}
             for name, value in repair_special_ids(ids).items():
@@ -393,12 +196,12 @@ class HfClipTextConfig(HfClipPreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raise ValueError for sizes that no model can have."""
-        _require_positive(
+        require_positive(
             self, "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "projection_dim"
         )
-        _require_positive(self, "vocab_size", most=MOST_IDS)
-        _require_layers(self)
-        _require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
+        require_positive(self, "vocab_size", most=MOST_IDS)
+        require_layers(self)
+        require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
         if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
             raise ValueError(
                 f"HfClipTextConfig: eos_token_id is {self.eos_token_id}, but the text feature is taken at that id, so "
@@ -444,16 +247,16 @@ class HfClipViTConfig(HfClipPreTrainedConfig):
     initializer_factor: float = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_kind(self, kwargs.pop("model_type", None), stock="clip_vision_model")
+        check_kind(self, kwargs.pop("model_type", None), stock="clip_vision_model")
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Raise ValueError for sizes that no model can have."""
-        _require_positive(self, "hidden_size", "intermediate_size", "num_attention_heads", "projection_dim")
-        _require_positive(self, "image_size", "patch_size", most=MOST_PIXELS)
-        _require_positive(self, "num_channels", most=MOST_CHANNELS)
-        _require_layers(self)
-        _require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
+        require_positive(self, "hidden_size", "intermediate_size", "num_attention_heads", "projection_dim")
+        require_positive(self, "image_size", "patch_size", most=MOST_PIXELS)
+        require_positive(self, "num_channels", most=MOST_CHANNELS)
+        require_layers(self)
+        require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
         if self.patch_size > self.image_size:
             raise ValueError(f"HfClipViTConfig: patch_size {self.patch_size} exceeds image_size {self.image_size}.")
 
@@ -493,7 +296,7 @@ class HfClipResNetConfig(HfClipPreTrainedConfig):
     total_stride: ClassVar[int] = 32
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_kind(self, kwargs.pop("model_type", None))
+        check_kind(self, kwargs.pop("model_type", None))
         self.depths = list(self.depths)
         for name in ("hidden_size", "num_hidden_layers"):  # derived below
             if (given := kwargs.pop(name, None)) not in (None, getattr(self, name)):
@@ -505,9 +308,9 @@ class HfClipResNetConfig(HfClipPreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raise ValueError for sizes that no model can have."""
-        _require_positive(self, "stem_width", "num_attention_heads", "projection_dim")
-        _require_positive(self, "image_size", most=MOST_PIXELS)
-        _require_positive(self, "num_channels", most=MOST_CHANNELS)
+        require_positive(self, "stem_width", "num_attention_heads", "projection_dim")
+        require_positive(self, "image_size", most=MOST_PIXELS)
+        require_positive(self, "num_channels", most=MOST_CHANNELS)
         if len(self.depths) != 4 or min(self.depths) < 1:
             raise ValueError(
                 f"HfClipResNetConfig: depths is {self.depths}, but a CLIP ResNet has four stages of blocks."
@@ -518,7 +321,7 @@ class HfClipResNetConfig(HfClipPreTrainedConfig):
             raise ValueError(
                 f"HfClipResNetConfig: stem_width is {self.stem_width}, but the stem starts with half of it."
             )
-        _require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
+        require_divisible(self, "hidden_size", "num_attention_heads", "every head has the same width")
         if self.image_size < self.total_stride:
             raise ValueError(
                 f"HfClipResNetConfig: image_size is {self.image_size}, but the tower divides it by {self.total_stride}."
@@ -623,7 +426,7 @@ class HfClipConfig(HfClipPreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raise ValueError for sizes that no model can have."""
-        _require_positive(self, "projection_dim")
+        require_positive(self, "projection_dim")
         if self.contrastive_loss not in ("softmax", "sigmoid"):
             raise ValueError(
                 f"HfClipConfig: contrastive_loss is {self.contrastive_loss!r}, but must be 'softmax' or 'sigmoid'."

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from transformers import ProcessorMixin
 
 from .checked_files import read_unchanged
-from .configuration_hf_clip import HubUpload, find_foreign, refuse_checkpoint_file
+from .hub_repository import HubUpload, find_foreign, refuse_checkpoint_file
 from .image_processing_hf_clip import HfClipImageProcessor
 from .tokenization_hf_clip import HfClipTokenizer
 

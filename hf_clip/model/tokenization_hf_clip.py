@@ -34,9 +34,9 @@ from .bpe import (
 )
 from .checked_files import TOKENIZER_CHECKS, check_tokenizer_file, find_file, find_files, in_one_kind, read_vocabulary
 from .chunk_memory import ChunkMemory
-from .configuration_hf_clip import HUB_ARGUMENTS, HubUpload, refuse_checkpoint_file
 from .encoded_texts import EncodedTexts, as_columns, as_lists, without_texts
 from .freed_memory import return_freed_memory
+from .hub_repository import HUB_ARGUMENTS, HubUpload, refuse_checkpoint_file
 from .repair_text import TextError, prepare_each, prepare_one, prepare_text
 from .token_layout import Layout
 from .variants import OPENAI_VOCAB_SIZE
