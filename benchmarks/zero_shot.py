@@ -31,7 +31,8 @@ from hf_clip.checkpoints.keys import convert_names
 from hf_clip.checkpoints.vocabulary import find_vocabulary
 from hf_clip.model.bpe import read_merges
 from hf_clip.model.variants import get_variant
-from hf_clip.zero_shot.classifier import ZeroShotClassifier, build_matrix
+from hf_clip.zero_shot.classifier import ZeroShotClassifier
+from hf_clip.zero_shot.label_matrix import build_matrix
 from hf_clip.zero_shot.pipeline import STOCK_TEMPLATE, HfClipZeroShotPipeline
 from hf_clip.zero_shot.prompts import TEMPLATE_SETS
 

@@ -51,6 +51,15 @@ def write_safetensors(
             after_each(data.nbytes)
 
 
+def read_all(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors of a safetensors file, and the texts in its header. Raises ValueError if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no readable safetensors file ({error}).") from error
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts in the header of a safetensors file. Raises CheckpointError for a damaged one."""
     try:

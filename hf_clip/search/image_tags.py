@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ..model.fetch import is_web_address
-from ..zero_shot.classifier import build_matrix, default_scores
-from ..zero_shot.features import encode_pixels, image_processor_of
 from ..zero_shot.files import Classified
+from ..zero_shot.label_matrix import build_matrix, default_scores
 from ..zero_shot.matrix import ClassifierMatrix
+from ..zero_shot.pixel_classifier import PixelClassifier
 from ..zero_shot.prompts import DEFAULT_TEMPLATE, LabelError, read_labels
 from .image_index import ImageIndex
 from .xmp_sidecar import SidecarError, add_keywords, is_keyword, sidecar_of
@@ -43,7 +43,7 @@ BETWEEN_TAGS = "; "
 TAG_COLUMNS = ["image", "tags", "scores", "error"]
 
 
-class ImageTagger:
+class ImageTagger(PixelClassifier):
     """Gives images their tags. `classify_stream` takes it as a classifier.
 
     Args:
@@ -172,13 +172,9 @@ class ImageTagger:
             for row in zip(places.tolist(), ordered.tolist(), passed.tolist(), strict=True)
         ]
 
-    def pixels_of(self, image: Any, **settings: Any) -> Tensor:
-        """Prepare one image: (3, y, x). Threads may call this at the same time."""
-        return image_processor_of(self.processor)([image], return_tensors="pt", **settings)["pixel_values"][0]
-
-    def rank_pixels(self, pixels: list[Tensor], top_k: int | None) -> list[list[dict[str, Any]]]:
-        """Encode a batch of images, and find their tags."""
-        return self.tags_of(encode_pixels(self.model, torch.stack(pixels)), top_k)
+    def _rank_features(self, features: Tensor, top_k: int | None) -> list[list[dict[str, Any]]]:
+        """Find the tags of images, as `tags_of`."""
+        return self.tags_of(features, top_k)
 
 
 def check_scores(scores: str, threshold: float | None) -> None:

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch.nn.functional import normalize
 
-from ..zero_shot.classifier import default_scores
+from ..zero_shot.label_matrix import default_scores
 from ..zero_shot.matrix import ClassifierMatrix
 from ..zero_shot.prompts import DEFAULT_TEMPLATE, read_labels, read_templates
 from ..zero_shot.template_sets import TEMPLATE_SETS

@@ -4,11 +4,16 @@ Dimensions: I images, K labels, U background labels, M = K + U columns.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Set
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from .matrix import ClassifierMatrix
+from .prompts import LabelError, as_plain
 
 SMALLEST_SCALE, LARGEST_SCALE = 1e-2, 1e4
 
@@ -115,3 +120,99 @@ def fit_thresholds(scores: Tensor, is_right: Tensor) -> Tensor:
     thresholds = torch.where(middle > below.float(), middle, above.float())  # adjacent float32 have no middle
     beyond = torch.nextafter(ordered[0].float(), torch.tensor(torch.inf, device=scores.device))
     return torch.where(is_right.any(0), thresholds, beyond)
+
+
+def _softmax_targets(is_right: Tensor, columns: int) -> Tensor:
+    """Return `is_right` (I, K) with the background's columns, (I, M), for `fit_softmax_scale`.
+
+    Raises LabelError for an image with several labels, and for one without any if there is no background.
+    """
+    if (several := is_right.sum(-1) > 1).any():
+        index = int(several.int().argmax())
+        raise LabelError(
+            f"Image {index} has several labels, but a softmax shares one out among them; build the classifier "
+            f'with scores="sigmoid".',
+            index,
+        )
+    is_none = ~is_right.any(-1, keepdim=True)  # (I, 1)
+    count = columns - is_right.shape[1]
+    if is_none.any() and count == 0:
+        index = int(is_none.int().argmax())
+        raise LabelError(
+            f"Image {index} has none of the labels, but there are no background labels for it; pass some to "
+            f"ZeroShotClassifier, or leave the image out.",
+            index,
+        )
+    return torch.cat([is_right, is_none.expand(-1, count)], dim=1)
+
+
+def calibrate_(matrix: ClassifierMatrix, features: Tensor, is_right: Tensor) -> float:
+    """Fit a classifier's scale, bias and thresholds on images whose labels are known.
+
+    Args:
+        matrix: The classifier, which is changed.
+        features: (I, D) of any length.
+        is_right: (I, K) bool. True where an image has a label.
+
+    Returns:
+        F1 over all pairs of an image and a label at the thresholds.
+
+    Raises:
+        LabelError: The labels of an image cannot be used with a softmax. A ValueError; its `index` is the image's
+            place.
+        ValueError: For a sigmoid, all pairs are right, or none is.
+    """
+    cosines = matrix.cosines(features)  # (I, M)
+    if matrix.scores == "softmax":
+        matrix.logit_scale = fit_softmax_scale(cosines, _softmax_targets(is_right, cosines.shape[1]))
+    elif matrix.scores == "sigmoid":
+        if is_right.all() or not is_right.any():
+            raise ValueError(
+                f"All {is_right.numel()} pairs of image and label are {'right' if is_right.any() else 'wrong'}; "
+                f"to calibrate, images with and without a label are needed."
+            )
+        matrix.logit_scale, matrix.logit_bias = fit_sigmoid(cosines[:, : len(matrix.labels)], is_right)
+    scores = matrix.score(features)[:, : len(matrix.labels)]
+    matrix.thresholds = fit_thresholds(scores, is_right).cpu()
+    given = scores >= matrix.thresholds.to(scores.device)
+    return float(2 * (given & is_right).sum() / (given.sum() + is_right.sum()).clamp(min=1))
+
+
+def read_known_labels(labels: Any, names: list[str]) -> Tensor:
+    """Read the known labels of images.
+
+    Args:
+        labels: For each image a label or its place, None for none of them, or several; or for all images together a
+            bool array or tensor (I, K).
+        names: The K labels.
+
+    Returns:
+        (I, K) bool. True where an image has a label.
+
+    Raises:
+        LabelError: An image has a label that is none of `names`. A ValueError; its `index` is the image's place.
+        ValueError: `labels` has another shape, or is no list.
+    """
+    if str(getattr(labels, "dtype", None)) in ("bool", "torch.bool"):
+        if labels.ndim != 2 or labels.shape[1] != len(names):
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, but (images, {len(names)}) is needed.")
+        return torch.as_tensor(labels)
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels  # of an array or a tensor
+    if isinstance(labels, (str, Mapping, Set)) or not isinstance(labels, Iterable):
+        raise ValueError(f"labels is a {type(labels).__name__}, but for each image its label is needed, in a list.")
+    labels = list(labels)
+    place = {label: index for index, label in enumerate(names)}
+    is_right = torch.zeros(len(labels), len(names), dtype=torch.bool)
+    for row, given in enumerate(labels):
+        several = [given] if isinstance(given, str) or not isinstance(given, Iterable) else given
+        for label in [] if given is None else several:
+            is_number = isinstance(label, Integral) and not isinstance(label, bool)
+            index = place.get(label, -1) if isinstance(label, str) else int(label) if is_number else -1
+            if not 0 <= index < len(names):
+                raise LabelError(
+                    f"Image {row} has the label {as_plain(label)!r}, which is none of this classifier's; None "
+                    f"stands for none of them.",
+                    row,
+                )
+            is_right[row, index] = True
+    return is_right

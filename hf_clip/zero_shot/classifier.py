@@ -1,47 +1,25 @@
 """Zero-shot classification: labels become a matrix of text features once, and images are compared with its columns.
 
-1. Each name of a label is put into each template. The text tower encodes the prompts, and each feature is normalised.
-2. The features of a label are averaged and normalised again (Radford et al. 2021, section 3.1.4). This gives one column
-   of the matrix.
-3. An image's logits are its cosine similarities with the columns, times the logit scale.
+`label_matrix` makes the matrix. An image's logits are its cosine similarities with the columns, times the logit scale.
+`calibration` fits that scale on images whose labels are known.
 
 Dimensions: I images, D embedding, K labels, U background labels, M = K + U columns.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from ..model.repair_text import TextError
-from .calibration import fit_sigmoid, fit_softmax_scale, fit_thresholds
-from .features import (
-    check_texts,
-    check_width,
-    encode_images,
-    encode_pixels,
-    encode_text_batches,
-    image_processor_of,
-    is_single_image,
-    no_features,
-    progress_bar,
-    tokenizer_of,
-    truncated,
-)
-from .matrix import SCORES, ClassifierMatrix, fingerprint_of
-from .prompts import DEFAULT_TEMPLATE, LabelError, Template, as_plain, make_prompts, read_labels, read_templates
-from .text_batches import TextTooLongError, check_batch_size
-
-
-def default_scores(model: Any) -> str:
-    """Return the scores that fit the model's training loss: "softmax" or "sigmoid"."""
-    return getattr(model.config, "contrastive_loss", "softmax")
+from .calibration import calibrate_, read_known_labels
+from .features import encode_images, is_single_image
+from .label_matrix import build_matrix, default_scores
+from .matrix import ClassifierMatrix
+from .pixel_classifier import PixelClassifier
+from .prompts import DEFAULT_TEMPLATE
 
 
 def check_top_k(top_k: Any) -> None:
@@ -50,135 +28,7 @@ def check_top_k(top_k: Any) -> None:
         raise ValueError(f"top_k is {top_k!r}, but a whole number of at least 1 is needed, or None for all labels.")
 
 
-def check_parts(model: Any, processor: Any) -> None:
-    """Raise ValueError for a model without a text tower, or a processor without a tokenizer."""
-    if isinstance(model, (str, Path)):
-        raise ValueError(f"model is {str(model)!r}; load it first, with AutoModel.from_pretrained.")
-    if not hasattr(model, "text_model") or not hasattr(model, "logit_scale"):
-        raise ValueError(
-            f"Labels are encoded by the text tower, which {type(model).__name__} doesn't have; pass an HfClipModel, or "
-            f"take a saved classifier with ZeroShotClassifier.load."
-        )
-    if not hasattr(tokenizer_of(processor), "decode"):
-        raise ValueError(
-            f"processor is of type {type(processor).__name__}, but the model's HfClipProcessor is needed: "
-            f"AutoProcessor.from_pretrained."
-        )
-
-
-def sum_prompts(
-    model: Any,
-    processor: Any,
-    columns: list[list[str]],
-    templates: list[Template],
-    *,
-    batch_size: int,
-    progress: bool,
-    settings: dict[str, Any],
-    truncate_dim: int | None = None,
-) -> Tensor:
-    """Sum the normalised features of each column's prompts.
-
-    Prompts are made when they are encoded, and each batch is added to its sums at once. Memory grows with the number
-    of columns, not with the number of prompts.
-
-    Args:
-        model: HfClipModel.
-        processor: HfClipProcessor.
-        columns: For each of the M columns the names of its label.
-        templates: Functions from a name to a prompt.
-        batch_size: Number of prompts encoded at once.
-        progress: Whether to show a progress bar.
-        settings: Arguments for the tokenizer.
-        truncate_dim: How many of each feature's first numbers are taken, before it is normalised. None: all.
-
-    Returns:
-        The sums (M, D) or (M, truncate_dim), float32.
-
-    Raises:
-        TextError: A prompt cannot be tokenized; `index` is the place of its label.
-        TextTooLongError: A prompt is too long; `index` is the place of its label.
-    """
-    check_batch_size(batch_size)
-
-    def prompts() -> Iterator[str]:
-        return (prompt for column in columns for prompt in make_prompts(column, templates))
-
-    counts = torch.tensor([len(column) * len(templates) for column in columns])
-    owner = torch.arange(len(columns)).repeat_interleave(counts)
-    sums = no_features(model, len(columns))[:, :truncate_dim]
-    try:
-        check_texts(model, processor, prompts(), len(owner), settings)
-        with progress_bar("Encoding texts", "text", len(owner), progress) as update:
-            batches = encode_text_batches(model, processor, prompts(), batch_size=batch_size, settings=settings)
-            for places, features in batches:
-                features = truncated(features, truncate_dim)
-                sums.index_add_(0, owner[places].to(sums.device), features.to(sums.device))
-                update(len(places))
-    except (TextError, TextTooLongError) as error:
-        if error.index is not None:
-            error.index, error.is_prompt = int(owner[error.index]), True
-        raise
-    return sums
-
-
-def build_matrix(
-    model: Any,
-    processor: Any,
-    labels: Any,
-    templates: Any = DEFAULT_TEMPLATE,
-    *,
-    background: Any = (),
-    scores: str | None = None,
-    batch_size: int = 64,
-    progress: bool = False,
-    tokenizer_settings: dict[str, Any] | None = None,
-    truncate_dim: int | None = None,
-) -> ClassifierMatrix:
-    """Make the matrix of a zero-shot classifier: encode each name of each label in each template.
-
-    The arguments are those of `ZeroShotClassifier`. Besides, `tokenizer_settings` holds arguments for the tokenizer,
-    e.g. `{"truncation": True}`. The matrix is on the model's device.
-    """
-    check_parts(model, processor)
-    check_width(model, truncate_dim)
-    scores = scores or default_scores(model)
-    if scores not in SCORES:
-        raise ValueError(f"scores is {scores!r}, but must be one of {', '.join(map(repr, SCORES))}.")
-    functions, texts = read_templates(templates)
-    names = read_labels(labels)
-    if isinstance(background, str):
-        raise ValueError(f"background is a single text, {background!r}; pass a list of background labels.")
-    if isinstance(background, Iterable):
-        background = background if isinstance(background, Mapping) else list(background)
-    others = read_labels(background) if background else {}
-    if both := names.keys() & others.keys():
-        raise ValueError(f"{min(both)!r} is both a label and a background label; leave one out.")
-    columns = [*names.values(), *others.values()]
-    sums = sum_prompts(
-        model,
-        processor,
-        columns,
-        functions,
-        batch_size=batch_size,
-        progress=progress,
-        settings=tokenizer_settings or {},
-        truncate_dim=truncate_dim,
-    )
-    bias = getattr(model, "logit_bias", None)
-    return ClassifierMatrix(
-        weights=normalize(sums, dim=-1).T.contiguous(),
-        labels=list(names),
-        scores=scores,
-        logit_scale=float(model.logit_scale.detach().float().exp()),
-        logit_bias=0.0 if bias is None else float(bias.detach()),
-        templates=texts,
-        fingerprint=fingerprint_of(model),
-        truncate_dim=truncate_dim,
-    )
-
-
-class ZeroShotClassifier:
+class ZeroShotClassifier(PixelClassifier):
     """Classify images by labels that are given as texts.
 
     The labels are encoded once, when the classifier is made. It can then be used for any number of images.
@@ -265,32 +115,9 @@ class ZeroShotClassifier:
     def _features(self, images: Any, batch_size: int, progress: bool, settings: dict[str, Any]) -> Tensor:
         return encode_images(self.model, self.processor, images, batch_size=batch_size, progress=progress, **settings)
 
-    def pixels_of(self, image: Any, **settings: Any) -> Tensor:
-        """Prepare one image for `rank_pixels`. Threads may call this at the same time.
-
-        Args:
-            image: A Pillow image, or what else the image processor takes.
-            **settings: Arguments for the image processor, e.g. `fit="pad"`.
-
-        Returns:
-            Pixel values (3, y, x), float32.
-
-        Raises:
-            UnreadableImageError: It cannot be read. A ValueError.
-        """
-        return image_processor_of(self.processor)([image], return_tensors="pt", **settings)["pixel_values"][0]
-
-    def rank_pixels(self, pixels: list[Tensor], top_k: int | None) -> list[list[dict[str, Any]]]:
-        """Encode a batch of images, and find the labels and scores of each one, best first.
-
-        Args:
-            pixels: What `pixels_of` made of each image.
-            top_k: Number of labels for each image. None: all.
-
-        Returns:
-            For each image a list of dictionaries with `label` and `score`.
-        """
-        return self.matrix.rank(encode_pixels(self.model, torch.stack(pixels)), top_k)
+    def _rank_features(self, features: Tensor, top_k: int | None) -> list[list[dict[str, Any]]]:
+        """Find the labels and scores of images whose features (I, D) are given, best first."""
+        return self.matrix.rank(features, top_k)
 
     def logits(self, images: Any, *, batch_size: int = 16, progress: bool = False, **settings: Any) -> Tensor:
         """Compute the logits of images, before softmax or sigmoid.
@@ -394,73 +221,15 @@ class ZeroShotClassifier:
             classifier.calibrate(["a.jpg", "b.jpg", "c.jpg"], ["cat", "dog", "cat"])
         """
         matrix = replace(self.matrix)  # a copy: another thread may classify until the fit is complete
-        is_right = self._read_truth(labels)  # (I, K)
+        is_right = read_known_labels(labels, matrix.labels)  # (I, K)
         features = self._features(images, batch_size, progress, settings)
         if len(features) != len(is_right):
             raise ValueError(f"There are {len(features)} images and the labels of {len(is_right)}; one each is needed.")
         if len(features) == 0:
             raise ValueError("There are no images to calibrate on; pass some with their labels.")
-        is_right = is_right.to(features.device)
-        cosines = matrix.cosines(features)
-        if matrix.scores == "softmax":
-            if (several := is_right.sum(-1) > 1).any():
-                index = int(several.int().argmax())
-                raise LabelError(
-                    f"Image {index} has several labels, but a softmax shares one out among them; build the classifier "
-                    f'with scores="sigmoid".',
-                    index,
-                )
-            is_none = ~is_right.any(-1, keepdim=True)
-            count = cosines.shape[1] - is_right.shape[1]
-            if is_none.any() and count == 0:
-                index = int(is_none.int().argmax())
-                raise LabelError(
-                    f"Image {index} has none of the labels, but there are no background labels for it; pass some to "
-                    f"ZeroShotClassifier, or leave the image out.",
-                    index,
-                )
-            matrix.logit_scale = fit_softmax_scale(cosines, torch.cat([is_right, is_none.expand(-1, count)], dim=1))
-        elif matrix.scores == "sigmoid":
-            if is_right.all() or not is_right.any():
-                raise ValueError(
-                    f"All {is_right.numel()} pairs of image and label are {'right' if is_right.any() else 'wrong'}; "
-                    f"to calibrate, images with and without a label are needed."
-                )
-            matrix.logit_scale, matrix.logit_bias = fit_sigmoid(cosines[:, : len(matrix.labels)], is_right)
-        scores = matrix.score(features)[:, : len(matrix.labels)]
-        matrix.thresholds = fit_thresholds(scores, is_right).cpu()
-        given = scores >= matrix.thresholds.to(scores.device)
-        f1 = 2 * (given & is_right).sum() / (given.sum() + is_right.sum()).clamp(min=1)
+        f1 = calibrate_(matrix, features, is_right.to(features.device))
         self.matrix = matrix
-        return {"logit_scale": matrix.logit_scale, "logit_bias": matrix.logit_bias, "f1": float(f1)}
-
-    def _read_truth(self, labels: Any) -> Tensor:
-        """Return the known labels of images as a bool tensor (I, K)."""
-        if str(getattr(labels, "dtype", None)) in ("bool", "torch.bool"):
-            if labels.ndim != 2 or labels.shape[1] != len(self.labels):
-                raise ValueError(
-                    f"labels have shape {tuple(labels.shape)}, but (images, {len(self.labels)}) is needed."
-                )
-            return torch.as_tensor(labels)
-        labels = labels.tolist() if hasattr(labels, "tolist") else labels  # of an array or a tensor
-        if isinstance(labels, (str, Mapping, Set)) or not isinstance(labels, Iterable):
-            raise ValueError(f"labels is a {type(labels).__name__}, but for each image its label is needed, in a list.")
-        labels = list(labels)
-        place = {label: index for index, label in enumerate(self.labels)}
-        is_right = torch.zeros(len(labels), len(self.labels), dtype=torch.bool)
-        for row, given in enumerate(labels):
-            several = [given] if isinstance(given, str) or not isinstance(given, Iterable) else given
-            for label in [] if given is None else several:
-                is_number = isinstance(label, Integral) and not isinstance(label, bool)
-                index = place.get(label, -1) if isinstance(label, str) else int(label) if is_number else -1
-                if not 0 <= index < len(self.labels):
-                    raise LabelError(
-                        f"Image {row} has the label {as_plain(label)!r}, which is none of this classifier's; None "
-                        f"stands for none of them.",
-                        row,
-                    )
-                is_right[row, index] = True
-        return is_right
+        return {"logit_scale": matrix.logit_scale, "logit_bias": matrix.logit_bias, "f1": f1}
 
     def save(self, path: str | Path) -> None:
         """Write the classifier to one safetensors file: matrix, labels, scale, bias and thresholds, without the model.

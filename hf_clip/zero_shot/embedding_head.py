@@ -20,14 +20,15 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
+from ..checkpoints.safetensors_stream import read_all
 from ..checkpoints.whole_file import whole_file
 from ..model.variants import VARIANTS
-from .features import encode_images, encode_pixels, image_processor_of
+from .features import encode_images
+from .pixel_classifier import PixelClassifier
 
 FILE_FORMAT = "hf_clip.embedding_head.1"
 FOLDER, SUFFIX = "heads", ".safetensors"
@@ -212,12 +213,7 @@ class EmbeddingHead:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no head {path}; `hf-clip evaluate head` trains one.")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no readable safetensors file ({error}).") from error
+        tensors, metadata = read_all(path)
         if metadata.get("format") != FILE_FORMAT:
             raise ValueError(f"{path} is no head of hf_clip's ({FILE_FORMAT}); `hf-clip evaluate head` trains one.")
         if metadata.get("checksum") != _checksum(tensors, metadata):
@@ -276,7 +272,7 @@ def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 @dataclass(frozen=True)
-class HeadClassifier:
+class HeadClassifier(PixelClassifier):
     """A model and a head on its embeddings, for `classify_stream`."""
 
     model: Any
@@ -288,32 +284,9 @@ class HeadClassifier:
         """The labels of the head."""
         return self.head.labels
 
-    def pixels_of(self, image: Any, **settings: Any) -> Tensor:
-        """Prepare one image for `rank_pixels`. Threads may call this at the same time.
-
-        Args:
-            image: A Pillow image, or what else the image processor takes.
-            **settings: Arguments for the image processor, e.g. `fit="pad"`.
-
-        Returns:
-            Pixel values (3, y, x), float32.
-
-        Raises:
-            UnreadableImageError: It cannot be read. A ValueError.
-        """
-        return image_processor_of(self.processor)([image], return_tensors="pt", **settings)["pixel_values"][0]
-
-    def rank_pixels(self, pixels: list[Tensor], top_k: int | None) -> list[list[dict[str, Any]]]:
-        """Encode a batch of images, and find the labels and scores of each one, best first.
-
-        Args:
-            pixels: What `pixels_of` made of each image.
-            top_k: Number of labels for each image. None: all.
-
-        Returns:
-            For each image a list of dictionaries with `label` and `score`.
-        """
-        return self.head.rank(encode_pixels(self.model, torch.stack(pixels)), top_k)
+    def _rank_features(self, features: Tensor, top_k: int | None) -> list[list[dict[str, Any]]]:
+        """Find the labels and scores of images whose features (I, D) are given, best first."""
+        return self.head.rank(features, top_k)
 
 
 def find_head(head: str | Path, model: str, *, local_files_only: bool = False) -> Path:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..checkpoints.safetensors_stream import read_all
 from ..checkpoints.whole_file import whole_file
 
 FINGERPRINT = 8
@@ -163,12 +163,7 @@ class ClassifierMatrix:
         """Read a file that `save` wrote. Raises FileNotFoundError, and ValueError for a file of another kind."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no classifier {path}; ZeroShotClassifier.save writes one.")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no readable safetensors file ({error}).") from error
+        tensors, metadata = read_all(path)
         if metadata.get("format") != FILE_FORMAT:
             raise ValueError(
                 f"{path} is no zero-shot classifier of hf_clip's ({FILE_FORMAT}); ZeroShotClassifier.save writes one."

@@ -26,8 +26,9 @@ from transformers.pipelines import PIPELINE_REGISTRY, ZeroShotImageClassificatio
 
 from ..model.configuration_hf_clip import HfClipConfig
 from ..model.open_image import UNREADABLE, UnreadableImageError, at_place, is_to_be_opened, open_image, turn_upright
-from .classifier import ZeroShotClassifier, build_matrix, check_top_k
+from .classifier import ZeroShotClassifier, check_top_k
 from .features import as_read, check_images, check_single, is_single_image, unread
+from .label_matrix import build_matrix
 from .matrix import ClassifierMatrix
 from .prompts import read_labels
 

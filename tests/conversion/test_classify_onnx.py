@@ -14,8 +14,8 @@ from PIL import Image
 
 from hf_clip import HfClipImageProcessor, HfClipModel, HfClipProcessor, HfClipTokenizer, TextTooLongError
 from hf_clip.commands.program import main
-from hf_clip.zero_shot.classifier import build_matrix
 from hf_clip.zero_shot.features import encode_pixels
+from hf_clip.zero_shot.label_matrix import build_matrix
 from hf_clip.zero_shot.onnx_classifier import OnnxClassifier
 from hf_clip.zero_shot.plain_inputs import PlainTokenizer, read_image_steps
 from hf_clip.zero_shot.tower_graphs import TowerGraphs
