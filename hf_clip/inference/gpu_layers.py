@@ -17,7 +17,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 def is_plain_linear(module: Any) -> bool:
-    """Whether a module is an ordinary linear map: no adapter, no quantised weight, no hooks."""
+    """Whether a module is an ordinary linear map: no adapter, no quantised weight, and nothing to call beside it.
+
+    This is asked in each call, and is stricter than `replace.is_plain`: what multiplies by a weight alone calls no
+    hook, not even those by which transformers records outputs.
+    """
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not is_hooked(module)
 
 

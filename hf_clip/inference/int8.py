@@ -25,9 +25,9 @@ from .int8_layers import (
     Int8Stage,
     has_int8_operators,
 )
-from .layers import InferenceConv2d, SingleQueryAttentionPool, has_packed_operators
+from .layers import has_packed_operators
 from .parts import STAGES
-from .replace import LEFT, find_changed, is_hooked, is_plain
+from .replace import LEFT, find_changed, fold_stem_, is_hooked, is_plain, simplify_pool_
 
 INT8 = "int8"
 
@@ -125,8 +125,7 @@ def quantize_(model: Any) -> list[str]:
 def _quantize_attention_(attention: Any, is_fused: bool) -> None:
     is_whole = type(attention) is HfClipAttention and not is_hooked(attention)
     if is_fused and is_whole and all(is_plain(getattr(attention, name)) for name in PROJECTIONS[:3]):
-        attention.__class__ = Int8Attention
-        attention.fuse_()
+        Int8Attention.change_(attention)
     for name in PROJECTIONS:
         linear: Any = getattr(attention, name, None)
         if is_plain(linear):
@@ -146,15 +145,9 @@ def _quantize_mlp_(layer: Any) -> None:
 
 
 def _quantize_resnet_(tower: Any) -> None:
-    is_fused = has_packed_operators(tower.dtype)
-    for number in (1, 2, 3):
-        convolution, norm = getattr(tower, f"conv{number}"), getattr(tower, f"bn{number}")
-        setattr(tower, f"conv{number}", InferenceConv2d.fold(convolution, norm, False, is_fused))  # ReLU follows
-        setattr(tower, f"bn{number}", nn.Identity())
+    fold_stem_(tower, is_fused=has_packed_operators(tower.dtype))
     for stage in map(tower.get_submodule, STAGES):
         for index, block in enumerate(stage):
             stage[index] = Int8Bottleneck(block)
         stage.__class__ = Int8Stage
-    pool = tower.attnpool
-    if all(is_plain(linear) for linear in (pool.q_proj, pool.k_proj, pool.v_proj)):
-        pool.__class__ = SingleQueryAttentionPool
+    simplify_pool_(tower)

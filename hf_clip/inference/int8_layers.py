@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..model.attention import HfClipAttention, HfClipMLP, attend
-from ..model.linear_map import apply_linear, cut_into_patches
+from ..model.attention import HfClipAttention, HfClipMLP
+from ..model.linear_map import cut_into_patches
 from ..model.resnet_tower import HfClipBottleneck, HfClipResNetStage
-from .layers import check_use, fold_norm, is_close
+from .layers import StackedAttention, check_use, fold_norm, is_close
 
 LARGEST = 127
 """Largest absolute value of an integer, so that its range is symmetric."""
@@ -140,23 +140,15 @@ class Int8MLP(nn.Module):
         return self.fc2.multiply(*quantize_activated(activated, self.bound)).view(hidden_states.shape)
 
 
-class Int8Attention(HfClipAttention):
-    """An HfClipAttention whose input is quantized once, for queries, keys and values together.
+class Int8Attention(StackedAttention):
+    """A StackedAttention whose input is quantized once, for queries, keys and values together."""
 
-    Its module is that of the model, so that outputs and hooks of attention stay. Only the class is changed.
-    """
-
-    def fuse_(self) -> None:
-        """Replace the projections."""
-        self.qkv_proj = Int8Linear.replace(self.q_proj, self.k_proj, self.v_proj)
-        del self.q_proj, self.k_proj, self.v_proj
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        query, key, value = self.qkv_proj(hidden_states).chunk(3, dim=-1)
-        mixed, weights = attend(self, query, key, value, attention_mask, **kwargs)
-        return apply_linear(self.out_proj, mixed), weights
+    @classmethod
+    def change_(cls, attention: HfClipAttention) -> None:
+        """Make an HfClipAttention one of this class. Its `out_proj` stays as it is."""
+        attention.qkv_proj = Int8Linear.replace(attention.q_proj, attention.k_proj, attention.v_proj)
+        del attention.q_proj, attention.k_proj, attention.v_proj
+        attention.__class__ = cls
 
 
 class Int8Patches(nn.Module):

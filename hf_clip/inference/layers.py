@@ -27,7 +27,7 @@ from ..model.attention import (
     attend,
     product_attention,
 )
-from ..model.linear_map import cut_into_patches, is_hooked
+from ..model.linear_map import apply_linear, cut_into_patches, is_hooked
 from ..model.optimized import OptimizedModelError
 from ..model.resnet_tower import HfClipAttentionPool, HfClipBottleneck
 
@@ -165,19 +165,13 @@ class RowsOfTexts:
         return padded.index_copy_(0, self._rows, rows[0]).unflatten(0, tuple(self._shape))
 
 
-class PackedAttention(HfClipAttention):
-    """An HfClipAttention that computes q, k and v as one product."""
+class StackedAttention(HfClipAttention):
+    """An HfClipAttention that computes q, k and v as one product.
 
-    qkv_proj: PackedLinear
+    Its module is that of the model, so that outputs and hooks of attention stay. Only the class and the maps change.
+    """
 
-    @classmethod
-    def change_(cls, attention: HfClipAttention) -> None:
-        """Make an HfClipAttention one of this class. Its hooks stay, by which transformers records its outputs."""
-        maps = (attention.q_proj, attention.k_proj, attention.v_proj)
-        attention.qkv_proj = PackedLinear(stack_linear_maps(maps))
-        attention.out_proj = PackedLinear(attention.out_proj)  # type: ignore[assignment]
-        del attention.q_proj, attention.k_proj, attention.v_proj
-        attention.__class__ = cls
+    qkv_proj: nn.Module
 
     def mix(
         self, hidden_states: Tensor, attention_mask: Tensor | None, rows: "RowsOfTexts | None" = None, **kwargs: Any
@@ -197,7 +191,20 @@ class PackedAttention(HfClipAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         mixed, weights = self.mix(hidden_states, attention_mask, **kwargs)
-        return self.out_proj(mixed), weights
+        return apply_linear(self.out_proj, mixed), weights
+
+
+class PackedAttention(StackedAttention):
+    """A StackedAttention whose maps are packed."""
+
+    @classmethod
+    def change_(cls, attention: HfClipAttention) -> None:
+        """Make an HfClipAttention one of this class."""
+        maps = (attention.q_proj, attention.k_proj, attention.v_proj)
+        attention.qkv_proj = PackedLinear(stack_linear_maps(maps))
+        attention.out_proj = PackedLinear(attention.out_proj)  # type: ignore[assignment]
+        del attention.q_proj, attention.k_proj, attention.v_proj
+        attention.__class__ = cls
 
 
 def stack_linear_maps(maps: Sequence[nn.Linear]) -> nn.Linear:

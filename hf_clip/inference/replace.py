@@ -34,12 +34,13 @@ LEFT = "left as before"
 
 
 def is_plain(module: Any) -> bool:
-    """Whether a module is an ordinary linear map: no adapter, no quantised weight, no hooks."""
+    """Whether a module is an ordinary linear map: no adapter, no quantised weight, no hooks but transformers' own."""
     is_linear = type(module) is nn.Linear and type(module.weight) is nn.Parameter
     return is_linear and not is_hooked(module)
 
 
 def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks as `has_hooks` says, or its `forward` was replaced."""
     return has_hooks(module) or "forward" in vars(module)
 
 
@@ -135,6 +136,23 @@ def _compare_fused(tower: Any) -> Comparison:
     return remembered(key, lambda: compare_fused(public, fused, shapes))
 
 
+def fold_stem_(tower: Any, is_fused: bool) -> None:
+    """Fold BatchNorm into the three convolutions of a ResNet's stem. ReLU stays apart."""
+    for number in (1, 2, 3):
+        convolution, norm = getattr(tower, f"conv{number}"), getattr(tower, f"bn{number}")
+        setattr(tower, f"conv{number}", InferenceConv2d.fold(convolution, norm, False, is_fused))
+        setattr(tower, f"bn{number}", nn.Identity())
+
+
+def simplify_pool_(tower: Any) -> bool:
+    """Let a ResNet's attention pool multiply its one query, if its linear maps are plain. Returns whether it does."""
+    pool = tower.attnpool
+    if not all(is_plain(linear) for linear in (pool.q_proj, pool.k_proj, pool.v_proj)):
+        return False
+    pool.__class__ = SingleQueryAttentionPool
+    return True
+
+
 def fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
     """Fold BatchNorm into the convolutions of a ResNet, and simplify its attention pool. Returns descriptions.
 
@@ -145,21 +163,16 @@ def fold_resnet_(tower: Any, has_operators: bool) -> list[str]:
     comparison = _compare_fused(tower) if has_operators else None
     is_fused = comparison is not None and comparison.pays
     count = sum(isinstance(module, nn.BatchNorm2d) for module in tower.modules())
-    for number in (1, 2, 3):
-        convolution, norm = getattr(tower, f"conv{number}"), getattr(tower, f"bn{number}")
-        setattr(tower, f"conv{number}", InferenceConv2d.fold(convolution, norm, False, is_fused))  # ReLU follows
-        setattr(tower, f"bn{number}", nn.Identity())
+    fold_stem_(tower, is_fused)
     for stage in map(tower.get_submodule, STAGES):
         for index, block in enumerate(stage):
             stage[index] = InferenceBottleneck(block, is_fused)
-    pool = tower.attnpool
     done = [f"BatchNorm folded into {count} convolutions"]
     if is_fused:
         done.append(f"ReLU and sums computed in the convolutions' pass, {comparison}")
     elif comparison is not None:
         done.append(f"ReLU and sums {LEFT}; in the convolutions' pass {comparison}")
-    if all(is_plain(linear) for linear in (pool.q_proj, pool.k_proj, pool.v_proj)):
-        pool.__class__ = SingleQueryAttentionPool
+    if simplify_pool_(tower):
         done.append("the attention pool multiplies its one query instead of all keys and values")
     return done
 
