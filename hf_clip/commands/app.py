@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .classify import MODEL_HELP
+from .shared_options import MODEL_HELP
 
 
 def app(

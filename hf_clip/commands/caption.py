@@ -1,20 +1,17 @@
 """`hf-clip caption`: the captions of a bank that are nearest to an image, or a phrase composed of a vocabulary."""
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .classify import (
-    MODEL_HELP,
-    BatchSizeOption,
-    DeviceOption,
-    DtypeOption,
-    OfflineOption,
-    end_by_failures,
-    place_model,
-)
+from .image_results import end_by_failures
+from .loaded_model import load_placed, place_model
 from .program import Dtype
+from .shared_options import MODEL_HELP, BatchSizeOption, DeviceOption, DtypeOption, OfflineOption
+
+if TYPE_CHECKING:
+    from ..search.caption_bank import CaptionedImage
 
 
 def caption(
@@ -93,8 +90,7 @@ def caption(
     names = find_images(images)
     loaded, processor, stored = _load(index, model, device, dtype.value, offline, compose is None)
     captions = captions or stored
-    is_shown = sys.stderr.isatty()
-    with progress_bar("Encoding images", "image", len(names), is_shown) as advance:
+    with progress_bar("Encoding images", "image", len(names), sys.stderr.isatty()) as advance:
         found, features = caption_bank.encode_image_files(
             loaded,
             processor,
@@ -105,16 +101,9 @@ def caption(
         )
     good = [image for image in found if image.error is None]
     if captions and good:
-        with progress_bar("Encoding captions", "caption", len(captions), is_shown) as advance:
-            nearest = caption_bank.nearest_captions(loaded, processor, features, captions, top_k=top_k, advance=advance)
-        for image, lines in zip(good, nearest, strict=True):
-            image.captions = lines
+        _add_nearest(good, features, captions, loaded, processor, top_k=top_k)
     if words and good:
-        composer = caption_bank.PhraseComposer(loaded, processor, words, template, margin=margin, progress=is_shown)
-        with progress_bar("Composing", "image", len(good), is_shown) as advance:
-            for image, feature in zip(good, features, strict=True):
-                image.composed = composer.compose(feature)
-                advance(1)
+        _add_composed(good, features, words, loaded, processor, template=template, margin=margin)
     print(as_json_text(found) if as_json else "\n".join(format_captions(found)))
     end_by_failures(len(found), len(found) - len(good), "opened")
 
@@ -129,12 +118,38 @@ def check_sources(bank: str | None, index: str | None, compose: str | None, mode
         raise ValueError("A model is needed to encode images: give --model, or --index, which remembers its model.")
 
 
+def _add_nearest(
+    images: "list[CaptionedImage]", features: Any, captions: list[str], model: Any, processor: Any, *, top_k: int
+) -> None:
+    """Give images, whose features are (I, D), the captions that are nearest to them."""
+    from ..search.caption_bank import nearest_captions
+    from ..zero_shot.progress import progress_bar
+
+    with progress_bar("Encoding captions", "caption", len(captions), sys.stderr.isatty()) as advance:
+        nearest = nearest_captions(model, processor, features, captions, top_k=top_k, advance=advance)
+    for image, lines in zip(images, nearest, strict=True):
+        image.captions = lines
+
+
+def _add_composed(
+    images: "list[CaptionedImage]", features: Any, words: list[str], model: Any, processor: Any, **how: Any
+) -> None:
+    """Give images, whose features are (I, D), a phrase that is composed of words."""
+    from ..search.caption_bank import PhraseComposer
+    from ..zero_shot.progress import progress_bar
+
+    is_shown = sys.stderr.isatty()
+    composer = PhraseComposer(model, processor, words, progress=is_shown, **how)
+    with progress_bar("Composing", "image", len(images), is_shown) as advance:
+        for image, feature in zip(images, features, strict=True):
+            image.composed = composer.compose(feature)
+            advance(1)
+
+
 def _load(
     index: str | None, model: str | None, device: str | None, dtype: str, offline: bool, needs_captions: bool
 ) -> tuple[Any, Any, list[str]]:
     """The model, its processor, and the captions of the index."""
-    from ..zero_shot.pipeline import default_device
-
     if index is not None:
         from ..search.caption_bank import captions_of_index
         from ..search.image_index import ImageIndex
@@ -147,9 +162,4 @@ def _load(
                 f"with --bank."
             )
         return place_model(opened.model, device, dtype), opened.processor, captions
-    from ..checkpoints.in_memory import load_model
-    from ..registration import register
-
-    register()
-    loaded, processor = load_model(str(model), dtype=dtype, offline=offline)
-    return loaded.to(device or default_device()), processor, []
+    return *load_placed(str(model), device=device, dtype=dtype, offline=offline), []

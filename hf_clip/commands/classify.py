@@ -1,17 +1,32 @@
 """`hf-clip classify`: the labels of many images, printed or written into a table."""
 
 import os
-import sys
-from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .image_results import end_by_failures, put_results
+from .loaded_model import load_placed
 from .program import Dtype
+from .shared_options import (
+    IMAGES_HELP,
+    MODEL_HELP,
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    ImageColumnOption,
+    ImageFoldersOption,
+    LabelsOption,
+    OfflineOption,
+    OutputOption,
+    SplitOption,
+    TemplatesOption,
+    read_given_templates,
+)
 
 if TYPE_CHECKING:
-    from ..zero_shot.files import Classified, StreamClassifier
+    from ..zero_shot.files import StreamClassifier
 
 
 class Precision(str, Enum):
@@ -20,78 +35,6 @@ class Precision(str, Enum):
     fp32 = "fp32"
     fp16 = "fp16"
     int8 = "int8"
-
-
-SOME_FAILED = 2
-"""Exit status: there are results, but not of all images."""
-
-
-MODEL_HELP = "A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names."
-IMAGES_HELP = (
-    "Folders, of which all images are taken, those in their folders too; files; addresses. Or one data set: a "
-    "repository on the Hub, a CSV, JSON lines, parquet or webdataset file, a saved data set."
-)
-
-LabelsOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Labels with commas between them; or a file: a label on each line, or JSON with the names of labels.",
-        metavar="A,B,C|FILE",
-    ),
-]
-TemplatesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A text with {} where the label belongs, given once or several times; the name of a set; or a file "
-        "with a text on each line. By default: a photo of a {}.",
-        show_default=False,
-    ),
-]
-OutputOption = Annotated[
-    str | None,
-    typer.Option(
-        help="A table to write, which ends in .csv, .jsonl or .parquet. Without it, results are printed.",
-        metavar="FILE",
-    ),
-]
-ImageColumnOption = Annotated[str | None, typer.Option(help="The column of a data set that holds the images.")]
-SplitOption = Annotated[str | None, typer.Option(help="The split of a data set; by default train.")]
-ImageFoldersOption = Annotated[
-    list[str] | None,
-    typer.Option(help="More folders whose images the rows of a data set may name; only for rows you trust."),
-]
-BatchSizeOption = Annotated[int, typer.Option(help="How many images to encode at once.", min=1)]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU if there is one.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="The dtype to compute in.")]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Download nothing.")]
-
-
-def format_line(result: "Classified", width: int, label_width: int) -> str:
-    """One result for people to read: one line, whatever the names of files and labels hold."""
-    if result.error is not None:
-        said = f"error: {result.error}"
-    else:
-        said = "  ".join(f"{entry['label']:<{label_width}} {entry['score']:.4f}" for entry in result.labels) or "-"
-    line = f"{result.name:<{width}}  {said}"
-    return "".join(character if character.isprintable() else "�" for character in line)
-
-
-def take_results(results: "Iterable[Classified]", take: "Callable[[Classified], Any]") -> tuple[int, int]:
-    """Hand each result on; returns how many there were, and how many of them are errors."""
-    done = failed = 0
-    for result in results:
-        take(result)
-        done, failed = done + 1, failed + (result.error is not None)
-    return done, failed
-
-
-def end_by_failures(done: int, failed: int, what: str) -> None:
-    """End with status 2 where some images failed, and with an error where all did. `what` could not be done to them."""
-    if failed and failed == done:
-        raise ValueError(f"none of {done:,} images could be {what}")
-    if failed:
-        print(f"{failed:,} of {done:,} images could not be {what}", file=sys.stderr)
-        raise typer.Exit(SOME_FAILED)
 
 
 def check_for_onnx(head: str | None, device: str | None, dtype: Dtype) -> None:
@@ -113,27 +56,23 @@ def check_for_torch(device: str | None, precision: Precision) -> None:
         raise ValueError(f"--precision {precision.value} chooses an ONNX graph: give --onnx too, or --dtype for torch.")
 
 
-def place_model(model: Any, device: str | None, dtype: str) -> Any:
-    """Move a model that an index has loaded to where, and into what, a command line asks for."""
-    import torch
-
-    return model.to(device or model.device, getattr(torch, dtype))
+def check_labels_or_head(labels: str | None, head: str | None, templates: list[str] | None) -> None:
+    """Refuse neither and both, and templates for a head."""
+    if (labels is None) == (head is None):
+        raise ValueError("Images are classified by labels or by a head: give --labels or --head, and not both.")
+    if head is not None and templates:
+        raise ValueError("--templates are for labels, and a head has no use for them: leave them out.")
 
 
 def load_by_torch(
     model: str, labels: Any, templates: Any, head: str | None, *, device: str | None, dtype: str, offline: bool
 ) -> "StreamClassifier":
     """Load a model and make its classifier of the labels, or of a head."""
-    from ..checkpoints.in_memory import load_model
-    from ..registration import register
     from ..zero_shot.classifier import ZeroShotClassifier
     from ..zero_shot.embedding_head import EmbeddingHead, HeadClassifier, find_head
-    from ..zero_shot.pipeline import default_device
 
-    register()
     stored = None if head is None else EmbeddingHead.load(find_head(head, model, local_files_only=offline))
-    loaded, processor = load_model(model, dtype=dtype, offline=offline)
-    loaded.to(device or default_device())
+    loaded, processor = load_placed(model, device=device, dtype=dtype, offline=offline)
     if stored is None:
         return ZeroShotClassifier(loaded, processor, labels, templates, progress=False)
     stored.check_model(loaded, processor, f"The head {head}")
@@ -189,7 +128,7 @@ def classify(
 
         hf-clip classify clip-vit-b32/ photo.jpg --labels cat,dog --onnx
     """
-    from ..zero_shot.prompts import DEFAULT_TEMPLATE, parse_labels, read_labels, read_templates
+    from ..zero_shot.prompts import parse_labels, read_labels
     from ..zero_shot.tower_graphs import TowerGraphs
 
     if offline:
@@ -198,19 +137,13 @@ def classify(
         check_for_onnx(head, device, dtype)
     else:
         check_for_torch(device, precision)
-    if (labels is None) == (head is None):
-        raise ValueError("Images are classified by labels or by a head: give --labels or --head, and not both.")
-    if head is not None and templates:
-        raise ValueError("--templates are for labels, and a head has no use for them: leave them out.")
+    check_labels_or_head(labels, head, templates)
     names = read_labels(parse_labels(labels)) if labels is not None else {}
-    given = DEFAULT_TEMPLATE if not templates else templates[0] if len(templates) == 1 else templates
-    read_templates(given)
+    given = read_given_templates(templates)
     # The graphs are opened while the rest of the package is imported.
     graphs = TowerGraphs(model, precision.value) if onnx else None
 
     if output is not None:
-        from tqdm import tqdm
-
         from ..zero_shot.tables import check_table, table_writer
 
         check_table(output)
@@ -225,13 +158,12 @@ def classify(
         classifier = OnnxClassifier(graphs, names, given)
     else:
         classifier = load_by_torch(model, names, given, head, device=device, dtype=dtype.value, offline=offline)
-    top_k, width = min(top_k, len(classifier.labels)), max(map(len, classifier.labels))
-    results = classify_stream(classifier, found.items, top_k=top_k, batch_size=batch_size, opener=found.opener)
-    if output is None:
-        done, failed = take_results(
-            results, lambda result: print(format_line(result, found.longest_name, width), flush=True)
-        )
-    else:
-        with table_writer(output, top_k) as write, tqdm(total=found.total, unit="image", disable=None) as bar:
-            done, failed = take_results(results, lambda result: (write(result), bar.update()))
+    top_k = min(top_k, len(classifier.labels))
+    done, failed = put_results(
+        classify_stream(classifier, found.items, top_k=top_k, batch_size=batch_size, opener=found.opener),
+        None if output is None else table_writer(output, top_k),
+        total=found.total,
+        name_width=found.longest_name,
+        label_width=max(map(len, classifier.labels)),
+    )
     end_by_failures(done, failed, "opened")

@@ -5,11 +5,18 @@ from typing import Annotated
 
 import typer
 
-from .classify import BatchSizeOption, ImageColumnOption, ImageFoldersOption, SplitOption
-from .index import CaptionColumnOption, ExactOption, ThreadsOption
-
-SOME_FAILED = 2
-"""Exit status: the result is written, but some images could not be opened."""
+from .image_results import end_by_problems
+from .shared_options import (
+    MODEL_HELP,
+    BatchSizeOption,
+    CaptionColumnOption,
+    ErrorsOption,
+    ExactOption,
+    ImageColumnOption,
+    ImageFoldersOption,
+    SplitOption,
+    ThreadsOption,
+)
 
 
 def curate(
@@ -29,10 +36,7 @@ def curate(
     ],
     model: Annotated[
         str,
-        typer.Option(
-            help="A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names.",
-            show_default=False,
-        ),
+        typer.Option(help=MODEL_HELP, show_default=False),
     ],
     head: Annotated[
         list[str] | None,
@@ -68,7 +72,7 @@ def curate(
     image_folders: ImageFoldersOption = None,
     tar_rows: Annotated[int, typer.Option(help="Rows of a tar.", min=1)] = 10_000,
     exact: ExactOption = False,
-    errors: Annotated[bool, typer.Option("--errors", help="List the images that cannot be opened, and why.")] = False,
+    errors: ErrorsOption = False,
     batch_size: BatchSizeOption = 16,
     threads: ThreadsOption = None,
 ) -> None:
@@ -90,7 +94,6 @@ def curate(
         hf-clip curate photos/ good.parquet --model clip-vit-l14/ --head aesthetic --keep "aesthetic > 5"
     """
     from ..search.curation import curate as curate_source
-    from ..search.index_table import printable
     from ..zero_shot.prompts import parse_labels
 
     done = curate_source(
@@ -121,9 +124,4 @@ def curate(
             print(f"{name}: {values}")
     if done.duplicates is not None:
         print(f"near duplicates: {done.duplicates:,}")
-    if done.unreadable:
-        for path, problem in done.problems if errors else ():
-            print(f"{printable(path)}: {problem}", file=sys.stderr)
-        advice = "" if errors else "; --errors lists them"
-        print(f"{done.unreadable:,} images could not be opened{advice}", file=sys.stderr)
-        raise typer.Exit(SOME_FAILED)
+    end_by_problems(done.problems, done.unreadable, errors)

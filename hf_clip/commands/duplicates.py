@@ -4,16 +4,11 @@ from typing import Annotated
 
 import typer
 
+from .shared_options import IndexOption
+
 
 def duplicates(
-    index: Annotated[
-        str | None,
-        typer.Option(
-            help="The index: a folder, or an address on object storage. By default HF_CLIP_INDEX, else a folder of "
-            "your own data.",
-            show_default=False,
-        ),
-    ] = None,
+    index: IndexOption = None,
     similarity: Annotated[
         float, typer.Option(help="Least cosine similarity of near duplicates.", min=0.0, max=1.0)
     ] = 0.95,

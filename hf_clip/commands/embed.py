@@ -1,15 +1,21 @@
 """`hf-clip embed`: embeddings of images as files."""
 
-import sys
 from typing import Annotated
 
 import typer
 
-from .classify import BatchSizeOption, ImageColumnOption, ImageFoldersOption, SplitOption
-from .index import CaptionColumnOption, ExactOption, ThreadsOption
-
-SOME_FAILED = 2
-"""Exit status: the embeddings are written, but some images could not be opened."""
+from .image_results import end_by_problems
+from .shared_options import (
+    MODEL_HELP,
+    BatchSizeOption,
+    CaptionColumnOption,
+    ErrorsOption,
+    ExactOption,
+    ImageColumnOption,
+    ImageFoldersOption,
+    SplitOption,
+    ThreadsOption,
+)
 
 
 def embed(
@@ -27,10 +33,7 @@ def embed(
     ],
     model: Annotated[
         str,
-        typer.Option(
-            help="A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names.",
-            show_default=False,
-        ),
+        typer.Option(help=MODEL_HELP, show_default=False),
     ],
     format: Annotated[str, typer.Option(help="parquet, safetensors or clip-retrieval.", metavar="FORMAT")] = "parquet",
     dtype: Annotated[str, typer.Option(help="float16 or float32.", metavar="DTYPE")] = "float16",
@@ -52,7 +55,7 @@ def embed(
             help="How many processes of Ray hold a model. By default one for each GPU, or for each four cores.", min=1
         ),
     ] = None,
-    errors: Annotated[bool, typer.Option("--errors", help="List the images that cannot be opened, and why.")] = False,
+    errors: ErrorsOption = False,
     batch_size: BatchSizeOption = 16,
     threads: ThreadsOption = None,
 ) -> None:
@@ -71,7 +74,6 @@ def embed(
         hf-clip embed org/pairs embeddings --model org/clip-vit-l14 --ray --ray-address auto
     """
     from ..search.embed_source import RayOptions, embed_source
-    from ..search.index_table import printable
 
     if not ray and (ray_address is not None or ray_workers is not None):
         raise ValueError("--ray-address and --ray-workers say how Ray embeds: give --ray too.")
@@ -97,9 +99,4 @@ def embed(
     earlier = f", {done.rows - done.added:,} before" if done.added < done.rows else ""
     shards = f"{done.shards:,} shard{'s' * (done.shards != 1)}"
     print(f"{source}: {done.added:,} embedded{earlier}; {shards} in {out}")
-    if done.problems:
-        for path, problem in done.reasons if errors else ():
-            print(f"{printable(path)}: {problem}", file=sys.stderr)
-        advice = "" if errors else "; --errors lists them"
-        print(f"{done.problems:,} images could not be opened{advice}", file=sys.stderr)
-        raise typer.Exit(SOME_FAILED)
+    end_by_problems(done.reasons, done.problems, errors)

@@ -1,30 +1,23 @@
 """`hf-clip index`: bring an index of images up to date with folders."""
 
 import os
-import sys
-from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from .classify import BatchSizeOption, ImageColumnOption, ImageFoldersOption, SplitOption
+from .image_results import end_by_problems
 from .program import Dtype
-
-SOME_FAILED = 2
-"""Exit status: the index is up to date, but some files could not be opened."""
-
-CaptionColumnOption = Annotated[
-    str | None, typer.Option(help="The column of a data set that holds captions, or a template over its columns.")
-]
-ExactOption = Annotated[
-    bool,
-    typer.Option(
-        "--exact", help="Decode large JPEGs in full, and not at a half, a quarter or an eighth of their size."
-    ),
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option(help="How many threads open images; by default one for each core, at most 8.", min=1)
-]
+from .shared_options import (
+    INDEX_HELP,
+    MODEL_HELP,
+    BatchSizeOption,
+    CaptionColumnOption,
+    ExactOption,
+    ImageColumnOption,
+    ImageFoldersOption,
+    SplitOption,
+    ThreadsOption,
+)
 
 
 def index(
@@ -41,8 +34,7 @@ def index(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names. Needed once: "
-            "the index remembers it.",
+            help=f"{MODEL_HELP} Needed once: the index remembers it.",
         ),
     ] = None,
     into: Annotated[
@@ -50,8 +42,7 @@ def index(
         typer.Option(
             "--into",
             "--index",
-            help="The index: a folder, or an address on object storage. By default HF_CLIP_INDEX, else a folder of "
-            "your own data.",
+            help=INDEX_HELP,
             metavar="INDEX",
             show_default=False,
         ),
@@ -101,9 +92,9 @@ def index(
     """
     from ..search.embedding_place import holds_embeddings, model_of_embeddings
     from ..search.folder_scan import refuse_to_empty, scan_folder
-    from ..search.index_table import default_index, printable
-    from ..search.unchanged_folders import UnchangedFolders
-    from ..search.updatable_index import UpdatableIndex, holds_an_index, without_an_empty_index
+    from ..search.index_table import default_index
+    from ..search.late_index import LateIndex
+    from ..search.updatable_index import holds_an_index, without_an_empty_index
     from ..training.data.image_stream import is_data_set
 
     place = os.path.expanduser(into or default_index())
@@ -113,45 +104,36 @@ def index(
     if not holds_an_index(place):
         for found in scans.values():
             refuse_to_empty(found)
-    if embedded and model is None and not holds_an_index(place):
-        model = model_of_embeddings(embedded[0])
+        if embedded and model is None:
+            model = model_of_embeddings(embedded[0])
     with without_an_empty_index(place):
-        # Whether images were decoded in full stands in the tables.
-        unchanged = None if embedded or exact else UnchangedFolders.read(place)
-        open_index = partial(UpdatableIndex.open, place, model=model, dtype=dtype.value)
-        opened = None if unchanged else open_index()
-        known = unchanged.folders if unchanged else opened.tables.noted("folders", []) if opened is not None else []
-        if not folders and not known and not (approximate and opened is not None):
+        updated = LateIndex(place, model=model, dtype=dtype.value, exact=exact, takes_embeddings=bool(embedded))
+        known = updated.folders
+        if not folders and not known and not (approximate and updated.is_open):
             raise ValueError(f"The index {place} knows no folder yet: name one, such as hf-clip index ~/Pictures.")
-        how: dict[str, Any] = {"batch_size": batch_size, "exact": exact, "keep_missing": keep_missing}
-        how |= {"threads": threads, "progress": None}
+        how: dict[str, Any] = {
+            "batch_size": batch_size,
+            "keep_missing": keep_missing,
+            "threads": threads,
+            "progress": None,
+        }
         columns: dict[str, Any] = {"split": split, "image_column": image_column, "caption_column": caption_column}
         columns |= {"image_folders": image_folders or ()}
         problems: dict[str, str] = {}
         for folder in embedded:
-            opened = open_index() if opened is None else opened
-            put = opened.add_embeddings(folder, progress=None)
+            put = updated.open().add_embeddings(folder, progress=None)
             problems |= put.problems
             print(f"{folder}: {put.describe()}", flush=True)
         for folder in others if folders else known:
-            is_folder = not is_data_set(os.path.expanduser(folder))
-            scan = scans.get(folder) or scan_folder(folder) if is_folder else None
-            changes = unchanged.changes(scan, model) if unchanged and scan else None
-            if changes is None:
-                opened = open_index() if opened is None else opened  # one without images is false
-                changes = opened.add_data_set(folder, **columns, **how) if scan is None else opened.add(scan, **how)
-                unchanged = None if exact else UnchangedFolders.read(place)
+            if is_data_set(os.path.expanduser(folder)):
+                changes = updated.add_data_set(folder, **columns, **how)
+            else:
+                changes = updated.add(scans.get(folder) or scan_folder(folder), **how)
             problems |= changes.problems
             print(f"{folder}: {changes.describe()}", flush=True)
-        count = len(opened) if opened is not None else unchanged.images if unchanged else 0
-        print(f"{count:,} images in {place}", flush=True)
+        print(f"{updated.images:,} images in {place}", flush=True)
         if approximate:
             from ..search.image_index import ImageIndex
 
             print(f"approximate scan: {ImageIndex.open(place, model=model).build_approximate_scan().describe()}")
-    if problems:
-        for path, problem in problems.items() if errors else ():
-            print(f"{printable(path)}: {problem}", file=sys.stderr)
-        advice = "" if errors else "; --errors lists them"
-        print(f"{len(problems):,} files could not be opened{advice}", file=sys.stderr)
-        raise typer.Exit(SOME_FAILED)
+    end_by_problems(problems.items(), len(problems), errors, "files")

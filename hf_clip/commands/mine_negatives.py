@@ -11,7 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from ..model.checked_files import one_line
+from .loaded_model import load_placed
 from .program import Dtype
+from .shared_options import MODEL_HELP, BatchSizeOption, DeviceOption, DtypeOption
 
 EXAMPLES_SHOWN = 3
 
@@ -33,6 +35,29 @@ def _examples(mined: Any) -> list[str]:
     return lines
 
 
+def _check_found(mined: Any, dataset: str, max_share: float) -> None:
+    """Refuse to write a table without any negative."""
+    if not any(mined.negatives):
+        raise ValueError(
+            f"{dataset}: none of {len(mined.negatives):,} images has a wrong caption whose similarity is at most "
+            f"{max_share:g} of its own caption's, so nothing was written; raise --max-share, or lower --skip-first."
+        )
+
+
+def _report(mined: Any) -> None:
+    """Print some examples, what was left out, and how many negatives there are."""
+    for line in _examples(mined):
+        print(line)
+    for reason in mined.unusable:
+        print(f"skipped: {reason}", file=sys.stderr)
+    found = sum(map(len, mined.negatives))
+    without = sum(not mined.of_row(row) for row in range(len(mined.of_rows)))
+    print(
+        f"{found / len(mined.negatives):.3g} negatives for each of {len(mined.negatives):,} images, of {mined.texts:,} "
+        f"different captions; {without:,} of {len(mined.of_rows):,} rows have none."
+    )
+
+
 @contextmanager
 def _held(output: str) -> Iterator[None]:
     """Keep others from the table until it is written. A signal removes what there is of it."""
@@ -48,14 +73,7 @@ def _held(output: str) -> Iterator[None]:
 
 
 def mine_negatives(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            help="A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names.",
-            metavar="MODEL",
-        ),
-    ],
+    model: Annotated[str, typer.Option("--model", help=MODEL_HELP, metavar="MODEL")],
     dataset: Annotated[
         str, typer.Option("--dataset", help="Pairs of images and texts, as hf-clip finetune takes them.", metavar="D")
     ],
@@ -82,9 +100,9 @@ def mine_negatives(
         ),
     ] = 0.95,
     skip_first: Annotated[int, typer.Option(help="Leave out so many of the most similar that are left.", min=0)] = 0,
-    batch_size: Annotated[int, typer.Option(help="How many images to encode at once.", min=1)] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU if there is one.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="The dtype to compute in.")] = Dtype.float32,
+    batch_size: BatchSizeOption = 32,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
     threads: Annotated[
         int | None, typer.Option(help="Threads that open images. Default: the number of processors.", min=1)
     ] = None,
@@ -103,7 +121,6 @@ def mine_negatives(
 
         hf-clip finetune --model clip-vit-b32/ --dataset mined.parquet --negative_caption_column negative_caption
     """
-    from ..checkpoints.in_memory import load_model
     from ..data.columns import CAPTION_NAMES
     from ..data.sources import Source
     from ..extras import require
@@ -111,7 +128,7 @@ def mine_negatives(
     from ..training.data.mined_table import check_table, open_whole, write_mined
     from ..training.data.mining import MiningOptions
     from ..training.data.mining import mine_negatives as mine
-    from ..zero_shot.pipeline import check_device, default_device
+    from ..zero_shot.pipeline import check_device
 
     require("hf-clip mine-negatives", "train", ["datasets"])
     options = MiningOptions(negatives, by.value, max_share, skip_first)
@@ -126,8 +143,7 @@ def mine_negatives(
             image_folders=image_folders or (),
         ).sources
         table = open_whole(source, split, column)
-        loaded, processor = load_model(model, dtype=dtype.value)
-        loaded.to(device or default_device())
+        loaded, processor = load_placed(model, device=device, dtype=dtype.value)
         mined = mine(
             loaded,
             processor,
@@ -137,22 +153,9 @@ def mine_negatives(
             threads=threads,
             progress=sys.stderr.isatty(),
         )
-        found = sum(map(len, mined.negatives))
-        if not found:
-            raise ValueError(
-                f"{dataset}: none of {len(mined.negatives):,} images has a wrong caption whose similarity is at most "
-                f"{max_share:g} of its own caption's, so nothing was written; raise --max-share, or lower --skip-first."
-            )
+        _check_found(mined, dataset, max_share)
         folders = write_mined(output, table, source, mined, column)
-    for line in _examples(mined):
-        print(line)
-    for reason in mined.unusable:
-        print(f"skipped: {reason}", file=sys.stderr)
-    without = sum(not mined.of_row(row) for row in range(len(mined.of_rows)))
-    print(
-        f"{found / len(mined.negatives):.3g} negatives for each of {len(mined.negatives):,} images, of {mined.texts:,} "
-        f"different captions; {without:,} of {len(mined.of_rows):,} rows have none."
-    )
+    _report(mined)
     if caption_column is None and column.lower() in CAPTION_NAMES:  # the trainer would not tell which is which
         caption_column = source.captions.column
     words = ["hf-clip", "finetune", "--model", model, "--dataset", output, "--negative_caption_column", column]

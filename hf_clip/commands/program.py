@@ -7,7 +7,8 @@
 A command is a function in a file, both named as the command, with underscores for hyphens. Its file imports typer at
 the top, and what does the work within the function, so that neither the help nor a command line that cannot be read
 waits for torch. The classes are registered with transformers when a command begins; those of `LATE` have something to
-say before, and register them by themselves. A command with tasks is a folder with a file for each.
+say before, and register them by themselves. A command with tasks is a folder with a file for each. What several
+commands share is in `shared_options`, `loaded_model` and `image_results`.
 """
 
 import os

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from ..hub.stage import Publication
     from ..hub.upload import Upload
 
 WIDTH = 98
@@ -61,6 +62,19 @@ def push_space(repo_id: str, space_id: str, page: dict[str, str], private: bool,
         )
 
 
+def show_plan(found: "Publication", repo_id: str, space_id: str, page: dict[str, str], private: bool) -> None:
+    """Print what would be pushed: files, the card's beginning, and the Space's if there is one."""
+    from ..hub.space import list_files
+    from ..hub.stage import CARD
+
+    kind = "private " if private else ""
+    print(f"Would push to the {kind}model repository {repo_id}, in one commit:\n{listing(found.uploads)}")
+    print(f"Its card, {CARD}:\n{beginning(found.card)}")
+    if space_id:
+        print(f"Would push to the {kind}Space {space_id}, in one commit:\n{listing(list_files(page))}")
+        print(f"Its program, app.py:\n{indented(page['app.py'])}")
+
+
 def publish(
     folder: Annotated[str, typer.Argument(help="Folder that convert or the trainer has written.")],
     repo_id: Annotated[str, typer.Argument(help="owner/name of the repository, which is created unless it is there.")],
@@ -107,8 +121,7 @@ def publish(
 
         hf-clip publish clip-vit-l14-336/ org/clip-vit-l14-336 --space
     """
-    from ..hub.space import check_space, list_files, space_files
-    from ..hub.stage import CARD
+    from ..hub.space import check_space, space_files
     from ..hub.stage import publish as publish_model
     from ..hub.upload import check_repo_id
 
@@ -130,9 +143,4 @@ def publish(
             return
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
-    kind = "private " if private else ""
-    print(f"Would push to the {kind}model repository {repo_id}, in one commit:\n{listing(found.uploads)}")
-    print(f"Its card, {CARD}:\n{beginning(found.card)}")
-    if space_id:
-        print(f"Would push to the {kind}Space {space_id}, in one commit:\n{listing(list_files(page))}")
-        print(f"Its program, app.py:\n{indented(page['app.py'])}")
+    show_plan(found, repo_id, space_id, page, private)

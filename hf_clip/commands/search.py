@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .shared_options import IndexOption
+
 NOTHING_FOUND = 2
 """Exit status: no image fits."""
 
@@ -19,14 +21,7 @@ def search(
             show_default=False,
         ),
     ] = None,
-    index: Annotated[
-        str | None,
-        typer.Option(
-            help="The index: a folder, or an address on object storage. By default HF_CLIP_INDEX, else a folder of "
-            "your own data.",
-            show_default=False,
-        ),
-    ] = None,
+    index: IndexOption = None,
     model: Annotated[
         str | None,
         typer.Option(help="Where the index's model is now, if it was moved.", metavar="MODEL", show_default=False),

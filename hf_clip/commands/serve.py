@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .classify import DeviceOption, DtypeOption, OfflineOption
 from .program import Dtype
+from .shared_options import MODEL_HELP, DeviceOption, DtypeOption, OfflineOption
 
 if TYPE_CHECKING:
     from ..search.image_index import ImageIndex
@@ -20,12 +20,7 @@ def open_index(place: str, served: "ServedModel") -> "ImageIndex":
 
 
 def serve(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A folder, a repository on the Hub, a checkpoint file, or one of OpenAI's nine names.", metavar="MODEL"
-        ),
-    ],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     index: Annotated[
         str | None,
         typer.Option(

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .classify import (
+from .image_results import end_by_failures, put_results
+from .loaded_model import load_placed, place_model
+from .program import Dtype
+from .shared_options import (
     IMAGES_HELP,
     MODEL_HELP,
     BatchSizeOption,
@@ -21,12 +24,8 @@ from .classify import (
     OutputOption,
     SplitOption,
     TemplatesOption,
-    end_by_failures,
-    format_line,
-    place_model,
-    take_results,
+    read_given_templates,
 )
-from .program import Dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,19 +53,40 @@ def check_choices(
         raise ValueError("Tags come from labels or from a saved classifier: give --labels or --classifier.")
 
 
-@contextmanager
-def _taker(output: str | None, total: int | None, width: int) -> "Iterator[Callable[[Classified], Any]]":
-    """What writes a result into the table, or prints it."""
-    if output is None:
-        yield lambda result: print(format_line(result, width, 0), flush=True)
-        return
-    from tqdm import tqdm
+def check_unused(
+    index: str | None,
+    filter: str | None,
+    classifier: str | None,
+    templates: list[str] | None,
+    scores: Scores | None,
+    background: str | None,
+) -> None:
+    """Refuse options that the others leave without effect."""
+    if filter is not None and index is None:
+        raise ValueError("--filter is a condition on the columns of an index: give --index too.")
+    if classifier is not None and (templates or background is not None or scores is not None):
+        raise ValueError("A saved classifier has its scores, templates and background: leave those options out.")
+    if background is not None and scores not in (None, Scores.background):
+        raise ValueError(f"--background is for background scores, and --scores is {scores.value}: leave one out.")
 
+
+def check_index(index: str, filter: str | None) -> None:
+    """Say what is wrong with an index or a condition on it before torch is imported."""
+    from ..search.index_table import IndexTables
+
+    tables = IndexTables.open(os.path.expanduser(index))
+    if filter is not None:
+        tables.check_condition(filter)
+
+
+@contextmanager
+def tag_table(path: str) -> "Iterator[Callable[[Classified], Any]]":
+    """What writes a result into the table."""
     from ..search.image_tags import TAG_COLUMNS, tag_row
     from ..zero_shot.tables import name_in_table, row_writer
 
-    with row_writer(output, TAG_COLUMNS) as write, tqdm(total=total, unit="image", disable=None) as bar:
-        yield lambda result: (write(tag_row(result, name_in_table(result))), bar.update())
+    with row_writer(path, TAG_COLUMNS) as write:
+        yield lambda result: write(tag_row(result, name_in_table(result)))
 
 
 def tag(
@@ -155,21 +175,12 @@ def tag(
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for `datasets`, which is not imported yet
     check_choices(images, index, model, labels, classifier)
-    if filter is not None and index is None:
-        raise ValueError("--filter is a condition on the columns of an index: give --index too.")
-    if classifier is not None and (templates or background is not None or scores is not None):
-        raise ValueError("A saved classifier has its scores, templates and background: leave those options out.")
-    if background is not None and scores not in (None, Scores.background):
-        raise ValueError(f"--background is for background scores, and --scores is {scores.value}: leave one out.")
+    check_unused(index, filter, classifier, templates, scores, background)
     if index is not None:
-        from ..search.index_table import IndexTables
-
-        tables = IndexTables.open(os.path.expanduser(index))  # what is wrong with it is said before torch is imported
-        if filter is not None:
-            tables.check_condition(filter)
+        check_index(index, filter)
     from ..search.image_tags import check_keywords, check_scores, write_sidecars
     from ..zero_shot.pipeline import check_device
-    from ..zero_shot.prompts import DEFAULT_TEMPLATE, parse_labels, read_labels, read_templates
+    from ..zero_shot.prompts import parse_labels, read_labels
     from ..zero_shot.tables import check_table
 
     check_device(device)
@@ -178,8 +189,7 @@ def tag(
     if scores is not None:
         check_scores(scores.value, threshold)
     others = None if background is None else read_labels(parse_labels(background))
-    given = DEFAULT_TEMPLATE if not templates else templates[0] if len(templates) == 1 else templates
-    read_templates(given)
+    given = read_given_templates(templates)
     if output is not None:
         check_table(output)
 
@@ -191,8 +201,12 @@ def tag(
     else:
         columns: dict[str, Any] = {"split": split, "image_column": image_column, "image_folders": image_folders or ()}
         results, total, width = _results_of_images(images, model, columns, top_k, batch_size, how, where, write_xmp)
-    with _taker(output, total, width) as take:
-        done, failed = take_results(write_sidecars(results) if write_xmp else results, take)
+    done, failed = put_results(
+        write_sidecars(results) if write_xmp else results,
+        None if output is None else tag_table(output),
+        total=total,
+        name_width=width,
+    )
     if output is not None:
         count = done - failed
         print(f"{output}: the tags of {count:,} image{'s' * (count != 1)}")
@@ -228,20 +242,15 @@ def _results_of_images(
     where: dict[str, Any],
     needs_files: bool,
 ) -> "tuple[Iterator[Classified], int | None, int]":
-    from ..checkpoints.in_memory import load_model
-    from ..registration import register
     from ..search.indexed_image import register_formats
     from ..training.data.image_stream import find_image_items, is_data_set
     from ..zero_shot.files import classify_stream
-    from ..zero_shot.pipeline import default_device
 
     if needs_files and (columns["split"] or columns["image_column"] or any(map(is_data_set, images))):
         raise ValueError("Sidecars stand beside image files, which a data set has none of: name folders or files.")
     register_formats()
     found = find_image_items(images, **columns)
-    register()
-    loaded, processor = load_model(model, dtype=where["dtype"], offline=where["offline"])
-    loaded.to(where["device"] or default_device())
+    loaded, processor = load_placed(model, **where)
     tagger = _make_tagger(loaded, processor, **how)
     results = classify_stream(tagger, found.items, top_k=top_k, batch_size=batch_size, opener=found.opener)
     return results, found.total, found.longest_name

@@ -52,23 +52,25 @@ def compose(
     """
     from ...evaluation.composition import evaluate_composition
 
+    options: dict[str, Any] = {
+        "image_column": image_column,
+        "right_column": right_column,
+        "wrong_column": wrong_column,
+        "right_index": right_index,
+    }
+
     def measure(loaded: Any, processor: Any, name: str) -> Any:
         return evaluate_composition(
             loaded,
             processor,
             name,
             split=split,
-            image_column=image_column,
-            right_column=right_column,
-            wrong_column=wrong_column,
-            right_index=right_index,
+            **options,
             batch_size=batch_size,
             threads=threads,
             progress=sys.stderr.isatty(),
         )
 
-    options: dict[str, Any] = {"image_column": image_column, "right_column": right_column}
-    options |= {"wrong_column": wrong_column, "right_index": right_index}
     run_task(
         "compose",
         model,

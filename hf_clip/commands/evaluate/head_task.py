@@ -1,6 +1,7 @@
 """`hf-clip evaluate head`."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +23,26 @@ from .task_options import (
     UpdateCard,
     expanded,
     run_task,
+    say,
 )
+
+
+def _place_of_head(model: str, output: str, name: str, overwrite: bool) -> tuple[str, Path]:
+    """Return what a head's file calls its model, and the file: beside a local model, else below the results.
+
+    Raises FileExistsError for a head that is not to be replaced, and PermissionError where nothing can be written.
+    """
+    from ...checkpoints.whole_folder import check_writable
+    from ...zero_shot.embedding_head import path_of_head
+
+    folder = Path(model)
+    is_local = folder.is_dir()
+    file = path_of_head(folder if is_local else Path(output) / str(folder).replace("/", "--"), name)
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} exists; name another head, or pass --overwrite to replace it.")
+    check_writable(file.parent)
+    # The file may be published, and then says nothing of this machine's folders.
+    return folder.resolve().name if is_local else str(folder), file
 
 
 def head(
@@ -64,59 +84,51 @@ def head(
 
         hf-clip evaluate head --model clip-vit-b32/ --dataset flowers/ --hidden 512 --name flowers
     """
-    from pathlib import Path
-
-    from ...checkpoints.whole_folder import check_writable
     from ...evaluation.head_fits import check_options
     from ...evaluation.head_training import evaluate_head
     from ...evaluation.processes import current
-    from ...zero_shot.embedding_head import check_head_name, path_of_head
+    from ...zero_shot.embedding_head import check_head_name
 
     check_head_name(name)
     check_options(hidden, seed)
     if len(dataset) > 1:
         raise ValueError(f"{len(dataset)} data sets are given, but a head is trained on one: name one, or two heads.")
+    options: dict[str, Any] = {
+        "score_column": score_column,
+        "label_column": label_column,
+        "hidden": hidden,
+        "train_split": train_split,
+        "class_names": class_names,
+        "image_column": image_column,
+        "seed": seed,
+    }
 
     def measure(loaded: Any, processor: Any, source: str) -> Any:
-        folder = Path(loaded.name_or_path)
-        place = folder if folder.is_dir() else Path(output) / str(folder).replace("/", "--")
-        file = path_of_head(place, name)
-        if file.exists() and not overwrite:
-            raise FileExistsError(f"{file} exists; name another head, or pass --overwrite to replace it.")
-        check_writable(file.parent)
+        model_name, file = _place_of_head(loaded.name_or_path, output, name, overwrite)
         result = evaluate_head(
             loaded,
             processor,
             source,
-            score_column=score_column,
-            label_column=label_column,
-            hidden=hidden,
-            train_split=train_split,
             split=split,
-            class_names=class_names,
-            image_column=image_column,
-            seed=seed,
+            **options,
             batch_size=batch_size,
             feature_cache=feature_cache,
             threads=threads,
             progress=sys.stderr.isatty(),
         )
-        # The file may be published, and then says nothing of this machine's folders.
-        result.head.model = folder.resolve().name if folder.is_dir() else str(folder)
+        result.head.model = model_name
         if current().is_main:
             result.head.save(file)
-        print(f"head: {file}", file=sys.stderr)
+        say(f"head: {file}")
         return result
 
-    options: dict[str, Any] = {"name": name, "score_column": score_column, "label_column": label_column}
-    options |= {"hidden": hidden, "train_split": train_split, "class_names": class_names, "seed": seed}
     run_task(
         "label-head" if score_column is None else "score-head",
         model,
         dataset,
         output,
         measure,
-        options | {"image_column": image_column},
+        options | {"name": name},
         split=split,
         dtype=dtype,
         device=device,

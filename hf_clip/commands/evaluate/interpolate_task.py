@@ -1,7 +1,7 @@
 """`hf-clip evaluate interpolate`."""
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,11 @@ from .task_options import (
     Threads,
     check_task,
     expanded,
+    say,
 )
+
+if TYPE_CHECKING:
+    from ...evaluation.interpolation import InterpolationResult
 
 
 def _shown(alpha: float) -> str:
@@ -48,6 +52,39 @@ def _check_best(place: str, output: str, feature_cache: str | None) -> None:
                 f"written to: name another for --save-best."
             )
     check_writable(folder)
+
+
+def _open_each(names: list[str], split: str | None, **how: Any) -> dict[str, Any]:
+    """Open data sets, each once. Those that cannot be opened are said and left out."""
+    from ...evaluation.paper_data_sets import open_named
+    from ...model.checked_files import one_line
+
+    opened: dict[str, Any] = {}
+    for name in dict.fromkeys(names):
+        try:
+            opened[name] = open_named(name, split, **how)
+        except (OSError, ValueError, ImportError) as error:
+            say(f"error: {name}: {one_line(error)}")
+    return opened
+
+
+def _report(found: "InterpolationResult", pretrained: str, finetuned: str, plot_into: str | None) -> None:
+    """Print the figures of each α and the best one, and plot them unless there is no folder for it."""
+    from pathlib import Path
+
+    from ...checkpoints.wise_ft import show_alpha
+    from ...evaluation.processes import current
+    from ...evaluation.reports import text_table
+
+    print(text_table(*found.rows()))
+    print(f"\nbest mean: {100 * max(found.mean):.1f} % at alpha {show_alpha(found.best)}")
+    if plot_into is not None and current().is_main and len(found.alphas) > 1:  # of one value there is no curve
+        from ...evaluation.plots import plot_interpolation
+
+        before, after = Path(pretrained).name, Path(finetuned).name
+        path = Path(plot_into) / f"interpolation--{before}--{after}.png"
+        plot_interpolation(found, f"{before} to {after}", path)
+        say(f"picture: {path}")
 
 
 def interpolate(
@@ -86,19 +123,11 @@ def interpolate(
 
         hf-clip evaluate interpolate clip-vit-b32/ my-finetune/ --alphas 0:1:0.1 --dataset flowers/ CIFAR10
     """
-    from pathlib import Path
-
-    from ...checkpoints.wise_ft import parse_alphas, show_alpha
+    from ...checkpoints.wise_ft import parse_alphas
     from ...evaluation.grid import WRITTEN_BESIDE, run_grid, state_of
     from ...evaluation.interpolation import InterpolationResult, load_interpolation
-    from ...evaluation.paper_data_sets import open_named
     from ...evaluation.processes import current
-    from ...evaluation.reports import text_table
     from ...evaluation.zero_shot import evaluate_zero_shot
-    from ...model.checked_files import one_line
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
 
     points = {f"{pretrained} to {finetuned}, alpha {_shown(alpha)}": alpha for alpha in parse_alphas(alphas)}
     check_task("interpolate", [], output, metric=metric, update_card=False, push=False)
@@ -106,12 +135,7 @@ def interpolate(
         _check_best(save_best, output, feature_cache)
     models, processor = load_interpolation(pretrained, finetuned, dtype.value, device)
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-    opened: dict[str, Any] = {}
-    for name in dict.fromkeys(dataset):
-        try:
-            opened[name] = open_named(name, split, class_names=class_names, **columns)
-        except (OSError, ValueError, ImportError) as error:
-            say(f"error: {name}: {one_line(error)}")
+    opened = _open_each(dataset, split, class_names=class_names, **columns)
 
     def measure(loaded: Any, processor: Any, name: str) -> Any:
         data, reported = opened[name]
@@ -144,14 +168,7 @@ def interpolate(
     )
     found = InterpolationResult.of_records(outcome.records, points)
     if found is not None:
-        print(text_table(*found.rows()))
-        print(f"\nbest mean: {100 * max(found.mean):.1f} % at alpha {show_alpha(found.best)}")
-        if not no_plots and current().is_main and len(points) > 1:  # of one value there is no curve
-            from ...evaluation.plots import plot_interpolation
-
-            path = Path(output) / f"interpolation--{Path(pretrained).name}--{Path(finetuned).name}.png"
-            plot_interpolation(found, f"{Path(pretrained).name} to {Path(finetuned).name}", path)
-            say(f"picture: {path}")
+        _report(found, pretrained, finetuned, None if no_plots else output)
         if save_best is not None and current().is_main:
             models.save(found.best, processor, save_best)
             print(f"model: {save_best}")

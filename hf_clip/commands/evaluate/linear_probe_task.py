@@ -1,7 +1,10 @@
 """`hf-clip evaluate linear-probe`."""
 
+import inspect
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,10 +52,11 @@ def read_shots(text: str | None) -> list[int]:
     return [int(word) for word in words]
 
 
-def check_unused(**options: tuple[Any, Any]) -> None:
-    """Raise ValueError for an option that has no effect with --features.   option → what is given, and its default"""
-    for name, (given, default) in options.items():
-        if given != default:
+def check_unused(command: Callable[..., Any], **options: Any) -> None:
+    """Raise ValueError for an option that has no effect with --features, if it is not the command's default."""
+    parameters = inspect.signature(command).parameters
+    for name, given in options.items():
+        if given != parameters[name].default:
             raise ValueError(
                 f"--features is what a model has made of a data set already: leave --{name.replace('_', '-')} out, "
                 f"which has no effect on it."
@@ -84,6 +88,31 @@ def check_sources(
         raise ValueError(f"{save_features} is there already: measure it by --features, or remove it.")
     if save_features is not None:
         check_folder(str(Path(save_features).absolute().parent))
+
+
+def encode_data_set(
+    loaded: Any, processor: Any, name: str, *, split: str | None, templates: str | None, **how: Any
+) -> Any:
+    """Encode the splits of a data set. One of the paper's comes with its own splits and templates."""
+    from ...evaluation.paper_data_sets import resolve_data_set
+    from ...evaluation.probe_encoding import encode_splits
+
+    source, chosen, known = resolve_data_set(name, split)
+    own = known.templates if known else None
+    return encode_splits(loaded, processor, source, split=chosen, templates=templates or own, **how)
+
+
+def save_encoded(
+    path: str, encode: Callable[..., Any], model: str, dataset: str, dtype: str, device: str | None
+) -> None:
+    """Write the features that a model gives to a data set."""
+    from ...evaluation.feature_file import write_features
+    from ...evaluation.grid import load_model
+    from ...evaluation.processes import current
+
+    found = encode(*load_model(model, dtype, device), dataset)
+    if current().is_main:
+        write_features(path, replace(found, model=model, dataset=dataset))
 
 
 def linear_probe(
@@ -149,61 +178,31 @@ def linear_probe(
 
         hf-clip evaluate linear-probe --features features.safetensors --protocol openai
     """
-    from dataclasses import replace
-
-    from ...evaluation.feature_file import read_features, write_features
-    from ...evaluation.grid import load_model
+    from ...evaluation.feature_file import read_features
     from ...evaluation.linear_probe import probe_features
-    from ...evaluation.paper_data_sets import find_paper_data_set, resolve_data_set
-    from ...evaluation.probe_encoding import encode_splits
+    from ...evaluation.paper_data_sets import find_paper_data_set
     from ...evaluation.probe_protocols import find_protocol
     from ...evaluation.processes import current
 
     models, datasets, shots = model or [], dataset or [], read_shots(few_shot)
     check_sources(models, datasets, features, save_features, update_card, push)
     find_protocol(protocol.value, seed=seed)
+    of_data: dict[str, Any] = {"train_split": train_split, "validation_split": validation_split, "split": split}
+    of_data |= {"class_names": class_names, "templates": templates}
+    of_data |= {"image_column": image_column, "label_column": label_column}
+    of_encoding: dict[str, Any] = {"batch_size": batch_size, "feature_cache": feature_cache}
     if features is not None:
-        check_unused(
-            train_split=(train_split, "train"),
-            validation_split=(validation_split, None),
-            split=(split, None),
-            class_names=(class_names, None),
-            templates=(templates, None),
-            image_column=(image_column, None),
-            label_column=(label_column, None),
-            batch_size=(batch_size, 32),
-            feature_cache=(feature_cache, None),
-            dtype=(dtype, Dtype.float32),
-            threads=(threads, None),
-        )
+        check_unused(linear_probe, **of_data, **of_encoding, dtype=dtype, threads=threads)
     progress = sys.stderr.isatty()
 
     def encode(loaded: Any, processor: Any, name: str) -> Any:
-        source, chosen, known = resolve_data_set(name, split)
-        return encode_splits(
-            loaded,
-            processor,
-            source,
-            train_split=train_split,
-            validation_split=validation_split,
-            split=chosen,
-            class_names=class_names,
-            templates=templates or (known.templates if known else None),
-            with_texts=lp_plus_plus,
-            image_column=image_column,
-            label_column=label_column,
-            batch_size=batch_size,
-            feature_cache=feature_cache,
-            threads=threads,
-            progress=progress,
-        )
+        how = of_encoding | {"threads": threads, "progress": progress, "with_texts": lp_plus_plus}
+        return encode_data_set(loaded, processor, name, **of_data, **how)
 
     if save_features is not None:
         with current().together("encoding"):
             check_task("linear-probe", models, output, metric=metric, update_card=update_card, push=push)
-            found = encode(*load_model(models[0], dtype.value, device), datasets[0])
-            if current().is_main:
-                write_features(save_features, replace(found, model=models[0], dataset=datasets[0]))
+            save_encoded(save_features, encode, models[0], datasets[0], dtype.value, device)
         features = save_features
     given = None if features is None else read_features(features)
     if given is not None:
@@ -224,11 +223,9 @@ def linear_probe(
             progress=progress,
         )
 
-    options: dict[str, Any] = {"protocol": protocol.value, "train_split": train_split, "features": features}
-    options |= {"validation_split": validation_split, "validation_part": validation_part, "metric": metric}
-    options |= {"few_shot": few_shot, "few_shot_draws": few_shot_draws, "lp_plus_plus": lp_plus_plus, "seed": seed}
-    options |= {"class_names": class_names, "templates": templates}
-    options |= {"image_column": image_column, "label_column": label_column}
+    options = of_data | {"protocol": protocol.value, "features": features, "metric": metric, "seed": seed}
+    options |= {"validation_part": validation_part, "few_shot": few_shot, "few_shot_draws": few_shot_draws}
+    options |= {"lp_plus_plus": lp_plus_plus}
     run_task(
         "linear-probe",
         models,

@@ -63,37 +63,32 @@ def retrieval(
     from ...evaluation.captioned_images import open_captioned
     from ...evaluation.retrieval import evaluate_retrieval
 
-    widths = read_truncate_dim(truncate_dim)
+    columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
+    options: dict[str, Any] = {"hub_correction": hub_correction, "hub_k": hub_k}
+    options |= {"truncate_dim": read_truncate_dim(truncate_dim)}
 
     def measure(loaded: Any, processor: Any, name: str) -> Any:
-        columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
-        references = None if hub_references is None else open_captioned(name, hub_references, **columns)
         return evaluate_retrieval(
             loaded,
             processor,
             name,
             split=split,
+            references=None if hub_references is None else open_captioned(name, hub_references, **columns),
             **columns,
-            hub_correction=hub_correction,
-            references=references,
-            hub_k=hub_k,
+            **options,
             batch_size=batch_size,
             feature_cache=feature_cache,
             threads=threads,
             progress=sys.stderr.isatty(),
-            truncate_dim=widths,
         )
 
-    options: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
-    options |= {"hub_correction": hub_correction, "hub_references": hub_references, "hub_k": hub_k}
-    options |= {"truncate_dim": widths}
     run_task(
         "retrieval",
         model,
         dataset,
         output,
         measure,
-        options,
+        columns | options | {"hub_references": hub_references},
         split=split,
         dtype=dtype,
         device=device,

@@ -10,6 +10,11 @@ import typer
 from ..program import Dtype
 
 
+def say(line: str) -> None:
+    """Print what is no result."""
+    print(line, file=sys.stderr)
+
+
 def expanded(path: str | None) -> str | None:
     """Return a path with the user's folder in place of `~`, which the shell leaves in `--output=~/results`."""
     return None if path is None else os.path.expanduser(path)
@@ -202,11 +207,11 @@ def run_task(
             optimize=optimize,
             plots=plots,
             resume=resume,
-            say=lambda line: print(line, file=sys.stderr),
+            say=say,
             needs_model=needs_model,
         )
     for line in lines_of_unreadable(outcome.records):
-        print(line, file=sys.stderr)
+        say(line)
     if outcome.records:
         print(text_table(*table_rows(outcome.records)))
         print(f"\n{Path(output) / 'results.json'}")

@@ -65,11 +65,10 @@ def zero_shot(
     from ...evaluation.zero_shot import evaluate_zero_shot
 
     widths = read_truncate_dim(truncate_dim)
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
 
     def measure(loaded: Any, processor: Any, name: str) -> Any:
-        data, reported = open_named(
-            name, split, class_names=class_names, image_column=image_column, label_column=label_column
-        )
+        data, reported = open_named(name, split, class_names=class_names, **columns)
         return evaluate_zero_shot(
             loaded,
             processor,
@@ -85,8 +84,7 @@ def zero_shot(
             truncate_dim=widths,
         )
 
-    options: dict[str, Any] = {"class_names": class_names, "templates": templates, "metric": metric, "bins": bins}
-    options |= {"image_column": image_column, "label_column": label_column}
+    options = columns | {"class_names": class_names, "templates": templates, "metric": metric, "bins": bins}
     options |= {"truncate_dim": widths}
     run_task(
         "zero-shot",
