@@ -151,6 +151,12 @@ class Embedder:
         config = self.model.config
         return int(getattr(config, "text_config", config).max_position_embeddings)
 
+    def cache_in(self, folder: Any, fingerprint: str | None, features: str | None = None) -> FeatureCache | None:
+        """Open the cache of what this computes of one data set, see `FeatureCache`. None without a folder."""
+        if folder is None:
+            return None
+        return FeatureCache(folder, self.model, self.processor, self.precision, fingerprint, features)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Keep the model in evaluation mode within a `with` block."""

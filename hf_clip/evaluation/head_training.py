@@ -16,14 +16,13 @@ from torch import Tensor
 from ..extras import require
 from ..zero_shot.embedding_head import EmbeddingHead, reference_image
 from ..zero_shot.progress import progress_bar
-from .class_metrics import roc_auc
 from .correlation import mean_absolute_error, pearson, spearman
 from .embedder import Embedder, Unreadable
-from .feature_cache import FeatureCache, processor_settings
+from .feature_cache import processor_settings
 from .head_fits import HELD_OUT, check_enough, check_options, divide, fit_labels, fit_scores
 from .labelled_images import LabelledImages, open_labelled
-from .metrics import mean_per_class_accuracy, top_k_accuracy
 from .scored_images import ScoredImages, open_scored
+from .zero_shot import label_metrics
 
 
 @dataclass
@@ -89,11 +88,23 @@ def _open(dataset: Any, split: str | None, columns: dict[str, Any], is_labels: b
     return found
 
 
+def _open_both(
+    dataset: Any, train_split: str, split: str | None, columns: dict[str, Any], is_labels: bool, class_names: Any
+) -> tuple[Any, Any]:
+    """Open the split to train on and the one to measure on: the same object twice if they are one."""
+    held_out = _open(dataset, split, columns, is_labels, class_names)
+    is_one = not held_out.split or held_out.split == train_split
+    train = held_out if is_one else _open(dataset, train_split, columns, is_labels, class_names)
+    if train.split == held_out.split:  # a split may have several names, such as val
+        train = held_out
+    if is_labels:
+        _check_labels(train, held_out)
+    return train, held_out
+
+
 def _encode(embedder: Embedder, data: LabelledImages | ScoredImages, feature_cache: Any, progress: bool) -> _Encoded:
     unreadable = Unreadable(data.name, data.count)
-    cache = None
-    if feature_cache is not None:
-        cache = FeatureCache(feature_cache, embedder.model, embedder.processor, embedder.precision, data.fingerprint)
+    cache = embedder.cache_in(feature_cache, data.fingerprint)
     parts: list[Tensor] = []
     targets: list[float | int] = []
     with progress_bar(f"Embedding {data.name}, {data.split}", "image", data.count, progress) as update:
@@ -105,6 +116,14 @@ def _encode(embedder: Embedder, data: LabelledImages | ScoredImages, feature_cac
         raise ValueError(f"{data.name} has no rows in its split {data.split!r}.")
     kind = torch.float64 if isinstance(data, ScoredImages) else torch.int64
     return _Encoded(torch.cat(parts), torch.tensor(targets, dtype=kind), data.split, unreadable.reasons)
+
+
+def _divided(images: _Encoded, is_labels: bool, hidden: int | None, seed: int) -> tuple[_Encoded, _Encoded]:
+    """Divide images into those to train on, and a fifth to measure on."""
+    part = math.ceil(HELD_OUT * len(images.targets))
+    check_enough(len(images.targets) - part, hidden, part)
+    kept, rest = divide(images.targets, is_labels, seed)
+    return images.rows(kept), images.rows(rest)
 
 
 def _measure(head: EmbeddingHead, held_out: _Encoded) -> dict[str, float]:
@@ -121,13 +140,7 @@ def _measure(head: EmbeddingHead, held_out: _Encoded) -> dict[str, float]:
             "pearson": pearson(predicted, targets),
             "mean_absolute_error": mean_absolute_error(predicted, targets),
         }
-    classes = len(head.labels)
-    accuracy = top_k_accuracy(outputs, targets, [k for k in (1, 5) if k < classes])
-    found = {f"acc{k}": value for k, value in accuracy.items()}
-    found["mean_per_class_recall"] = mean_per_class_accuracy(outputs, targets)
-    if classes == 2 and 0 < int(targets.sum()) < len(targets):
-        found["roc_auc"] = roc_auc(outputs[:, 1] - outputs[:, 0], targets == 1)
-    return found
+    return label_metrics(outputs, targets)
 
 
 def _check_labels(train: LabelledImages, held_out: LabelledImages) -> None:
@@ -199,21 +212,14 @@ def evaluate_head(
     check_options(hidden, seed)
     is_labels = score_column is None
     columns = {"score_column": score_column, "label_column": label_column, "image_column": image_column}
-    held_out_data = _open(dataset, split, columns, is_labels, class_names)
-    is_one = not held_out_data.split or held_out_data.split == train_split
-    train_data = held_out_data if is_one else _open(dataset, train_split, columns, is_labels, class_names)
-    is_one = is_one or train_data.split == held_out_data.split  # a split may have several names, such as val
-    if is_labels:
-        _check_labels(train_data, held_out_data)
+    train_data, held_out_data = _open_both(dataset, train_split, split, columns, is_labels, class_names)
+    is_one = train_data is held_out_data
     embedder = Embedder(model, processor, batch_size=batch_size, threads=threads)
     with embedder.evaluating():
         train = _encode(embedder, train_data, feature_cache, progress)
         if is_one:
-            part = math.ceil(HELD_OUT * len(train.targets))
-            check_enough(len(train.targets) - part, hidden, part)
-            kept, rest = divide(train.targets, is_labels, seed)
-            train, held_out = train.rows(kept), train.rows(rest)
             unreadable = train.unreadable
+            train, held_out = _divided(train, is_labels, hidden, seed)
         else:
             held_out = _encode(embedder, held_out_data, feature_cache, progress)
             unreadable = train.unreadable + held_out.unreadable

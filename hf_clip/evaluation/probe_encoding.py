@@ -14,7 +14,7 @@ from ..data.sources import choose_split
 from ..zero_shot.progress import progress_bar
 from .architecture import architecture_of
 from .embedder import Embedder, Unreadable
-from .feature_cache import FeatureCache, processor_settings
+from .feature_cache import processor_settings
 from .labelled_images import PREFERRED, SPLIT_FOLDERS, LabelledImages, open_labelled, splits_of
 from .prompts_of_classes import class_matrix, class_prompts
 from .split_features import ProbeFeatures, SplitFeatures, check_features
@@ -120,11 +120,7 @@ def _encode(
     places = _places(data.name, title, data.labels, classes)
     kept: list[tuple[int, ...]] = []
     parts: list[Tensor] = []
-    found = None
-    if cache is not None:
-        found = FeatureCache(
-            cache, embedder.model, embedder.processor, embedder.precision, data.fingerprint, features=KIND
-        )
+    found = embedder.cache_in(cache, data.fingerprint, features=KIND)
     with progress_bar(f"Encoding {data.split} of {data.name}", "image", data.count, progress) as update:
         for rows, features in embedder.images(data.rows(), places=data.places, unreadable=unreadable, cache=found):
             parts.append(features)

@@ -24,11 +24,10 @@ from .widths import embedding_dim, read_widths, widths_in_words
 
 KS = (1, 5, 10)
 HUB_K = 128
+"""Number of reference queries whose similarities are averaged, as in arXiv:2410.24114."""
+
 CORRECTED = "_hub_corrected"
 """What stands behind the name of a metric that was measured with hubs corrected."""
-
-TIES = "equal similarities count against the model"
-"""Number of reference queries whose similarities are averaged, as in arXiv:2410.24114."""
 
 
 @dataclass
@@ -224,15 +223,10 @@ def evaluate_retrieval(
     named = read_widths(truncate_dim, model)
     widths: list[int | None] = [*named] or [None]
 
-    def cache_of(source: CaptionedImages) -> FeatureCache | None:
-        if feature_cache is None:
-            return None
-        return FeatureCache(feature_cache, model, processor, embedder.precision, f"{source.fingerprint} distinct")
-
     with embedder.evaluating():
-        if feature_cache is not None and data.fingerprint is None:
-            FeatureCache(feature_cache, model, processor, embedder.precision, None)  # raises
-        found = embed_captioned(embedder, data, cache=cache_of(data), progress=progress)
+        distinct = None if data.fingerprint is None else f"{data.fingerprint} distinct"
+        cache = embedder.cache_in(feature_cache, distinct)
+        found = embed_captioned(embedder, data, cache=cache, progress=progress)
         given: CaptionedEmbeds | None = None
         protocol = (
             f"retrieval, captions cut at {embedder.text_limit} tokens, equal similarities count against the model"
@@ -240,11 +234,7 @@ def evaluate_retrieval(
         if hub_correction is not None:
             others = open_captioned(references, **({} if isinstance(references, CaptionedImages) else columns))
             given = embed_captioned(embedder, others, progress=progress)
-            protocol += (
-                f"; corrected: {hub_correction:g} times the mean of {hub_k} of {len(given.texts)} reference texts "
-            )
-            protocol += f"and of {len(given.images)} reference images of {others.name}"
-            protocol += f" ({others.split})" if others.split else ""
+            protocol += _correction_in_words(others, given, hub_correction, hub_k)
         measured = [
             _measure(found, given, width, hub_correction, hub_k, processes=embedder.processes) for width in widths
         ]
@@ -264,6 +254,15 @@ def evaluate_retrieval(
             for width, (plain, other) in zip(named, measured, strict=False)
         },
         embedding_dim=embedding_dim(model),
+    )
+
+
+def _correction_in_words(others: CaptionedImages, given: CaptionedEmbeds, alpha: float, k: int) -> str:
+    """What a protocol says of the correction of hubs: the factor, and the reference queries."""
+    split = f" ({others.split})" if others.split else ""
+    return (
+        f"; corrected: {alpha:g} times the mean of {k} of {len(given.texts)} reference texts and of "
+        f"{len(given.images)} reference images of {others.name}{split}"
     )
 
 

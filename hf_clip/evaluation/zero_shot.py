@@ -26,7 +26,7 @@ from .embedder import Embedder, Unreadable
 from .feature_cache import FeatureCache, processor_settings
 from .labelled_images import LabelledImages, open_labelled
 from .metrics import mean_average_precision, mean_per_class_accuracy, top_k_accuracy
-from .prompts_of_classes import class_matrices, class_prompts
+from .prompts_of_classes import ClassPrompts, class_matrices, class_prompts
 from .widths import embedding_dim, read_widths, widths_in_words
 
 METRICS = {
@@ -192,6 +192,23 @@ def accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {f"acc{k}": value for k, value in top_k_accuracy(logits, labels, ks).items()} if ks else {}
 
 
+def label_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Compute how well images are told apart that have one class each.
+
+    Args:
+        logits: (I, K), higher for a more likely class.
+        labels: (I,) class ids, integers from 0 to K - 1.
+
+    Returns:
+        `acc1` and `acc5` as of `accuracies`, `mean_per_class_recall`, and `roc_auc` of two classes that both occur.
+    """
+    found = accuracies(logits, labels)
+    found["mean_per_class_recall"] = mean_per_class_accuracy(logits, labels)
+    if logits.shape[1] == 2 and 0 < int(labels.sum()) < len(labels):
+        found["roc_auc"] = roc_auc(logits[:, 1] - logits[:, 0], labels == 1)
+    return found
+
+
 def single_label_figures(
     logits: Tensor, probabilities: Tensor, labels: Tensor, names: list[str], bins: int = BINS
 ) -> dict[str, Any]:
@@ -204,17 +221,13 @@ def single_label_figures(
         names: The K classes.
         bins: Number of bins of the calibration error.
     """
-    classes = len(names)
-    found = accuracies(logits, labels)
-    found["mean_per_class_recall"] = mean_per_class_accuracy(logits, labels)
+    found = label_metrics(logits, labels)
     if "acc5" in found:
         found["mean_of_acc1_and_acc5"] = (found["acc1"] + found["acc5"]) / 2
-    if classes == 2 and 0 < int(labels.sum()) < len(labels):
-        found["roc_auc"] = roc_auc(logits[:, 1] - logits[:, 0], labels == 1)
     predictions = best_wrong_first(logits, labels)
     confidences, is_right = probabilities.gather(1, predictions[:, None])[:, 0], predictions == labels
     found["ece"] = expected_calibration_error(confidences, is_right, bins)
-    confusion = confusion_matrix(labels, predictions, classes)
+    confusion = confusion_matrix(labels, predictions, len(names))
     return {
         "metrics": found,
         "confusion": confusion,
@@ -253,6 +266,61 @@ def multi_label_figures(logits: Tensor, is_right: Tensor) -> dict[str, float]:
         "mean_average_precision": mean_average_precision(*columns),
         "mean_average_precision_11": mean_average_precision(*columns, eleven_point=True),
     }
+
+
+@dataclass
+class _Compared:
+    """Images of a data set, compared with its classes.
+
+    Attributes:
+        data: The data set.
+        labels: The classes of each of the I images.
+        cosines: For each width the cosine similarities, in parts (B, K) that are (I, K) together.
+        mistakes: The most confident ones.
+        unreadable: Images that cannot be opened, each with its reason.
+    """
+
+    data: LabelledImages
+    labels: list[tuple[int, ...]]
+    cosines: list[list[Tensor]]
+    mistakes: _Mistakes
+    unreadable: list[str]
+
+
+def _compare(
+    embedder: Embedder,
+    data: LabelledImages,
+    prompts: ClassPrompts,
+    widths: list[int | None],
+    cache: FeatureCache | None,
+    progress: bool,
+    mistakes: _Mistakes,
+) -> _Compared:
+    """Encode the images of a data set, and compare them with its classes at each width."""
+    scores, unreadable = _scores_of(embedder.model), Unreadable(data.name, data.count)
+    labels: list[tuple[int, ...]] = []
+    parts: list[list[Tensor]] = [[] for _ in widths]
+    with embedder.evaluating(), progress_bar(f"Zero-shot on {data.name}", "image", data.count, progress) as update:
+        weights = class_matrices(embedder, prompts, widths)
+        for rows, features in embedder.images(data.rows(), places=data.places, unreadable=unreadable, cache=cache):
+            for found, width, matrix in zip(parts, widths, weights, strict=True):
+                found.append(truncated(features, width) @ matrix)
+            mistakes.look(rows, _scores(embedder.model, parts[0][-1], scores)[1])
+            labels += [row.labels for row in rows]
+            update(len(rows))
+    if not labels:
+        raise ValueError(f"{data.name} has no rows in its split {data.split!r}.")
+    return _Compared(data, labels, parts, mistakes, unreadable.reasons)
+
+
+def _figures(compared: _Compared, number: int, model: Any, bins: int) -> dict[str, Any]:
+    """Compute the figures of the width at a place, as fields of a result."""
+    data, labels = compared.data, compared.labels
+    logits, probabilities = _scores(model, torch.cat(compared.cosines[number]), _scores_of(model))
+    if data.is_multi_label:
+        return {"metrics": multi_label_figures(logits, _is_right(labels, len(data.labels)))}
+    firsts = torch.tensor([first for (first,) in labels])
+    return single_label_figures(logits, probabilities, firsts, data.labels, bins)
 
 
 def evaluate_zero_shot(
@@ -316,47 +384,23 @@ def evaluate_zero_shot(
     embedder = Embedder(model, processor, batch_size=batch_size, threads=threads)
     prompts = class_prompts(data.class_names, templates, data.templates)
     scores, named = _scores_of(model), read_widths(truncate_dim, model)
+    cache = embedder.cache_in(feature_cache, data.fingerprint)
     widths: list[int | None] = [*named] or [None]
-    unreadable = Unreadable(data.name, data.count)
-    cache = None
-    if feature_cache is not None:
-        cache = FeatureCache(feature_cache, model, processor, embedder.precision, data.fingerprint)
-    kept = _Mistakes(mistakes, data.labels)
-    labels: list[tuple[int, ...]] = []
-    parts: list[list[Tensor]] = [[] for _ in widths]
-    with embedder.evaluating(), progress_bar(f"Zero-shot on {data.name}", "image", data.count, progress) as update:
-        weights = class_matrices(embedder, prompts, widths)
-        for rows, features in embedder.images(data.rows(), places=data.places, unreadable=unreadable, cache=cache):
-            for found, width, matrix in zip(parts, widths, weights, strict=True):
-                found.append(truncated(features, width) @ matrix)
-            kept.look(rows, _scores(model, parts[0][-1], scores)[1])
-            labels += [row.labels for row in rows]
-            update(len(rows))
-    if not labels:
-        raise ValueError(f"{data.name} has no rows in its split {data.split!r}.")
-
-    def figures_of(cosines: list[Tensor]) -> dict[str, Any]:
-        logits, probabilities = _scores(model, torch.cat(cosines), scores)
-        if data.is_multi_label:
-            return {"metrics": multi_label_figures(logits, _is_right(labels, len(data.labels)))}
-        return single_label_figures(
-            logits, probabilities, torch.tensor([first for (first,) in labels]), data.labels, bins
-        )
-
-    fields, *others = (figures_of(cosines) for cosines in parts)
+    compared = _compare(embedder, data, prompts, widths, cache, progress, _Mistakes(mistakes, data.labels))
+    fields, *others = (_figures(compared, number, model, bins) for number in range(len(compared.cosines)))
     chosen = check_metric(metric, fields["metrics"]) or next(iter(fields["metrics"]))
     return ZeroShotResult(
         **fields,
         metric=chosen,
-        count=len(labels),
+        count=len(compared.labels),
         labels=data.labels,
         protocol=f"zero-shot, {len(data.labels)} classes, {prompts.described}; confidence by {scores}"
         + widths_in_words(named, model),
         precision=embedder.precision,
         split=data.split,
         processor=processor_settings(processor),
-        unreadable=unreadable.reasons,
-        mistakes=kept.worst_first(),
+        unreadable=compared.unreadable,
+        mistakes=compared.mistakes.worst_first(),
         places=data.places,
         widths={width: found["metrics"] for width, found in zip(named, [fields, *others], strict=False)},
         embedding_dim=embedding_dim(model),
