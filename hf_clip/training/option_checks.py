@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .chosen_metric import parse_metric
 from .data.augment import Augmentation
@@ -54,6 +54,9 @@ CHOICES = {
     "output_format": ("hf_clip", "transformers"),
     "hub_strategy": ("end", "every_save"),
 }
+
+WithoutEffect = tuple[Any, str, str]
+"""Whether an option has no effect, its name, and why it would have none."""
 
 
 def check_needed(config: "TrainingConfig") -> None:
@@ -133,11 +136,16 @@ def check_effects(config: "TrainingConfig") -> None:
             "--teacher has its embeddings stored by the rows of a table, but rows that are streamed have no place to "
             "be found again: leave out --streaming, or the teacher."
         )
-    scratch, evaluated, metric = config.variant is not None, bool(config.validation), config.metric_for_best_model
-    alphas, are_towers_locked = config.alphas, config.are_towers_locked
+    for is_so, name, reason in (*_of_training(config), *_of_evaluation(config), *_of_writing(config)):
+        if is_so:
+            raise ValueError(f"--{name} would have no effect: {reason}.")
+
+
+def _of_training(config: "TrainingConfig") -> list[WithoutEffect]:
+    """Options of the model and of how it is trained."""
+    scratch, alphas, are_towers_locked = config.variant is not None, config.alphas, config.are_towers_locked
     at_once = config.pairs_at_once
-    of_guard = [name for name in parse_metric(metric) if name.startswith(GUARD)] if metric else []
-    without_effect = [
+    return [
         (
             config.micro_batch_size is not None and at_once == config.per_device_train_batch_size,
             "micro_batch_size",
@@ -173,6 +181,14 @@ def check_effects(config: "TrainingConfig") -> None:
             "matryoshka_weights",
             "there are no --matryoshka_dims",
         ),
+    ]
+
+
+def _of_evaluation(config: "TrainingConfig") -> list[WithoutEffect]:
+    """Options of what is kept of the pretrained model, and of what is measured."""
+    evaluated, metric = bool(config.validation), config.metric_for_best_model
+    of_guard = [name for name in parse_metric(metric) if name.startswith(GUARD)] if metric else []
+    return [
         (config.replay_caption_column and not config.replay, "replay_caption_column", "there is no --replay"),
         (config.guard_labels and not config.guard_dataset, "guard_labels", "there is no --guard_dataset"),
         (config.guard_label_column and not config.guard_dataset, "guard_label_column", "there is no --guard_dataset"),
@@ -194,7 +210,13 @@ def check_effects(config: "TrainingConfig") -> None:
             "early_stopping_patience",
             "there is no best without --metric_for_best_model",
         ),
-        (len(alphas) > 1 and not evaluated, "average_with_pretrained", "a range is chosen from by --validation"),
+        (len(config.alphas) > 1 and not evaluated, "average_with_pretrained", "a range is chosen from by --validation"),
+    ]
+
+
+def _of_writing(config: "TrainingConfig") -> list[WithoutEffect]:
+    """Options of the Hub, of checkpoints, and of the schedule."""
+    return [
         (config.hub_model_id and not config.push_to_hub, "hub_model_id", "there is no --push_to_hub"),
         (config.hub_strategy != "end" and not config.push_to_hub, "hub_strategy", "there is no --push_to_hub"),
         (
@@ -219,9 +241,6 @@ def check_effects(config: "TrainingConfig") -> None:
             "--resume_from_checkpoint goes on with what is there",
         ),
     ]
-    for is_so, name, reason in without_effect:
-        if is_so:
-            raise ValueError(f"--{name} would have no effect: {reason}.")
 
 
 def _check_cache(config: "TrainingConfig") -> None:
