@@ -23,7 +23,6 @@ from hf_clip.inference import cuda_graphs
 from hf_clip.model import text_ends, text_tower
 
 READING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_dim"}
-READING_METHODS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"}
 
 
 def name_of(func: Any) -> str:

@@ -33,7 +33,6 @@ LAYOUTS = ("parquet", "safetensors", "clip-retrieval")
 DTYPES = ("float16", "float32")
 
 IMAGES, TEXTS = "embedding", "text_embedding"
-ROW_COLUMNS = ("id", "path", "caption", "metadata")
 OF_CLIP_RETRIEVAL = ("image_path", "caption", "metadata")
 PATHS = ("image_path", "path", "url", "key")
 """Columns of clip-retrieval's metadata that say where an image is, the best first."""
