@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-Gradients = dict[str, Tensor]
-
 
 def plain_loss(
     images: Tensor,
