@@ -229,7 +229,7 @@ def test_table_of_before_stays_where_a_run_fails(
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_clip.zero_shot.classifier.encode_pixels", stop)
+    monkeypatch.setattr("hf_clip.zero_shot.pixel_classifier.encode_pixels", stop)
     assert run(repositories["vit"], folder, "--output", table) == 130
     assert table.read_text() == "of before"
     assert list(tmp_path.iterdir()) == [table]
