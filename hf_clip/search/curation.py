@@ -34,7 +34,7 @@ from ..zero_shot.embedding_head import EmbeddingHead
 from ..zero_shot.progress import progress_bar
 from .curated_files import TAR_ROWS, draw_scores, summary_of, write_parquet, write_tars
 from .image_rows import ImageRows, open_image_rows, rows_from
-from .index_model import describe, load
+from .index_model import describe, loaded, name_of
 from .index_table import shown_path
 from .interruption import interruption
 from .row_encoding import EmbeddedRow, embed_captions, embed_rows
@@ -158,9 +158,8 @@ def curate(
     asked = f"{keep or ''} {top_fraction[0] if top_fraction else ''}"
     duplicates = duplicates or re.search(r"\bduplicate(_of)?\b", asked, re.IGNORECASE) is not None
     _check_captions(rows, source, asked, has_others=bool(heads or duplicates or labels))
-    name = str(model) if isinstance(model, (str, os.PathLike)) else str(getattr(model, "name_or_path", "") or "")
-    if isinstance(model, (str, os.PathLike)):
-        model, processor = load(name)
+    name = name_of(model)
+    model, processor = loaded(model, processor)
     scorer = RowScorer(model, processor, rows.has_captions, heads, labels, name)
     identity = describe(model, processor, name)
     made_of = {"weights": identity.weights, "processor": identity.processor, **scorer.made_of()}
@@ -184,14 +183,14 @@ def curate(
         scored.mark_duplicates()
         scored.choose(keep, top_fraction)
         summary = summary_of(scored, settings)
+        chosen = _with_images(scored, rows, progress) if images or not _is_table(out) else _without_images(scored)
         if _is_table(out):
-            chosen = _with_images(scored, rows, progress) if images else ((row, None) for row in scored.kept_rows())
             with whole_file(out) as unfinished:
                 write_parquet(unfinished, scored, chosen, images)
             write_json(_summary_path(out), summary)
         else:
             with whole_folder(place, is_held=True) as folder:
-                summary["tars"] = write_tars(folder, _with_images(scored, rows, progress), tar_rows)
+                summary["tars"] = write_tars(folder, chosen, tar_rows)
                 write_json(folder / SUMMARY, summary)
         if picture is not None:
             with whole_file(picture) as unfinished:
@@ -327,6 +326,10 @@ def _add(chunk: Sequence[EmbeddedRow], scored: ScoredRows, scorer: RowScorer) ->
     if opened := [one for one in chunk if one.embedding is not None]:
         columns, embeddings = scorer.columns_of(opened)
         scored.add(columns, embeddings, [one.seen[0] for one in opened])
+
+
+def _without_images(scored: ScoredRows) -> Iterator[tuple[dict[str, Any], None]]:
+    return ((row, None) for row in scored.kept_rows())
 
 
 def _with_images(

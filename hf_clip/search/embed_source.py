@@ -21,7 +21,7 @@ from .embedding_files import EmbeddingDescription, EmbeddingWriter
 from .embedding_layouts import DTYPES, LAYOUTS
 from .embedding_place import FilePlace
 from .image_rows import ImageRows, Position, open_image_rows, rows_from
-from .index_model import describe, hash_of_tensors, load, text_weights
+from .index_model import describe, hash_of_tensors, loaded, name_of, text_weights
 from .index_writer import only_writer
 from .interruption import interruption
 from .row_encoding import EmbeddedRow, embed_captions, embed_rows
@@ -136,10 +136,8 @@ def embed_source(
         raise ValueError(
             f"The captions of {source} are to be encoded, but it has none: name their column, or leave texts out."
         )
-    place = FilePlace(out)
-    name = str(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", "") or ""
-    if isinstance(model, (str, os.PathLike)):
-        model, processor = load(name)
+    place, name = FilePlace(out), name_of(model)
+    model, processor = loaded(model, processor)
     identity = describe(model, processor, name)
     description = EmbeddingDescription(
         layout=layout,

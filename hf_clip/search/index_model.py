@@ -57,6 +57,16 @@ def load(name: str) -> tuple[Any, Any]:
     return model.to(default_device()), processor
 
 
+def name_of(model: Any) -> str:
+    """Where a model is, given that or the model; empty where it does not say."""
+    return str(model) if isinstance(model, (str, os.PathLike)) else str(getattr(model, "name_or_path", "") or "")
+
+
+def loaded(model: Any, processor: Any) -> tuple[Any, Any]:
+    """A model and its processor: those that are given, or what lies where `model` says."""
+    return load(str(model)) if isinstance(model, (str, os.PathLike)) else (model, processor)
+
+
 def describe(model: Any, processor: Any, name: str) -> IndexDescription:
     """What the embeddings of a model are made of. `name` is a folder, a repository or a file, and may be empty."""
     from ..evaluation.feature_cache import processor_settings, weights_hash
@@ -121,6 +131,8 @@ __all__ = [
     "hash_of_tensors",
     "is_same_model",
     "load",
+    "loaded",
     "model_files",
+    "name_of",
     "text_weights",
 ]

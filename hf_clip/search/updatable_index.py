@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..zero_shot.progress import progress_bar
 from .exact_folders import forget_exact, note_exact
 from .folder_scan import FolderScan, refuse_to_empty, scan_folder
-from .index_model import MODEL_FILES, MODEL_PLACE, check_model, describe, is_same_model, load, model_files
+from .index_model import MODEL_FILES, MODEL_PLACE, check_model, describe, is_same_model, load, model_files, name_of
 from .index_table import IndexTables, SearchIndexError, default_index, is_address
 from .index_update import IndexChanges, apply_recognised, forget_missing, plan_update
 from .index_writer import only_writer
@@ -85,7 +85,7 @@ class UpdatableIndex:
             ImportError: LanceDB is not installed.
         """
         place = default_index() if place is None else os.path.expanduser(place)
-        name = str(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", "") or ""
+        name = name_of(model)
         is_named = isinstance(model, (str, os.PathLike))
         if model is not None and not is_named and processor is None:
             raise ValueError("A model was given without its processor: pass processor=, or where the model is.")
