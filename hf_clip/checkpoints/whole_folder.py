@@ -55,7 +55,7 @@ class FolderInUseError(OSError):
 
 
 class DiskFullError(OSError):
-    """There is no room for a folder.
+    """There is no room for a folder or a file.
 
     folder: where it was to be written.   needed, free: bytes; None where they aren't known
     """
