@@ -22,6 +22,8 @@ from hf_clip.serve.batching import (
     texts_of_one_length,
 )
 
+from ..waiting import LONGEST_WAIT, until
+
 
 class Model:
     """Encodes a text as its length, and waits in its first batch until it is told to go on."""
@@ -36,7 +38,7 @@ class Model:
     def encode(self, kind: str, rows: list[Any]) -> np.ndarray:
         self.batches.append((kind, [len(row) for row in rows]))
         self.is_at_work.set()
-        assert self.may_go_on.wait(5)
+        assert self.may_go_on.wait(LONGEST_WAIT)
         if any(len(row) == 13 for row in rows):
             raise RuntimeError("13")
         return np.array([[len(row)] for row in rows], dtype=np.float32)
@@ -64,17 +66,17 @@ def hold():
 def test_lone_request_does_not_wait_for_others(hold):
     model = hold()
     model.may_go_on.set()
-    assert model.ask(TEXTS, [3])[1].result(5).tolist() == [[3]]
+    assert model.ask(TEXTS, [3])[1].result(LONGEST_WAIT).tolist() == [[3]]
     assert model.batches == [(TEXTS, [3])]
 
 
 def test_what_arrives_while_a_batch_is_computed_is_the_next_batch(hold):
     model = hold()
     asked = [model.ask(TEXTS, [1])]
-    assert model.is_at_work.wait(5)
+    assert model.is_at_work.wait(LONGEST_WAIT)
     asked += [model.ask(TEXTS, [2]), model.ask(TEXTS, [4, 3]), model.ask(IMAGES, [9, 8]), model.ask(IMAGES, [7])]
     model.may_go_on.set()
-    assert [done.result(5)[:, 0].tolist() for _, done in asked] == [[1], [2], [4, 3], [9, 8], [7]]
+    assert [done.result(LONGEST_WAIT)[:, 0].tolist() for _, done in asked] == [[1], [2], [4, 3], [9, 8], [7]]
     assert model.batches == [
         (TEXTS, [1]),
         (IMAGES, [9, 7, 8]),
@@ -86,7 +88,7 @@ def test_batches_have_a_size(hold):
     model = hold(text_batch=2, image_batch=2)
     model.may_go_on.set()
     for kind in (TEXTS, IMAGES):
-        assert model.ask(kind, [5, 4, 3, 2, 1])[1].result(5)[:, 0].tolist() == [5, 4, 3, 2, 1]
+        assert model.ask(kind, [5, 4, 3, 2, 1])[1].result(LONGEST_WAIT)[:, 0].tolist() == [5, 4, 3, 2, 1]
     assert max(len(rows) for _, rows in model.batches) == 2
 
 
@@ -120,27 +122,27 @@ def test_padding_of_a_batch_is_bounded_and_no_text_that_fits_is_left():
 def test_texts_are_taken_as_they_arrive_where_no_padding_is_computed(hold):
     model = hold(most_padding=None, text_batch=3)
     asked = [model.ask(TEXTS, [1])]
-    assert model.is_at_work.wait(5)
+    assert model.is_at_work.wait(LONGEST_WAIT)
     asked += [model.ask(TEXTS, [length]) for length in (70, 3, 40, 2)]
     model.may_go_on.set()
-    assert [done.result(5)[:, 0].tolist() for _, done in asked] == [[1], [70], [3], [40], [2]]
+    assert [done.result(LONGEST_WAIT)[:, 0].tolist() for _, done in asked] == [[1], [70], [3], [40], [2]]
     assert model.batches == [(TEXTS, [1]), (TEXTS, [70, 3, 40]), (TEXTS, [2])]
 
 
 def test_what_nobody_waits_for_is_not_computed(hold):
     model = hold()
     model.ask(TEXTS, [1])
-    assert model.is_at_work.wait(5)
+    assert model.is_at_work.wait(LONGEST_WAIT)
     dropped, done = model.ask(TEXTS, [2, 2])
     kept = model.ask(TEXTS, [3])[1]
     model.batcher.drop(dropped)
     assert model.batcher.waiting(TEXTS) == 2
     model.may_go_on.set()
-    assert kept.result(5).tolist() == [[3]]
+    assert kept.result(LONGEST_WAIT).tolist() == [[3]]
     assert (TEXTS, [3]) in model.batches
     with pytest.raises(DroppedError):
         done.result(0)
-    assert model.batcher.waiting(TEXTS) == 0
+    until(lambda: model.batcher.waiting(TEXTS) == 0)  # counted down just after the result is there
 
 
 def test_full_queue_refuses_and_says_when_to_ask_again(hold):
@@ -150,8 +152,8 @@ def test_full_queue_refuses_and_says_when_to_ask_again(hold):
         model.ask(TEXTS, [1, 1])
     last = model.ask(TEXTS, [1])[1]
     model.may_go_on.set()
-    last.result(5)
-    model.ask(TEXTS, [1, 1])[1].result(5)
+    last.result(LONGEST_WAIT)
+    model.ask(TEXTS, [1, 1])[1].result(LONGEST_WAIT)
 
 
 def test_large_requests_leave_room_for_small_ones(hold):
@@ -224,27 +226,27 @@ def test_other_work_of_the_thread_waits_for_two_batches_at_most(hold):
     computing = ComputingThread()
     model = hold(text_batch=1, computing=computing)
     model.ask(TEXTS, [1] * 10)
-    assert model.is_at_work.wait(5)
+    assert model.is_at_work.wait(LONGEST_WAIT)
     batches = computing.submit(lambda: len(model.batches))
     model.may_go_on.set()
-    assert batches.result(5) <= 2
+    assert batches.result(LONGEST_WAIT) <= 2
 
 
 def test_error_is_that_of_its_batch_alone(hold):
     model = hold()
     model.may_go_on.set()
     with pytest.raises(RuntimeError, match="13"):
-        model.ask(TEXTS, [13])[1].result(5)
-    assert model.ask(TEXTS, [2])[1].result(5).tolist() == [[2]]
+        model.ask(TEXTS, [13])[1].result(LONGEST_WAIT)
+    assert model.ask(TEXTS, [2])[1].result(LONGEST_WAIT).tolist() == [[2]]
 
 
 def test_closing_computes_what_waits(hold):
     model = hold()
     model.ask(TEXTS, [1])
-    assert model.is_at_work.wait(5)
+    assert model.is_at_work.wait(LONGEST_WAIT)
     last = model.ask(TEXTS, [2])[1]
     closing = threading.Thread(target=model.batcher.close)
     closing.start()
     model.may_go_on.set()
-    closing.join(5)
+    closing.join(LONGEST_WAIT)
     assert last.result(0).tolist() == [[2]]

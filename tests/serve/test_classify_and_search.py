@@ -18,6 +18,7 @@ from hf_clip import HfClipModel, ZeroShotClassifier
 from hf_clip.serve.search_request import SearchRequest, condition_of
 from tests.search.conftest import make_image
 
+from ..waiting import LONGEST_WAIT
 from .conftest import NAME, as_uri
 
 LABELS = ["three", "eight", "one"]
@@ -238,7 +239,7 @@ def test_search_whose_client_is_gone(client_with, index, monkeypatch: pytest.Mon
     def slowly(*given: Any) -> Any:
         queries.append(given[-1].query)
         begun.set()
-        assert may_end.wait(10)
+        assert may_end.wait(LONGEST_WAIT)
         return run(*given)
 
     monkeypatch.setattr(search, "_search", slowly)

@@ -18,6 +18,7 @@ from hf_clip.serve.search_request import SearchRequest
 from hf_clip.serve.serve_options import ServeOptions
 from hf_clip.serve.web_app import build_app
 
+from ..waiting import LONGEST_WAIT
 from .conftest import NAME, as_file
 from .test_clients import running
 
@@ -67,7 +68,7 @@ def test_fields_of_a_search_are_told_in_words():
 
 def test_commands_work_as_they_are_copied(address: str, images, tmp_path: Path):
     (tmp_path / "cats.jpg").write_bytes(as_file(images[0], "JPEG"))
-    page = httpx.get(f"{address}/docs").text
+    page = httpx.get(f"{address}/docs", timeout=LONGEST_WAIT).text
     commands = commands_of(page)
     assert len(commands) == sum(len(found) for path, found in EXAMPLES.items() if path != "/v1/search")
     assert all(address in command for command in commands)
@@ -118,8 +119,9 @@ def test_page_is_whole_in_a_browser_without_a_network(address: str):
     said: list[str] = []
     asked: list[str] = []
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=switches)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=switches, timeout=1000 * LONGEST_WAIT)
         page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.set_default_timeout(1000 * LONGEST_WAIT)
         page.on("console", lambda message: said.append(message.text))
         page.on("request", lambda request: asked.append(request.url))
         answer = page.goto(f"{address}/docs")

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from hf_clip.zero_shot.features import encode_images, encode_texts
 
+from ..waiting import LONGEST_WAIT
 from .conftest import NAME, as_file, as_uri
 
 TEXTS = ["the digit three in red on blue paper", "one", "a photo of a green eight on purple paper, large and bright"]
@@ -221,7 +222,7 @@ def test_bad_image_is_told_before_the_texts_are_computed(client_with, monkeypatc
 
     def slowly(rows: Any) -> Any:
         batches.append(len(rows))
-        assert may_go_on.wait(10)
+        assert may_go_on.wait(LONGEST_WAIT)
         return encode(rows)
 
     monkeypatch.setitem(batcher._encode, "text", slowly)

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import warnings
@@ -29,6 +28,7 @@ from hf_clip import HfClipConfig, HfClipModel, HfClipProcessor
 
 from ..doc_blocks import NUMBER, Block, commands_of, read_blocks
 from ..search.conftest import make_image
+from ..waiting import LONGEST_WAIT
 
 pytest.importorskip("lancedb")
 
@@ -89,12 +89,9 @@ def folder(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def port(folder: Path) -> Iterator[str]:
     """The server that the guide starts with an index, since every block is asked of it."""
     [command] = [line for block in BLOCKS if is_start(block) for line in commands_of(block) if "--index" in line]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number = str(free.getsockname()[1])
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     started = subprocess.Popen(
-        ["bash", "-c", f"exec {command} --port {number}"],
+        ["bash", "-c", f"exec {command} --port 0"],
         cwd=folder,
         env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -103,11 +100,12 @@ def port(folder: Path) -> Iterator[str]:
     )
     assert started.stdout is not None
     line = started.stdout.readline()
+    number = line.partition(" ")[0].rpartition(":")[2]
     [shown] = [block.output.text for block in BLOCKS if is_start(block) and block.output is not None]
     assert line.replace(number, "7997") == shown.replace("; see", ", and searches 2 images; see") + "\n"
     yield number
     started.send_signal(signal.SIGTERM)
-    assert started.wait(20) == 0
+    assert started.wait(LONGEST_WAIT) == 0
     started.stdout.close()
 
 
@@ -140,7 +138,7 @@ def run(block: Block, port: str, folder: Path) -> str:
     else:
         (folder / "block.mjs").write_text(text)
         command = ["node", "block.mjs"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LONGEST_WAIT, check=False)
     assert done.returncode == 0, f"{block.place}: {done.stderr[-2000:]}"
     return done.stdout
 

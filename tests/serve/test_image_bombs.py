@@ -28,6 +28,7 @@ from hf_clip.serve.server_process import ignore_image_warnings
 from hf_clip.serve.untrusted_image import decoding_bytes, open_untrusted
 from hf_clip.zero_shot.features import encode_images
 
+from ..waiting import LONGEST_WAIT, until
 from .conftest import as_file
 
 PLAIN = Image.linear_gradient("L").convert("RGB").resize((96, 64))
@@ -351,7 +352,7 @@ def test_kinds_that_take_more_memory_may_have_fewer_pixels(kind: str, mode: str,
 
 
 def test_images_are_decoded_at_the_same_time_as_far_as_there_is_room():
-    memory, order, waits = DecodingMemory(100), [], threading.Event()
+    memory, order = DecodingMemory(100), []
 
     def decode(name: str, count: int) -> None:
         with memory.holding(count):
@@ -363,13 +364,13 @@ def test_images_are_decoded_at_the_same_time_as_far_as_there_is_room():
             assert memory.held == 100
         large = threading.Thread(target=decode, args=("large", 500))
         large.start()
+        until(memory._turn.locked, "the large one's turn")
         small = threading.Thread(target=decode, args=("small", 10))
-        waits.wait(0.05)
         small.start()  # there is room for it, and the large one came first
-        waits.wait(0.05)
+        small.join(0.05)
         assert order == []
-    large.join(5)
-    small.join(5)
+    large.join(LONGEST_WAIT)
+    small.join(LONGEST_WAIT)
     assert order == ["large", "small"]
     assert memory.held == 0
 

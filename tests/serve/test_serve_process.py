@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
@@ -38,56 +39,65 @@ from hf_clip.serve.web_app import build_app
 from hf_clip.taken_port import take_port
 from hf_clip.zero_shot.features import encode_images, encode_texts
 
+from ..waiting import LONGEST_WAIT, until
 from .conftest import as_uri
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The program with shorter times, and with a text that takes long.
-PROGRAM = """
-import sys, time
-from hf_clip.serve import server_process, serve_options, served_model
-server_process.HEAD_SECONDS = 0.5
-server_process.ANSWER_SECONDS = 0.5
-server_process.MOST_CONNECTIONS = 60
-serve_options.ServeOptions.__dataclass_fields__["body_seconds"].default = 0.5
-serve_options.ServeOptions.__init__.__defaults__ = tuple(
-    field.default for field in serve_options.ServeOptions.__dataclass_fields__.values()
-)
-encode = served_model.ServedModel.encode_texts
-def slowly(self, rows):
-    time.sleep(1.0 if any(len(row) > 15 for row in rows) else 0)
-    return encode(self, rows)
-served_model.ServedModel.encode_texts = slowly
-from hf_clip.commands.program import main
-sys.exit(main(sys.argv[1:]))
-"""
 SLOW_TEXT = "three " * 16
 
 
+class Process:
+    """`hf-clip serve` of a small model on a free port, with a key in its environment; see `controlled_server.py`."""
+
+    def __init__(self, model: Path, log: Path):
+        environment = os.environ | {"HF_CLIP_API_KEY": "secret-key", "OMP_NUM_THREADS": "1"}
+        program = [sys.executable, "-W", "ignore", "-m", "tests.serve.controlled_server"]
+        self.log = log
+        with log.open("wb") as errors:
+            self.started = subprocess.Popen(
+                [*program, "serve", str(model), "--port", "0"],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+            )
+        self.pid = self.started.pid
+        line = self._next_line()
+        found = re.match(r"(http://127.0.0.1:\d+) serves vit, 32 numbers; see /docs", line)
+        assert found, line + log.read_text()
+        self.address = found[1]
+
+    def _next_line(self) -> str:
+        assert self.started.stdout is not None
+        return self.started.stdout.readline().decode()
+
+    def order(self, name: str, *given: Any) -> Any:
+        """Have the process do something, and return what it answers."""
+        assert self.started.stdin is not None
+        self.started.stdin.write(json.dumps([name, *given]).encode())
+        self.started.stdin.flush()
+        return json.loads(self._next_line())
+
+    @contextmanager
+    def limited(self, name: str, seconds: float) -> Iterator[None]:
+        """Shorten a time limit while the block runs. None else is near."""
+        before = self.order("limit", name, seconds)
+        try:
+            yield
+        finally:
+            self.order("limit", name, before)
+
+    def close(self) -> None:
+        self.started.kill()
+        self.started.communicate()
+
+
 @pytest.fixture(scope="module")
-def process(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """`hf-clip serve` on a free port, with a key in its environment."""
-    environment = os.environ | {"HF_CLIP_API_KEY": "secret-key", "OMP_NUM_THREADS": "1"}
-    log = tmp_path_factory.mktemp("serve") / "log"
-    with log.open("wb") as errors:
-        started = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", PROGRAM, "serve", str(digits / "vit"), "--port", "0"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-    assert started.stdout is not None
-    line = started.stdout.readline()
-    found = re.match(r"(http://127.0.0.1:\d+) serves vit, 32 numbers; see /docs", line)
-    assert found, line + log.read_text()
-    started.address, started.log = found[1], log  # type: ignore[attr-defined]
-    yield started
-    if started.poll() is None:
-        started.kill()
-        started.wait()
-    started.stdout.close()
+def process(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    with closing(Process(digits / "vit", tmp_path_factory.mktemp("serve") / "log")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +108,7 @@ def openai_client(process: Any) -> Iterator[openai.OpenAI]:
 
 def connect(process: Any) -> socket.socket:
     place = urlsplit(process.address)
-    return socket.create_connection((place.hostname, place.port), timeout=5)
+    return socket.create_connection((place.hostname, place.port), timeout=LONGEST_WAIT)
 
 
 def request_of(content: bytes, length: int | None = None, path: str = "/v1/embeddings") -> bytes:
@@ -107,9 +117,11 @@ def request_of(content: bytes, length: int | None = None, path: str = "/v1/embed
 
 
 def read_all(connection: socket.socket) -> bytes:
+    """What comes until the connection ends, in whichever way."""
     found = b""
-    while part := connection.recv(65536):
-        found += part
+    with suppress(ConnectionResetError):  # it was closed before the server had read all that was sent
+        while part := connection.recv(65536):
+            found += part
     return found
 
 
@@ -142,11 +154,9 @@ def test_client_of_openai_gets_its_errors(openai_client, process):
     ids=["nothing", "half a line", "half a head"],
 )
 def test_client_that_stalls_before_its_request_is_cut(process, sent: bytes):
-    with connect(process) as connection:
+    with process.limited("HEAD_SECONDS", 0.2), connect(process) as connection:
         connection.sendall(sent)
-        start = time.monotonic()
         assert read_all(connection) == b""
-        assert time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/predict"])
@@ -154,7 +164,7 @@ def test_client_that_stalls_within_its_request_is_told_so_and_cut(process, opena
     sent = request_of(b'{"input": "', length=1000, path=path)
     if path == "/predict":
         sent = sent.replace(b"application/json", b"multipart/form-data; boundary=b")
-    with connect(process) as connection:
+    with process.limited("body_seconds", 0.5), connect(process) as connection:
         connection.sendall(sent)
         found = read_all(connection)
     head, _, body = found.partition(b"\r\n\r\n")
@@ -238,18 +248,16 @@ def test_client_that_does_not_take_its_answers_is_cut(process):
     small = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
     connections = []
     try:
-        for count in range(250, 410, 10):  # until the buffers of the connection are full, and some more
-            connection = socket.socket()
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect((urlsplit(process.address).hostname, urlsplit(process.address).port))
-            connection.sendall(small * count)
-            connections.append(connection)
-        for connection in connections:  # the server has accepted each, and begins to answer
-            assert select([connection], [], [], 30)[0]
-        until = time.monotonic() + 30
-        while files_of(process) > before and time.monotonic() < until:
-            time.sleep(0.1)
-        assert files_of(process) <= before
+        with process.limited("ANSWER_SECONDS", 0.5):
+            for count in range(250, 410, 10):  # until the buffers of the connection are full, and some more
+                connection = socket.socket()
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                connection.connect((urlsplit(process.address).hostname, urlsplit(process.address).port))
+                connection.sendall(small * count)
+                connections.append(connection)
+            for connection in connections:  # the server has accepted each, and begins to answer
+                assert select([connection], [], [], LONGEST_WAIT)[0]
+            until(lambda: files_of(process) <= before, "the end of these connections")
     finally:
         for connection in connections:
             connection.close()
@@ -272,61 +280,86 @@ def test_connections_that_stall_make_room_for_others(process, openai_client):
 
 
 def test_connection_serves_several_requests(process):
-    content = json.dumps({"input": "one"})
-    headers = {"Authorization": "Bearer secret-key", "Content-Type": "application/json"}
-    connection = HTTPConnection(urlsplit(process.address).netloc, timeout=5)
-    places = []
-    for _ in range(2):
+    """However long it waits between them: then no head is on its way."""
+    content, headers = json.dumps({"input": "one"}), {"X-Api-Key": "secret-key", "Content-Type": "application/json"}
+
+    def ask(connection: HTTPConnection) -> Any:
         connection.request("POST", "/v1/embeddings", content, headers)
         answer = connection.getresponse()
         assert answer.status == 200, answer.read()
         assert json.loads(answer.read())["data"]
-        places.append(connection.sock.getsockname())
-        time.sleep(0.6)  # longer than a head may take: none is on its way
-    assert places[0] == places[1]
-    connection.close()
+        return connection.sock.getsockname()
+
+    for seconds in (0.2, 1, 5, 25):
+        connection = HTTPConnection(urlsplit(process.address).netloc, timeout=LONGEST_WAIT)
+        with process.limited("HEAD_SECONDS", seconds), closing(connection):
+            try:
+                place = ask(connection)
+            except ConnectionError:  # this process stood still before it had sent its first head
+                continue
+            time.sleep(2 * seconds)
+            assert ask(connection) == place
+            return
+    pytest.fail("no request was answered")
+
+
+def figures(process: Any) -> str:
+    """What the server counts."""
+    with connect(process) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nX-Api-Key: secret-key\r\nConnection: close\r\n\r\n")
+        return read_all(connection).decode()
 
 
 def test_work_of_a_client_that_is_gone_is_dropped(process, openai_client):
+    """Of 300 texts the first batch is computed, in which the client left."""
+
+    def gone() -> int:
+        counts = re.findall(r'^hf_clip_requests_total\{.*status="499"\} (\S+)', figures(process), re.MULTILINE)
+        return sum(int(float(count)) for count in counts)
+
+    before = gone()
+    process.order("hold")
     slow = request_of(json.dumps({"input": [SLOW_TEXT + str(n) for n in range(300)], "truncate": True}).encode())
     with connect(process) as connection:
         connection.sendall(slow)
-        time.sleep(0.3)
-    start = time.monotonic()
-    openai_client.embeddings.create(model="vit", input="one")
-    assert time.monotonic() - start < 3  # 300 texts are five batches, of a second each
-    with connect(process) as connection:
-        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nX-Api-Key: secret-key\r\nConnection: close\r\n\r\n")
-        assert b'status="499"' in read_all(connection)
+        until(lambda: process.order("held"), "the first batch")
+    until(lambda: gone() == before + 1, "the end of the request")
+    process.order("release")
+    assert openai_client.embeddings.create(model="vit", input="one").data
+    until(lambda: 'hf_clip_waiting{kind="text"} 0.0' in figures(process), "the end of what waits")
+    assert process.order("held") == [64]
 
 
 def test_sigterm_finishes_what_was_begun(process):
     """The last test of the process."""
-    answers: list[bytes] = []
-
-    def ask() -> None:
-        with connect(process) as connection:
-            connection.sendall(request_of(json.dumps({"input": SLOW_TEXT, "encoding_format": "base64"}).encode()))
-            answers.append(read_all(connection))
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    stalled = connect(process)
+    accepted, begun = process.order("count", "accepted"), process.order("count", "begun")
+    process.order("hold")
+    process.order("limit", "body_seconds", 0.5)
+    asking, stalled, silent = (connect(process) for _ in range(3))
+    asking.sendall(request_of(json.dumps({"input": SLOW_TEXT, "encoding_format": "base64"}).encode()))
     stalled.sendall(request_of(b'{"input": "', length=1000))
-    silent = connect(process)
-    time.sleep(0.4)
+    until(lambda: process.order("held"), "the text's batch")
+    until(lambda: process.order("count", "accepted") == accepted + 3, "the connections")
+    until(lambda: process.order("count", "begun") == begun + 2, "the requests")
     for _ in range(2):
-        process.send_signal(signal.SIGTERM)
-    asking.join(10)
-    assert process.wait(10) == 0
-    [answer] = answers
-    assert read_all(stalled).startswith(b"HTTP/1.1 408")
-    assert read_all(silent) == b""
-    stalled.close(), silent.close()
-    body = json.loads(answer.partition(b"\r\n\r\n")[2])
+        process.started.send_signal(signal.SIGTERM)
+
+    def is_refused() -> bool:
+        try:
+            connect(process).close()
+        except ConnectionError:
+            return True
+        return False
+
+    until(is_refused, "the end of the port")
+    process.order("release")
+    with asking, stalled, silent:
+        answers = [read_all(connection) for connection in (asking, stalled, silent)]
+    assert process.started.wait(LONGEST_WAIT) == 0
+    body = json.loads(answers[0].partition(b"\r\n\r\n")[2])
     assert len(base64.b64decode(body["data"][0]["embedding"])) == 32 * 4
-    with pytest.raises(ConnectionError):
-        connect(process)
+    assert answers[1].startswith(b"HTTP/1.1 408")
+    assert answers[2] == b""
     log = process.log.read_text()
     assert "Traceback" not in log
     assert "three" not in log
@@ -338,7 +371,7 @@ def test_port_is_open_when_the_line_is_printed(digits: Path, monkeypatch: pytest
     def printed(line: str, **options: Any) -> None:
         lines.append(line)
         if found := re.match(r"http://127.0.0.1:(\d+) serves", line):
-            socket.create_connection(("127.0.0.1", int(found[1])), timeout=5).close()
+            socket.create_connection(("127.0.0.1", int(found[1])), timeout=LONGEST_WAIT).close()
 
     monkeypatch.setattr("builtins.print", printed)
     monkeypatch.setattr("hf_clip.serve.server_process.keep_loaded", lambda: None)
@@ -516,19 +549,21 @@ def test_what_needs_no_model_is_told_before_torch_is_imported(words: list[str], 
 
 def test_port_is_listened_on_while_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Who connects meanwhile waits; the port goes with a model that cannot be loaded."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    ports: list[socket.socket] = []
+
+    def take(host: str, port: int) -> socket.socket:
+        ports.append(take_port(host, port))
+        return ports[-1]
 
     def load(*_: Any, **__: Any) -> None:
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        socket.create_connection(ports[0].getsockname(), timeout=LONGEST_WAIT).close()
         raise ValueError("no model")
 
+    monkeypatch.setattr("hf_clip.taken_port.take_port", take)
     monkeypatch.setattr("hf_clip.serve.served_model.load_served", load)
-    assert main(["serve", "nothing", "--port", str(port)]) == 1
+    assert main(["serve", "nothing", "--port", "0"]) == 1
     assert "error: no model" in capsys.readouterr().err
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port), timeout=5)
+    assert [taken.fileno() for taken in ports] == [-1]
 
 
 def test_index_of_another_model_is_refused_by_its_name(digits: Path, tmp_path: Path, plain_model, images, capsys):
