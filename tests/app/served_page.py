@@ -11,6 +11,8 @@ from hf_clip.app import page_server
 from hf_clip.commands import program
 from hf_clip.taken_port import address_of
 
+from ..waiting import LONGEST_WAIT
+
 
 @contextmanager
 def served(*words: str) -> Iterator[str]:
@@ -36,11 +38,11 @@ def served(*words: str) -> Iterator[str]:
         patch.setattr(page_server, "make_server", make)
         thread = threading.Thread(target=run)
         thread.start()
-        started.wait(60)
+        started.wait(LONGEST_WAIT)
         assert made, f"the command ended with {statuses}"
         try:
             yield f"{address_of(made[0].servers[0].sockets[0])}/"
         finally:
             made[0].should_exit = True
-            thread.join(30)
+            thread.join(LONGEST_WAIT)
     assert statuses == [0]

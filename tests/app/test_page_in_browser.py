@@ -18,6 +18,7 @@ from hf_clip.app.page_layout import NO_IMAGES_YET, build_page
 from hf_clip.app.page_model import PageModel
 
 from ..search.conftest import make_image
+from ..waiting import LONGEST_WAIT
 from .conftest import LABELS
 from .served_page import served
 
@@ -34,6 +35,7 @@ pytestmark = [
 WRITTEN = "<b>1</b> ${2} {{3}}"
 """A label that is shown as it is written."""
 PHONE = {"width": 390, "height": 844}
+MILLISECONDS = 1000 * LONGEST_WAIT
 
 LEAST_CONTRAST = """selector => {
   const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
@@ -62,6 +64,14 @@ def address(digits: Path, page_files: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def web(address: str) -> Iterator[httpx.Client]:
+    """What asks the page's server, which closes a connection that is silent for some seconds."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    with httpx.Client(base_url=address, timeout=LONGEST_WAIT, limits=limits) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
 def upload(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("upload") / "my image.png"
     make_image(3, (240, 160)).save(path)
@@ -72,24 +82,28 @@ def upload(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(address: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     gradio_client = pytest.importorskip("gradio_client")
     return gradio_client.Client(
-        address, verbose=False, analytics_enabled=False, download_files=tmp_path_factory.mktemp("downloads")
+        address,
+        verbose=False,
+        analytics_enabled=False,
+        download_files=tmp_path_factory.mktemp("downloads"),
+        httpx_kwargs={"timeout": LONGEST_WAIT},
     )
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../../etc/passwd", str(Path(__file__).resolve())])
-def test_no_file_of_the_machine_is_served(address: str, path: str):
+def test_no_file_of_the_machine_is_served(web: httpx.Client, address: str, path: str):
     for route in ("gradio_api/file=", "file=", "static/", "assets/", "gradio_api/file/"):
-        answer = httpx.get(f"{address}{route}{path}", follow_redirects=True)
+        answer = web.get(f"{address}{route}{path}", follow_redirects=True)
         assert answer.status_code in (403, 404), route
         assert "root:" not in answer.text
 
 
 @pytest.mark.parametrize("name", ["photo-0.png", "/etc/passwd"])
-def test_file_of_the_machine_is_no_upload(address: str, page_files: Path, name: str):
+def test_file_of_the_machine_is_no_upload(web: httpx.Client, page_files: Path, name: str):
     """A request may name any path as its upload. Gradio takes only what was uploaded."""
     file = {"path": str(page_files / "photos" / name), "meta": {"_type": "gradio.FileData"}}
-    answer = httpx.post(f"{address}gradio_api/call/classify", json={"data": [[file], LABELS[0], "{}", "", True, 0.0]})
-    ended = httpx.get(f"{address}gradio_api/call/classify/{answer.json()['event_id']}").text
+    answer = web.post("gradio_api/call/classify", json={"data": [[file], LABELS[0], "{}", "", True, 0.0]})
+    ended = web.get(f"gradio_api/call/classify/{answer.json()['event_id']}").text
     assert "event: error" in ended
     assert "card" not in ended
 
@@ -110,22 +124,22 @@ def test_page_that_is_mounted_by_a_program_takes_no_file_of_the_machine(page: Pa
     assert "card" not in ended
 
 
-def test_upload_that_is_too_large(address: str):
+def test_upload_that_is_too_large(web: httpx.Client):
     content = b"\0" * (26 << 20)
-    answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("large.png", content)})
+    answer = web.post("gradio_api/upload", files={"files": ("large.png", content)})
     assert answer.status_code == 413
 
 
-def test_foreign_names_of_this_machine_are_refused(address: str):
-    answer = httpx.get(address, headers={"Host": "photos.example"})
+def test_foreign_names_of_this_machine_are_refused(web: httpx.Client):
+    answer = web.get("", headers={"Host": "photos.example"})
     assert answer.status_code == 400
-    assert httpx.get(address).headers["content-security-policy"].startswith("default-src 'self'")
+    assert web.get("").headers["content-security-policy"].startswith("default-src 'self'")
 
 
-def test_nothing_is_told_to_others(address: str):
-    config = httpx.get(f"{address}config").json()
+def test_nothing_is_told_to_others(web: httpx.Client):
+    config = web.get("config").json()
     assert not config["analytics_enabled"]
-    assert "fonts.googleapis" not in httpx.get(f"{address}theme.css").text
+    assert "fonts.googleapis" not in web.get("theme.css").text
 
 
 def test_program_classifies_searches_and_looks(client: Any, upload: Path):
@@ -161,7 +175,7 @@ def browser() -> Iterator[Any]:
         pytest.skip("there is no Chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="the extra `test` brings it")
     with playwright.sync_playwright() as drivers:
-        opened = drivers.chromium.launch(executable_path=found, args=SWITCHES)
+        opened = drivers.chromium.launch(executable_path=found, args=SWITCHES, timeout=MILLISECONDS)
         yield opened
         opened.close()
 
@@ -170,7 +184,7 @@ def browser() -> Iterator[Any]:
 def tab(browser: Any, address: str) -> Iterator[Any]:
     """One tab, in which the tests follow one another; `tab.foreign` has what it asked of other servers."""
     opened = browser.new_page(viewport={"width": 1280, "height": 860})
-    opened.set_default_timeout(15_000)
+    opened.set_default_timeout(MILLISECONDS)
     opened.foreign, opened.problems = [], []
     opened.on("request", lambda request: opened.foreign.append(request.url) if is_foreign(request.url) else None)
     opened.on("pageerror", lambda error: opened.problems.append(str(error)))
@@ -224,7 +238,7 @@ def test_search_then_more_like_one(tab: Any):
     tab.get_by_role("button", name="More like this").click()
     tab.get_by_text(f"6 images for more like {name}").wait_for()
     assert tab.locator("#results button[data-place='0'] .name").inner_text() == name
-    assert not tab.locator("#selected").is_visible()
+    tab.locator("#selected").wait_for(state="hidden")
     tab.locator("#cutoff input[type=number]").fill("100")
     tab.get_by_text("5 hidden").wait_for()
     assert tab.locator("#results li:visible").count() == 1
@@ -249,6 +263,7 @@ def test_keyboard_alone(tab: Any):
         tab.keyboard.press("Tab")
     tab.keyboard.press("Enter")
     box = tab.get_by_label("Text", exact=True)
+    box.wait_for()
     for _ in range(8):
         if box.evaluate("box => box === document.activeElement"):
             break
@@ -289,7 +304,7 @@ def visit(browser: Any, address: str) -> Iterator[Any]:
 
     def new_visitor(query: str = "") -> Any:
         contexts.append(browser.new_context(viewport={"width": 1280, "height": 860}))
-        contexts[-1].set_default_timeout(15_000)
+        contexts[-1].set_default_timeout(MILLISECONDS)
         opened = contexts[-1].new_page()
         opened.goto(f"{address}{query}")
         opened.get_by_text(NO_IMAGES_YET).wait_for()
@@ -323,17 +338,22 @@ def test_visitors_at_the_same_time_have_results_of_their_own(visit: Any):
         visitor.get_by_text(f"6 images for more like {names[text]}").wait_for()
 
 
+def wait_for_contrast(visitor: Any, selector: str) -> None:
+    """Of letters that may still change their colour."""
+    visitor.wait_for_function(f"selector => ({LEAST_CONTRAST})(selector) >= 4.5", arg=selector)
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_letters_can_be_read(visit: Any, theme: str):
     visitor = visit(f"?__theme={theme}")
-    assert visitor.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
-    assert visitor.evaluate(LEAST_CONTRAST, "p.hint, label span, #classify, [data-testid='block-info'] + div") >= 4.5
+    visitor.wait_for_function(f"document.body.classList.contains('dark') === {str(theme == 'dark').lower()}")
+    wait_for_contrast(visitor, "p.hint, label span, #classify, [data-testid='block-info'] + div")
     search_for(visitor, "a red one")
     visitor.get_by_text("6 images for a red one").wait_for()
-    assert visitor.evaluate(LEAST_CONTRAST, "#results .name, #results .score, #results .copies, #search") >= 4.5
+    wait_for_contrast(visitor, "#results .name, #results .score, #results .copies, #search")
     visitor.locator("#results button[data-place='0']").click()
     visitor.locator("#details .chosen").wait_for()
-    assert visitor.evaluate(LEAST_CONTRAST, "#details dt, #details dd, #more-like") >= 4.5
+    wait_for_contrast(visitor, "#details dt, #details dd, #more-like")
 
 
 def test_names_of_files_are_no_tags_and_damaged_ones_are_told(visit: Any, upload: Path, tmp_path: Path):
@@ -379,8 +399,8 @@ def test_phone_scrolls_one_way_alone(tab: Any):
     tab.set_viewport_size(PHONE)
     for name in ("Classify", "Search", "Look inside"):
         choose_tab(tab, name)
-        tab.wait_for_timeout(100)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], name
+        tab.get_by_role("tab", name=name, selected=True).wait_for()
+        tab.wait_for_function(f"document.documentElement.scrollWidth <= {PHONE['width']}")  # once it is laid out
 
 
 def test_no_other_server_is_asked(tab: Any):
