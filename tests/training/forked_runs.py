@@ -99,13 +99,13 @@ class ForkedRun:
         self.logs = [folder / f"{rank}.log" for rank in range(processes)]
         self.processes = fork(_run, processes, words, [str(log) for log in self.logs], faults or {})
 
-    def wait(self, seconds: float = 120) -> list[int | None]:
+    def wait(self, seconds: float = 600) -> list[int | None]:
         """The exit statuses; minus the signal's number where one was killed."""
         for process in self.processes:
             process.join(seconds)
         return self.end()
 
-    def wait_for_one(self, rank: int, seconds: float = 120) -> int | None:
+    def wait_for_one(self, rank: int, seconds: float = 600) -> int | None:
         """The exit status of one; the others are killed, as a launcher would."""
         self.processes[rank].join(seconds)
         return self.end()[rank]

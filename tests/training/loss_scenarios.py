@@ -249,7 +249,7 @@ def run_process(process: int, processes: int, folder: Path, repositories: dict[s
         init_method=f"file://{folder / 'rendezvous'}",
         rank=process,
         world_size=processes,
-        timeout=timedelta(minutes=2),  # for one that waits for another which has stopped
+        timeout=timedelta(minutes=10),  # for one that waits for another which has stopped
     )
     with small_tiles(2, 3):
         record: dict[str, Any] = {

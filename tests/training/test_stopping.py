@@ -6,8 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +20,8 @@ from hf_clip.training.checkpoint import list_checkpoints
 from hf_clip.training.output import held
 
 from ..finetuning import options, records, train, words
+from ..waiting import LONGEST_WAIT, until
+from .turns import Turns
 
 # --- the folder ------------------------------------------------------------------------------------------------------
 
@@ -75,13 +75,6 @@ def test_next_run_removes_what_a_killed_one_left(tmp_path: Path):
 # --- the launcher ----------------------------------------------------------------------------------------------------
 
 
-def wait_for(condition, seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it takes too long"
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
 def test_run_whose_launcher_is_killed_ends_with_a_checkpoint(digits: Path, tmp_path: Path):
     out = tmp_path / "out"
@@ -94,12 +87,12 @@ def test_run_whose_launcher_is_killed_ends_with_a_checkpoint(digits: Path, tmp_p
     log = (tmp_path / "log").open("w")
     launcher = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        wait_for(lambda: (out / "metrics.jsonl").is_file() and len(records(out)) > 2)
+        until(lambda: (out / "metrics.jsonl").is_file() and len(records(out)) > 2)
         (child,) = psutil.Process(launcher.pid).children()
         family = [child, *child.children(recursive=True)]
         launcher.kill()
         launcher.wait()
-        wait_for(lambda: not any(each.is_running() and each.status() != "zombie" for each in family))
+        until(lambda: not any(each.is_running() and each.status() != "zombie" for each in family))
     finally:
         launcher.kill()
         log.close()
@@ -134,29 +127,24 @@ def test_launchers_are_known_and_shells_may_end_before_their_programs(
 
 
 def test_process_that_stands_still_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stopping, "LONGEST_STILL", 0.5)
-    monkeypatch.setattr(stopping, "INTERVAL", 0.05)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
-    connections = [dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=5)) for _ in "ab"]
+    turns, wait = Turns(monkeypatch), timedelta(seconds=LONGEST_WAIT)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait)
+    connections = [dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=wait) for _ in "ab"]
     lives = [stopping.SignsOfLife(connection, rank, 2) for rank, connection in enumerate(connections)]
     found: list[tuple[str, bool]] = []
-    overs = [threading.Event(), threading.Event()]
-    threads = [
-        threading.Thread(target=life.watch, args=(lambda *end: found.append(end), over))
-        for life, over in zip(lives, overs, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    time.sleep(1.0)  # longer than a process may stand still
+    _, second = (turns.start(life, lambda *end: found.append(end)) for life in lives)
+    turns.take(10)  # longer than a process may stand still
     assert found == []
-    overs[1].set()  # the second has ended, which is no standing still
-    threads[1].join()
-    time.sleep(1.0)
+    second.is_over = True  # the second ends, which is no standing still
+    turns.take(10)
+    assert not second.thread.is_alive()
     assert found == []
     lives[1].give()  # its last sign
-    threads[0].join(timeout=10)
+    turns.take(5)
+    assert found == []
+    turns.take(1)
     assert found == [(f"process 1 of 2 (process id {os.getpid()} on {socket.gethostname()})", True)]
-    overs[0].set()
+    turns.end()
 
 
 def test_processes_that_all_stood_still_go_on(monkeypatch: pytest.MonkeyPatch):
