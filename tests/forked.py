@@ -5,12 +5,13 @@ The tests' own process cannot be forked: once it has computed gradients, its chi
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import torch
+
+from .ports import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -37,7 +38,7 @@ def fork(function: Callable[..., None], processes: int, *given: Any) -> list[For
     shared = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     if processes > 1:
         shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(processes):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
@@ -50,9 +51,3 @@ def _begin(environment: dict[str, str], function: Callable[..., None], *given: A
     os.environ |= environment
     torch.set_num_threads(1)
     function(*given)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]

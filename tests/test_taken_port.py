@@ -8,11 +8,22 @@ import pytest
 
 from hf_clip.taken_port import PortError, address_of, is_loopback, take_port
 
+from .ports import free_port
+from .waiting import LONGEST_WAIT
+
+
+def skip_without_ipv6(host: str) -> None:
+    if ":" in host:
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+
 
 def test_second_program_is_told_at_once_and_the_first_keeps_its_connections():
-    with take_port("127.0.0.1", 0) as taken:
+    with take_port("127.0.0.1", free_port()) as taken:
         port = taken.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as waiting:  # nothing is accepted yet
+        with socket.create_connection(("127.0.0.1", port), timeout=LONGEST_WAIT) as waiting:  # nothing is accepted yet
             waiting.sendall(b"question")
             said = f"Port {port} of 127.0.0.1 is taken by another program: end that, or give another port, such as --"
             for host in ("127.0.0.1", "0.0.0.0"):
@@ -29,8 +40,7 @@ def test_second_program_is_told_at_once_and_the_first_keeps_its_connections():
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_answers_leave_at_once(host: str):
     """With Nagle's algorithm, the body of an answer waits 40 ms for the client to confirm its head."""
-    if ":" in host and not socket.has_ipv6:
-        pytest.skip("this machine has no IPv6")
+    skip_without_ipv6(host)
 
     async def is_without_delay() -> bool:
         found = asyncio.get_running_loop().create_future()
@@ -79,12 +89,11 @@ def test_port_that_is_not_allowed(monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_address_is_one_that_this_machine_can_open(host: str, address: str, is_own: bool):
-    if ":" in host and not socket.has_ipv6:
-        pytest.skip("this machine has no IPv6")
+    skip_without_ipv6(host)
     with take_port(host, 0) as taken:
         assert address_of(taken) == f"http://{address}:{taken.getsockname()[1]}"
         assert is_loopback(taken) == is_own
-        socket.create_connection((address.strip("[]"), taken.getsockname()[1]), timeout=5).close()
+        socket.create_connection((address.strip("[]"), taken.getsockname()[1]), timeout=LONGEST_WAIT).close()
 
 
 def test_name_of_this_machine_is_for_it_alone():

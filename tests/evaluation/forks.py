@@ -5,18 +5,12 @@ A server imports once what both need, and is forked for each of them.
 
 import multiprocessing
 import os
-import socket
 from pathlib import Path
 
+from ..ports import free_port
 from ..two_processes import printed_into
 
-LONGEST = 240
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+LONGEST = 600
 
 
 def _evaluate(rank: int, runs: list[tuple[int, list[str]]], folder: Path) -> None:
@@ -44,7 +38,7 @@ def evaluate_in_two(folder: Path, runs: list[list[str]]) -> list[tuple[list[int]
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_clip.commands.evaluate.__main__", "hf_clip.evaluation.grid", "datasets"])
-    given = [(_free_port(), words) for words in runs]
+    given = [(free_port(), words) for words in runs]
     both = [context.Process(target=_evaluate, args=(rank, given, folder), daemon=True) for rank in range(2)]
     for process in both:
         process.start()
