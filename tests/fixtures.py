@@ -5,14 +5,16 @@ conftest.py loads them.
 
 import gc
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 from PIL import Image
 from torch import nn
 from transformers import AutoModel
@@ -27,6 +29,10 @@ from .two_processes import TwoProcesses
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
+# Every run tries the same examples, and takes as long for one as its machine needs.
+quiet = [HealthCheck.too_slow]
+settings.register_profile("same", derandomize=True, database=None, deadline=None, suppress_health_check=quiet)
+settings.load_profile("same")
 if "CI" in os.environ:
     # To look for a smaller example of a failure may take five minutes. The blob that is printed finds it at home.
     phases = [Phase.explicit, Phase.reuse, Phase.generate]
@@ -56,6 +62,24 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws does not depend on what ran before it."""
+    draw_anew()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Nor on which fixtures were there already."""
+    draw_anew()
+
+
+def draw_anew() -> None:
+    torch.default_generator.manual_seed(0)  # torch.manual_seed looks for devices, too
+    np.random.seed(0)  # noqa: NPY002 (what libraries draw from)
+    random.seed(0)
 
 
 @pytest.fixture(params=["vit", "resnet"])

@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -349,7 +350,7 @@ def test_loading_is_measured_in_fresh_processes(vit: Variant):
 @pytest.mark.slow
 def test_first_image_gets_the_same_scores_from_both_repositories(vit: Variant, tmp_path: Path):
     image = tmp_path / "image.png"
-    Image.effect_noise((64, 48), 50).convert("RGB").save(image)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(image)
     with load.twin_folders(vit) as folders:
         load.write_processors(folders, vit.image_size)
         scores = {name: load.classify_in_fresh_process(name, folder, image, 1) for name, folder in folders.items()}

@@ -82,7 +82,9 @@ def layouts(repositories: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     return [repositories["vit"], repositories["resnet"], open_clip]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(damages(), st.integers(0, 2))
 def test_any_value_anywhere_converts_or_is_refused_in_one_line(
     layouts: list[Path], tmp_path_factory: pytest.TempPathFactory, damaged: tuple, layout: int

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -36,7 +37,8 @@ print("RESULT" + json.dumps(classify(image, candidate_labels=["a red seven", "a 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    Image.effect_noise((16, 16), 90).convert("RGB").save(tmp_path / "image.png")
+    levels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "image.png")
     return tmp_path / "image.png"
 
 
@@ -84,8 +86,9 @@ def test_stock_layout_needs_no_code_of_ours(digits: Path, tmp_path: Path, image:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.rpartition("RESULT")[2])
     expected = pipeline("zero-shot-image-classification", model=str(ours))(str(image), candidate_labels=LABELS)
-    assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
-    assert found[0]["score"] == pytest.approx(expected[0]["score"], abs=1e-4)
+    # By label, not by place: after two steps the model may find both as likely as each other.
+    scores = [{entry["label"]: entry["score"] for entry in entries} for entries in (found, expected)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     card = (stock / "README.md").read_text()
     assert "trust_remote_code" not in card
     assert "CLIPModel.from_pretrained" in card
