@@ -121,7 +121,7 @@ def launch(
     *launcher: str,
     file: Path | None = None,
     processes: int = 1,
-    timeout: float = 240,
+    timeout: float = 600,
     program: Path = ROOT / "finetune.py",
     **environment: str,
 ) -> subprocess.CompletedProcess:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,8 @@ from hf_clip.training import gradient_caching
 from hf_clip.training.data.image_batch import DecodedImages, Normalisation
 from hf_clip.training.gradient_caching import backpropagate
 from hf_clip.training.losses import global_contrastive_loss
+
+from .waiting import LONGEST_WAIT, until
 
 QUICK = ("parity", "optimized", "losses", "training", "images", "speed")
 
@@ -135,17 +136,16 @@ def test_without_a_gpu_it_says_what_to_do(capsys: pytest.CaptureFixture[str]):
 def test_process_that_fails_or_hangs_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(processes, "GRACE", 0.2)
     codes = ['print(\'ROW {"what": "a check", "is_so": true, "note": ""}\'); raise SystemExit(\'no room\')']
-    codes.append("import time; print('waiting', flush=True); time.sleep(60)")
+    codes.append("import time; print('waiting', flush=True); time.sleep(1000)")
     started = []
     for rank, code in enumerate(codes):
         log = tmp_path / f"{rank}.log"
         with log.open("w") as file:
             process = subprocess.Popen([sys.executable, "-c", code], stdout=file, stderr=file)
         started.append(processes.Started("two", rank, process, log))
-    while not started[1].log.read_text():
-        time.sleep(0.02)
+    until(started[1].log.read_text)
     setup = Setup(Report(60.0), "cpu", True)
-    ended = processes.wait(started, 20.0)
+    ended = processes.wait(started, LONGEST_WAIT)
     assert ended == started[1:]
     processes.take_in(setup, started, ended)
     rows = [(row.what, row.state, row.note) for row in setup.report.rows]

@@ -45,7 +45,7 @@ class TwoProcesses:
         unfinished.write_text(json.dumps(task))
         unfinished.rename(self.folder / f"{number}.json")
         done = [self.folder / f"{number}-{rank}.done" for rank in range(2)]
-        until = time.monotonic() + 240
+        until = time.monotonic() + 600
         while not all(path.is_file() for path in done):
             if not all(process.is_alive() for process in self.processes) or time.monotonic() > until:
                 self.close()

@@ -8,6 +8,8 @@ import torch
 
 from hf_clip.inference.computing_thread import ComputingThread, without_a_team
 
+from ..waiting import LONGEST_WAIT
+
 
 def test_everything_is_computed_in_one_thread_and_in_turn():
     computing = ComputingThread()
@@ -17,7 +19,9 @@ def test_everything_is_computed_in_one_thread_and_in_turn():
         done.append(number)
         return threading.get_ident()
 
-    threads = {found.result(5) for found in [computing.submit(partial(work, number)) for number in range(20)]}
+    threads = {
+        found.result(LONGEST_WAIT) for found in [computing.submit(partial(work, number)) for number in range(20)]
+    }
     assert threads == {computing.run(threading.get_ident)}
     assert threads != {threading.get_ident()}
     assert done == list(range(20))
@@ -25,7 +29,7 @@ def test_everything_is_computed_in_one_thread_and_in_turn():
 
 def test_work_that_asks_for_more_work_does_not_wait_for_itself():
     computing = ComputingThread()
-    assert computing.submit(lambda: computing.run(lambda: 3)).result(5) == 3
+    assert computing.submit(lambda: computing.run(lambda: 3)).result(LONGEST_WAIT) == 3
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
@@ -59,7 +63,7 @@ def test_what_was_cancelled_is_not_computed():
     second = computing.submit(lambda: done.append(2))
     assert second.cancel()
     may_go_on.set()
-    assert first.result(5)
+    assert first.result(LONGEST_WAIT)
     assert computing.run(lambda: 3) == 3
     assert done == []
 
@@ -68,5 +72,5 @@ def test_thread_ends_with_its_last_holder():
     computing = ComputingThread()
     thread = computing.run(threading.current_thread)
     del computing
-    thread.join(5)
+    thread.join(LONGEST_WAIT)
     assert not thread.is_alive()

@@ -28,6 +28,7 @@ from hf_clip.search.scored_rows import ScoredRows, check_column
 from hf_clip.zero_shot.embedding_head import EmbeddingHead, reference_image
 from hf_clip.zero_shot.laion_head import read_laion_head
 
+from ..waiting import LONGEST_WAIT
 from .conftest import make_image
 
 Small = tuple[Any, Any, str]
@@ -339,11 +340,22 @@ def test_condition_that_fails_on_some_row_is_one_line(run: Callable[..., Curatio
 def test_ctrl_c_ends_a_condition_that_never_ends(tmp_path: Path):
     rows = ScoredRows(tmp_path, [], with_duplicates=False, with_tags=False)
     rows.add([dict.fromkeys(rows.columns, 0)], np.zeros((1, 4)), [0])
-    endless = "(WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n) > 0"
-    waiting = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    begun = threading.Lock()
+    begun.acquire()
+    # Called for the first number. It is no Python code, in which the signal would be an error of the function.
+    rows._connection.create_function("begun", 0, begun.release)
+    following = "CASE x WHEN 1 THEN coalesce(begun(), 2) ELSE x + 1 END"
+    endless = f"(WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT {following} FROM n) SELECT count(*) FROM n) > 0"
+
+    def interrupt() -> None:
+        assert begun.acquire(timeout=LONGEST_WAIT)
+        signal.raise_signal(signal.SIGINT)
+
+    waiting = threading.Thread(target=interrupt)
     waiting.start()
     with closing(rows), pytest.raises(KeyboardInterrupt):
         rows.choose(endless, None)
+    waiting.join()
 
 
 def test_full_disk_is_one_line(run: Callable[..., Curation], shards: str, tmp_path: Path, monkeypatch: Any):

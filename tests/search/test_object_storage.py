@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hf_clip.search.image_index import ImageIndex
 from hf_clip.search.index_errors import SearchIndexError
 from hf_clip.search.index_table import IndexTables
 
+from ..waiting import LONGEST_WAIT, until
 from .conftest import make_image
 from .object_store import Answer, ObjectStore, serve_object_store
 from .test_approximate_scan import embeddings_of, rows_of
@@ -132,21 +134,28 @@ def test_writers_that_begin_at_once(at_address: Callable[[], ImageIndex]):
 
 
 def test_table_that_is_created_twice_forgets_nobody(store: ObjectStore, monkeypatch: pytest.MonkeyPatch):
-    """Of two that find none and create it, the slower one puts its own table in the place of the other's."""
+    """Of two that find none and create it, the slower one puts its own table in the place of the other's.
+
+    The time in which both wait for that is over here when the slower one has done so, or has failed.
+    """
     from concurrent.futures import ThreadPoolExecutor
     from threading import Event
 
     import lancedb
 
-    monkeypatch.setattr(index_writer, "SETTLE_SECONDS", 1.0)
-    both_create, rows, taken = Event(), [], []
+    both_create, one_has_created, rows, created, taken = Event(), Event(), [], [], []
+
+    def settle(seconds: float) -> None:
+        created.append(seconds)
+        one_has_created.set()
+        until(lambda: len(created) > 1, "the other's table")
 
     def before(method: str, name: str) -> Answer | None:
         if method == "PUT" and "/writer.lance/data/" in name:
             rows.append(name)
             if len(rows) == 1:
-                assert both_create.wait(30)
-                time.sleep(0.5)  # in which the other would take it
+                assert both_create.wait(LONGEST_WAIT)
+                assert one_has_created.wait(LONGEST_WAIT)  # and takes it at once, if it does not wait
             both_create.set()
         return None
 
@@ -156,9 +165,13 @@ def test_table_that_is_created_twice_forgets_nobody(store: ObjectStore, monkeypa
             claim.take()
         except SearchIndexError:
             return False
+        finally:
+            created.append(0.0)
+            one_has_created.set()
         taken.append(claim)
         return True
 
+    monkeypatch.setattr(index_writer, "time", SimpleNamespace(time=time.time, sleep=settle))
     store.before = before
     with ThreadPoolExecutor(2) as pool:
         found = [each.result() for each in (pool.submit(take), pool.submit(take))]
@@ -199,11 +212,8 @@ def test_writer_that_was_overtaken_writes_nothing_more(
     with index.tables.writing():
         monkeypatch.setattr(index_writer, "STALE_AFTER", -1.0)
         with other.tables.writing():
-            deadline = time.time() + 20
             with pytest.raises(SearchIndexError, match="Another process took over the index .* Run the same command"):
-                while time.time() < deadline:
-                    index.tables.note("number", 1)
-                    time.sleep(0.1)
+                until(lambda: (index.tables.note("number", 1), time.sleep(0.1))[1])
             other.tables.note("number", 2)
     assert other.tables.noted("number") == 2
 

@@ -12,6 +12,7 @@ import pytest
 from hf_clip.search import index_encoding, index_table
 from hf_clip.search.image_index import ImageIndex
 
+from ..waiting import LONGEST_WAIT
 from .conftest import make_image
 from .test_interrupted_update import PROGRAM
 
@@ -58,8 +59,8 @@ def test_searches_see_whole_commits(
         if rows:
             while searched.acquire(blocking=False):
                 pass
-            assert searched.acquire(timeout=60)
-            assert searched.acquire(timeout=60)  # the first may have begun before the commit
+            assert searched.acquire(timeout=LONGEST_WAIT)
+            assert searched.acquire(timeout=LONGEST_WAIT)  # the first may have begun before the commit
 
     monkeypatch.setattr(writer.tables, "add", add_and_wait)
 

@@ -22,6 +22,8 @@ from transformers.pipelines.pt_utils import KeyDataset
 from hf_clip import HfClipModel, UnreadableImageError, ZeroShotClassifier
 from hf_clip.zero_shot.pipeline import HfClipZeroShotPipeline
 
+from ..waiting import LONGEST_WAIT
+
 LABELS = ["a cat", "an astronaut", "a cup of coffee", "a rocket"]
 TEMPLATE = "a photo of {}"
 
@@ -312,7 +314,7 @@ def test_process_that_is_forked_while_another_thread_classifies_classifies_too(
                 finally:
                     os._exit(1)
             children.append(child)
-        assert [ends_well(child, seconds=60) for child in children] == [True] * len(children)
+        assert [ends_well(child, seconds=LONGEST_WAIT) for child in children] == [True] * len(children)
     finally:
         stop.set()
         thread.join()

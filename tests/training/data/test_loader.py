@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from hf_clip.training.data.load_pairs import load_pairs
 from hf_clip.training.data.loader import Position, WorkerKilledError
 from hf_clip.training.stopping import Signals, heeded
 
+from ...waiting import until
 from ..sources import COUNT, captions, jpeg, loader_of, png, text_id, text_ids, write_table
 
 pytestmark = [
@@ -213,9 +215,18 @@ def test_worker_that_is_told_to_end_serves_its_process_on(shard: str, processor:
         assert len(list(islice(batches, 12))) == 12
 
 
+def workers_of(before: set[psutil.Process]) -> list[psutil.Process]:
+    """Processes of this one that were not there before, and live."""
+    found = []
+    for child in set(psutil.Process().children()) - before:
+        with suppress(psutil.NoSuchProcess):  # as of a zombie, too, which has no command
+            if child.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
 def worker_of(before: set[psutil.Process]) -> psutil.Process:
-    begun = {child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE} - before
-    (worker,) = [child for child in begun if "resource_tracker" not in " ".join(child.cmdline())]
+    (worker,) = workers_of(before)
     return worker
 
 
@@ -355,8 +366,7 @@ def test_workers_that_are_not_kept_end_with_the_epoch(shard: str, processor: Pro
     for batch in loader.epoch():
         assert worker_of(before).is_running()
         first.append(batch)
-    left = [child for child in set(psutil.Process().children()) - before if child.status() != psutil.STATUS_ZOMBIE]
-    assert all("resource_tracker" in " ".join(child.cmdline()) for child in left)
+    until(lambda: not workers_of(before), "the worker's end")
     assert_equal(first, list(loader.epoch()))
 
 

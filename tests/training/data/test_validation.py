@@ -153,10 +153,12 @@ def test_error_of_the_stream_comes_where_it_happened():
 
 
 def test_reader_ends_when_nobody_wants_more():
+    before = set(threading.enumerate())
     ahead = read_ahead(iter(range(10**9)), 2)
     next(ahead)
+    (reader,) = (thread for thread in set(threading.enumerate()) - before if thread.name == "hf_clip reader")
     ahead.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "hf_clip reader" and thread.is_alive()]
+    assert not reader.is_alive()
 
 
 def test_replayed_pairs_are_not_held_out_and_have_columns_of_their_own(tmp_path: Path):
