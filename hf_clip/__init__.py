@@ -26,7 +26,6 @@ What is public:
 import sys as _sys
 import typing as _typing
 from pathlib import Path as _Path
-from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 __version__ = "0.1.0.dev0"
 
@@ -77,17 +76,6 @@ if not _is_hf_clip_command(getattr(_sys, "argv", [])):
     from .zero_shot.text_batches import TextTooLongError
 
     _register()
-elif not _typing.TYPE_CHECKING:
-
-    def __getattr__(name: str) -> object:
-        """Say why a program that happens to be called `hf-clip` finds none of the names."""
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        raise ImportError(
-            f"hf_clip.{name} is missing since this program is called hf-clip, as the package's own command, which "
-            f"imports what it needs by itself: rename {_sys.argv[0]}."
-        )
-
 
 _NAMES_OF_TRANSFORMERS = {
     "CLIPImageProcessorFast": "HfClipImageProcessor",
@@ -95,21 +83,26 @@ _NAMES_OF_TRANSFORMERS = {
     "CLIPVisionConfig": "HfClipViTConfig",
     "CLIPVisionModel": "HfClipViTModel",
 }
-"""Classes of transformers whose name here is not the same with `HfClip` in front."""
+"""Classes of transformers whose name here is not the same with `HfClip` in place of `CLIP`."""
 
-if not _TYPE_CHECKING:  # a type checker would take every name for one that there is
+if not _typing.TYPE_CHECKING:  # a type checker would take every name for one that there is
 
-    def __getattr__(name: str) -> None:
-        """Say what a class of transformers is called here.
+    def __getattr__(name: str) -> object:
+        """Say what a class of transformers is called here, and why a program called `hf-clip` finds none of the names.
 
         Raises:
-            ImportError: It is called otherwise. `from hf_clip import` would drop the words of an AttributeError.
+            ImportError: Either of these. `from hf_clip import` would drop the words of an AttributeError.
             AttributeError: There is nothing of that name.
         """
         ours = _NAMES_OF_TRANSFORMERS.get(name, name.replace("CLIP", "HfClip", 1))
-        if name.startswith("CLIP") and ours in globals():
+        if name.startswith("CLIP") and ours in __all__:
             raise ImportError(f"hf_clip has no {name}: the class is called {ours} here.")
-        raise AttributeError(f"module 'hf_clip' has no attribute {name!r}")
+        if name in __all__:
+            raise ImportError(
+                f"hf_clip.{name} is missing since this program is called hf-clip, as the package's own command, which "
+                f"imports what it needs by itself: rename {_sys.argv[0]}."
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
