@@ -96,13 +96,14 @@ def search(
     settings: dict[str, Any] = {"top": top, "where": filter, "templates": templates or None}
     settings |= {"folded": not all_copies, "cutoff": read_cutoff(cutoff), "exact": exact}
     tables = IndexTables.open(os.path.expanduser(index or default_index()))
-    from ..search import result_output  # imports torch, for which a missing index need not wait
-    from ..search.approximate_scan import EXACT_UP_TO
+    from ..search import result_output
+    from ..search.approximate_note import EXACT_UP_TO
     from ..search.image_index import ImageIndex
 
     searched = ImageIndex(tables, name=model)
     if quantized is not None:
         searched.use_quantized(quantized)
+    searched.avoid_torch(parts, exact=exact)
     found = searched.search(parts, **settings)
     scan = None if exact else searched.approximate_scan()
     if scan is None and not exact and quantized is None and len(searched) > EXACT_UP_TO:

@@ -14,30 +14,26 @@ Dimensions: Q queries, D embedding.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .approximate_note import EXACT_UP_TO, NOTE, RECALL_AT, ApproximateScan, read_scan
 from .exact_scan import EmbeddingMatrix, sample_places
 from .index_errors import SearchIndexError, in_words
 
 if TYPE_CHECKING:
     from .index_table import IndexTables
 
-NOTE = "approximate scan"
-
 EMBEDDING_INDEX = "embedding_idx"
 """LanceDB's name of what is built over the column `embedding`."""
 
 LEAST_IMAGES = 1000
 """Below that there is nothing to gain."""
-
-EXACT_UP_TO = 1_000_000
-"""Images that are compared one by one without a word about it."""
 
 IMAGES_OF_A_PARTITION = 4096
 
@@ -50,7 +46,7 @@ PROBES, RESCORED = (8, 16, 32, 64, 128, 256), (64, 256, 1024)
 LEAST_RESCORED = 4
 """How many times as many images as are wanted are compared exactly at least."""
 
-RECALL_AT, LEAST_RECALL, AIM = 10, 0.95, 0.97
+LEAST_RECALL, AIM = 0.95, 0.97
 """Settings are wanted that reach the aim, since another sample of queries gives a somewhat other recall."""
 
 SAMPLE, HIGHEST = 4096, 256
@@ -61,34 +57,6 @@ QUERIES = 100
 
 FILTERED_EXACTLY = 100_000
 """Images that a filter may leave for them to be compared one by one."""
-
-
-@dataclass(frozen=True)
-class ApproximateScan:
-    """How an index is searched without comparing every image.
-
-    Attributes:
-        probes: Partitions that a query looks into.
-        rescored: Images that are compared exactly.
-        recall: Measured recall@10 against the exact scan, for each kind of query: "images", and "texts".
-        images: Number of images when it was built.
-    """
-
-    probes: int
-    rescored: int
-    recall: dict[str, float]
-    images: int
-
-    def describe(self) -> str:
-        """Recall for each kind of query, and what a search looks at."""
-        recall = ", ".join(f"{value:.3f} for {kind}" for kind, value in self.recall.items())
-        return f"recall@{RECALL_AT} {recall}; {self.probes} partitions and {self.rescored} images per query"
-
-
-def read_scan(tables: "IndexTables") -> ApproximateScan | None:
-    """The approximate scan of an index; None if it has none."""
-    noted = tables.noted(NOTE)
-    return ApproximateScan(**noted) if noted else None
 
 
 class EmbeddingsOfTables:
@@ -129,8 +97,9 @@ class EstimatedScores:
     def __len__(self) -> int:
         return self._count
 
-    def similarities(self, queries: Tensor) -> Tensor:
+    def similarities(self, queries: Any) -> Tensor:
         """Estimated cosine similarities of queries (Q, D), about as many as there are images, (Q, n) float32."""
+        queries = torch.as_tensor(queries)
         if self._sample is None:
             self._sample = EmbeddingsOfTables(self.tables).sample(SAMPLE).float()
         times = max(1, round(len(self) / max(1, len(self._sample))))
@@ -148,14 +117,14 @@ class EstimatedScores:
 
 
 def candidates(
-    tables: "IndexTables", scan: ApproximateScan, direction: Tensor, count: int, where: str | None = None
+    tables: "IndexTables", scan: ApproximateScan, direction: Any, count: int, where: str | None = None
 ) -> EmbeddingMatrix:
     """The images of an index that are probably most similar to a direction.
 
     Args:
         tables: The index.
         scan: How to look for them.
-        direction: (D,) float32, of length one.
+        direction: (D,) float32, of length one; a tensor or an array.
         count: How many to find.
         where: A condition on the index's columns. If few images meet it, all of them are returned.
 
@@ -164,7 +133,7 @@ def candidates(
     """
     if where is not None and tables.count(where) <= FILTERED_EXACTLY:
         return EmbeddingMatrix.of_table(tables.rows(["id", "embedding"], where))
-    query = tables.images.search(direction.numpy(), vector_column_name="embedding").distance_type("cosine")
+    query = tables.images.search(np.asarray(direction), vector_column_name="embedding").distance_type("cosine")
     refine = max(LEAST_RESCORED, -(-scan.rescored // count))
     query = query.minimum_nprobes(scan.probes).maximum_nprobes(0).refine_factor(refine)
     query = query.select(["id", "embedding", "_distance"]).limit(count)

@@ -5,12 +5,13 @@ Embeddings are kept in float16, as they are stored, and widened block by block w
 Dimensions: I images, D embedding, Q queries.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from .plain_scan import PlainMatrix, sampled
 
 if TYPE_CHECKING:
     import pyarrow  # type: ignore[import-untyped]
@@ -37,42 +38,35 @@ class EmbeddingMatrix:
     @classmethod
     def read(cls, tables: "IndexTables") -> "EmbeddingMatrix":
         """Read the embeddings of all images, piece by piece, so that they are in memory once."""
-        version, count = tables.images.version, tables.count()
-        ids = torch.empty(count, dtype=torch.int64)
-        embeddings = torch.empty(count, tables.description.width, dtype=torch.float16)
-        first = 0
-        for part in cls.parts(tables):
-            ids[first : first + len(part)] = part.ids
-            embeddings[first : first + len(part)] = part.embeddings
-            first += len(part)
-        return cls(ids, embeddings, version)
+        return cls._of(PlainMatrix.read(tables))
 
     @classmethod
     def parts(cls, tables: "IndexTables") -> Iterator["EmbeddingMatrix"]:
         """The embeddings of all images, some thousands at a time, in the order in which they were added."""
-        for batch in tables.batches(["id", "embedding"]):
-            yield cls.of_table(batch)
+        yield from map(cls._of, PlainMatrix.parts(tables))
 
     @classmethod
     def of_table(cls, table: "pyarrow.Table | pyarrow.RecordBatch") -> "EmbeddingMatrix":
         """The embeddings of rows that were read, with their ids."""
-        column = table["embedding"]
-        whole = column.combine_chunks() if hasattr(column, "combine_chunks") else column
-        values = whole.flatten().to_numpy(zero_copy_only=False).reshape(len(table["id"]), whole.type.list_size)
-        return cls(torch.from_numpy(table["id"].to_numpy().copy()), torch.from_numpy(values.copy()))
+        return cls._of(PlainMatrix.of_table(table))
+
+    @classmethod
+    def _of(cls, plain: PlainMatrix) -> "EmbeddingMatrix":
+        return cls(torch.from_numpy(plain.ids), torch.from_numpy(plain.embeddings), plain.version)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def similarities(self, queries: Tensor) -> Tensor:
+    def similarities(self, queries: Any) -> Tensor:
         """Cosine similarities of queries with all images.
 
         Args:
-            queries: (Q, D) float32, of length one.
+            queries: (Q, D) float32, of length one; a tensor or an array.
 
         Returns:
             (Q, I) float32.
         """
+        queries = torch.as_tensor(queries)
         found = torch.empty(len(queries), len(self))
         wide = torch.empty(min(BLOCK, len(self)), self.embeddings.shape[1])
         for first in range(0, len(self), BLOCK):
@@ -85,6 +79,12 @@ class EmbeddingMatrix:
     def refine(self, scores: Tensor, queries: Tensor) -> Tensor:
         """Similarities (Q, I) of which some were set to -inf, with the best of the others as exact as can be."""
         return scores
+
+    def only(self, scores: Tensor, allowed: Sequence[int], direction: Any) -> Tensor:
+        """Similarities (I,) with a direction, where those of images that are not allowed become -inf."""
+        is_out = torch.ones(len(self), dtype=torch.bool)
+        is_out[self.places_of(list(allowed))] = False
+        return self.refine(scores.masked_fill(is_out, -torch.inf)[None], torch.as_tensor(direction)[None])[0]
 
     def places_of(self, ids: list[int]) -> Tensor:
         """Rows of images by their ids. Raises KeyError with the first id that there is not."""
@@ -107,10 +107,7 @@ class EmbeddingMatrix:
 
 def sample_places(count: int, most: int, seed: int = 0) -> Tensor:
     """At most `most` of `count` places, at random but always the same, in order."""
-    if count <= most:
-        return torch.arange(count)
-    chosen = np.random.default_rng(seed).choice(count, most, replace=False)
-    return torch.from_numpy(np.sort(chosen))
+    return torch.from_numpy(sampled(count, most, seed))
 
 
 __all__ = ["EmbeddingMatrix", "sample_places"]

@@ -18,28 +18,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ..inference.computing_thread import ComputingThread
-from ..zero_shot.features import encode_texts
-from .approximate_scan import (
-    QUERIES,
-    ApproximateScan,
-    EmbeddingsOfTables,
-    EstimatedScores,
-    build,
-    candidates,
-    read_scan,
-)
-from .exact_scan import EmbeddingMatrix, sample_places
+from .approximate_note import ApproximateScan, read_scan
+from .known_text_tower import known_text_tower
 from .near_duplicates import LEAST_SIMILARITY, MOST_BITS, fold, group_duplicates, known_hashes
-from .query import AUTO, QueryError, QueryPart, combine_parts, encode_parts, parse_query
+from .plain_scan import PlainMatrix, best_places, sampled
+from .query import AUTO, QueryError, QueryPart, combine_parts, encode_parts, encode_plain_parts, parse_query
 from .reference_nouns import REFERENCE_TEXTS
 from .result_cutoff import ResultCutoff
 from .updatable_index import UpdatableIndex
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..inference.computing_thread import ComputingThread
+    from ..zero_shot.plain_text_tower import PlainTextTower
+    from .approximate_scan import EmbeddingsOfTables
+    from .exact_scan import EmbeddingMatrix
 
 SAMPLE = 4096
 """Images of the index by which the spread of similarities is measured."""
@@ -116,18 +114,24 @@ class ImageIndex(UpdatableIndex):
             print(result.score, result.path)
     """
 
-    computing: ComputingThread | None = None
+    computing: "ComputingThread | None" = None
     """The thread that compares queries with all images. None: the one that searches."""
 
-    _matrix: EmbeddingMatrix | None = None
+    _matrix: Any = None
     _quantized: str | None = None
     _cutoff: ResultCutoff | None = None
+    _tower: "PlainTextTower | None" = None
+    _is_plain = False
 
-    def matrix(self) -> EmbeddingMatrix:
+    def matrix(self) -> "EmbeddingMatrix":
         """All embeddings in memory, read again where the index has changed."""
         self.tables.refresh()
         if self._matrix is None or self._matrix.version != self.tables.images.version:
-            if self._quantized is None:
+            if self._is_plain:
+                self._matrix = PlainMatrix.read(self.tables)
+            elif self._quantized is None:
+                from .exact_scan import EmbeddingMatrix
+
                 self._matrix = EmbeddingMatrix.read(self.tables)
             else:
                 from .quantized_files import read_quantized  # imports what reads data sets
@@ -149,6 +153,31 @@ class ImageIndex(UpdatableIndex):
         self._quantized, self._matrix = which, None
         self.matrix()
 
+    def avoid_torch(self, parts: Sequence[QueryPart], exact: bool = False) -> bool:
+        """Do without torch and transformers from now on, if queries of such parts can be answered so.
+
+        Texts are encoded in numpy where the index knows its model's text tower, see `known_text_tower`; images need the
+        model. Results are the same, and a program that searches once has them sooner.
+
+        Args:
+            parts: A query. Later ones may hold parts of the same kinds.
+            exact: As for `search`.
+
+        Returns:
+            Whether it can.
+        """
+        kinds = {part.kind for part in parts}
+        if self._model is not None or "image" in kinds:
+            return False
+        self._tower = known_text_tower(self.tables, self._named_model) if "text" in kinds else None
+        if self._tower is None and "text" in kinds:
+            return False
+        # Quantized embeddings and candidates of an approximate scan are compared by torch.
+        self._is_plain = self._quantized is None and (exact or self.approximate_scan() is None)
+        if self._is_plain:
+            self._matrix = None
+        return True
+
     def approximate_scan(self) -> ApproximateScan | None:
         """How the index is searched without comparing every image; None if it is searched exactly, or quantized."""
         self.tables.refresh()
@@ -163,14 +192,17 @@ class ImageIndex(UpdatableIndex):
         Raises:
             SearchIndexError: The index has too few images, recall was below 0.95, or another process writes to it.
         """
+        from ..zero_shot.features import encode_texts
+        from .approximate_scan import QUERIES, build
+
         self.tables.refresh()
-        places = sample_places(len(self), QUERIES, seed=2).tolist()
+        places = sampled(len(self), QUERIES, seed=2).tolist()
         captions = self.tables.rows_at(places, ["caption"])["caption"].to_pylist()
         texts = [caption for caption in captions if caption] or list(REFERENCE_TEXTS[::4])
         encoded = encode_texts(self.model, self.processor, texts, truncation=True).cpu()
         return build(self.tables, encoded)
 
-    def direction(self, query: str | Sequence[QueryPart], templates: Any = None, exact: bool = False) -> Tensor:
+    def direction(self, query: str | Sequence[QueryPart], templates: Any = None, exact: bool = False) -> "Tensor":
         """Encode a query as one direction.
 
         Args:
@@ -184,29 +216,42 @@ class ImageIndex(UpdatableIndex):
         Raises:
             QueryError: The query is empty or cannot be read.
         """
+        import torch
+
         parts = parse_query(query) if isinstance(query, str) else query
         known = self._known(None if exact else self.approximate_scan())
-        return self._combine(parts, self._encode(parts, templates, known), known)
+        return torch.as_tensor(self._combine(parts, self._encode(parts, templates, known), known))
 
-    def _known(self, scan: ApproximateScan | None) -> EmbeddingMatrix | EmbeddingsOfTables:
-        return self.matrix() if scan is None else EmbeddingsOfTables(self.tables)
+    def _known(self, scan: ApproximateScan | None) -> "EmbeddingMatrix | EmbeddingsOfTables":
+        if scan is None:
+            return self.matrix()
+        from .approximate_scan import EmbeddingsOfTables
 
-    def _encode(
-        self, parts: Sequence[QueryPart], templates: Any, known: EmbeddingMatrix | EmbeddingsOfTables
-    ) -> Tensor:
-        of_ids = all(part.kind == "id" for part in parts)  # then no model is needed
-        model, processor = (None, None) if of_ids else (self.model, self.processor)
+        return EmbeddingsOfTables(self.tables)
+
+    def _encode(self, parts: Sequence[QueryPart], templates: Any, known: "EmbeddingMatrix | EmbeddingsOfTables") -> Any:
+        """A vector for each part, (parts, D): an array where torch is avoided, and else a tensor."""
+        kinds = {part.kind for part in parts}
+        if "image" not in kinds and (self._tower is not None or (self._is_plain and "text" not in kinds)):
+            return encode_plain_parts(self._tower, parts, known.of, templates)
+        model, processor = (None, None) if kinds == {"id"} else (self.model, self.processor)
         return encode_parts(model, processor, parts, known.of, templates)
 
-    def _combine(
-        self, parts: Sequence[QueryPart], vectors: Tensor, known: EmbeddingMatrix | EmbeddingsOfTables
-    ) -> Tensor:
+    def _encode_texts(self, texts: Sequence[str]) -> Any:
+        """(T, D) float32, of length one."""
+        if self._tower is not None:
+            return self._tower.encode(texts)
+        from ..zero_shot.features import encode_texts
+
+        return encode_texts(self.model, self.processor, texts, truncation=True).cpu()
+
+    def _combine(self, parts: Sequence[QueryPart], vectors: Any, known: "EmbeddingMatrix | EmbeddingsOfTables") -> Any:
         sample = known.sample(SAMPLE if len(parts) > 1 else 0)
         return combine_parts(vectors, [part.weight for part in parts], sample)
 
     def search(
         self,
-        query: str | Sequence[QueryPart] | Tensor,
+        query: "str | Sequence[QueryPart] | Tensor",
         *,
         top: int = 20,
         where: str | None = None,
@@ -244,7 +289,8 @@ class ImageIndex(UpdatableIndex):
         scan = None if exact else self.approximate_scan()
         known = self._known(scan)
         parts = vectors = None
-        if isinstance(query, Tensor):
+        direction: Any
+        if not isinstance(query, (str, Sequence)):
             direction = query
             if direction.shape != (self.tables.description.width,):
                 raise QueryError(
@@ -256,27 +302,31 @@ class ImageIndex(UpdatableIndex):
             vectors = self._encode(parts, templates, known)
             direction = self._combine(parts, vectors, known)
         wanted = top * (EXTRA_RESULTS if folded else 1)
-        matrix = self.matrix() if scan is None else candidates(self.tables, scan, direction, wanted, where)
+        if scan is None:
+            matrix = self.matrix()
+        else:
+            from .approximate_scan import EstimatedScores, candidates
+
+            matrix = candidates(self.tables, scan, direction, wanted, where)
         if len(matrix) == 0:
             return SearchResults()
-        scores = self._scores(matrix, direction)
+        similarities = self._scores(matrix, direction)
         if scan is None or cutoff != AUTO:
-            least = self._least_score(cutoff, matrix, scores, parts, vectors, templates)
+            least = self._least_score(cutoff, matrix, similarities, parts, vectors, templates)
         else:
             whole = EstimatedScores(self.tables, scan)
             least = self._least_score(cutoff, whole, self._scores(whole, direction), parts, vectors, templates)
         if where is not None and scan is None:
             allowed = self.tables.rows(["id"], where)["id"].to_pylist()
-            mask = torch.ones(len(matrix), dtype=torch.bool)
-            mask[matrix.places_of(allowed)] = False
-            scores = matrix.refine(scores.masked_fill(mask, -torch.inf)[None], direction[None])[0]
-        found = scores.topk(min(len(scores), wanted))
-        best = float(found.values[0])
-        places = found.indices[(found.values > -torch.inf) & (found.values >= least)]
+            similarities = matrix.only(similarities, allowed, direction)
+        scores = np.asarray(similarities)
+        places = best_places(scores, wanted)
+        best = float(scores[places[0]])
+        places = places[(scores[places] > -np.inf) & (scores[places] >= least)]
         results = self._results(matrix, places, scores, folded)[:top]
         return SearchResults(results, least, best if best > -math.inf else None)
 
-    def _scores(self, matrix: EmbeddingMatrix | EstimatedScores, direction: Tensor) -> Tensor:
+    def _scores(self, matrix: Any, direction: Any) -> Any:
         """Similarities of a direction (D,) with all images, (I,)."""
         compare = partial(matrix.similarities, direction[None])
         return (compare() if self.computing is None else self.computing.run(compare))[0]
@@ -284,19 +334,18 @@ class ImageIndex(UpdatableIndex):
     def _least_score(
         self,
         cutoff: str | float | None,
-        matrix: EmbeddingMatrix | EstimatedScores,
-        scores: Tensor,
+        matrix: Any,
+        scores: Any,
         parts: Sequence[QueryPart] | None,
-        vectors: Tensor | None,
+        vectors: Any,
         templates: Any,
     ) -> float:
         if cutoff is None or isinstance(cutoff, (int, float)):
             return -math.inf if cutoff is None else float(cutoff)
         self._cutoff = self._cutoff or ResultCutoff(self.tables)
-        encoder = lambda: (self.model, self.processor)  # noqa: E731  (loaded only if it is called)
-        return self._cutoff.least_score(matrix, scores, parts, vectors, encoder, templates)
+        return self._cutoff.least_score(matrix, scores, parts, vectors, self._encode_texts, templates)
 
-    def _results(self, matrix: EmbeddingMatrix, places: Tensor, scores: Tensor, folded: bool) -> list[SearchResult]:
+    def _results(self, matrix: Any, places: np.ndarray, scores: np.ndarray, folded: bool) -> list[SearchResult]:
         ids = matrix.ids[places].tolist()
         if not ids:
             return []
@@ -342,12 +391,12 @@ class ImageIndex(UpdatableIndex):
         by_id = dict(zip(stored["id"].to_pylist(), stored["perceptual_hash"].to_pylist(), strict=True))
         hashes = known_hashes([by_id[id] for id in matrix.ids.tolist()])
         groups = group_duplicates(matrix.embeddings, hashes, similarity, bits)
-        scores = torch.zeros(len(matrix))
+        scores = np.zeros(len(matrix), np.float32)
         for group in groups:
-            vectors = matrix.embeddings[group].float()
+            vectors = np.asarray(matrix.embeddings[group]).astype(np.float32)
             scores[group] = vectors @ vectors[0]
         grouped = [place for group in groups for place in group]
-        results = iter(self._results(matrix, torch.tensor(grouped, dtype=torch.int64), scores, folded=False))
+        results = iter(self._results(matrix, np.array(grouped, dtype=np.int64), scores, folded=False))
         by_size = lambda result: (-result.width * result.height, result.path)  # noqa: E731
         return [sorted(islice(results, len(group)), key=by_size) for group in groups]
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..checkpoints.whole_file import whole_file
 from ..model.checked_files import one_line
 from .exact_scan import EmbeddingMatrix, sample_places
+from .set_bits import count_ones, count_ones_by_table
 
 KINDS = ("int8", "bits")
 RESCORED = {"int8": 200, "bits": 1000}
@@ -188,19 +189,6 @@ def _as_words(bits: np.ndarray) -> np.ndarray:
     return np.packbits(padded, axis=1).view(np.uint64)
 
 
-_ONES_OF_16_BITS = (
-    np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8)).reshape(2**16, 16).sum(1, dtype=np.uint8)
-)
-
-
-def count_ones_by_table(words: np.ndarray) -> np.ndarray:
-    """The number of bits that are set in each word (I,) uint64, by a table: for numpy before 2.0."""
-    return _ONES_OF_16_BITS[words.view(np.uint16).reshape(-1, 4)].sum(1, dtype=np.uint8)
-
-
-count_ones = getattr(np, "bitwise_count", count_ones_by_table)
-
-
 class QuantizedMatrix(EmbeddingMatrix):
     """Embeddings with their codes, in place of an `EmbeddingMatrix`: what it finds is nearly the same, and sooner.
 
@@ -246,17 +234,18 @@ class QuantizedMatrix(EmbeddingMatrix):
         """How much memory the codes take, in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.codes.tensors().values())
 
-    def similarities(self, queries: Tensor) -> Tensor:
+    def similarities(self, queries: Any) -> Tensor:
         """Cosine similarities of queries with all images: of the best `rescored` by float16, of others by their codes.
 
         All others are below these.
 
         Args:
-            queries: (Q, D) float32, of length one.
+            queries: (Q, D) float32, of length one; a tensor or an array.
 
         Returns:
             (Q, I) float32.
         """
+        queries = torch.as_tensor(queries)
         return self.refine(self.codes.similarities(queries), queries)
 
     def refine(self, scores: Tensor, queries: Tensor) -> Tensor:

@@ -23,7 +23,10 @@ from ..zero_shot.files import is_image_name
 from ..zero_shot.prompts import read_templates
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
+
+    from ..zero_shot.plain_text_tower import PlainTextTower
 
 TEMPLATES = ("a photo of {}.", "a picture of {}.", "an image of {}.", "{}", "a good photo of {}.", "a close-up of {}.")
 """What a short noun is put into. Their mean is steadier than any of them (Radford et al. 2021, section 3.1.4)."""
@@ -146,11 +149,15 @@ def encode_text_query(model: Any, processor: Any, text: str, templates: Any = No
 
     from ..zero_shot.features import encode_texts
 
+    prompts = _prompts_of(text, templates)
+    return normalize(encode_texts(model, processor, prompts, truncation=True).mean(dim=0), dim=0).cpu()
+
+
+def _prompts_of(text: str, templates: Any) -> list[str]:
     if templates is None:
         templates = TEMPLATES if is_short_noun(text) else ("{}",)
     functions, _ = read_templates(templates)
-    prompts = [function(text) for function in functions]
-    return normalize(encode_texts(model, processor, prompts, truncation=True).mean(dim=0), dim=0).cpu()
+    return [function(text) for function in functions]
 
 
 def encode_parts(
@@ -185,14 +192,47 @@ def encode_parts(
             source = part.value if is_web_address(part.value) else os.path.expanduser(part.value)
             found.append(encode_images(model, processor, source)[0].cpu())
         else:
-            try:
-                found.append(normalize(of_ids([int(part.value)])[0], dim=0))
-            except KeyError:
-                raise QueryError(f"The index has no image with the id {part.value}; a search shows ids.") from None
+            found.append(normalize(_of_id(part, of_ids), dim=0))
     return torch.stack(found)
 
 
-def combine_parts(vectors: "Tensor", weights: Sequence[float], sample: "Tensor") -> "Tensor":
+def encode_plain_parts(
+    tower: "PlainTextTower | None", parts: Sequence[QueryPart], of_ids: Any, templates: Any = None
+) -> "np.ndarray":
+    """Encode each part of a query of texts and images of the index, without torch.
+
+    Args:
+        tower: The text tower. May be None if no part is a text.
+        parts: Its parts, as `parse_queries` returned them.
+        of_ids: Function from a list of ids to their embeddings.
+        templates: As for `encode_text_query`.
+
+    Returns:
+        (parts, D) float32, of length one.
+
+    Raises:
+        QueryError: An id is not in the index.
+    """
+    import numpy as np
+
+    found = []
+    for part in parts:
+        if part.kind == "text" and tower is not None:
+            vector = tower.encode(_prompts_of(part.value, templates)).mean(axis=0)
+        else:
+            vector = np.asarray(_of_id(part, of_ids))
+        found.append(vector / np.maximum(np.linalg.norm(vector), np.float32(1e-12)))
+    return np.stack(found)
+
+
+def _of_id(part: QueryPart, of_ids: Any) -> Any:
+    try:
+        return of_ids([int(part.value)])[0]
+    except KeyError:
+        raise QueryError(f"The index has no image with the id {part.value}; a search shows ids.") from None
+
+
+def combine_parts(vectors: Any, weights: Sequence[float], sample: Any) -> Any:
     """Add the parts of a query up to one direction.
 
     Similarities of a text with images and of an image with images have different means and spreads, since texts and
@@ -200,27 +240,33 @@ def combine_parts(vectors: "Tensor", weights: Sequence[float], sample: "Tensor")
     spread over images of the index. This is linear in an image's embedding, so that it is one direction again.
 
     Args:
-        vectors: (parts, D), of length one.
+        vectors: (parts, D), of length one; a tensor or an array.
         weights: A weight for each part.
-        sample: (images, D) embeddings of images of the index.
+        sample: (images, D) embeddings of images of the index; a tensor or an array.
 
     Returns:
-        (D,) float32, of length one.
+        (D,) float32, of length one; of the kind of `vectors`.
 
     Raises:
         QueryError: The parts cancel one another.
     """
-    import torch
+    import numpy as np
 
     if len(vectors) == 1 and weights[0] > 0:
         return vectors[0]
-    spread = (sample.float() @ vectors.T).std(dim=0).clamp(min=1e-6) if len(sample) > 1 else torch.ones(len(vectors))
-    scaled = vectors * (torch.tensor(list(weights)) / spread)[:, None]
-    total = scaled.sum(dim=0)
-    length = float(total.norm())
-    if not math.isfinite(length) or length < 1e-3 * float(scaled.norm(dim=1).max()):
+    if not isinstance(vectors, np.ndarray):
+        import torch
+
+        wide = sample.float().numpy() if isinstance(sample, torch.Tensor) else sample
+        return torch.from_numpy(combine_parts(vectors.numpy(), weights, wide))
+    scores = np.asarray(sample, dtype=np.float32) @ vectors.T  # (images, parts)
+    spread = scores.std(axis=0, ddof=1, dtype=np.float64).clip(min=1e-6) if len(scores) > 1 else np.ones(len(vectors))
+    scaled = vectors * (np.asarray(weights) / spread).astype(np.float32)[:, None]
+    total = scaled.sum(axis=0)
+    length = float(np.linalg.norm(total))
+    if not math.isfinite(length) or length < 1e-3 * float(np.linalg.norm(scaled, axis=1).max()):
         raise QueryError("The parts of the query cancel one another: give them other weights.")
-    return total / length
+    return total / np.float32(length)
 
 
 def read_cutoff(word: str) -> str | float | None:
@@ -249,6 +295,7 @@ __all__ = [
     "QueryPart",
     "combine_parts",
     "encode_parts",
+    "encode_plain_parts",
     "encode_text_query",
     "is_short_noun",
     "parse_queries",

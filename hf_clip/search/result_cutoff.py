@@ -13,6 +13,8 @@
 Invariant: adding a number to all scores, or multiplying them, changes no result. The gap between texts and images
 (Liang et al. 2022) and the temperature of the model therefore do not matter.
 
+All of this is numpy, so that a search can do without torch. Scores may come as tensors on the processor, too.
+
 Dimensions: I images, Q queries, D embedding.
 """
 
@@ -21,19 +23,26 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+import numpy as np
 
-from ..zero_shot.features import encode_texts
 from ..zero_shot.prompts import read_templates
-from .approximate_scan import EstimatedScores
-from .exact_scan import EmbeddingMatrix, sample_places
 from .index_table import IndexTables
+from .plain_scan import PlainMatrix, sampled
 from .query import TEMPLATES, QueryPart, is_short_noun
 from .reference_nouns import REFERENCE_TEXTS
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from .approximate_scan import EstimatedScores
+    from .exact_scan import EmbeddingMatrix
+
+    Matrix: TypeAlias = EmbeddingMatrix | PlainMatrix | EstimatedScores
+
+Encode = Callable[[Sequence[str]], Any]
+"""Encodes texts T as (T, D) float32 of length one; a tensor on the processor, or an array."""
 
 SHARPNESS = 6.0
 """Factor of a score, in units of the spread, before the softmax that gives images their weight."""
@@ -98,7 +107,7 @@ class ReferenceScores:
     are_told_apart: bool = True
     rows: list[tuple[int, int]] = field(default_factory=list)
 
-    def lets_through(self, scores: Tensor, gates: Sequence[tuple[float, float]]) -> bool:
+    def lets_through(self, scores: Any, gates: Sequence[tuple[float, float]]) -> bool:
         """Whether a query's scores (I,) stand out at one of the gates.
 
         They do in any case if an image has a higher score than the reference queries have with any image, or if these
@@ -106,7 +115,8 @@ class ReferenceScores:
         """
         if not self.are_told_apart or float(scores.max()) > self.highest:
             return True
-        levels = [float(level(scores[None] / self.spread, sharpness)) for sharpness, _ in gates]
+        scaled = np.asarray(scores, dtype=np.float32)[None] / np.float32(self.spread)
+        levels = [float(level(scaled, sharpness)[0]) for sharpness, _ in gates]
         return any(
             found > median + least * step
             for found, median, step, (_, least) in zip(levels, self.medians, self.steps, gates, strict=True)
@@ -117,66 +127,79 @@ NAMES = {each.name for each in fields(ReferenceScores)}
 """What a note of them holds. One of another version is not read."""
 
 
-def level(scores: Tensor, sharpness: float) -> Tensor:
+def level(scores: np.ndarray, sharpness: float) -> np.ndarray:
     """Logarithm of the mean of exp(sharpness · score) over the images: (Q, I) → (Q,). Scores of -inf do not count."""
-    count = (scores > -torch.inf).sum(dim=1)
-    return torch.logsumexp(sharpness * scores, dim=1) - count.log()
+    count = (scores > -np.inf).sum(axis=1)
+    highest = scores.max(axis=1, keepdims=True)
+    sums = np.exp(np.float32(sharpness) * (scores - highest)).sum(axis=1, dtype=np.float64)
+    return sharpness * highest[:, 0] + np.log(sums / count)
 
 
-def end_of_results(scores: Tensor, spread: float) -> float:
+def end_of_results(scores: Any, spread: float) -> float:
     """The least score of a result.
 
     Args:
         scores: (I,) of a query with all images.
         spread: Of the scores of such queries.
     """
-    scaled = scores * (SHARPNESS / spread)
-    weights = torch.softmax(scaled, dim=0)
-    mean = (weights * scaled).sum()
-    deviation = (weights * (scaled - mean) ** 2).sum().sqrt()
-    least = (mean - (REACH * deviation).clamp(min=LEAST_REACH)) * (spread / SHARPNESS)
+    scores = np.asarray(scores, dtype=np.float32)
+    scaled = scores * np.float32(SHARPNESS / spread)
+    weights = np.exp(scaled - scaled.max())
+    total = weights.sum(dtype=np.float64)
+    mean = (weights * scaled).sum(dtype=np.float64) / total
+    deviation = math.sqrt((weights * np.square(scaled - np.float32(mean))).sum(dtype=np.float64) / total)
+    least = (mean - max(REACH * deviation, LEAST_REACH)) * (spread / SHARPNESS)
     return min(float(least), float(scores.max()))  # of rounding
 
 
-def least_score(scores: Tensor, reference: ReferenceScores, gates: Sequence[tuple[float, float]]) -> float:
+def least_score(scores: Any, reference: ReferenceScores, gates: Sequence[tuple[float, float]]) -> float:
     """The least score of a result of one text or one image: inf if it does not fit the index."""
     return end_of_results(scores, reference.spread) if reference.lets_through(scores, gates) else math.inf
 
 
 def measure_references(
-    matrix: EmbeddingMatrix, queries: Tensor, gates: Sequence[tuple[float, float]], places: Tensor | None = None
+    matrix: "EmbeddingMatrix | PlainMatrix", queries: Any, gates: Sequence[tuple[float, float]], places: Any = None
 ) -> ReferenceScores:
     """Compare reference queries with all images.
 
     Args:
         matrix: The embeddings of the index.
-        queries: (Q, D) of length one.
+        queries: (Q, D) of length one, a tensor or an array.
         gates: Of their kind.
-        places: Rows of the index that the queries are, which are not compared with themselves.
+        places: Rows (Q,) of the index that the queries are, which are not compared with themselves.
     """
-    sample = matrix.embeddings[sample_places(len(matrix), SAMPLE)].float()
-    spread = float((queries @ sample.T).std(dim=1).median().clamp(min=1e-6))
+    queries = np.asarray(queries, dtype=np.float32)
+    sample = np.asarray(matrix.sample(SAMPLE)).astype(np.float32)
+    spread = max(float(_median((queries @ sample.T).std(axis=1, ddof=1, dtype=np.float64))), 1e-6)
     found, highest = [], -math.inf
     for first in range(0, len(queries), BLOCK):
-        scores = matrix.similarities(queries[first : first + BLOCK]) / spread
+        scores = np.asarray(matrix.similarities(queries[first : first + BLOCK])) / np.float32(spread)
         if places is not None:
-            scores[torch.arange(len(scores)), places[first : first + BLOCK]] = -torch.inf
+            scores[np.arange(len(scores)), np.asarray(places[first : first + BLOCK])] = -np.inf
         highest = max(highest, float(scores.max()) * spread)
-        found.append(torch.stack([level(scores, sharpness) for sharpness, _ in gates]))
-    levels = torch.cat(found, dim=1)  # (gates, Q)
-    medians = levels.median(dim=1).values
-    least_steps = torch.tensor([LEAST_STEP * sharpness for sharpness, _ in gates])
-    steps = torch.maximum(medians - levels.quantile(0.16, dim=1), least_steps)
+        found.append(np.stack([level(scores, sharpness) for sharpness, _ in gates]))
+    levels = np.concatenate(found, axis=1)  # (gates, Q)
+    medians = _median(levels)
+    least_steps = [LEAST_STEP * sharpness for sharpness, _ in gates]
+    steps = np.maximum(medians - np.quantile(levels, 0.16, axis=1), least_steps)
     # Images of the index are no words that a model may not know, and may be copies of one another.
     are_told_apart = places is not None or tells_apart(queries)
     return ReferenceScores(len(matrix), spread, medians.tolist(), steps.tolist(), highest, are_told_apart)
 
 
-def tells_apart(texts: Tensor) -> bool:
+def _median(values: np.ndarray) -> np.ndarray:
+    """The median of the last dimension; of an even number the lower one of the two in the middle."""
+    return np.sort(values, axis=-1)[..., (values.shape[-1] - 1) // 2]
+
+
+def tells_apart(texts: Any) -> bool:
     """Whether a model tells most texts from all others.   texts: (T, D) of length one"""
-    centred = normalize(texts - texts.mean(dim=0), dim=1)
-    nearest = (centred @ centred.T).fill_diagonal_(-1.0).max(dim=1).values
-    return float(nearest.median()) < SAME_TEXT
+    texts = np.asarray(texts, dtype=np.float32)
+    centred = texts - texts.mean(axis=0)
+    centred /= np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), np.float32(1e-12))
+    similarities = centred @ centred.T
+    np.fill_diagonal(similarities, -1.0)
+    return float(_median(similarities.max(axis=1))) < SAME_TEXT
 
 
 class ResultCutoff:
@@ -193,9 +216,7 @@ class ResultCutoff:
         self._known: dict[str, ReferenceScores] = {}
         self._compared: dict[str, int] = {}  # kind → version of the table of images
 
-    def references(
-        self, kind: str, matrix: EmbeddingMatrix | EstimatedScores, model_and_processor: Callable[[], tuple[Any, Any]]
-    ) -> ReferenceScores:
+    def references(self, kind: str, matrix: "Matrix", encode: Encode) -> ReferenceScores:
         """The scores of reference queries of a kind, "texts" or "images"; measured if they are not known."""
         if not self._known:
             noted = self.tables.noted(NOTE, {})
@@ -204,15 +225,13 @@ class ResultCutoff:
         if known is not None and (self._compared.get(kind) == version or self._is_similar(known, len(matrix))):
             self._compared[kind] = version
             return known
-        matrix = matrix.whole()
+        whole = matrix.whole()
         if kind == "texts":
-            model, processor = model_and_processor()
-            features = encode_texts(model, processor, list(REFERENCE_TEXTS), truncation=True).float().cpu()
-            measured = measure_references(matrix, features, TEXT_GATES)
+            measured = measure_references(whole, encode(REFERENCE_TEXTS), TEXT_GATES)
         else:
-            places = sample_places(len(matrix), REFERENCE_IMAGES)
-            measured = measure_references(matrix, matrix.embeddings[places].float(), IMAGE_GATES, places)
-        ids = matrix.ids[sample_places(len(matrix), SAMPLED_ROWS)].tolist()
+            places = sampled(len(whole), REFERENCE_IMAGES)
+            measured = measure_references(whole, np.asarray(whole.embeddings[places]), IMAGE_GATES, places)
+        ids = whole.ids[sampled(len(whole), SAMPLED_ROWS)].tolist()
         measured = replace(measured, rows=sorted(self._checksums(ids).items()))
         self._known[kind], self._compared[kind] = measured, version
         self._keep()
@@ -229,9 +248,8 @@ class ResultCutoff:
         """Checksums of the embeddings of those images that there are."""
         if not ids:
             return {}
-        rows = EmbeddingMatrix.of_table(self.tables.rows(["id", "embedding"], f"id IN ({', '.join(map(str, ids))})"))
-        embeddings = rows.embeddings.numpy()
-        return {id: zlib.crc32(row.tobytes()) for id, row in zip(rows.ids.tolist(), embeddings, strict=True)}
+        rows = PlainMatrix.of_table(self.tables.rows(["id", "embedding"], f"id IN ({', '.join(map(str, ids))})"))
+        return {id: zlib.crc32(row.tobytes()) for id, row in zip(rows.ids.tolist(), rows.embeddings, strict=True)}
 
     def _keep(self) -> None:
         # Where nobody may write, the next process measures it again. These are the errors that LanceDB has.
@@ -240,11 +258,11 @@ class ResultCutoff:
 
     def least_score(
         self,
-        matrix: EmbeddingMatrix | EstimatedScores,
-        scores: Tensor,
+        matrix: "Matrix",
+        scores: Any,
         parts: Sequence[QueryPart] | None,
-        vectors: Tensor | None,
-        model_and_processor: Callable[[], tuple[Any, Any]],
+        vectors: Any,
+        encode: Encode,
         templates: Any = None,
     ) -> float:
         """The least score of a result: -inf if all are results, inf if nothing fits.
@@ -256,25 +274,26 @@ class ResultCutoff:
             matrix: The embeddings of the index.
             scores: (I,) of the query with all images.
             parts: Of the query. None: of a direction that the caller gave.
-            vectors: (parts, D), a vector for each part.
-            model_and_processor: Called if texts have to be encoded.
+            vectors: (parts, D), a vector for each part; None without parts.
+            encode: Called if texts have to be encoded.
             templates: What the texts of the query were put into.
         """
-        deviation = float(scores.std()) if len(scores) > 1 else 0.0
+        scores = np.asarray(scores, dtype=np.float32)
+        deviation = float(scores.std(ddof=1, dtype=np.float64)) if len(scores) > 1 else 0.0
         if len(matrix) < FEWEST_IMAGES or not math.isfinite(deviation) or deviation < 1e-5:
             return -math.inf
         if parts is None or vectors is None:
             return end_of_results(scores, deviation)
         kinds = ["texts" if part.kind == "text" else "images" for part in parts]
         added = [place for place, part in enumerate(parts) if part.weight > 0]
-        known = {kind: self.references(kind, matrix, model_and_processor) for kind in {kinds[place] for place in added}}
+        known = {kind: self.references(kind, matrix, encode) for kind in {kinds[place] for place in added}}
         is_single = len(parts) == 1
         fits = any(parts[place].kind == "id" for place in added)
         for place in added if not fits else ():
             if is_single and not _is_put_into_templates(parts[place], templates):
                 own = scores
             else:
-                vector = _as_reference(parts[place], vectors[place], model_and_processor, templates)
+                vector = _as_reference(parts[place], vectors[place], encode, templates)
                 own = matrix.similarities(vector[None])[0]
             gates = TEXT_GATES if kinds[place] == "texts" else IMAGE_GATES
             fits = fits or known[kinds[place]].lets_through(own, gates)
@@ -287,15 +306,12 @@ def _is_put_into_templates(part: QueryPart, templates: Any) -> bool:
     return part.kind == "text" and (templates is not None or is_short_noun(part.value))
 
 
-def _as_reference(
-    part: QueryPart, vector: Tensor, model_and_processor: Callable[[], tuple[Any, Any]], templates: Any
-) -> Tensor:
+def _as_reference(part: QueryPart, vector: Any, encode: Encode, templates: Any) -> Any:
     """A part's vector as the reference queries have theirs: of one prompt, since a mean of several scores higher."""
     if not _is_put_into_templates(part, templates):
         return vector
     functions, _ = read_templates(TEMPLATES if templates is None else templates)
-    model, processor = model_and_processor()
-    return encode_texts(model, processor, [functions[0](part.value)], truncation=True)[0].float().cpu()
+    return encode([functions[0](part.value)])[0]
 
 
 __all__ = [

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..checkpoints.whole_file import whole_file
 from ..model.fetch import is_web_address
 from ..model.open_image import UnreadableImageError, open_image
-from .approximate_scan import ApproximateScan
+from .approximate_note import ApproximateScan
 from .image_index import SearchResult
 from .index_table import printable, shown_path
 from .indexed_image import THUMBNAIL_SIDE, make_thumbnail

@@ -18,6 +18,7 @@ from .index_model import MODEL_FILES, MODEL_PLACE, check_model, describe, is_sam
 from .index_table import IndexTables, SearchIndexError, default_index, is_address
 from .index_update import IndexChanges, apply_recognised, forget_missing, plan_update
 from .index_writer import only_writer
+from .known_text_tower import note_text_tower
 from .unchanged_folders import remember_unchanged
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class UpdatableIndex:
             tables.note(MODEL_FILES, model_files(name))
             made = cls(tables, None if is_named else model, processor, name, dtype)
             if is_named:
+                note_text_tower(tables, name, model, processor)
                 made._keep(model, processor)
             return made
         if not is_named:
@@ -155,6 +157,7 @@ class UpdatableIndex:
             with suppress(SearchIndexError):  # an index that may only be read; the model is then compared each time
                 self.tables.note(MODEL_FILES, model_files(name))
                 self.tables.note(MODEL_PLACE, found.model)
+        note_text_tower(self.tables, name, model, processor)
         self._keep(model, processor)
 
     def _keep(self, model: Any, processor: Any) -> None:

@@ -57,6 +57,10 @@ class Notes:
         self.kept[name] = value
 
 
+def encode_nothing(texts: Any) -> Any:
+    raise AssertionError("no text has to be encoded")
+
+
 def make_matrix(counts: list[int], gap: float = 0.0) -> tuple[EmbeddingMatrix, Tensor]:
     """Images of some kinds, so many of each, and the directions of all kinds: (KINDS, WIDTH).
 
@@ -116,14 +120,13 @@ def test_an_image_that_is_unlike_all_others_finds_nothing_and_one_of_them_finds_
 
 def test_sums_of_parts_fit_if_one_part_does(monkeypatch: pytest.MonkeyPatch):
     matrix, texts = make_matrix([30, 40, 50])
-    monkeypatch.setattr("hf_clip.search.result_cutoff.encode_texts", lambda *given, **named: random_texts())
     monkeypatch.setattr("hf_clip.search.result_cutoff._is_put_into_templates", lambda *given: False)
     notes = Notes(matrix)
     cutoff = ResultCutoff(notes)  # type: ignore[arg-type]
 
     def least(parts: list[QueryPart], vectors: Tensor, direction: Tensor) -> float:
         scores = matrix.similarities(direction[None])[0]
-        return cutoff.least_score(matrix, scores, parts, vectors, lambda: (None, None))
+        return cutoff.least_score(matrix, scores, parts, vectors, lambda texts: random_texts())
 
     here, elsewhere, away = QueryPart("text", "x"), QueryPart("text", "y"), QueryPart("text", "z", -0.5)
     total = normalize(texts[1] + 0.3 * texts[7], dim=0)
@@ -134,23 +137,21 @@ def test_sums_of_parts_fit_if_one_part_does(monkeypatch: pytest.MonkeyPatch):
         assert len(shown) >= 28
     assert least([elsewhere, away], texts[[7, 1]], texts[7]) == math.inf
     assert least([QueryPart("id", "3"), elsewhere], texts[[1, 7]], total) < 1
-    shown = (scores >= cutoff.least_score(matrix, scores, None, None, lambda: (None, None))).nonzero()[:, 0].tolist()
+    shown = (scores >= cutoff.least_score(matrix, scores, None, None, encode_nothing)).nonzero()[:, 0].tolist()
     assert set(shown) <= set(range(30, 70))
     assert len(shown) >= 28
     assert set(notes.kept[NOTE]) == {"texts", "images"}
 
 
-def test_reference_scores_are_measured_anew_when_the_index_holds_other_images(monkeypatch: pytest.MonkeyPatch):
-    calls = []
-    monkeypatch.setattr(
-        "hf_clip.search.result_cutoff.encode_texts", lambda *given, **named: calls.append(1) or random_texts()
-    )
+def test_reference_scores_are_measured_anew_when_the_index_holds_other_images():
+    calls: list[int] = []
+    encode = lambda texts: calls.append(len(texts)) or random_texts()  # noqa: E731
     notes = Notes()
 
     def measured_anew(matrix: EmbeddingMatrix) -> bool:
         before, notes.matrix = len(calls), matrix
-        first = ResultCutoff(notes).references("texts", matrix, lambda: (None, None))  # type: ignore[arg-type]
-        assert ResultCutoff(notes).references("texts", matrix, lambda: (None, None)).spread == first.spread  # type: ignore[arg-type]
+        first = ResultCutoff(notes).references("texts", matrix, encode)  # type: ignore[arg-type]
+        assert ResultCutoff(notes).references("texts", matrix, encode).spread == first.spread  # type: ignore[arg-type]
         assert len(calls) <= before + 1
         return len(calls) > before
 
@@ -207,7 +208,7 @@ def test_of_few_or_of_equal_images_all_are_results(count: int):
     parts = [QueryPart("text", "a long text that is no name.")]
     for few in (matrix, EmbeddingMatrix(torch.arange(50), texts[:1].half().expand(50, -1))):
         scores = few.similarities(texts[3:4])[0]
-        assert cutoff.least_score(few, scores, parts, texts[3:4], lambda: (None, None)) == -math.inf
+        assert cutoff.least_score(few, scores, parts, texts[3:4], encode_nothing) == -math.inf
 
 
 def test_read_cutoff():
@@ -258,6 +259,6 @@ def test_an_index_that_nobody_may_write_to_is_searched_all_the_same():
 
     matrix, _ = make_matrix([40, 40])
     cutoff = ResultCutoff(ReadOnly(matrix))  # type: ignore[arg-type]
-    found = cutoff.references("images", matrix, lambda: (None, None))
+    found = cutoff.references("images", matrix, encode_nothing)
     assert found.images == 80
-    assert cutoff.references("images", matrix, lambda: (None, None)) is found
+    assert cutoff.references("images", matrix, encode_nothing) is found
