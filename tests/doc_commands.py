@@ -26,6 +26,7 @@ PROGRAMS: dict[str, list[str]] = {
     "benchmarks.looking_inside": ["vit", "resnet"],
     "benchmarks.pages": ["file.json", "--into", "page.md"],
     "benchmarks.search.cutoff": ["folder"],
+    "benchmarks.search.first_answer": ["--work", "folder"],
     "benchmarks.search.folder": ["--work", "folder"],
     "benchmarks.search.quantized": [],
     "benchmarks.search.vectors": [],

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from hf_clip import HfClipConfig, HfClipImageProcessor, HfClipModel, HfClipProcessor, HfClipTokenizer
-from hf_clip.checkpoints.onnx_graphs import ImageTower, write_graph
+from hf_clip.checkpoints.onnx_graphs import ImageTower, TextTower, write_graph
 from hf_clip.checkpoints.vocabulary import find_vocabulary
 
 from ..__main__ import at_least_one
@@ -86,14 +86,16 @@ def write_models(ours: Path, rclip: Path) -> None:
     (rclip / RCLIP_MODEL).mkdir(parents=True)
     (rclip / "tokenizer").mkdir()
     shutil.copy(find_vocabulary(offline=True), rclip / "tokenizer" / "bpe_simple_vocab_16e6.txt.gz")
-    path = rclip / RCLIP_MODEL / "visual.onnx"
-    write_graph(ImageTower(HfClipModel.from_pretrained(ours, attn_implementation="eager").eval()), path)
-    graph = onnx.load(path)
-    for node in graph.graph.node:
-        node.input[:] = ["input" if name == "pixel_values" else name for name in node.input]
-    graph.graph.input[0].name = "input"
-    onnx.save(graph, path)
-    shutil.copy(path, path.with_name("textual.onnx"))  # it has to be there; indexing does not read it
+    eager = HfClipModel.from_pretrained(ours, attn_implementation="eager").eval()
+    for tower, name in ((ImageTower(eager), "visual.onnx"), (TextTower(eager), "textual.onnx")):
+        path = rclip / RCLIP_MODEL / name
+        write_graph(tower, path)
+        graph = onnx.load(path)
+        given = graph.graph.input[0].name
+        for node in graph.graph.node:
+            node.input[:] = ["input" if each == given else each for each in node.input]
+        graph.graph.input[0].name = "input"
+        onnx.save(graph, path)
 
 
 def run_process(command: list[str], threads: int, where: Path, **environment: str) -> float:

@@ -87,17 +87,19 @@ def search(
     import webbrowser
     from pathlib import Path
 
-    from ..search.index_table import IndexTables, default_index
+    from ..search.approximate_note import EXACT_UP_TO
+    from ..search.index_table import default_index
     from ..search.query import parse_queries, read_cutoff
+    from ..search.search_copy import keep_copy, open_for_search
 
     parts = parse_queries(queries or (), minus or (), more_like or ())
     if open_page and page is None:
         raise ValueError("--open opens the page that --html writes: give --html PAGE too.")
     settings: dict[str, Any] = {"top": top, "where": filter, "templates": templates or None}
     settings |= {"folded": not all_copies, "cutoff": read_cutoff(cutoff), "exact": exact}
-    tables = IndexTables.open(os.path.expanduser(index or default_index()))
+    needs_tables = {filter, quantized, page, montage} != {None}  # conditions and thumbnails
+    tables = open_for_search(os.path.expanduser(index or default_index()), needs_tables, exact)
     from ..search import result_output
-    from ..search.approximate_note import EXACT_UP_TO
     from ..search.image_index import ImageIndex
 
     searched = ImageIndex(tables, name=model)
@@ -122,6 +124,7 @@ def search(
         print(*result_output.format_lines(found, links=sys.stdout.isatty()), sep="\n", end="\n" if found else "")
     if open_page and page is not None:
         webbrowser.open(Path(page).resolve().as_uri())
+    keep_copy(tables)
     if failed:
         raise OSError(f"{len(failed)} of {len(found)} files could not be copied: {'; '.join(failed[:3])}")
     if not found:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .index_table import IndexTables
+    from .search_copy import CopiedTables
 
 NOTE = "approximate scan"
 
@@ -36,7 +37,7 @@ class ApproximateScan:
         return f"recall@{RECALL_AT} {recall}; {self.probes} partitions and {self.rescored} images per query"
 
 
-def read_scan(tables: "IndexTables") -> ApproximateScan | None:
+def read_scan(tables: "IndexTables | CopiedTables") -> ApproximateScan | None:
     """The approximate scan of an index; None if it has none."""
     noted = tables.noted(NOTE)
     return ApproximateScan(**noted) if noted else None

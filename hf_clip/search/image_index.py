@@ -351,8 +351,8 @@ class ImageIndex(UpdatableIndex):
             return []
         by_id: dict[int, dict[str, Any]] = {}
         for first in range(0, len(ids), ROWS_AT_ONCE):
-            listed = ", ".join(map(str, ids[first : first + ROWS_AT_ONCE]))
-            by_id |= {row["id"]: row for row in self.tables.rows(SHOWN_COLUMNS, f"id IN ({listed})").to_pylist()}
+            rows = self.tables.rows_of(SHOWN_COLUMNS, ids[first : first + ROWS_AT_ONCE])
+            by_id |= {row["id"]: row for row in rows.to_pylist()}
         hashes = known_hashes([by_id[id]["perceptual_hash"] for id in ids])
         shown: list[tuple[int, list[int]]] = [(position, []) for position in range(len(ids))]
         if folded:
@@ -370,7 +370,7 @@ class ImageIndex(UpdatableIndex):
                     height=row["height"] or 0,
                     caption=row["caption"],
                     metadata=row["metadata"],
-                    thumbnail=row["thumbnail"] or b"",
+                    thumbnail=row.get("thumbnail") or b"",
                 )
             )
         return found

@@ -10,6 +10,7 @@ LanceDB: after a kill, a table holds the commits that were finished, and nothing
 Dimensions: D embedding.
 """
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,6 +139,18 @@ def is_address(place: str) -> bool:
     return "://" in place
 
 
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Look for no garbage, of which the import of LanceDB makes none: it builds classes by the thousand."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def connect(place: str) -> Any:
     """Connect to the tables of a place.
 
@@ -147,7 +160,8 @@ def connect(place: str) -> Any:
     """
     require("A search index", "search")
     os.environ.setdefault("LANCE_LOG", "error")  # it warns of its own coming changes
-    import lancedb
+    with without_collection():
+        import lancedb
 
     if not is_address(place):
         _check_folder(Path(place))
@@ -279,6 +293,10 @@ class IndexTables:
         with in_words(self.place):
             return self.images.take_offsets(list(places)).select(list(columns)).to_arrow()
 
+    def rows_of(self, columns: Sequence[str], ids: Sequence[int]) -> "pyarrow.Table":
+        """Columns of those images that there are, by their ids; in no certain order."""
+        return self.rows(columns, f"id IN ({', '.join(map(str, ids))})")
+
     def batches(self, columns: Sequence[str]) -> "Iterator[pyarrow.RecordBatch]":
         """Columns of all images, some thousand rows at a time."""
         with in_words(self.place):
@@ -384,9 +402,13 @@ class IndexTables:
 
     def noted(self, name: str, default: Any = None) -> Any:
         """The value under a name."""
+        return self.all_noted().get(name, default)
+
+    def all_noted(self) -> dict[str, Any]:
+        """All values by their names."""
         with in_words(self.place):
-            found = {row["name"]: row["value"] for row in self.notes.search().to_arrow().to_pylist()}
-        return json.loads(found[name]) if name in found else default
+            rows = self.notes.search().to_arrow().to_pylist()
+            return {row["name"]: json.loads(row["value"]) for row in rows}
 
 
 def _missing(place: str) -> SearchIndexError:

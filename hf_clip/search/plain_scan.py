@@ -51,10 +51,9 @@ class PlainMatrix:
     @classmethod
     def of_table(cls, table: "pyarrow.Table | pyarrow.RecordBatch") -> "PlainMatrix":
         """The embeddings of rows that were read, with their ids."""
-        column = table["embedding"]
-        whole = column.combine_chunks() if hasattr(column, "combine_chunks") else column
-        values = whole.flatten().to_numpy(zero_copy_only=False).reshape(len(table["id"]), whole.type.list_size)
-        return cls(table["id"].to_numpy().copy(), values.copy())
+        embeddings = in_one_piece(table["embedding"])
+        values = numbers_of(embeddings.flatten(), np.float16).reshape(len(embeddings), embeddings.type.list_size)
+        return cls(numbers_of(table["id"], np.int64).copy(), values.copy())
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -96,6 +95,19 @@ class PlainMatrix:
         return self.embeddings[sampled(len(self), most)]
 
 
+def in_one_piece(column: Any) -> Any:
+    """An array of Arrow, of one or of a table's column."""
+    return column.combine_chunks() if hasattr(column, "combine_chunks") else column
+
+
+def numbers_of(column: Any, kind: type[np.generic]) -> np.ndarray:
+    """The numbers of a column without nulls, not copied. Arrow's `to_numpy` would import pandas, if it is there."""
+    array = in_one_piece(column)
+    if not len(array):
+        return np.empty(0, kind)
+    return np.frombuffer(array.buffers()[1], kind, len(array), array.offset * np.dtype(kind).itemsize)
+
+
 def sampled(count: int, most: int, seed: int = 0) -> np.ndarray:
     """At most `most` of `count` places, at random but always the same, in order."""
     if count <= most:
@@ -111,4 +123,4 @@ def best_places(scores: Any, count: int) -> np.ndarray:
     return kept[np.argsort(-scores[kept], kind="stable")]
 
 
-__all__ = ["PlainMatrix", "best_places", "sampled"]
+__all__ = ["PlainMatrix", "best_places", "in_one_piece", "numbers_of", "sampled"]

@@ -248,7 +248,7 @@ class ResultCutoff:
         """Checksums of the embeddings of those images that there are."""
         if not ids:
             return {}
-        rows = PlainMatrix.of_table(self.tables.rows(["id", "embedding"], f"id IN ({', '.join(map(str, ids))})"))
+        rows = PlainMatrix.of_table(self.tables.rows_of(["id", "embedding"], ids))
         return {id: zlib.crc32(row.tobytes()) for id, row in zip(rows.ids.tolist(), rows.embeddings, strict=True)}
 
     def _keep(self) -> None:

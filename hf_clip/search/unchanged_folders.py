@@ -51,7 +51,7 @@ class UnchangedFolders:
         """Read what is known of an index. None if its tables have changed since, or nothing is known."""
         try:
             known = cls(**json.loads((Path(place) / NAME).read_text(encoding="utf-8")))
-            return known if known.format == FORMAT and known.tables == _digest_of_tables(place) else None
+            return known if known.format == FORMAT and known.tables == digest_of_tables(place) else None
         except (OSError, ValueError, TypeError):
             return None
 
@@ -87,7 +87,7 @@ def remember_unchanged(
     if is_address(place):
         return
     before = UnchangedFolders.read(place)  # none if this update has changed the tables
-    known = UnchangedFolders(_digest_of_tables(place), images, folders, model, before.updated if before else {})
+    known = UnchangedFolders(digest_of_tables(place), images, folders, model, before.updated if before else {})
     known.updated.pop(scan.folder, None)
     if not (changes.kept or changes.unread) and all(map(scan.is_settled, scan.files)):
         count = changes.unchanged + changes.added + changes.updated + changes.moved
@@ -96,7 +96,8 @@ def remember_unchanged(
         unfinished.write_text(json.dumps(asdict(known)), encoding="utf-8")
 
 
-def _digest_of_tables(place: str) -> str:
+def digest_of_tables(place: str) -> str:
+    """A digest of the versions of an index's tables. Any commit changes it."""
     state = hashlib.blake2b(digest_size=16)
     for table in (IMAGES, PROBLEMS, NOTES):
         with os.scandir(Path(place) / f"{table}.lance" / "_versions") as entries:
@@ -115,4 +116,4 @@ def _digest_of_files(scan: FolderScan) -> str:
     return state.hexdigest()
 
 
-__all__ = ["UnchangedFolders", "remember_unchanged"]
+__all__ = ["UnchangedFolders", "digest_of_tables", "remember_unchanged"]

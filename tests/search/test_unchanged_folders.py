@@ -113,9 +113,15 @@ def test_processes_import_what_they_need(
     (Path(place) / NAME).unlink()
     assert run(again) == (expected, [lost, "2 ['lancedb']"])
 
-    out, err = run(["search", "--more-like", "1", "--index", place])  # which needs no model
-    assert err == ["0 ['lancedb', 'torch']"]
+    by_id = ["search", "--more-like", "1", "--index", place]
+    by_text = ["search", "a blue three", "--index", place]
+    out, err = run(by_id)
+    assert err == ["0 ['lancedb']"]
     assert " 1  " in out.splitlines()[0]
+    both = run(by_text, by_id)  # by a copy
+    assert both[1] == 2 * ["0 []"]
+    assert both[0].endswith(out)
+    assert run([*by_text, "--filter", "width > 0"], by_text)[1] == 2 * ["0 ['lancedb']"]
 
     (tmp_path / "empty").mkdir()
     nowhere, missing = str(tmp_path / "nowhere"), str(tmp_path / "missing")
