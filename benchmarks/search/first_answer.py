@@ -91,9 +91,9 @@ def measure(work: Path, rclip: str | None, threads: int, count: int, rounds: int
             worst = max(abs(scores.get(path, 9) - score) for path, score in expected.items())
             if len(expected) != TOP or worst > MOST_DIFFERENCE:
                 raise LeftOutError(f"{name} gives other scores: {worst:.3f} apart")
-    for name, spent in seconds.items():
-        table.rows.append(Row(name, "float32", 1, spent))
-        table.notes.append(f"{name}: {statistics.median(spent):.2f} s of the processor")
+    for name, all_spent in seconds.items():
+        table.rows.append(Row(name, "float32", 1, all_spent))
+        table.notes.append(f"{name}: {statistics.median(all_spent):.2f} s of the processor")
     return table
 
 

@@ -35,6 +35,8 @@ COMPARED = ("a photo of a dog.", "Two Cafés & a “red” car, 1999", "one two 
 def folder_of(name: str) -> Path | None:
     """The folder of a model's files: its own, or that in the Hub's cache. None: it has none."""
     place = Path(os.path.expanduser(name))
+    if not name:  # of a model in memory
+        return None
     if place.is_dir():
         return place.resolve()
     if place.exists():

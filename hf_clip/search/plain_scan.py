@@ -60,6 +60,7 @@ class PlainMatrix:
 
     def similarities(self, queries: np.ndarray) -> np.ndarray:
         """Cosine similarities of queries (Q, D) float32, of length one, with all images: (Q, I) float32."""
+        queries = np.asarray(queries, dtype=np.float32)
         found = np.empty((len(queries), len(self)), np.float32)
         wide = np.empty((min(BLOCK, len(self)), self.embeddings.shape[1]), np.float32)
         for first in range(0, len(self), BLOCK):

@@ -73,6 +73,8 @@ class CopiedTables:
 
         with pa.memory_map(str(Path(place) / NAME)) as file:
             content = file.read_buffer()
+        if len(content) <= HEADER:
+            return None
         facts_and_rows = content.slice(HEADER)
         if content.slice(0, HEADER).to_pybytes() != _header(zlib.crc32(facts_and_rows)):
             return None

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -45,12 +47,30 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.fixture(scope="module")
+def by_torch(made: Path) -> ImageIndex:
+    return ImageIndex(IndexTables.open(str(made)))
+
+
 @pytest.fixture
 def place(made: Path, tmp_path: Path) -> Path:
     """The same index, to do with as one likes."""
     place = shutil.copytree(made, tmp_path / "index")
     keep_copy(IndexTables.open(str(place)))  # times of files have changed
     return place
+
+
+def test_numbers_of_a_part_of_a_table():
+    """Arrow's parts of a table begin somewhere in the memory of the whole, and columns are of several pieces."""
+    values = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float16)
+    column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), 4)
+    table = pyarrow.table({"id": np.arange(10), "embedding": column})
+    pieces = pyarrow.concat_tables([table.slice(3, 2), table.slice(6, 3)])
+    for rows, places in ((table.slice(4, 5), range(4, 9)), (pieces, [3, 4, 6, 7, 8]), (table.slice(2, 0), [])):
+        found = PlainMatrix.of_table(rows)
+        assert found.ids.tolist() == list(places)
+        np.testing.assert_array_equal(found.embeddings, values[list(places)])
+    assert PlainMatrix.of_table(table.slice(2, 3).to_batches()[0]).ids.tolist() == [2, 3, 4]
 
 
 def ids_of(found: SearchResults) -> list[tuple[int, list[str]]]:
@@ -81,11 +101,13 @@ def test_results_equal_those_of_torch(
     settings: dict[str, Any],
     tables: type[IndexTables | CopiedTables],
     made: Path,
+    by_torch: ImageIndex,
     monkeypatch: pytest.MonkeyPatch,
 ):
     parts = parse_queries(words, minus, more_like)
     settings = {"top": 10, "cutoff": "auto"} | settings
-    expected = ImageIndex(IndexTables.open(str(made))).search(parts, **settings)
+    expected = by_torch.search(parts, **settings)
+    assert isinstance(by_torch.matrix(), EmbeddingMatrix)
     monkeypatch.setattr(updatable_index, "load", lambda name: pytest.fail("the model is loaded"))
     opened = tables.open(str(made))
     assert opened is not None
@@ -99,14 +121,13 @@ def test_results_equal_those_of_torch(
     assert found.best_score == pytest.approx(expected.best_score, abs=1e-5)
 
 
-def test_filters_and_approximate_settings(made: Path, monkeypatch: pytest.MonkeyPatch):
-    """A filter in numpy; and torch, where the index is quantized, with the same text tower."""
-    where, parts = "path LIKE '%1%'", parse_queries([SENTENCE])
-    expected = ImageIndex(IndexTables.open(str(made))).search(parts, where=where)
+def test_filters_and_what_needs_the_model(made: Path, by_torch: ImageIndex):
+    parts = parse_queries([SENTENCE])
+    expected = by_torch.search(parts, where="id < 9")
     index = ImageIndex(IndexTables.open(str(made)))
     assert index.avoid_torch(parts)
-    found = index.search(parts, where=where)
-    assert 0 < len(found) < 20
+    found = index.search(parts, where="id < 9")
+    assert 0 < len(found) < 9
     assert ids_of(found) == ids_of(expected)
     assert not ImageIndex(IndexTables.open(str(made))).avoid_torch(parse_queries(["a.jpg"])), "an image needs the model"
 
@@ -128,6 +149,13 @@ def test_python_searches_by_torch(made: Path, model: Path):
     assert not index.avoid_torch(parse_queries([SENTENCE])), "the model is in memory"
 
 
+def agree(lines: list[str], others: list[str]) -> bool:
+    """Whether two searches printed the same ids, and scores that differ by a rounding of the last digit at most."""
+    rows, expected = ([line.split() for line in each] for each in (lines, others))
+    scores = [abs(float(one[0]) - float(other[0])) for one, other in zip(rows, expected, strict=True)]
+    return [row[1] for row in rows] == [row[1] for row in expected] and max(scores) < 1.1e-4
+
+
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
     assert main(["search", *map(str, words)]) == 0
     return capsys.readouterr().out.splitlines()
@@ -146,7 +174,7 @@ def test_model_that_has_changed_is_loaded_once_more(
 ):
     """A folder whose text tower was trained on, and whose image tower is that of the index."""
     other = shutil.copytree(model, tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in load_file(other / "model.safetensors").items()}
     tensors["text_projection.weight"] = -tensors["text_projection.weight"]
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     words = (SENTENCE, "--index", place, "--cutoff", "off", "--top", "30", "--all-copies")
@@ -156,16 +184,17 @@ def test_model_that_has_changed_is_loaded_once_more(
     turned = run(capsys, *words, "--model", other)
     assert loaded == [str(other)]
     assert [line.split()[1] for line in turned] == [line.split()[1] for line in reversed(before)]
-    assert run(capsys, *words) == turned, "the new place is remembered"
+    assert agree(run(capsys, *words), turned), "the new place is remembered"
     assert loaded == [str(other)]
     os.utime(other / "model.safetensors", ns=(0, 0))
-    assert run(capsys, *words) == turned
-    assert run(capsys, *words) == turned
+    for _ in range(2):
+        assert agree(run(capsys, *words), turned)
     assert loaded == 2 * [str(other)]
 
     (other / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes()[:-100])
     error = error_of(capsys, "search", SENTENCE, "--index", place)
-    assert f"The weights in {other} are damaged or cut off" in error
+    assert str(other) in error
+    assert "damaged or cut off" in error
 
 
 @pytest.mark.parametrize("wrong", ["embeddings", "layout"])
@@ -192,7 +221,7 @@ def test_text_tower_that_differs_is_not_used(
     )
     loaded = counting(monkeypatch)
     for _ in range(3):
-        assert run(capsys, *words) == expected
+        assert agree(run(capsys, *words), expected)
     assert len(loaded) == 3, "by torch each time"
     assert compared == [model], "which is compared once"
 
@@ -238,11 +267,11 @@ def test_copy_that_is_damaged_is_written_anew(
     spoil: Callable[[Path], None], place: Path, capsys: pytest.CaptureFixture[str]
 ):
     words = (SENTENCE, "--index", place, "--cutoff", "off")
-    expected, before = run(capsys, *words), (place / NAME).read_bytes()
+    expected = run(capsys, *words)
     spoil(place / NAME)
     assert CopiedTables.open(str(place)) is None
     assert run(capsys, *words) == expected
-    assert (place / NAME).read_bytes() == before
+    assert CopiedTables.open(str(place)) is not None
 
 
 def test_notes_of_a_search_by_the_copy_are_kept(place: Path, capsys: pytest.CaptureFixture[str]):
