@@ -14,8 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .index_errors import SearchIndexError
 from .index_model import MODEL_PLACE, model_files
 
@@ -73,6 +71,8 @@ def note_text_tower(tables: "IndexTables", name: str, model: Any, processor: Any
 
 def _compare(folder: Path, model: Any, processor: Any) -> dict[str, Any] | None:
     """The settings with which the tower in numpy gives the model's embeddings. None: there are none."""
+    import numpy as np
+
     from ..zero_shot.features import encode_texts
     from ..zero_shot.plain_text_tower import PlainTextTower, TextTowerSettings
 

@@ -73,6 +73,18 @@ def test_numbers_of_a_part_of_a_table():
     assert PlainMatrix.of_table(table.slice(2, 3).to_batches()[0]).ids.tolist() == [2, 3, 4]
 
 
+def agree(lines: list[str], others: list[str]) -> bool:
+    """Whether two searches printed the same ids, and scores that differ by a rounding of the last digit at most."""
+    rows, expected = ([line.split() for line in each] for each in (lines, others))
+    scores = [abs(float(one[0]) - float(other[0])) for one, other in zip(rows, expected, strict=True)]
+    return [row[1] for row in rows] == [row[1] for row in expected] and max(scores) < 1.1e-4
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
+    assert main(["search", *map(str, words)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
 def ids_of(found: SearchResults) -> list[tuple[int, list[str]]]:
     return [(result.id, result.duplicates) for result in found]
 
@@ -133,13 +145,10 @@ def test_filters_and_what_needs_the_model(made: Path, by_torch: ImageIndex):
 
 
 def test_quantized_embeddings_and_texts_in_numpy(place: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["quantize", str(place), "--kind", "int8"]) == 0
+    assert main(["quantize", str(place), "--to", "int8"]) == 0
     capsys.readouterr()
-    words = ["search", SENTENCE, "--index", str(place), "--cutoff", "off"]
-    assert main([*words, "--quantized", "int8"]) == 0
-    quantized = capsys.readouterr().out
-    assert main(words) == 0
-    assert quantized == capsys.readouterr().out
+    words = (SENTENCE, "--index", place, "--cutoff", "off")
+    assert agree(run(capsys, *words, "--quantized", "int8"), run(capsys, *words))
 
 
 def test_python_searches_by_torch(made: Path, model: Path):
@@ -147,18 +156,6 @@ def test_python_searches_by_torch(made: Path, model: Path):
     index.search(SENTENCE)
     assert isinstance(index.matrix(), EmbeddingMatrix)
     assert not index.avoid_torch(parse_queries([SENTENCE])), "the model is in memory"
-
-
-def agree(lines: list[str], others: list[str]) -> bool:
-    """Whether two searches printed the same ids, and scores that differ by a rounding of the last digit at most."""
-    rows, expected = ([line.split() for line in each] for each in (lines, others))
-    scores = [abs(float(one[0]) - float(other[0])) for one, other in zip(rows, expected, strict=True)]
-    return [row[1] for row in rows] == [row[1] for row in expected] and max(scores) < 1.1e-4
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
-    assert main(["search", *map(str, words)]) == 0
-    return capsys.readouterr().out.splitlines()
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
