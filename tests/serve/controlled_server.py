@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+import time
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ class Controls:
     """What is counted and changed while the server runs."""
 
     def __init__(self) -> None:
+        self.parent = os.getppid()
         self.server: Any = None
         self.counts = {"accepted": 0, "begun": 0}
         self.batches: list[int] = []
@@ -64,6 +66,9 @@ class Controls:
         while asked := os.read(0, 10_000):
             name, *given = json.loads(asked)
             print(json.dumps(getattr(self, name)(*given)), flush=True)
+        while os.getppid() == self.parent:
+            time.sleep(1)
+        os._exit(1)  # whoever started it was killed, and nobody would end it
 
     def change(self) -> None:
         """Put this in the place of what is counted and changed."""
