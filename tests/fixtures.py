@@ -6,6 +6,7 @@ conftest.py loads them.
 import gc
 import os
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,21 +66,22 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """What a test draws does not depend on what ran before it."""
-    draw_anew()
+    draw_anew(f"fixtures of {item.nodeid}")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call() -> None:
-    """Nor on which fixtures were there already."""
-    draw_anew()
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Nor on which fixtures were there already. It draws other numbers than they: two models shall be two."""
+    draw_anew(item.nodeid)
 
 
-def draw_anew() -> None:
-    torch.default_generator.manual_seed(0)  # torch.manual_seed looks for devices, too
-    np.random.seed(0)  # noqa: NPY002 (what libraries draw from)
-    random.seed(0)
+def draw_anew(name: str) -> None:
+    seed = zlib.crc32(name.encode())
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for devices, too
+    np.random.seed(seed)  # noqa: NPY002 (what libraries draw from)
+    random.seed(seed)
 
 
 @pytest.fixture(params=["vit", "resnet"])
