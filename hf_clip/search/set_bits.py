@@ -8,8 +8,8 @@ _ONES_OF_16_BITS = (
 
 
 def count_ones_by_table(words: np.ndarray) -> np.ndarray:
-    """The number of bits that are set in each word (I,) uint64, by a table: for numpy before 2.0."""
-    return _ONES_OF_16_BITS[words.view(np.uint16).reshape(-1, 4)].sum(1, dtype=np.uint8)
+    """The number of bits that are set in each word uint64 of an array, by a table: for numpy before 2.0."""
+    return _ONES_OF_16_BITS[words.view(np.uint16).reshape(*words.shape, 4)].sum(-1, dtype=np.uint8)
 
 
 count_ones = getattr(np, "bitwise_count", count_ones_by_table)

@@ -126,6 +126,8 @@ def test_ones_are_counted_by_table_as_by_numpy():
     expected = [bin(int(word)).count("1") for word in words]
     assert count_ones(words).tolist() == expected
     assert count_ones_by_table(words).tolist() == expected
+    table = words.reshape(10, 100)  # as near duplicates are compared
+    assert count_ones_by_table(table).tolist() == count_ones(table).tolist()
 
 
 @pytest.mark.parametrize("kind", ["int8", "bits"])
