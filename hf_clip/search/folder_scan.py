@@ -17,6 +17,10 @@ SETTLED_AFTER_NS = 3_000_000_000
 """Nanoseconds after which another change of a file changes its times too: the coarsest clock of a file system is that
 of FAT, with ticks of two seconds, and a server's clock may be a little behind."""
 
+LONGEST_AHEAD_NS = 24 * 3600 * 1_000_000_000
+"""Nanoseconds by which a server's clock may be ahead. A time beyond, such as that of a camera whose clock was wrong, is
+none at which anything is written now."""
+
 
 @dataclass(frozen=True)
 class FileState:
@@ -26,7 +30,8 @@ class FileState:
         path: Its absolute path. Bytes of the name that are no UTF-8 are surrogates, as Python reads them.
         size: In bytes.
         mtime_ns: When it was last written, in nanoseconds. Programs set it, such as `cp -p`.
-        ctime_ns: When anything of it was last changed, its time of writing too. No program sets it.
+        ctime_ns: When anything of it was last changed, its time of writing too. No program sets it. On Windows: when
+            it was made.
     """
 
     path: str
@@ -43,14 +48,15 @@ class FileState:
         """Whether it could be written anew, with the same size, and keep both of its times.
 
         It could if it was last changed in the tick of its file system's clock that was not over at `now_ns`. A time of
-        writing that lies ahead was set by somebody, and tells nothing, if the other time is earlier.
+        writing that lies ahead was set by somebody, and tells nothing, if the other time is earlier. Nor does a time
+        that is too far ahead for any clock: whoever writes the file now gives it another.
 
         Args:
             now_ns: When it was looked at, or some time before.
         """
-        last_safe = now_ns - SETTLED_AFTER_NS
+        first, last = now_ns - SETTLED_AFTER_NS, now_ns + LONGEST_AHEAD_NS
         was_set_ahead = self.ctime_ns < now_ns < self.mtime_ns
-        return self.ctime_ns >= last_safe or (self.mtime_ns >= last_safe and not was_set_ahead)
+        return first <= self.ctime_ns <= last or (first <= self.mtime_ns <= last and not was_set_ahead)
 
 
 @dataclass

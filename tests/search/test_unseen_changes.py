@@ -154,6 +154,9 @@ def test_other_changes_of_a_file_cost_one_hash(
         (3600, -3600, False),  # a camera whose clock is wrong, and `touch -d`
         (3600, -1, True),
         (3600, 3600, True),  # a server whose clock is ahead, or FAT of a machine in another zone
+        (90_000, 90_000, False),  # FAT of a camera whose clock is wrong, which the next run must not hash again
+        (-3600, 90_000, False),  # as it was before this machine's clock was set right
+        (90_000, -1, True),
         (2, 2, True),
         (0, -3600, True),  # a file system that does not keep it
     ],
