@@ -164,6 +164,7 @@ def curate(
     identity = describe(model, processor, name)
     made_of = {"weights": identity.weights, "processor": identity.processor, **scorer.made_of()}
     made_of |= {"source": rows.name, "data": rows.fingerprint, "exact": exact, **columns}
+    made_of |= {"split": split, "image_folders": [os.path.abspath(folder) for folder in image_folders]}
     settings = {"source": rows.name, "model": name, "keep": keep, "top_fraction": list(top_fraction or ()) or None}
     encoding = {"batch_size": batch_size, "exact": exact, "threads": threads}
     place = out.resolve()

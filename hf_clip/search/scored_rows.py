@@ -37,6 +37,9 @@ KNOWN = {
 }
 """Columns that every data set has, and their types in SQLite."""
 
+FORMAT = 1
+"""Number of the layout of these files, and of how hashes are made. What another version left is not used."""
+
 DUPLICATES = {"duplicate": "INTEGER", "duplicate_of": "INTEGER"}
 TAGS = {"tags": "TEXT"}
 
@@ -100,7 +103,7 @@ class ScoredRows:
         self.with_duplicates = with_duplicates
         self._rows, self._vectors = folder / "rows.sqlite", folder / "embeddings.float16"
         self._progress = _Progress()
-        given = json.loads(json.dumps({"columns": list(self.columns), **(made_of or {})}))
+        given = json.loads(json.dumps({"format": FORMAT, "columns": list(self.columns), **(made_of or {})}))
         self._connection = sqlite3.connect(self._rows)
         if not self._goes_on(given):
             self._connection.close()

@@ -166,6 +166,7 @@ def test_run_of_other_things_begins_anew(
         ({}, {"exact": True, "duplicates": True}),
         ({"labels": ["a red one"]}, {"labels": ["a red two"]}),
         ({"heads": [head]}, {"heads": [other]}),
+        ({}, {"image_folders": [str(tmp_path)]}),  # which may hold what could not be opened
     ]:
         leave(**before)
         run(shards, tmp_path / "out.parquet", **after)
@@ -173,6 +174,12 @@ def test_run_of_other_things_begins_anew(
     leave()
     run(shards, tmp_path / "out.parquet")
     assert scored == []
+
+    leave()
+    with monkeypatch.context() as patch:
+        patch.setattr(scored_rows, "FORMAT", 2)
+        run(shards, tmp_path / "out.parquet")
+    assert scored == [0, 1, 2, 3, 4, 5], "another version left it"
 
     leave()
     samples = [{"png": content_of(make_image(20)), "txt": CAPTIONS[0].encode()}]
