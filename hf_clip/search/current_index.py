@@ -1,11 +1,9 @@
 """An index that is open for long, and removed, made anew or updated meanwhile by other processes."""
 
-import os
-
 from ..inference.computing_thread import ComputingThread
 from .image_index import ImageIndex
 from .index_model import check_model
-from .index_table import MARK, IndexTables, is_address
+from .index_table import IndexTables, is_address, made_at
 
 
 class CurrentIndex:
@@ -17,7 +15,7 @@ class CurrentIndex:
     """
 
     def __init__(self, index: ImageIndex, computing: ComputingThread | None = None):
-        self._index, self._made_at = index, _made_at(index.tables.place)
+        self._index = index
         self._index.computing = self._computing = computing
 
     @property
@@ -31,24 +29,15 @@ class CurrentIndex:
         Raises:
             SearchIndexError: It is gone or damaged, or the new one is of another model.
         """
-        place, made_at = self.place, _made_at(self.place)
-        if is_address(place) or made_at == self._made_at:
+        place = self.place
+        if is_address(place) or made_at(place) == self._index.tables.made_at:
             self._index.tables.refresh()
             return self._index
         tables = IndexTables.open(place)
         check_model(tables, self._index.tables.description)
-        self._index, self._made_at = ImageIndex(tables, self._index.model, self._index.processor), made_at
+        self._index = ImageIndex(tables, self._index.model, self._index.processor)
         self._index.computing = self._computing
         return self._index
-
-
-def _made_at(place: str) -> tuple[int, int] | None:
-    """What tells an index from another one that is made later in the same folder. None: it is gone, or elsewhere."""
-    try:
-        found = os.stat(os.path.join(place, MARK))
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
 
 
 __all__ = ["CurrentIndex"]

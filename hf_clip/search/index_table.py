@@ -139,6 +139,15 @@ def is_address(place: str) -> bool:
     return "://" in place
 
 
+def made_at(place: str) -> tuple[int, int] | None:
+    """What tells an index from another one that is made later in the same folder. None: it is gone, or elsewhere."""
+    try:
+        found = os.stat(os.path.join(place, MARK))
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 @contextmanager
 def without_collection() -> Iterator[None]:
     """Look for no garbage, of which the import of LanceDB makes none: it builds classes by the thousand."""
@@ -198,6 +207,7 @@ class IndexTables:
         self.place, self.description, self.database = place, description, database
         self.images, self.problems, self.notes = (tables[name] for name in (IMAGES, PROBLEMS, NOTES))
         self.commits = 0
+        self.made_at = made_at(place)
         self._check_writer: Callable[[], None] = lambda: None
 
     @classmethod
@@ -221,7 +231,7 @@ class IndexTables:
         """
         if not is_address(place) and not Path(place).exists():
             raise _missing(place)
-        database = connect(place)
+        found_at, database = made_at(place), connect(place)
         with in_words(place):
             names = set(database.list_tables().tables)
             if IMAGES not in names:
@@ -241,7 +251,9 @@ class IndexTables:
         description = IndexDescription(**values)
         if lost := {*image_schema(description).names} - {*tables[IMAGES].schema.names, CTIME}:
             raise damaged(place, f"its table {IMAGES} has no column {min(lost)}")
-        return cls(place, description, database, tables)
+        opened = cls(place, description, database, tables)
+        opened.made_at = found_at  # before its tables were read: an index that is made meanwhile is another
+        return opened
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -428,6 +440,7 @@ __all__ = [
     "file_in_the_way",
     "image_schema",
     "is_address",
+    "made_at",
     "printable",
     "shown_path",
 ]
