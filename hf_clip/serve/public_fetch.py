@@ -8,6 +8,7 @@ cookies nor the system's proxies are used.
 import asyncio
 import ipaddress
 import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,7 +20,8 @@ MOST_REDIRECTS = 3
 CONNECT_SECONDS = 5.0
 
 MOST_ADDRESSES = 4
-"""Addresses of a name that are tried one after the other, such as one of IPv6, which this machine may not reach."""
+"""Addresses of a name that are tried one after the other: of IPv6 and IPv4 in turn, since this machine may not reach
+one of them."""
 
 MOST_PARTS = 50_000
 """Parts in which an image may arrive. A server can send each byte as a part of its own."""
@@ -81,6 +83,16 @@ async def look_up(host: str, port: int) -> list[Address]:
     """The addresses of a name."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+
+
+def in_turn(addresses: list[Address]) -> list[Address]:
+    """Addresses of both kinds in turn, and else in their order. Some names have eight of IPv6."""
+    places = Counter[int]()
+    ranked = []
+    for address in addresses:
+        ranked.append((places[address.version], address))
+        places[address.version] += 1
+    return [address for _, address in sorted(ranked, key=lambda pair: pair[0])]
 
 
 class PublicFetcher:
@@ -177,7 +189,7 @@ class PublicFetcher:
         addresses = list(dict.fromkeys(await self._resolve(target.host, port)))
         if not addresses or not all(map(self._is_allowed, addresses)):
             raise refused("it does not lead to the public internet")
-        return addresses[:MOST_ADDRESSES]
+        return in_turn(addresses)[:MOST_ADDRESSES]
 
     async def _content(self, response: Any, refused: Callable[[str], RequestError]) -> bytes:
         if response.status_code != 200:

@@ -13,7 +13,7 @@ import pytest
 
 from hf_clip.serve import encoder, public_fetch
 from hf_clip.serve.encoder import Encoder, ImageItem
-from hf_clip.serve.public_fetch import MOST_ADDRESSES, PublicFetcher, is_elsewhere, is_own, is_public
+from hf_clip.serve.public_fetch import MOST_ADDRESSES, PublicFetcher, in_turn, is_elsewhere, is_own, is_public
 from hf_clip.serve.request_error import RequestError
 from hf_clip.serve.serve_options import ServeOptions
 from hf_clip.zero_shot.features import encode_images
@@ -204,6 +204,15 @@ def test_addresses_of_a_name_are_tried_one_after_the_other(site):
     assert fetch_from(resolve, site.server_port) == site.image
     assert asked == ["images.test"]
     assert site.hosts[-1] == f"images.test:{site.server_port}"
+
+
+def test_addresses_of_both_kinds_are_tried_in_turn():
+    """CloudFront's names have eight of IPv6, and a machine without it would try no other."""
+    addresses = list(map(ipaddress.ip_address, [*(f"2600::{place}" for place in range(8)), "192.0.2.2", "192.0.2.1"]))
+    found = in_turn(addresses)
+    assert list(map(str, found[:5])) == ["2600::", "192.0.2.2", "2600::1", "192.0.2.1", "2600::2"]
+    assert sorted(map(str, found)) == sorted(map(str, addresses))
+    assert in_turn(addresses[:8]) == addresses[:8]
 
 
 def test_of_a_name_with_many_addresses_a_few_are_tried(site):
