@@ -30,7 +30,8 @@ HIDDEN = np.float32(-np.inf)
 
 def quick_gelu(values: np.ndarray) -> np.ndarray:
     """x · σ(1.702 x)."""
-    return values / (1 + np.exp(np.float32(-1.702) * values))
+    with np.errstate(over="ignore"):  # infinite is right: of such a value nothing is left
+        return values / (1 + np.exp(np.float32(-1.702) * values))
 
 
 def gelu(values: np.ndarray) -> np.ndarray:

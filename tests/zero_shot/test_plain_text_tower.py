@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.activations import ACT2FN
 
 from hf_clip import HfClipConfig, HfClipModel, HfClipProcessor, encode_texts
 from hf_clip.model.checked_files import DamagedWeightsError
-from hf_clip.zero_shot.plain_text_tower import PlainTextTower, TextTowerSettings
+from hf_clip.zero_shot.plain_text_tower import ACTIVATIONS, PlainTextTower, TextTowerSettings
 
 TEXTS = [
     "a",
@@ -55,6 +56,14 @@ def test_embeddings_equal_those_of_torch(activation: str, has_end: bool, digits:
     assert np.linalg.norm(expected[0] - expected[2]) > 0.1
     alone = PlainTextTower(tmp_path, settings).encode(TEXTS[2:3])
     assert np.linalg.norm(alone - expected[2:3], axis=1).max() < 5e-6
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_any_value(activation: str):
+    """Warnings are errors here: one of numpy would stand above the results of a search."""
+    values = np.array([-1e4, -200, -60, -1, 0, 1, 60, 200, 1e4], dtype=np.float32)
+    expected = ACT2FN[activation](torch.from_numpy(values)).numpy()
+    assert np.allclose(ACTIVATIONS[activation](values), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_stored_halves_are_widened(digits: Path, tmp_path: Path):
