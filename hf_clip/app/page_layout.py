@@ -284,7 +284,7 @@ def build_page(page: PageModel) -> Any:
     Returns:
         Gradio's `Blocks`, which nothing serves yet.
     """
-    examples = page.examples()
+    examples = page.computing.run(page.examples)
     with gr.Blocks(
         title=f"{page.name} · hf_clip", analytics_enabled=False, delete_cache=(FILES_KEPT // 6, FILES_KEPT)
     ) as blocks:
