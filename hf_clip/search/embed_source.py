@@ -139,6 +139,11 @@ def embed_source(
     place, name = FilePlace(out), name_of(model)
     model, processor = loaded(model, processor)
     identity = describe(model, processor, name)
+    settings: dict[str, Any] = {"exact": exact, "image_column": image_column, "caption_column": caption_column}
+    if image_folders:  # they may hold what could not be opened without them
+        settings["image_folders"] = [os.path.abspath(folder) for folder in image_folders]
+    if rows.fingerprint is None and split:  # which is part of a fingerprint
+        settings["split"] = split
     description = EmbeddingDescription(
         layout=layout,
         dtype=dtype,
@@ -149,7 +154,7 @@ def embed_source(
         text_weights=hash_of_tensors(text_weights(model)) if texts else None,
         source=rows.name,
         data=rows.fingerprint,
-        settings={"exact": exact, "image_column": image_column, "caption_column": caption_column},
+        settings=settings,
     )
     encoding = {"batch_size": batch_size, "exact": exact, "threads": threads}
     with only_writer(place.name, "folder"):

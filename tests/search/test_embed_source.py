@@ -211,6 +211,7 @@ def test_what_does_not_fit_is_refused(
         ({"texts": True}, r"begun with other settings \(texts: False, not True\)"),
         ({"layout": "safetensors"}, r"\(format: parquet, not safetensors\)"),
         ({"exact": True}, r"\(exact: False, not True\)"),
+        ({"image_folders": [str(tmp_path)]}, r"\(image_folders: None, not \['.*'\]\)"),
         ({"source": save(tmp_path / "other-data", [1])}, "holds embeddings of .*/data, and not of .*/other-data"),
         ({"out": "data"}, "data holds other files, such as data-00000-of-00001.arrow: name an empty or a new folder"),
         ({"out": "data/state.json"}, r"state\.json is a file, but a folder is needed"),
