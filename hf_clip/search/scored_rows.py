@@ -54,7 +54,7 @@ def check_column(name: str) -> str:
     if (
         not column
         or column[0].isdigit()
-        or column.lower() in {*KNOWN, *DUPLICATES, *TAGS, "clip_score", "kept", "image"}
+        or column.lower() in {*KNOWN, *DUPLICATES, *TAGS, "clip_score", "perceptual_hash", "kept", "image"}
     ):
         raise ValueError(
             f"A score is called {name!r}, but columns have that name or none can: name the head otherwise."

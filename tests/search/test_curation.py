@@ -268,6 +268,7 @@ def test_heads_that_do_not_fit_are_refused(
         ([score, head_of(model, processor, "Aesthetic")], "Two heads have a score 'Aesthetic'"),
         ([score, score], "Two heads have a score 'aesthetic'"),
         ([head_of(model, processor, "path")], "A score is called 'path', but columns have that name"),
+        ([head_of(model, processor, "Perceptual hash")], "A score is called 'Perceptual hash', but columns have that"),
     ):
         with pytest.raises(ValueError, match=message):
             run(shards, tmp_path / "out.parquet", heads=heads)
