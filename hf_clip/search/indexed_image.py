@@ -93,12 +93,6 @@ def perceptual_hash(image: Image.Image) -> int:
     return int(np.packbits(bits).view(">i8")[0])
 
 
-def hamming_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """In how many bits perceptual hashes differ, for arrays of int64 that broadcast."""
-    differences = np.asarray(first ^ second, dtype=np.int64)
-    return np.unpackbits(differences[..., None].view(np.uint8), axis=-1).sum(axis=-1)
-
-
 def make_thumbnail(image: Image.Image) -> bytes:
     """A small JPEG of an image. What is transparent is white."""
     small = image.copy()
@@ -158,7 +152,6 @@ __all__ = [
     "content_hash",
     "file_hash",
     "full_size",
-    "hamming_distances",
     "make_thumbnail",
     "perceptual_hash",
     "prepare",
