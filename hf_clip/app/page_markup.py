@@ -110,7 +110,7 @@ def result_grid(found: Found, cutoff: float = 0.0) -> str:
         cutoff: Share of the best score below which an image is hidden, from 0 to 1.
     """
     if not found.results:
-        return hint(f"No image of the index fits {found.title}.")
+        return hint(f"No image of the index fits {found.title}. Without “Only images that fit”, the nearest are shown.")
     best = found.results[0].score
     hits = [_hit(place, result, best, cutoff) for place, result in enumerate(found.results)]
     hidden = sum(share_of(result, best) < cutoff for result in found.results)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..model.checked_files import printable
+
 if TYPE_CHECKING:
     from ..zero_shot.files import Classified
 
@@ -21,7 +23,7 @@ def format_line(result: "Classified", width: int, label_width: int) -> str:
     else:
         said = "  ".join(f"{entry['label']:<{label_width}} {entry['score']:.4f}" for entry in result.labels) or "-"
     line = f"{result.name:<{width}}  {said}"
-    return "".join(character if character.isprintable() else "�" for character in line)
+    return printable(line)
 
 
 def put_results(
@@ -76,14 +78,15 @@ def end_by_problems(problems: Iterable[tuple[str, str]], count: int, is_listed: 
         problems: Paths, and what is wrong with each.
         count: How many there are in all.
         is_listed: Whether each is said, and not their number alone.
-        what: What could not be opened.
+        what: What could not be opened, as of several.
     """
-    from ..search.index_table import printable
+    from ..search.index_table import shown_path
 
     if not count:
         return
     for path, problem in problems if is_listed else ():
-        print(f"{printable(path)}: {problem}", file=sys.stderr)
+        print(f"{printable(shown_path(path))}: {problem}", file=sys.stderr)
     advice = "" if is_listed else "; --errors lists them"
-    print(f"{count:,} {what} could not be opened{advice}", file=sys.stderr)
+    counted = f"{count:,} {what if count != 1 else what.removesuffix('s')}"
+    print(f"{counted} could not be opened{advice}", file=sys.stderr)
     raise typer.Exit(SOME_FAILED)

@@ -9,6 +9,7 @@ Invariant: a file name in such a file never leads out of the folder that contain
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -75,8 +76,16 @@ def one_line(message: object, most: int = LONGEST_MESSAGE) -> str:
     """Return the text of an error, or of a value from a file, as one printable line of at most `most` characters."""
     text = str(message)
     text = " ".join(text[: 8 * most].split()) + (" …" if len(text) > 8 * most else "")
-    text = "".join(character if character.isprintable() else "�" for character in text)
+    text = printable(text)
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """A text in one line of a terminal. What would not be seen as itself is `�`; spaces of every width stay.
+
+    `str.isprintable` knows one space only. Names in Japanese often have the full-width one.
+    """
+    return "".join(letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else "�" for letter in text)
 
 
 def check_no_pointer(path: str | Path) -> None:
@@ -392,6 +401,7 @@ __all__ = [
     "list_shards",
     "nested_depth",
     "one_line",
+    "printable",
     "read_json",
     "read_object",
     "read_unchanged",

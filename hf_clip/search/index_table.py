@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.whole_file import whole_file
 from ..extras import require
+from ..model import checked_files
 from .index_errors import SearchIndexError, damaged, in_words, is_of_condition, known_problem, reason_of
 from .index_writer import only_writer
 from .row_filter import FilterError, check_filter
@@ -125,7 +126,7 @@ def shown_path(path: str) -> str:
 
 def printable(text: str) -> str:
     """A text in one line of a terminal, whatever characters it has."""
-    return "".join(character if character.isprintable() else "�" for character in shown_path(text))
+    return checked_files.printable(shown_path(text))
 
 
 def file_in_the_way(folder: Path) -> Path | None:

@@ -88,7 +88,7 @@ def parse_queries(words: Sequence[str], minus: Sequence[str] = (), more_like: Se
 
 
 def parse_query(text: str, only_texts: bool = False) -> list[QueryPart]:
-    """Read one text, path, or expression.
+    """Read one text, path, or expression. The name of a file that is there is a path, whatever it holds.
 
     Args:
         text: What was written.
@@ -99,7 +99,8 @@ def parse_query(text: str, only_texts: bool = False) -> list[QueryPart]:
     """
     if not text.strip():
         raise QueryError('A query is empty: give a text, such as "a dog on a beach", or an image.')
-    if '"' not in text:
+    is_file = not only_texts and os.path.isfile(os.path.expanduser(text.strip()))
+    if '"' not in text or is_file:
         return [QueryPart("text", text.strip()) if only_texts else _part_of(text.strip(), 1.0)]
     parts: list[QueryPart] = []
     place = 0

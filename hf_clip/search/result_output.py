@@ -20,7 +20,7 @@ from ..model.fetch import is_web_address
 from ..model.open_image import UnreadableImageError, open_image
 from .approximate_note import ApproximateScan
 from .image_index import SearchResult
-from .index_table import printable, shown_path
+from .index_table import file_in_the_way, printable, shown_path
 from .indexed_image import THUMBNAIL_SIDE, make_thumbnail
 
 CELL, MARGIN, CAPTION_HEIGHT, COLUMNS = 160, 8, 30, 6
@@ -218,6 +218,8 @@ def copy_results(folder: str | Path, results: Sequence[SearchResult]) -> list[st
         For each file that could not be copied a line that says why.
     """
     folder = Path(folder)
+    if in_the_way := file_in_the_way(folder):
+        raise NotADirectoryError(f"Results are copied into a folder, but {in_the_way} is a file: name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     width, failed = len(str(len(results))), []
     for rank, result in enumerate(results, start=1):

@@ -12,6 +12,11 @@ from .index_errors import SearchIndexError
 QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`")
 SIGN = re.compile(r"[-+*/%|&^=<>!~]+|\b(?:IS|NOT|LIKE|ILIKE|BETWEEN|CASE)\b", re.IGNORECASE)
 
+COLUMNS = ("path", "width", "height", "size", "mtime_ns", "caption")
+"""What a user writes conditions on. The table has others, of which a list from LanceDB would tell."""
+
+UNKNOWN = re.compile(r"No field named (.+?)\. Valid fields are ")
+
 MOST_SIGNS = 200
 LONGEST_SHOWN = 100
 """Characters of a condition that a message repeats."""
@@ -26,10 +31,12 @@ class FilterError(SearchIndexError):
 
     def __init__(self, condition: str, problem: str):
         self.condition, self.problem = condition, problem
+        if unknown := UNKNOWN.search(problem):
+            self.problem = problem = f"there is no column {unknown[1]}"
         cut = condition if len(condition) <= LONGEST_SHOWN else f"{condition[:LONGEST_SHOWN]}…"
         super().__init__(
-            f"The filter {cut!r} cannot be used ({problem}); write a condition on columns, such as "
-            f"\"path LIKE '%2023%'\"."
+            f"The filter {cut!r} cannot be used ({problem}); write a condition on the columns "
+            f"{', '.join(COLUMNS[:-1])} and {COLUMNS[-1]}, with texts in single quotes, such as \"path LIKE '%2023%'\"."
         )
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
@@ -58,4 +65,4 @@ def check_filter(condition: str) -> None:
         raise FilterError(condition, f"it has more than {MOST_SIGNS} comparisons and signs; a list goes into IN (…)")
 
 
-__all__ = ["FilterError", "check_filter"]
+__all__ = ["COLUMNS", "FilterError", "check_filter"]

@@ -75,7 +75,8 @@ def test_image_without_a_thumbnail_is_made_of_its_file_or_blank(tmp_path: Path):
 
 
 def test_nothing_found():
-    assert result_grid(Found("a cat", [])) == '<p class="hint">No image of the index fits a cat.</p>'
+    said = "No image of the index fits a cat. Without “Only images that fit”, the nearest are shown."
+    assert result_grid(Found("a cat", [])) == f'<p class="hint">{said}</p>'
 
 
 def test_selected_image_with_what_the_index_knows():

@@ -19,7 +19,7 @@ from hf_clip.commands.program import main
 from hf_clip.search.image_index import ImageIndex
 from hf_clip.search.index_table import IndexTables, SearchIndexError
 from hf_clip.search.quantized_files import quantize
-from hf_clip.search.row_filter import FilterError, check_filter
+from hf_clip.search.row_filter import COLUMNS, FilterError, check_filter
 
 from .conftest import make_image
 from .test_index_update import paths_of
@@ -52,7 +52,8 @@ def index(photos: Path, new_index: Callable[..., ImageIndex]) -> ImageIndex:
         ("(id = 1", "its parentheses do not match"),
         (" ", "it is empty"),
         ("id = " + "1+" * 5000 + "1", "it has more than 200 comparisons and signs"),
-        ("colour = 3", "colour"),
+        ("colour = 3", "there is no column colour"),
+        ('path = "a"', "there is no column a"),
         ("path LIKE", "sql parser error"),
         ("width", "does not return a boolean"),
         ("path = 'a", "Unterminated string literal"),
@@ -68,8 +69,14 @@ def test_filters_that_are_no_condition(
     with pytest.raises(FilterError) as found:
         index.search("three", where=condition)
     assert problem in found.value.problem
+    advice = "on the columns path, width, height, size, mtime_ns and caption, with texts in single quotes, such as "
+    assert f"({found.value.problem}); write a condition {advice}" in str(found.value)
     assert len(str(found.value)) < 500
     assert len(index) == 6
+
+
+def test_columns_that_an_error_names_are_there(index: ImageIndex):
+    assert set(COLUMNS) <= set(index.tables.images.schema.names)
 
 
 def test_filters_that_are_one_condition(index: ImageIndex):

@@ -286,7 +286,7 @@ def test_command(shards: str, small_model: Small, tmp_path: Path, capsys: pytest
     assert printed.startswith(f"{shards}: 5 images, 2 kept in {out}\nclip_score: 5% ")
     assert "near duplicates: 0\n" in printed
     assert f"{shards}#2: " in err
-    assert "1 images could not be opened\n" in err
+    assert "1 image could not be opened\n" in err
     with Image.open(tmp_path / "scores.png") as picture:
         assert picture.size[1] > 500  # a histogram of each of two scores
     assert main([*words[:2], shards.replace("{0..1}", "0"), "--model", folder]) == 1

@@ -324,7 +324,7 @@ def test_command(tmp_path: Path, source: str, small_model: Any, capsys: pytest.C
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert out == f"{source}: 6 embedded; 2 shards in {tmp_path / 'out'}\n"
-    assert err == "1 images could not be opened; --errors lists them\n"
+    assert err == "1 image could not be opened; --errors lists them\n"
     assert main([*words, "--errors"]) == 2
     out, err = capsys.readouterr()
     assert out == f"{source}: 0 embedded, 6 before; 2 shards in {tmp_path / 'out'}\n"

@@ -124,7 +124,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
 def test_commands(photos: Path, tmp_path: Path, small_model: tuple[Any, Any, str], capsys: pytest.CaptureFixture[str]):
     place, model = tmp_path / "index", small_model[2]
     status, out, err = run(capsys, "index", photos, "--model", model, "--into", place)
-    assert (status, err) == (2, "1 files could not be opened; --errors lists them\n")
+    assert (status, err) == (2, "1 file could not be opened; --errors lists them\n")
     assert out == f"{photos}: 6 added\n6 images in {place}\n"
     status, out, err = run(capsys, "index", "--into", place, "--errors")
     assert out == f"{photos}: 6 unchanged\n6 images in {place}\n"
@@ -165,12 +165,26 @@ def test_what_a_search_writes(photos: Path, index: ImageIndex, tmp_path: Path, c
     assert copied == [f"{rank}-{Path(result.path).name}" for rank, result in enumerate(found[:2], start=1)]
     with pytest.raises(ValueError, match=r"name a file ending in \.png, \.jpg or \.webp"):
         result_output.write_sheet(tmp_path / "sheet.txt", found)
+    with pytest.raises(NotADirectoryError, match=r"copied into a folder, but .*page\.html is a file: name another"):
+        result_output.copy_results(tmp_path / "page.html", found)
     lines = result_output.format_lines(found, links=True)
     assert "file://" in lines[0]
     assert lines[0].count("\x1b]8;;") == 2
     for copies, said in (([], ""), (["b"], "  (+1 near duplicate)"), (["b", "c"], "  (+2 near duplicates)")):
         result = result_output.SearchResult(1, "/a.jpg", 0.5, 1, 1, duplicates=copies)
         assert result_output.format_lines([result], links=False) == [f"0.5000  1  /a.jpg{said}"]
+
+
+def test_spaces_of_every_width_are_printed_as_they_are():
+    """A path must be one that can be copied from the terminal. Names in Japanese have full-width spaces."""
+    from hf_clip.search import result_output
+
+    for name in ("写真　2023.jpg", "a\u00a0b.jpg", "a\u202fb.jpg"):
+        result = result_output.SearchResult(1, f"/{name}", 0.5, 1, 1)
+        assert result_output.format_lines([result], links=False) == [f"0.5000  1  /{name}"]
+    for letter in "\n\x1b\u2028\u200b\u202e":
+        result = result_output.SearchResult(1, f"/a{letter}b", 0.5, 1, 1)
+        assert result_output.format_lines([result], links=False) == ["0.5000  1  /a�b"]
 
 
 def test_names_on_a_sheet_have_letters_of_the_font(monkeypatch: pytest.MonkeyPatch):

@@ -48,6 +48,13 @@ def test_file_without_an_ending_is_an_image(tmp_path: Path):
     assert parse_queries([str(path)]) == [part("image", str(path))]
 
 
+def test_name_of_a_file_may_hold_quotation_marks_and_signs(tmp_path: Path):
+    path = tmp_path / '2:"best" - it\'s.jpg'
+    path.write_bytes(b"")
+    assert parse_queries([str(path)]) == [part("image", str(path))]
+    assert parse_queries(['2:"best" - "it"']) == [part("text", "best", 2.0), part("text", "it", -1.0)]
+
+
 def test_minus_and_more_like():
     found = parse_queries(["a car"], ["snow", "./x.png"], [17])
     assert found == [

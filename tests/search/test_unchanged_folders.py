@@ -107,7 +107,7 @@ def test_processes_import_what_they_need(
     capsys.readouterr()
     again = ["index", str(photos), "--into", place]
     expected = f"{photos}: 6 unchanged\n6 images in {place}\n"
-    lost = "1 files could not be opened; --errors lists them"
+    lost = "1 file could not be opened; --errors lists them"
     found = run(again, again[:1] + again[2:], [*again, "--model", small_model[2]])
     assert found == (3 * expected, 3 * [lost, "2 []"])
     (Path(place) / NAME).unlink()
