@@ -83,8 +83,8 @@ def count_of(number: int, what: str) -> str:
 
 
 def share_of(result: SearchResult, best: float) -> float:
-    """A result's score as a part of the best one's, which the cutoff is compared with."""
-    return result.score / best if best > 0 else 1.0
+    """A result's score as a part of the best one's, which the cutoff is compared with. A cutoff of 0 hides nothing."""
+    return max(result.score / best, 0.0) if best > 0 else 1.0
 
 
 def _hit(place: int, result: SearchResult, best: float, cutoff: float) -> str:
