@@ -60,7 +60,7 @@ def test_results_are_buttons_with_their_near_duplicates():
     assert ">+2</span>" in html
 
 
-def test_scores_below_zero_are_shown_without_a_cutoff():
+def test_scores_below_zero():
     assert " hidden" not in result_grid(Found("a cat", [result(1, -0.1), result(2, -0.2)]), cutoff=0.6)
     found = Found("a cat", [result(1, 0.1), result(2, -0.2)])
     assert " hidden" not in result_grid(found, cutoff=0.0)
