@@ -424,8 +424,6 @@ WITHOUT_EXTRAS = """
 import runpy, sys
 sys.modules |= dict.fromkeys(("accelerate", "datasets", "peft"))  # as if they were not installed
 from hf_clip.commands import finetune
-from hf_clip.training.run_state import STATE
-from hf_clip.training.summary import wait_in_words
 for words in (["--help"], %r):
     sys.argv = ["finetune.py", *words]
     try:

@@ -166,6 +166,7 @@ def describe(source: str | Path, *, offline: bool = False) -> Description:
         FileNotFoundError: There is no such source, or a folder or repository without a model.
         ConnectionError, PermissionError: The Hub refuses the repository.
         CheckpointError: A file is damaged, or no checkpoint.
+        ValueError: It is a name like those of OpenAI's models, and none of them.
     """
     name, path = str(source), Path(os.path.expanduser(source))
     if name in VARIANTS and not path.exists():

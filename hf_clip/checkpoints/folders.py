@@ -89,7 +89,8 @@ def check_reached(repository: str) -> None:
     else is wrong is told when they are loaded.
     """
     try:
-        if isinstance(try_to_load_from_cache(repository, "config.json"), str) or constants.HF_HUB_OFFLINE:
+        stored = (try_to_load_from_cache(repository, name) for name in ("config.json", CONFIG_FILE))
+        if constants.HF_HUB_OFFLINE or any(isinstance(path, str) for path in stored):
             return
         hf_hub_download(repository, "config.json")
     except LocalEntryNotFoundError as error:

@@ -330,7 +330,8 @@ def read(
         FileNotFoundError: There is no such file, folder or repository, or it lacks a part.
         ConnectionError: A download failed.
         CheckpointError: The weights are damaged, refused, or those of another model.
-        ValueError: Another file is damaged, or an argument doesn't fit the source.
+        ValueError: Another file is damaged, an argument doesn't fit the source, or the source is a name like those of
+            OpenAI's models and none of them.
         TypeError: The source is no name.
     """
     if not isinstance(source, (str, os.PathLike)):

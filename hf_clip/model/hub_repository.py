@@ -82,7 +82,7 @@ def find_foreign(source: Any, arguments: dict[str, Any]) -> Any:
         transformers reads itself.
 
     Raises:
-        ValueError: `source` is a checkpoint file.
+        ValueError: `source` is a checkpoint file, or a name like those of OpenAI's models.
     """
     refuse_checkpoint_file(source)
     if source is None or os.path.isfile(source):

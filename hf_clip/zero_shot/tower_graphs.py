@@ -27,10 +27,11 @@ def find_graphs(model: str, precision: str) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: It is no folder, or has no such graphs. The error names the command that makes them.
+        ValueError: It is a name like those of OpenAI's models, and none of them.
     """
     folder = Path(model)
-    refuse_unknown_variant(model)
     if not folder.is_dir():
+        refuse_unknown_variant(model)
         if model in VARIANTS or folder.is_file():
             raise FileNotFoundError(
                 f"--onnx reads the graphs of a folder, and {model} is none; make one of it first: hf-clip convert "

@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from conversion.convert import main as convert
 from conversion.publish import main as publish
 from hf_clip.checkpoints import folders
-from hf_clip.checkpoints.folders import check_folder, in_one_line
+from hf_clip.checkpoints.folders import check_folder, check_reached, in_one_line
 from hf_clip.checkpoints.in_memory import load_model
 from hf_clip.checkpoints.read import check_model
 from hf_clip.model.checked_files import read_object
@@ -155,3 +155,22 @@ def test_hub_that_cannot_be_reached_is_asked_for_one_file(monkeypatch: pytest.Mo
         "before."
     )
     assert asked == [("org/none", "config.json")]
+
+
+@pytest.mark.parametrize("name", ["config.json", "open_clip_config.json"])
+def test_repository_that_was_loaded_before_is_not_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One of open_clip's has no config.json."""
+    repository, commit = tmp_path / "models--org--known", "0" * 40
+    stored = repository / "snapshots" / commit / name
+    stored.parent.mkdir(parents=True)
+    stored.touch()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(folders.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(folders.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(folders, "hf_hub_download", lambda *given: pytest.fail(f"the Hub was asked for {given}"))
+    check_reached("org/known")
+    with pytest.raises(pytest.fail.Exception, match="the Hub was asked for .'org/another', 'config.json'"):
+        check_reached("org/another")

@@ -182,6 +182,7 @@ def test_redirects_and_retries_share_the_deadline(server: Server):
         refused(address, f"did not arrive within {seconds} s", timeout=seconds)
         if "/next" in server.paths:
             break
+    assert "/next" in server.paths
     server.paths.clear()
     refused(server(status(503, "Retry-After: 60")), "answered 503 Reason, to be asked again in 60 s", timeout=50)
     assert server.paths == ["/image"]  # it isn't waited for in vain
