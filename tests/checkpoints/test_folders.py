@@ -158,9 +158,7 @@ def test_hub_that_cannot_be_reached_is_asked_for_one_file(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["config.json", "open_clip_config.json"])
-def test_repository_that_was_loaded_before_is_not_asked_for(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_repository_that_was_loaded_before_is_not_asked_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """One of open_clip's has no config.json."""
     repository, commit = tmp_path / "models--org--known", "0" * 40
     stored = repository / "snapshots" / commit / name

@@ -8,6 +8,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 
 from demo.digits import DIGITS
+from hf_clip.evaluation import labelled_images
 from hf_clip.evaluation.class_names import read_class_names
 from hf_clip.evaluation.labelled_images import LabelledImages, open_labelled
 from hf_clip.evaluation.scored_images import open_scored
@@ -100,6 +101,13 @@ def test_texts_of_a_file_are_the_names_of_the_classes(tmp_path: Path, rows: list
     assert [row.image for row in found.rows()] == paths
     with pytest.raises(ValueError, match=r"the data set does not name its classes: pass class names"):
         open_labelled(data.to_iterable_dataset())  # which may come from anywhere
+
+
+def test_address_is_not_read_twice_for_the_names_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "test.csv").write_text("image,label\n0.png,cat\n1.png,dog\n")
+    monkeypatch.setattr(labelled_images, "folder_of", lambda source: None)  # as for one on the web
+    with pytest.raises(ValueError, match=r"the data set does not name its classes: pass class names"):
+        open_labelled(str(tmp_path / "test.csv"))
 
 
 def test_row_without_a_text_among_labels_is_named(tmp_path: Path):

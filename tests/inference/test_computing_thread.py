@@ -41,7 +41,7 @@ def test_error_is_raised_where_it_was_asked_for(error: type[BaseException]):
 
     with pytest.raises(error, match="^no$"):
         computing.run(fail)
-    assert computing.run(lambda: 3) == 3
+    assert computing.submit(lambda: 3).result(LONGEST_WAIT) == 3
 
 
 def test_number_of_threads_is_that_of_the_maker():
@@ -64,7 +64,7 @@ def test_what_was_cancelled_is_not_computed():
     assert second.cancel()
     may_go_on.set()
     assert first.result(LONGEST_WAIT)
-    assert computing.run(lambda: 3) == 3
+    assert computing.submit(lambda: 3).result(LONGEST_WAIT) == 3
     assert done == []
 
 
