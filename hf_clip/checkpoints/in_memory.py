@@ -60,8 +60,8 @@ def load_model(
 
     Raises:
         OSError: There is no such source, or a download failed.
-        ValueError: A file is damaged, or another model's; or the source is a name like those of OpenAI's models, and none
-            of them.
+        ValueError: A file is damaged, or another model's; or the source is a name like those of OpenAI's models, and
+            none of them.
     """
     name, path = str(source), Path(source)
     is_repository = path.is_dir() or (

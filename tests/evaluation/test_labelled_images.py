@@ -106,7 +106,7 @@ def test_texts_of_a_file_are_the_names_of_the_classes(tmp_path: Path, rows: list
 def test_address_is_not_read_twice_for_the_names_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "test.csv").write_text("image,label\n0.png,cat\n1.png,dog\n")
     monkeypatch.setattr(labelled_images, "folder_of", lambda source: None)  # as for one on the web
-    with pytest.raises(ValueError, match=r"the data set does not name its classes: pass class names"):
+    with pytest.raises(ValueError, match=r"test\.csv does not name its classes: pass class names"):
         open_labelled(str(tmp_path / "test.csv"))
 
 
