@@ -131,7 +131,7 @@ def classify_tab(page: PageModel, examples: list[str]) -> None:
             )
             labels = gr.Textbox(
                 label="Labels",
-                info="One on each line, or with commas between them.",
+                info="One on each line, or all on one line with commas between them.",
                 placeholder="\n".join(examples) or "a cat\na dog\na bird",
                 lines=4,
                 max_lines=12,
