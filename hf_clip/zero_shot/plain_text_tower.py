@@ -27,6 +27,9 @@ SMALLEST_NORM = np.float32(1e-12)
 
 HIDDEN = np.float32(-np.inf)
 
+DTYPES = ("F16", "F32", "F64")
+"""Of weights, as safetensors calls them, that every numpy knows."""
+
 
 def quick_gelu(values: np.ndarray) -> np.ndarray:
     """x · σ(1.702 x)."""
@@ -189,6 +192,9 @@ class PlainTextTower:
         """A weight in float32, read when it is first needed."""
         if name not in self._weights:
             with self._reading():
+                dtype = self._file.get_slice(name).get_dtype()
+                if dtype not in DTYPES:  # numpy knows bfloat16 where another library has brought it
+                    raise TypeError(f"{name} is {dtype}")
                 self._weights[name] = self._file.get_tensor(name).astype(np.float32, copy=False)
         return self._weights[name]
 
@@ -196,7 +202,7 @@ class PlainTextTower:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (SafetensorError, OSError, TypeError) as error:  # TypeError: of a dtype that numpy does not have
+        except (SafetensorError, OSError, TypeError) as error:  # TypeError: of another dtype
             raise DamagedWeightsError(self.folder, error) from error
 
 

@@ -126,6 +126,11 @@ def redirect(to: str) -> bytes:
     return status(302, f"Location: {to}")
 
 
+def has_ended() -> bool:
+    """Whether no content is fetched any more."""
+    return not any(thread.name == "hf_clip fetch" for thread in threading.enumerate())
+
+
 def refused(address: str, message: str, **how: float) -> FetchError:
     with pytest.raises(FetchError, match=message) as error:
         fetch(address, **how)
@@ -155,7 +160,7 @@ def test_one_deadline_ends_whatever_trickles(server: Server, start: bytes, piece
     error = refused(address, "did not arrive within 0.3 s", timeout=0.3)
     assert error.status is None
     # The thread that fetched ends too, and its connection with it.
-    until(lambda: not any(thread.name == "hf_clip fetch" for thread in threading.enumerate()), "its end")
+    until(has_ended, "its end")
 
 
 def test_silent_server_is_left_before_the_deadline(server: Server, monkeypatch: pytest.MonkeyPatch):
@@ -199,7 +204,7 @@ def test_large_answer_is_not_read(server: Server, claimed: str, monkeypatch: pyt
         assert fetch(address) == bytes(10)
     else:
         refused(address, "its content is larger than 2 MiB")
-    until(lambda: sum(sent) and not any(t.name.startswith("hf_clip") for t in threading.enumerate()), "its end")
+    until(lambda: sum(sent) and has_ended(), "its end")
     assert sum(sent) < 64 * MIB  # what lies in the system's buffers, not a gigabyte
 
 
