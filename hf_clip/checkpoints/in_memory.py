@@ -8,7 +8,7 @@ import torch
 from ..model.hub_repository import CHECKPOINT_SUFFIXES
 from ..model.modeling_hf_clip import HfClipModel
 from ..model.processing_hf_clip import HfClipProcessor
-from ..model.variants import VARIANTS
+from ..model.variants import VARIANTS, refuse_unknown_variant
 from .folders import check_folder, check_reached, in_one_line
 from .read import StoredModel, read
 
@@ -68,6 +68,7 @@ def load_model(
         "/" in name and name not in VARIANTS and not path.is_file() and path.suffix not in CHECKPOINT_SUFFIXES
     )
     if is_repository and (path.is_dir() or not name.startswith((".", "/", "~"))):
+        refuse_unknown_variant(name)
         hub: dict[str, Any] = {"local_files_only": True} if offline else {}
         if path.is_dir():
             check_folder(path)

@@ -173,4 +173,4 @@ def _header(checksum: int) -> bytes:
     return f"hf_clip search copy {FORMAT} {checksum:08x}".encode().ljust(HEADER - 1) + b"\n"
 
 
-__all__ = ["CopiedTables", "keep_copy"]
+__all__ = ["CopiedTables", "keep_copy", "open_for_search"]

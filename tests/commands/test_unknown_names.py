@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
 from hf_clip import HfClipConfig, HfClipImageProcessor, HfClipModel, HfClipProcessor, HfClipTokenizer, convert, load
@@ -24,6 +25,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch):
         return find(host, *given, **named)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # set for all tests, and not for users
 
 
 @pytest.mark.parametrize("name", NAMES)
